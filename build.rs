@@ -1,0 +1,225 @@
+//! Finds llama.cpp, builds it (cmake), compiles the shim (cc), generates bindings (bindgen), and links.
+
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// GPU back ends: cargo feature, cmake option, static library, and what that library needs besides.
+const BACKENDS: &[(&str, &str, &str, &[&str])] = &[
+    ("CUDA", "GGML_CUDA", "ggml-cuda", &["cudart", "cublas", "cublasLt", "cuda"]),
+    ("VULKAN", "GGML_VULKAN", "ggml-vulkan", &["vulkan"]),
+    ("METAL", "GGML_METAL", "ggml-metal", &[]),
+];
+
+fn main() {
+    for file in ["build.rs", "ffi/shim.h", "ffi/shim.cpp", "vendor/Cargo.toml", "vendor/Cargo.lock"] {
+        println!("cargo:rerun-if-changed={file}");
+    }
+    for var in ["LLAMA_CPP_DIR", "GVOTE_NATIVE", "CUDA_PATH"] {
+        println!("cargo:rerun-if-env-changed={var}");
+    }
+    let source = find_llama();
+    let libraries = build_llama(&source);
+    compile_shim(&source);
+    generate_bindings(&source);
+    link(&libraries);
+    println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={}", version_of(&source));
+}
+
+/// A checkout named by the environment, or one in vendor/, or the pin.
+fn find_llama() -> PathBuf {
+    let source = if let Some(dir) = env::var_os("LLAMA_CPP_DIR") {
+        PathBuf::from(dir)
+    } else if Path::new("vendor/llama.cpp").is_dir() {
+        fs::canonicalize("vendor/llama.cpp").expect("the folder is there")
+    } else {
+        return pinned_llama();
+    };
+    if !source.join("include/llama.h").is_file() {
+        fail(&format!("{} is not a llama.cpp checkout (no include/llama.h)", source.display()));
+    }
+    println!("cargo:rerun-if-changed={}", source.display());
+    source
+}
+
+/// Asks cargo where it keeps the pinned package, downloading it on the first build only.
+fn pinned_llama() -> PathBuf {
+    let metadata = |offline: &[&str]| {
+        Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .args(["metadata", "--manifest-path", "vendor/Cargo.toml", "--locked", "--format-version", "1"])
+            .args(offline)
+            .output()
+            .expect("cargo runs this script, so it can be run")
+    };
+    let mut output = metadata(&["--offline"]);
+    if !output.status.success() {
+        output = metadata(&[]);
+    }
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        fail(&format!("cargo cannot fetch the pinned llama.cpp (vendor/Cargo.toml): {stderr}"));
+    }
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
+    let manifest = json["packages"]
+        .as_array()
+        .and_then(|packages| packages.iter().find(|p| p["name"] == "llama-cpp-sys-4"))
+        .and_then(|package| package["manifest_path"].as_str())
+        .expect("vendor/Cargo.toml depends on the package");
+    Path::new(manifest).with_file_name("llama.cpp")
+}
+
+/// Builds static libraries in a folder that all profiles share, and returns where they were installed.
+fn build_llama(source: &Path) -> PathBuf {
+    if which("cmake").is_none() {
+        fail("cmake is missing; on Debian: apt-get install cmake");
+    }
+    let compiler = match cc::Build::new().cpp(true).try_get_compiler() {
+        Ok(compiler) if which(&compiler.path().to_string_lossy()).is_some() => compiler,
+        _ => fail("a C++ compiler is missing; on Debian: apt-get install g++"),
+    };
+    let native = env::var("GVOTE_NATIVE").map_or(true, |v| v != "0");
+
+    // OUT_DIR is <target>/<profile>/build/gvote-<hash>/out
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let target = out.ancestors().nth(4).expect("OUT_DIR lies deep inside the target folder");
+    let mut name = String::from("llama.cpp");
+    if !native {
+        name += "-generic";
+    }
+    for (feature, ..) in enabled_backends() {
+        name = name + "-" + &feature.to_lowercase();
+    }
+    let dir = target.join(name);
+    fs::create_dir_all(&dir).expect("the target folder can be written");
+    // two cargo processes with different profiles may get here at once
+    let lock = File::create(dir.join("lock")).expect("the target folder can be written");
+    lock.lock().expect("a fresh file can be locked");
+
+    let mut config = cmake::Config::new(source);
+    config.out_dir(&dir).profile("Release").always_configure(false);
+    if which("ninja").is_some() {
+        config.generator("Ninja");
+    }
+    for part in ["COMMON", "TOOLS", "TESTS", "EXAMPLES", "SERVER", "APP"] {
+        config.define(format!("LLAMA_BUILD_{part}"), "OFF");
+    }
+    config
+        .define("BUILD_SHARED_LIBS", "OFF")
+        .define("CMAKE_POSITION_INDEPENDENT_CODE", "ON")
+        .define("CMAKE_INSTALL_LIBDIR", "lib")
+        .define("GGML_NATIVE", if native { "ON" } else { "OFF" })
+        .define("GGML_OPENMP", "ON");
+    for (_, option, ..) in enabled_backends() {
+        config.define(option, "ON");
+    }
+    if compiler.is_like_gnu() && gcc_major(&compiler) == Some(12) {
+        // gcc 12 drops the stores before ldtilecfg in ggml-cpu/amx/mmq.cpp: SIGILL at the first batch on a CPU with AMX
+        config.cxxflag("-fno-dse");
+    }
+    config.build().join("lib")
+}
+
+fn enabled_backends() -> impl Iterator<Item = &'static (&'static str, &'static str, &'static str, &'static [&'static str])> {
+    BACKENDS
+        .iter()
+        .filter(|(feature, ..)| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some())
+}
+
+fn gcc_major(compiler: &cc::Tool) -> Option<u32> {
+    let output = Command::new(compiler.path()).arg("-dumpversion").output().ok()?;
+    String::from_utf8_lossy(&output.stdout).trim().split('.').next()?.parse().ok()
+}
+
+fn include_dirs(source: &Path) -> [PathBuf; 4] {
+    ["include", "src", "ggml/include", "ggml/src"].map(|dir| source.join(dir))
+}
+
+fn compile_shim(source: &Path) {
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .file("ffi/shim.cpp")
+        .includes(include_dirs(source))
+        // llama.cpp's own headers warn
+        .warnings(false)
+        .compile("gvote_shim");
+}
+
+fn generate_bindings(source: &Path) {
+    let headers = "#include \"shim.h\"\n#include \"ggml-alloc.h\"\n#include \"ggml-backend.h\"\n#include \"ggml-cpu.h\"\n";
+    let mut builder = bindgen::Builder::default()
+        .header_contents("llama-ggml-shim.h", headers)
+        .clang_arg("-Iffi")
+        .allowlist_item("(llama|ggml|gvote_shim|LLAMA|GGML)_.*")
+        .prepend_enum_name(false)
+        .layout_tests(false);
+    for dir in include_dirs(source) {
+        builder = builder.clang_arg(format!("-I{}", dir.display()));
+    }
+    // bindgen panics where libclang is missing, with a text that names no package
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| builder.generate()));
+    let bindings = match result {
+        Ok(Ok(bindings)) => bindings,
+        Ok(Err(error)) => fail(&format!("bindgen cannot read llama.cpp's headers: {error}")),
+        Err(_) => fail("libclang is missing; on Debian: apt-get install libclang-dev"),
+    };
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    bindings.write_to_file(out.join("bindings.rs")).expect("OUT_DIR can be written");
+}
+
+fn link(libraries: &Path) {
+    println!("cargo:rustc-link-search=native={}", libraries.display());
+    for lib in ["llama", "ggml", "ggml-cpu"] {
+        println!("cargo:rustc-link-lib=static={lib}");
+    }
+    for (_, _, lib, needs) in enabled_backends() {
+        println!("cargo:rustc-link-lib=static={lib}");
+        for need in *needs {
+            println!("cargo:rustc-link-lib={need}");
+        }
+    }
+    println!("cargo:rustc-link-lib=static=ggml-base");
+    if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "macos") {
+        println!("cargo:rustc-link-lib=c++");
+        for framework in ["Accelerate", "Foundation", "Metal", "MetalKit"] {
+            println!("cargo:rustc-link-lib=framework={framework}");
+        }
+    } else {
+        println!("cargo:rustc-link-lib=stdc++");
+        println!("cargo:rustc-link-lib=gomp");
+    }
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        let cuda = env::var("CUDA_PATH").unwrap_or_else(|_| "/usr/local/cuda".into());
+        println!("cargo:rustc-link-search=native={cuda}/lib64");
+        println!("cargo:rustc-link-search=native={cuda}/lib64/stubs");
+    }
+}
+
+/// The version in llama.cpp's own CMakeLists.txt.
+fn version_of(source: &Path) -> String {
+    let text = fs::read_to_string(source.join("CMakeLists.txt")).unwrap_or_default();
+    let part = |name: &str| {
+        let line = text.lines().find(|l| l.contains(&format!("set(LLAMA_VERSION_{name}")))?;
+        Some(line.split_whitespace().nth(1)?.trim_end_matches(')').to_owned())
+    };
+    match (part("MAJOR"), part("MINOR"), part("PATCH")) {
+        (Some(major), Some(minor), Some(patch)) => format!("{major}.{minor}.{patch}"),
+        _ => "unknown".into(),
+    }
+}
+
+fn which(program: &str) -> Option<PathBuf> {
+    if program.contains('/') {
+        return Path::new(program).is_file().then(|| program.into());
+    }
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
+}
+
+fn fail(message: &str) -> ! {
+    println!("cargo:warning={message}");
+    eprintln!("error: {message}");
+    std::process::exit(1);
+}

@@ -1,0 +1,246 @@
+#include "shim.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <memory>
+#include <typeinfo>
+
+struct gvote_shim_table {
+    llama_kv_cells cells;
+    // position of a cell that exists only to be removed again, -1 if none is needed: see gvote_shim_table_commit()
+    llama_pos sacrifice = -1;
+};
+
+namespace {
+
+// The cache that holds full attention, or NULL. Exact types only: a derived cache may keep more than K and V.
+llama_kv_cache * base_cache(llama_context * ctx) {
+    llama_memory_i * mem = llama_get_memory(ctx);
+    if (mem == nullptr) {
+        return nullptr;
+    }
+    if (typeid(*mem) == typeid(llama_kv_cache)) {
+        return static_cast<llama_kv_cache *>(mem);
+    }
+    if (typeid(*mem) == typeid(llama_kv_cache_iswa)) {
+        return static_cast<llama_kv_cache_iswa *>(mem)->get_base();
+    }
+    return nullptr;
+}
+
+// get_v() is the only way to the V storage; one cell of stream 0 is enough of a view to reach it.
+ggml_tensor * v_view(const llama_kv_cache & kv, ggml_context * meta, int32_t il) {
+    llama_kv_cache::slot_info slot;
+    slot.s0 = 0;
+    slot.s1 = 0;
+    return kv.get_v(meta, il, 1, slot);
+}
+
+using meta_ptr = std::unique_ptr<ggml_context, decltype(&ggml_free)>;
+
+meta_ptr new_meta() {
+    // room for one view; tensors are only described here, never allocated
+    return { ggml_init({ 4*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }), ggml_free };
+}
+
+bool is_v_trans(const ggml_tensor * view) {
+    return view->nb[1] > view->nb[2];
+}
+
+
+template <typename F>
+const char * guarded(F && f) {
+    try {
+        return f();
+    } catch (const std::bad_alloc &) {
+        return "out of memory";
+    } catch (...) {
+        return "llama.cpp raised an exception";
+    }
+}
+
+} // namespace
+
+const char * gvote_shim_cache_open(llama_context * ctx, llama_seq_id seq, gvote_shim_cache * out) {
+    return guarded([&]() -> const char * {
+        if (llama_get_memory(ctx) == nullptr) {
+            return "the model keeps no attention cache";
+        }
+        const llama_kv_cache * kv = base_cache(ctx);
+        if (kv == nullptr) {
+            return "the model's memory is recurrent, hybrid or of a layout that is not supported yet";
+        }
+        if (ctx->get_cparams().ctx_other != nullptr) {
+            return "the context shares its cache with another context";
+        }
+        const auto & hparams = ctx->get_model().hparams;
+        if (hparams.f_max_alibi_bias > 0.0f) {
+            return "the model uses ALiBi: its attention needs one position a cell for all heads";
+        }
+        if (hparams.is_mla()) {
+            return "the model uses multi-head latent attention: its cache has no V";
+        }
+        if (seq < 0 || (uint32_t) seq >= kv->get_n_seq_max()) {
+            return "no such sequence: raise n_seq_max";
+        }
+        const auto ids = kv->get_layer_ids();
+        if (ids.empty()) {
+            return "every layer of the model uses a sliding window";
+        }
+        if (kv->get_has_shift()) {
+            return "a shift of positions is pending: decode once first";
+        }
+
+        const auto meta = new_meta();
+        if (!meta) {
+            return "out of memory";
+        }
+        const llama_kv_cells & cells = kv->get_cells(seq);
+
+        out->n_cells     = cells.size();
+        out->n_layer     = ids.size();
+        out->stream      = kv->get_stream(seq);
+        out->v_trans     = is_v_trans(v_view(*kv, meta.get(), ids[0]));
+        out->has_window  = typeid(*llama_get_memory(ctx)) == typeid(llama_kv_cache_iswa);
+        out->offload_kqv = ctx->get_cparams().offload_kqv;
+        out->softcap     = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+        return nullptr;
+    });
+}
+
+const char * gvote_shim_cache_layers(llama_context * ctx, gvote_shim_layer * out) {
+    return guarded([&]() -> const char * {
+        const llama_kv_cache * kv = base_cache(ctx);
+        const auto & hparams = ctx->get_model().hparams;
+        for (const uint32_t il : kv->get_layer_ids()) {
+            const auto meta = new_meta();
+            if (!meta) {
+                return "out of memory";
+            }
+            out->il            = il;
+            out->n_head        = hparams.n_head(il);
+            out->n_head_kv     = hparams.n_head_kv(il);
+            out->n_embd_head_k = hparams.n_embd_head_k(il);
+            out->n_embd_head_v = hparams.n_embd_head_v(il);
+            out->k             = kv->get_k_storage(il);
+            out->v             = v_view(*kv, meta.get(), il)->view_src;
+            out++;
+        }
+        return nullptr;
+    });
+}
+
+uint32_t gvote_shim_cells(llama_context * ctx, llama_seq_id seq, gvote_shim_cell * out, uint32_t n_max) {
+    const llama_kv_cells & cells = base_cache(ctx)->get_cells(seq);
+    uint32_t n = 0;
+    for (const auto & [pos, i] : cells.seq_pos_get(seq)) {
+        if (n < n_max) {
+            out[n] = { i, pos, cells.seq_count(i) > 1 };
+        }
+        n++;
+    }
+    return n;
+}
+
+uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
+    const llama_kv_cells & cells = base_cache(ctx)->get_cells(seq);
+    return cells.size() - cells.get_used();
+}
+
+void gvote_shim_cells_pos(
+        llama_context * ctx, llama_seq_id seq, const uint32_t * index, uint32_t n, llama_pos * out) {
+    const llama_kv_cells & cells = base_cache(ctx)->get_cells(seq);
+    for (uint32_t j = 0; j < n; ++j) {
+        const uint32_t i = index[j];
+        const bool owned = i < cells.size() && !cells.is_empty(i) && cells.seq_has(i, seq);
+        out[j] = owned ? cells.pos_get(i) : -1;
+    }
+}
+
+const char * gvote_shim_table_new(
+        llama_context     * ctx,
+        llama_seq_id        seq,
+        const uint32_t    * index,
+        const llama_pos   * pos,
+        uint32_t            n,
+        gvote_shim_table ** out) {
+    return guarded([&]() -> const char * {
+        const llama_kv_cells & now = base_cache(ctx)->get_cells(seq);
+
+        auto table = std::make_unique<gvote_shim_table>();
+        llama_kv_cells & next = table->cells;
+        next.resize(now.size());
+
+        for (uint32_t i = 0; i < now.size(); ++i) {
+            if (now.is_empty(i) || now.seq_has(i, seq)) {
+                continue;
+            }
+            next.pos_set(i, now.pos_get(i));
+            next.ext_set(i, now.ext_get(i));
+            for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+                if (now.seq_has(i, s)) {
+                    next.seq_add(i, s);
+                }
+            }
+        }
+
+        // what a cell remembers of its token belongs to the position, not to the slot
+        const auto & by_pos = now.seq_pos_get(seq);
+        for (uint32_t j = 0; j < n; ++j) {
+            const uint32_t i = index[j];
+            if (i >= now.size() || now.is_empty(i) || !now.seq_has(i, seq) || now.seq_count(i) != 1) {
+                return "a cell to keep does not belong to the sequence alone";
+            }
+            if (!next.is_empty(i)) {
+                return "a cell is kept twice";
+            }
+            const auto old = by_pos.lower_bound({ pos[j], 0 });
+            if (old == by_pos.end() || old->first != pos[j]) {
+                return "a position to keep is not in the cache";
+            }
+            next.pos_set(i, pos[j]);
+            next.ext_set(i, now.ext_get(old->second));
+            next.seq_add(i, seq);
+        }
+
+        if (next.get_used() < now.get_used()) {
+            for (uint32_t i = 0; i < next.size(); ++i) {
+                if (next.is_empty(i)) {
+                    table->sacrifice = now.seq_pos_max(seq) + 1;
+                    next.pos_set(i, table->sacrifice);
+                    next.seq_add(i, seq);
+                    break;
+                }
+            }
+        }
+
+        *out = table.release();
+        return nullptr;
+    });
+}
+
+void gvote_shim_table_free(gvote_shim_table * table) {
+    delete table;
+}
+
+void gvote_shim_table_commit(llama_context * ctx, llama_seq_id seq, gvote_shim_table * table) {
+    llama_kv_cache * kv = base_cache(ctx);
+    // The cache hands its cells out read-only; the object itself is not const.
+    const_cast<llama_kv_cells &>(kv->get_cells(seq)) = std::move(table->cells);
+    if (table->sacrifice >= 0) {
+        // The head, where the search for free cells begins, is private: removing a cell moves it back.
+        kv->seq_rm(seq, table->sacrifice, -1);
+    }
+    delete table;
+}
+
+void gvote_shim_set_eval_callback(llama_context * ctx, ggml_backend_sched_eval_callback cb, void * user_data) {
+    // The context installs its own copy whenever it builds a graph, the scheduler holds the one for reused graphs.
+    auto & cparams = const_cast<llama_cparams &>(ctx->get_cparams());
+    cparams.cb_eval           = cb;
+    cparams.cb_eval_user_data = user_data;
+    ggml_backend_sched_set_eval_callback(ctx->get_sched(), cb, user_data);
+}

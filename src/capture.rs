@@ -1,0 +1,935 @@
+//! What the prompt's forward pass tells: hidden-state statistics, the observation window's queries, and the probe pass.
+//!
+//! llama.cpp's eval callback sees every node of the graph. Of each layer that stores K and V in the cache we read
+//! - `attn_norm-<il>` `[n_embd, n_tokens]`: the hidden state that enters attention. Its mean and variance per channel
+//!   over the prompt are kept, streaming over ubatches (Chan, Golub & LeVeque 1979);
+//! - q at the attention op `[n_embd_head_k, n_tokens, n_head]`, rotated just as the cached K is: those of the newest
+//!   `window` positions are kept as f16, what ggml makes of them anyway before it multiplies with an f16 cache.
+//!
+//! The **probe pass** turns sampled hidden states into queries with the model's own weights: dummy tokens are decoded in
+//! an empty scratch sequence at the next positions, their `attn_norm` is overwritten, and q is read at the attention op.
+//! Biases, q-norms, RoPE and rotation all happen where they always do. Of llama.cpp's graph only the nodes between
+//! `attn_norm` and q are needed (a tenth of a layer's weights and none of its attention), so where they live in host
+//! memory we compute just those, in place, before llama.cpp computes anything, and end the graph; elsewhere the graph
+//! runs as it is.
+//!
+//! The callback is installed only around the decode calls that need it; a decoding step never meets it.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use half::f16;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+use crate::cache::{self, Layout};
+use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
+use crate::sys;
+
+/// What can go wrong while reading the forward pass.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    #[error("the model's graph has no `attn_norm` for layer {0}: this architecture is not supported yet")]
+    NoHidden(i32),
+    #[error("the model's attention uses {0}, which is not supported yet")]
+    Attention(&'static str),
+    #[error("the graph node {0} has an unexpected shape or type: this architecture is not supported yet")]
+    Shape(String),
+    #[error("nothing was captured: decode a prompt with the capture on before compressing")]
+    Empty,
+    #[error("the probe needs a second sequence: make the context with n_seq_max of at least 2")]
+    NoScratch,
+    #[error("the probe needs {needed} free cells and the cache has {free}: raise -c, or lower --samples")]
+    NoCells { needed: usize, free: usize },
+    #[error("out of memory in the probe")]
+    Memory,
+    #[error("internal error in the eval callback: {0}")]
+    Panic(String),
+    #[error(transparent)]
+    Llama(#[from] LlamaError),
+}
+
+/// How a layer turns q·k into the argument of softmax: `post * tanh(pre * q·k)` with a softcap, else `post * q·k`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LogitScale {
+    pub pre: f32,
+    pub post: f32,
+    pub softcap: bool,
+}
+
+impl Default for LogitScale {
+    fn default() -> Self {
+        Self {
+            pre: 1.0,
+            post: 1.0,
+            softcap: false,
+        }
+    }
+}
+
+/// Mean and variance of each channel, streaming.
+#[derive(Clone, Default)]
+struct Moments {
+    count: f64,
+    mean: Vec<f64>,
+    m2: Vec<f64>,
+}
+
+impl Moments {
+    /// Merges the rows of a block `[n_row][n_embd]`.
+    fn merge<'a>(&mut self, n_embd: usize, rows: impl Iterator<Item = &'a [f32]> + Clone) {
+        let count = rows.clone().count() as f64;
+        if count == 0.0 {
+            return;
+        }
+        // Two passes over a block that is in the CPU's cache, in f32; only the merge of blocks needs f64.
+        let mut mean = vec![0f32; n_embd];
+        for row in rows.clone() {
+            for (m, x) in mean.iter_mut().zip(row) {
+                *m += x;
+            }
+        }
+        for m in &mut mean {
+            *m /= count as f32;
+        }
+        let mut m2 = vec![0f32; n_embd];
+        for row in rows {
+            for ((s, x), m) in m2.iter_mut().zip(row).zip(&mean) {
+                let d = x - m;
+                *s += d * d;
+            }
+        }
+        if self.mean.is_empty() {
+            self.mean = vec![0.0; n_embd];
+            self.m2 = vec![0.0; n_embd];
+        }
+        let total = self.count + count;
+        for c in 0..n_embd {
+            let delta = f64::from(mean[c]) - self.mean[c];
+            self.mean[c] += delta * count / total;
+            self.m2[c] += f64::from(m2[c]) + delta * delta * self.count * count / total;
+        }
+        self.count = total;
+    }
+}
+
+struct LayerCapture {
+    il: i32,
+    k: *const sys::ggml_tensor,
+    /// Floats of one token's queries: `n_head * n_embd_head_k`.
+    n_q: usize,
+    n_head: usize,
+    moments: Moments,
+    /// `[window][n_q]`; position p lives in slot p mod window.
+    window_q: Vec<f16>,
+    window_pos: Vec<Pos>,
+    scale: LogitScale,
+}
+
+enum Mode {
+    /// Collect statistics and the window's queries of a sequence.
+    Prompt(SeqId),
+    /// Overwrite hidden states by samples and collect the queries they become.
+    Probe(Probe),
+}
+
+struct Probe {
+    seed: u64,
+    /// Tokens of earlier ubatches.
+    done: usize,
+    /// Tokens of the ubatch in work.
+    n_tokens: usize,
+    /// `[layer][sample][n_q]`
+    queries: Vec<Vec<f16>>,
+    scratch: Vec<f32>,
+    path: PathBackend,
+    /// Set when the last query has been read.
+    end_graph: *const AtomicBool,
+}
+
+/// A CPU back end for the nodes that lead from a hidden state to its query.
+struct PathBackend(sys::ggml_backend_t);
+
+impl PathBackend {
+    fn new(n_threads: usize) -> Result<Self, CaptureError> {
+        // SAFETY: checked below; freed in drop.
+        unsafe {
+            let backend = sys::ggml_backend_cpu_init();
+            if backend.is_null() {
+                return Err(CaptureError::Memory);
+            }
+            sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
+            Ok(Self(backend))
+        }
+    }
+
+    /// Computes `nodes`, which are allocated and in order, with all they need computed before.
+    fn compute(&self, nodes: &[*mut sys::ggml_tensor]) -> Result<(), CaptureError> {
+        // SAFETY: the graph context describes existing tensors only and is freed here.
+        unsafe {
+            let ctx = sys::ggml_init(sys::ggml_init_params {
+                mem_size: sys::ggml_graph_overhead_custom(MAX_PATH, false) + sys::ggml_tensor_overhead(),
+                mem_buffer: std::ptr::null_mut(),
+                no_alloc: true,
+            });
+            if ctx.is_null() {
+                return Err(CaptureError::Memory);
+            }
+            let graph = sys::ggml_new_graph_custom(ctx, MAX_PATH, false);
+            for node in nodes {
+                sys::ggml_graph_add_node(graph, *node);
+            }
+            let status = sys::ggml_backend_graph_compute(self.0, graph);
+            sys::ggml_free(ctx);
+            if status == sys::GGML_STATUS_SUCCESS { Ok(()) } else { Err(CaptureError::Memory) }
+        }
+    }
+}
+
+impl Drop for PathBackend {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, freed once.
+        unsafe { sys::ggml_backend_free(self.0) };
+    }
+}
+
+/// Most nodes between a hidden state and its query; the architectures of the pinned llama.cpp have about ten.
+const MAX_PATH: usize = 64;
+
+
+/// Queries of one layer. `[n_query][n_head][n_embd_head_k]`
+#[derive(Clone, Debug, Default)]
+pub struct Queries {
+    pub data: Vec<f16>,
+    pub pos: Vec<Pos>,
+}
+
+struct Inner {
+    ctx: *mut sys::llama_context,
+    layout: Layout,
+    n_embd: usize,
+    window: usize,
+    /// First positions left out of the statistics: attention sinks have hidden states like no other token.
+    skip: usize,
+    layers: Vec<LayerCapture>,
+    by_il: HashMap<i32, usize>,
+    by_tensor: HashMap<*const sys::ggml_tensor, usize>,
+    mode: Mode,
+    /// Position of each token of the ubatch in work (-1: another sequence); unknown until K is stored.
+    rows: Option<Vec<Pos>>,
+    /// The first layer's hidden states, held back until the rows are known. `[n_tokens][n_embd]`
+    pending: Vec<f32>,
+    scratch: Vec<u8>,
+    error: Option<CaptureError>,
+}
+
+/// Reads what the forward passes of one sequence tell. One per sequence.
+pub struct Capture {
+    // boxed: the callback keeps its address
+    inner: Box<Inner>,
+}
+
+// SAFETY: raw pointers are followed only inside `during`, which holds the context.
+unsafe impl Send for Capture {}
+
+impl Capture {
+    /// A capture for the cache that `layout` describes. `window`: newest queries to keep; `skip`: first positions that
+    /// stay out of the statistics.
+    pub fn new(ctx: &Context, layout: &Layout, window: usize, skip: usize) -> Self {
+        let layers: Vec<_> = layout
+            .layers
+            .iter()
+            .map(|l| {
+                let n_q = (l.n_head * l.n_embd_head_k) as usize;
+                LayerCapture {
+                    il: l.il,
+                    k: l.k,
+                    n_q,
+                    n_head: l.n_head as usize,
+                    moments: Moments::default(),
+                    window_q: vec![f16::ZERO; window * n_q],
+                    window_pos: vec![-1; window],
+                    scale: LogitScale::default(),
+                }
+            })
+            .collect();
+        Self {
+            inner: Box::new(Inner {
+                ctx: ctx.as_ptr(),
+                layout: layout.clone(),
+                n_embd: ctx.model().n_embd(),
+                window,
+                skip,
+                by_il: layers.iter().enumerate().map(|(i, l)| (l.il, i)).collect(),
+                by_tensor: layers.iter().enumerate().map(|(i, l)| (l.k, i)).collect(),
+                layers,
+                mode: Mode::Prompt(0),
+                rows: None,
+                pending: Vec::new(),
+                scratch: Vec::new(),
+                error: None,
+            }),
+        }
+    }
+
+    /// Forgets everything captured.
+    pub fn reset(&mut self) {
+        for layer in &mut self.inner.layers {
+            layer.moments = Moments::default();
+            layer.window_pos.fill(-1);
+        }
+    }
+
+    /// Forgets the queries of positions from `p0` on: they were removed from the cache.
+    pub fn forget_from(&mut self, p0: Pos) {
+        for layer in &mut self.inner.layers {
+            for pos in layer.window_pos.iter_mut().filter(|p| **p >= p0) {
+                *pos = -1;
+            }
+        }
+    }
+
+    /// Decodes a batch with the capture on, collecting what belongs to `seq`.
+    ///
+    /// # Errors
+    /// What decoding fails with, or [`CaptureError`] when the graph is not one we know.
+    pub fn decode(
+        &mut self,
+        ctx: &mut Context,
+        seq: SeqId,
+        batch: &Batch,
+    ) -> Result<(), CaptureError> {
+        self.inner.mode = Mode::Prompt(seq);
+        self.during(ctx, |ctx| ctx.decode(batch))
+    }
+
+    /// The probe pass: `n` synthetic queries of every layer, at the positions that follow `pos`, leaving the cache as it
+    /// was. The samples depend on `seed`, layer and index only, not on how the batch is split.
+    ///
+    /// # Errors
+    /// [`CaptureError::NoScratch`], [`CaptureError::NoCells`], [`CaptureError::Empty`]; whatever decoding fails with.
+    pub fn probe(
+        &mut self,
+        ctx: &mut Context,
+        pos: Pos,
+        n: usize,
+        seed: u64,
+    ) -> Result<Vec<Queries>, CaptureError> {
+        let scratch = ctx.n_seq_max() as SeqId - 1;
+        if scratch < 1 {
+            return Err(CaptureError::NoScratch);
+        }
+        let free = cache::cells_free(ctx, scratch);
+        if free < n {
+            return Err(CaptureError::NoCells { needed: n, free });
+        }
+        if self.inner.layers.iter().any(|l| l.moments.count < 1.0) {
+            return Err(CaptureError::Empty);
+        }
+
+        self.inner.mode = Mode::Probe(Probe {
+            seed,
+            done: 0,
+            n_tokens: 0,
+            queries: self.inner.layers.iter().map(|l| vec![f16::ZERO; n * l.n_q]).collect(),
+            scratch: Vec::new(),
+            path: PathBackend::new(ctx.n_threads_batch())?,
+            end_graph: ctx.end_graph(),
+        });
+        // one ubatch a call: ending a graph ends the whole batch
+        let chunk = ctx.n_batch().min(ctx.n_ubatch());
+        let result = self.during(ctx, |ctx| {
+            let mut batch = Batch::new(chunk.min(n));
+            for start in (0..n).step_by(chunk) {
+                batch.clear();
+                for i in start..n.min(start + chunk) {
+                    // the token does not matter: its hidden state is overwritten in every layer
+                    batch.add(0, pos + 1 + i as Pos, scratch, false)?;
+                }
+                match ctx.decode(&batch) {
+                    Ok(()) | Err(LlamaError::Ended) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(())
+        });
+        ctx.remove(scratch, -1, -1);
+        let mode = std::mem::replace(&mut self.inner.mode, Mode::Prompt(0));
+        result?;
+        let Mode::Probe(probe) = mode else {
+            return Err(CaptureError::Empty);
+        };
+        Ok(probe
+            .queries
+            .into_iter()
+            .map(|data| Queries {
+                data,
+                pos: (1..=n as Pos).map(|i| pos + i).collect(),
+            })
+            .collect())
+    }
+
+    /// The queries of the observation window that ends at `pos_last`, oldest first, in the i-th layer of the cache; the last
+    /// one is the current query.
+    ///
+    /// # Errors
+    /// [`CaptureError::Empty`] when the query at `pos_last` was not captured.
+    pub fn window(&self, layer: usize, pos_last: Pos) -> Result<Queries, CaptureError> {
+        let layer = &self.inner.layers[layer];
+        let window = self.inner.window;
+        let mut out = Queries::default();
+        for pos in (pos_last - window as Pos + 1).max(0)..=pos_last {
+            let slot = pos as usize % window;
+            if layer.window_pos[slot] == pos {
+                out.data.extend_from_slice(&layer.window_q[slot * layer.n_q..][..layer.n_q]);
+                out.pos.push(pos);
+            }
+        }
+        if out.pos.last() == Some(&pos_last) { Ok(out) } else { Err(CaptureError::Empty) }
+    }
+
+    /// How the i-th layer of the cache scales its attention logits.
+    pub fn logit_scale(&self, layer: usize) -> LogitScale {
+        self.inner.layers[layer].scale
+    }
+
+    /// Mean and variance per channel of the hidden state that enters attention in the i-th layer of the cache.
+    pub fn statistics(&self, layer: usize) -> (Vec<f64>, Vec<f64>) {
+        let m = &self.inner.layers[layer].moments;
+        (m.mean.clone(), m.m2.iter().map(|s| s / m.count.max(1.0)).collect())
+    }
+
+    /// The hidden state that the probe uses as sample `index` in the i-th layer of the cache. `[n_embd]`
+    pub fn sample(&self, layer: usize, index: usize, seed: u64) -> Vec<f32> {
+        let mut out = vec![0.0; self.inner.n_embd];
+        self.inner.sample(layer, index, seed, &mut out);
+        out
+    }
+
+    /// What was captured, as bytes: per layer the moments and the window's queries.
+    pub fn save(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        for layer in &self.inner.layers {
+            let n = layer.moments.mean.len() as u64;
+            out.extend_from_slice(&n.to_le_bytes());
+            out.extend_from_slice(&layer.moments.count.to_le_bytes());
+            for x in layer.moments.mean.iter().chain(&layer.moments.m2) {
+                out.extend_from_slice(&x.to_le_bytes());
+            }
+            for pos in &layer.window_pos {
+                out.extend_from_slice(&pos.to_le_bytes());
+            }
+            for x in &layer.window_q {
+                out.extend_from_slice(&x.to_le_bytes());
+            }
+            for x in [layer.scale.pre, layer.scale.post, f32::from(u8::from(layer.scale.softcap))] {
+                out.extend_from_slice(&x.to_le_bytes());
+            }
+        }
+        out
+    }
+
+    /// A capture like this one that holds what [`Self::save`] wrote; `None` if the bytes do not fit.
+    pub fn restored(&self, data: &[u8]) -> Option<Self> {
+        fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+            let (head, tail) = rest.split_first_chunk()?;
+            *rest = tail;
+            Some(*head)
+        }
+        let old = &*self.inner;
+        let mut rest = data;
+        let mut layers = Vec::with_capacity(old.layers.len());
+        for layer in &old.layers {
+            let n = usize::try_from(u64::from_le_bytes(take(&mut rest)?)).ok()?;
+            if n != 0 && n != old.n_embd {
+                return None;
+            }
+            let count = f64::from_le_bytes(take(&mut rest)?);
+            let mut floats = |n: usize| -> Option<Vec<f64>> {
+                (0..n).map(|_| Some(f64::from_le_bytes(take(&mut rest)?))).collect()
+            };
+            let (mean, m2) = (floats(n)?, floats(n)?);
+            let mut window_pos = Vec::with_capacity(old.window);
+            for _ in 0..old.window {
+                window_pos.push(Pos::from_le_bytes(take(&mut rest)?));
+            }
+            let mut window_q = Vec::with_capacity(layer.window_q.len());
+            for _ in 0..layer.window_q.len() {
+                window_q.push(f16::from_le_bytes(take(&mut rest)?));
+            }
+            let [pre, post, softcap] =
+                [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(f32::from_le_bytes);
+            layers.push(LayerCapture {
+                moments: Moments { count, mean, m2 },
+                window_q,
+                window_pos,
+                scale: LogitScale {
+                    pre,
+                    post,
+                    softcap: softcap != 0.0,
+                },
+                ..*layer
+            });
+        }
+        rest.is_empty().then(|| Self {
+            inner: Box::new(Inner {
+                ctx: old.ctx,
+                layout: old.layout.clone(),
+                n_embd: old.n_embd,
+                window: old.window,
+                skip: old.skip,
+                layers,
+                by_il: old.by_il.clone(),
+                by_tensor: old.by_tensor.clone(),
+                mode: Mode::Prompt(0),
+                rows: None,
+                pending: Vec::new(),
+                scratch: Vec::new(),
+                error: None,
+            }),
+        })
+    }
+
+    fn during<T>(
+        &mut self,
+        ctx: &mut Context,
+        f: impl FnOnce(&mut Context) -> Result<T, LlamaError>,
+    ) -> Result<T, CaptureError> {
+        debug_assert_eq!(self.inner.ctx, ctx.as_ptr());
+        self.inner.error = None;
+        let data: *mut Inner = &raw mut *self.inner;
+        // SAFETY: `inner` is boxed, outlives the call, and is not touched by us while `f` runs.
+        unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(on_eval), data.cast()) };
+        let result = f(ctx);
+        // SAFETY: valid context.
+        unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), None, std::ptr::null_mut()) };
+        match self.inner.error.take() {
+            Some(error) => Err(error),
+            None => Ok(result?),
+        }
+    }
+}
+
+unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_void) -> bool {
+    // SAFETY: `data` is the boxed Inner that `during` installed; ggml calls from one thread at a time.
+    let inner = unsafe { &mut *data.cast::<Inner>() };
+    if inner.error.is_some() {
+        // The result is already lost; let the graph run to its end undisturbed.
+        return !ask;
+    }
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        // SAFETY: ggml passes a node of the graph in work, computed if `ask` is false.
+        let node = unsafe { Node::new(t) };
+        if ask { inner.ask(&node) } else { inner.read(&node) }
+    }));
+    match outcome {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => {
+            inner.error = Some(error);
+            !ask
+        }
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map_or("panic", |s| s);
+            inner.error = Some(CaptureError::Panic(text.into()));
+            !ask
+        }
+    }
+}
+
+/// The attention op of a layer, by its operands.
+struct Attention<'a> {
+    q: Node<'a>,
+    layer: usize,
+}
+
+/// The nodes between a layer's hidden state and its queries, in order of computation.
+struct Path<'a> {
+    il: i32,
+    hidden: Option<Node<'a>>,
+    nodes: Vec<*mut sys::ggml_tensor>,
+}
+
+impl<'a> Path<'a> {
+    fn collect(&mut self, node: Node<'a>) -> Result<(), CaptureError> {
+        let ptr = std::ptr::from_ref(node.0).cast_mut();
+        if node.0.op == sys::GGML_OP_NONE || self.nodes.contains(&ptr) {
+            return Ok(());
+        }
+        if node.layer_after("attn_norm") == Some(self.il) {
+            self.hidden = Some(node);
+            return Ok(());
+        }
+        for src in (0..node.0.src.len()).filter_map(|i| node.src(i)) {
+            self.collect(src)?;
+        }
+        if self.nodes.len() == MAX_PATH {
+            return Err(CaptureError::NoHidden(self.il));
+        }
+        self.nodes.push(ptr);
+        Ok(())
+    }
+}
+
+/// A node of the graph that llama.cpp is computing.
+#[derive(Clone, Copy)]
+struct Node<'a>(&'a sys::ggml_tensor);
+
+impl<'a> Node<'a> {
+    /// # Safety
+    /// `t` is a valid tensor for `'a`.
+    unsafe fn new(t: *const sys::ggml_tensor) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { &*t })
+    }
+
+    fn name(&self) -> &'a CStr {
+        CStr::from_bytes_until_nul(
+            // SAFETY: c_char and u8 have the same layout; the array lives in the tensor.
+            unsafe { &*(std::ptr::from_ref(&self.0.name[..]) as *const [u8]) },
+        )
+        .unwrap_or_default()
+    }
+
+    /// The layer in a name like `attn_norm-7`.
+    fn layer_after(&self, prefix: &str) -> Option<i32> {
+        let name = self.name().to_str().ok()?;
+        name.strip_prefix(prefix)?.strip_prefix('-')?.parse().ok()
+    }
+
+    fn src(&self, i: usize) -> Option<Node<'a>> {
+        // SAFETY: a node's sources live as long as the graph.
+        unsafe { self.0.src[i].as_ref().map(Node) }
+    }
+
+    /// The tensor that owns the memory this node looks at.
+    fn storage(&self) -> *const sys::ggml_tensor {
+        let mut t = self.0;
+        // SAFETY: view sources live as long as their views.
+        while let Some(src) = unsafe { t.view_src.as_ref() } {
+            t = src;
+        }
+        t
+    }
+
+    fn param(&self, i: usize) -> f32 {
+        f32::from_bits(self.0.op_params[i].cast_unsigned())
+    }
+
+    fn is_in_host_memory(&self) -> bool {
+        // SAFETY: views keep their source's buffer; ggml answers false for a tensor without one.
+        unsafe {
+            let buffer = self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer);
+            !buffer.is_null() && sys::ggml_backend_buffer_is_host(buffer)
+        }
+    }
+
+    fn shape_error(&self) -> CaptureError {
+        CaptureError::Shape(self.name().to_string_lossy().into_owned())
+    }
+
+    /// The bytes `offset..offset + out.len()` of the tensor, from wherever it lives.
+    fn get(&self, offset: usize, out: &mut [u8]) {
+        // SAFETY: callers stay inside the tensor (ggml checks it again).
+        unsafe {
+            sys::ggml_backend_tensor_get(self.0, out.as_mut_ptr().cast(), offset, out.len());
+        }
+    }
+
+    /// All floats of a contiguous f32 tensor: in place if it lives in host memory, else copied to `scratch`.
+    fn floats<'b>(&self, scratch: &'b mut Vec<u8>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        // SAFETY: ggml allocates tensors aligned for their type and a computed node has data.
+        unsafe {
+            let n = sys::ggml_nelements(self.0) as usize;
+            if self.is_in_host_memory() {
+                return std::slice::from_raw_parts(self.0.data.cast(), n);
+            }
+            // a little more, so that the floats can start at an aligned byte
+            scratch.resize((n + 1) * size_of::<f32>(), 0);
+            let start = scratch.as_ptr().align_offset(align_of::<f32>());
+            self.get(0, &mut scratch[start..start + n * size_of::<f32>()]);
+            std::slice::from_raw_parts(scratch[start..].as_ptr().cast(), n)
+        }
+    }
+}
+
+impl Inner {
+    /// Called before a node is computed; true: we want to see it afterwards.
+    fn ask(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        match node.0.op {
+            sys::GGML_OP_SET_ROWS => {
+                self.note_rows(node)?;
+                Ok(false)
+            }
+            sys::GGML_OP_SOFT_MAX => {
+                self.note_scale(node)?;
+                Ok(false)
+            }
+            sys::GGML_OP_FLASH_ATTN_EXT | sys::GGML_OP_MUL_MAT => {
+                let Some(attention) = self.attention(node) else {
+                    return Ok(false);
+                };
+                if node.0.op == sys::GGML_OP_FLASH_ATTN_EXT {
+                    self.note_flash_scale(node, attention.layer)?;
+                }
+                if matches!(self.mode, Mode::Probe(_)) && attention.q.is_in_host_memory() {
+                    self.take_path(&attention)?;
+                    return Ok(false);
+                }
+                Ok(self.wants_queries())
+            }
+            sys::GGML_OP_MUL | sys::GGML_OP_ADD | sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => {
+                let by_path = matches!(self.mode, Mode::Probe(_)) && node.is_in_host_memory();
+                Ok(!by_path && self.hidden_layer(node).is_some())
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Called after a node we asked for; false ends the graph.
+    fn read(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        if let Some(layer) = self.hidden_layer(node) {
+            self.on_hidden(node, layer)?;
+        } else if let Some(attention) = self.attention(node) {
+            self.on_queries(&attention)?;
+            // Nobody wants the logits of a probe: what follows the last attention need not run.
+            let is_probe = matches!(self.mode, Mode::Probe(_));
+            return Ok(!(is_probe && attention.layer + 1 == self.layers.len()));
+        }
+        Ok(true)
+    }
+
+    fn hidden_layer(&self, node: &Node) -> Option<usize> {
+        self.by_il.get(&node.layer_after("attn_norm")?).copied()
+    }
+
+    fn attention<'a>(&self, node: &Node<'a>) -> Option<Attention<'a>> {
+        let (k, q) = match node.0.op {
+            sys::GGML_OP_FLASH_ATTN_EXT => (node.src(1)?, node.src(0)?),
+            sys::GGML_OP_MUL_MAT if node.name().to_bytes().starts_with(b"kq-") => {
+                (node.src(0)?, node.src(1)?)
+            }
+            _ => return None,
+        };
+        let layer = *self.by_tensor.get(&k.storage())?;
+        Some(Attention { q, layer })
+    }
+
+    /// Whether the ubatch holds tokens whose queries are of use.
+    fn wants_queries(&self) -> bool {
+        match (&self.mode, &self.rows) {
+            (Mode::Probe(_), _) => true,
+            (Mode::Prompt(_), Some(rows)) => rows.iter().any(|p| *p >= 0),
+            (Mode::Prompt(_), None) => false,
+        }
+    }
+
+    /// Turns the samples of a layer into queries before llama.cpp computes anything.
+    fn take_path(&mut self, attention: &Attention) -> Result<(), CaptureError> {
+        let il = self.layers[attention.layer].il;
+        let mut path = Path { il, hidden: None, nodes: Vec::new() };
+        path.collect(attention.q)?;
+        let hidden = path.hidden.ok_or(CaptureError::NoHidden(il))?;
+        self.on_hidden(&hidden, attention.layer)?;
+        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
+        probe.path.compute(&path.nodes)?;
+        self.on_queries(attention)?;
+        if let Mode::Probe(probe) = &self.mode
+            && attention.layer + 1 == self.layers.len()
+        {
+            // SAFETY: the flag belongs to the context that is decoding.
+            unsafe { (*probe.end_graph).store(true, Ordering::Relaxed) };
+        }
+        Ok(())
+    }
+
+    /// K is about to be stored: the row indices say which cells, and so which positions, the ubatch's tokens have.
+    fn note_rows(&mut self, node: &Node) -> Result<(), CaptureError> {
+        let Mode::Prompt(seq) = self.mode else {
+            return Ok(());
+        };
+        // SET_ROWS keeps the destination in src[2]; its result is a view of it
+        if self.rows.is_some() || !self.by_tensor.contains_key(&node.storage()) {
+            return Ok(());
+        }
+        let idxs = node.src(1).ok_or_else(|| node.shape_error())?;
+        if idxs.0.type_ != sys::GGML_TYPE_I64 {
+            return Err(idxs.shape_error());
+        }
+        let n = idxs.0.ne[0] as usize;
+        let mut bytes = vec![0u8; n * size_of::<i64>()];
+        idxs.get(0, &mut bytes);
+        let first = i64::from(self.layout.info.stream) * i64::from(self.layout.info.n_cells);
+        let cells: Vec<u32> = bytes
+            .chunks_exact(size_of::<i64>())
+            .map(|b| i64::from_le_bytes(b.try_into().expect("chunks of eight")) - first)
+            .map(|i| u32::try_from(i).unwrap_or(u32::MAX))
+            .collect();
+        let mut pos = vec![-1; n];
+        // SAFETY: both arrays have n entries; the cache was accepted by the shim.
+        unsafe {
+            sys::gvote_shim_cells_pos(self.ctx, seq, cells.as_ptr(), n as u32, pos.as_mut_ptr());
+        }
+        self.rows = Some(pos);
+        let pending = std::mem::take(&mut self.pending);
+        self.add_moments(0, &pending);
+        self.pending = pending;
+        Ok(())
+    }
+
+    fn note_flash_scale(&mut self, node: &Node, layer: usize) -> Result<(), CaptureError> {
+        if node.src(4).is_some() {
+            return Err(CaptureError::Attention("learned attention sinks"));
+        }
+        let (scale, softcap) = (node.param(0), node.param(2));
+        self.layers[layer].scale = if softcap > 0.0 {
+            LogitScale { pre: scale / softcap, post: softcap, softcap: true }
+        } else {
+            LogitScale { pre: 1.0, post: scale, softcap: false }
+        };
+        Ok(())
+    }
+
+    fn note_scale(&mut self, node: &Node) -> Result<(), CaptureError> {
+        let Some(&layer) = node.layer_after("kq_soft_max").and_then(|il| self.by_il.get(&il)) else {
+            return Ok(());
+        };
+        if node.src(2).is_some() {
+            return Err(CaptureError::Attention("learned attention sinks"));
+        }
+        let (scale, softcap) = (node.param(0), self.layout.info.softcap);
+        // without flash attention llama.cpp caps the bare product and scales afterwards
+        self.layers[layer].scale = if softcap > 0.0 {
+            LogitScale { pre: 1.0 / softcap, post: softcap * scale, softcap: true }
+        } else {
+            LogitScale { pre: 1.0, post: scale, softcap: false }
+        };
+        Ok(())
+    }
+
+    fn on_hidden(&mut self, node: &Node, layer: usize) -> Result<(), CaptureError> {
+        let [n_embd, n_tokens, ..] = node.0.ne;
+        // SAFETY: plain query of a valid tensor.
+        let contiguous = unsafe { sys::ggml_is_contiguous(node.0) };
+        if node.0.type_ != sys::GGML_TYPE_F32 || n_embd as usize != self.n_embd || !contiguous {
+            return Err(node.shape_error());
+        }
+        let n_tokens = n_tokens as usize;
+        if let Mode::Probe(_) = self.mode {
+            self.inject(node, layer, n_tokens);
+            return Ok(());
+        }
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let data = node.floats(&mut scratch);
+        if layer == 0 {
+            self.rows = None;
+            self.pending.clear();
+            self.pending.extend_from_slice(data);
+        } else {
+            self.add_moments(layer, data);
+        }
+        self.scratch = scratch;
+        Ok(())
+    }
+
+    fn add_moments(&mut self, layer: usize, data: &[f32]) {
+        let Some(rows) = &self.rows else { return };
+        let skip = self.skip as Pos;
+        let kept = data
+            .chunks_exact(self.n_embd)
+            .zip(rows)
+            .filter(|(_, pos)| **pos >= skip)
+            .map(|(row, _)| row);
+        self.layers[layer].moments.merge(self.n_embd, kept);
+    }
+
+    fn inject(&mut self, node: &Node, layer: usize, n_tokens: usize) {
+        let Mode::Probe(probe) = &mut self.mode else { return };
+        if layer == 0 {
+            probe.done += probe.n_tokens;
+            probe.n_tokens = n_tokens;
+        }
+        let (first, seed) = (probe.done, probe.seed);
+        let mut scratch = std::mem::take(&mut probe.scratch);
+        scratch.resize(n_tokens * self.n_embd, 0.0);
+        for (i, out) in scratch.chunks_exact_mut(self.n_embd).enumerate() {
+            self.sample(layer, first + i, seed, out);
+        }
+        // SAFETY: the tensor holds n_tokens * n_embd contiguous floats, as on_hidden checked.
+        unsafe {
+            sys::ggml_backend_tensor_set(
+                std::ptr::from_ref(node.0).cast_mut(),
+                scratch.as_ptr().cast(),
+                0,
+                scratch.len() * size_of::<f32>(),
+            );
+        }
+        if let Mode::Probe(probe) = &mut self.mode {
+            probe.scratch = scratch;
+        }
+    }
+
+    fn sample(&self, layer: usize, index: usize, seed: u64, out: &mut [f32]) {
+        let moments = &self.layers[layer].moments;
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(((layer as u64) << 32) | index as u64);
+        for (c, x) in out.iter_mut().enumerate() {
+            let z: f64 = StandardNormal.sample(&mut rng);
+            let sd = (moments.m2[c] / moments.count).sqrt();
+            *x = (moments.mean[c] + sd * z) as f32;
+        }
+    }
+
+    fn on_queries(&mut self, attention: &Attention) -> Result<(), CaptureError> {
+        let (q, layer) = (attention.q, attention.layer);
+        let n_q = self.layers[layer].n_q;
+        let n_head = self.layers[layer].n_head;
+        let head_size = n_q / n_head;
+        let [d, n_tok, heads, n_stream] = q.0.ne;
+        if q.0.type_ != sys::GGML_TYPE_F32
+            || d as usize != head_size
+            || heads as usize != n_head
+            || q.0.nb[0] != size_of::<f32>()
+        {
+            return Err(q.shape_error());
+        }
+        let n_tokens = (n_tok * n_stream) as usize;
+        let wanted: Vec<(usize, usize, Pos)> = match &self.mode {
+            Mode::Probe(probe) => (0..n_tokens).map(|row| (row, probe.done + row, 0)).collect(),
+            Mode::Prompt(_) => {
+                let rows = self.rows.as_deref().unwrap_or_default();
+                let newest = rows.iter().copied().max().unwrap_or(-1);
+                let oldest = (newest - self.window as Pos + 1).max(0);
+                rows.iter()
+                    .enumerate()
+                    .filter(|(_, pos)| **pos >= oldest)
+                    .map(|(row, pos)| (row, *pos as usize % self.window, *pos))
+                    .collect()
+            }
+        };
+        let mut bytes = vec![0u8; head_size * size_of::<f32>()];
+        for (row, slot, pos) in wanted {
+            let token = row % n_tok as usize * q.0.nb[1] + row / n_tok as usize * q.0.nb[3];
+            let out = match &mut self.mode {
+                Mode::Probe(probe) => &mut probe.queries[layer],
+                Mode::Prompt(_) => {
+                    self.layers[layer].window_pos[slot] = pos;
+                    &mut self.layers[layer].window_q
+                }
+            };
+            let out = &mut out[slot * n_q..][..n_q];
+            for (h, out) in out.chunks_exact_mut(head_size).enumerate() {
+                q.get(token + h * q.0.nb[2], &mut bytes);
+                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(size_of::<f32>())) {
+                    *x = f16::from_f32(f32::from_le_bytes(b.try_into().expect("chunks of four")));
+                }
+            }
+        }
+        Ok(())
+    }
+}

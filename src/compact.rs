@@ -1,0 +1,293 @@
+//! Turns a [`Selection`] into fewer cells, in place.
+//!
+//! 1. **Check** everything that could fail, and build the new table of cells aside (the shim).
+//! 2. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the
+//!    sequence owns. Where cells and positions ascend together, a source never lies before its destination, so ascending
+//!    copies need no temporary; otherwise one head's rows go through a buffer.
+//! 3. **Commit** the table. Neither 2 nor 3 can fail, so a failed compaction leaves the cache as it was.
+//!
+//! Where all heads keep the same tokens (`--evict cells`) the result is that of `llama_memory_seq_rm` on the dropped
+//! positions followed by closing the holes. It is done in one step because a removal cannot be taken back if closing fails.
+//!
+//! Composite cells: cell c of the result holds, for every (layer, KV head), the c-th key and value *that head* kept. It is
+//! labelled with the largest position it holds: labels ascend, the last one is the sequence's last position, and removing
+//! the cells from some position on never leaves a newer key behind.
+
+use crate::cache::{self, CacheError, Cell, Layout};
+use crate::llama::{Context, Pos, SeqId};
+use crate::policy::{Kept, Selection};
+use crate::sys;
+
+/// Why a compaction was refused. The cache is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum CompactError {
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error("the selection was made for {expected} cells, the sequence has {found}")]
+    Changed { expected: usize, found: usize },
+    #[error("the selection is not ascending within {n} cells, or has not {heads} heads of {n_cells}")]
+    Malformed { n: usize, heads: usize, n_cells: usize },
+    #[error("cells of the sequence are shared with another one (llama_memory_seq_cp): compress before sharing")]
+    Shared,
+    #[error("the KV cache lives in memory of {0} that the host cannot reach: not supported yet")]
+    Device(String),
+    #[error("the sequence's newest cell must stay")]
+    LastDropped,
+}
+
+/// The rows that one head's cells come from.
+struct Moves<'a> {
+    /// Cells that receive, ascending.
+    to: &'a [u32],
+    /// Cells of the sequence by position.
+    cells: &'a [Cell],
+    /// Places in `cells` that are kept, ascending; `None`: all.
+    kept: Option<&'a [u32]>,
+}
+
+impl Moves<'_> {
+    fn from(&self, c: usize) -> usize {
+        let place = self.kept.map_or(c, |kept| kept[c] as usize);
+        self.cells[place].index as usize
+    }
+}
+
+/// Keeps what `selection` says of the cells of `seq`, frees the others, and leaves other sequences untouched.
+///
+/// # Errors
+/// [`CompactError`]; the cache is then as it was.
+pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
+    let layout = Layout::of(ctx, seq)?;
+    let cells = cache::cells(ctx, seq);
+    check(&layout, &cells, selection)?;
+    let n_cells = selection.n_cells();
+    if matches!(selection.kept, Kept::All) {
+        return Ok(());
+    }
+
+    let mut slots: Vec<u32> = cells.iter().map(|c| c.index).collect();
+    slots.sort_unstable();
+    let to = &slots[..n_cells];
+    let labels = labels(&layout, &cells, selection);
+
+    let mut table = std::ptr::null_mut();
+    // SAFETY: both arrays have n_cells entries; the table is committed or freed below.
+    unsafe {
+        cache::ok(sys::gvote_shim_table_new(
+            ctx.as_ptr(),
+            seq,
+            to.as_ptr(),
+            labels.as_ptr(),
+            n_cells as u32,
+            &raw mut table,
+        ))?;
+    }
+
+    // llama.cpp may still be computing into the cache
+    // SAFETY: valid context.
+    unsafe { sys::llama_synchronize(ctx.as_ptr()) };
+    move_rows(&layout, &cells, to, selection, ctx.n_threads_batch());
+    // SAFETY: the table was built from the cells as they still are.
+    unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table) };
+    Ok(())
+}
+
+fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), CompactError> {
+    let n = cells.len();
+    if selection.n != n {
+        return Err(CompactError::Changed {
+            expected: selection.n,
+            found: n,
+        });
+    }
+    if cells.iter().any(|c| c.shared) {
+        return Err(CompactError::Shared);
+    }
+    let heads: usize = layout.n_head_kv().sum();
+    let n_cells = selection.n_cells();
+    let malformed = CompactError::Malformed { n, heads, n_cells };
+    if let Kept::Heads { index, .. } = &selection.kept
+        && index.len() != heads * n_cells
+    {
+        return Err(malformed);
+    }
+    let n_lists = if matches!(selection.kept, Kept::Heads { .. }) { heads } else { 1 };
+    let mut keeps_last = n_cells == 0;
+    for head in 0..n_lists {
+        let Some(kept) = selection.kept_by(head) else {
+            return Ok(());
+        };
+        let ascending = kept.windows(2).all(|w| w[0] < w[1]);
+        if !ascending || kept.last().is_some_and(|&k| k as usize >= n) {
+            return Err(malformed);
+        }
+        keeps_last |= kept.last().is_some_and(|&k| k as usize + 1 == n);
+    }
+    if !keeps_last || n_cells == 0 {
+        return Err(CompactError::LastDropped);
+    }
+    for layer in &layout.layers {
+        // SAFETY: the storage tensors live as long as the context.
+        unsafe {
+            for t in [layer.k, layer.v] {
+                if !sys::ggml_backend_buffer_is_host((*t).buffer) {
+                    let name = std::ffi::CStr::from_ptr(sys::ggml_backend_buffer_name((*t).buffer));
+                    return Err(CompactError::Device(name.to_string_lossy().into_owned()));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The position each kept cell gets: the largest it holds.
+fn labels(layout: &Layout, cells: &[Cell], selection: &Selection) -> Vec<Pos> {
+    let heads = match selection.kept {
+        Kept::Heads { .. } => layout.n_head_kv().sum(),
+        _ => 1,
+    };
+    let mut last = vec![0u32; selection.n_cells()];
+    for head in 0..heads {
+        if let Some(kept) = selection.kept_by(head) {
+            for (l, k) in last.iter_mut().zip(kept) {
+                *l = (*l).max(*k);
+            }
+        }
+    }
+    last.into_iter().map(|l| cells[l as usize].pos).collect()
+}
+
+/// A block of equal rows in host memory: cell i starts at `base + i * stride`.
+#[derive(Clone, Copy)]
+struct Rows {
+    base: *mut u8,
+    stride: usize,
+    bytes: usize,
+}
+
+fn move_rows(layout: &Layout, cells: &[Cell], to: &[u32], selection: &Selection, n_threads: usize) {
+    let ascending = cells.windows(2).all(|w| w[0].index < w[1].index);
+    let first_head: Vec<usize> = layout
+        .n_head_kv()
+        .scan(0, |sum, n| {
+            let first = *sum;
+            *sum += n;
+            Some(first)
+        })
+        .collect();
+    let move_layer = |il: usize| {
+        let mut buffer = Vec::new();
+        let layer = &layout.layers[il];
+        for kv in 0..layer.n_head_kv as usize {
+            let moves = Moves {
+                to,
+                cells,
+                kept: selection.kept_by(first_head[il] + kv),
+            };
+            let mut gather = |rows: Rows| {
+                // SAFETY: rows of this layer and head only, see rows_of_head; no other thread works on this layer.
+                unsafe { gather(rows, &moves, ascending, &mut buffer) };
+            };
+            rows_of_head(layout, layer, kv, &mut gather);
+        }
+    };
+    let n_layer = layout.n_layer();
+    let n_threads = n_threads.clamp(1, n_layer);
+    let per_thread = n_layer.div_ceil(n_threads);
+    // raw pointers inside the layout: each thread follows those of its own layers only
+    let shared = Unshared(&move_layer);
+    std::thread::scope(|scope| {
+        for t in 1..n_threads {
+            let shared = &shared;
+            scope.spawn(move || {
+                for il in t * per_thread..((t + 1) * per_thread).min(n_layer) {
+                    (shared.0)(il);
+                }
+            });
+        }
+        for il in 0..per_thread.min(n_layer) {
+            move_layer(il);
+        }
+    });
+}
+
+struct Unshared<'a, F>(&'a F);
+// SAFETY: the closure works on disjoint layers in different threads and reads everything else.
+unsafe impl<F> Sync for Unshared<'_, F> {}
+
+/// Calls `f` with the rows of one head: one block of K, and one of V, or one for each channel of a transposed V.
+fn rows_of_head(layout: &Layout, layer: &sys::gvote_shim_layer, kv: usize, f: &mut impl FnMut(Rows)) {
+    let stream = layout.info.stream as usize;
+    // SAFETY: host memory, as checked; offsets stay inside the tensors of llama_kv_cache (see get_k and get_v).
+    unsafe {
+        let k = &*layer.k;
+        let bytes = sys::ggml_row_size(k.type_, i64::from(layer.n_embd_head_k));
+        f(Rows {
+            base: k.data.cast::<u8>().add(stream * k.nb[2] + kv * bytes),
+            stride: k.nb[1],
+            bytes,
+        });
+
+        let v = &*layer.v;
+        let d = layer.n_embd_head_v as usize;
+        let base = v.data.cast::<u8>().add(stream * v.nb[2]);
+        if layout.info.v_trans {
+            let bytes = sys::ggml_type_size(v.type_);
+            for channel in kv * d..(kv + 1) * d {
+                f(Rows {
+                    base: base.add(channel * layout.n_cells() * bytes),
+                    stride: bytes,
+                    bytes,
+                });
+            }
+        } else {
+            let bytes = sys::ggml_row_size(v.type_, d as i64);
+            f(Rows {
+                base: base.add(kv * bytes),
+                stride: v.nb[1],
+                bytes,
+            });
+        }
+    }
+}
+
+/// # Safety
+/// Every cell in `moves` has a row in `rows`, and nobody else touches them.
+unsafe fn gather(rows: Rows, moves: &Moves, ascending: bool, buffer: &mut Vec<u8>) {
+    // the sizes that transposed f16 and f32 values have become plain loads and stores
+    // SAFETY: passed on.
+    unsafe {
+        match rows.bytes {
+            2 => gather_sized::<2>(rows, moves, ascending, buffer),
+            4 => gather_sized::<4>(rows, moves, ascending, buffer),
+            _ => gather_sized::<0>(rows, moves, ascending, buffer),
+        }
+    }
+}
+
+/// # Safety
+/// See [`gather`]; `N` is the rows' size, or 0 for any.
+unsafe fn gather_sized<const N: usize>(rows: Rows, moves: &Moves, ascending: bool, buffer: &mut Vec<u8>) {
+    let bytes = if N == 0 { rows.bytes } else { N };
+    // SAFETY: cell indices are below the stream's size, so every row lies inside the tensor.
+    let row = |cell: usize| unsafe { rows.base.add(cell * rows.stride) };
+    if ascending {
+        for (c, &to) in moves.to.iter().enumerate() {
+            let from = moves.from(c);
+            if from != to as usize {
+                // SAFETY: different rows do not overlap.
+                unsafe { std::ptr::copy_nonoverlapping(row(from), row(to as usize), bytes) };
+            }
+        }
+        return;
+    }
+    buffer.clear();
+    for c in 0..moves.to.len() {
+        // SAFETY: one row.
+        buffer.extend_from_slice(unsafe { std::slice::from_raw_parts(row(moves.from(c)), bytes) });
+    }
+    for (kept, &to) in buffer.chunks_exact(bytes).zip(moves.to) {
+        // SAFETY: the buffer is ours, the row is the cache's.
+        unsafe { std::ptr::copy_nonoverlapping(kept.as_ptr(), row(to as usize), bytes) };
+    }
+}

@@ -1,0 +1,46 @@
+//! An adaptive KV cache for llama.cpp.
+//!
+//! gvote finds out how much of the KV cache a request needs, keeps that, and frees the rest, without a budget to set and
+//! without patching llama.cpp. After a prompt it models the hidden states as a Gaussian, samples plausible future queries,
+//! lets them and the last real queries vote for the keys they need, and compacts the cache to the winners
+//! (GVote, arXiv 2509.03136).
+//!
+//! ```no_run
+//! use std::{ops::ControlFlow, path::Path};
+//! use gvote::llama::{Model, ModelParams, Sampler, SamplerParams};
+//! use gvote::{Session, SessionParams};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let model = Model::load(Path::new("model.gguf"), &ModelParams::default(), |_| true)?;
+//!     let mut session = Session::new(&model, &SessionParams::default())?;
+//!
+//!     let prompt = std::fs::read_to_string("document.txt")? + "\n\nSummary:";
+//!     session.prefill(&model.tokenize(&prompt, true, true)?, |_, _| ControlFlow::Continue(()))?;
+//!     let report = session.compress()?;
+//!     eprintln!("{} -> {} cells", report.cells_before, report.cells_after);
+//!
+//!     let mut sampler = Sampler::new(&model, &SamplerParams::default());
+//!     session.generate(&mut sampler, 256, |token| {
+//!         print!("{}", String::from_utf8_lossy(&model.piece(token, false)));
+//!         ControlFlow::Continue(())
+//!     })?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Rooms
+//! Data flows one way: [`capture`] -> [`score`] -> [`policy`] -> [`compact`]; [`session`] is the loop around them.
+//! A *cell* is a slot of the cache, a *position* a token's logical place: cell i need not hold position i, and a
+//! *composite cell* holds for every layer and KV head a token of that head's own choice.
+
+pub mod cache;
+pub mod capture;
+pub mod compact;
+//GGUF pub mod gguf;
+pub mod llama;
+pub mod policy;
+pub mod score;
+pub mod session;
+mod sys;
+
+pub use session::{Session, SessionError, SessionParams};

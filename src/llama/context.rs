@@ -1,0 +1,362 @@
+use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Batch, LlamaError, Model, Pos, SeqId, log};
+use crate::sys;
+
+/// Whether attention runs as one fused kernel (`-fa`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FlashAttention {
+    /// llama.cpp decides by what the back end supports.
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
+/// Storage type of the K or V cache (`-ctk`, `-ctv`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheType {
+    F32,
+    #[default]
+    F16,
+    Bf16,
+    Q8_0,
+    Q4_0,
+    Q4_1,
+    Iq4Nl,
+    Q5_0,
+    Q5_1,
+}
+
+impl CacheType {
+    const NAMES: [(&'static str, Self, sys::ggml_type); 9] = [
+        ("f32", Self::F32, sys::GGML_TYPE_F32),
+        ("f16", Self::F16, sys::GGML_TYPE_F16),
+        ("bf16", Self::Bf16, sys::GGML_TYPE_BF16),
+        ("q8_0", Self::Q8_0, sys::GGML_TYPE_Q8_0),
+        ("q4_0", Self::Q4_0, sys::GGML_TYPE_Q4_0),
+        ("q4_1", Self::Q4_1, sys::GGML_TYPE_Q4_1),
+        ("iq4_nl", Self::Iq4Nl, sys::GGML_TYPE_IQ4_NL),
+        ("q5_0", Self::Q5_0, sys::GGML_TYPE_Q5_0),
+        ("q5_1", Self::Q5_1, sys::GGML_TYPE_Q5_1),
+    ];
+
+    fn entry(self) -> &'static (&'static str, Self, sys::ggml_type) {
+        Self::NAMES
+            .iter()
+            .find(|e| e.1 == self)
+            .expect("every variant has a row")
+    }
+
+    /// ggml's name of the type.
+    pub fn name(self) -> &'static str {
+        self.entry().0
+    }
+
+    pub(crate) fn raw(self) -> sys::ggml_type {
+        self.entry().2
+    }
+
+    /// Whether the type stores blocks with a scale.
+    pub fn is_quantized(self) -> bool {
+        // SAFETY: plain query.
+        unsafe { sys::ggml_is_quantized(self.raw()) }
+    }
+}
+
+impl FromStr for CacheType {
+    type Err = LlamaError;
+
+    fn from_str(name: &str) -> Result<Self, LlamaError> {
+        Self::NAMES
+            .iter()
+            .find(|e| e.0 == name)
+            .map(|e| e.1)
+            .ok_or_else(|| LlamaError::CacheType(name.into()))
+    }
+}
+
+/// How to make a context; names as in llama.cpp.
+#[derive(Clone, Debug)]
+pub struct ContextParams {
+    /// Cells of the KV cache (`-c`); 0 = what the model was trained for.
+    pub n_ctx: u32,
+    /// Most tokens a decode call takes (`-b`).
+    pub n_batch: u32,
+    /// Most tokens computed at once (`-ub`).
+    pub n_ubatch: u32,
+    /// Sequences that may live in the cache at once.
+    pub n_seq_max: u32,
+    /// Threads for decoding (`-t`).
+    pub n_threads: i32,
+    /// Threads for prompts (`-tb`).
+    pub n_threads_batch: i32,
+    pub flash_attn: FlashAttention,
+    pub type_k: CacheType,
+    pub type_v: CacheType,
+}
+
+impl Default for ContextParams {
+    fn default() -> Self {
+        let threads = std::thread::available_parallelism().map_or(4, |n| n.get() as i32);
+        Self {
+            n_ctx: 0,
+            n_batch: 2048,
+            n_ubatch: 512,
+            n_seq_max: 1,
+            n_threads: threads,
+            n_threads_batch: threads,
+            flash_attn: FlashAttention::Auto,
+            type_k: CacheType::F16,
+            type_v: CacheType::F16,
+        }
+    }
+}
+
+/// A living context: a model, a KV cache, and the logits of the last decoded batch.
+pub struct Context {
+    ptr: NonNull<sys::llama_context>,
+    model: Model,
+    abort: Box<Abort>,
+}
+
+/// What llama.cpp's abort callback reads; it keeps a raw pointer to it.
+#[derive(Default)]
+struct Abort {
+    /// The caller wants out.
+    cancel: Arc<AtomicBool>,
+    /// The rest of the graph in work is not needed: see [`Context::end_graph`].
+    end_graph: AtomicBool,
+}
+
+// SAFETY: a context may move between threads; it is used by one at a time (&mut).
+unsafe impl Send for Context {}
+
+impl Context {
+    /// # Errors
+    /// [`LlamaError::QuantizedV`], or [`LlamaError::Context`] with llama.cpp's reason.
+    pub fn new(model: &Model, params: &ContextParams) -> Result<Self, LlamaError> {
+        if params.type_v.is_quantized() && params.flash_attn == FlashAttention::Off {
+            return Err(LlamaError::QuantizedV(params.type_v.name()));
+        }
+        log::clear_reason();
+        // SAFETY: returns a plain struct.
+        let mut raw = unsafe { sys::llama_context_default_params() };
+        raw.n_ctx = params.n_ctx;
+        raw.n_batch = params.n_batch;
+        raw.n_ubatch = params.n_ubatch;
+        raw.n_seq_max = params.n_seq_max;
+        raw.n_threads = params.n_threads;
+        raw.n_threads_batch = params.n_threads_batch;
+        raw.flash_attn_type = match params.flash_attn {
+            FlashAttention::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
+            FlashAttention::On => sys::LLAMA_FLASH_ATTN_TYPE_ENABLED,
+            FlashAttention::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
+        };
+        raw.type_k = params.type_k.raw();
+        raw.type_v = params.type_v.raw();
+        raw.kv_unified = true;
+        raw.no_perf = true;
+        // SAFETY: the model is valid and kept alive by the clone below.
+        let ptr = unsafe { sys::llama_init_from_model(model.as_ptr(), raw) };
+        let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context {
+            reason: log::take_reason(),
+        })?;
+        let abort = Box::<Abort>::default();
+        let flags = std::ptr::from_ref(&*abort).cast_mut().cast();
+        // SAFETY: the flags are boxed and live as long as the context.
+        unsafe { sys::llama_set_abort_callback(ptr.as_ptr(), Some(should_abort), flags) };
+        Ok(Self {
+            ptr,
+            model: model.clone(),
+            abort,
+        })
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
+        self.ptr.as_ptr()
+    }
+
+    fn memory(&self) -> sys::llama_memory_t {
+        // SAFETY: valid context.
+        unsafe { sys::llama_get_memory(self.as_ptr()) }
+    }
+
+    /// The model this context runs.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// A flag that, once true, makes a running or later decode return [`LlamaError::Cancelled`] until it is cleared.
+    pub fn cancel_flag(&self) -> Arc<AtomicBool> {
+        self.abort.cancel.clone()
+    }
+
+    /// The flag that ends the graph in work early: set from inside the eval callback, it makes [`Self::decode`] come back
+    /// with [`LlamaError::Ended`]. Back ends other than the CPU finish the graph all the same.
+    pub(crate) fn end_graph(&self) -> *const AtomicBool {
+        &raw const self.abort.end_graph
+    }
+
+    /// Cells of the KV cache, as allocated (llama.cpp rounds up).
+    pub fn n_ctx(&self) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::llama_n_ctx(self.as_ptr()) as usize }
+    }
+
+    /// Most tokens a decode call takes.
+    pub fn n_batch(&self) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::llama_n_batch(self.as_ptr()) as usize }
+    }
+
+    /// Most tokens computed at once.
+    pub fn n_ubatch(&self) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::llama_n_ubatch(self.as_ptr()) as usize }
+    }
+
+    /// Sequences the context was made for.
+    pub fn n_seq_max(&self) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::llama_n_seq_max(self.as_ptr()) as usize }
+    }
+
+    pub(crate) fn n_threads_batch(&self) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::llama_n_threads_batch(self.as_ptr()).max(1) as usize }
+    }
+
+    /// Decodes a batch. The cache holds its tokens afterwards, or, on an error, none of them.
+    ///
+    /// # Errors
+    /// [`LlamaError::NoCells`], [`LlamaError::Cancelled`] or [`LlamaError::Decode`].
+    pub fn decode(&mut self, batch: &Batch) -> Result<(), LlamaError> {
+        if self.abort.cancel.load(Ordering::Relaxed) {
+            return Err(LlamaError::Cancelled);
+        }
+        self.abort.end_graph.store(false, Ordering::Relaxed);
+        // SAFETY: the batch's arrays hold n_tokens entries.
+        match unsafe { sys::llama_decode(self.as_ptr(), batch.raw()) } {
+            0 => Ok(()),
+            1 => {
+                Err(LlamaError::NoCells {
+                    needed: batch.len(),
+                    free: self.cells_free().unwrap_or(0),
+                    size: self.n_ctx(),
+                })
+            }
+            status => {
+                // ubatches that were done stay in the cache: take them out again
+                let raw = batch.raw();
+                for i in 0..batch.len() {
+                    // SAFETY: i is below n_tokens.
+                    let (pos, seq) = unsafe { (*raw.pos.add(i), **raw.seq_id.add(i)) };
+                    self.remove(seq, pos, pos + 1);
+                }
+                let ended = self.abort.end_graph.swap(false, Ordering::Relaxed);
+                Err(match status {
+                    2 if ended && !self.abort.cancel.load(Ordering::Relaxed) => LlamaError::Ended,
+                    2 => LlamaError::Cancelled,
+                    status => LlamaError::Decode(status),
+                })
+            }
+        }
+    }
+
+    fn cells_free(&self) -> Option<usize> {
+        // SAFETY: a zeroed plain struct; the shim answers NULL only when it filled it.
+        unsafe {
+            let mut info = std::mem::zeroed();
+            let reason = sys::gvote_shim_cache_open(self.as_ptr(), 0, &raw mut info);
+            reason
+                .is_null()
+                .then(|| sys::gvote_shim_cells_free(self.as_ptr(), 0) as usize)
+        }
+    }
+
+    /// Next-token logits of the last decoded token that asked for them. `[n_vocab]`
+    ///
+    /// # Errors
+    /// [`LlamaError::NoLogits`].
+    pub fn logits(&mut self) -> Result<&[f32], LlamaError> {
+        self.logits_at(-1)
+    }
+
+    /// Next-token logits of the i-th token of the last decoded batch (negative counts from the end of those that asked).
+    ///
+    /// # Errors
+    /// [`LlamaError::NoLogits`].
+    pub fn logits_at(&mut self, i: i32) -> Result<&[f32], LlamaError> {
+        // SAFETY: returns NULL or n_vocab floats that live until the next decode, which needs &mut self.
+        unsafe {
+            let ptr = sys::llama_get_logits_ith(self.as_ptr(), i);
+            if ptr.is_null() {
+                return Err(LlamaError::NoLogits);
+            }
+            Ok(std::slice::from_raw_parts(ptr, self.model.n_vocab()))
+        }
+    }
+
+    /// Removes the cells of `seq` whose position (of a composite cell: its label) lies in `p0..p1`; -1 = open end.
+    pub fn remove(&mut self, seq: SeqId, p0: Pos, p1: Pos) -> bool {
+        // SAFETY: valid memory; llama.cpp checks the rest.
+        unsafe { sys::llama_memory_seq_rm(self.memory(), seq, p0, p1) }
+    }
+
+    /// Empties the cache.
+    pub fn clear(&mut self) {
+        // SAFETY: valid memory. The data may stay: unused cells are masked.
+        unsafe { sys::llama_memory_clear(self.memory(), false) };
+    }
+
+    /// The largest position of a sequence, if it has any.
+    pub fn pos_max(&self, seq: SeqId) -> Option<Pos> {
+        // SAFETY: valid memory.
+        let pos = unsafe { sys::llama_memory_seq_pos_max(self.memory(), seq) };
+        (pos >= 0).then_some(pos)
+    }
+
+    /// The state of one sequence as llama.cpp serialises it.
+    pub fn save_sequence(&mut self, seq: SeqId) -> Vec<u8> {
+        // SAFETY: the buffer has the size llama.cpp asked for.
+        unsafe {
+            let mut data = vec![0u8; sys::llama_state_seq_get_size(self.as_ptr(), seq)];
+            let n = sys::llama_state_seq_get_data(self.as_ptr(), data.as_mut_ptr(), data.len(), seq);
+            data.truncate(n);
+            data
+        }
+    }
+
+    /// Replaces a sequence by a saved one.
+    ///
+    /// # Errors
+    /// [`LlamaError::State`] when llama.cpp refuses it: another model, cache type, or too few cells.
+    pub fn load_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
+        // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
+        let n = unsafe {
+            sys::llama_state_seq_set_data(self.as_ptr(), data.as_ptr(), data.len(), seq)
+        };
+        if n == 0 {
+            return Err(LlamaError::State(": another model, other cache types, or too few cells"));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: freed once; the model is dropped after it.
+        unsafe { sys::llama_free(self.ptr.as_ptr()) };
+    }
+}
+
+unsafe extern "C" fn should_abort(flags: *mut c_void) -> bool {
+    // SAFETY: points to the context's boxed flags.
+    let flags = unsafe { &*flags.cast::<Abort>() };
+    flags.cancel.load(Ordering::Relaxed) || flags.end_graph.load(Ordering::Relaxed)
+}

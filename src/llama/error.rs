@@ -1,0 +1,32 @@
+use std::path::PathBuf;
+
+/// What can go wrong between us and llama.cpp. One readable line each, with what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum LlamaError {
+    #[error("{path}: llama.cpp cannot load this model{reason}")]
+    Load { path: PathBuf, reason: String },
+    #[error("the path {0:?} holds a NUL byte")]
+    PathNul(PathBuf),
+    #[error("llama.cpp cannot create a context{reason}")]
+    Context { reason: String },
+    #[error("no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--lost-mass, --max-cells)")]
+    NoCells { needed: usize, free: usize, size: usize },
+    #[error("llama.cpp could not decode the batch (status {0})")]
+    Decode(i32),
+    #[error("cancelled")]
+    Cancelled,
+    #[error("the graph was ended before its result")]
+    Ended,
+    #[error("the text could not be tokenized: this model has no tokenizer of its own, or the text is too long")]
+    Tokenize,
+    #[error("the batch is full: it holds {0} tokens")]
+    BatchFull(usize),
+    #[error("there are no logits to sample from: decode a batch that asks for them first")]
+    NoLogits,
+    #[error("the saved state does not fit this context{0}")]
+    State(&'static str),
+    #[error("unknown cache type {0:?}: use one of f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1")]
+    CacheType(String),
+    #[error("a quantized V cache (-ctv {0}) needs flash attention: drop -fa off, or use -ctv f16")]
+    QuantizedV(&'static str),
+}

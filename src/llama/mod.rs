@@ -1,0 +1,37 @@
+//! Safe owners over llama.h.
+//!
+//! Each type owns one llama.cpp object and frees it. A [`Context`] keeps its [`Model`] alive. Nothing here knows about
+//! eviction: the rooms above ([`crate::capture`], [`crate::score`], [`crate::compact`]) reach the raw context.
+
+mod batch;
+mod context;
+mod error;
+pub mod log;
+mod model;
+mod sampler;
+mod template;
+
+pub use batch::Batch;
+pub use context::{CacheType, Context, ContextParams, FlashAttention};
+pub use error::LlamaError;
+pub use model::{Model, ModelParams, Pieces, Token};
+pub use sampler::{Sampler, SamplerParams};
+pub use template::{ChatTemplate, Message, Role, TemplateError};
+
+use std::sync::Once;
+
+/// A token's logical place in its sequence: what RoPE sees. Not a cell.
+pub type Pos = i32;
+
+/// The id of a sequence in a context, below `n_seq_max`.
+pub type SeqId = i32;
+
+/// Starts llama.cpp's back ends once a process, and sends its log to [`log`].
+pub(crate) fn init() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        log::install();
+        // SAFETY: no arguments; called once, before any other llama.cpp function.
+        unsafe { crate::sys::llama_backend_init() };
+    });
+}

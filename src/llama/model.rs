@@ -1,0 +1,302 @@
+use std::ffi::{CStr, CString, c_char};
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::{LlamaError, log};
+use crate::sys;
+
+/// An index into the model's vocabulary.
+pub type Token = i32;
+
+/// How to load a model; names as in llama.cpp.
+#[derive(Clone, Debug)]
+pub struct ModelParams {
+    /// Layers to keep on the accelerator (`-ngl`); -1 = all. Without one it has no effect.
+    pub n_gpu_layers: i32,
+}
+
+impl Default for ModelParams {
+    fn default() -> Self {
+        Self { n_gpu_layers: -1 }
+    }
+}
+
+struct Owned(NonNull<sys::llama_model>);
+
+// SAFETY: a loaded model is read-only; llama.cpp documents sharing one between contexts of different threads.
+unsafe impl Send for Owned {}
+// SAFETY: as above.
+unsafe impl Sync for Owned {}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // SAFETY: the last owner frees it; contexts hold a clone of the Arc and are gone by now.
+        unsafe { sys::llama_model_free(self.0.as_ptr()) };
+    }
+}
+
+/// A loaded model and its vocabulary. Cheap to clone.
+#[derive(Clone)]
+pub struct Model(Arc<Owned>);
+
+impl Model {
+    /// Loads a GGUF file (the first one of a split model).
+    ///
+    /// # Errors
+    /// [`LlamaError::Load`] with llama.cpp's own reason. `progress` (0..1) returning false cancels.
+    pub fn load(
+        path: &Path,
+        params: &ModelParams,
+        mut progress: impl FnMut(f32) -> bool,
+    ) -> Result<Self, LlamaError> {
+        super::init();
+        log::clear_reason();
+        let c_path = CString::new(path.as_os_str().as_encoded_bytes())
+            .map_err(|_| LlamaError::PathNul(path.into()))?;
+
+        unsafe extern "C" fn trampoline<F: FnMut(f32) -> bool>(
+            value: f32,
+            data: *mut std::ffi::c_void,
+        ) -> bool {
+            // SAFETY: `data` is the closure below, alive and not borrowed elsewhere while the model loads.
+            unsafe { (*data.cast::<F>())(value) }
+        }
+        fn callback_of<F: FnMut(f32) -> bool>(_: &F) -> sys::llama_progress_callback {
+            Some(trampoline::<F>)
+        }
+
+        // SAFETY: returns a plain struct.
+        let mut raw = unsafe { sys::llama_model_default_params() };
+        raw.n_gpu_layers = params.n_gpu_layers;
+        raw.progress_callback = callback_of(&progress);
+        raw.progress_callback_user_data = (&raw mut progress).cast();
+        // SAFETY: the path and the closure outlive the call.
+        let ptr = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), raw) };
+        NonNull::new(ptr).map(|p| Self(Arc::new(Owned(p)))).ok_or_else(|| LlamaError::Load {
+            path: path.into(),
+            reason: log::take_reason(),
+        })
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut sys::llama_model {
+        self.0.0.as_ptr()
+    }
+
+    fn vocab(&self) -> *const sys::llama_vocab {
+        // SAFETY: the vocabulary lives as long as the model.
+        unsafe { sys::llama_model_get_vocab(self.as_ptr()) }
+    }
+
+    /// Tokens in the vocabulary.
+    pub fn n_vocab(&self) -> usize {
+        // SAFETY: valid vocabulary.
+        unsafe { sys::llama_vocab_n_tokens(self.vocab()) as usize }
+    }
+
+    /// The context length the model was trained with, in tokens.
+    pub fn n_ctx_train(&self) -> usize {
+        // SAFETY: valid model.
+        unsafe { sys::llama_model_n_ctx_train(self.as_ptr()) as usize }
+    }
+
+    /// Width of the hidden state.
+    pub fn n_embd(&self) -> usize {
+        // SAFETY: valid model.
+        unsafe { sys::llama_model_n_embd(self.as_ptr()) as usize }
+    }
+
+    /// Layers of the model.
+    pub fn n_layer(&self) -> usize {
+        // SAFETY: valid model.
+        unsafe { sys::llama_model_n_layer(self.as_ptr()) as usize }
+    }
+
+    /// One line about the model: architecture, size, file type.
+    pub fn description(&self) -> String {
+        let mut buf = vec![0u8; 256];
+        // SAFETY: the buffer's true size is passed.
+        unsafe { sys::llama_model_desc(self.as_ptr(), buf.as_mut_ptr().cast(), buf.len()) };
+        string_of(&buf)
+    }
+
+    /// A metadata value as text, e.g. `general.architecture`.
+    pub fn meta(&self, key: &str) -> Option<String> {
+        let key = CString::new(key).ok()?;
+        // SAFETY: with a NULL buffer of size 0 only the length is returned.
+        let len = unsafe {
+            sys::llama_model_meta_val_str(self.as_ptr(), key.as_ptr(), std::ptr::null_mut(), 0)
+        };
+        let mut buf = vec![0u8; usize::try_from(len).ok()? + 1];
+        // SAFETY: the buffer's true size is passed.
+        unsafe {
+            sys::llama_model_meta_val_str(
+                self.as_ptr(),
+                key.as_ptr(),
+                buf.as_mut_ptr().cast(),
+                buf.len(),
+            )
+        };
+        Some(string_of(&buf))
+    }
+
+    /// Why this model has no attention cache to work on, if so.
+    pub fn unsupported(&self) -> Option<&'static str> {
+        let model = self.as_ptr();
+        // SAFETY: valid model; plain queries.
+        unsafe {
+            if sys::llama_model_is_recurrent(model) {
+                Some("it is recurrent and keeps no attention cache")
+            } else if sys::llama_model_is_hybrid(model) {
+                Some("it mixes recurrent and attention layers, a layout that is not supported yet")
+            } else if sys::llama_model_is_diffusion(model) {
+                Some("it is a diffusion model and keeps no attention cache")
+            } else if sys::llama_model_has_encoder(model) || !sys::llama_model_has_decoder(model) {
+                Some("it has an encoder; only decoder-only models keep the cache that gvote works on")
+            } else {
+                None
+            }
+        }
+    }
+
+    /// The chat template stored in the GGUF.
+    pub fn chat_template(&self) -> Option<String> {
+        // SAFETY: returns NULL or a string owned by the model.
+        unsafe {
+            let ptr = sys::llama_model_chat_template(self.as_ptr(), std::ptr::null());
+            (!ptr.is_null()).then(|| CStr::from_ptr(ptr).to_string_lossy().into_owned())
+        }
+    }
+
+    /// Whether the token ends a generation (end of text, end of turn).
+    pub fn is_eog(&self, token: Token) -> bool {
+        // SAFETY: valid vocabulary; llama.cpp accepts any token id here.
+        unsafe { sys::llama_vocab_is_eog(self.vocab(), token) }
+    }
+
+    /// The text of a special token such as BOS; empty if there is none.
+    pub(crate) fn special_text(&self, which: Special) -> String {
+        // SAFETY: valid vocabulary.
+        let token = unsafe {
+            match which {
+                Special::Bos => sys::llama_vocab_bos(self.vocab()),
+                Special::Eos => sys::llama_vocab_eos(self.vocab()),
+            }
+        };
+        if token < 0 { String::new() } else { String::from_utf8_lossy(&self.piece(token, true)).into_owned() }
+    }
+
+    /// Whether the tokenizer puts a BOS token in front by itself.
+    pub fn adds_bos(&self) -> bool {
+        // SAFETY: valid vocabulary.
+        unsafe { sys::llama_vocab_get_add_bos(self.vocab()) }
+    }
+
+    /// Text to tokens. `add_special`: add BOS/EOS as the model wants; `parse_special`: `<|im_start|>` and the like in the
+    /// text become their tokens.
+    ///
+    /// # Errors
+    /// [`LlamaError::Tokenize`] when the model has no tokenizer.
+    pub fn tokenize(
+        &self,
+        text: &str,
+        add_special: bool,
+        parse_special: bool,
+    ) -> Result<Vec<Token>, LlamaError> {
+        // SAFETY: plain query. Asked first because llama.cpp aborts on a model without a tokenizer.
+        if unsafe { sys::llama_vocab_type(self.vocab()) } == sys::LLAMA_VOCAB_TYPE_NONE {
+            return Err(LlamaError::Tokenize);
+        }
+        let len = i32::try_from(text.len()).map_err(|_| LlamaError::Tokenize)?;
+        let mut tokens = vec![0; text.len() + 8];
+        loop {
+            // SAFETY: pointers and lengths belong together.
+            let n = unsafe {
+                sys::llama_tokenize(
+                    self.vocab(),
+                    text.as_ptr().cast(),
+                    len,
+                    tokens.as_mut_ptr(),
+                    tokens.len() as i32,
+                    add_special,
+                    parse_special,
+                )
+            };
+            if n >= 0 {
+                tokens.truncate(n as usize);
+                return Ok(tokens);
+            }
+            if n == i32::MIN {
+                return Err(LlamaError::Tokenize);
+            }
+            tokens.resize(n.unsigned_abs() as usize, 0);
+        }
+    }
+
+    /// The bytes of one token; not necessarily whole UTF-8, see [`Pieces`].
+    pub fn piece(&self, token: Token, special: bool) -> Vec<u8> {
+        let mut buf = vec![0u8; 32];
+        loop {
+            // SAFETY: the buffer's true size is passed.
+            let n = unsafe {
+                sys::llama_token_to_piece(
+                    self.vocab(),
+                    token,
+                    buf.as_mut_ptr().cast::<c_char>(),
+                    buf.len() as i32,
+                    0,
+                    special,
+                )
+            };
+            if n >= 0 {
+                buf.truncate(n as usize);
+                return buf;
+            }
+            buf.resize(n.unsigned_abs() as usize, 0);
+        }
+    }
+
+    /// Tokens back to text.
+    pub fn detokenize(&self, tokens: &[Token], special: bool) -> String {
+        let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t, special)).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+pub(crate) enum Special {
+    Bos,
+    Eos,
+}
+
+/// Joins token pieces into text for streaming: a character split over tokens is held back until it is whole.
+#[derive(Default)]
+pub struct Pieces(Vec<u8>);
+
+impl Pieces {
+    /// Adds a piece and takes what is whole by now.
+    pub fn push(&mut self, piece: &[u8]) -> String {
+        self.0.extend_from_slice(piece);
+        let whole = match std::str::from_utf8(&self.0) {
+            Ok(_) => self.0.len(),
+            // An unfinished character at the end waits; broken bytes in the middle are passed on as replacements.
+            Err(e) if e.error_len().is_none() => e.valid_up_to(),
+            Err(_) => self.0.len(),
+        };
+        let rest = self.0.split_off(whole);
+        let text = String::from_utf8_lossy(&self.0).into_owned();
+        self.0 = rest;
+        text
+    }
+
+    /// What is left at the end.
+    pub fn finish(&mut self) -> String {
+        String::from_utf8_lossy(&std::mem::take(&mut self.0)).into_owned()
+    }
+}
+
+fn string_of(buf: &[u8]) -> String {
+    CStr::from_bytes_until_nul(buf).map_or_else(
+        |_| String::from_utf8_lossy(buf).into_owned(),
+        |s| s.to_string_lossy().into_owned(),
+    )
+}

@@ -1,0 +1,36 @@
+//! `full`: every entry stays. The reference that all others are measured against, and what a prompt
+//! too short to compress gets.
+
+use super::{HeadScores, Needs, Params, Policy, Selection, Shape};
+
+pub(super) struct Full {
+    name: &'static str,
+    n: usize,
+}
+
+impl Full {
+    /// Keeps the name of the policy that was asked for: a short prompt under `gvote` is still
+    /// reported as `gvote`.
+    pub fn new(params: &Params, shape: Shape) -> Self {
+        Self {
+            name: params.policy.name(),
+            n: shape.n,
+        }
+    }
+}
+
+impl Policy for Full {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+
+    fn observe(&mut self, _head: usize, _scores: &HeadScores<'_>) {}
+
+    fn select(self: Box<Self>) -> Selection {
+        Selection::all(self.n)
+    }
+}

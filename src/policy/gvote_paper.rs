@@ -1,0 +1,223 @@
+//! `gvote-paper`: GVote as published (arXiv 2509.03136), cut to what a cell of llama.cpp can hold.
+//!
+//! For each query head of a KV head's group, on softmax probabilities `p`:
+//! 1. `b` = size of the smallest set of keys that holds `p_nuc` of the current query's attention.
+//! 2. Each of the `S` synthetic queries votes for its own top `b`.
+//! 3. The current query votes for its own top `b`.
+//!
+//! Union: what any query head of the group voted for, the first `sinks` and the last `recent`. Its
+//! size is the KV head's budget, and differs from head to head ([`Ragged`]). All heads of a llama.cpp
+//! cache hold the same number of cells, so
+//!
+//! 4. `C = ceil(mean budget over all heads)`, then `min_cells` and `max_cells`;
+//! 5. each head keeps its top `C` by number of votes, then by the probability summed over all
+//!    queries of the group, then the older entry; sinks and recent before all others.
+//!
+//! With [`Evict::Cells`] votes and sums are added up over all heads, and the same `C` is kept of
+//! that one ranking.
+//!
+//! This is a baseline: exact and plain rather than fast. It takes 4 bytes for each head and entry.
+
+use std::cmp::Reverse;
+
+use super::rank::{self, Forced};
+use super::{Bound, Evict, HeadScores, Kind, Needs, Params, Policy, Ragged, Selection, Shape};
+
+pub(super) struct GvotePaper {
+    params: Params,
+    shape: Shape,
+    forced: Forced,
+    /// `[head]` size of the union, for the heads observed so far.
+    budget: Vec<u32>,
+    /// `[head][n]` entries from best to worst. Empty for `Evict::Cells`.
+    ranking: Vec<u32>,
+    /// `[n]` share of the summed probability at each rank, summed over heads (`Composite`), or of
+    /// each entry (`Cells`).
+    share: Vec<f64>,
+    /// `[n]` votes and summed probabilities of all heads. Empty for `Evict::Composite`.
+    all_votes: Vec<u64>,
+    all_sums: Vec<f64>,
+    /// Scratch for one head: `[n]` votes, summed probabilities, keys.
+    votes: Vec<u32>,
+    sums: Vec<f64>,
+    keys: Vec<u64>,
+}
+
+impl GvotePaper {
+    pub fn new(params: &Params, shape: Shape) -> Self {
+        let n = shape.n;
+        let (per_head, per_token) = match params.evict {
+            Evict::Composite => (shape.heads() * n, 0),
+            Evict::Cells => (0, n),
+        };
+        Self {
+            params: params.clone(),
+            shape,
+            forced: Forced::new(params, n),
+            budget: Vec::with_capacity(shape.heads()),
+            ranking: Vec::with_capacity(per_head),
+            share: vec![0.0; n],
+            all_votes: vec![0; per_token],
+            all_sums: vec![0.0; per_token],
+            votes: vec![0; n],
+            sums: vec![0.0; n],
+            keys: Vec::with_capacity(n),
+        }
+    }
+
+    /// Steps 1 to 3 for one query head; `queries` is `[S + 1][n]`, the current query last.
+    fn vote(&mut self, queries: &[f32]) {
+        let n = self.shape.n;
+        let (samples, current) = queries.split_at(queries.len() - n);
+        self.load(current);
+        self.keys.sort_unstable();
+        let b = nucleus(&self.keys, current, self.params.p_nuc);
+        self.cast(b);
+        for sample in samples.chunks_exact(n) {
+            self.load(sample);
+            if 0 < b && b < n {
+                // Only who is among the top `b` matters, not in which order.
+                self.keys.select_nth_unstable(b - 1);
+            }
+            self.cast(b);
+        }
+    }
+
+    fn load(&mut self, p: &[f32]) {
+        self.keys.clear();
+        for (j, (&p, sum)) in p.iter().zip(&mut self.sums).enumerate() {
+            *sum += f64::from(rank::clean(p));
+            self.keys.push(rank::key(rank::clean(p), j));
+        }
+    }
+
+    fn cast(&mut self, b: usize) {
+        for &key in &self.keys[..b] {
+            self.votes[rank::entry(key) as usize] += 1;
+        }
+    }
+}
+
+impl Policy for GvotePaper {
+    fn name(&self) -> &'static str {
+        Kind::GvotePaper.name()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            future: false,
+            observed: false,
+            each: true,
+        }
+    }
+
+    fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
+        let (n, queries) = (self.shape.n, self.params.samples + 1);
+        let in_order = head == self.budget.len() && head < self.shape.heads();
+        assert!(in_order, "head {head} is out of order");
+        assert_eq!(
+            scores.each.len(),
+            self.shape.group * queries * n,
+            "scores of head {head}"
+        );
+
+        self.votes.fill(0);
+        self.sums.fill(0.0);
+        for query_head in scores.each.chunks_exact(queries * n) {
+            self.vote(query_head);
+        }
+        let union = (0..n)
+            .filter(|&j| self.votes[j] > 0 || self.forced.contains(j))
+            .count();
+        self.budget.push(union as u32);
+
+        let total: f64 = self.sums.iter().sum();
+        let share = |sum: f64| if total > 0.0 { sum / total } else { 0.0 };
+        match self.params.evict {
+            Evict::Composite => {
+                let order = rank_by_votes(&self.forced, &self.votes, &self.sums);
+                for (at_rank, &j) in self.share.iter_mut().zip(&order) {
+                    *at_rank += share(self.sums[j as usize]);
+                }
+                self.ranking.extend(order);
+            }
+            Evict::Cells => {
+                for j in 0..n {
+                    self.all_votes[j] += u64::from(self.votes[j]);
+                    self.all_sums[j] += self.sums[j];
+                    self.share[j] += share(self.sums[j]);
+                }
+            }
+        }
+    }
+
+    fn select(mut self: Box<Self>) -> Selection {
+        let (n, heads) = (self.shape.n, self.shape.heads());
+        assert_eq!(self.budget.len(), heads, "heads observed before select");
+        if self.params.evict == Evict::Cells {
+            self.ranking = rank_by_votes(&self.forced, &self.all_votes, &self.all_sums);
+            self.share = self
+                .ranking
+                .iter()
+                .map(|&j| self.share[j as usize])
+                .collect();
+        }
+        let total: u64 = self.budget.iter().map(|&b| u64::from(b)).sum();
+        let ragged = Ragged {
+            min: self.budget.iter().copied().min().unwrap_or(0),
+            mean: (total as f64 / heads as f64) as f32,
+            max: self.budget.iter().copied().max().unwrap_or(0),
+        };
+        let wanted = total.div_ceil(heads as u64) as usize;
+        let (count, bound) = rank::bounded(wanted, Bound::Budget, &self.forced, &self.params);
+        if bound == Bound::All {
+            return Selection {
+                ragged: Some(ragged),
+                ..Selection::all(n)
+            };
+        }
+        let curve = rank::lost_curve(self.share, heads as f64);
+        let kept = match self.params.evict {
+            Evict::Composite => rank::keep_heads(self.ranking, n, count),
+            Evict::Cells => rank::keep_tokens(self.ranking, count),
+        };
+        let lost_mass = Some(curve[count] as f32);
+        Selection {
+            n,
+            kept,
+            lost_mass,
+            bound,
+            ragged: Some(ragged),
+        }
+    }
+}
+
+/// Size of the smallest set that holds `p_nuc` of the attention; `keys` is sorted, best first. The
+/// share is of what `p` sums to, which is 1 but for rounding: `p_nuc` = 1 must be reachable.
+fn nucleus(keys: &[u64], p: &[f32], p_nuc: f32) -> usize {
+    let of = |key: &u64| f64::from(rank::clean(p[rank::entry(*key) as usize]));
+    let target = f64::from(p_nuc) * keys.iter().map(of).sum::<f64>();
+    let mut sum = 0.0;
+    let mut size = 0;
+    while size < keys.len() && sum < target {
+        sum += of(&keys[size]);
+        size += 1;
+    }
+    size
+}
+
+/// All entries, best first: forced, then by votes, then by summed probability, then the older.
+fn rank_by_votes<V: Copy + Ord>(forced: &Forced, votes: &[V], sums: &[f64]) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..forced.n as u32).collect();
+    order.sort_unstable_by_key(|&entry| {
+        let j = entry as usize;
+        // Sums are finite and not negative: their bits sort like them.
+        Reverse((
+            forced.contains(j),
+            votes[j],
+            sums[j].to_bits(),
+            Reverse(entry),
+        ))
+    });
+    order
+}

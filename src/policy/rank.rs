@@ -1,0 +1,322 @@
+//! The arithmetic that policies share: cleaning, normalising, pooling, spans, ranking, the curve of
+//! the lost mass, and the bounds on `C`.
+
+use super::{Bound, Kept, Params};
+
+/// What always stays: the first `sinks` and the last `recent` of `n` entries.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Forced {
+    /// Entries below this index are sinks.
+    pub head: usize,
+    /// Entries from this index on are recent.
+    pub tail: usize,
+    pub n: usize,
+}
+
+impl Forced {
+    pub fn new(params: &Params, n: usize) -> Self {
+        // In a prompt shorter than both together, the two meet and everything stays.
+        let tail = n.saturating_sub(params.recent);
+        Self {
+            head: params.sinks.min(tail),
+            tail,
+            n,
+        }
+    }
+
+    pub fn contains(&self, entry: usize) -> bool {
+        entry < self.head || entry >= self.tail
+    }
+
+    pub fn count(&self) -> usize {
+        self.head + self.n - self.tail
+    }
+}
+
+/// A probability, or 0 for what cannot be one.
+#[inline]
+pub(super) fn clean(x: f32) -> f32 {
+    if x > 0.0 && x < f32::INFINITY { x } else { 0.0 }
+}
+
+/// `nz`: the values of `from`, cleaned and scaled to sum 1, into `into`. All zero if they sum to 0.
+pub(super) fn normalise(from: &[f32], into: &mut [f32]) {
+    // Eight running sums: fixed, so that the result is the same on every machine, and wide enough
+    // for the compiler to use vectors.
+    let mut lanes = [0.0_f32; 8];
+    for (to, part) in into.chunks_mut(8).zip(from.chunks(8)) {
+        for ((to, lane), &x) in to.iter_mut().zip(&mut lanes).zip(part) {
+            *to = clean(x);
+            *lane += *to;
+        }
+    }
+    let sum: f32 = lanes.iter().sum();
+    if sum > 0.0 {
+        into.iter_mut().for_each(|x| *x /= sum);
+    }
+}
+
+/// Average over `width` (odd) positions around each, into `into`; outside of `from` there are
+/// zeros, as in SnapKV's `avg_pool1d` (arXiv 2404.14469). `padded` is scratch space.
+pub(super) fn average_pool(from: &[f32], width: usize, padded: &mut Vec<f32>, into: &mut [f32]) {
+    let side = width / 2;
+    padded.clear();
+    padded.resize(side, 0.0);
+    padded.extend(from.iter().map(|&x| clean(x)));
+    padded.resize(from.len() + 2 * side, 0.0);
+    into.fill(0.0);
+    for shift in 0..width {
+        for (to, &x) in into.iter_mut().zip(&padded[shift..]) {
+            *to += x;
+        }
+    }
+    let scale = 1.0 / width as f32;
+    into.iter_mut().for_each(|x| *x *= scale);
+}
+
+/// Sliding maximum: afterwards `x[j]` is the maximum of the `width` values from `x[j]` on (fewer at
+/// the end). O(n log width), and all of it in vectors: windows of 1, 2, 4, ... are joined in place.
+pub(super) fn window_max(x: &mut [f32], width: usize) {
+    let mut have = 1;
+    while have < width {
+        let step = have.min(width - have);
+        for j in 0..x.len().saturating_sub(step) {
+            let ahead = x[j + step];
+            // Not `f32::max`: there is no NaN here, and the test for it costs more than the maximum.
+            x[j] = if ahead > x[j] { ahead } else { x[j] };
+        }
+        have += step;
+    }
+}
+
+/// One number that sorts a head: ascending keys are descending scores, and among equal scores the
+/// older entry comes first. Spans make many equal scores, and of a span that does not fit the part
+/// nearest to its hit is the part to keep. `score` must be finite and not negative.
+#[inline]
+pub(super) fn key(score: f32, entry: usize) -> u64 {
+    // Bits of non-negative floats sort like the floats. Adding 0 turns a -0 into 0.
+    (u64::from(!(score + 0.0).to_bits()) << 32) | entry as u64
+}
+
+/// The key of an entry that comes before all others.
+#[inline]
+pub(super) fn forced_key(entry: usize) -> u64 {
+    entry as u64
+}
+
+/// The entry of a key.
+#[inline]
+pub(super) fn entry(key: u64) -> u32 {
+    key as u32
+}
+
+/// From the mass at each rank (in any unit, summed over heads) to the share lost by a cut:
+/// `curve[c]`, for `c` in `0..=n`, is the mass at ranks `c..` divided by `whole`.
+pub(super) fn lost_curve(mut at_rank: Vec<f64>, whole: f64) -> Vec<f64> {
+    at_rank.push(0.0);
+    // Summed from the small end, so that what is kept does not round what is lost.
+    let mut lost = 0.0;
+    for mass in at_rank.iter_mut().rev() {
+        lost += *mass;
+        *mass = lost / whole;
+    }
+    at_rank
+}
+
+/// The smallest `C` that loses at most `eps`. The curve falls, so a binary search finds it; its last
+/// value is 0, so there always is one.
+pub(super) fn smallest_count(curve: &[f64], eps: f32) -> usize {
+    curve.partition_point(|&lost| lost > f64::from(eps))
+}
+
+/// `C` after all bounds, and the one that set it. `wanted` is what the policy's own `rule` asks for.
+pub(super) fn bounded(
+    wanted: usize,
+    rule: Bound,
+    forced: &Forced,
+    params: &Params,
+) -> (usize, Bound) {
+    let (mut count, mut bound) = (wanted, rule);
+    if count < forced.count() {
+        (count, bound) = (forced.count(), Bound::Forced);
+    }
+    if count < params.min_cells {
+        (count, bound) = (params.min_cells, Bound::MinCells);
+    }
+    match params.max_cells {
+        // Last, because it is the one promise that holds against all others.
+        Some(cap) if cap < count => (cap, Bound::MaxCells),
+        _ if count >= forced.n => (forced.n, Bound::All),
+        _ => (count, bound),
+    }
+}
+
+/// The first `count` of each head's ranking, ascending.
+///
+/// `ranking` is `[head][n]` entries from best to worst; its memory becomes the result's.
+pub(super) fn keep_heads(mut ranking: Vec<u32>, n: usize, count: usize) -> Kept {
+    let mut stays = vec![false; n];
+    for head in 0..ranking.len() / n {
+        stays.fill(false);
+        for &entry in &ranking[head * n..][..count] {
+            stays[entry as usize] = true;
+        }
+        // The cut rows move to the front: row `head` ends before the ranking of the next begins.
+        let row = &mut ranking[head * count..][..count];
+        row.iter_mut()
+            .zip(indices(&stays))
+            .for_each(|(to, entry)| *to = entry);
+    }
+    ranking.truncate(ranking.len() / n * count);
+    ranking.shrink_to_fit();
+    Kept::Heads {
+        n_cells: count,
+        index: ranking,
+    }
+}
+
+/// The first `count` of one ranking for all heads, ascending.
+pub(super) fn keep_tokens(mut ranking: Vec<u32>, count: usize) -> Kept {
+    ranking.truncate(count);
+    ranking.sort_unstable();
+    ranking.shrink_to_fit();
+    Kept::Tokens(ranking)
+}
+
+fn indices(stays: &[bool]) -> impl Iterator<Item = u32> + '_ {
+    (0..)
+        .zip(stays)
+        .filter_map(|(entry, &stays)| stays.then_some(entry))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn normalise_sums_to_one_and_drops_what_is_no_probability() {
+        let mut out = [9.0; 5];
+        normalise(&[1.0, f32::NAN, -2.0, f32::INFINITY, 3.0], &mut out);
+        assert_eq!(out, [0.25, 0.0, 0.0, 0.0, 0.75]);
+        normalise(&[0.0; 5], &mut out);
+        assert_eq!(out, [0.0; 5]);
+    }
+
+    #[test]
+    fn a_pool_divides_by_its_width_at_the_edges_too() {
+        let mut out = [0.0; 6];
+        average_pool(
+            &[10.0, 0.0, 0.0, 0.0, 0.0, 5.0],
+            5,
+            &mut Vec::new(),
+            &mut out,
+        );
+        let expected = [2.0, 2.0, 2.0, 1.0, 1.0, 1.0];
+        out.iter()
+            .zip(expected)
+            .for_each(|(a, b)| assert!((a - b).abs() < 1e-6, "{out:?}"));
+    }
+
+    #[test]
+    fn window_max_is_the_maximum_of_every_window() {
+        let values: Vec<f32> = (0..50).map(|i| ((i * 37) % 23) as f32).collect();
+        for width in 1..60 {
+            let mut out = values.clone();
+            window_max(&mut out, width);
+            for j in 0..values.len() {
+                let end = (j + width).min(values.len());
+                let expected = values[j..end].iter().copied().fold(0.0, f32::max);
+                assert_eq!(out[j], expected, "width {width}, position {j}");
+            }
+        }
+    }
+
+    #[test]
+    fn keys_sort_by_score_then_age_and_forced_ones_first() {
+        let mut keys = [
+            key(0.5, 7),
+            key(0.0, 0),
+            key(0.5, 2),
+            key(1e-40, 5),
+            forced_key(9),
+            key(-0.0, 1),
+        ];
+        keys.sort_unstable();
+        assert_eq!(keys.map(entry), [9, 2, 7, 5, 0, 1]);
+    }
+
+    #[test]
+    fn the_curve_is_what_lies_behind_the_cut() {
+        let curve = lost_curve(vec![4.0, 2.0, 1.0, 1.0], 8.0);
+        assert_eq!(curve, [1.0, 0.5, 0.25, 0.125, 0.0]);
+        assert_eq!(smallest_count(&curve, 0.5), 1);
+        assert_eq!(smallest_count(&curve, 0.49), 2);
+        assert_eq!(smallest_count(&curve, 0.125), 3);
+        assert_eq!(smallest_count(&curve, 0.1), 4);
+    }
+
+    #[test]
+    fn the_cap_beats_every_other_bound() {
+        let params = Params {
+            sinks: 2,
+            recent: 3,
+            min_cells: 10,
+            max_cells: Some(20),
+            ..Params::default()
+        };
+        let at = |wanted, n| bounded(wanted, Bound::LostMass, &Forced::new(&params, n), &params);
+        assert_eq!(at(15, 100), (15, Bound::LostMass));
+        assert_eq!(at(7, 100), (10, Bound::MinCells));
+        assert_eq!(at(1, 100), (10, Bound::MinCells));
+        assert_eq!(at(21, 100), (20, Bound::MaxCells));
+        assert_eq!(at(8, 9), (9, Bound::All));
+        let params = Params {
+            min_cells: 0,
+            ..params
+        };
+        let forced = Forced::new(&params, 100);
+        assert_eq!(
+            bounded(1, Bound::Budget, &forced, &params),
+            (5, Bound::Forced)
+        );
+    }
+
+    #[test]
+    fn forced_entries_meet_in_a_short_prompt() {
+        let params = Params {
+            sinks: 4,
+            recent: 6,
+            ..Params::default()
+        };
+        for n in 0..20 {
+            let forced = Forced::new(&params, n);
+            assert_eq!(
+                forced.count(),
+                (0..n).filter(|&j| forced.contains(j)).count(),
+                "n {n}"
+            );
+            assert_eq!(forced.count(), n.min(10), "n {n}");
+        }
+    }
+
+    #[test]
+    fn heads_are_cut_in_place_and_sorted() {
+        let ranking = vec![3, 0, 2, 1, /* head 1 */ 1, 3, 0, 2];
+        let kept = keep_heads(ranking.clone(), 4, 2);
+        assert_eq!(
+            kept,
+            Kept::Heads {
+                n_cells: 2,
+                index: vec![0, 3, 1, 3]
+            }
+        );
+        let kept = keep_heads(ranking, 4, 3);
+        assert_eq!(
+            kept,
+            Kept::Heads {
+                n_cells: 3,
+                index: vec![0, 2, 3, 0, 1, 3]
+            }
+        );
+    }
+}

@@ -1,0 +1,90 @@
+//! Requests to choose from, and what the tests share. The promises themselves:
+//! - `properties`: what holds for any request, and agreement with the float64 `reference`;
+//! - `examples`: small requests whose answer one can work out by hand;
+//! - `settings`: what may be set, and what is said when it may not.
+
+mod examples;
+mod properties;
+mod reference;
+mod settings;
+
+use super::*;
+
+/// The scores of one KV head, owned.
+#[derive(Debug, Clone)]
+struct Head {
+    future: Vec<f32>,
+    observed: Vec<f32>,
+    each: Vec<f32>,
+}
+
+#[derive(Debug, Clone)]
+struct Request {
+    heads: Vec<Head>,
+}
+
+/// splitmix64: enough to fill a request from one seed.
+fn random(state: &mut u64) -> f64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// Softmax rows that look like attention: mostly flat, a few peaks.
+fn softmax(n: usize, state: &mut u64) -> Vec<f32> {
+    let raw: Vec<f64> = (0..n)
+        .map(|_| (8.0 * random(state).powi(3)).exp())
+        .collect();
+    let sum: f64 = raw.iter().sum();
+    raw.iter().map(|x| (x / sum) as f32).collect()
+}
+
+impl Request {
+    fn random(shape: &Shape, samples: usize, seed: u64) -> Self {
+        let state = &mut seed.clone();
+        let queries = shape.group * (samples + 1);
+        let heads = (0..shape.heads()).map(|_| Head {
+            future: softmax(shape.n, state),
+            observed: softmax(shape.n, state),
+            each: (0..queries).flat_map(|_| softmax(shape.n, state)).collect(),
+        });
+        Self {
+            heads: heads.collect(),
+        }
+    }
+}
+
+fn select(params: &Params, shape: Shape, request: &Request) -> Selection {
+    let mut policy = build(params, shape).unwrap();
+    let needs = policy.needs();
+    assert_eq!(policy.name(), params.policy.name());
+    for (index, head) in request.heads.iter().enumerate() {
+        let asked = |needed, x| if needed { x } else { &[][..] };
+        let scores = HeadScores {
+            future: asked(needs.future, &head.future),
+            observed: asked(needs.observed, &head.observed),
+            each: asked(needs.each, &head.each),
+        };
+        policy.observe(index, &scores);
+    }
+    policy.select()
+}
+
+/// What one head keeps, spelled out.
+fn kept(selection: &Selection, head: usize) -> Vec<usize> {
+    let all = || (0..selection.n).collect();
+    selection
+        .kept_by(head)
+        .map_or_else(all, |kept| kept.iter().map(|&j| j as usize).collect())
+}
+
+fn shape(n: usize) -> Shape {
+    Shape {
+        n,
+        n_layer: 1,
+        n_head_kv: 1,
+        group: 1,
+    }
+}

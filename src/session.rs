@@ -1,0 +1,599 @@
+//! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::cache::{self, CacheError, Layout};
+use crate::capture::{Capture, CaptureError, Queries};
+use crate::compact::{self, CompactError};
+use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, Token};
+use crate::policy::{self, Bound, Kind, Kept, PolicyError, Ragged, Shape};
+use crate::score::{LayerQueries, ScoreError, Scorer};
+
+/// The sequence that holds the conversation. The probe borrows the last one of the context.
+const SEQ: i32 = 0;
+const N_SEQ: u32 = 2;
+
+/// What can go wrong in a session. The session stays as it was before the call.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error(transparent)]
+    Llama(#[from] LlamaError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    #[error(transparent)]
+    Score(#[from] ScoreError),
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    #[error(transparent)]
+    Compact(#[from] CompactError),
+    #[error("this model cannot be compressed: {0}; --policy full runs it as it is")]
+    Unsupported(&'static str),
+    #[error("the layers of this model differ in their number of heads, which is not supported yet; --policy full runs it as it is")]
+    UnevenHeads,
+    #[error("the prompt has {tokens} tokens and the context {room} free cells; raise -c (the model was trained for {trained})")]
+    PromptTooLong { tokens: usize, room: usize, trained: usize },
+    #[error("the prompt is empty")]
+    Empty,
+    #[error("position {0} lies inside the compressed part (exact from {1} on): start over, or prefill again")]
+    Compressed(Pos, Pos),
+    #[error("the saved session does not fit: {0}")]
+    Saved(&'static str),
+}
+
+/// How to make a session.
+#[derive(Clone, Debug, Default)]
+pub struct SessionParams {
+    pub context: ContextParams,
+    pub policy: policy::Params,
+    /// Account for the rounding of a quantized K cache in the vote: see [`crate::score`].
+    pub account_error: bool,
+}
+
+/// What a prefill did.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct PrefillReport {
+    pub tokens: usize,
+    #[serde(serialize_with = "seconds")]
+    pub time: Duration,
+}
+
+/// What a compression did, or why it left the cache alone.
+#[derive(Clone, Debug, Serialize)]
+pub struct CompressReport {
+    pub policy: Kind,
+    /// Cells of the sequence before and after.
+    pub cells_before: usize,
+    pub cells_after: usize,
+    /// Bytes of K and V in those cells.
+    pub kv_bytes_before: usize,
+    pub kv_bytes_after: usize,
+    /// Attention mass given up, as the policy estimates it; 0 to 1.
+    pub lost_mass: Option<f32>,
+    /// The rule that set the number of cells.
+    pub bound: Bound,
+    pub ragged: Option<Ragged>,
+    /// Most bytes held at once for the vote and the compaction, beyond what the session holds anyway.
+    pub transient_bytes: usize,
+    #[serde(serialize_with = "seconds")]
+    pub probe_time: Duration,
+    #[serde(serialize_with = "seconds")]
+    pub score_time: Duration,
+    #[serde(serialize_with = "seconds")]
+    pub select_time: Duration,
+    #[serde(serialize_with = "seconds")]
+    pub compact_time: Duration,
+}
+
+impl CompressReport {
+    /// Time of the whole compression.
+    pub fn time(&self) -> Duration {
+        self.probe_time + self.score_time + self.select_time + self.compact_time
+    }
+
+    /// Share of the cells kept, 0 to 1.
+    pub fn share(&self) -> f64 {
+        self.cells_after as f64 / self.cells_before.max(1) as f64
+    }
+}
+
+fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_f64(time.as_secs_f64())
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stop {
+    /// The model ended its turn.
+    EndOfGeneration,
+    /// As many tokens as asked for.
+    Limit,
+    /// No free cell is left.
+    ContextFull,
+    /// The caller, or the cancel flag, said so.
+    Cancelled,
+}
+
+/// What a generation did.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct GenerateReport {
+    pub tokens: usize,
+    #[serde(serialize_with = "seconds")]
+    pub time: Duration,
+    pub stop: Stop,
+}
+
+/// What compression needs; absent under the `full` policy, which leaves llama.cpp alone.
+struct Voter {
+    layout: Layout,
+    capture: Capture,
+    scorer: Scorer,
+}
+
+/// One sequence in one context.
+pub struct Session {
+    ctx: Context,
+    voter: Option<Voter>,
+    policy: policy::Params,
+    account_error: bool,
+    /// Cells that the caller asked for; the context has some more for the probe.
+    n_ctx: usize,
+    chunk: usize,
+    n_past: Pos,
+    /// From this position on every cell holds one token, the same in all heads.
+    exact_from: Pos,
+    /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
+    logits: Vec<f32>,
+}
+
+impl Session {
+    /// # Errors
+    /// [`SessionError::Policy`] for nonsense settings, [`SessionError::Unsupported`] for models without a cache that can be
+    /// compacted (unless the policy is `full`), or whatever creating the context fails with.
+    pub fn new(model: &Model, params: &SessionParams) -> Result<Self, SessionError> {
+        params.policy.validate()?;
+        let compresses = params.policy.policy != Kind::Full;
+        if compresses && let Some(reason) = model.unsupported() {
+            return Err(SessionError::Unsupported(reason));
+        }
+        let n_ctx = match params.context.n_ctx {
+            0 => model.n_ctx_train(),
+            n => n as usize,
+        };
+        let mut context = params.context.clone();
+        context.n_ctx = n_ctx as u32;
+        if compresses {
+            context.n_ctx += params.policy.samples as u32;
+            context.n_seq_max = N_SEQ;
+        }
+        context.n_batch = context.n_batch.clamp(1, context.n_ctx);
+        context.n_ubatch = context.n_ubatch.clamp(1, context.n_batch);
+        let ctx = Context::new(model, &context)?;
+        let voter = if compresses {
+            let layout = Layout::of(&ctx, SEQ)?;
+            uniform_shape(&layout, 0)?;
+            let (window, skip) = (params.policy.window, params.policy.sinks);
+            Some(Voter {
+                capture: Capture::new(&ctx, &layout, window, skip),
+                scorer: Scorer::new(ctx.n_threads_batch()),
+                layout,
+            })
+        } else {
+            None
+        };
+        Ok(Self {
+            ctx,
+            voter,
+            policy: params.policy.clone(),
+            account_error: params.account_error,
+            n_ctx,
+            chunk: context.n_ubatch as usize,
+            n_past: 0,
+            exact_from: 0,
+            logits: Vec::new(),
+        })
+    }
+
+    /// The context underneath.
+    pub fn context(&self) -> &Context {
+        &self.ctx
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        self.ctx.model()
+    }
+
+    /// Tokens so far: the position of the next one.
+    pub fn n_past(&self) -> Pos {
+        self.n_past
+    }
+
+    /// Cells that the session may use (`-c`).
+    pub fn n_ctx(&self) -> usize {
+        self.n_ctx
+    }
+
+    /// Cells in use.
+    pub fn cells_used(&self) -> usize {
+        match &self.voter {
+            Some(_) => cache::cells(&self.ctx, SEQ).len(),
+            None => self.n_past as usize,
+        }
+    }
+
+    /// Bytes of K and V in one cell, where the cache's layout is known.
+    pub fn bytes_per_cell(&self) -> Option<usize> {
+        Layout::of(&self.ctx, SEQ).ok().map(|l| l.bytes_per_cell())
+    }
+
+    /// A flag that stops a running call when set: it answers with [`LlamaError::Cancelled`], or [`Stop::Cancelled`].
+    pub fn cancel_flag(&self) -> Arc<AtomicBool> {
+        self.ctx.cancel_flag()
+    }
+
+    /// The settings of the vote; they may change between compressions, but not `window` and `sinks`.
+    pub fn policy(&self) -> &policy::Params {
+        &self.policy
+    }
+
+    fn room(&self) -> usize {
+        self.n_ctx.saturating_sub(self.cells_used())
+    }
+
+    /// Decodes a prompt (or a further turn) and keeps the next-token logits. `progress(done, of)` is called after each
+    /// ubatch; breaking cancels.
+    ///
+    /// # Errors
+    /// [`SessionError::PromptTooLong`], [`LlamaError::Cancelled`] and others; the session is then as before.
+    pub fn prefill(
+        &mut self,
+        tokens: &[Token],
+        mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<PrefillReport, SessionError> {
+        if tokens.is_empty() {
+            return Err(SessionError::Empty);
+        }
+        if tokens.len() > self.room() {
+            return Err(SessionError::PromptTooLong {
+                tokens: tokens.len(),
+                room: self.room(),
+                trained: self.model().n_ctx_train(),
+            });
+        }
+        let start = Instant::now();
+        let first = self.n_past;
+        let mut batch = Batch::new(self.chunk);
+        let mut done = 0;
+        for chunk in tokens.chunks(self.chunk) {
+            batch.clear();
+            for (i, &token) in chunk.iter().enumerate() {
+                let is_last = done + i + 1 == tokens.len();
+                batch.add(token, first + (done + i) as Pos, SEQ, is_last)?;
+            }
+            let decoded = match &mut self.voter {
+                Some(v) => v.capture.decode(&mut self.ctx, SEQ, &batch).map_err(SessionError::from),
+                None => self.ctx.decode(&batch).map_err(SessionError::from),
+            };
+            done += chunk.len();
+            let decoded = decoded.and_then(|()| match progress(done, tokens.len()) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(LlamaError::Cancelled.into()),
+            });
+            if let Err(error) = decoded {
+                self.remove_from(first);
+                return Err(error);
+            }
+        }
+        self.n_past = first + tokens.len() as Pos;
+        self.keep_logits()?;
+        Ok(PrefillReport {
+            tokens: tokens.len(),
+            time: start.elapsed(),
+        })
+    }
+
+    fn keep_logits(&mut self) -> Result<(), LlamaError> {
+        let logits = self.ctx.logits()?;
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        Ok(())
+    }
+
+    fn remove_from(&mut self, pos: Pos) {
+        self.ctx.remove(SEQ, pos, -1);
+        if let Some(voter) = &mut self.voter {
+            voter.capture.forget_from(pos);
+        }
+    }
+
+    /// Lets the policy vote and compacts the cache. The next-token logits stay.
+    ///
+    /// # Errors
+    /// [`SessionError`]; the cache is then as before.
+    pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
+        let Some(voter) = &mut self.voter else {
+            let (n, bytes) = (self.cells_used(), self.bytes_per_cell().unwrap_or(0));
+            return Ok(CompressReport::untouched(Kind::Full, n, bytes));
+        };
+        let ctx = &mut self.ctx;
+        let cells = cache::cells(ctx, SEQ);
+        let n = cells.len();
+        let bytes_per_cell = voter.layout.bytes_per_cell();
+        let mut report = CompressReport::untouched(self.policy.policy, n, bytes_per_cell);
+        let mut policy = policy::build(&self.policy, uniform_shape(&voter.layout, n)?)?;
+        let needs = policy.needs();
+        let pos_last = self.n_past - 1;
+
+        if !needs.nothing() {
+            let clock = Instant::now();
+            let future = voter.capture.probe(ctx, pos_last, self.policy.samples, self.policy.seed)?;
+            report.probe_time = clock.elapsed();
+
+            let clock = Instant::now();
+            let (capture, scorer) = (&voter.capture, &mut voter.scorer);
+            scorer.score(
+                &voter.layout,
+                &cells,
+                needs,
+                self.account_error,
+                |il| layer_queries(capture, il, pos_last, &future[il]),
+                |head, scores| policy.observe(head, scores),
+            )?;
+            report.score_time = clock.elapsed();
+            report.transient_bytes = voter.scorer.release() + future.iter().map(|q| size_of_val(&q.data[..])).sum::<usize>();
+        }
+
+        let clock = Instant::now();
+        let selection = policy.select();
+        report.select_time = clock.elapsed();
+
+        let clock = Instant::now();
+        compact::compact(ctx, SEQ, &selection)?;
+        report.compact_time = clock.elapsed();
+
+        if let Kept::Heads { .. } | Kept::Tokens(_) = selection.kept {
+            self.exact_from = self.exact_from.max(self.n_past - self.policy.recent as Pos);
+        }
+        report.cells_after = selection.n_cells();
+        report.kv_bytes_after = report.cells_after * bytes_per_cell;
+        report.lost_mass = selection.lost_mass;
+        report.bound = selection.bound;
+        report.ragged = selection.ragged;
+        Ok(report)
+    }
+
+    /// Next-token logits of the newest token. `[n_vocab]`; empty before the first prefill.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Decodes one token and keeps its next-token logits.
+    ///
+    /// # Errors
+    /// [`LlamaError::NoCells`] when the cache is full, [`LlamaError::Cancelled`]; the session is then as before.
+    pub fn decode(&mut self, token: Token) -> Result<(), SessionError> {
+        let mut batch = Batch::new(1);
+        batch.add(token, self.n_past, SEQ, true)?;
+        self.ctx.decode(&batch)?;
+        self.n_past += 1;
+        self.keep_logits()?;
+        Ok(())
+    }
+
+    /// Generates up to `n_predict` tokens (negative: until the model ends or the cache is full). `on_token` gets each token
+    /// before it is decoded; the last one, if it ends the generation, is not passed on and not decoded.
+    ///
+    /// # Errors
+    /// [`LlamaError::NoLogits`] without a prompt; whatever decoding fails with. A full cache and a cancelled run are no
+    /// errors but a [`Stop`].
+    pub fn generate(
+        &mut self,
+        sampler: &mut Sampler,
+        n_predict: i32,
+        mut on_token: impl FnMut(Token) -> ControlFlow<()>,
+    ) -> Result<GenerateReport, SessionError> {
+        if self.logits.is_empty() {
+            return Err(LlamaError::NoLogits.into());
+        }
+        let start = Instant::now();
+        let mut tokens = 0;
+        let mut free = self.room();
+        let stop = loop {
+            if n_predict >= 0 && tokens == n_predict as usize {
+                break Stop::Limit;
+            }
+            let token = sampler.sample(&self.logits);
+            if self.model().is_eog(token) {
+                break Stop::EndOfGeneration;
+            }
+            if free == 0 {
+                break Stop::ContextFull;
+            }
+            let flow = on_token(token);
+            match self.decode(token) {
+                Ok(()) => {}
+                Err(SessionError::Llama(LlamaError::NoCells { .. })) => break Stop::ContextFull,
+                Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
+                Err(error) => return Err(error),
+            }
+            tokens += 1;
+            free -= 1;
+            if flow.is_break() {
+                break Stop::Cancelled;
+            }
+        };
+        Ok(GenerateReport {
+            tokens,
+            time: start.elapsed(),
+            stop,
+        })
+    }
+
+    /// Forgets the tokens from position `pos` on. The next call must be a prefill.
+    ///
+    /// # Errors
+    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads.
+    pub fn truncate(&mut self, pos: Pos) -> Result<(), SessionError> {
+        if pos < self.exact_from && pos > 0 {
+            return Err(SessionError::Compressed(pos, self.exact_from));
+        }
+        if pos < self.n_past {
+            self.remove_from(pos);
+            self.n_past = pos.max(0);
+            self.logits.clear();
+        }
+        if self.n_past == 0 {
+            self.clear();
+        }
+        Ok(())
+    }
+
+    /// Starts over with an empty cache.
+    pub fn clear(&mut self) {
+        self.ctx.clear();
+        if let Some(voter) = &mut self.voter {
+            voter.capture.reset();
+        }
+        self.n_past = 0;
+        self.exact_from = 0;
+        self.logits.clear();
+    }
+
+    /// The whole session as bytes: llama.cpp's state of the sequence, and what gvote knows beside it.
+    pub fn save(&mut self) -> Vec<u8> {
+        let capture = self.voter.as_ref().map_or_else(Vec::new, |v| v.capture.save());
+        let state = self.ctx.save_sequence(SEQ);
+        let mut out = Vec::with_capacity(state.len() + capture.len() + 4 * self.logits.len() + 64);
+        out.extend_from_slice(&self.n_past.to_le_bytes());
+        out.extend_from_slice(&self.exact_from.to_le_bytes());
+        for part in [bytes_of_f32(&self.logits), capture, state] {
+            out.extend_from_slice(&(part.len() as u64).to_le_bytes());
+            out.extend_from_slice(&part);
+        }
+        out
+    }
+
+    /// Replaces this session by a saved one.
+    ///
+    /// # Errors
+    /// [`SessionError::Saved`] or [`LlamaError::State`] when the bytes are cut off or belong to another model, other cache
+    /// types or a larger context; the session is then as before.
+    pub fn load(&mut self, data: &[u8]) -> Result<(), SessionError> {
+        let mut rest = data;
+        let n_past = Pos::from_le_bytes(take(&mut rest)?);
+        let exact_from = Pos::from_le_bytes(take(&mut rest)?);
+        let logits = take_part(&mut rest)?;
+        let capture = take_part(&mut rest)?;
+        let state = take_part(&mut rest)?;
+        if !rest.is_empty() || (logits.len() != 4 * self.model().n_vocab() && !logits.is_empty()) {
+            return Err(SessionError::Saved("it was made with another model"));
+        }
+        let restored = match &self.voter {
+            Some(v) => Some(v.capture.restored(capture).ok_or(SessionError::Saved(
+                "it was made with another model, --window or --policy",
+            ))?),
+            None => None,
+        };
+        let before = self.ctx.save_sequence(SEQ);
+        if let Err(error) = self.ctx.load_sequence(SEQ, state) {
+            if self.n_past > 0 {
+                self.ctx.load_sequence(SEQ, &before)?;
+            }
+            return Err(error.into());
+        }
+        if let (Some(voter), Some(restored)) = (&mut self.voter, restored) {
+            voter.capture = restored;
+        }
+        self.n_past = n_past;
+        self.exact_from = exact_from;
+        self.logits = logits
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().expect("chunks of four")))
+            .collect();
+        Ok(())
+    }
+}
+
+impl CompressReport {
+    fn untouched(policy: Kind, n: usize, bytes_per_cell: usize) -> Self {
+        Self {
+            policy,
+            cells_before: n,
+            cells_after: n,
+            kv_bytes_before: n * bytes_per_cell,
+            kv_bytes_after: n * bytes_per_cell,
+            lost_mass: Some(0.0),
+            bound: Bound::All,
+            ragged: None,
+            transient_bytes: 0,
+            probe_time: Duration::ZERO,
+            score_time: Duration::ZERO,
+            select_time: Duration::ZERO,
+            compact_time: Duration::ZERO,
+        }
+    }
+}
+
+/// The shape of a request of `n` cells; every layer must have the same heads.
+fn uniform_shape(layout: &Layout, n: usize) -> Result<Shape, SessionError> {
+    let first = &layout.layers[0];
+    if layout
+        .layers
+        .iter()
+        .any(|l| (l.n_head, l.n_head_kv) != (first.n_head, first.n_head_kv))
+    {
+        return Err(SessionError::UnevenHeads);
+    }
+    Ok(Shape {
+        n,
+        n_layer: layout.n_layer(),
+        n_head_kv: first.n_head_kv as usize,
+        group: (first.n_head / first.n_head_kv) as usize,
+    })
+}
+
+/// The queries that vote in one layer: the observation window, and the synthetic queries with the current one behind them.
+fn layer_queries(
+    capture: &Capture,
+    layer: usize,
+    pos_last: Pos,
+    synthetic: &Queries,
+) -> Result<LayerQueries, SessionError> {
+    let observed = capture.window(layer, pos_last)?;
+    let mut future = synthetic.clone();
+    let n_q = observed.data.len() / observed.pos.len();
+    future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
+    future.pos.push(pos_last);
+    Ok(LayerQueries {
+        observed,
+        future,
+        scale: capture.logit_scale(layer),
+    })
+}
+
+fn bytes_of_f32(data: &[f32]) -> Vec<u8> {
+    data.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], SessionError> {
+    let (head, tail) = rest.split_first_chunk().ok_or(CUT_OFF)?;
+    *rest = tail;
+    Ok(*head)
+}
+
+fn take_part<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], SessionError> {
+    let len = usize::try_from(u64::from_le_bytes(take(rest)?)).map_err(|_| CUT_OFF)?;
+    let (head, tail) = rest.split_at_checked(len).ok_or(CUT_OFF)?;
+    *rest = tail;
+    Ok(head)
+}
