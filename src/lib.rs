@@ -42,5 +42,7 @@ pub mod policy;
 pub mod score;
 pub mod session;
 mod sys;
+#[cfg(test)]
+mod tests;
 
 pub use session::{Session, SessionError, SessionParams};

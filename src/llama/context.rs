@@ -308,6 +308,12 @@ impl Context {
         unsafe { sys::llama_memory_seq_rm(self.memory(), seq, p0, p1) }
     }
 
+    /// Lets sequence `to` see the cells of `from` in `p0..p1` too; -1 = open end.
+    pub fn copy(&mut self, from: SeqId, to: SeqId, p0: Pos, p1: Pos) {
+        // SAFETY: valid memory; llama.cpp checks the rest.
+        unsafe { sys::llama_memory_seq_cp(self.memory(), from, to, p0, p1) };
+    }
+
     /// Empties the cache.
     pub fn clear(&mut self) {
         // SAFETY: valid memory. The data may stay: unused cells are masked.

@@ -1,0 +1,245 @@
+//! The real model, a context with a decoded prompt, and a recorder of what attention reads and writes.
+
+use std::ffi::{CStr, c_void};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use crate::cache::{self, Cell, Layout};
+use crate::llama::{Batch, CacheType, Context, ContextParams, FlashAttention, Model, ModelParams, Pos, SeqId, Token};
+use crate::policy::{Bound, Kept, Selection};
+use crate::sys;
+
+/// SmolLM2-135M-Instruct, loaded once.
+pub fn model() -> Model {
+    static MODEL: OnceLock<Model> = OnceLock::new();
+    MODEL
+        .get_or_init(|| {
+            let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
+                || PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"),
+                PathBuf::from,
+            );
+            let path = cache.join("gvote/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+            assert!(path.exists(), "{} is missing: run `make setup`", path.display());
+            Model::load(&path, &ModelParams::default(), |_| true).expect("the model loads")
+        })
+        .clone()
+}
+
+/// Real text of some length: a source file of this crate.
+pub fn tokens(model: &Model, n: usize) -> Vec<Token> {
+    let mut tokens = model
+        .tokenize(include_str!("../capture.rs"), true, false)
+        .expect("the model has a tokenizer");
+    assert!(tokens.len() >= n, "{} tokens of text are not enough", tokens.len());
+    tokens.truncate(n);
+    tokens
+}
+
+/// One way to hold and read the cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    pub flash: bool,
+    pub k: CacheType,
+    pub v: CacheType,
+}
+
+pub const F16: Setup = Setup { flash: false, k: CacheType::F16, v: CacheType::F16 };
+pub const F16_FLASH: Setup = Setup { flash: true, ..F16 };
+pub const BF16: Setup = Setup { flash: false, k: CacheType::Bf16, v: CacheType::Bf16 };
+pub const Q8_0: Setup = Setup { flash: true, k: CacheType::Q8_0, v: CacheType::Q8_0 };
+pub const Q4_0: Setup = Setup { flash: true, k: CacheType::Q4_0, v: CacheType::Q4_0 };
+pub const Q5_1: Setup = Setup { flash: true, k: CacheType::Q5_1, v: CacheType::Q5_1 };
+pub const IQ4_NL: Setup = Setup { flash: true, k: CacheType::Iq4Nl, v: CacheType::Iq4Nl };
+
+pub fn context(model: &Model, setup: Setup, n_ctx: u32, n_ubatch: u32) -> Context {
+    Context::new(
+        model,
+        &ContextParams {
+            n_ctx,
+            n_batch: 2048.min(n_ctx),
+            n_ubatch,
+            n_seq_max: 3,
+            n_threads: 2,
+            n_threads_batch: 2,
+            flash_attn: if setup.flash { FlashAttention::On } else { FlashAttention::Off },
+            type_k: setup.k,
+            type_v: setup.v,
+        },
+    )
+    .expect("the context is made")
+}
+
+pub fn decode(ctx: &mut Context, tokens: &[Token], first: Pos, seq: SeqId) {
+    let mut batch = Batch::new(tokens.len());
+    for (i, &token) in tokens.iter().enumerate() {
+        batch.add(token, first + i as Pos, seq, i + 1 == tokens.len()).expect("the batch has room");
+    }
+    ctx.decode(&batch).expect("decodes");
+}
+
+/// Next-token logits after one more token.
+pub fn next_logits(ctx: &mut Context, token: Token, pos: Pos) -> Vec<f32> {
+    decode(ctx, &[token], pos, 0);
+    ctx.logits().expect("asked for").to_vec()
+}
+
+pub fn composite(n: usize, n_cells: usize, index: Vec<u32>) -> Selection {
+    Selection {
+        n,
+        kept: Kept::Heads { n_cells, index },
+        lost_mass: None,
+        bound: Bound::MaxCells,
+        ragged: None,
+    }
+}
+
+pub fn n_heads(layout: &Layout) -> usize {
+    layout.n_head_kv().sum()
+}
+
+/// Ascending random places below `n`, `n_cells` of them, the last one included.
+pub fn random_subset(n: usize, n_cells: usize, rng: &mut impl rand::Rng) -> Vec<u32> {
+    use rand::seq::index::sample;
+    let mut kept = sample(rng, n - 1, n_cells - 1).into_vec();
+    kept.push(n - 1);
+    kept.sort_unstable();
+    kept.into_iter().map(|i| i as u32).collect()
+}
+
+/// The kept rows of every head, each head its own.
+pub fn random_heads(layout: &Layout, n: usize, n_cells: usize, seed: u64) -> Selection {
+    use rand::SeedableRng;
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let index = (0..n_heads(layout)).flat_map(|_| random_subset(n, n_cells, &mut rng)).collect();
+    composite(n, n_cells, index)
+}
+
+/// One row of K or V as floats. `[d]`
+pub fn row(layout: &Layout, layer: usize, is_v: bool, kv: usize, cell: &Cell) -> Vec<f32> {
+    let l = &layout.layers[layer];
+    let cell = cell.index as usize;
+    // SAFETY: host memory; offsets as in llama_kv_cache::get_k and get_v.
+    unsafe {
+        let t = if is_v { &*l.v } else { &*l.k };
+        let d = if is_v { l.n_embd_head_v } else { l.n_embd_head_k } as usize;
+        let base = t.data.cast::<u8>();
+        if is_v && layout.info.v_trans {
+            let size = sys::ggml_type_size(t.type_);
+            return (0..d)
+                .map(|j| floats(t.type_, base.add(((kv * d + j) * layout.n_cells() + cell) * size), 1)[0])
+                .collect();
+        }
+        let bytes = sys::ggml_row_size(t.type_, d as i64);
+        floats(t.type_, base.add(cell * t.nb[1] + kv * bytes), d)
+    }
+}
+
+/// # Safety
+/// `data` holds `n` values of the type.
+unsafe fn floats(type_: sys::ggml_type, data: *const u8, n: usize) -> Vec<f32> {
+    let mut out = vec![0f32; n];
+    // SAFETY: see above.
+    unsafe {
+        if type_ == sys::GGML_TYPE_F32 {
+            std::ptr::copy_nonoverlapping(data.cast(), out.as_mut_ptr(), n);
+        } else {
+            let to_float = (*sys::ggml_get_type_traits(type_)).to_float.expect("a cache type");
+            to_float(data.cast(), out.as_mut_ptr(), n as i64);
+        }
+    }
+    out
+}
+
+/// What the attention of one layer read and wrote for one decoded token.
+#[derive(Default)]
+pub struct Attention {
+    /// Cells the kernel looked at.
+    pub n_kv: usize,
+    /// `[n_head][d]`
+    pub q: Vec<f32>,
+    /// `[n_head][d]`
+    pub out: Vec<f32>,
+}
+
+struct Recorder {
+    layers: Vec<(*const sys::ggml_tensor, Attention)>,
+}
+
+/// Runs `f`, which decodes one token, and returns each layer's attention.
+pub fn record(ctx: &mut Context, layout: &Layout, f: impl FnOnce(&mut Context)) -> Vec<Attention> {
+    let mut recorder = Recorder {
+        layers: layout.layers.iter().map(|l| (l.k.cast_const(), Attention::default())).collect(),
+    };
+    // SAFETY: the recorder outlives the calls; the callback is removed again.
+    unsafe {
+        sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(on_eval), (&raw mut recorder).cast());
+        f(ctx);
+        sys::gvote_shim_set_eval_callback(ctx.as_ptr(), None, std::ptr::null_mut());
+    }
+    recorder.layers.into_iter().map(|l| l.1).collect()
+}
+
+unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_void) -> bool {
+    // SAFETY: ggml passes a node whose sources are valid; data is the recorder.
+    unsafe {
+        let t = &*t;
+        let name = CStr::from_ptr(t.name.as_ptr()).to_string_lossy();
+        let flash = t.op == sys::GGML_OP_FLASH_ATTN_EXT;
+        let kq = t.op == sys::GGML_OP_MUL_MAT && name.starts_with("kq-");
+        let kqv = t.op == sys::GGML_OP_MUL_MAT && name.starts_with("kqv-");
+        if ask || !(flash || kq || kqv) {
+            return flash || kq || kqv;
+        }
+        let recorder = &mut *data.cast::<Recorder>();
+        if kqv {
+            let il: usize = name["kqv-".len()..].parse().expect("a layer");
+            recorder.layers[il].1.out = read(t);
+            return true;
+        }
+        let (k, q) = if flash { (t.src[1], t.src[0]) } else { (t.src[0], t.src[1]) };
+        let mut storage: *const sys::ggml_tensor = k;
+        while !(*storage).view_src.is_null() {
+            storage = (*storage).view_src;
+        }
+        let entry = recorder.layers.iter_mut().find(|l| l.0 == storage).expect("a layer of the cache");
+        entry.1.n_kv = (*k).ne[1] as usize;
+        entry.1.q = read(&*q);
+        if flash {
+            entry.1.out = read(t);
+        }
+        true
+    }
+}
+
+/// The floats of a tensor of one token, heads outermost: with one token, `[d, 1, n_head]` and `[d, n_head, 1]` are alike.
+unsafe fn read(t: &sys::ggml_tensor) -> Vec<f32> {
+    assert_eq!(t.type_, sys::GGML_TYPE_F32);
+    let [d, a, b, _] = t.ne.map(|n| n as usize);
+    assert!(a == 1 || b == 1, "one token only");
+    (0..a)
+        .flat_map(|i| (0..b).map(move |j| (i, j)))
+        .flat_map(|(i, j)| {
+            // SAFETY: inside the tensor by its own strides.
+            unsafe {
+                let start = t.data.cast::<u8>().add(i * t.nb[1] + j * t.nb[2]).cast::<f32>();
+                std::slice::from_raw_parts(start, d).to_vec()
+            }
+        })
+        .collect()
+}
+
+/// softmax(scale q k) in float64.
+pub fn softmax(logits: &[f64]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = logits.iter().map(|l| (l - max).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    weights.into_iter().map(|w| w / sum).collect()
+}
+
+pub fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
+}
+
+pub fn cells(ctx: &Context) -> Vec<Cell> {
+    cache::cells(ctx, 0)
+}

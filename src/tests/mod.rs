@@ -1,0 +1,8 @@
+//! Promises that need a look inside llama.cpp's graph: compared with naive float64 on the real model.
+
+mod after;
+mod fixture;
+mod identity;
+mod probe;
+mod scorer;
+mod subset;

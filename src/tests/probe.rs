@@ -1,0 +1,102 @@
+//! The probe's queries, and the statistics they are drawn from.
+
+use super::fixture::*;
+use crate::cache::Layout;
+use crate::capture::{Capture, CaptureError};
+use crate::llama::{Batch, Context, ContextParams, Pos, Token};
+
+const N: usize = 150;
+const WINDOW: usize = 64;
+
+fn captured(ctx: &mut Context, tokens: &[Token]) -> Capture {
+    let layout = Layout::of(ctx, 0).unwrap();
+    let mut capture = Capture::new(ctx, &layout, WINDOW, 4);
+    let mut batch = Batch::new(tokens.len());
+    for (i, &token) in tokens.iter().enumerate() {
+        batch.add(token, i as Pos, 0, i + 1 == tokens.len()).unwrap();
+    }
+    capture.decode(ctx, 0, &batch).unwrap();
+    capture
+}
+
+#[test]
+fn leaves_the_cache_and_the_next_logits_as_they_were() {
+    let model = model();
+    let tokens = tokens(&model, N + 1);
+    for setup in [F16, F16_FLASH, Q8_0] {
+        let run = |probes: bool| {
+            let mut ctx = context(&model, setup, 512, 64);
+            let mut capture = captured(&mut ctx, &tokens[..N]);
+            let before = cells(&ctx);
+            if probes {
+                capture.probe(&mut ctx, N as Pos - 1, 100, 1).unwrap();
+            }
+            assert_eq!(before, cells(&ctx));
+            next_logits(&mut ctx, tokens[N], N as Pos)
+        };
+        assert!(run(false) == run(true), "{setup:?}");
+    }
+}
+
+#[test]
+fn captures_the_same_however_the_prompt_is_split() {
+    let model = model();
+    let tokens = tokens(&model, N);
+    let capture = |n_ubatch| {
+        let mut ctx = context(&model, F16, 512, n_ubatch);
+        let mut capture = captured(&mut ctx, &tokens);
+        let probe = capture.probe(&mut ctx, N as Pos - 1, 40, 9).unwrap();
+        let window = capture.window(5, N as Pos - 1).unwrap();
+        assert_eq!(window.pos, (N as Pos - WINDOW as Pos..N as Pos).collect::<Vec<_>>());
+        (capture.statistics(5), window, probe)
+    };
+    let (a, b) = (capture(512), capture(13));
+    // another split is another order of sums in llama.cpp's kernels: equal up to their rounding
+    let close = |a: f64, b: f64| (a - b).abs() < 2e-2 * (1.0 + a.abs());
+    assert!(a.0.0.iter().zip(&b.0.0).all(|(a, b)| close(*a, *b)), "means differ");
+    assert!(a.0.1.iter().zip(&b.0.1).all(|(a, b)| close(*a, *b)), "variances differ");
+    for (x, y) in [(&a.1, &b.1), (&a.2[5], &b.2[5])] {
+        assert_eq!(x.data.len(), y.data.len());
+        let (mut error, mut norm) = (0.0, 0.0);
+        for (x, y) in x.data.iter().zip(&y.data) {
+            error += (x.to_f64() - y.to_f64()).powi(2);
+            norm += x.to_f64().powi(2);
+        }
+        assert!((error / norm).sqrt() < 1e-2, "queries differ by {}", (error / norm).sqrt());
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_queries_and_another_seed_others() {
+    let model = model();
+    let mut ctx = context(&model, F16, 512, 512);
+    let mut capture = captured(&mut ctx, &tokens(&model, N));
+    let mut probe = |seed| capture.probe(&mut ctx, N as Pos - 1, 8, seed).unwrap()[7].data.clone();
+    let (a, b, c) = (probe(1), probe(1), probe(2));
+    assert!(a == b);
+    assert!(a != c);
+}
+
+/// With zero variance left in the statistics the samples are the mean: W_Q times it, rotated, is a known vector.
+#[test]
+fn needs_what_it_says() {
+    let model = model();
+    let tokens = tokens(&model, N);
+
+    let one_sequence = ContextParams { n_ctx: 256, ..ContextParams::default() };
+    let mut ctx = Context::new(&model, &one_sequence).unwrap();
+    let mut capture = captured(&mut ctx, &tokens);
+    let error = capture.probe(&mut ctx, N as Pos - 1, 8, 0).unwrap_err();
+    assert!(matches!(error, CaptureError::NoScratch), "{error}");
+
+    let mut ctx = context(&model, F16, 256, 256);
+    let mut capture = captured(&mut ctx, &tokens);
+    let error = capture.probe(&mut ctx, N as Pos - 1, 200, 0).unwrap_err();
+    assert!(matches!(error, CaptureError::NoCells { needed: 200, free: 106 }), "{error}");
+    assert!(error.to_string().contains("--samples"), "{error}");
+
+    let layout = Layout::of(&ctx, 0).unwrap();
+    let mut empty = Capture::new(&ctx, &layout, WINDOW, 4);
+    let error = empty.probe(&mut ctx, N as Pos - 1, 8, 0).unwrap_err();
+    assert!(matches!(error, CaptureError::Empty), "{error}");
+}
