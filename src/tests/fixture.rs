@@ -150,6 +150,21 @@ unsafe fn floats(type_: sys::ggml_type, data: *const u8, n: usize) -> Vec<f32> {
     out
 }
 
+/// A query as ggml's CPU kernels read it: rounded to the type that a dot product with K's type takes.
+pub fn rounded(layout: &Layout, layer: usize, q: &[f32]) -> Vec<f32> {
+    // SAFETY: tables of ggml; the buffer has the size of n values of that type.
+    unsafe {
+        let type_ = (*sys::ggml_get_type_traits_cpu((*layout.layers[layer].k).type_)).vec_dot_type;
+        if type_ == sys::GGML_TYPE_F32 {
+            return q.to_vec();
+        }
+        let from_float = (*sys::ggml_get_type_traits_cpu(type_)).from_float.expect("a type to compute with");
+        let mut bytes = vec![0u8; sys::ggml_row_size(type_, q.len() as i64)];
+        from_float(q.as_ptr(), bytes.as_mut_ptr().cast(), q.len() as i64);
+        floats(type_, bytes.as_ptr(), q.len())
+    }
+}
+
 /// What the attention of one layer read and wrote for one decoded token.
 #[derive(Default)]
 pub struct Attention {

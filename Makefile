@@ -1,0 +1,47 @@
+MODELS   ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/gvote/models
+MODEL    ?= $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
+# A real document that every Debian machine has: about 5,000 tokens
+DOC      ?= /usr/share/common-licenses/GFDL-1.3
+QUESTION ?= Answer in one sentence: what is the purpose of this License?
+PREFIX   ?= /usr/local
+
+.PHONY: help run test bench doc install setup fmt lint clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: setup ## install what is needed, build, and ask a question about a long document
+	cargo build --release
+	target/release/gvote run -m "$(MODEL)" -f "$(DOC)" -p "$(QUESTION)" -n 128 --temp 0
+
+test: setup ## run the whole test suite
+	cargo test
+
+bench: setup ## measure cost and quality (long)
+	cargo bench --bench cost
+	cargo bench --bench quality -- text
+
+doc: ## build the documentation of the library
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+
+install: ## install program, libraries and header under PREFIX
+	cargo build --release
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/doc/gvote"
+	install -m 755 target/release/gvote "$(DESTDIR)$(PREFIX)/bin/"
+	install -m 644 README.md LICENSE "$(DESTDIR)$(PREFIX)/share/doc/gvote/"
+
+setup: ## install prerequisites, fetch sources and the default model
+	@scripts/install-prerequisites
+	@cargo fetch --locked --quiet
+	@cargo fetch --locked --quiet --manifest-path vendor/Cargo.toml
+	@scripts/fetch-model smollm2 --dir "$(MODELS)" >/dev/null
+
+fmt: ## format the code
+	cargo fmt
+
+lint: ## formatting and clippy, warnings as errors
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+
+clean: ## remove everything that was built
+	cargo clean
