@@ -1,4 +1,4 @@
-//! llama.cpp's log, redirected: quiet by default, the last error kept for messages, everything on stderr when verbose.
+//! llama.cpp's log, redirected: quiet by default, the first error of a call kept for its message, everything on stderr when verbose.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::io::Write;
@@ -8,16 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::sys;
 
 static VERBOSE: AtomicBool = AtomicBool::new(false);
-static LAST_ERROR: Mutex<String> = Mutex::new(String::new());
+static FIRST_ERROR: Mutex<String> = Mutex::new(String::new());
 
 /// Shows all of llama.cpp's log on stderr, or nothing of it.
 pub fn set_verbose(verbose: bool) {
     VERBOSE.store(verbose, Ordering::Relaxed);
 }
 
-/// Takes the newest error that llama.cpp logged, formatted to be appended to a message: `": why"`, or nothing.
+/// Takes the first error that llama.cpp logged since [`clear_reason`] (later ones only repeat that it failed), formatted to be appended to a message: `": why"`, or nothing.
 pub(crate) fn take_reason() -> String {
-    let text = std::mem::take(&mut *LAST_ERROR.lock().unwrap_or_else(|e| e.into_inner()));
+    let text = std::mem::take(&mut *FIRST_ERROR.lock().unwrap_or_else(|e| e.into_inner()));
     let text = text.trim();
     // llama.cpp prefixes the C++ function's name, which tells a user nothing.
     let text = text.split_once(": ").map_or(text, |(head, rest)| {
@@ -27,7 +27,7 @@ pub(crate) fn take_reason() -> String {
 }
 
 pub(crate) fn clear_reason() {
-    LAST_ERROR.lock().unwrap_or_else(|e| e.into_inner()).clear();
+    FIRST_ERROR.lock().unwrap_or_else(|e| e.into_inner()).clear();
 }
 
 pub(crate) fn install() {
@@ -42,7 +42,10 @@ unsafe extern "C" fn on_log(level: sys::ggml_log_level, text: *const c_char, _: 
     // SAFETY: ggml passes a NUL-terminated string that lives for the call.
     let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
     if level == sys::GGML_LOG_LEVEL_ERROR {
-        *LAST_ERROR.lock().unwrap_or_else(|e| e.into_inner()) = text.to_string();
+        let mut first = FIRST_ERROR.lock().unwrap_or_else(|e| e.into_inner());
+        if first.is_empty() {
+            *first = text.to_string();
+        }
     }
     if VERBOSE.load(Ordering::Relaxed) {
         // A closed stderr must not become a panic inside llama.cpp.

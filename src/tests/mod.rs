@@ -5,4 +5,6 @@ mod fixture;
 mod identity;
 mod probe;
 mod scorer;
+mod shapes;
 mod subset;
+mod tiny;

@@ -1,0 +1,98 @@
+//! Models of other shapes: fused QKV, biases, q-norm, one KV head, both kinds of RoPE and none, softcap.
+
+use std::ops::ControlFlow;
+
+use rand::{RngExt, SeedableRng};
+
+use super::fixture::{BF16, F16, F16_FLASH, Q8_0, Setup, context};
+use super::tiny::{N_VOCAB, SPECS, Tiny};
+use crate::cache::Layout;
+use crate::capture::Capture;
+use crate::llama::{Batch, Context, FlashAttention, Pos, Token};
+use crate::{Session, SessionParams};
+
+fn tokens(n: usize) -> Vec<Token> {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(4);
+    (0..n).map(|_| rng.random_range(0..N_VOCAB as Token)).collect()
+}
+
+fn capture(ctx: &mut Context, tokens: &[Token]) -> Capture {
+    let layout = Layout::of(ctx, 0).unwrap();
+    let mut capture = Capture::new(ctx, &layout, 64, 4);
+    let mut batch = Batch::new(tokens.len());
+    for (i, &token) in tokens.iter().enumerate() {
+        batch.add(token, i as Pos, 0, i + 1 == tokens.len()).unwrap();
+    }
+    capture.decode(ctx, 0, &batch).unwrap();
+    capture
+}
+
+/// The Walsh-Hadamard rotation of a quantized cache, in place: blocks of the largest power of two up to the head.
+fn rotate(q: &mut [f64]) {
+    let n = q.len();
+    let old = q.to_vec();
+    for (i, x) in q.iter_mut().enumerate() {
+        let signed = |j: usize| if (i & j).count_ones() % 2 == 0 { old[j] } else { -old[j] };
+        *x = (0..n).map(signed).sum::<f64>() / (n as f64).sqrt();
+    }
+}
+
+fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) {
+    const N: usize = 100;
+    let mut ctx = context(&tiny.model, setup, 512, 64);
+    let mut capture = capture(&mut ctx, &tokens(N));
+    let layout = Layout::of(&ctx, 0).unwrap();
+    // more samples than one ubatch takes
+    let probe = capture.probe(&mut ctx, N as Pos - 1, 70, 3).unwrap();
+    for (i, layer) in layout.layers.iter().enumerate() {
+        for sample in [0, 1, 69] {
+            let hidden = capture.sample(i, sample, 3);
+            for head in 0..tiny.spec.n_head {
+                let mut expected = tiny.query(layer.il as usize, head, &hidden, (N + sample) as Pos);
+                if rotated {
+                    rotate(&mut expected);
+                }
+                let got = &probe[i].data[(sample * tiny.spec.n_head + head) * tiny.spec.head..][..tiny.spec.head];
+                let norm = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
+                let error = got.iter().zip(&expected).map(|(g, e)| (g.to_f64() - e).powi(2)).sum::<f64>().sqrt();
+                assert!(error / norm < 2e-3, "{:?} layer {i} head {head}: {}", tiny.spec, error / norm);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_probes_queries_are_w_q_times_the_hidden_state() {
+    let dir = tempfile::tempdir().unwrap();
+    for spec in SPECS {
+        let tiny = Tiny::new(dir.path(), spec);
+        for setup in [F16, F16_FLASH, BF16] {
+            check_probe(&tiny, setup, false);
+        }
+        if spec.head == 64 {
+            check_probe(&tiny, Q8_0, true);
+        }
+    }
+}
+
+#[test]
+fn every_shape_is_compressed_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    for spec in SPECS {
+        let tiny = Tiny::new(dir.path(), spec);
+        for flash_attn in [FlashAttention::Off, FlashAttention::On] {
+            let mut params = SessionParams::default();
+            params.context.n_ctx = 768;
+            params.context.n_ubatch = 100;
+            params.context.flash_attn = flash_attn;
+            params.policy.max_cells = Some(200);
+            let mut session = Session::new(&tiny.model, &params).unwrap();
+            session.prefill(&tokens(400), |_, _| ControlFlow::Continue(())).unwrap();
+            let report = session.compress().unwrap();
+            assert!(report.cells_after <= 200, "{spec:?}: {report:?}");
+            session.decode(1).unwrap();
+            assert_eq!(session.cells_used(), report.cells_after + 1);
+            assert!(session.logits().iter().all(|x| x.is_finite()));
+        }
+    }
+}

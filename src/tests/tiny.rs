@@ -1,0 +1,302 @@
+//! Tiny random models in GGUF files of our own, for shapes that the real models do not have.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::llama::{Model, ModelParams};
+
+pub const N_EMBD: usize = 256;
+pub const N_LAYER: usize = 3;
+pub const N_VOCAB: usize = 64;
+const N_FF: usize = 64;
+const N_CTX: usize = 1024;
+pub const ROPE_BASE: f64 = 10000.0;
+pub const EPS: f32 = 1e-5;
+
+/// How positions enter the queries.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rope {
+    /// Pairs of neighbours (llama).
+    Normal,
+    /// Pairs half a head apart.
+    Neox,
+    /// Learned positions in the embedding; queries are not rotated.
+    None,
+}
+
+/// The shape of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Spec {
+    pub arch: &'static str,
+    pub n_head: usize,
+    pub n_head_kv: usize,
+    pub head: usize,
+    pub rope: Rope,
+    /// One tensor for W_Q, W_K and W_V.
+    pub fused: bool,
+    pub qkv_bias: bool,
+    pub qk_norm: bool,
+    /// LayerNorm with a bias instead of RMSNorm.
+    pub layer_norm: bool,
+    /// Attention logit softcap (gemma2).
+    pub softcap: bool,
+    /// Queries are scaled by 1/sqrt(head) before they meet K (phi3, gemma2).
+    pub scaled: bool,
+}
+
+const LLAMA: Spec = Spec {
+    arch: "llama",
+    n_head: 4,
+    n_head_kv: 2,
+    head: 64,
+    rope: Rope::Normal,
+    fused: false,
+    qkv_bias: false,
+    qk_norm: false,
+    layer_norm: false,
+    softcap: false,
+    scaled: false,
+};
+
+pub const SPECS: [Spec; 7] = [
+    LLAMA,
+    Spec { n_head_kv: 1, head: 32, ..LLAMA },
+    Spec { arch: "qwen2", rope: Rope::Neox, qkv_bias: true, ..LLAMA },
+    Spec { arch: "qwen3", rope: Rope::Neox, qk_norm: true, ..LLAMA },
+    Spec { arch: "phi3", rope: Rope::Neox, fused: true, scaled: true, n_head: 8, n_head_kv: 8, head: 32, ..LLAMA },
+    Spec {
+        arch: "starcoder",
+        rope: Rope::None,
+        fused: true,
+        qkv_bias: true,
+        layer_norm: true,
+        n_head: 8,
+        n_head_kv: 1,
+        head: 32,
+        ..LLAMA
+    },
+    Spec { arch: "gemma2", rope: Rope::Neox, softcap: true, scaled: true, ..LLAMA },
+];
+
+/// A model and the weights it was made of, by tensor name; matrices are `[n_out][n_in]`.
+pub struct Tiny {
+    pub spec: Spec,
+    pub model: Model,
+    pub weights: HashMap<String, Vec<f32>>,
+}
+
+impl Tiny {
+    pub fn new(dir: &Path, spec: Spec) -> Self {
+        let path = dir.join(format!("{}-{}-{}.gguf", spec.arch, spec.n_head_kv, spec.head));
+        let mut rng = ChaCha8Rng::seed_from_u64(17);
+        let mut file = Gguf::default();
+        file.text("general.architecture", spec.arch);
+        file.text("tokenizer.ggml.model", "no_vocab");
+        let key = |name: &str| format!("{}.{name}", spec.arch);
+        for (name, value) in [
+            ("vocab_size", N_VOCAB),
+            ("context_length", N_CTX),
+            ("embedding_length", N_EMBD),
+            ("block_count", N_LAYER),
+            ("feed_forward_length", N_FF),
+            ("attention.head_count", spec.n_head),
+            ("attention.head_count_kv", spec.n_head_kv),
+            ("attention.key_length", spec.head),
+            ("attention.value_length", spec.head),
+            ("rope.dimension_count", spec.head),
+        ] {
+            file.number(&key(name), value as u32);
+        }
+        file.float(&key(if spec.layer_norm { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" }), EPS);
+        if spec.softcap {
+            file.float(&key("attn_logit_softcapping"), 3.0);
+            file.float(&key("final_logit_softcapping"), 30.0);
+            file.number(&key("attention.sliding_window"), 64);
+        }
+        let mut weights = HashMap::new();
+        for (name, dims) in tensors(&spec) {
+            let n: usize = dims.iter().product();
+            let is_norm = name.contains("norm.weight");
+            // wide enough for logits that spread over a few units
+            let spread = if dims.len() == 2 { 2.0 / (dims[0] as f32).sqrt() } else { 0.3 };
+            let data: Vec<f32> = (0..n)
+                .map(|_| rng.random_range(-spread..spread) + if is_norm { 1.0 } else { 0.0 })
+                .collect();
+            file.tensor(&name, &dims, &data);
+            weights.insert(name, data);
+        }
+        std::fs::write(&path, file.bytes()).expect("a temporary folder can be written");
+        let model = Model::load(&path, &ModelParams::default(), |_| true).expect("llama.cpp loads it");
+        Self { spec, model, weights }
+    }
+
+    /// W_Q h + b, normalised, rotated to `pos`, scaled: the query of one head, in float64.
+    pub fn query(&self, layer: usize, head: usize, hidden: &[f32], pos: i32) -> Vec<f64> {
+        let spec = &self.spec;
+        let weight = |name: &str| self.weights.get(&format!("blk.{layer}.{name}"));
+        let which = if spec.fused { "attn_qkv" } else { "attn_q" };
+        let (w, bias) = (weight(&format!("{which}.weight")).unwrap(), weight(&format!("{which}.bias")));
+        let mut q: Vec<f64> = (head * spec.head..(head + 1) * spec.head)
+            .map(|row| {
+                let product: f64 = w[row * N_EMBD..][..N_EMBD]
+                    .iter()
+                    .zip(hidden)
+                    .map(|(w, h)| f64::from(*w) * f64::from(*h))
+                    .sum();
+                product + bias.map_or(0.0, |b| f64::from(b[row]))
+            })
+            .collect();
+        if let Some(norm) = weight("attn_q_norm.weight") {
+            let square = q.iter().map(|x| x * x).sum::<f64>() / q.len() as f64;
+            for (x, w) in q.iter_mut().zip(norm) {
+                *x *= f64::from(*w) / (square + f64::from(EPS)).sqrt();
+            }
+        }
+        let d = spec.head;
+        for i in 0..d / 2 {
+            let (a, b) = match spec.rope {
+                Rope::Normal => (2 * i, 2 * i + 1),
+                Rope::Neox => (i, i + d / 2),
+                Rope::None => break,
+            };
+            let angle = f64::from(pos) * ROPE_BASE.powf(-2.0 * i as f64 / d as f64);
+            let (x, y) = (q[a], q[b]);
+            q[a] = x * angle.cos() - y * angle.sin();
+            q[b] = x * angle.sin() + y * angle.cos();
+        }
+        if spec.scaled {
+            for x in &mut q {
+                *x /= (d as f64).sqrt();
+            }
+        }
+        q
+    }
+}
+
+/// Names and dimensions as llama.cpp wants them, innermost first.
+fn tensors(spec: &Spec) -> Vec<(String, Vec<usize>)> {
+    let (q, kv) = (spec.n_head * spec.head, spec.n_head_kv * spec.head);
+    let mut out = vec![
+        ("token_embd.weight".to_owned(), vec![N_EMBD, N_VOCAB]),
+        ("output_norm.weight".to_owned(), vec![N_EMBD]),
+    ];
+    let starcoder = spec.arch == "starcoder";
+    if starcoder {
+        out.push(("position_embd.weight".into(), vec![N_EMBD, N_CTX]));
+        out.push(("output_norm.bias".into(), vec![N_EMBD]));
+    }
+    for il in 0..N_LAYER {
+        let mut add = |name: &str, dims: &[usize]| out.push((format!("blk.{il}.{name}"), dims.to_vec()));
+        add("attn_norm.weight", &[N_EMBD]);
+        add("ffn_norm.weight", &[N_EMBD]);
+        if spec.fused {
+            add("attn_qkv.weight", &[N_EMBD, q + 2 * kv]);
+        } else {
+            add("attn_q.weight", &[N_EMBD, q]);
+            add("attn_k.weight", &[N_EMBD, kv]);
+            add("attn_v.weight", &[N_EMBD, kv]);
+        }
+        if spec.qkv_bias && spec.fused {
+            add("attn_qkv.bias", &[q + 2 * kv]);
+        } else if spec.qkv_bias {
+            add("attn_q.bias", &[q]);
+            add("attn_k.bias", &[kv]);
+            add("attn_v.bias", &[kv]);
+        }
+        if spec.qk_norm {
+            add("attn_q_norm.weight", &[spec.head]);
+            add("attn_k_norm.weight", &[spec.head]);
+        }
+        if spec.softcap {
+            add("post_attention_norm.weight", &[N_EMBD]);
+            add("post_ffw_norm.weight", &[N_EMBD]);
+        }
+        add("attn_output.weight", &[q, N_EMBD]);
+        if starcoder {
+            add("attn_norm.bias", &[N_EMBD]);
+            add("ffn_norm.bias", &[N_EMBD]);
+            add("attn_output.bias", &[N_EMBD]);
+            add("ffn_up.bias", &[N_FF]);
+            add("ffn_down.bias", &[N_EMBD]);
+        }
+        // phi3 keeps gate and up in one tensor
+        let gated = !starcoder && spec.arch != "phi3";
+        if gated {
+            add("ffn_gate.weight", &[N_EMBD, N_FF]);
+        }
+        add("ffn_up.weight", &[N_EMBD, if spec.arch == "phi3" { 2 * N_FF } else { N_FF }]);
+        add("ffn_down.weight", &[N_FF, N_EMBD]);
+    }
+    out
+}
+
+/// A GGUF v3 file under construction: metadata, tensor infos, aligned data.
+#[derive(Default)]
+pub struct Gguf {
+    n_meta: u64,
+    meta: Vec<u8>,
+    n_tensors: u64,
+    infos: Vec<u8>,
+    data: Vec<u8>,
+}
+
+impl Gguf {
+    const ALIGNMENT: usize = 32;
+    const TYPE_U32: u32 = 4;
+    const TYPE_F32: u32 = 6;
+    const TYPE_STRING: u32 = 8;
+
+    fn string(out: &mut Vec<u8>, text: &str) {
+        out.extend((text.len() as u64).to_le_bytes());
+        out.extend(text.as_bytes());
+    }
+
+    fn key(&mut self, key: &str, type_: u32) {
+        self.n_meta += 1;
+        Self::string(&mut self.meta, key);
+        self.meta.extend(type_.to_le_bytes());
+    }
+
+    pub fn text(&mut self, key: &str, value: &str) {
+        self.key(key, Self::TYPE_STRING);
+        Self::string(&mut self.meta, value);
+    }
+
+    pub fn number(&mut self, key: &str, value: u32) {
+        self.key(key, Self::TYPE_U32);
+        self.meta.extend(value.to_le_bytes());
+    }
+
+    pub fn float(&mut self, key: &str, value: f32) {
+        self.key(key, Self::TYPE_F32);
+        self.meta.extend(value.to_le_bytes());
+    }
+
+    fn tensor(&mut self, name: &str, dims: &[usize], data: &[f32]) {
+        self.n_tensors += 1;
+        Self::string(&mut self.infos, name);
+        self.infos.extend((dims.len() as u32).to_le_bytes());
+        for dim in dims {
+            self.infos.extend((*dim as u64).to_le_bytes());
+        }
+        self.infos.extend(0u32.to_le_bytes()); // f32
+        self.infos.extend((self.data.len() as u64).to_le_bytes());
+        self.data.extend(data.iter().flat_map(|x| x.to_le_bytes()));
+        self.data.resize(self.data.len().next_multiple_of(Self::ALIGNMENT), 0);
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut out = b"GGUF".to_vec();
+        out.extend(3u32.to_le_bytes());
+        out.extend(self.n_tensors.to_le_bytes());
+        out.extend(self.n_meta.to_le_bytes());
+        out.extend(&self.meta);
+        out.extend(&self.infos);
+        out.resize(out.len().next_multiple_of(Self::ALIGNMENT), 0);
+        out.extend(&self.data);
+        out
+    }
+}
