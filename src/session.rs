@@ -26,7 +26,7 @@ pub enum SessionError {
     #[error(transparent)]
     Cache(#[from] CacheError),
     #[error(transparent)]
-    Capture(#[from] CaptureError),
+    Capture(CaptureError),
     #[error(transparent)]
     Score(#[from] ScoreError),
     #[error(transparent)]
@@ -45,6 +45,16 @@ pub enum SessionError {
     Compressed(Pos, Pos),
     #[error("the saved session does not fit: {0}")]
     Saved(&'static str),
+}
+
+impl From<CaptureError> for SessionError {
+    fn from(error: CaptureError) -> Self {
+        match error {
+            // a caller who cancels should not need to know where it was noticed
+            CaptureError::Llama(error) => Self::Llama(error),
+            error => Self::Capture(error),
+        }
+    }
 }
 
 /// How to make a session.

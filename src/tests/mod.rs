@@ -3,6 +3,7 @@
 mod after;
 mod fixture;
 mod identity;
+mod paper;
 mod probe;
 mod scorer;
 mod shapes;
