@@ -43,6 +43,8 @@ pub enum SessionError {
     Empty,
     #[error("position {0} lies inside the compressed part (exact from {1} on): start over, or prefill again")]
     Compressed(Pos, Pos),
+    #[error("{0} cannot change in a living session")]
+    Fixed(&'static str),
     #[error("the saved session does not fit: {0}")]
     Saved(&'static str),
 }
@@ -249,9 +251,33 @@ impl Session {
         self.ctx.cancel_flag()
     }
 
-    /// The settings of the vote; they may change between compressions, but not `window` and `sinks`.
+    /// The settings of the vote.
     pub fn policy(&self) -> &policy::Params {
         &self.policy
+    }
+
+    /// Changes the settings of later votes.
+    ///
+    /// # Errors
+    /// [`SessionError::Policy`] for nonsense, [`SessionError::Fixed`] for what the session was made with: `window`, `sinks`,
+    /// more `samples`, or a change from or to the policy `full`.
+    pub fn set_policy(&mut self, policy: policy::Params, account_error: bool) -> Result<(), SessionError> {
+        policy.validate()?;
+        let old = &self.policy;
+        let is_full = |p: &policy::Params| p.policy == Kind::Full;
+        for (changed, flag) in [
+            (policy.window != old.window, "--window"),
+            (policy.sinks != old.sinks, "--sinks"),
+            (policy.samples > old.samples, "--samples"),
+            (is_full(&policy) != is_full(old), "--policy"),
+        ] {
+            if changed {
+                return Err(SessionError::Fixed(flag));
+            }
+        }
+        self.policy = policy;
+        self.account_error = account_error;
+        Ok(())
     }
 
     fn room(&self) -> usize {
