@@ -36,7 +36,7 @@
 pub mod cache;
 pub mod capture;
 pub mod compact;
-//GGUF pub mod gguf;
+pub mod gguf;
 pub mod llama;
 pub mod policy;
 pub mod score;

@@ -260,7 +260,7 @@ impl Session {
     ///
     /// # Errors
     /// [`SessionError::Policy`] for nonsense, [`SessionError::Fixed`] for what the session was made with: `window`, `sinks`,
-    /// more `samples`, or a change from or to the policy `full`.
+    /// more `samples` than there are cells set aside for, or a change from or to the policy `full`.
     pub fn set_policy(&mut self, policy: policy::Params, account_error: bool) -> Result<(), SessionError> {
         policy.validate()?;
         let old = &self.policy;
@@ -268,7 +268,7 @@ impl Session {
         for (changed, flag) in [
             (policy.window != old.window, "--window"),
             (policy.sinks != old.sinks, "--sinks"),
-            (policy.samples > old.samples, "--samples"),
+            (policy.samples > self.ctx.n_ctx() - self.n_ctx, "--samples"),
             (is_full(&policy) != is_full(old), "--policy"),
         ] {
             if changed {
