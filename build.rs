@@ -120,10 +120,9 @@ fn build_llama(source: &Path) -> PathBuf {
     config.build().join("lib")
 }
 
-fn enabled_backends() -> impl Iterator<Item = &'static (&'static str, &'static str, &'static str, &'static [&'static str])> {
-    BACKENDS
-        .iter()
-        .filter(|(feature, ..)| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some())
+fn enabled_backends()
+-> impl Iterator<Item = &'static (&'static str, &'static str, &'static str, &'static [&'static str])> {
+    BACKENDS.iter().filter(|(feature, ..)| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some())
 }
 
 fn gcc_major(compiler: &cc::Tool) -> Option<u32> {
@@ -147,7 +146,8 @@ fn compile_shim(source: &Path) {
 }
 
 fn generate_bindings(source: &Path) {
-    let headers = "#include \"shim.h\"\n#include \"ggml-alloc.h\"\n#include \"ggml-backend.h\"\n#include \"ggml-cpu.h\"\n";
+    let headers =
+        "#include \"shim.h\"\n#include \"ggml-alloc.h\"\n#include \"ggml-backend.h\"\n#include \"ggml-cpu.h\"\n";
     let mut builder = bindgen::Builder::default()
         .header_contents("llama-ggml-shim.h", headers)
         .clang_arg("-Iffi")
@@ -213,9 +213,7 @@ fn which(program: &str) -> Option<PathBuf> {
     if program.contains('/') {
         return Path::new(program).is_file().then(|| program.into());
     }
-    env::split_paths(&env::var_os("PATH")?)
-        .map(|dir| dir.join(program))
-        .find(|path| path.is_file())
+    env::split_paths(&env::var_os("PATH")?).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
 fn fail(message: &str) -> ! {

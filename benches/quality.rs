@@ -15,9 +15,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use common::{DATA, Error, mean, prefill, quantile};
-use gvote::llama::{
-    CacheType, ChatTemplate, FlashAttention, Message, Model, Role, Sampler, SamplerParams, Token,
-};
+use gvote::llama::{CacheType, ChatTemplate, FlashAttention, Message, Model, Role, Sampler, SamplerParams, Token};
 use gvote::policy::{Evict, Kind, Params, Preset};
 use gvote::{Session, SessionParams};
 use serde_json::{Value, json};
@@ -154,11 +152,7 @@ impl Config {
             params: Params { evict: Evict::Cells, ..Params::default() },
             ..all[1].clone()
         });
-        all.push(Self {
-            name: "gvote-paper".into(),
-            params: Params::new(Kind::GvotePaper),
-            ..all[1].clone()
-        });
+        all.push(Self { name: "gvote-paper".into(), params: Params::new(Kind::GvotePaper), ..all[1].clone() });
         all
     }
 
@@ -206,11 +200,7 @@ impl Common {
             Some(path) => Some(OpenOptions::new().create(true).append(true).open(path)?),
             None => None,
         };
-        Ok(Journal {
-            done: records.iter().map(Journal::key).collect(),
-            records,
-            file,
-        })
+        Ok(Journal { done: records.iter().map(Journal::key).collect(), records, file })
     }
 }
 
@@ -327,7 +317,15 @@ fn text(args: &Text) -> Result<(), Error> {
             let by_seed: Vec<f64> = args
                 .seeds
                 .iter()
-                .map(|s| mean(&rows.iter().filter(|r| r["seed"] == json!(s)).filter_map(|r| r["kl"].as_f64()).collect::<Vec<_>>()))
+                .map(|s| {
+                    mean(
+                        &rows
+                            .iter()
+                            .filter(|r| r["seed"] == json!(s))
+                            .filter_map(|r| r["kl"].as_f64())
+                            .collect::<Vec<_>>(),
+                    )
+                })
                 .collect();
             let centre = mean(&by_seed);
             let sd = mean(&by_seed.iter().map(|k| (k - centre).powi(2)).collect::<Vec<_>>()).sqrt();

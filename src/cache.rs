@@ -79,13 +79,7 @@ pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
         let n = sys::gvote_shim_cells(ctx.as_ptr(), seq, std::ptr::null_mut(), 0);
         let mut raw = vec![std::mem::zeroed::<sys::gvote_shim_cell>(); n as usize];
         sys::gvote_shim_cells(ctx.as_ptr(), seq, raw.as_mut_ptr(), n);
-        raw.iter()
-            .map(|c| Cell {
-                index: c.index,
-                pos: c.pos,
-                shared: c.shared,
-            })
-            .collect()
+        raw.iter().map(|c| Cell { index: c.index, pos: c.pos, shared: c.shared }).collect()
     }
 }
 

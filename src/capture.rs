@@ -62,11 +62,7 @@ pub struct LogitScale {
 
 impl Default for LogitScale {
     fn default() -> Self {
-        Self {
-            pre: 1.0,
-            post: 1.0,
-            softcap: false,
-        }
+        Self { pre: 1.0, post: 1.0, softcap: false }
     }
 }
 
@@ -199,7 +195,6 @@ impl Drop for PathBackend {
 /// Most nodes between a hidden state and its query; the architectures of the pinned llama.cpp have about ten.
 const MAX_PATH: usize = 64;
 
-
 /// Queries of one layer. `[n_query][n_head][n_embd_head_k]`
 #[derive(Clone, Debug, Default)]
 pub struct Queries {
@@ -296,12 +291,7 @@ impl Capture {
     ///
     /// # Errors
     /// What decoding fails with, or [`CaptureError`] when the graph is not one we know.
-    pub fn decode(
-        &mut self,
-        ctx: &mut Context,
-        seq: SeqId,
-        batch: &Batch,
-    ) -> Result<(), CaptureError> {
+    pub fn decode(&mut self, ctx: &mut Context, seq: SeqId, batch: &Batch) -> Result<(), CaptureError> {
         self.inner.mode = Mode::Prompt(seq);
         self.during(ctx, |ctx| ctx.decode(batch))
     }
@@ -311,13 +301,7 @@ impl Capture {
     ///
     /// # Errors
     /// [`CaptureError::NoScratch`], [`CaptureError::NoCells`], [`CaptureError::Empty`]; whatever decoding fails with.
-    pub fn probe(
-        &mut self,
-        ctx: &mut Context,
-        pos: Pos,
-        n: usize,
-        seed: u64,
-    ) -> Result<Vec<Queries>, CaptureError> {
+    pub fn probe(&mut self, ctx: &mut Context, pos: Pos, n: usize, seed: u64) -> Result<Vec<Queries>, CaptureError> {
         let scratch = ctx.n_seq_max() as SeqId - 1;
         if scratch < 1 {
             return Err(CaptureError::NoScratch);
@@ -365,10 +349,7 @@ impl Capture {
         Ok(probe
             .queries
             .into_iter()
-            .map(|data| Queries {
-                data,
-                pos: (1..=n as Pos).map(|i| pos + i).collect(),
-            })
+            .map(|data| Queries { data, pos: (1..=n as Pos).map(|i| pos + i).collect() })
             .collect())
     }
 
@@ -448,9 +429,8 @@ impl Capture {
                 return None;
             }
             let count = f64::from_le_bytes(take(&mut rest)?);
-            let mut floats = |n: usize| -> Option<Vec<f64>> {
-                (0..n).map(|_| Some(f64::from_le_bytes(take(&mut rest)?))).collect()
-            };
+            let mut floats =
+                |n: usize| -> Option<Vec<f64>> { (0..n).map(|_| Some(f64::from_le_bytes(take(&mut rest)?))).collect() };
             let (mean, m2) = (floats(n)?, floats(n)?);
             let mut window_pos = Vec::with_capacity(old.window);
             for _ in 0..old.window {
@@ -460,17 +440,12 @@ impl Capture {
             for _ in 0..layer.window_q.len() {
                 window_q.push(f16::from_le_bytes(take(&mut rest)?));
             }
-            let [pre, post, softcap] =
-                [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(f32::from_le_bytes);
+            let [pre, post, softcap] = [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(f32::from_le_bytes);
             layers.push(LayerCapture {
                 moments: Moments { count, mean, m2 },
                 window_q,
                 window_pos,
-                scale: LogitScale {
-                    pre,
-                    post,
-                    softcap: softcap != 0.0,
-                },
+                scale: LogitScale { pre, post, softcap: softcap != 0.0 },
                 ..*layer
             });
         }
@@ -711,9 +686,7 @@ impl Inner {
     fn attention<'a>(&self, node: &Node<'a>) -> Option<Attention<'a>> {
         let (k, q) = match node.0.op {
             sys::GGML_OP_FLASH_ATTN_EXT => (node.src(1)?, node.src(0)?),
-            sys::GGML_OP_MUL_MAT if node.name().to_bytes().starts_with(b"kq-") => {
-                (node.src(0)?, node.src(1)?)
-            }
+            sys::GGML_OP_MUL_MAT if node.name().to_bytes().starts_with(b"kq-") => (node.src(0)?, node.src(1)?),
             _ => return None,
         };
         let layer = *self.by_tensor.get(&k.storage())?;
@@ -840,11 +813,7 @@ impl Inner {
     fn add_moments(&mut self, layer: usize, data: &[f32]) {
         let Some(rows) = &self.rows else { return };
         let skip = self.skip as Pos;
-        let kept = data
-            .chunks_exact(self.n_embd)
-            .zip(rows)
-            .filter(|(_, pos)| **pos >= skip)
-            .map(|(row, _)| row);
+        let kept = data.chunks_exact(self.n_embd).zip(rows).filter(|(_, pos)| **pos >= skip).map(|(row, _)| row);
         self.layers[layer].moments.merge(self.n_embd, kept);
     }
 

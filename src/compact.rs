@@ -95,10 +95,7 @@ pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(
 fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), CompactError> {
     let n = cells.len();
     if selection.n != n {
-        return Err(CompactError::Changed {
-            expected: selection.n,
-            found: n,
-        });
+        return Err(CompactError::Changed { expected: selection.n, found: n });
     }
     if cells.iter().any(|c| c.shared) {
         return Err(CompactError::Shared);
@@ -179,11 +176,7 @@ fn move_rows(layout: &Layout, cells: &[Cell], to: &[u32], selection: &Selection,
         let mut buffer = Vec::new();
         let layer = &layout.layers[il];
         for kv in 0..layer.n_head_kv as usize {
-            let moves = Moves {
-                to,
-                cells,
-                kept: selection.kept_by(first_head[il] + kv),
-            };
+            let moves = Moves { to, cells, kept: selection.kept_by(first_head[il] + kv) };
             let mut gather = |rows: Rows| {
                 // SAFETY: rows of this layer and head only, see rows_of_head; no other thread works on this layer.
                 unsafe { gather(rows, &moves, ascending, &mut buffer) };
@@ -222,11 +215,7 @@ fn rows_of_head(layout: &Layout, layer: &sys::gvote_shim_layer, kv: usize, f: &m
     unsafe {
         let k = &*layer.k;
         let bytes = sys::ggml_row_size(k.type_, i64::from(layer.n_embd_head_k));
-        f(Rows {
-            base: k.data.cast::<u8>().add(stream * k.nb[2] + kv * bytes),
-            stride: k.nb[1],
-            bytes,
-        });
+        f(Rows { base: k.data.cast::<u8>().add(stream * k.nb[2] + kv * bytes), stride: k.nb[1], bytes });
 
         let v = &*layer.v;
         let d = layer.n_embd_head_v as usize;
@@ -234,19 +223,11 @@ fn rows_of_head(layout: &Layout, layer: &sys::gvote_shim_layer, kv: usize, f: &m
         if layout.info.v_trans {
             let bytes = sys::ggml_type_size(v.type_);
             for channel in kv * d..(kv + 1) * d {
-                f(Rows {
-                    base: base.add(channel * layout.n_cells() * bytes),
-                    stride: bytes,
-                    bytes,
-                });
+                f(Rows { base: base.add(channel * layout.n_cells() * bytes), stride: bytes, bytes });
             }
         } else {
             let bytes = sys::ggml_row_size(v.type_, d as i64);
-            f(Rows {
-                base: base.add(kv * bytes),
-                stride: v.nb[1],
-                bytes,
-            });
+            f(Rows { base: base.add(kv * bytes), stride: v.nb[1], bytes });
         }
     }
 }

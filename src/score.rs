@@ -81,13 +81,8 @@ impl Coarseness {
             _ => return None,
         };
         // SAFETY: plain queries about a valid type.
-        let (block_bytes, block_size) =
-            unsafe { (sys::ggml_type_size(type_), sys::ggml_blck_size(type_) as usize) };
-        Some(Self {
-            block_bytes,
-            block_size,
-            variance,
-        })
+        let (block_bytes, block_size) = unsafe { (sys::ggml_type_size(type_), sys::ggml_blck_size(type_) as usize) };
+        Some(Self { block_bytes, block_size, variance })
     }
 }
 
@@ -125,11 +120,7 @@ impl Device {
                 sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
             }
             let alloc = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(backend));
-            Ok(Self {
-                buffer_type,
-                backend,
-                alloc,
-            })
+            Ok(Self { buffer_type, backend, alloc })
         }
     }
 }
@@ -146,19 +137,13 @@ unsafe impl Send for Scorer {}
 impl Scorer {
     /// A scorer that uses `n_threads` on a CPU back end.
     pub fn new(n_threads: usize) -> Self {
-        Self {
-            devices: Vec::new(),
-            n_threads,
-        }
+        Self { devices: Vec::new(), n_threads }
     }
 
     /// Gives the compute memory back and says how many bytes it was.
     pub fn release(&mut self) -> usize {
         // SAFETY: valid allocators.
-        self.devices
-            .drain(..)
-            .map(|d| unsafe { sys::ggml_gallocr_get_buffer_size(d.alloc, 0) })
-            .sum()
+        self.devices.drain(..).map(|d| unsafe { sys::ggml_gallocr_get_buffer_size(d.alloc, 0) }).sum()
     }
 
     fn device(&mut self, buffer_type: sys::ggml_backend_buffer_type_t) -> Result<&mut Device, ScoreError> {
@@ -248,9 +233,7 @@ impl CellsView {
         let data = query_pos
             .iter()
             .flat_map(|q| {
-                self.pos[first..]
-                    .iter()
-                    .map(move |p| if *p >= 0 && p <= q { 0.0 } else { f32::NEG_INFINITY })
+                self.pos[first..].iter().map(move |p| if *p >= 0 && p <= q { 0.0 } else { f32::NEG_INFINITY })
             })
             .collect();
         Mask { first, data }
@@ -267,11 +250,7 @@ struct CellScores {
 
 impl CellScores {
     fn as_head(&self) -> HeadScores<'_> {
-        HeadScores {
-            future: &self.future,
-            observed: &self.observed,
-            each: &self.each,
-        }
+        HeadScores { future: &self.future, observed: &self.observed, each: &self.each }
     }
 }
 
@@ -315,8 +294,7 @@ impl Builder {
         // SAFETY: a context for descriptions only; sizes come from ggml.
         unsafe {
             let ctx = sys::ggml_init(sys::ggml_init_params {
-                mem_size: n_nodes * sys::ggml_tensor_overhead()
-                    + sys::ggml_graph_overhead_custom(n_nodes, false),
+                mem_size: n_nodes * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(n_nodes, false),
                 mem_buffer: std::ptr::null_mut(),
                 no_alloc: true,
             });
@@ -324,11 +302,7 @@ impl Builder {
                 return Err(ScoreError::Memory("graph"));
             }
             let graph = sys::ggml_new_graph_custom(ctx, n_nodes, false);
-            Ok(Self {
-                ctx,
-                graph,
-                inputs: Vec::new(),
-            })
+            Ok(Self { ctx, graph, inputs: Vec::new() })
         }
     }
 
@@ -336,13 +310,7 @@ impl Builder {
         debug_assert_eq!(data.len(), ne.iter().product::<usize>());
         // SAFETY: the context has room for the tensor.
         let t = unsafe {
-            let t = sys::ggml_new_tensor_3d(
-                self.ctx,
-                sys::GGML_TYPE_F32,
-                ne[0] as i64,
-                ne[1] as i64,
-                ne[2] as i64,
-            );
+            let t = sys::ggml_new_tensor_3d(self.ctx, sys::GGML_TYPE_F32, ne[0] as i64, ne[1] as i64, ne[2] as i64);
             sys::ggml_set_input(t);
             t
         };

@@ -11,7 +11,7 @@ use crate::cache::{self, CacheError, Layout};
 use crate::capture::{Capture, CaptureError, Queries};
 use crate::compact::{self, CompactError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, Token};
-use crate::policy::{self, Bound, Kind, Kept, PolicyError, Ragged, Shape};
+use crate::policy::{self, Bound, Kept, Kind, PolicyError, Ragged, Shape};
 use crate::score::{LayerQueries, ScoreError, Scorer};
 
 /// The sequence that holds the conversation. The probe borrows the last one of the context.
@@ -35,9 +35,13 @@ pub enum SessionError {
     Compact(#[from] CompactError),
     #[error("this model cannot be compressed: {0}; --policy full runs it as it is")]
     Unsupported(&'static str),
-    #[error("the layers of this model differ in their number of heads, which is not supported yet; --policy full runs it as it is")]
+    #[error(
+        "the layers of this model differ in their number of heads, which is not supported yet; --policy full runs it as it is"
+    )]
     UnevenHeads,
-    #[error("the prompt has {tokens} tokens and the context {room} free cells; raise -c (the model was trained for {trained})")]
+    #[error(
+        "the prompt has {tokens} tokens and the context {room} free cells; raise -c (the model was trained for {trained})"
+    )]
     PromptTooLong { tokens: usize, room: usize, trained: usize },
     #[error("the prompt is empty")]
     Empty,
@@ -330,10 +334,7 @@ impl Session {
         }
         self.n_past = first + tokens.len() as Pos;
         self.keep_logits()?;
-        Ok(PrefillReport {
-            tokens: tokens.len(),
-            time: start.elapsed(),
-        })
+        Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed() })
     }
 
     fn keep_logits(&mut self) -> Result<(), LlamaError> {
@@ -384,7 +385,8 @@ impl Session {
                 |head, scores| policy.observe(head, scores),
             )?;
             report.score_time = clock.elapsed();
-            report.transient_bytes = voter.scorer.release() + future.iter().map(|q| size_of_val(&q.data[..])).sum::<usize>();
+            report.transient_bytes =
+                voter.scorer.release() + future.iter().map(|q| size_of_val(&q.data[..])).sum::<usize>();
         }
 
         let clock = Instant::now();
@@ -466,11 +468,7 @@ impl Session {
                 break Stop::Cancelled;
             }
         };
-        Ok(GenerateReport {
-            tokens,
-            time: start.elapsed(),
-            stop,
-        })
+        Ok(GenerateReport { tokens, time: start.elapsed(), stop })
     }
 
     /// Forgets the tokens from position `pos` on. The next call must be a prefill.
@@ -533,9 +531,11 @@ impl Session {
             return Err(SessionError::Saved("it was made with another model"));
         }
         let restored = match &self.voter {
-            Some(v) => Some(v.capture.restored(capture).ok_or(SessionError::Saved(
-                "it was made with another model, --window or --policy",
-            ))?),
+            Some(v) => Some(
+                v.capture
+                    .restored(capture)
+                    .ok_or(SessionError::Saved("it was made with another model, --window or --policy"))?,
+            ),
             None => None,
         };
         let before = self.ctx.save_sequence(SEQ);
@@ -550,10 +550,8 @@ impl Session {
         }
         self.n_past = n_past;
         self.exact_from = exact_from;
-        self.logits = logits
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes(b.try_into().expect("chunks of four")))
-            .collect();
+        self.logits =
+            logits.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("chunks of four"))).collect();
         Ok(())
     }
 }
@@ -581,11 +579,7 @@ impl CompressReport {
 /// The shape of a request of `n` cells; every layer must have the same heads.
 fn uniform_shape(layout: &Layout, n: usize) -> Result<Shape, SessionError> {
     let first = &layout.layers[0];
-    if layout
-        .layers
-        .iter()
-        .any(|l| (l.n_head, l.n_head_kv) != (first.n_head, first.n_head_kv))
-    {
+    if layout.layers.iter().any(|l| (l.n_head, l.n_head_kv) != (first.n_head, first.n_head_kv)) {
         return Err(SessionError::UnevenHeads);
     }
     Ok(Shape {
@@ -608,11 +602,7 @@ fn layer_queries(
     let n_q = observed.data.len() / observed.pos.len();
     future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
     future.pos.push(pos_last);
-    Ok(LayerQueries {
-        observed,
-        future,
-        scale: capture.logit_scale(layer),
-    })
+    Ok(LayerQueries { observed, future, scale: capture.logit_scale(layer) })
 }
 
 fn bytes_of_f32(data: &[f32]) -> Vec<u8> {

@@ -120,7 +120,9 @@ fn every_policy_mapping_and_cache_type_works() {
         }
         assert_eq!(generate(&mut session, 5).0.len(), 5);
     }
-    for (name, flash) in [("bf16", false), ("q8_0", true), ("q4_0", true), ("q5_0", true), ("q5_1", true), ("iq4_nl", true)] {
+    for (name, flash) in
+        [("bf16", false), ("q8_0", true), ("q4_0", true), ("q5_0", true), ("q5_1", true), ("iq4_nl", true)]
+    {
         let mut params = params(1024);
         let type_: CacheType = name.parse().unwrap();
         params.context.type_k = type_;
@@ -191,9 +193,8 @@ fn cancelling_loses_nothing() {
     prefill(&mut session, &tokens(100)).unwrap();
     let before = session.logits().to_vec();
 
-    let by_callback = session.prefill(&tokens(600), |done, _| {
-        if done >= 512 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
+    let by_callback = session
+        .prefill(&tokens(600), |done, _| if done >= 512 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) });
     assert!(matches!(by_callback, Err(SessionError::Llama(LlamaError::Cancelled))));
     assert_eq!((session.n_past(), session.cells_used()), (100, 100));
 

@@ -13,10 +13,8 @@ pub type Error = Box<dyn std::error::Error>;
 pub const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data");
 
 pub fn default_model() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"),
-        PathBuf::from,
-    );
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache"), PathBuf::from);
     cache.join("gvote/models/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 

@@ -37,13 +37,7 @@ impl Batch {
     ///
     /// # Errors
     /// [`LlamaError::BatchFull`].
-    pub fn add(
-        &mut self,
-        token: Token,
-        pos: Pos,
-        seq: SeqId,
-        logits: bool,
-    ) -> Result<(), LlamaError> {
+    pub fn add(&mut self, token: Token, pos: Pos, seq: SeqId, logits: bool) -> Result<(), LlamaError> {
         let i = self.len();
         if i == self.capacity {
             return Err(LlamaError::BatchFull(self.capacity));

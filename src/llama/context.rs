@@ -46,10 +46,7 @@ impl CacheType {
     ];
 
     fn entry(self) -> &'static (&'static str, Self, sys::ggml_type) {
-        Self::NAMES
-            .iter()
-            .find(|e| e.1 == self)
-            .expect("every variant has a row")
+        Self::NAMES.iter().find(|e| e.1 == self).expect("every variant has a row")
     }
 
     /// ggml's name of the type.
@@ -72,11 +69,7 @@ impl FromStr for CacheType {
     type Err = LlamaError;
 
     fn from_str(name: &str) -> Result<Self, LlamaError> {
-        Self::NAMES
-            .iter()
-            .find(|e| e.0 == name)
-            .map(|e| e.1)
-            .ok_or_else(|| LlamaError::CacheType(name.into()))
+        Self::NAMES.iter().find(|e| e.0 == name).map(|e| e.1).ok_or_else(|| LlamaError::CacheType(name.into()))
     }
 }
 
@@ -163,18 +156,12 @@ impl Context {
         raw.no_perf = true;
         // SAFETY: the model is valid and kept alive by the clone below.
         let ptr = unsafe { sys::llama_init_from_model(model.as_ptr(), raw) };
-        let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context {
-            reason: log::take_reason(),
-        })?;
+        let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context { reason: log::take_reason() })?;
         let abort = Box::<Abort>::default();
         let flags = std::ptr::from_ref(&*abort).cast_mut().cast();
         // SAFETY: the flags are boxed and live as long as the context.
         unsafe { sys::llama_set_abort_callback(ptr.as_ptr(), Some(should_abort), flags) };
-        Ok(Self {
-            ptr,
-            model: model.clone(),
-            abort,
-        })
+        Ok(Self { ptr, model: model.clone(), abort })
     }
 
     pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
@@ -243,13 +230,11 @@ impl Context {
         // SAFETY: the batch's arrays hold n_tokens entries.
         match unsafe { sys::llama_decode(self.as_ptr(), batch.raw()) } {
             0 => Ok(()),
-            1 => {
-                Err(LlamaError::NoCells {
-                    needed: batch.len(),
-                    free: self.cells_free().unwrap_or(0),
-                    size: self.n_ctx(),
-                })
-            }
+            1 => Err(LlamaError::NoCells {
+                needed: batch.len(),
+                free: self.cells_free().unwrap_or(0),
+                size: self.n_ctx(),
+            }),
             status => {
                 // ubatches that were done stay in the cache: take them out again
                 let raw = batch.raw();
@@ -273,9 +258,7 @@ impl Context {
         unsafe {
             let mut info = std::mem::zeroed();
             let reason = sys::gvote_shim_cache_open(self.as_ptr(), 0, &raw mut info);
-            reason
-                .is_null()
-                .then(|| sys::gvote_shim_cells_free(self.as_ptr(), 0) as usize)
+            reason.is_null().then(|| sys::gvote_shim_cells_free(self.as_ptr(), 0) as usize)
         }
     }
 
@@ -344,9 +327,7 @@ impl Context {
     /// [`LlamaError::State`] when llama.cpp refuses it: another model, cache type, or too few cells.
     pub fn load_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
         // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
-        let n = unsafe {
-            sys::llama_state_seq_set_data(self.as_ptr(), data.as_ptr(), data.len(), seq)
-        };
+        let n = unsafe { sys::llama_state_seq_set_data(self.as_ptr(), data.as_ptr(), data.len(), seq) };
         if n == 0 {
             return Err(LlamaError::State(": another model, other cache types, or too few cells"));
         }

@@ -9,7 +9,9 @@ pub enum LlamaError {
     PathNul(PathBuf),
     #[error("llama.cpp cannot create a context{reason}")]
     Context { reason: String },
-    #[error("no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--lost-mass, --max-cells)")]
+    #[error(
+        "no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--lost-mass, --max-cells)"
+    )]
     NoCells { needed: usize, free: usize, size: usize },
     #[error("llama.cpp could not decode the batch (status {0})")]
     Decode(i32),

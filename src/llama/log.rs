@@ -20,9 +20,7 @@ pub(crate) fn take_reason() -> String {
     let text = std::mem::take(&mut *FIRST_ERROR.lock().unwrap_or_else(|e| e.into_inner()));
     let text = text.trim();
     // llama.cpp prefixes the C++ function's name, which tells a user nothing.
-    let text = text.split_once(": ").map_or(text, |(head, rest)| {
-        if head.contains(' ') { text } else { rest }
-    });
+    let text = text.split_once(": ").map_or(text, |(head, rest)| if head.contains(' ') { text } else { rest });
     if text.is_empty() { String::new() } else { format!(": {text}") }
 }
 

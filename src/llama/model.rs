@@ -45,20 +45,12 @@ impl Model {
     ///
     /// # Errors
     /// [`LlamaError::Load`] with llama.cpp's own reason. `progress` (0..1) returning false cancels.
-    pub fn load(
-        path: &Path,
-        params: &ModelParams,
-        mut progress: impl FnMut(f32) -> bool,
-    ) -> Result<Self, LlamaError> {
+    pub fn load(path: &Path, params: &ModelParams, mut progress: impl FnMut(f32) -> bool) -> Result<Self, LlamaError> {
         super::init();
         log::clear_reason();
-        let c_path = CString::new(path.as_os_str().as_encoded_bytes())
-            .map_err(|_| LlamaError::PathNul(path.into()))?;
+        let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| LlamaError::PathNul(path.into()))?;
 
-        unsafe extern "C" fn trampoline<F: FnMut(f32) -> bool>(
-            value: f32,
-            data: *mut std::ffi::c_void,
-        ) -> bool {
+        unsafe extern "C" fn trampoline<F: FnMut(f32) -> bool>(value: f32, data: *mut std::ffi::c_void) -> bool {
             // SAFETY: `data` is the closure below, alive and not borrowed elsewhere while the model loads.
             unsafe { (*data.cast::<F>())(value) }
         }
@@ -73,10 +65,9 @@ impl Model {
         raw.progress_callback_user_data = (&raw mut progress).cast();
         // SAFETY: the path and the closure outlive the call.
         let ptr = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), raw) };
-        NonNull::new(ptr).map(|p| Self(Arc::new(Owned(p)))).ok_or_else(|| LlamaError::Load {
-            path: path.into(),
-            reason: log::take_reason(),
-        })
+        NonNull::new(ptr)
+            .map(|p| Self(Arc::new(Owned(p))))
+            .ok_or_else(|| LlamaError::Load { path: path.into(), reason: log::take_reason() })
     }
 
     pub(crate) fn as_ptr(&self) -> *mut sys::llama_model {
@@ -124,19 +115,10 @@ impl Model {
     pub fn meta(&self, key: &str) -> Option<String> {
         let key = CString::new(key).ok()?;
         // SAFETY: with a NULL buffer of size 0 only the length is returned.
-        let len = unsafe {
-            sys::llama_model_meta_val_str(self.as_ptr(), key.as_ptr(), std::ptr::null_mut(), 0)
-        };
+        let len = unsafe { sys::llama_model_meta_val_str(self.as_ptr(), key.as_ptr(), std::ptr::null_mut(), 0) };
         let mut buf = vec![0u8; usize::try_from(len).ok()? + 1];
         // SAFETY: the buffer's true size is passed.
-        unsafe {
-            sys::llama_model_meta_val_str(
-                self.as_ptr(),
-                key.as_ptr(),
-                buf.as_mut_ptr().cast(),
-                buf.len(),
-            )
-        };
+        unsafe { sys::llama_model_meta_val_str(self.as_ptr(), key.as_ptr(), buf.as_mut_ptr().cast(), buf.len()) };
         Some(string_of(&buf))
     }
 
@@ -197,12 +179,7 @@ impl Model {
     ///
     /// # Errors
     /// [`LlamaError::Tokenize`] when the model has no tokenizer.
-    pub fn tokenize(
-        &self,
-        text: &str,
-        add_special: bool,
-        parse_special: bool,
-    ) -> Result<Vec<Token>, LlamaError> {
+    pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, LlamaError> {
         // SAFETY: plain query. Asked first because llama.cpp aborts on a model without a tokenizer.
         if unsafe { sys::llama_vocab_type(self.vocab()) } == sys::LLAMA_VOCAB_TYPE_NONE {
             return Err(LlamaError::Tokenize);
@@ -295,8 +272,6 @@ impl Pieces {
 }
 
 fn string_of(buf: &[u8]) -> String {
-    CStr::from_bytes_until_nul(buf).map_or_else(
-        |_| String::from_utf8_lossy(buf).into_owned(),
-        |s| s.to_string_lossy().into_owned(),
-    )
+    CStr::from_bytes_until_nul(buf)
+        .map_or_else(|_| String::from_utf8_lossy(buf).into_owned(), |s| s.to_string_lossy().into_owned())
 }

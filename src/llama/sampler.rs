@@ -80,12 +80,10 @@ impl Sampler {
     /// Chooses the next token from its logits `[n_vocab]`, and remembers the choice.
     pub fn sample(&mut self, logits: &[f32]) -> Token {
         self.candidates.clear();
-        self.candidates.extend(logits.iter().enumerate().map(|(id, &logit)| {
-            sys::llama_token_data {
-                id: id as Token,
-                logit,
-                p: 0.0,
-            }
+        self.candidates.extend(logits.iter().enumerate().map(|(id, &logit)| sys::llama_token_data {
+            id: id as Token,
+            logit,
+            p: 0.0,
         }));
         let mut array = sys::llama_token_data_array {
             data: self.candidates.as_mut_ptr(),

@@ -25,10 +25,7 @@ pub struct Message {
 impl Message {
     /// A message of `role`.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self {
-            role,
-            content: content.into(),
-        }
+        Self { role, content: content.into() }
     }
 }
 
@@ -65,12 +62,7 @@ impl ChatTemplate {
 
     /// ChatML, whatever the model says.
     pub fn chatml() -> Self {
-        Self {
-            source: CHATML.into(),
-            bos: String::new(),
-            eos: String::new(),
-            is_fallback: false,
-        }
+        Self { source: CHATML.into(), bos: String::new(), eos: String::new(), is_fallback: false }
     }
 
     /// Whether the model brought no template of its own.
@@ -82,11 +74,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TemplateError`] with the line of the template that fails.
-    pub fn render(
-        &self,
-        messages: &[Message],
-        add_generation_prompt: bool,
-    ) -> Result<String, TemplateError> {
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
         let mut env = Environment::new();
         // as Hugging Face's tokenizers render chat templates
         env.set_syntax(
@@ -124,20 +112,12 @@ mod tests {
     use super::*;
 
     fn template(source: &str) -> ChatTemplate {
-        ChatTemplate {
-            source: source.into(),
-            bos: "<s>".into(),
-            eos: "</s>".into(),
-            is_fallback: false,
-        }
+        ChatTemplate { source: source.into(), bos: "<s>".into(), eos: "</s>".into(), is_fallback: false }
     }
 
     #[test]
     fn chatml_renders_a_conversation() {
-        let messages = [
-            Message::new(Role::System, "Be brief."),
-            Message::new(Role::User, "Hi"),
-        ];
+        let messages = [Message::new(Role::System, "Be brief."), Message::new(Role::User, "Hi")];
         assert_eq!(
             ChatTemplate::chatml().render(&messages, true).unwrap(),
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

@@ -12,10 +12,7 @@ impl Full {
     /// Keeps the name of the policy that was asked for: a short prompt under `gvote` is still
     /// reported as `gvote`.
     pub fn new(params: &Params, shape: Shape) -> Self {
-        Self {
-            name: params.policy.name(),
-            n: shape.n,
-        }
+        Self { name: params.policy.name(), n: shape.n }
     }
 }
 

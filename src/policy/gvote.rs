@@ -86,12 +86,7 @@ impl Gvote {
 
         let older = n.saturating_sub(self.params.window);
         let (pooled, s) = (&mut self.padded, &mut self.observed);
-        rank::average_pool(
-            &scores.observed[..older],
-            self.params.pool,
-            pooled,
-            &mut s[..older],
-        );
+        rank::average_pool(&scores.observed[..older], self.params.pool, pooled, &mut s[..older]);
         pooled.clear();
         pooled.extend_from_slice(&s[..older]);
         rank::normalise(pooled, &mut s[..older]);
@@ -102,8 +97,7 @@ impl Gvote {
         let back = self.params.span.back.min(n);
         self.padded.clear();
         self.padded.resize(forward, 0.0);
-        self.padded
-            .extend(self.future.iter().zip(&self.observed).map(|(m, s)| m + s));
+        self.padded.extend(self.future.iter().zip(&self.observed).map(|(m, s)| m + s));
         self.padded.resize(forward + n + back, 0.0);
         rank::window_max(&mut self.padded, forward + back + 1);
     }
@@ -112,29 +106,19 @@ impl Gvote {
     fn select_heads(mut self) -> Selection {
         let (n, heads) = (self.shape.n, self.shape.heads());
         let weight = f64::from(self.params.head_mix) / heads as f64;
-        let common: Vec<f32> = self
-            .score_sum
-            .iter()
-            .map(|sum| (weight * sum) as f32)
-            .collect();
+        let common: Vec<f32> = self.score_sum.iter().map(|sum| (weight * sum) as f32).collect();
 
-        let threads = thread::available_parallelism()
-            .map_or(1, |n| n.get())
-            .min(MAX_THREADS);
+        let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS);
         let share = heads.div_ceil(threads) * n;
         let mut at_rank = vec![0.0; n];
         thread::scope(|scope| {
             let work = self.score.chunks_mut(share).zip(self.mass.chunks(share));
             let (common, forced) = (&common, &self.forced);
-            let running: Vec<_> = work
-                .map(|(score, mass)| scope.spawn(move || rank_heads(score, mass, common, forced)))
-                .collect();
+            let running: Vec<_> =
+                work.map(|(score, mass)| scope.spawn(move || rank_heads(score, mass, common, forced))).collect();
             for thread in running {
                 let part = thread.join().expect("a ranking thread panicked");
-                at_rank
-                    .iter_mut()
-                    .zip(part)
-                    .for_each(|(sum, mass)| *sum += mass);
+                at_rank.iter_mut().zip(part).for_each(|(sum, mass)| *sum += mass);
             }
         });
         drop(std::mem::take(&mut self.mass));
@@ -147,17 +131,11 @@ impl Gvote {
     fn select_tokens(mut self) -> Selection {
         let (n, heads) = (self.shape.n, self.shape.heads() as f64);
         let mut keys = Vec::with_capacity(n);
-        push_keys(&mut keys, &self.forced, |j| {
-            (self.score_sum[j] / heads) as f32
-        });
+        push_keys(&mut keys, &self.forced, |j| (self.score_sum[j] / heads) as f32);
         keys.sort_unstable();
         self.score = keys.into_iter().map(rank::entry).collect();
 
-        let at_rank = self
-            .score
-            .iter()
-            .map(|&j| self.mass_sum[j as usize])
-            .collect();
+        let at_rank = self.score.iter().map(|&j| self.mass_sum[j as usize]).collect();
         let curve = rank::lost_curve(at_rank, heads);
         self.finish(&curve, rank::keep_tokens)
     }
@@ -170,13 +148,7 @@ impl Gvote {
             return Selection::all(n);
         }
         let lost_mass = Some(curve[count] as f32);
-        Selection {
-            n,
-            kept: keep(self.score, count),
-            lost_mass,
-            bound,
-            ragged: None,
-        }
+        Selection { n, kept: keep(self.score, count), lost_mass, bound, ragged: None }
     }
 }
 
@@ -186,19 +158,12 @@ impl Policy for Gvote {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            future: true,
-            observed: true,
-            each: false,
-        }
+        Needs { future: true, observed: true, each: false }
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
         let n = self.shape.n;
-        assert!(
-            head == self.seen && head < self.shape.heads(),
-            "head {head} is out of order"
-        );
+        assert!(head == self.seen && head < self.shape.heads(), "head {head} is out of order");
         assert_eq!(scores.future.len(), n, "future scores of head {head}");
         assert_eq!(scores.observed.len(), n, "observed scores of head {head}");
         self.seen += 1;
@@ -210,9 +175,7 @@ impl Policy for Gvote {
         match self.params.evict {
             Evict::Composite => {
                 let row = &mut self.score[head * n..][..n];
-                row.iter_mut()
-                    .zip(&self.padded)
-                    .for_each(|(to, score)| *to = score.to_bits());
+                row.iter_mut().zip(&self.padded).for_each(|(to, score)| *to = score.to_bits());
                 self.future.iter_mut().for_each(|m| *m *= MASS_SCALE);
                 self.mass[head * n..][..n].convert_from_f32_slice(&self.future);
             }
@@ -225,11 +188,7 @@ impl Policy for Gvote {
     }
 
     fn select(self: Box<Self>) -> Selection {
-        assert_eq!(
-            self.seen,
-            self.shape.heads(),
-            "heads observed before select"
-        );
+        assert_eq!(self.seen, self.shape.heads(), "heads observed before select");
         match self.params.evict {
             Evict::Composite => self.select_heads(),
             Evict::Cells => self.select_tokens(),

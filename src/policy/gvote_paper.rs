@@ -104,31 +104,21 @@ impl Policy for GvotePaper {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            future: false,
-            observed: false,
-            each: true,
-        }
+        Needs { future: false, observed: false, each: true }
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
         let (n, queries) = (self.shape.n, self.params.samples + 1);
         let in_order = head == self.budget.len() && head < self.shape.heads();
         assert!(in_order, "head {head} is out of order");
-        assert_eq!(
-            scores.each.len(),
-            self.shape.group * queries * n,
-            "scores of head {head}"
-        );
+        assert_eq!(scores.each.len(), self.shape.group * queries * n, "scores of head {head}");
 
         self.votes.fill(0);
         self.sums.fill(0.0);
         for query_head in scores.each.chunks_exact(queries * n) {
             self.vote(query_head);
         }
-        let union = (0..n)
-            .filter(|&j| self.votes[j] > 0 || self.forced.contains(j))
-            .count();
+        let union = (0..n).filter(|&j| self.votes[j] > 0 || self.forced.contains(j)).count();
         self.budget.push(union as u32);
 
         let total: f64 = self.sums.iter().sum();
@@ -156,11 +146,7 @@ impl Policy for GvotePaper {
         assert_eq!(self.budget.len(), heads, "heads observed before select");
         if self.params.evict == Evict::Cells {
             self.ranking = rank_by_votes(&self.forced, &self.all_votes, &self.all_sums);
-            self.share = self
-                .ranking
-                .iter()
-                .map(|&j| self.share[j as usize])
-                .collect();
+            self.share = self.ranking.iter().map(|&j| self.share[j as usize]).collect();
         }
         let total: u64 = self.budget.iter().map(|&b| u64::from(b)).sum();
         let ragged = Ragged {
@@ -171,10 +157,7 @@ impl Policy for GvotePaper {
         let wanted = total.div_ceil(heads as u64) as usize;
         let (count, bound) = rank::bounded(wanted, Bound::Budget, &self.forced, &self.params);
         if bound == Bound::All {
-            return Selection {
-                ragged: Some(ragged),
-                ..Selection::all(n)
-            };
+            return Selection { ragged: Some(ragged), ..Selection::all(n) };
         }
         let curve = rank::lost_curve(self.share, heads as f64);
         let kept = match self.params.evict {
@@ -182,13 +165,7 @@ impl Policy for GvotePaper {
             Evict::Cells => rank::keep_tokens(self.ranking, count),
         };
         let lost_mass = Some(curve[count] as f32);
-        Selection {
-            n,
-            kept,
-            lost_mass,
-            bound,
-            ragged: Some(ragged),
-        }
+        Selection { n, kept, lost_mass, bound, ragged: Some(ragged) }
     }
 }
 
@@ -212,12 +189,7 @@ fn rank_by_votes<V: Copy + Ord>(forced: &Forced, votes: &[V], sums: &[f64]) -> V
     order.sort_unstable_by_key(|&entry| {
         let j = entry as usize;
         // Sums are finite and not negative: their bits sort like them.
-        Reverse((
-            forced.contains(j),
-            votes[j],
-            sums[j].to_bits(),
-            Reverse(entry),
-        ))
+        Reverse((forced.contains(j), votes[j], sums[j].to_bits(), Reverse(entry)))
     });
     order
 }

@@ -181,13 +181,7 @@ pub struct Selection {
 impl Selection {
     /// Everything stays and nothing is lost.
     pub const fn all(n: usize) -> Self {
-        Self {
-            n,
-            kept: Kept::All,
-            lost_mass: Some(0.0),
-            bound: Bound::All,
-            ragged: None,
-        }
+        Self { n, kept: Kept::All, lost_mass: Some(0.0), bound: Bound::All, ragged: None }
     }
 
     /// `C`: cells of the sequence after compaction.
@@ -201,11 +195,7 @@ impl Selection {
 
     /// `C / n`, 0 to 1.
     pub fn share(&self) -> f32 {
-        if self.n == 0 {
-            1.0
-        } else {
-            self.n_cells() as f32 / self.n as f32
-        }
+        if self.n == 0 { 1.0 } else { self.n_cells() as f32 / self.n as f32 }
     }
 
     /// The candidates that `head` keeps, ascending; None if it keeps all of them.

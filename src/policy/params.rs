@@ -64,10 +64,7 @@ impl Default for Params {
             p_nuc: 0.95,
             samples: 32,
             window: 64,
-            span: Span {
-                back: 2,
-                forward: 32,
-            },
+            span: Span { back: 2, forward: 32 },
             sinks: 4,
             recent: 64,
             max_cells: None,
@@ -84,20 +81,13 @@ impl Params {
     /// The defaults of one policy: those of `gvote`, but for the paper's 8 samples.
     pub fn new(policy: Kind) -> Self {
         let samples = if policy == Kind::GvotePaper { 8 } else { 32 };
-        Self {
-            policy,
-            samples,
-            ..Self::default()
-        }
+        Self { policy, samples, ..Self::default() }
     }
 
     /// Whether a prompt of `n` entries stays as it is. A prompt above `max_cells` never does,
     /// however short: the cap is a promise about memory.
     pub fn leaves_alone(&self, n: usize) -> bool {
-        let short = n < self
-            .sinks
-            .saturating_add(self.recent)
-            .saturating_add(WORTHWHILE);
+        let short = n < self.sinks.saturating_add(self.recent).saturating_add(WORTHWHILE);
         let fits = self.max_cells.is_none_or(|cap| n <= cap);
         self.policy == Kind::Full || (short && fits)
     }
@@ -130,33 +120,19 @@ impl Params {
             return Err(PolicyError::Span(self.span));
         }
         if self.policy == Kind::Gvote && self.recent < self.window {
-            return Err(PolicyError::Recent {
-                recent: self.recent,
-                window: self.window,
-            });
+            return Err(PolicyError::Recent { recent: self.recent, window: self.window });
         }
         if self.recent == 0 {
             return Err(PolicyError::NoRecent);
         }
-        let forced = self
-            .sinks
-            .checked_add(self.recent)
-            .ok_or(PolicyError::Sinks(self.sinks))?;
+        let forced = self.sinks.checked_add(self.recent).ok_or(PolicyError::Sinks(self.sinks))?;
         if let Some(cap) = self.max_cells {
             if cap <= forced {
                 let (sinks, recent) = (self.sinks, self.recent);
-                return Err(PolicyError::MaxCells {
-                    cap,
-                    sinks,
-                    recent,
-                    least: forced + 1,
-                });
+                return Err(PolicyError::MaxCells { cap, sinks, recent, least: forced + 1 });
             }
             if self.min_cells > cap {
-                return Err(PolicyError::MinCells {
-                    min: self.min_cells,
-                    cap,
-                });
+                return Err(PolicyError::MinCells { min: self.min_cells, cap });
             }
         }
         if self.pool.is_multiple_of(2) || self.pool > MAX_POOL {
@@ -181,10 +157,7 @@ pub struct Span {
 
 impl Span {
     /// A hit keeps only itself.
-    pub const NONE: Span = Span {
-        back: 0,
-        forward: 0,
-    };
+    pub const NONE: Span = Span { back: 0, forward: 0 };
 }
 
 impl fmt::Display for Span {
@@ -203,10 +176,7 @@ impl FromStr for Span {
         }
         let parse = || {
             let (back, forward) = text.split_once(',')?;
-            Some(Span {
-                back: back.trim().parse().ok()?,
-                forward: forward.trim().parse().ok()?,
-            })
+            Some(Span { back: back.trim().parse().ok()?, forward: forward.trim().parse().ok()? })
         };
         parse().ok_or_else(|| PolicyError::SpanText(text.to_owned()))
     }
@@ -251,10 +221,7 @@ impl FromStr for Preset {
     type Err = PolicyError;
 
     fn from_str(text: &str) -> Result<Self, PolicyError> {
-        let found = Self::ALL
-            .iter()
-            .copied()
-            .find(|preset| preset.name() == text);
+        let found = Self::ALL.iter().copied().find(|preset| preset.name() == text);
         found.ok_or_else(|| PolicyError::UnknownPreset(text.to_owned()))
     }
 }
@@ -296,9 +263,7 @@ impl FromStr for Evict {
 #[non_exhaustive]
 #[allow(missing_docs)] // each message says what its fields are
 pub enum PolicyError {
-    #[error(
-        "--lost-mass is {0}, but must lie between 0 and 1, both excluded (0.02 is safe, 0.1 bold)"
-    )]
+    #[error("--lost-mass is {0}, but must lie between 0 and 1, both excluded (0.02 is safe, 0.1 bold)")]
     LostMass(f32),
     #[error("--p-nuc is {0}, but must be above 0 and at most 1 (the paper uses 0.95)")]
     PNuc(f32),
@@ -323,12 +288,7 @@ pub enum PolicyError {
         "--max-cells is {cap}, but {sinks} sinks and {recent} recent tokens always stay; \
          set --max-cells to {least} or more, or lower --sinks or --recent"
     )]
-    MaxCells {
-        cap: usize,
-        sinks: usize,
-        recent: usize,
-        least: usize,
-    },
+    MaxCells { cap: usize, sinks: usize, recent: usize, least: usize },
     #[error("--min-cells is {min}, but must not be above --max-cells ({cap})")]
     MinCells { min: usize, cap: usize },
     #[error("--max-cells is {0}, but the policy `full` keeps everything; choose another --policy")]
@@ -348,8 +308,5 @@ pub enum PolicyError {
 }
 
 fn names<T: Copy>(all: &[T], name: fn(T) -> &'static str) -> String {
-    all.iter()
-        .map(|&one| name(one))
-        .collect::<Vec<_>>()
-        .join(", ")
+    all.iter().map(|&one| name(one)).collect::<Vec<_>>().join(", ")
 }

@@ -17,11 +17,7 @@ impl Forced {
     pub fn new(params: &Params, n: usize) -> Self {
         // In a prompt shorter than both together, the two meet and everything stays.
         let tail = n.saturating_sub(params.recent);
-        Self {
-            head: params.sinks.min(tail),
-            tail,
-            n,
-        }
+        Self { head: params.sinks.min(tail), tail, n }
     }
 
     pub fn contains(&self, entry: usize) -> bool {
@@ -130,12 +126,7 @@ pub(super) fn smallest_count(curve: &[f64], eps: f32) -> usize {
 }
 
 /// `C` after all bounds, and the one that set it. `wanted` is what the policy's own `rule` asks for.
-pub(super) fn bounded(
-    wanted: usize,
-    rule: Bound,
-    forced: &Forced,
-    params: &Params,
-) -> (usize, Bound) {
+pub(super) fn bounded(wanted: usize, rule: Bound, forced: &Forced, params: &Params) -> (usize, Bound) {
     let (mut count, mut bound) = (wanted, rule);
     if count < forced.count() {
         (count, bound) = (forced.count(), Bound::Forced);
@@ -163,16 +154,11 @@ pub(super) fn keep_heads(mut ranking: Vec<u32>, n: usize, count: usize) -> Kept 
         }
         // The cut rows move to the front: row `head` ends before the ranking of the next begins.
         let row = &mut ranking[head * count..][..count];
-        row.iter_mut()
-            .zip(indices(&stays))
-            .for_each(|(to, entry)| *to = entry);
+        row.iter_mut().zip(indices(&stays)).for_each(|(to, entry)| *to = entry);
     }
     ranking.truncate(ranking.len() / n * count);
     ranking.shrink_to_fit();
-    Kept::Heads {
-        n_cells: count,
-        index: ranking,
-    }
+    Kept::Heads { n_cells: count, index: ranking }
 }
 
 /// The first `count` of one ranking for all heads, ascending.
@@ -184,9 +170,7 @@ pub(super) fn keep_tokens(mut ranking: Vec<u32>, count: usize) -> Kept {
 }
 
 fn indices(stays: &[bool]) -> impl Iterator<Item = u32> + '_ {
-    (0..)
-        .zip(stays)
-        .filter_map(|(entry, &stays)| stays.then_some(entry))
+    (0..).zip(stays).filter_map(|(entry, &stays)| stays.then_some(entry))
 }
 
 #[cfg(test)]
@@ -205,16 +189,9 @@ mod tests {
     #[test]
     fn a_pool_divides_by_its_width_at_the_edges_too() {
         let mut out = [0.0; 6];
-        average_pool(
-            &[10.0, 0.0, 0.0, 0.0, 0.0, 5.0],
-            5,
-            &mut Vec::new(),
-            &mut out,
-        );
+        average_pool(&[10.0, 0.0, 0.0, 0.0, 0.0, 5.0], 5, &mut Vec::new(), &mut out);
         let expected = [2.0, 2.0, 2.0, 1.0, 1.0, 1.0];
-        out.iter()
-            .zip(expected)
-            .for_each(|(a, b)| assert!((a - b).abs() < 1e-6, "{out:?}"));
+        out.iter().zip(expected).for_each(|(a, b)| assert!((a - b).abs() < 1e-6, "{out:?}"));
     }
 
     #[test]
@@ -233,14 +210,7 @@ mod tests {
 
     #[test]
     fn keys_sort_by_score_then_age_and_forced_ones_first() {
-        let mut keys = [
-            key(0.5, 7),
-            key(0.0, 0),
-            key(0.5, 2),
-            key(1e-40, 5),
-            forced_key(9),
-            key(-0.0, 1),
-        ];
+        let mut keys = [key(0.5, 7), key(0.0, 0), key(0.5, 2), key(1e-40, 5), forced_key(9), key(-0.0, 1)];
         keys.sort_unstable();
         assert_eq!(keys.map(entry), [9, 2, 7, 5, 0, 1]);
     }
@@ -257,44 +227,24 @@ mod tests {
 
     #[test]
     fn the_cap_beats_every_other_bound() {
-        let params = Params {
-            sinks: 2,
-            recent: 3,
-            min_cells: 10,
-            max_cells: Some(20),
-            ..Params::default()
-        };
+        let params = Params { sinks: 2, recent: 3, min_cells: 10, max_cells: Some(20), ..Params::default() };
         let at = |wanted, n| bounded(wanted, Bound::LostMass, &Forced::new(&params, n), &params);
         assert_eq!(at(15, 100), (15, Bound::LostMass));
         assert_eq!(at(7, 100), (10, Bound::MinCells));
         assert_eq!(at(1, 100), (10, Bound::MinCells));
         assert_eq!(at(21, 100), (20, Bound::MaxCells));
         assert_eq!(at(8, 9), (9, Bound::All));
-        let params = Params {
-            min_cells: 0,
-            ..params
-        };
+        let params = Params { min_cells: 0, ..params };
         let forced = Forced::new(&params, 100);
-        assert_eq!(
-            bounded(1, Bound::Budget, &forced, &params),
-            (5, Bound::Forced)
-        );
+        assert_eq!(bounded(1, Bound::Budget, &forced, &params), (5, Bound::Forced));
     }
 
     #[test]
     fn forced_entries_meet_in_a_short_prompt() {
-        let params = Params {
-            sinks: 4,
-            recent: 6,
-            ..Params::default()
-        };
+        let params = Params { sinks: 4, recent: 6, ..Params::default() };
         for n in 0..20 {
             let forced = Forced::new(&params, n);
-            assert_eq!(
-                forced.count(),
-                (0..n).filter(|&j| forced.contains(j)).count(),
-                "n {n}"
-            );
+            assert_eq!(forced.count(), (0..n).filter(|&j| forced.contains(j)).count(), "n {n}");
             assert_eq!(forced.count(), n.min(10), "n {n}");
         }
     }
@@ -303,20 +253,8 @@ mod tests {
     fn heads_are_cut_in_place_and_sorted() {
         let ranking = vec![3, 0, 2, 1, /* head 1 */ 1, 3, 0, 2];
         let kept = keep_heads(ranking.clone(), 4, 2);
-        assert_eq!(
-            kept,
-            Kept::Heads {
-                n_cells: 2,
-                index: vec![0, 3, 1, 3]
-            }
-        );
+        assert_eq!(kept, Kept::Heads { n_cells: 2, index: vec![0, 3, 1, 3] });
         let kept = keep_heads(ranking, 4, 3);
-        assert_eq!(
-            kept,
-            Kept::Heads {
-                n_cells: 3,
-                index: vec![0, 2, 3, 0, 1, 3]
-            }
-        );
+        assert_eq!(kept, Kept::Heads { n_cells: 3, index: vec![0, 2, 3, 0, 1, 3] });
     }
 }

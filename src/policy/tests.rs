@@ -34,9 +34,7 @@ fn random(state: &mut u64) -> f64 {
 
 /// Softmax rows that look like attention: mostly flat, a few peaks.
 fn softmax(n: usize, state: &mut u64) -> Vec<f32> {
-    let raw: Vec<f64> = (0..n)
-        .map(|_| (8.0 * random(state).powi(3)).exp())
-        .collect();
+    let raw: Vec<f64> = (0..n).map(|_| (8.0 * random(state).powi(3)).exp()).collect();
     let sum: f64 = raw.iter().sum();
     raw.iter().map(|x| (x / sum) as f32).collect()
 }
@@ -50,9 +48,7 @@ impl Request {
             observed: softmax(shape.n, state),
             each: (0..queries).flat_map(|_| softmax(shape.n, state)).collect(),
         });
-        Self {
-            heads: heads.collect(),
-        }
+        Self { heads: heads.collect() }
     }
 }
 
@@ -75,16 +71,9 @@ fn select(params: &Params, shape: Shape, request: &Request) -> Selection {
 /// What one head keeps, spelled out.
 fn kept(selection: &Selection, head: usize) -> Vec<usize> {
     let all = || (0..selection.n).collect();
-    selection
-        .kept_by(head)
-        .map_or_else(all, |kept| kept.iter().map(|&j| j as usize).collect())
+    selection.kept_by(head).map_or_else(all, |kept| kept.iter().map(|&j| j as usize).collect())
 }
 
 fn shape(n: usize) -> Shape {
-    Shape {
-        n,
-        n_layer: 1,
-        n_head_kv: 1,
-        group: 1,
-    }
+    Shape { n, n_layer: 1, n_head_kv: 1, group: 1 }
 }

@@ -89,12 +89,8 @@ fn a_second_compaction_works() {
     let n = C + 50;
     let before = cells(&ctx);
     let selection = random_heads(&layout, n, 90, 3);
-    let expected: Vec<_> = selection
-        .kept_by(7)
-        .unwrap()
-        .iter()
-        .map(|&c| row(&layout, 2, true, 1, &before[c as usize]))
-        .collect();
+    let expected: Vec<_> =
+        selection.kept_by(7).unwrap().iter().map(|&c| row(&layout, 2, true, 1, &before[c as usize])).collect();
     compact(&mut ctx, 0, &selection).unwrap();
     let after = cells(&ctx);
     assert_eq!(after.len(), 90);
@@ -119,16 +115,13 @@ fn other_sequences_and_any_cell_order_are_left_alone() {
         let before = cells(&ctx);
         assert!(before.windows(2).any(|w| w[0].index > w[1].index), "out of order");
         let others = crate::cache::cells(&ctx, 1);
-        let rows_of = |cells: &[crate::cache::Cell]| -> Vec<_> { cells.iter().map(|c| row(&layout, 9, true, 0, c)).collect() };
+        let rows_of =
+            |cells: &[crate::cache::Cell]| -> Vec<_> { cells.iter().map(|c| row(&layout, 9, true, 0, c)).collect() };
         let other_rows = rows_of(&others);
 
         let selection = random_heads(&layout, 300, 120, 4);
-        let expected: Vec<_> = selection
-            .kept_by(27)
-            .unwrap()
-            .iter()
-            .map(|&c| row(&layout, 9, true, 0, &before[c as usize]))
-            .collect();
+        let expected: Vec<_> =
+            selection.kept_by(27).unwrap().iter().map(|&c| row(&layout, 9, true, 0, &before[c as usize])).collect();
         compact(&mut ctx, 0, &selection).unwrap();
 
         assert_eq!(rows_of(&cells(&ctx)), expected, "{setup:?}");

@@ -27,9 +27,7 @@ pub fn model() -> Model {
 
 /// Real text of some length: a source file of this crate.
 pub fn tokens(model: &Model, n: usize) -> Vec<Token> {
-    let mut tokens = model
-        .tokenize(include_str!("../capture.rs"), true, false)
-        .expect("the model has a tokenizer");
+    let mut tokens = model.tokenize(include_str!("../capture.rs"), true, false).expect("the model has a tokenizer");
     assert!(tokens.len() >= n, "{} tokens of text are not enough", tokens.len());
     tokens.truncate(n);
     tokens
@@ -84,13 +82,7 @@ pub fn next_logits(ctx: &mut Context, token: Token, pos: Pos) -> Vec<f32> {
 }
 
 pub fn composite(n: usize, n_cells: usize, index: Vec<u32>) -> Selection {
-    Selection {
-        n,
-        kept: Kept::Heads { n_cells, index },
-        lost_mass: None,
-        bound: Bound::MaxCells,
-        ragged: None,
-    }
+    Selection { n, kept: Kept::Heads { n_cells, index }, lost_mass: None, bound: Bound::MaxCells, ragged: None }
 }
 
 pub fn n_heads(layout: &Layout) -> usize {
@@ -182,9 +174,8 @@ struct Recorder {
 
 /// Runs `f`, which decodes one token, and returns each layer's attention.
 pub fn record(ctx: &mut Context, layout: &Layout, f: impl FnOnce(&mut Context)) -> Vec<Attention> {
-    let mut recorder = Recorder {
-        layers: layout.layers.iter().map(|l| (l.k.cast_const(), Attention::default())).collect(),
-    };
+    let mut recorder =
+        Recorder { layers: layout.layers.iter().map(|l| (l.k.cast_const(), Attention::default())).collect() };
     // SAFETY: the recorder outlives the calls; the callback is removed again.
     unsafe {
         sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(on_eval), (&raw mut recorder).cast());

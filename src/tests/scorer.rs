@@ -46,11 +46,7 @@ fn run(ctx: &Context, layout: &Layout, scale: LogitScale, account_error: bool) -
             },
             |head, s: &HeadScores| {
                 assert_eq!(head, out.len(), "heads arrive in order");
-                out.push(Scores {
-                    observed: s.observed.to_vec(),
-                    future: s.future.to_vec(),
-                    each: s.each.to_vec(),
-                });
+                out.push(Scores { observed: s.observed.to_vec(), future: s.future.to_vec(), each: s.each.to_vec() });
             },
         )
         .unwrap();
@@ -63,7 +59,14 @@ fn observed_pos() -> Vec<Pos> {
 }
 
 /// Probabilities of one query head's queries over the cells of the sequence, in float64. `[n_query][n]`
-fn naive(ctx: &Context, layout: &Layout, layer: usize, head: usize, pos: &[Pos], logit: &dyn Fn(f64) -> f64) -> Vec<Vec<f64>> {
+fn naive(
+    ctx: &Context,
+    layout: &Layout,
+    layer: usize,
+    head: usize,
+    pos: &[Pos],
+    logit: &dyn Fn(f64) -> f64,
+) -> Vec<Vec<f64>> {
     let l = &layout.layers[layer];
     let (d, n_head) = (l.n_embd_head_k as usize, l.n_head as usize);
     let kv = head / (n_head / l.n_head_kv as usize);
@@ -73,8 +76,7 @@ fn naive(ctx: &Context, layout: &Layout, layer: usize, head: usize, pos: &[Pos],
     pos.iter()
         .enumerate()
         .map(|(i, &p)| {
-            let q: Vec<f32> =
-                queries.data[(i * n_head + head) * d..][..d].iter().map(|x| x.to_f32()).collect();
+            let q: Vec<f32> = queries.data[(i * n_head + head) * d..][..d].iter().map(|x| x.to_f32()).collect();
             let logits: Vec<f64> = keys
                 .iter()
                 .zip(&cells)
@@ -116,9 +118,7 @@ fn worst_error(ctx: &Context, layout: &Layout, scale: LogitScale) -> f64 {
                     each.extend(p);
                 }
             }
-            for (got, expected) in
-                [(&scores.observed, &observed), (&scores.future, &future), (&scores.each, &each)]
-            {
+            for (got, expected) in [(&scores.observed, &observed), (&scores.future, &future), (&scores.each, &each)] {
                 assert_eq!(got.len(), expected.len());
                 let largest = expected.iter().copied().fold(0.0, f64::max);
                 for (g, e) in got.iter().zip(expected) {
@@ -135,15 +135,9 @@ fn equals_naive_softmax_for_every_cache_type() {
     let model = model();
     let tokens = tokens(&model, N);
     // a quantized K meets q as q8 (or as f16), which is how the decoder reads it too
-    for (setup, tolerance) in [
-        (F16, 2e-3),
-        (F16_FLASH, 2e-3),
-        (BF16, 2e-2),
-        (Q8_0, 2e-2),
-        (Q4_0, 2e-2),
-        (Q5_1, 2e-2),
-        (IQ4_NL, 2e-2),
-    ] {
+    for (setup, tolerance) in
+        [(F16, 2e-3), (F16_FLASH, 2e-3), (BF16, 2e-2), (Q8_0, 2e-2), (Q4_0, 2e-2), (Q5_1, 2e-2), (IQ4_NL, 2e-2)]
+    {
         let mut ctx = context(&model, setup, 512, 64);
         decode(&mut ctx, &tokens, 0, 0);
         let layout = Layout::of(&ctx, 0).unwrap();

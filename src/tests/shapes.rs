@@ -32,7 +32,7 @@ fn rotate(q: &mut [f64]) {
     let n = q.len();
     let old = q.to_vec();
     for (i, x) in q.iter_mut().enumerate() {
-        let signed = |j: usize| if (i & j).count_ones() % 2 == 0 { old[j] } else { -old[j] };
+        let signed = |j: usize| if (i & j).count_ones().is_multiple_of(2) { old[j] } else { -old[j] };
         *x = (0..n).map(signed).sum::<f64>() / (n as f64).sqrt();
     }
 }

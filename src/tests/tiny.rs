@@ -110,7 +110,10 @@ impl Tiny {
         ] {
             file.number(&key(name), value as u32);
         }
-        file.float(&key(if spec.layer_norm { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" }), EPS);
+        file.float(
+            &key(if spec.layer_norm { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" }),
+            EPS,
+        );
         if spec.softcap {
             file.float(&key("attn_logit_softcapping"), 3.0);
             file.float(&key("final_logit_softcapping"), 30.0);
@@ -122,9 +125,8 @@ impl Tiny {
             let is_norm = name.contains("norm.weight");
             // wide enough for logits that spread over a few units
             let spread = if dims.len() == 2 { 2.0 / (dims[0] as f32).sqrt() } else { 0.3 };
-            let data: Vec<f32> = (0..n)
-                .map(|_| rng.random_range(-spread..spread) + if is_norm { 1.0 } else { 0.0 })
-                .collect();
+            let data: Vec<f32> =
+                (0..n).map(|_| rng.random_range(-spread..spread) + if is_norm { 1.0 } else { 0.0 }).collect();
             file.tensor(&name, &dims, &data);
             weights.insert(name, data);
         }
@@ -141,11 +143,8 @@ impl Tiny {
         let (w, bias) = (weight(&format!("{which}.weight")).unwrap(), weight(&format!("{which}.bias")));
         let mut q: Vec<f64> = (head * spec.head..(head + 1) * spec.head)
             .map(|row| {
-                let product: f64 = w[row * N_EMBD..][..N_EMBD]
-                    .iter()
-                    .zip(hidden)
-                    .map(|(w, h)| f64::from(*w) * f64::from(*h))
-                    .sum();
+                let product: f64 =
+                    w[row * N_EMBD..][..N_EMBD].iter().zip(hidden).map(|(w, h)| f64::from(*w) * f64::from(*h)).sum();
                 product + bias.map_or(0.0, |b| f64::from(b[row]))
             })
             .collect();
@@ -179,10 +178,8 @@ impl Tiny {
 /// Names and dimensions as llama.cpp wants them, innermost first.
 fn tensors(spec: &Spec) -> Vec<(String, Vec<usize>)> {
     let (q, kv) = (spec.n_head * spec.head, spec.n_head_kv * spec.head);
-    let mut out = vec![
-        ("token_embd.weight".to_owned(), vec![N_EMBD, N_VOCAB]),
-        ("output_norm.weight".to_owned(), vec![N_EMBD]),
-    ];
+    let mut out =
+        vec![("token_embd.weight".to_owned(), vec![N_EMBD, N_VOCAB]), ("output_norm.weight".to_owned(), vec![N_EMBD])];
     let starcoder = spec.arch == "starcoder";
     if starcoder {
         out.push(("position_embd.weight".into(), vec![N_EMBD, N_CTX]));

@@ -13,12 +13,11 @@ pub struct Ranked {
 impl Ranked {
     /// Mean over heads of the mass outside each head's `count` best entries; ties to the older.
     pub fn lost(&self, count: usize) -> f64 {
-        let lost = self.score.iter().zip(&self.mass).map(|(score, mass)| {
-            best(score, score.len())[count..]
-                .iter()
-                .map(|&j| mass[j])
-                .sum::<f64>()
-        });
+        let lost = self
+            .score
+            .iter()
+            .zip(&self.mass)
+            .map(|(score, mass)| best(score, score.len())[count..].iter().map(|&j| mass[j]).sum::<f64>());
         lost.sum::<f64>() / self.score.len() as f64
     }
 }
@@ -37,9 +36,7 @@ pub fn forced(params: &Params, n: usize, j: usize) -> bool {
 
 fn nz(x: &[f64]) -> Vec<f64> {
     let sum: f64 = x.iter().sum();
-    x.iter()
-        .map(|v| if sum > 0.0 { v / sum } else { 0.0 })
-        .collect()
+    x.iter().map(|v| if sum > 0.0 { v / sum } else { 0.0 }).collect()
 }
 
 fn wide(x: &[f32]) -> Vec<f64> {
@@ -63,10 +60,7 @@ fn gvote_head(params: &Params, n: usize, head: &Head) -> (Vec<f64>, Vec<f64>) {
     let mut spanned = vec![0.0_f64; n];
     for hit in 0..n {
         // A hit keeps `back` entries before it and `forward` after it.
-        let (first, last) = (
-            hit.saturating_sub(params.span.back),
-            hit + params.span.forward,
-        );
+        let (first, last) = (hit.saturating_sub(params.span.back), hit + params.span.forward);
         for (j, score) in spanned.iter_mut().enumerate() {
             if first <= j && j <= last {
                 *score = score.max(s[hit] + m[hit]);
@@ -82,29 +76,18 @@ pub fn gvote_composite(params: &Params, shape: &Shape, request: &Request) -> Ran
     let final_score = |score: &Vec<f64>| {
         let mixed = |j: usize| score[j] + f64::from(params.head_mix) * mean(&own, j);
         let infinite = |j| {
-            if forced(params, shape.n, j) {
-                f64::INFINITY
-            } else {
-                mixed(j)
-            }
+            if forced(params, shape.n, j) { f64::INFINITY } else { mixed(j) }
         };
         (0..shape.n).map(infinite).collect()
     };
-    Ranked {
-        score: own.iter().map(final_score).collect(),
-        mass,
-    }
+    Ranked { score: own.iter().map(final_score).collect(), mass }
 }
 
 pub fn gvote_cells(params: &Params, shape: &Shape, request: &Request) -> Ranked {
     let heads = request.heads.iter();
     let (own, mass): (Vec<_>, Vec<_>) = heads.map(|head| gvote_head(params, shape.n, head)).unzip();
     let score = |j| {
-        if forced(params, shape.n, j) {
-            f64::INFINITY
-        } else {
-            mean(&own, j)
-        }
+        if forced(params, shape.n, j) { f64::INFINITY } else { mean(&own, j) }
     };
     Ranked {
         score: vec![(0..shape.n).map(score).collect()],
@@ -132,9 +115,7 @@ pub fn paper_head(params: &Params, shape: &Shape, head: &Head) -> Votes {
         let current = query(g, params.samples);
         let whole: f64 = current.iter().sum();
         let mut b = 0;
-        while best(&current, b).iter().map(|&j| current[j]).sum::<f64>()
-            < f64::from(params.p_nuc) * whole
-        {
+        while best(&current, b).iter().map(|&j| current[j]).sum::<f64>() < f64::from(params.p_nuc) * whole {
             b += 1;
         }
         for s in 0..=params.samples {
@@ -143,8 +124,6 @@ pub fn paper_head(params: &Params, shape: &Shape, head: &Head) -> Votes {
             (0..n).for_each(|j| sum[j] += p[j]);
         }
     }
-    let union = (0..n)
-        .filter(|&j| votes[j] > 0 || forced(params, n, j))
-        .count();
+    let union = (0..n).filter(|&j| votes[j] > 0 || forced(params, n, j)).count();
     Votes { votes, sum, union }
 }

@@ -1,0 +1,301 @@
+//! The flags that several commands share, and what they become in the library.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::Result;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{ArgAction, Args};
+use gvote::SessionParams;
+use gvote::llama::{CacheType, ContextParams, FlashAttention, ModelParams, SamplerParams};
+use gvote::policy::{Evict, Kind, Params, Preset, Span};
+
+use super::Exit;
+
+#[derive(Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// The model, a GGUF file (the first one of a split model)
+    #[arg(short, long, value_name = "FILE")]
+    pub model: PathBuf,
+
+    /// Layers to keep on the GPU, where there is one: a number, or `auto` or `all`
+    #[arg(long, visible_alias = "gpu-layers", value_name = "N", default_value = "auto", value_parser = gpu_layers)]
+    n_gpu_layers: i32,
+}
+
+impl ModelArgs {
+    pub fn params(&self) -> ModelParams {
+        ModelParams { n_gpu_layers: self.n_gpu_layers }
+    }
+}
+
+/// llama.cpp's numbers for `auto` and `all`.
+fn gpu_layers(text: &str) -> Result<i32, String> {
+    match text {
+        "auto" => Ok(-1),
+        "all" => Ok(-2),
+        n => n.parse().map_err(|_| "use a number, `auto` or `all`".into()),
+    }
+}
+
+/// Positions are 32-bit numbers with a sign.
+const CTX_SIZE_MAX: i64 = i32::MAX as i64;
+
+#[derive(Args)]
+#[command(next_help_heading = "Context and KV cache")]
+pub struct ContextArgs {
+    /// Cells of the KV cache. 0: `run` takes what the prompt and -n need, `chat` what the model was trained for
+    #[arg(short, long, value_name = "N", default_value_t = 0,
+          value_parser = clap::value_parser!(u32).range(..=CTX_SIZE_MAX))]
+    ctx_size: u32,
+
+    /// Most tokens handed to llama.cpp at once
+    #[arg(short, long, value_name = "N", default_value_t = ContextParams::default().n_batch,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    batch_size: u32,
+
+    /// Most tokens computed at once
+    #[arg(long, value_name = "N", default_value_t = ContextParams::default().n_ubatch,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    ubatch_size: u32,
+
+    /// Threads for the answer [default: all cores]
+    #[arg(short, long, value_name = "N")]
+    threads: Option<i32>,
+
+    /// Threads for the prompt [default: as --threads]
+    #[arg(long, value_name = "N")]
+    threads_batch: Option<i32>,
+
+    /// Flash attention; `auto` leaves it to llama.cpp
+    #[arg(long, value_name = "on|off|auto", default_value = "auto", hide_possible_values = true,
+          value_parser = flash_attention())]
+    flash_attn: FlashAttention,
+
+    /// Type of the K cache: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0 or q5_1
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = CacheType::from_str)]
+    cache_type_k: CacheType,
+
+    /// Type of the V cache; the quantized ones need flash attention
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = CacheType::from_str)]
+    cache_type_v: CacheType,
+}
+
+impl ContextArgs {
+    /// `n_ctx`: cells, where the flag leaves that open.
+    fn params(&self, n_ctx: u32) -> ContextParams {
+        // As in llama.cpp, 0 and below mean all cores.
+        let given = |n: Option<i32>| n.filter(|&n| n > 0);
+        let default = ContextParams::default();
+        let n_threads = given(self.threads).unwrap_or(default.n_threads);
+        ContextParams {
+            n_ctx: if self.ctx_size == 0 { n_ctx } else { self.ctx_size },
+            n_batch: self.batch_size,
+            n_ubatch: self.ubatch_size,
+            n_threads,
+            n_threads_batch: given(self.threads_batch).unwrap_or(n_threads),
+            flash_attn: self.flash_attn,
+            type_k: self.cache_type_k,
+            type_v: self.cache_type_v,
+            ..default
+        }
+    }
+}
+
+fn flash_attention() -> impl TypedValueParser<Value = FlashAttention> {
+    let values = [
+        PossibleValue::new("on").aliases(["enabled", "true", "1"]),
+        PossibleValue::new("off").aliases(["disabled", "false", "0"]),
+        PossibleValue::new("auto").alias("-1"),
+    ];
+    PossibleValuesParser::new(values).map(|text| match text.as_str() {
+        "on" | "enabled" | "true" | "1" => FlashAttention::On,
+        "off" | "disabled" | "false" | "0" => FlashAttention::Off,
+        _ => FlashAttention::Auto,
+    })
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Cache policy")]
+pub struct PolicyArgs {
+    #[arg(long, value_name = "NAME", default_value = Kind::Gvote.name(), help = kinds_in_words(),
+          hide_possible_values = true, hide_default_value = true, value_parser = named(Kind::ALL, Kind::name))]
+    policy: Kind,
+
+    /// Share of the attention that may be given up: safe 0.02, balanced 0.05, aggressive 0.1
+    #[arg(long, value_name = "NAME", conflicts_with = "lost_mass", default_value = Preset::Balanced.name(),
+          value_parser = named(Preset::ALL, Preset::name))]
+    preset: Preset,
+
+    /// The same as a number between 0 and 1
+    #[arg(long, value_name = "SHARE")]
+    lost_mass: Option<f32>,
+
+    /// gvote-paper: share of the current token's attention that sets the budget
+    #[arg(long, value_name = "SHARE", default_value_t = Params::default().p_nuc)]
+    p_nuc: f32,
+
+    /// Synthetic queries that vote [default: 32, gvote-paper: 8]
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
+
+    /// Last real queries that vote
+    #[arg(long, value_name = "N", default_value_t = Params::default().window)]
+    window: usize,
+
+    /// What a hit keeps around itself, in tokens before and after it; 0 = nothing
+    #[arg(long, value_name = "BACK,FORWARD", default_value_t = Params::default().span, value_parser = Span::from_str)]
+    span: Span,
+
+    /// First tokens that always stay
+    #[arg(long, value_name = "N", default_value_t = Params::default().sinks)]
+    sinks: usize,
+
+    /// Last tokens that always stay; at least --window
+    #[arg(long, value_name = "N", default_value_t = Params::default().recent)]
+    recent: usize,
+
+    /// Cells the cache may have after a vote, whatever is lost [default: no cap]
+    #[arg(long, value_name = "N")]
+    max_cells: Option<usize>,
+
+    /// Cells the cache keeps at least
+    #[arg(long, value_name = "N", default_value_t = Params::default().min_cells)]
+    min_cells: usize,
+
+    /// Seed of the synthetic queries
+    #[arg(long, value_name = "N", default_value_t = Params::default().seed)]
+    gvote_seed: u64,
+
+    /// What a cell holds: every head's own choice (composite), or one token for all heads (cells)
+    #[arg(long, value_name = "WAY", default_value = Params::default().evict.name(),
+          value_parser = named(Evict::ALL, Evict::name))]
+    evict: Evict,
+
+    /// Account for the rounding of a quantized K cache in the vote
+    #[arg(long, value_name = "on|off", default_value = "off", action = ArgAction::Set, hide_possible_values = true,
+          value_parser = PossibleValuesParser::new(["on", "off"]).map(|text| text == "on"))]
+    key_error: bool,
+}
+
+impl PolicyArgs {
+    /// # Errors
+    /// [`Exit::Usage`] for settings that cannot work.
+    pub fn params(&self) -> Result<Params> {
+        let defaults = Params::new(self.policy);
+        let params = Params {
+            lost_mass: self.lost_mass.unwrap_or(self.preset.lost_mass()),
+            p_nuc: self.p_nuc,
+            samples: self.samples.unwrap_or(defaults.samples),
+            window: self.window,
+            span: self.span,
+            sinks: self.sinks,
+            recent: self.recent,
+            max_cells: self.max_cells,
+            min_cells: self.min_cells,
+            seed: self.gvote_seed,
+            evict: self.evict,
+            ..defaults
+        };
+        params.validate().map_err(|e| Exit::Usage(e.to_string()))?;
+        Ok(params)
+    }
+
+    /// # Errors
+    /// [`Exit::Usage`] for settings that cannot work.
+    pub fn session(&self, context: &ContextArgs, n_ctx: usize) -> Result<SessionParams> {
+        let n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
+        Ok(SessionParams { context: context.params(n_ctx), policy: self.params()?, account_error: self.key_error })
+    }
+}
+
+fn kinds_in_words() -> String {
+    let kinds = Kind::ALL.iter().map(|k| format!("\n{}: {}", k.name(), k.about()));
+    let default = Kind::Gvote.name();
+    format!("Who chooses what stays in the cache [default: {default}]{}", kinds.collect::<String>())
+}
+
+/// A parser for one of `all`, by name.
+fn named<T>(all: &'static [T], name: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
+where
+    T: Copy + FromStr<Err: std::error::Error + Send + Sync + 'static> + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(all.iter().map(|&one| name(one))).try_map(|text| text.parse::<T>())
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Random seed; -1 = a new one each time
+    #[arg(short, long, value_name = "N", default_value_t = -1,
+          value_parser = clap::value_parser!(i64).range(-1..=i64::from(u32::MAX)))]
+    seed: i64,
+
+    /// Temperature; 0 or less = always the likeliest token
+    #[arg(long, value_name = "T", default_value_t = SamplerParams::default().temp, value_parser = finite)]
+    temp: f32,
+
+    /// Choose among the K likeliest tokens; 0 = all
+    #[arg(long, value_name = "K", default_value_t = SamplerParams::default().top_k)]
+    top_k: i32,
+
+    /// Choose among the likeliest tokens that together reach P; 1 = all
+    #[arg(long, value_name = "P", default_value_t = SamplerParams::default().top_p, value_parser = share)]
+    top_p: f32,
+
+    /// Drop tokens less likely than P times the likeliest; 0 = none
+    #[arg(long, value_name = "P", default_value_t = SamplerParams::default().min_p, value_parser = share)]
+    min_p: f32,
+
+    /// Make recent tokens less likely by this factor; 1 = do not
+    #[arg(long, value_name = "X", default_value_t = SamplerParams::default().repeat_penalty, value_parser = positive)]
+    repeat_penalty: f32,
+
+    /// How many tokens count as recent; 0 = none, -1 = all in the context
+    #[arg(long, value_name = "N", default_value_t = SamplerParams::default().repeat_last_n)]
+    repeat_last_n: i32,
+}
+
+impl SamplingArgs {
+    /// Every call draws a seed of its own where none is given.
+    pub fn params(&self) -> SamplerParams {
+        SamplerParams {
+            seed: u32::try_from(self.seed).unwrap_or_else(|_| rand::random()),
+            temp: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            repeat_last_n: self.repeat_last_n,
+        }
+    }
+}
+
+fn number(text: &str, fits: fn(f32) -> bool, what: &str) -> Result<f32, String> {
+    text.parse().ok().filter(|&x: &f32| x.is_finite() && fits(x)).ok_or_else(|| format!("use {what}"))
+}
+
+fn finite(text: &str) -> Result<f32, String> {
+    number(text, |_| true, "a number")
+}
+
+fn positive(text: &str) -> Result<f32, String> {
+    number(text, |x| x > 0.0, "a number above 0")
+}
+
+pub fn share(text: &str) -> Result<f32, String> {
+    number(text, |x| (0.0..=1.0).contains(&x), "a number from 0 to 1")
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Print one JSON object an answer on stdout, and nothing else there
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show llama.cpp's log on stderr
+    #[arg(short, long)]
+    pub verbose: bool,
+}

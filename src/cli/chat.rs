@@ -1,0 +1,291 @@
+//! `gvote chat`: a conversation.
+
+use std::env;
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use gvote::llama::{Message, Role, Sampler};
+use gvote::session::Stop;
+
+use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs, share};
+use super::conversation::Conversation;
+use super::input::{Entry, Input};
+use super::prompt::PromptArgs;
+use super::report::{Cache, Record, TurnReport, print_json};
+use super::turn::{Answer, Steps, is_too_long};
+use super::words::{count, line, note, plural};
+use super::{Exit, is_closed_pipe, print_error};
+
+const EXAMPLES: &str = "\
+Examples:
+  gvote chat -m model.gguf
+  gvote chat -m model.gguf -sys 'Answer in one sentence.' -f report.txt -p 'Who wrote this?'
+  gvote chat -m model.gguf --max-cells 1024 -c 2048
+  printf 'Hi!\\nAnd in French?\\n' | gvote chat -m model.gguf --json
+
+A line that ends in \\ goes on in the next one; a line of \"\"\" begins and ends a block.
+/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat. Without a terminal each line is a message.";
+
+/// Talk with a model
+#[derive(Args)]
+#[command(after_help = EXAMPLES, allow_negative_numbers = true)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    prompt: PromptArgs,
+
+    /// End after one answer; with -p or -f nothing is asked
+    #[arg(long, help_heading = "Prompt")]
+    single_turn: bool,
+
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    context: ContextArgs,
+    #[command(flatten)]
+    policy: PolicyArgs,
+
+    /// Vote again once the cache has grown by this share of what the last vote left
+    #[arg(long, value_name = "SHARE", default_value_t = 0.25, help_heading = "Cache policy", value_parser = share)]
+    revote_share: f32,
+
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Name, what may follow it, what it does.
+const COMMANDS: [(&str, &str, &str); 8] = [
+    ("/stats", "", "tokens, cells, bytes and times so far"),
+    ("/regen", "", "answer the last message again"),
+    ("/system", "[TEXT]", "set the system message, or none, and start over"),
+    ("/clear", "", "forget the conversation"),
+    ("/save", "FILE", "save the conversation and its cache"),
+    ("/load", "FILE", "go on with a saved conversation"),
+    ("/help", "", "this list"),
+    ("/exit", "", "end the chat (as does Ctrl-D)"),
+];
+
+struct Chat<'a> {
+    args: &'a ChatArgs,
+    steps: Steps,
+    conversation: Conversation,
+    seed: u32,
+    last: Option<TurnReport>,
+    /// Somebody can read an error and try again.
+    is_interactive: bool,
+    failed: usize,
+}
+
+pub fn run(args: &ChatArgs) -> Result<()> {
+    let params = args.policy.session(&args.context, 0)?;
+    let on_terminal = io::stdin().is_terminal() && io::stdout().is_terminal() && !args.output.json;
+    let steps = Steps::new(&args.output)?;
+    let first = args.prompt.text()?;
+
+    steps.interrupt.begin();
+    let model = steps.load_model(&args.model, params.policy.policy)?;
+    let template = args.prompt.template(&model);
+    if template.is_fallback() {
+        note("this model has no chat template; ChatML is used");
+    }
+    let session = steps.open(&model, &params)?;
+    steps.interrupt.end();
+
+    let sampling = args.sampling.params();
+    let sampler = Sampler::new(&model, &sampling);
+    let revote_share = f64::from(args.revote_share);
+    let mut chat = Chat {
+        args,
+        steps,
+        conversation: Conversation::new(session, sampler, template, args.prompt.predict, revote_share),
+        seed: sampling.seed,
+        last: None,
+        is_interactive: on_terminal,
+        failed: 0,
+    };
+    chat.conversation.set_system(args.prompt.system());
+    if on_terminal {
+        chat.greet();
+    }
+    chat.talk(first)?;
+    chat.conclude()
+}
+
+impl Chat<'_> {
+    fn greet(&self) {
+        let session = self.conversation.session();
+        note(&format!(
+            "{}, {} cells, policy {}. /help lists the commands, Ctrl-D ends the chat.",
+            session.model().description(),
+            count(session.n_ctx()),
+            session.policy().policy,
+        ));
+    }
+
+    fn talk(&mut self, first: Option<String>) -> Result<()> {
+        if let Some(text) = first {
+            self.message(text)?;
+            if self.args.single_turn {
+                return Ok(());
+            }
+        }
+        let mut input =
+            if self.is_interactive { Input::editor(COMMANDS.iter().map(|c| c.0).collect())? } else { Input::lines() };
+        loop {
+            let text = match input.next()? {
+                Entry::Text(text) if text.trim().is_empty() => continue,
+                Entry::Text(text) => text,
+                Entry::Cleared => continue,
+                Entry::End => return Ok(()),
+            };
+            if text.starts_with('/') {
+                match self.command(&text) {
+                    Ok(true) => {}
+                    Ok(false) => return Ok(()),
+                    Err(error) => self.survive(error)?,
+                }
+            } else {
+                self.message(text)?;
+                if self.args.single_turn {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn message(&mut self, text: String) -> Result<()> {
+        self.turn(|conversation, steps, answer| conversation.ask(text, steps, |piece| answer.show(piece)))
+    }
+
+    /// One answer: made, shown, reported.
+    fn turn(&mut self, work: impl FnOnce(&mut Conversation, &Steps, &mut Answer) -> Result<TurnReport>) -> Result<()> {
+        let mut answer = Answer::new(&self.args.output);
+        self.steps.interrupt.begin();
+        let report = work(&mut self.conversation, &self.steps, &mut answer);
+        self.steps.interrupt.end();
+        let report = match report {
+            Ok(report) => report,
+            Err(error) => {
+                answer.end_line()?;
+                if self.args.output.json {
+                    print_json(&serde_json::json!({ "error": format!("{error:#}") }))?;
+                }
+                return self.survive(error);
+            }
+        };
+        if self.args.output.json {
+            print_json(&Record::new(
+                &report,
+                self.conversation.session(),
+                self.seed,
+                Some(self.conversation.totals.turns),
+            ))?;
+        } else {
+            answer.end_line()?;
+            note(&format!("[{}]", report.summary()));
+        }
+        let stop = report.decode.stop;
+        self.last = Some(report);
+        match stop {
+            Stop::ContextFull => note("the context is full: /clear starts over, a larger -c makes room"),
+            Stop::Cancelled if !self.is_interactive => return Err(Exit::Cancelled.into()),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Reports an error after which the chat goes on; passes on the others.
+    fn survive(&mut self, error: anyhow::Error) -> Result<()> {
+        let is_cancelled = matches!(error.downcast_ref(), Some(Exit::Cancelled));
+        if is_closed_pipe(&error) || (is_cancelled && !self.is_interactive) {
+            return Err(error);
+        }
+        let error = if is_too_long(&error) { error.context("try a shorter message, or /clear") } else { error };
+        print_error(&error);
+        self.failed += usize::from(!is_cancelled);
+        Ok(())
+    }
+
+    /// Carries out a command; false ends the chat.
+    fn command(&mut self, text: &str) -> Result<bool> {
+        let (name, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+        let rest = rest.trim();
+        match name {
+            "/exit" | "/quit" => return Ok(false),
+            "/help" => help(),
+            "/stats" => self.stats(),
+            "/clear" => {
+                self.conversation.clear();
+                self.last = None;
+                note("forgotten");
+            }
+            "/system" => {
+                let message = (!rest.is_empty()).then(|| Message::new(Role::System, rest));
+                self.conversation.set_system(message);
+                self.last = None;
+                note("the conversation starts over");
+            }
+            "/regen" => {
+                self.turn(|conversation, steps, answer| conversation.regenerate(steps, |piece| answer.show(piece)))?
+            }
+            "/save" => {
+                let path = file_name(name, rest)?;
+                self.conversation.save(&path)?;
+                note(&format!("saved to {}", path.display()));
+            }
+            "/load" => {
+                let path = file_name(name, rest)?;
+                let messages = self.conversation.load(&path)?;
+                self.last = None;
+                let cache = Cache::of(self.conversation.session()).in_words();
+                note(&format!("loaded {}, {cache}", plural(messages, "message")));
+            }
+            _ => bail!("{name} is no command; /help lists them"),
+        }
+        Ok(true)
+    }
+
+    fn stats(&self) {
+        if let Some(report) = &self.last {
+            report.print();
+        }
+        self.print_totals();
+    }
+
+    fn print_totals(&self) {
+        line("total", &self.conversation.totals.in_words());
+        line("now", &Cache::of(self.conversation.session()).in_words());
+    }
+
+    /// The report at the end; an error if a message that nobody could repeat failed.
+    fn conclude(&self) -> Result<()> {
+        if !self.args.output.json && self.conversation.totals.turns > 0 {
+            note("");
+            self.print_totals();
+        }
+        if self.failed > 0 && !self.is_interactive {
+            bail!("{} of the lines failed; see above", self.failed);
+        }
+        Ok(())
+    }
+}
+
+fn help() {
+    for (name, value, about) in COMMANDS {
+        line(&format!("{name} {value}"), about);
+    }
+    line("\\", "at the end of a line: the message goes on in the next one");
+    line("\"\"\"", "alone on a line: begins and ends a message of many lines");
+}
+
+/// The file named after a command; `~/` is the home folder, as in a shell.
+fn file_name(command: &str, name: &str) -> Result<PathBuf> {
+    if name.is_empty() {
+        bail!("{command} needs the name of a file");
+    }
+    let home = name.strip_prefix("~/").zip(env::home_dir());
+    Ok(home.map_or_else(|| PathBuf::from(name), |(rest, home)| home.join(rest)))
+}

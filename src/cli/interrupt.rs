@@ -1,0 +1,77 @@
+//! What Ctrl-C means.
+
+use std::process;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::STATUS_CANCELLED;
+
+/// A Ctrl-C this soon after the end of an answer was meant for the answer.
+const TOO_LATE: Duration = Duration::from_millis(300);
+
+/// During work the first Ctrl-C asks it to stop and the second ends the program at once; between work the first does.
+pub struct Interrupt(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    working: bool,
+    pressed: bool,
+    ended: Option<Instant>,
+    /// The session's flag, which stops llama.cpp within a batch.
+    cancel: Arc<AtomicBool>,
+}
+
+impl Interrupt {
+    /// # Errors
+    /// When the process has a handler already.
+    pub fn install() -> Result<Self> {
+        let state = Arc::new(Mutex::new(State::default()));
+        let shared = state.clone();
+        // runs in a thread of its own, so it may lock and exit
+        ctrlc::set_handler(move || on_signal(&mut lock(&shared)))?;
+        Ok(Self(state))
+    }
+
+    /// From now on Ctrl-C during work sets this flag too.
+    pub fn cancels(&self, cancel: Arc<AtomicBool>) {
+        let mut state = lock(&self.0);
+        cancel.store(state.pressed, Ordering::Relaxed);
+        state.cancel = cancel;
+    }
+
+    /// Something begins that can be stopped.
+    pub fn begin(&self) {
+        let mut state = lock(&self.0);
+        state.working = true;
+        state.pressed = false;
+        state.cancel.store(false, Ordering::Relaxed);
+    }
+
+    /// It ended, or was stopped.
+    pub fn end(&self) {
+        let mut state = lock(&self.0);
+        state.working = false;
+        state.ended = Some(Instant::now());
+    }
+
+    /// Whether Ctrl-C was pressed since the last [`Self::begin`].
+    pub fn pressed(&self) -> bool {
+        lock(&self.0).pressed
+    }
+}
+
+fn on_signal(state: &mut State) {
+    if state.working && !state.pressed {
+        state.pressed = true;
+        state.cancel.store(true, Ordering::Relaxed);
+    } else if state.working || state.ended.is_none_or(|at| at.elapsed() > TOO_LATE) {
+        process::exit(STATUS_CANCELLED.into());
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(|e| e.into_inner())
+}

@@ -1,0 +1,125 @@
+//! The command line: one file a sub-command, and what they share.
+
+mod args;
+mod chat;
+mod chat_file;
+mod conversation;
+mod input;
+mod interrupt;
+mod prompt;
+mod report;
+mod run;
+mod shorthand;
+mod turn;
+mod words;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+const CLOSING: &str = "\
+Exit status: 0 done, 1 failed, 2 wrong flags, 130 stopped with Ctrl-C.
+`gvote COMMAND --help` explains the flags of a command; their names and meanings are llama.cpp's where it has them.";
+
+/// An adaptive KV cache for llama.cpp: keeps the part of the cache that a prompt turns out to need, frees the rest
+#[derive(Parser)]
+#[command(name = "gvote", version, after_help = CLOSING, arg_required_else_help = true, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::RunArgs),
+    Chat(chat::ChatArgs),
+}
+
+/// Errors with an exit status of their own.
+#[derive(Debug, thiserror::Error)]
+enum Exit {
+    /// The command line makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// Ctrl-C.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+const STATUS_USAGE: u8 = 2;
+/// As a shell reports a program that died of SIGINT.
+const STATUS_CANCELLED: u8 = 128 + 2;
+
+/// Runs the program on a command line, its own name first.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    let command = shorthand::describe(Cli::command());
+    let args = shorthand::expand(&command, args);
+    let parsed = command.try_get_matches_from(args).and_then(|m| Cli::from_arg_matches(&m));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => return Ok(error.print()?),
+        Err(error) => return Err(usage_error(&error)),
+    };
+    match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Chat(args) => chat::run(&args),
+    }
+}
+
+/// Prints an error as one line and chooses the exit status. A closed pipe (`gvote ... | head`) is no error.
+pub fn report_error(error: &anyhow::Error) -> ExitCode {
+    if is_closed_pipe(error) {
+        return ExitCode::SUCCESS;
+    }
+    print_error(error);
+    ExitCode::from(match error.downcast_ref() {
+        Some(Exit::Usage(_)) => STATUS_USAGE,
+        Some(Exit::Cancelled) => STATUS_CANCELLED,
+        None => 1,
+    })
+}
+
+fn print_error(error: &anyhow::Error) {
+    let line = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+    // Nobody is left to tell when stderr is closed too.
+    let _ = writeln!(io::stderr(), "gvote: {line}");
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|e| e.downcast_ref::<io::Error>());
+    causes.any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// clap explains itself over several lines; here they become one.
+fn usage_error(error: &clap::Error) -> anyhow::Error {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return Exit::Usage("name a command: gvote run, gvote chat; see gvote --help".into()).into();
+    }
+    let text = error.render().to_string();
+    let mut line = String::new();
+    for part in text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:")) {
+        let part = part.strip_prefix("error: ").unwrap_or(part);
+        if part.is_empty() || part.starts_with("For more information") {
+            continue;
+        }
+        if !line.is_empty() {
+            line.push_str(if part.starts_with("tip:") { "; " } else { " " });
+        }
+        line.push_str(part);
+    }
+    Exit::Usage(format!("{line}; see --help")).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        shorthand::describe(Cli::command()).debug_assert();
+    }
+}

@@ -1,0 +1,154 @@
+//! Where the prompt comes from, and how it becomes tokens.
+
+use std::io::{self, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, ValueEnum};
+use gvote::llama::{ChatTemplate, Message, Model, Role, Token};
+
+#[derive(Args)]
+#[command(next_help_heading = "Prompt")]
+pub struct PromptArgs {
+    /// The prompt, or the question below the document of -f
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+
+    /// A text file for the prompt; - is standard input
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+
+    /// The system message
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    system_prompt: Option<String>,
+
+    /// Read \n, \r, \t, \\, \", \' and \xHH in -p and -sys as what they stand for
+    #[arg(short, long)]
+    escape: bool,
+
+    /// Use this chat template instead of the model's own
+    #[arg(long, value_name = "NAME")]
+    chat_template: Option<TemplateName>,
+
+    /// Most tokens to answer with; negative = until the model ends or the context is full
+    #[arg(short = 'n', long, visible_alias = "n-predict", value_name = "N", default_value_t = -1)]
+    pub predict: i32,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum TemplateName {
+    Chatml,
+}
+
+impl PromptArgs {
+    /// The document, then the question; None if neither flag was given.
+    pub fn text(&self) -> Result<Option<String>> {
+        let document = self.file.as_deref().map(read_file).transpose()?;
+        let question = self.prompt.as_deref().map(|p| self.unescape(p));
+        Ok(match (document, question) {
+            (Some(document), Some(question)) => {
+                Some(format!("{}\n\n{question}", document.trim_end_matches(['\n', '\r'])))
+            }
+            (document, question) => document.or(question),
+        })
+    }
+
+    /// [`Self::text`], or what is piped in.
+    pub fn text_or_stdin(&self) -> Result<Option<String>> {
+        match self.text()? {
+            None if !io::stdin().is_terminal() => read_file(Path::new("-")).map(Some),
+            text => Ok(text),
+        }
+    }
+
+    pub fn system(&self) -> Option<Message> {
+        let text = self.system_prompt.as_deref()?;
+        Some(Message::new(Role::System, self.unescape(text)))
+    }
+
+    pub fn template(&self, model: &Model) -> ChatTemplate {
+        match self.chat_template {
+            Some(TemplateName::Chatml) => ChatTemplate::chatml(),
+            None => ChatTemplate::of(model),
+        }
+    }
+
+    fn unescape(&self, text: &str) -> String {
+        if self.escape { unescape(text) } else { text.to_owned() }
+    }
+}
+
+/// The text of a file, without the newline that editors put at its end.
+fn read_file(path: &Path) -> Result<String> {
+    let (name, bytes) = if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        let read = io::stdin().lock().read_to_end(&mut bytes);
+        ("standard input".to_owned(), read.map(|_| bytes))
+    } else {
+        (path.display().to_string(), std::fs::read(path))
+    };
+    let bytes = bytes.with_context(|| format!("cannot read the prompt from {name}"))?;
+    let mut text =
+        String::from_utf8(bytes).map_err(|e| e.utf8_error()).with_context(|| format!("{name} is not UTF-8 text"))?;
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    Ok(text)
+}
+
+/// Tokens of a prompt that starts the sequence, with BOS where the model wants one, but not a second one after a chat
+/// template that wrote its own.
+pub fn tokenize_start(model: &Model, text: &str) -> Result<Vec<Token>> {
+    let tokens = model.tokenize(text, true, true)?;
+    if model.adds_bos() && tokens.len() > 1 && tokens[0] == tokens[1] {
+        return Ok(model.tokenize(text, false, true)?);
+    }
+    Ok(tokens)
+}
+
+/// Tokens of a text that goes on where the sequence ended.
+pub fn tokenize_more(model: &Model, text: &str) -> Result<Vec<Token>> {
+    Ok(model.tokenize(text, false, true)?)
+}
+
+/// Replaces escapes by what they stand for; an unknown one stays as it is.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, tail)) = rest.split_first() {
+        let (replacement, used) = match (byte, tail) {
+            (b'\\', [b'n', ..]) => (b'\n', 2),
+            (b'\\', [b'r', ..]) => (b'\r', 2),
+            (b'\\', [b't', ..]) => (b'\t', 2),
+            (b'\\', [c @ (b'\\' | b'"' | b'\''), ..]) => (*c, 2),
+            (b'\\', [b'x', a, b, ..]) if a.is_ascii_hexdigit() && b.is_ascii_hexdigit() => (hex(*a) << 4 | hex(*b), 4),
+            _ => (byte, 1),
+        };
+        bytes.push(replacement);
+        rest = &rest[used..];
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn hex(digit: u8) -> u8 {
+    (digit as char).to_digit(16).map_or(0, |d| d as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_become_what_they_stand_for() {
+        assert_eq!(unescape(r#"a\nb\tc\\d\"e\'f\r"#), "a\nb\tc\\d\"e'f\r");
+        assert_eq!(unescape(r"\x41\xc3\xa9"), "Aé");
+    }
+
+    #[test]
+    fn other_backslashes_stay() {
+        for text in [r"\q", r"\x4", r"\xzz", "\\", r"C:\Users", "é"] {
+            assert_eq!(unescape(text), text);
+        }
+        assert_eq!(unescape(r"\\n"), r"\n");
+    }
+}

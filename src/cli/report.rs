@@ -1,0 +1,297 @@
+//! What a turn did, in words and as JSON.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use gvote::Session;
+use gvote::policy::{Bound, Kind, Params};
+use gvote::session::{CompressReport, GenerateReport, PrefillReport, Stop};
+use serde::Serialize;
+
+use super::turn::print;
+use super::words::{bytes, count, line, number_of_bytes, plural, short};
+
+/// One prompt and its answer.
+#[derive(Debug, Clone, Serialize)]
+pub struct TurnReport {
+    pub answer: String,
+    pub prefill: Prefill,
+    /// Absent when there was no vote this turn.
+    pub vote: Option<Vote>,
+    pub decode: Decode,
+    pub cache: Cache,
+    #[serde(skip)]
+    policy: Params,
+}
+
+/// Rates are absent where there was nothing to measure.
+#[derive(Debug, Clone, Serialize)]
+pub struct Prefill {
+    pub tokens: usize,
+    pub seconds: f64,
+    pub tokens_per_second: Option<f64>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Decode {
+    pub tokens: usize,
+    pub seconds: f64,
+    pub tokens_per_second: Option<f64>,
+    pub stop: Stop,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Vote {
+    /// With the times of the single steps.
+    #[serde(flatten)]
+    pub report: CompressReport,
+    /// Cells after, of those before; 0 to 1.
+    pub share_kept: f64,
+    pub vote_seconds: f64,
+    pub compaction_seconds: f64,
+    /// Vote and compaction together, of the time of the prefill before them.
+    pub share_of_prefill: Option<f64>,
+}
+
+/// The cache after the answer.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Cache {
+    pub cells: usize,
+    pub size: usize,
+    /// Tokens that the cells stand for.
+    pub tokens: usize,
+    /// Absent where the layout of the cache is not known.
+    pub bytes_per_cell: Option<usize>,
+    pub kv_bytes: Option<usize>,
+}
+
+impl Cache {
+    pub fn of(session: &Session) -> Self {
+        let cells = session.cells_used();
+        let bytes_per_cell = session.bytes_per_cell();
+        Self {
+            cells,
+            size: session.n_ctx(),
+            tokens: session.n_past() as usize,
+            bytes_per_cell,
+            kv_bytes: bytes_per_cell.map(|b| b * cells),
+        }
+    }
+}
+
+/// What `--json` prints of an answer.
+#[derive(Serialize)]
+pub struct Record<'a> {
+    /// In a chat, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    turn: Option<usize>,
+    #[serde(flatten)]
+    report: &'a TurnReport,
+    model: String,
+    policy: &'a Params,
+    seed: u32,
+}
+
+impl<'a> Record<'a> {
+    pub fn new(report: &'a TurnReport, session: &'a Session, seed: u32, turn: Option<usize>) -> Self {
+        Self { turn, report, model: session.model().description(), policy: session.policy(), seed }
+    }
+}
+
+/// All turns of a conversation.
+#[derive(Default)]
+pub struct Totals {
+    pub turns: usize,
+    read: usize,
+    answered: usize,
+    votes: usize,
+    dropped: usize,
+}
+
+impl Totals {
+    pub fn add(&mut self, report: &TurnReport) {
+        self.turns += 1;
+        self.read += report.prefill.tokens;
+        self.answered += report.decode.tokens;
+        if let Some(vote) = &report.vote
+            && !vote.was_skipped(&report.policy)
+        {
+            self.votes += 1;
+            self.dropped += vote.report.cells_before - vote.report.cells_after;
+        }
+    }
+
+    pub fn in_words(&self) -> String {
+        format!(
+            "{}, {} tokens read, {} answered, {}, {} freed",
+            plural(self.turns, "answer"),
+            count(self.read),
+            count(self.answered),
+            plural(self.votes, "vote"),
+            plural(self.dropped, "cell"),
+        )
+    }
+}
+
+impl TurnReport {
+    pub fn new(
+        session: &Session,
+        prefill: PrefillReport,
+        vote: Option<CompressReport>,
+        (answer, decode): (String, GenerateReport),
+    ) -> Self {
+        Self {
+            answer,
+            prefill: Prefill {
+                tokens: prefill.tokens,
+                seconds: prefill.time.as_secs_f64(),
+                tokens_per_second: rate(prefill.tokens, prefill.time),
+            },
+            vote: vote.map(|report| Vote::new(report, prefill.time)),
+            decode: Decode {
+                tokens: decode.tokens,
+                seconds: decode.time.as_secs_f64(),
+                tokens_per_second: rate(decode.tokens, decode.time),
+                stop: decode.stop,
+            },
+            cache: Cache::of(session),
+            policy: session.policy().clone(),
+        }
+    }
+
+    /// The report as aligned lines on stderr.
+    pub fn print(&self) {
+        line("prompt", &in_time(self.prefill.tokens, self.prefill.seconds, self.prefill.tokens_per_second));
+        match &self.vote {
+            Some(vote) => {
+                line("cache", &vote.cells(&self.policy));
+                if !vote.was_skipped(&self.policy) {
+                    line("vote", &vote.times());
+                }
+            }
+            None => line("cache", &self.cache.in_words()),
+        }
+        let decode = &self.decode;
+        let answer = in_time(decode.tokens, decode.seconds, decode.tokens_per_second);
+        line("answer", &format!("{answer}, {}", stop_in_words(decode.stop)));
+    }
+
+    /// The report in one line, for the end of a turn.
+    pub fn summary(&self) -> String {
+        let cache = match &self.vote {
+            Some(vote) if vote.report.cells_after < vote.report.cells_before => {
+                format!("{} -> {} cells", count(vote.report.cells_before), count(vote.report.cells_after))
+            }
+            _ => format!("{} cells", count(self.cache.cells)),
+        };
+        let speed = self.decode.tokens_per_second.map_or_else(String::new, |r| format!(", {} t/s", short(r)));
+        let stop = match self.decode.stop {
+            Stop::EndOfGeneration => String::new(),
+            stop => format!(", {}", stop_in_words(stop)),
+        };
+        format!("{cache}, {} tokens{speed}{stop}", count(self.decode.tokens))
+    }
+}
+
+impl Vote {
+    fn new(report: CompressReport, prefill: Duration) -> Self {
+        let share_of_prefill = report.time().as_secs_f64() / prefill.as_secs_f64();
+        Self {
+            share_kept: report.share(),
+            vote_seconds: (report.time() - report.compact_time).as_secs_f64(),
+            compaction_seconds: report.compact_time.as_secs_f64(),
+            share_of_prefill: share_of_prefill.is_finite().then_some(share_of_prefill),
+            report,
+        }
+    }
+
+    /// Nobody was asked: the policy keeps everything, or the cache is small.
+    fn was_skipped(&self, policy: &Params) -> bool {
+        policy.leaves_alone(self.report.cells_before)
+    }
+
+    fn cells(&self, policy: &Params) -> String {
+        let r = &self.report;
+        let (before, after) = (r.cells_before, r.cells_after);
+        let why = why(r, policy);
+        if before == after {
+            let size = bytes(r.kv_bytes_after, r.kv_bytes_after);
+            return format!("{} cells, all kept ({why}), {size} of KV", count(before));
+        }
+        let unit = r.kv_bytes_before;
+        format!(
+            "{} -> {} cells ({:.1} % kept, {why}), {} -> {} of KV",
+            count(before),
+            count(after),
+            100.0 * self.share_kept,
+            number_of_bytes(r.kv_bytes_before, unit),
+            bytes(r.kv_bytes_after, unit),
+        )
+    }
+
+    fn times(&self) -> String {
+        let share = self.share_of_prefill.map_or_else(String::new, |s| format!(" ({:.1} % of the prefill)", 100.0 * s));
+        format!("{:.2} s vote + {:.2} s compaction{share}", self.vote_seconds, self.compaction_seconds)
+    }
+}
+
+impl Cache {
+    pub fn in_words(&self) -> String {
+        let size = self.kv_bytes.map_or_else(String::new, |b| format!(", {} of KV", bytes(b, b)));
+        format!("{} of {} cells for {} tokens{size}", count(self.cells), count(self.size), count(self.tokens))
+    }
+}
+
+/// Why the cache has the size it has.
+fn why(report: &CompressReport, policy: &Params) -> String {
+    let lost =
+        report.lost_mass.map_or_else(String::new, |lost| format!(", giving up {:.1} % of the attention", 100.0 * lost));
+    match report.bound {
+        Bound::LostMass => format!("lost-mass rule at {}", policy.lost_mass),
+        Bound::Budget => format!("the votes' budget{lost}"),
+        Bound::MaxCells => format!("cut by --max-cells{lost}"),
+        Bound::MinCells => format!("raised by --min-cells{lost}"),
+        Bound::Forced => format!("first and last tokens only{lost}"),
+        Bound::All if report.policy == Kind::Full => "policy full".into(),
+        Bound::All if policy.leaves_alone(report.cells_before) => "too few to be worth a vote".into(),
+        Bound::All => "none to spare".into(),
+    }
+}
+
+fn stop_in_words(stop: Stop) -> &'static str {
+    match stop {
+        Stop::EndOfGeneration => "end of generation",
+        Stop::Limit => "stopped by -n",
+        Stop::ContextFull => "the context is full",
+        Stop::Cancelled => "stopped with Ctrl-C",
+    }
+}
+
+/// Prints one JSON object on stdout.
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let mut line = serde_json::to_string(value)?;
+    line.push('\n');
+    Ok(print(&line)?)
+}
+
+fn rate(tokens: usize, time: Duration) -> Option<f64> {
+    let rate = tokens as f64 / time.as_secs_f64();
+    (tokens > 0 && rate.is_finite()).then_some(rate)
+}
+
+fn in_time(tokens: usize, seconds: f64, rate: Option<f64>) -> String {
+    let rate = rate.map_or_else(String::new, |r| format!(" ({} t/s)", short(r)));
+    format!("{} tokens in {seconds:.2} s{rate}", count(tokens))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_needs_tokens_and_time() {
+        assert_eq!(rate(0, Duration::from_secs(1)), None);
+        assert_eq!(rate(5, Duration::ZERO), None);
+        assert_eq!(rate(10, Duration::from_secs(2)), Some(5.0));
+    }
+}

@@ -1,0 +1,119 @@
+//! `gvote run`: one prompt, one answer.
+
+use anyhow::Result;
+use clap::Args;
+use gvote::llama::{Message, Model, Role, Sampler, Token};
+use gvote::session::Stop;
+
+use super::Exit;
+use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs};
+use super::prompt::{PromptArgs, tokenize_start};
+use super::report::{Record, TurnReport, print_json};
+use super::turn::{Answer, Steps};
+use super::words::note;
+
+const EXAMPLES: &str = "\
+Examples:
+  gvote run -m model.gguf -p 'Why is the sky blue?'
+  gvote run -m model.gguf -f report.txt -p 'What are the three main findings?' --temp 0
+  git diff | gvote run -m model.gguf -f - -p 'Write a commit message.' --preset safe
+  gvote run -m model.gguf -f book.txt -p 'Who is Ahab?' --max-cells 2048 --json | jq .vote
+  gvote run -m model.gguf --raw -p 'Once upon a time' -n 64
+
+The answer goes to stdout, all else to stderr. A model with a chat template gets the prompt as a user's message.";
+
+/// Answer one prompt
+#[derive(Args)]
+#[command(after_help = EXAMPLES, allow_negative_numbers = true)]
+pub struct RunArgs {
+    #[command(flatten)]
+    prompt: PromptArgs,
+
+    /// Take the prompt as it is, without the chat template
+    #[arg(long, help_heading = "Prompt", conflicts_with_all = ["chat_template", "system_prompt"])]
+    raw: bool,
+
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    context: ContextArgs,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+
+    /// Without a chat template the prompt is printed before the answer: leave it out
+    #[arg(long, help_heading = "Output")]
+    no_display_prompt: bool,
+}
+
+pub fn run(args: &RunArgs) -> Result<()> {
+    let policy = args.policy.params()?.policy;
+    let steps = Steps::new(&args.output)?;
+    let text = args.prompt.text_or_stdin()?.filter(|t| !t.is_empty());
+    let text = text.ok_or_else(|| Exit::Usage("there is no prompt: give -p TEXT, -f FILE, or pipe one in".into()))?;
+    steps.interrupt.begin();
+    let model = steps.load_model(&args.model, policy)?;
+    let prompt = Prompt::new(args, &model, text)?;
+
+    let n_ctx = cells_needed(&model, prompt.tokens.len(), args.prompt.predict);
+    let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
+    let sampling = args.sampling.params();
+    let mut sampler = Sampler::new(&model, &sampling);
+
+    let prefill = steps.prefill(&mut session, &prompt.tokens)?;
+    let vote = steps.compress(&mut session)?;
+    let mut shown = Answer::new(&args.output);
+    if prompt.is_raw && !args.no_display_prompt {
+        shown.show(&prompt.text)?;
+    }
+    let answer = steps.answer(&mut session, &mut sampler, args.prompt.predict, |piece| shown.show(piece))?;
+    let report = TurnReport::new(&session, prefill, Some(vote), answer);
+
+    if args.output.json {
+        print_json(&Record::new(&report, &session, sampling.seed, None))?;
+    } else {
+        shown.end_line()?;
+        note("");
+        report.print();
+    }
+    if report.decode.stop == Stop::Cancelled { Err(Exit::Cancelled.into()) } else { Ok(()) }
+}
+
+/// The prompt as the model gets it.
+struct Prompt {
+    text: String,
+    tokens: Vec<Token>,
+    is_raw: bool,
+}
+
+impl Prompt {
+    fn new(args: &RunArgs, model: &Model, text: String) -> Result<Self> {
+        let template = args.prompt.template(model);
+        if template.is_fallback() && !args.raw {
+            let unused = args.prompt.system().map_or("", |_| ", without the system message");
+            note(&format!(
+                "this model has no chat template: the prompt is taken as it is{unused}; \
+                 --chat-template chatml changes that"
+            ));
+        }
+        let is_raw = args.raw || template.is_fallback();
+        let text = if is_raw {
+            text
+        } else {
+            let user = Message::new(Role::User, text);
+            let messages: Vec<_> = args.prompt.system().into_iter().chain([user]).collect();
+            template.render(&messages, true)?
+        };
+        let tokens = tokenize_start(model, &text)?;
+        Ok(Self { text, tokens, is_raw })
+    }
+}
+
+/// Cells for a prompt and its answer, as far as the model was trained for.
+fn cells_needed(model: &Model, prompt: usize, predict: i32) -> usize {
+    let trained = model.n_ctx_train();
+    usize::try_from(predict).map_or(trained, |n| (prompt + n).min(trained))
+}

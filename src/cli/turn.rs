@@ -1,0 +1,177 @@
+//! The steps of a turn as a user sees them: loading, reading the prompt, voting, answering.
+
+use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use gvote::gguf::{self, Support};
+use gvote::llama::{Model, Pieces, Sampler, Token};
+use gvote::policy::Kind;
+use gvote::session::{CompressReport, GenerateReport, PrefillReport};
+use gvote::{Session, SessionError, SessionParams};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::Exit;
+use super::args::{ModelArgs, OutputArgs};
+use super::interrupt::Interrupt;
+use super::words::{count, note};
+
+/// Redraws a second of a progress bar.
+const REDRAWS: u8 = 10;
+/// Steps of the bar while a model loads: llama.cpp tells a fraction.
+const LOAD_STEPS: f32 = 1000.0;
+
+/// Runs the steps, shows their progress, and stops them on Ctrl-C.
+pub struct Steps {
+    pub interrupt: Interrupt,
+    show_progress: bool,
+}
+
+impl Steps {
+    pub fn new(output: &OutputArgs) -> Result<Self> {
+        gvote::llama::log::set_verbose(output.verbose);
+        Ok(Self {
+            interrupt: Interrupt::install()?,
+            // llama.cpp's log would tear the bars apart
+            show_progress: io::stderr().is_terminal() && !output.json && !output.verbose,
+        })
+    }
+
+    pub fn load_model(&self, args: &ModelArgs, policy: Kind) -> Result<Model> {
+        check_model_file(&args.model, policy)?;
+        let bar = self.bar(LOAD_STEPS as u64, "loading {bar:30} {percent} %");
+        let model = Model::load(&args.model, &args.params(), |done| {
+            bar.set_position((done * LOAD_STEPS) as u64);
+            !self.interrupt.pressed()
+        });
+        bar.finish_and_clear();
+        self.unless_cancelled(model)
+    }
+
+    /// Makes a session that Ctrl-C stops.
+    pub fn open(&self, model: &Model, params: &SessionParams) -> Result<Session> {
+        let (asked, trained) = (params.context.n_ctx as usize, model.n_ctx_train());
+        if asked > trained {
+            note(&format!("the model was trained for {} tokens; past them it may talk nonsense", count(trained)));
+        }
+        let session = Session::new(model, params)?;
+        self.interrupt.cancels(session.cancel_flag());
+        Ok(session)
+    }
+
+    pub fn prefill(&self, session: &mut Session, tokens: &[Token]) -> Result<PrefillReport> {
+        let bar = self.bar(tokens.len() as u64, "reading {bar:30} {human_pos}/{human_len} tokens in {elapsed}");
+        let report = session.prefill(tokens, |done, _| {
+            bar.set_position(done as u64);
+            ControlFlow::Continue(())
+        });
+        bar.finish_and_clear();
+        self.unless_cancelled(report)
+    }
+
+    pub fn compress(&self, session: &mut Session) -> Result<CompressReport> {
+        let bar = self.bar(0, "voting {elapsed}");
+        let report = session.compress();
+        bar.finish_and_clear();
+        self.unless_cancelled(report)
+    }
+
+    /// Generates an answer and hands its text to `show` as it comes. The text returned is what the cache holds.
+    pub fn answer(
+        &self,
+        session: &mut Session,
+        sampler: &mut Sampler,
+        n_predict: i32,
+        mut show: impl FnMut(&str) -> io::Result<()>,
+    ) -> Result<(String, GenerateReport)> {
+        let model = session.model().clone();
+        let (mut text, mut pieces) = (String::new(), Pieces::default());
+        let (mut shown, mut before_last) = (0, 0);
+        let mut broken = Ok(());
+        let report = session.generate(sampler, n_predict, |token| {
+            let piece = pieces.push(&model.piece(token, false));
+            before_last = text.len();
+            text.push_str(&piece);
+            shown += 1;
+            broken = show(&piece);
+            if broken.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        broken?;
+        let report = report?;
+        if shown > report.tokens {
+            // stopped between showing the token and decoding it
+            text.truncate(before_last);
+        } else {
+            let rest = pieces.finish();
+            show(&rest)?;
+            text.push_str(&rest);
+        }
+        Ok((text, report))
+    }
+
+    /// What llama.cpp or the library say after Ctrl-C is only its echo.
+    fn unless_cancelled<T>(&self, result: Result<T, impl Into<anyhow::Error>>) -> Result<T> {
+        result.map_err(|error| if self.interrupt.pressed() { Exit::Cancelled.into() } else { error.into() })
+    }
+
+    fn bar(&self, len: u64, template: &str) -> ProgressBar {
+        if !self.show_progress {
+            return ProgressBar::hidden();
+        }
+        let style = ProgressStyle::with_template(template).expect("the templates are constants");
+        let bar = ProgressBar::with_draw_target(Some(len), ProgressDrawTarget::stderr_with_hz(REDRAWS));
+        bar.set_style(style.progress_chars("=> "));
+        bar.enable_steady_tick(Duration::from_secs(1) / u32::from(REDRAWS));
+        bar
+    }
+}
+
+/// Says what is wrong with a file before llama.cpp is asked, which tells less.
+fn check_model_file(path: &Path, policy: Kind) -> Result<()> {
+    let info = gguf::read(path)?;
+    if let Support::Refused(reason) = info.support()
+        && policy != Kind::Full
+    {
+        bail!("{}: this model is not supported: {reason}; --policy full runs it as it is", path.display());
+    }
+    Ok(())
+}
+
+/// The answer on stdout, shown as it comes; nowhere where JSON was asked for.
+pub struct Answer {
+    is_shown: bool,
+    is_mid_line: bool,
+}
+
+impl Answer {
+    pub fn new(output: &OutputArgs) -> Self {
+        Self { is_shown: !output.json, is_mid_line: false }
+    }
+
+    pub fn show(&mut self, text: &str) -> io::Result<()> {
+        if !self.is_shown || text.is_empty() {
+            return Ok(());
+        }
+        self.is_mid_line = !text.ends_with('\n');
+        print(text)
+    }
+
+    /// Ends the last line, if that is still to do.
+    pub fn end_line(&mut self) -> io::Result<()> {
+        if self.is_mid_line { self.show("\n") } else { Ok(()) }
+    }
+}
+
+/// Writes to stdout so that it is seen at once.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// Whether the session refused because the prompt does not fit.
+pub fn is_too_long(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(SessionError::PromptTooLong { .. }))
+}

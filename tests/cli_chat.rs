@@ -1,0 +1,331 @@
+//! What `gvote chat` promises: in a terminal, and with its messages piped in.
+
+#[path = "common/cli.rs"]
+mod cli;
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use cli::{Done, document, finish_with, gvote, interrupt, text};
+use serde_json::Value;
+
+/// Characters of a document that is worth a vote: some 650 tokens.
+const CHARS: usize = 2600;
+
+/// Sends lines to a chat about a document and returns what it leaves.
+fn talk(args: &[&str], lines: &[&str]) -> Done {
+    let args = [&["-n", "6", "--temp", "0", "--json"], args].concat();
+    finish_with(&mut gvote("chat", &args), &(lines.join("\n") + "\n"))
+}
+
+fn about_document(args: &[&str], lines: &[&str]) -> Done {
+    let document = document(CHARS);
+    let file = document.path().to_str().unwrap();
+    talk(&[&["-c", "2048", "-f", file], args].concat(), lines)
+}
+
+/// A text of about `chars` characters in one line.
+fn long_line(chars: usize) -> String {
+    text(CHARS + chars).chars().skip(CHARS).collect::<String>().replace('\n', " ")
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("not a number: {value}"))
+}
+
+fn tokens_in_turn(turn: &Value) -> u64 {
+    number(&turn["prefill"]["tokens"]) + number(&turn["decode"]["tokens"])
+}
+
+mod piped {
+    use super::*;
+
+    #[test]
+    fn every_line_is_a_message() {
+        let done = talk(&[], &["Hi!", "", "Name a colour."]).ok();
+        let turns = done.json();
+        assert_eq!(turns.len(), 2);
+        assert_eq!((&turns[0]["turn"], &turns[1]["turn"]), (&1.into(), &2.into()));
+        assert_eq!(number(&turns[1]["cache"]["tokens"]), turns.iter().map(tokens_in_turn).sum::<u64>());
+        assert!(
+            number(&turns[1]["prefill"]["tokens"]) < number(&turns[0]["prefill"]["tokens"]),
+            "only what is new is read"
+        );
+    }
+
+    #[test]
+    fn answers_are_plain_text_without_json() {
+        let done = finish_with(&mut gvote("chat", &["-n", "6", "--temp", "0"]), "Hi!\nName a colour.\n").ok();
+        assert_eq!(done.stdout.lines().count(), 2, "{}", done.stdout);
+        assert!(done.stderr.contains("2 answers"), "{}", done.stderr);
+    }
+
+    #[test]
+    fn a_block_is_one_message() {
+        let turns = talk(&[], &["\"\"\"", "Name", "a colour.", "\"\"\"", "And\\", "a shape."]).ok().json();
+        assert_eq!(turns.len(), 2);
+    }
+
+    #[test]
+    fn one_turn_with_a_prompt_asks_nothing() {
+        let done = talk(&["-st", "-p", "Hi!"], &["never read"]).ok();
+        assert_eq!(done.json().len(), 1);
+    }
+
+    #[test]
+    fn it_votes_again_once_the_cache_has_grown() {
+        let turns = about_document(&[], &["Hm.", &long_line(1600)]).ok().json();
+        let [first, short, long] = &turns[..] else { panic!("{turns:?}") };
+        assert!(number(&first["vote"]["cells_after"]) < number(&first["vote"]["cells_before"]));
+        assert_eq!(short["vote"], Value::Null, "a few tokens are no reason to vote");
+        let before = number(&short["cache"]["cells"]) + number(&long["prefill"]["tokens"]);
+        assert_eq!(number(&long["vote"]["cells_before"]), before, "composite cells included");
+        assert!(number(&long["vote"]["cells_after"]) < before);
+        assert_eq!(number(&long["cache"]["tokens"]), turns.iter().map(tokens_in_turn).sum::<u64>());
+    }
+
+    #[test]
+    fn the_cap_holds_after_every_turn() {
+        let turns = about_document(&["--max-cells", "200"], &["Hm.", "Go on.", &long_line(800)]).ok().json();
+        assert_eq!(turns.len(), 4);
+        for turn in turns {
+            let answer = number(&turn["decode"]["tokens"]);
+            assert!(number(&turn["cache"]["cells"]) <= 200 + answer, "{turn}");
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_too_long_changes_nothing() {
+        let done = talk(&["-c", "300"], &["Hi!", &text(CHARS).replace('\n', " "), "Name a colour."]);
+        assert_eq!(done.status, 1, "a script learns of it");
+        assert!(done.stderr.contains("/clear") && done.stderr.contains("raise -c"), "{}", done.stderr);
+        let records = done.json();
+        let [first, failed, second] = &records[..] else { panic!("{}", done.stdout) };
+        assert!(failed["error"].is_string());
+        assert_eq!(number(&second["cache"]["tokens"]), tokens_in_turn(first) + tokens_in_turn(second));
+    }
+
+    #[test]
+    fn the_last_answer_can_be_made_again() {
+        let done = about_document(&[], &["/regen", "/clear", "/regen"]);
+        let records = done.json();
+        let [first, again, refused] = &records[..] else { panic!("{}", done.stdout) };
+        assert_eq!(again["answer"], first["answer"], "greedily it is the same");
+        assert_eq!(number(&again["prefill"]["tokens"]), 1);
+        assert_eq!(again["cache"], first["cache"]);
+        assert!(refused["error"].as_str().unwrap().contains("no answer"));
+        assert_eq!(done.status, 1);
+    }
+
+    #[test]
+    fn a_saved_conversation_goes_on_elsewhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("chat").to_str().unwrap().to_owned();
+        let (save, load) = (format!("/save {file}"), format!("/load {file}"));
+        let here = about_document(&[], &[&save, "/clear", "Hi!", &load, "Who wrote it?"]).ok().json();
+        let [first, cleared, here] = &here[..] else { panic!("{here:?}") };
+        assert!(number(&cleared["cache"]["tokens"]) < 100);
+        assert_eq!(number(&here["cache"]["tokens"]), tokens_in_turn(first) + tokens_in_turn(here));
+
+        let there = talk(&["-c", "2048"], &[&load, "Who wrote it?"]).ok().json();
+        assert_eq!(there[0]["answer"], here["answer"]);
+        assert_eq!(there[0]["cache"]["cells"], here["cache"]["cells"]);
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn a_file_that_does_not_fit_is_refused_and_the_chat_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let (good, bad, none) = (path("good"), path("bad"), path("none"));
+        talk(&["-p", "Hi!"], &[&format!("/save {good}")]).ok();
+        let mut bytes = fs::read(&good).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&bad, bytes).unwrap();
+
+        for (args, file, why) in [
+            (&[][..], &bad, "damaged"),
+            (&[], &none, "No such file"),
+            (&["--window", "16"], &good, "--window"),
+            (&["-ctk", "q8_0"], &good, "cache type"),
+        ] {
+            let done = talk(args, &["Hello.", &format!("/load {file}"), "Name a colour."]);
+            assert_eq!(done.status, 1);
+            assert!(done.stderr.contains("cannot load") && done.stderr.contains(why), "{}", done.stderr);
+            let turns = done.json();
+            assert_eq!(number(&turns[1]["cache"]["tokens"]), turns.iter().map(tokens_in_turn).sum::<u64>());
+        }
+    }
+
+    #[test]
+    fn a_save_that_fails_says_so() {
+        let done = talk(&["-p", "Hi!"], &["/save /nowhere/at/all"]);
+        assert_eq!(done.status, 1);
+        assert!(done.stderr.contains("cannot save to /nowhere/at/all: No such file"), "{}", done.stderr);
+    }
+
+    #[test]
+    fn a_system_message_starts_over() {
+        let turns = talk(&[], &["Hi!", "/system Answer like a pirate.", "Hi!", "/system", "Hi!"]).ok().json();
+        let [plain, pirate, again] = &turns[..] else { panic!("{turns:?}") };
+        assert_eq!(number(&pirate["cache"]["tokens"]), tokens_in_turn(pirate));
+        assert_eq!(again["answer"], plain["answer"]);
+    }
+
+    #[test]
+    fn an_unknown_command_is_not_sent_to_the_model() {
+        let done = talk(&[], &["/sats"]);
+        assert_eq!((done.status, &done.stdout[..]), (1, ""));
+        assert!(done.stderr.contains("/help"), "{}", done.stderr);
+    }
+
+    #[test]
+    fn a_closed_pipe_ends_quietly() {
+        let mut child = gvote("chat", &["-p", "Tell me a long story.", "-n", "2000"]).spawn().unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        stdout.read_exact(&mut [0]).unwrap();
+        drop(stdout);
+        let done: Done = child.wait_with_output().unwrap().into();
+        assert_eq!((done.status, &done.stderr[..]), (0, ""));
+    }
+
+    #[test]
+    fn ctrl_c_ends_a_script() {
+        let mut child = gvote("chat", &["-p", "Tell me a long story.", "-n", "4000"]).spawn().unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        let (done, _) = interrupt(child);
+        assert_eq!(done.status, 130, "{}", done.stderr);
+    }
+}
+
+#[cfg(unix)]
+mod terminal {
+    use super::*;
+    use expectrl::process::unix::WaitStatus;
+    use expectrl::session::OsSession;
+    use expectrl::{ControlCode, Eof, Expect, Regex};
+
+    /// The line that ends a turn, and the next prompt. Between them stand colours and the editor's own control codes.
+    const TURN_ENDS: &str = r"\[[^\x1b]* tokens[^\x1b]*\](.|\n)*> ";
+
+    struct Terminal {
+        session: OsSession,
+        state: tempfile::TempDir,
+    }
+
+    impl Terminal {
+        fn start(args: &[&str]) -> Self {
+            let state = tempfile::tempdir().unwrap();
+            let pipes = gvote("chat", args);
+            // a pseudo-terminal takes the place of the pipes
+            let mut program = Command::new(pipes.get_program());
+            program.args(pipes.get_args()).env("XDG_STATE_HOME", state.path()).env("TERM", "xterm");
+            program.env_remove("NO_COLOR");
+            let mut session = OsSession::spawn(program).unwrap();
+            session.set_expect_timeout(Some(Duration::from_secs(120)));
+            Self { session, state }
+        }
+
+        #[track_caller]
+        fn sees(&mut self, pattern: &str) -> String {
+            let found = self.session.expect(Regex(pattern));
+            let found = found.unwrap_or_else(|e| panic!("{pattern:?} did not appear: {e}"));
+            String::from_utf8_lossy(found.get(0).unwrap()).into_owned()
+        }
+
+        fn types(&mut self, line: &str) {
+            // Enter, as a keyboard sends it
+            self.session.send(format!("{line}\r")).unwrap();
+        }
+
+        fn presses(&mut self, key: ControlCode) {
+            self.session.send(key).unwrap();
+        }
+
+        #[track_caller]
+        fn ends_well(mut self) {
+            self.session.expect(Eof).unwrap();
+            let status = self.session.get_process().wait().unwrap();
+            assert!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
+        }
+
+        fn history(&self) -> String {
+            fs::read_to_string(self.state.path().join("gvote/history")).unwrap()
+        }
+    }
+
+    #[test]
+    fn a_conversation_about_a_document() {
+        let document = document(CHARS);
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("chat");
+        let mut chat = Terminal::start(&["-f", document.path().to_str().unwrap(), "-n", "6", "-c", "2048"]);
+        chat.sees("/help lists the commands");
+        let first = chat.sees(TURN_ENDS);
+        assert!(first.contains(" -> "), "the document was voted on: {first}");
+
+        chat.types("And who wrote it?");
+        chat.sees(TURN_ENDS);
+        chat.types("/stats");
+        let stats = chat.sees(r"now(.|\n)*KV(.|\n)*> ");
+        assert!(stats.contains("2,048 cells"), "{stats}");
+
+        chat.types("/regen");
+        chat.sees(TURN_ENDS);
+        chat.types(&format!("/save {}", file.display()));
+        chat.sees("saved to(.|\n)*> ");
+        chat.types("/clear");
+        chat.sees("forgotten(.|\n)*> ");
+        chat.types("/stats");
+        chat.sees("now.*0 of 2,048 cells(.|\n)*> ");
+        chat.types(&format!("/load {}", file.display()));
+        chat.sees("loaded 4 messages(.|\n)*> ");
+        chat.types("Go\\");
+        chat.types("on.");
+        chat.sees(TURN_ENDS);
+        assert!(Path::new(&file).exists());
+        assert!(chat.history().contains("And who wrote it?"));
+
+        chat.types("/exit");
+        chat.sees("4 answers");
+        chat.ends_well();
+    }
+
+    #[test]
+    fn ctrl_c_stops_the_answer_and_not_the_program() {
+        let mut chat = Terminal::start(&["-p", "Tell me a long story about a fox.", "--temp", "0"]);
+        chat.sees("ends the chat");
+        chat.sees("[a-z]+ [a-z]+ [a-z]+ [a-z]+");
+        chat.presses(ControlCode::EndOfText);
+        let end = chat.sees(TURN_ENDS);
+        assert!(end.contains("stopped with Ctrl-C"), "{end}");
+
+        chat.types("/stats");
+        chat.sees("1 answer,(.|\n)*> ");
+        chat.session.send("half a line").unwrap();
+        chat.sees("half a line");
+        chat.presses(ControlCode::EndOfText);
+        chat.sees("> ");
+        chat.types("/system Be brief.");
+        chat.sees("starts over(.|\n)*> ");
+        chat.presses(ControlCode::EndOfTransmission);
+        chat.ends_well();
+    }
+
+    #[test]
+    fn ctrl_c_while_reading_keeps_the_conversation() {
+        let document = document(28_000);
+        let mut chat = Terminal::start(&["-f", document.path().to_str().unwrap(), "-n", "4"]);
+        chat.sees("reading");
+        chat.presses(ControlCode::EndOfText);
+        chat.sees("cancelled(.|\n)*> ");
+        chat.types("Hi!");
+        chat.sees(TURN_ENDS);
+        chat.presses(ControlCode::EndOfTransmission);
+        chat.ends_well();
+    }
+}

@@ -1,0 +1,302 @@
+//! What `gvote run` promises, through the built program.
+
+#[path = "common/cli.rs"]
+mod cli;
+
+use std::fs;
+use std::io::Read;
+use std::thread::sleep;
+use std::time::Duration;
+
+use cli::{Done, document, finish, finish_with, gvote, interrupt, model};
+use serde_json::Value;
+
+/// Characters of a document that is worth a vote: some 650 tokens.
+const CHARS: usize = 2600;
+
+fn run(args: &[&str]) -> Done {
+    finish(&mut gvote("run", args))
+}
+
+fn json(args: &[&str]) -> Value {
+    let done = run(&[args, &["--json"]].concat()).ok();
+    let mut records = done.json();
+    assert_eq!(records.len(), 1, "one object and nothing else: {}", done.stdout);
+    records.remove(0)
+}
+
+fn on_document(args: &[&str]) -> Value {
+    let document = document(CHARS);
+    let file = document.path().to_str().unwrap();
+    json(&[&["-f", file, "-n", "8", "--temp", "0"], args].concat())
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("not a number: {value}"))
+}
+
+#[test]
+fn answers_on_stdout_and_reports_on_stderr() {
+    let document = document(CHARS);
+    let file = document.path().to_str().unwrap();
+    let done = run(&["-f", file, "-p", "What is this about?", "-n", "8", "--temp", "0"]).ok();
+    assert!(!done.stdout.trim().is_empty());
+    assert!(done.stdout.ends_with('\n'));
+    assert!(!done.stdout.contains("What is this about?"), "the prompt is not repeated");
+    for part in ["prompt    ", " -> ", "% kept, lost-mass rule at 0.05", "of KV", " compaction (", "answer    8 tokens"]
+    {
+        assert!(done.stderr.contains(part), "{part:?} is not in {}", done.stderr);
+    }
+    assert!(!done.stderr.contains('\x1b'), "colours only on a terminal");
+}
+
+#[test]
+fn json_is_consistent() {
+    let report = on_document(&[]);
+    let (vote, cache) = (&report["vote"], &report["cache"]);
+    let (before, after) = (number(&vote["cells_before"]), number(&vote["cells_after"]));
+    let per_cell = number(&cache["bytes_per_cell"]);
+    assert_eq!(before, number(&report["prefill"]["tokens"]));
+    assert!(after < before, "{after} of {before}");
+    assert_eq!(vote["bound"], "lost-mass");
+    assert_eq!(number(&vote["kv_bytes_before"]), before * per_cell);
+    assert_eq!(number(&vote["kv_bytes_after"]), after * per_cell);
+    assert!((vote["share_kept"].as_f64().unwrap() - after as f64 / before as f64).abs() < 1e-9);
+    let answered = number(&report["decode"]["tokens"]);
+    assert!(answered <= 8);
+    assert_eq!(number(&cache["cells"]), after + answered);
+    assert_eq!(number(&cache["kv_bytes"]), (after + answered) * per_cell);
+    assert_eq!(number(&cache["tokens"]), before + answered);
+    assert!(vote["vote_seconds"].as_f64().unwrap() > 0.0);
+    assert!(!report["answer"].as_str().unwrap().is_empty());
+}
+
+#[test]
+fn json_leaves_stderr_alone() {
+    let done = run(&["-p", "Hi", "-n", "2", "--json"]).ok();
+    assert_eq!(done.stderr, "");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_answer() {
+    let answer = |seed| json(&["-p", "Tell me a story.", "-n", "24", "--temp", "1.5", "-s", seed])["answer"].clone();
+    let first = answer("7");
+    assert_eq!(first, answer("7"));
+    assert_ne!(first, answer("8"));
+}
+
+#[test]
+fn a_random_seed_is_reported_and_repeats() {
+    let args = ["-p", "Tell me a story.", "-n", "16", "--temp", "1.5", "-s"];
+    let first = json(&[&args[..], &["-1"]].concat());
+    let seed = number(&first["seed"]).to_string();
+    assert_eq!(json(&[&args[..], &[&seed]].concat())["answer"], first["answer"]);
+}
+
+#[test]
+fn policy_full_keeps_every_cell() {
+    let vote = &on_document(&["--policy", "full"])["vote"];
+    assert_eq!(vote["cells_after"], vote["cells_before"]);
+    assert_eq!(vote["kv_bytes_after"], vote["kv_bytes_before"]);
+    assert_eq!(vote["bound"], "all");
+}
+
+#[test]
+fn max_cells_is_never_exceeded() {
+    for evict in ["composite", "cells"] {
+        let vote = &on_document(&["--max-cells", "150", "--evict", evict])["vote"];
+        assert!(number(&vote["cells_after"]) <= 150, "{vote}");
+        assert_eq!(vote["bound"], "max-cells");
+    }
+}
+
+#[test]
+fn presets_and_lost_mass_set_the_same_thing() {
+    let safe = on_document(&["--preset", "safe"]);
+    assert_eq!(safe["vote"]["cells_after"], on_document(&["--lost-mass", "0.02"])["vote"]["cells_after"]);
+    let aggressive = on_document(&["--preset", "aggressive"]);
+    assert!(number(&aggressive["vote"]["cells_after"]) < number(&safe["vote"]["cells_after"]));
+}
+
+#[test]
+fn the_prompt_may_be_piped_in() {
+    let tokens = |done: Done| number(&done.json()[0]["prefill"]["tokens"]);
+    let args = ["-n", "2", "--json"];
+    let given = tokens(run(&[&["-p", "Name three colours."], &args[..]].concat()));
+    let piped = finish_with(&mut gvote("run", &args), "Name three colours.\n").ok();
+    assert_eq!(tokens(piped), given);
+    let both = [&["-f", "-", "-p", "Which one is warm?"], &args[..]].concat();
+    let both = finish_with(&mut gvote("run", &both), "Name three colours.\n").ok();
+    assert!(tokens(both) > given, "the question stands below what is piped in");
+}
+
+#[test]
+fn a_raw_prompt_is_printed_before_the_answer() {
+    let args = ["--raw", "-e", "-p", r"One\n\x54wo", "-n", "2", "--temp", "0"];
+    let with = run(&args).ok().stdout;
+    let without = run(&[&args[..], &["--no-display-prompt"]].concat()).ok().stdout;
+    assert!(with.starts_with("One\nTwo"), "{with}");
+    assert_eq!(with.strip_prefix("One\nTwo"), Some(&without[..]));
+}
+
+#[test]
+fn escapes_are_left_alone_without_e() {
+    let with = run(&["--raw", "-p", r"One\nTwo", "-n", "1"]).ok().stdout;
+    assert!(with.starts_with(r"One\nTwo"), "{with}");
+}
+
+#[test]
+fn the_system_message_and_the_template_reach_the_model() {
+    let tokens = |args: &[&str]| number(&json(&[&["-p", "Hi", "-n", "1"], args].concat())["prefill"]["tokens"]);
+    let plain = tokens(&["--raw"]);
+    let own = tokens(&[]);
+    assert!(tokens(&["--chat-template", "chatml"]) > plain);
+    assert!(own > tokens(&["--chat-template", "chatml"]), "the model's own template adds a system message");
+    let long =
+        "Answer like a pirate who has been at sea for far too long and misses his parrot more than words can say.";
+    assert!(tokens(&["-sys", long]) > own);
+}
+
+#[test]
+fn nonsense_flags_are_a_usage_error() {
+    let cases: [(&[&str], &str); 16] = [
+        (&["--polcy", "full"], "--policy"),
+        (&["--policy", "best"], "gvote-paper"),
+        (&["--lost-mass", "1.5"], "--lost-mass"),
+        (&["--lost-mass", "nan"], "--lost-mass"),
+        (&["--preset", "safe", "--lost-mass", "0.1"], "--lost-mass"),
+        (&["--max-cells", "10"], "--max-cells"),
+        (&["--policy", "full", "--max-cells", "500"], "--max-cells"),
+        (&["--span", "3"], "--span"),
+        (&["--recent", "8"], "--window"),
+        (&["-ctk", "q9"], "q8_0"),
+        (&["-fa", "maybe"], "auto"),
+        (&["-ub", "0"], "1.."),
+        (&["-ngl", "some"], "auto"),
+        (&["--temp", "hot"], "--temp"),
+        (&["--max-cells", "-5"], "--max-cells"),
+        (&["--top-p", "2"], "0 to 1"),
+    ];
+    for (args, hint) in cases {
+        let done = run(&[&["-p", "Hi"], args].concat());
+        assert_eq!(done.status, 2, "{args:?}: {}", done.stderr);
+        assert_eq!(done.stderr.lines().count(), 1, "{args:?}: {}", done.stderr);
+        assert!(done.stderr.contains(hint), "{args:?}: {}", done.stderr);
+        assert_eq!(done.stdout, "");
+    }
+}
+
+#[test]
+fn a_prompt_is_asked_for() {
+    let done = run(&[]);
+    assert_eq!(done.status, 2);
+    assert!(done.stderr.contains("-p TEXT"), "{}", done.stderr);
+}
+
+#[test]
+fn bad_files_fail_with_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (text, cut, binary) = (path("text.gguf"), path("cut.gguf"), path("prompt"));
+    fs::write(&text, "not a model at all").unwrap();
+    let mut head = vec![0; 3 << 20];
+    fs::File::open(model()).unwrap().read_exact(&mut head).unwrap();
+    fs::write(&cut, head).unwrap();
+    fs::write(&binary, [0xff, 0xfe, 0x00]).unwrap();
+
+    let (none, here, model) = (path("none"), path(""), model().to_str().unwrap().to_owned());
+    let cases: [(&[&str], &str); 6] = [
+        (&["-m", &none, "-p", "Hi"], "no such file"),
+        (&["-m", &here, "-p", "Hi"], "folder"),
+        (&["-m", &text, "-p", "Hi"], "not a GGUF"),
+        (&["-m", &cut, "-p", "Hi"], "cut short"),
+        (&["-m", &model, "-f", &none], "No such file"),
+        (&["-m", &model, "-f", &binary], "not UTF-8"),
+    ];
+    for (args, why) in cases {
+        let done = finish(std::process::Command::new(cli::PROGRAM).arg("run").args(args));
+        assert_eq!(done.status, 1, "{args:?}: {}", done.stderr);
+        assert_eq!(done.stderr.lines().count(), 1, "{args:?}: {}", done.stderr);
+        assert!(done.stderr.contains(why), "{args:?}: {}", done.stderr);
+        assert_eq!(done.stdout, "");
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_refused() {
+    let document = document(CHARS);
+    let done = run(&["-f", document.path().to_str().unwrap(), "-c", "200"]);
+    assert_eq!(done.status, 1);
+    assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+    assert!(done.stderr.contains("raise -c"), "{}", done.stderr);
+}
+
+#[test]
+fn the_context_ends_the_answer() {
+    let report = json(&["-p", "Tell me a story.", "-c", "48", "--temp", "0"]);
+    assert_eq!(report["decode"]["stop"], "context-full");
+    assert_eq!(number(&report["cache"]["cells"]), 48);
+}
+
+#[test]
+fn a_closed_pipe_ends_quietly() {
+    let mut child = gvote("run", &["-p", "Tell me a long story.", "-n", "2000"]).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0]).unwrap();
+    drop(stdout);
+    let done: Done = child.wait_with_output().unwrap().into();
+    assert_eq!((done.status, &done.stderr[..]), (0, ""));
+}
+
+#[test]
+fn ctrl_c_while_reading_the_prompt_ends_at_once() {
+    // a minute of reading
+    let document = document(28_000);
+    let child = gvote("run", &["-f", document.path().to_str().unwrap()]).spawn().unwrap();
+    sleep(Duration::from_secs(2));
+    let (done, took) = interrupt(child);
+    assert_eq!((done.status, done.stderr.trim()), (130, "gvote: cancelled"));
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+#[test]
+fn ctrl_c_stops_an_answer_and_reports() {
+    let mut child = gvote("run", &["-p", "Tell me a long story.", "-n", "4000"]).spawn().unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    let (done, _) = interrupt(child);
+    assert_eq!(done.status, 130);
+    assert!(done.stderr.contains("stopped with Ctrl-C"), "{}", done.stderr);
+}
+
+#[test]
+fn the_help_teaches() {
+    let help = |args: &[&str]| finish(std::process::Command::new(cli::PROGRAM).args(args)).ok().stdout;
+    let text = help(&["run", "--help"]);
+    for part in [
+        "Prompt:",
+        "Model:",
+        "Context and KV cache:",
+        "Cache policy:",
+        "Sampling:",
+        "Output:",
+        "Examples:",
+        "[also: -sys]",
+        "[also: -ub]",
+        "[also: -tb]",
+        "[also: -ngl]",
+        "[also: -fa]",
+        "[also: -ctk]",
+        "[also: -ctv]",
+        "gvote-paper",
+        "[default: 2048]",
+        "--lost-mass",
+        "--max-cells",
+        "--json",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in the help");
+    }
+    assert!(help(&["chat", "--help"]).contains("[also: -st]"));
+    let overview = help(&["--help"]);
+    assert!(overview.contains("run") && overview.contains("chat") && overview.contains("Exit status"));
+    assert!(help(&["--version"]).starts_with("gvote "));
+}

@@ -1,0 +1,94 @@
+//! The built program, and what to feed it.
+#![allow(dead_code)] // each test program uses its own part of it
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_gvote");
+
+/// The default model; `make setup` fetches it.
+pub fn model() -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"), PathBuf::from);
+    let path = cache.join("gvote/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    assert!(path.exists(), "{} is missing: run `make setup`", path.display());
+    path
+}
+
+/// The first characters of a real text (about four a token): Wikipedia where it is at hand, else this project's own source.
+pub fn text(chars: usize) -> String {
+    let wikipedia = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/wikitext2/wiki.test.raw");
+    let text = std::fs::read_to_string(wikipedia).unwrap_or_else(|_| include_str!("../../src/capture.rs").repeat(4));
+    text.chars().take(chars).collect()
+}
+
+/// A file of [`text`], which lasts as long as the value.
+pub fn document(chars: usize) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text(chars).as_bytes()).unwrap();
+    file
+}
+
+/// A sub-command with the model, on one thread: tests run side by side.
+pub fn gvote(command: &str, args: &[&str]) -> Command {
+    let mut program = Command::new(PROGRAM);
+    program.arg(command).arg("-m").arg(model()).args(["-t", "1"]).args(args);
+    program.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    program
+}
+
+/// What a finished program left.
+pub struct Done {
+    pub status: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl From<Output> for Done {
+    fn from(output: Output) -> Self {
+        Self {
+            status: output.status.code().expect("no signal ended the program"),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+impl Done {
+    /// Asserts success.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        assert_eq!(self.status, 0, "{}", self.stderr);
+        self
+    }
+
+    /// The JSON objects on stdout, one a line.
+    pub fn json(&self) -> Vec<Value> {
+        self.stdout.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect()
+    }
+}
+
+pub fn finish(program: &mut Command) -> Done {
+    program.output().unwrap().into()
+}
+
+/// Runs with this standard input.
+pub fn finish_with(program: &mut Command, input: &str) -> Done {
+    let mut child = program.stdin(Stdio::piped()).spawn().unwrap();
+    // a program that fails early does not read it
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    child.wait_with_output().unwrap().into()
+}
+
+/// Sends SIGINT and tells what the program left, and how long that took.
+pub fn interrupt(child: Child) -> (Done, Duration) {
+    let start = Instant::now();
+    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    let done = child.wait_with_output().unwrap().into();
+    (done, start.elapsed())
+}
