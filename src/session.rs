@@ -186,7 +186,7 @@ impl Session {
         let mut context = params.context.clone();
         context.n_ctx = n_ctx as u32;
         if compresses {
-            context.n_ctx += params.policy.samples as u32;
+            context.n_ctx = context.n_ctx.saturating_add(params.policy.samples as u32);
             context.n_seq_max = N_SEQ;
         }
         context.n_batch = context.n_batch.clamp(1, context.n_ctx);
@@ -539,11 +539,16 @@ impl Session {
             None => None,
         };
         let before = self.ctx.save_sequence(SEQ);
-        if let Err(error) = self.ctx.load_sequence(SEQ, state) {
+        let mut loaded = self.ctx.load_sequence(SEQ, state).map_err(SessionError::from);
+        if loaded.is_ok() && self.voter.is_some() && cache::cells(&self.ctx, SEQ).len() > self.n_ctx {
+            loaded = Err(SessionError::Saved("it has more cells than this context (-c)"));
+        }
+        if let Err(error) = loaded {
+            self.ctx.remove(SEQ, -1, -1);
             if self.n_past > 0 {
                 self.ctx.load_sequence(SEQ, &before)?;
             }
-            return Err(error.into());
+            return Err(error);
         }
         if let (Some(voter), Some(restored)) = (&mut self.voter, restored) {
             voter.capture = restored;

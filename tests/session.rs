@@ -110,7 +110,7 @@ fn every_policy_mapping_and_cache_type_works() {
         (Kind::Full, Evict::Composite),
     ] {
         let mut params = params(1024);
-        params.policy = Params { evict, max_cells: (kind != Kind::Full).then_some(400), ..Params::new(kind) };
+        params.policy = Params { evict, max_cells: (kind != Kind::Full).then_some(300), ..Params::new(kind) };
         let mut session = prefilled(&params);
         let report = session.compress().unwrap();
         if kind == Kind::Full {
@@ -167,14 +167,14 @@ fn a_grown_cache_is_compressed_again() {
 
 #[test]
 fn a_prompt_that_does_not_fit_loses_nothing() {
-    let mut session = Session::new(&model(), &params(512)).unwrap();
+    let mut session = Session::new(&model(), &params(256)).unwrap();
     let error = prefill(&mut session, &tokens(N)).unwrap_err();
-    assert!(matches!(error, SessionError::PromptTooLong { tokens: N, room: 512, .. }), "{error}");
+    assert!(matches!(error, SessionError::PromptTooLong { tokens: N, room: 256, .. }), "{error}");
     assert!(error.to_string().contains("-c"), "{error}");
-    prefill(&mut session, &tokens(300)).unwrap();
+    prefill(&mut session, &tokens(150)).unwrap();
     let before = session.logits().to_vec();
-    assert!(prefill(&mut session, &tokens(300)).is_err());
-    assert_eq!(session.n_past(), 300);
+    assert!(prefill(&mut session, &tokens(150)).is_err());
+    assert_eq!(session.n_past(), 150);
     assert!(session.logits() == before);
     assert!(matches!(prefill(&mut session, &[]).unwrap_err(), SessionError::Empty));
 }
