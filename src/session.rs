@@ -95,8 +95,8 @@ pub struct CompressReport {
     /// The rule that set the number of cells.
     pub bound: Bound,
     pub ragged: Option<Ragged>,
-    /// Most bytes held at once for the vote and the compaction, beyond what the session holds anyway.
-    pub transient_bytes: usize,
+    /// Bytes of ggml's compute buffers that scoring held; they are given back.
+    pub compute_bytes: usize,
     #[serde(serialize_with = "seconds")]
     pub probe_time: Duration,
     #[serde(serialize_with = "seconds")]
@@ -385,8 +385,7 @@ impl Session {
                 |head, scores| policy.observe(head, scores),
             )?;
             report.score_time = clock.elapsed();
-            report.transient_bytes =
-                voter.scorer.release() + future.iter().map(|q| size_of_val(&q.data[..])).sum::<usize>();
+            report.compute_bytes = voter.scorer.release();
         }
 
         let clock = Instant::now();
@@ -572,7 +571,7 @@ impl CompressReport {
             lost_mass: Some(0.0),
             bound: Bound::All,
             ragged: None,
-            transient_bytes: 0,
+            compute_bytes: 0,
             probe_time: Duration::ZERO,
             score_time: Duration::ZERO,
             select_time: Duration::ZERO,

@@ -43,7 +43,7 @@ fn answers_on_stdout_and_reports_on_stderr() {
     assert!(!done.stdout.trim().is_empty());
     assert!(done.stdout.ends_with('\n'));
     assert!(!done.stdout.contains("What is this about?"), "the prompt is not repeated");
-    for part in ["prompt    ", " -> ", "% kept, lost-mass rule at 0.05", "of KV", " compaction (", "answer    8 tokens"]
+    for part in ["prompt    ", " -> ", "% kept, lost-mass rule at 0.03", "of KV", " compaction (", "answer    8 tokens"]
     {
         assert!(done.stderr.contains(part), "{part:?} is not in {}", done.stderr);
     }
@@ -113,7 +113,7 @@ fn max_cells_is_never_exceeded() {
 #[test]
 fn presets_and_lost_mass_set_the_same_thing() {
     let safe = on_document(&["--preset", "safe"]);
-    assert_eq!(safe["vote"]["cells_after"], on_document(&["--lost-mass", "0.02"])["vote"]["cells_after"]);
+    assert_eq!(safe["vote"]["cells_after"], on_document(&["--lost-mass", "0.01"])["vote"]["cells_after"]);
     let aggressive = on_document(&["--preset", "aggressive"]);
     assert!(number(&aggressive["vote"]["cells_after"]) < number(&safe["vote"]["cells_after"]));
 }

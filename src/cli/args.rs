@@ -123,7 +123,7 @@ pub struct PolicyArgs {
           hide_possible_values = true, hide_default_value = true, value_parser = named(Kind::ALL, Kind::name))]
     policy: Kind,
 
-    /// Share of the attention that may be given up: safe 0.02, balanced 0.05, aggressive 0.1
+    /// Share of the attention that may be given up: safe 0.01, balanced 0.03, aggressive 0.1
     #[arg(long, value_name = "NAME", conflicts_with = "lost_mass", default_value = Preset::Balanced.name(),
           value_parser = named(Preset::ALL, Preset::name))]
     preset: Preset,

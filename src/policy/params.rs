@@ -72,7 +72,7 @@ impl Default for Params {
             seed: 0,
             evict: Evict::Composite,
             pool: 5,
-            head_mix: 1.0,
+            head_mix: 0.0,
         }
     }
 }
@@ -186,9 +186,9 @@ impl FromStr for Span {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
-    /// 0.02: hardly a difference.
+    /// 0.01: hardly a difference.
     Safe,
-    /// 0.05: the default.
+    /// 0.03: the default.
     Balanced,
     /// 0.1: small, at some cost.
     Aggressive,
@@ -201,8 +201,8 @@ impl Preset {
     /// The share of the attention mass that may be given up.
     pub const fn lost_mass(self) -> f32 {
         match self {
-            Preset::Safe => 0.02,
-            Preset::Balanced => 0.05,
+            Preset::Safe => 0.01,
+            Preset::Balanced => 0.03,
             Preset::Aggressive => 0.1,
         }
     }
@@ -263,7 +263,7 @@ impl FromStr for Evict {
 #[non_exhaustive]
 #[allow(missing_docs)] // each message says what its fields are
 pub enum PolicyError {
-    #[error("--lost-mass is {0}, but must lie between 0 and 1, both excluded (0.02 is safe, 0.1 bold)")]
+    #[error("--lost-mass is {0}, but must lie between 0 and 1, both excluded (0.01 is safe, 0.1 bold)")]
     LostMass(f32),
     #[error("--p-nuc is {0}, but must be above 0 and at most 1 (the paper uses 0.95)")]
     PNuc(f32),
