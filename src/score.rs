@@ -55,8 +55,8 @@ pub struct LayerQueries {
     pub scale: LogitScale,
 }
 
-/// Most queries scored at once: bounds the transient memory to one `[n_kv, CHUNK]` block of f32.
-const CHUNK: usize = 33;
+/// Most queries scored at once: bounds the transient memory to one `[n_kv, CHUNK]` block of f32 a thread.
+const CHUNK: usize = 17;
 
 /// How a type stores its scale, for the error of a rounded key.
 struct Coarseness {
@@ -103,8 +103,11 @@ impl Drop for Device {
     }
 }
 
+// SAFETY: a back end and its allocator are used by one thread at a time (&mut).
+unsafe impl Send for Device {}
+
 impl Device {
-    fn new(buffer_type: sys::ggml_backend_buffer_type_t, n_threads: usize) -> Result<Self, ScoreError> {
+    fn new(buffer_type: sys::ggml_backend_buffer_type_t) -> Result<Self, ScoreError> {
         // SAFETY: the buffer type comes from a living buffer; results are checked.
         unsafe {
             let device = sys::ggml_backend_buft_get_device(buffer_type);
@@ -117,7 +120,8 @@ impl Device {
                 return Err(ScoreError::Backend);
             }
             if sys::ggml_backend_is_cpu(backend) {
-                sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
+                // whole layers are shared out among threads instead: a barrier after each small node costs more than it gains
+                sys::ggml_backend_cpu_set_n_threads(backend, 1);
             }
             let alloc = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(backend));
             Ok(Self { buffer_type, backend, alloc })
@@ -127,34 +131,24 @@ impl Device {
 
 /// Scores the keys of one context's cache.
 pub struct Scorer {
-    devices: Vec<Device>,
-    n_threads: usize,
+    /// The back ends of each thread, one for each kind of memory that it met.
+    threads: Vec<Vec<Device>>,
 }
 
-// SAFETY: back ends and allocators are used by one thread at a time (&mut).
-unsafe impl Send for Scorer {}
-
 impl Scorer {
-    /// A scorer that uses `n_threads` on a CPU back end.
+    /// A scorer that works on `n_threads` layers at once.
     pub fn new(n_threads: usize) -> Self {
-        Self { devices: Vec::new(), n_threads }
+        Self { threads: (0..n_threads.max(1)).map(|_| Vec::new()).collect() }
     }
 
     /// Gives the compute memory back and says how many bytes it was.
     pub fn release(&mut self) -> usize {
         // SAFETY: valid allocators.
-        self.devices.drain(..).map(|d| unsafe { sys::ggml_gallocr_get_buffer_size(d.alloc, 0) }).sum()
-    }
-
-    fn device(&mut self, buffer_type: sys::ggml_backend_buffer_type_t) -> Result<&mut Device, ScoreError> {
-        let i = match self.devices.iter().position(|d| d.buffer_type == buffer_type) {
-            Some(i) => i,
-            None => {
-                self.devices.push(Device::new(buffer_type, self.n_threads)?);
-                self.devices.len() - 1
-            }
-        };
-        Ok(&mut self.devices[i])
+        self.threads
+            .iter_mut()
+            .flat_map(|devices| devices.drain(..))
+            .map(|d| unsafe { sys::ggml_gallocr_get_buffer_size(d.alloc, 0) })
+            .sum()
     }
 
     /// Computes the scores of every KV head, layer by layer, and hands them to `sink(head, scores)`, where `head` counts
@@ -176,30 +170,65 @@ impl Scorer {
         let view = CellsView::new(cells);
         let mut head = 0;
         let mut gathered = Gathered::default();
-        for (il, layer) in layout.layers.iter().enumerate() {
-            let queries = queries(il)?;
-            // SAFETY: K's storage lives as long as the context, which the caller holds.
-            let (buffer, type_) = unsafe { ((*layer.k).buffer, (*layer.k).type_) };
-            // SAFETY: a living buffer.
-            let device = self.device(unsafe { sys::ggml_backend_buffer_get_type(buffer) })?;
-            let graph = LayerGraph {
-                layer,
-                stream: layout.info.stream as usize,
-                view: &view,
-                scale: queries.scale,
-                coarseness: account_error.then(|| Coarseness::of(type_)).flatten(),
-            };
-            for scores in graph.compute(device, &queries, needs)? {
-                if in_order {
-                    sink(head, &scores.as_head());
-                } else {
-                    sink(head, &gathered.fill(&scores, cells, view.n_kv));
+        let n_threads = self.threads.len();
+        for (batch, layers) in layout.layers.chunks(n_threads).enumerate() {
+            let mut graphs = Vec::with_capacity(layers.len());
+            for (i, layer) in layers.iter().enumerate() {
+                let queries = queries(batch * n_threads + i)?;
+                // SAFETY: K's storage lives as long as the context, which the caller holds.
+                let type_ = unsafe { (*layer.k).type_ };
+                graphs.push(LayerGraph {
+                    layer,
+                    stream: layout.info.stream as usize,
+                    view: &view,
+                    coarseness: account_error.then(|| Coarseness::of(type_)).flatten(),
+                    queries,
+                });
+            }
+            for scores in compute_all(&mut self.threads, &graphs, needs) {
+                for scores in scores? {
+                    if in_order {
+                        sink(head, &scores.as_head());
+                    } else {
+                        sink(head, &gathered.fill(&scores, cells, view.n_kv));
+                    }
+                    head += 1;
                 }
-                head += 1;
             }
         }
         Ok(())
     }
+}
+
+/// Computes each graph on a thread of its own; the first on this one.
+fn compute_all(
+    threads: &mut [Vec<Device>],
+    graphs: &[LayerGraph],
+    needs: Needs,
+) -> Vec<Result<Vec<CellScores>, ScoreError>> {
+    let run = |devices: &mut Vec<Device>, graph: &LayerGraph| graph.compute(device_for(devices, graph.layer)?, needs);
+    std::thread::scope(|scope| {
+        let mut work = threads.iter_mut().zip(graphs);
+        let first = work.next();
+        let others: Vec<_> = work.map(|(devices, graph)| scope.spawn(move || run(devices, graph))).collect();
+        let first = first.map(|(devices, graph)| run(devices, graph));
+        // ggml aborts rather than unwinds, and this crate's code in a graph does not panic
+        first.into_iter().chain(others.into_iter().map(|t| t.join().expect("no panic in a graph"))).collect()
+    })
+}
+
+/// The back end for the memory that holds this layer's K.
+fn device_for<'a>(devices: &'a mut Vec<Device>, layer: &sys::gvote_shim_layer) -> Result<&'a mut Device, ScoreError> {
+    // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
+    let buffer_type = unsafe { sys::ggml_backend_buffer_get_type((*layer.k).buffer) };
+    let i = match devices.iter().position(|d| d.buffer_type == buffer_type) {
+        Some(i) => i,
+        None => {
+            devices.push(Device::new(buffer_type)?);
+            devices.len() - 1
+        }
+    };
+    Ok(&mut devices[i])
 }
 
 /// The cells of the sequence as the kernels see them: the first `n_kv` cells of the stream.
@@ -383,18 +412,17 @@ struct LayerGraph<'a> {
     layer: &'a sys::gvote_shim_layer,
     stream: usize,
     view: &'a CellsView,
-    scale: LogitScale,
+    queries: LayerQueries,
     coarseness: Option<Coarseness>,
 }
 
+// SAFETY: the layer's tensors are only read, and no one writes to the cache while it is scored.
+unsafe impl Sync for LayerGraph<'_> {}
+
 impl LayerGraph<'_> {
     /// The scores of each KV head.
-    fn compute(
-        &self,
-        device: &mut Device,
-        queries: &LayerQueries,
-        needs: Needs,
-    ) -> Result<Vec<CellScores>, ScoreError> {
+    fn compute(&self, device: &mut Device, needs: Needs) -> Result<Vec<CellScores>, ScoreError> {
+        let queries = &self.queries;
         let n_head = self.layer.n_head as usize;
         let n_head_kv = self.layer.n_head_kv as usize;
         let group = n_head / n_head_kv;
@@ -481,7 +509,7 @@ impl LayerGraph<'_> {
         let errors = match &self.coarseness {
             Some(c) => {
                 // v/2 in units of the unscaled logit, so that one scale serves both: see the module's docs
-                let factor = self.scale.post * self.scale.pre * c.variance / 2.0;
+                let factor = self.queries.scale.post * self.queries.scale.pre * c.variance / 2.0;
                 let squares: Vec<f32> = q
                     .chunks_exact(c.block_size)
                     .map(|block| factor * block.iter().map(|x| x * x).sum::<f32>())
@@ -559,13 +587,13 @@ impl LayerGraph<'_> {
                 kq = sys::ggml_add_inplace(b.ctx, kq, error);
                 b.run(kq);
             }
-            let mut scale = self.scale.post;
-            if self.scale.softcap {
-                kq = sys::ggml_scale_inplace(b.ctx, kq, self.scale.pre);
+            let mut scale = self.queries.scale.post;
+            if self.queries.scale.softcap {
+                kq = sys::ggml_scale_inplace(b.ctx, kq, self.queries.scale.pre);
                 kq = sys::ggml_tanh_inplace(b.ctx, kq);
                 kq = b.run(kq);
             } else {
-                scale *= self.scale.pre;
+                scale *= self.queries.scale.pre;
             }
             if !set.mask.is_null() {
                 // only the newest cells can be hidden from a query: the rest of the block is not touched
