@@ -2,7 +2,7 @@
 //!
 //! llama.cpp's eval callback sees every node of the graph. Of each layer that stores K and V in the cache we read
 //! - `attn_norm-<il>` `[n_embd, n_tokens]`: the hidden state that enters attention. Its mean and variance per channel
-//!   over the prompt are kept, streaming over ubatches (Chan, Golub & LeVeque 1979);
+//!   over the prompt are kept, streaming over ubatches;
 //! - q at the attention op `[n_embd_head_k, n_tokens, n_head]`, rotated just as the cached K is: those of the newest
 //!   `window` positions are kept as f16, what ggml makes of them anyway before it multiplies with an f16 cache.
 //!
@@ -15,8 +15,11 @@
 //!
 //! The callback is installed only around the decode calls that need it; a decoding step never meets it.
 
+mod moments;
+mod node;
+
 use std::collections::HashMap;
-use std::ffi::{CStr, c_void};
+use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -25,6 +28,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
+use self::moments::Moments;
+use self::node::{MAX_PATH, Node, Path};
 use crate::cache::{self, Layout};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
@@ -63,52 +68,6 @@ pub struct LogitScale {
 impl Default for LogitScale {
     fn default() -> Self {
         Self { pre: 1.0, post: 1.0, softcap: false }
-    }
-}
-
-/// Mean and variance of each channel, streaming.
-#[derive(Clone, Default)]
-struct Moments {
-    count: f64,
-    mean: Vec<f64>,
-    m2: Vec<f64>,
-}
-
-impl Moments {
-    /// Merges the rows of a block `[n_row][n_embd]`.
-    fn merge<'a>(&mut self, n_embd: usize, rows: impl Iterator<Item = &'a [f32]> + Clone) {
-        let count = rows.clone().count() as f64;
-        if count == 0.0 {
-            return;
-        }
-        // Two passes over a block that is in the CPU's cache, in f32; only the merge of blocks needs f64.
-        let mut mean = vec![0f32; n_embd];
-        for row in rows.clone() {
-            for (m, x) in mean.iter_mut().zip(row) {
-                *m += x;
-            }
-        }
-        for m in &mut mean {
-            *m /= count as f32;
-        }
-        let mut m2 = vec![0f32; n_embd];
-        for row in rows {
-            for ((s, x), m) in m2.iter_mut().zip(row).zip(&mean) {
-                let d = x - m;
-                *s += d * d;
-            }
-        }
-        if self.mean.is_empty() {
-            self.mean = vec![0.0; n_embd];
-            self.m2 = vec![0.0; n_embd];
-        }
-        let total = self.count + count;
-        for c in 0..n_embd {
-            let delta = f64::from(mean[c]) - self.mean[c];
-            self.mean[c] += delta * count / total;
-            self.m2[c] += f64::from(m2[c]) + delta * delta * self.count * count / total;
-        }
-        self.count = total;
     }
 }
 
@@ -191,9 +150,6 @@ impl Drop for PathBackend {
         unsafe { sys::ggml_backend_free(self.0) };
     }
 }
-
-/// Most nodes between a hidden state and its query; the architectures of the pinned llama.cpp have about ten.
-const MAX_PATH: usize = 64;
 
 /// Queries of one layer. `[n_query][n_head][n_embd_head_k]`
 #[derive(Clone, Debug, Default)]
@@ -520,119 +476,6 @@ struct Attention<'a> {
     layer: usize,
 }
 
-/// The nodes between a layer's hidden state and its queries, in order of computation.
-struct Path<'a> {
-    il: i32,
-    hidden: Option<Node<'a>>,
-    nodes: Vec<*mut sys::ggml_tensor>,
-}
-
-impl<'a> Path<'a> {
-    fn collect(&mut self, node: Node<'a>) -> Result<(), CaptureError> {
-        let ptr = std::ptr::from_ref(node.0).cast_mut();
-        if node.0.op == sys::GGML_OP_NONE || self.nodes.contains(&ptr) {
-            return Ok(());
-        }
-        if node.layer_after("attn_norm") == Some(self.il) {
-            self.hidden = Some(node);
-            return Ok(());
-        }
-        for src in (0..node.0.src.len()).filter_map(|i| node.src(i)) {
-            self.collect(src)?;
-        }
-        if self.nodes.len() == MAX_PATH {
-            return Err(CaptureError::NoHidden(self.il));
-        }
-        self.nodes.push(ptr);
-        Ok(())
-    }
-}
-
-/// A node of the graph that llama.cpp is computing.
-#[derive(Clone, Copy)]
-struct Node<'a>(&'a sys::ggml_tensor);
-
-impl<'a> Node<'a> {
-    /// # Safety
-    /// `t` is a valid tensor for `'a`.
-    unsafe fn new(t: *const sys::ggml_tensor) -> Self {
-        // SAFETY: see above.
-        Self(unsafe { &*t })
-    }
-
-    fn name(&self) -> &'a CStr {
-        CStr::from_bytes_until_nul(
-            // SAFETY: c_char and u8 have the same layout; the array lives in the tensor.
-            unsafe { &*(std::ptr::from_ref(&self.0.name[..]) as *const [u8]) },
-        )
-        .unwrap_or_default()
-    }
-
-    /// The layer in a name like `attn_norm-7`.
-    fn layer_after(&self, prefix: &str) -> Option<i32> {
-        let name = self.name().to_str().ok()?;
-        name.strip_prefix(prefix)?.strip_prefix('-')?.parse().ok()
-    }
-
-    fn src(&self, i: usize) -> Option<Node<'a>> {
-        // SAFETY: a node's sources live as long as the graph.
-        unsafe { self.0.src[i].as_ref().map(Node) }
-    }
-
-    /// The tensor that owns the memory this node looks at.
-    fn storage(&self) -> *const sys::ggml_tensor {
-        let mut t = self.0;
-        // SAFETY: view sources live as long as their views.
-        while let Some(src) = unsafe { t.view_src.as_ref() } {
-            t = src;
-        }
-        t
-    }
-
-    fn param(&self, i: usize) -> f32 {
-        f32::from_bits(self.0.op_params[i].cast_unsigned())
-    }
-
-    fn is_in_host_memory(&self) -> bool {
-        // SAFETY: views keep their source's buffer; ggml answers false for a tensor without one.
-        unsafe {
-            let buffer = self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer);
-            !buffer.is_null() && sys::ggml_backend_buffer_is_host(buffer)
-        }
-    }
-
-    fn shape_error(&self) -> CaptureError {
-        CaptureError::Shape(self.name().to_string_lossy().into_owned())
-    }
-
-    /// The bytes `offset..offset + out.len()` of the tensor, from wherever it lives.
-    fn get(&self, offset: usize, out: &mut [u8]) {
-        // SAFETY: callers stay inside the tensor (ggml checks it again).
-        unsafe {
-            sys::ggml_backend_tensor_get(self.0, out.as_mut_ptr().cast(), offset, out.len());
-        }
-    }
-
-    /// All floats of a contiguous f32 tensor: in place if it lives in host memory, else copied to `scratch`.
-    fn floats<'b>(&self, scratch: &'b mut Vec<u8>) -> &'b [f32]
-    where
-        'a: 'b,
-    {
-        // SAFETY: ggml allocates tensors aligned for their type and a computed node has data.
-        unsafe {
-            let n = sys::ggml_nelements(self.0) as usize;
-            if self.is_in_host_memory() {
-                return std::slice::from_raw_parts(self.0.data.cast(), n);
-            }
-            // a little more, so that the floats can start at an aligned byte
-            scratch.resize((n + 1) * size_of::<f32>(), 0);
-            let start = scratch.as_ptr().align_offset(align_of::<f32>());
-            self.get(0, &mut scratch[start..start + n * size_of::<f32>()]);
-            std::slice::from_raw_parts(scratch[start..].as_ptr().cast(), n)
-        }
-    }
-}
-
 impl Inner {
     /// Called before a node is computed; true: we want to see it afterwards.
     fn ask(&mut self, node: &Node) -> Result<bool, CaptureError> {
@@ -705,7 +548,7 @@ impl Inner {
     /// Turns the samples of a layer into queries before llama.cpp computes anything.
     fn take_path(&mut self, attention: &Attention) -> Result<(), CaptureError> {
         let il = self.layers[attention.layer].il;
-        let mut path = Path { il, hidden: None, nodes: Vec::new() };
+        let mut path = Path::new(il);
         path.collect(attention.q)?;
         let hidden = path.hidden.ok_or(CaptureError::NoHidden(il))?;
         self.on_hidden(&hidden, attention.layer)?;

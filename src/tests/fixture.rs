@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use crate::cache::{self, Cell, Layout};
+use crate::capture::Capture;
 use crate::llama::{Batch, CacheType, Context, ContextParams, FlashAttention, Model, ModelParams, Pos, SeqId, Token};
-use crate::policy::{Bound, Kept, Selection};
+use crate::policy::{Bound, Kept, Params, Selection};
 use crate::sys;
 
 /// SmolLM2-135M-Instruct, loaded once.
@@ -73,6 +74,19 @@ pub fn decode(ctx: &mut Context, tokens: &[Token], first: Pos, seq: SeqId) {
         batch.add(token, first + i as Pos, seq, i + 1 == tokens.len()).expect("the batch has room");
     }
     ctx.decode(&batch).expect("decodes");
+}
+
+/// A capture with the default window that has seen `tokens` decoded into an empty sequence 0.
+pub fn captured(ctx: &mut Context, tokens: &[Token]) -> Capture {
+    let layout = Layout::of(ctx, 0).expect("a cache that can be compacted");
+    let params = Params::default();
+    let mut capture = Capture::new(ctx, &layout, params.window, params.sinks);
+    let mut batch = Batch::new(tokens.len());
+    for (i, &token) in tokens.iter().enumerate() {
+        batch.add(token, i as Pos, 0, i + 1 == tokens.len()).expect("the batch has room");
+    }
+    capture.decode(ctx, 0, &batch).expect("decodes");
+    capture
 }
 
 /// Next-token logits after one more token.

@@ -2,8 +2,7 @@
 
 use super::fixture::*;
 use crate::cache::Layout;
-use crate::capture::Capture;
-use crate::llama::{Batch, Pos};
+use crate::llama::Pos;
 use crate::policy::{self, HeadScores, Kind, Needs, Params, Shape};
 use crate::score::{LayerQueries, ScoreError, Scorer};
 
@@ -37,12 +36,7 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
     let mut ctx = context(&model, F16, 512, 512);
     let layout = Layout::of(&ctx, 0).unwrap();
     let params = Params::new(Kind::GvotePaper);
-    let mut capture = Capture::new(&ctx, &layout, params.window, params.sinks);
-    let mut batch = Batch::new(N);
-    for (i, &token) in tokens.iter().enumerate() {
-        batch.add(token, i as Pos, 0, i + 1 == N).unwrap();
-    }
-    capture.decode(&mut ctx, 0, &batch).unwrap();
+    let mut capture = captured(&mut ctx, &tokens);
     let last = N as Pos - 1;
     let synthetic = capture.probe(&mut ctx, last, params.samples, 5).unwrap();
 

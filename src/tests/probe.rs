@@ -3,21 +3,10 @@
 use super::fixture::*;
 use crate::cache::Layout;
 use crate::capture::{Capture, CaptureError};
-use crate::llama::{Batch, Context, ContextParams, Pos, Token};
+use crate::llama::{Context, ContextParams, Pos};
 
 const N: usize = 150;
 const WINDOW: usize = 64;
-
-fn captured(ctx: &mut Context, tokens: &[Token]) -> Capture {
-    let layout = Layout::of(ctx, 0).unwrap();
-    let mut capture = Capture::new(ctx, &layout, WINDOW, 4);
-    let mut batch = Batch::new(tokens.len());
-    for (i, &token) in tokens.iter().enumerate() {
-        batch.add(token, i as Pos, 0, i + 1 == tokens.len()).unwrap();
-    }
-    capture.decode(ctx, 0, &batch).unwrap();
-    capture
-}
 
 #[test]
 fn leaves_the_cache_and_the_next_logits_as_they_were() {
@@ -77,7 +66,6 @@ fn the_same_seed_gives_the_same_queries_and_another_seed_others() {
     assert!(a != c);
 }
 
-/// With zero variance left in the statistics the samples are the mean: W_Q times it, rotated, is a known vector.
 #[test]
 fn needs_what_it_says() {
     let model = model();

@@ -4,27 +4,15 @@ use std::ops::ControlFlow;
 
 use rand::{RngExt, SeedableRng};
 
-use super::fixture::{BF16, F16, F16_FLASH, Q8_0, Setup, context};
+use super::fixture::{BF16, F16, F16_FLASH, Q8_0, Setup, captured, context};
 use super::tiny::{N_VOCAB, SPECS, Tiny};
 use crate::cache::Layout;
-use crate::capture::Capture;
-use crate::llama::{Batch, Context, FlashAttention, Pos, Token};
+use crate::llama::{FlashAttention, Pos, Token};
 use crate::{Session, SessionParams};
 
 fn tokens(n: usize) -> Vec<Token> {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(4);
     (0..n).map(|_| rng.random_range(0..N_VOCAB as Token)).collect()
-}
-
-fn capture(ctx: &mut Context, tokens: &[Token]) -> Capture {
-    let layout = Layout::of(ctx, 0).unwrap();
-    let mut capture = Capture::new(ctx, &layout, 64, 4);
-    let mut batch = Batch::new(tokens.len());
-    for (i, &token) in tokens.iter().enumerate() {
-        batch.add(token, i as Pos, 0, i + 1 == tokens.len()).unwrap();
-    }
-    capture.decode(ctx, 0, &batch).unwrap();
-    capture
 }
 
 /// The Walsh-Hadamard rotation of a quantized cache, in place: blocks of the largest power of two up to the head.
@@ -40,7 +28,7 @@ fn rotate(q: &mut [f64]) {
 fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) {
     const N: usize = 100;
     let mut ctx = context(&tiny.model, setup, 512, 64);
-    let mut capture = capture(&mut ctx, &tokens(N));
+    let mut capture = captured(&mut ctx, &tokens(N));
     let layout = Layout::of(&ctx, 0).unwrap();
     // more samples than one ubatch takes
     let probe = capture.probe(&mut ctx, N as Pos - 1, 70, 3).unwrap();

@@ -1,0 +1,126 @@
+//! Nodes of the graph that llama.cpp is computing, and the path from a hidden state to its query.
+
+use std::ffi::CStr;
+
+use super::CaptureError;
+use crate::sys;
+
+/// Most nodes between a hidden state and its query; the architectures of the pinned llama.cpp have about ten.
+pub(super) const MAX_PATH: usize = 64;
+
+/// The nodes between a layer's hidden state and its queries, in order of computation.
+pub(super) struct Path<'a> {
+    il: i32,
+    pub hidden: Option<Node<'a>>,
+    pub nodes: Vec<*mut sys::ggml_tensor>,
+}
+
+impl<'a> Path<'a> {
+    pub fn new(il: i32) -> Self {
+        Self { il, hidden: None, nodes: Vec::new() }
+    }
+
+    pub fn collect(&mut self, node: Node<'a>) -> Result<(), CaptureError> {
+        let ptr = std::ptr::from_ref(node.0).cast_mut();
+        if node.0.op == sys::GGML_OP_NONE || self.nodes.contains(&ptr) {
+            return Ok(());
+        }
+        if node.layer_after("attn_norm") == Some(self.il) {
+            self.hidden = Some(node);
+            return Ok(());
+        }
+        for src in (0..node.0.src.len()).filter_map(|i| node.src(i)) {
+            self.collect(src)?;
+        }
+        if self.nodes.len() == MAX_PATH {
+            return Err(CaptureError::NoHidden(self.il));
+        }
+        self.nodes.push(ptr);
+        Ok(())
+    }
+}
+
+/// A node of the graph that llama.cpp is computing.
+#[derive(Clone, Copy)]
+pub(super) struct Node<'a>(pub &'a sys::ggml_tensor);
+
+impl<'a> Node<'a> {
+    /// # Safety
+    /// `t` is a valid tensor for `'a`.
+    pub unsafe fn new(t: *const sys::ggml_tensor) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { &*t })
+    }
+
+    pub fn name(&self) -> &'a CStr {
+        CStr::from_bytes_until_nul(
+            // SAFETY: c_char and u8 have the same layout; the array lives in the tensor.
+            unsafe { &*(std::ptr::from_ref(&self.0.name[..]) as *const [u8]) },
+        )
+        .unwrap_or_default()
+    }
+
+    /// The layer in a name like `attn_norm-7`.
+    pub fn layer_after(&self, prefix: &str) -> Option<i32> {
+        let name = self.name().to_str().ok()?;
+        name.strip_prefix(prefix)?.strip_prefix('-')?.parse().ok()
+    }
+
+    pub fn src(&self, i: usize) -> Option<Node<'a>> {
+        // SAFETY: a node's sources live as long as the graph.
+        unsafe { self.0.src[i].as_ref().map(Node) }
+    }
+
+    /// The tensor that owns the memory this node looks at.
+    pub fn storage(&self) -> *const sys::ggml_tensor {
+        let mut t = self.0;
+        // SAFETY: view sources live as long as their views.
+        while let Some(src) = unsafe { t.view_src.as_ref() } {
+            t = src;
+        }
+        t
+    }
+
+    pub fn param(&self, i: usize) -> f32 {
+        f32::from_bits(self.0.op_params[i].cast_unsigned())
+    }
+
+    pub fn is_in_host_memory(&self) -> bool {
+        // SAFETY: views keep their source's buffer; ggml answers false for a tensor without one.
+        unsafe {
+            let buffer = self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer);
+            !buffer.is_null() && sys::ggml_backend_buffer_is_host(buffer)
+        }
+    }
+
+    pub fn shape_error(&self) -> CaptureError {
+        CaptureError::Shape(self.name().to_string_lossy().into_owned())
+    }
+
+    /// The bytes `offset..offset + out.len()` of the tensor, from wherever it lives.
+    pub fn get(&self, offset: usize, out: &mut [u8]) {
+        // SAFETY: callers stay inside the tensor (ggml checks it again).
+        unsafe {
+            sys::ggml_backend_tensor_get(self.0, out.as_mut_ptr().cast(), offset, out.len());
+        }
+    }
+
+    /// All floats of a contiguous f32 tensor: in place if it lives in host memory, else copied to `scratch`.
+    pub fn floats<'b>(&self, scratch: &'b mut Vec<u8>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        // SAFETY: ggml allocates tensors aligned for their type and a computed node has data.
+        unsafe {
+            let n = sys::ggml_nelements(self.0) as usize;
+            if self.is_in_host_memory() {
+                return std::slice::from_raw_parts(self.0.data.cast(), n);
+            }
+            // a little more, so that the floats can start at an aligned byte
+            scratch.resize((n + 1) * size_of::<f32>(), 0);
+            let start = scratch.as_ptr().align_offset(align_of::<f32>());
+            self.get(0, &mut scratch[start..start + n * size_of::<f32>()]);
+            std::slice::from_raw_parts(scratch[start..].as_ptr().cast(), n)
+        }
+    }
+}
