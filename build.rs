@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -16,7 +17,7 @@ fn main() {
     for file in ["build.rs", "ffi/shim.h", "ffi/shim.cpp", "vendor/Cargo.toml", "vendor/Cargo.lock"] {
         println!("cargo:rerun-if-changed={file}");
     }
-    for var in ["LLAMA_CPP_DIR", "GVOTE_NATIVE", "CUDA_PATH"] {
+    for var in ["LLAMA_CPP_DIR", "GVOTE_NATIVE", "GVOTE_SHARED", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={var}");
     }
     let source = find_llama();
@@ -69,7 +70,10 @@ fn pinned_llama() -> PathBuf {
     Path::new(manifest).with_file_name("llama.cpp")
 }
 
-/// Builds static libraries in a folder that all profiles share, and returns where they were installed.
+/// What ggml's cmake turns on for x86 where it does not build for this very CPU.
+const X86_EXTENSIONS: &[&str] = &["SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"];
+
+/// Builds libraries in a folder that all profiles share, and returns where they were installed.
 fn build_llama(source: &Path) -> PathBuf {
     if which("cmake").is_none() {
         fail("cmake is missing; on Debian: apt-get install cmake");
@@ -79,13 +83,20 @@ fn build_llama(source: &Path) -> PathBuf {
         _ => fail("a C++ compiler is missing; on Debian: apt-get install g++"),
     };
     let native = env::var("GVOTE_NATIVE").map_or(true, |v| v != "0");
+    let shared = is_shared();
 
     // OUT_DIR is <target>/<profile>/build/gvote-<hash>/out
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let target = out.ancestors().nth(4).expect("OUT_DIR lies deep inside the target folder");
-    let mut name = String::from("llama.cpp");
+    // one folder for each source: another checkout, or another pin, is another build
+    let mut hasher = DefaultHasher::new();
+    source.hash(&mut hasher);
+    let mut name = format!("llama.cpp-{:08x}", hasher.finish() as u32);
     if !native {
         name += "-generic";
+    }
+    if shared {
+        name += "-shared";
     }
     for (feature, ..) in enabled_backends() {
         name = name + "-" + &feature.to_lowercase();
@@ -105,11 +116,16 @@ fn build_llama(source: &Path) -> PathBuf {
         config.define(format!("LLAMA_BUILD_{part}"), "OFF");
     }
     config
-        .define("BUILD_SHARED_LIBS", "OFF")
+        .define("BUILD_SHARED_LIBS", if shared { "ON" } else { "OFF" })
         .define("CMAKE_POSITION_INDEPENDENT_CODE", "ON")
         .define("CMAKE_INSTALL_LIBDIR", "lib")
         .define("GGML_NATIVE", if native { "ON" } else { "OFF" })
         .define("GGML_OPENMP", "ON");
+    if !native {
+        for extension in X86_EXTENSIONS {
+            config.define(format!("GGML_{extension}"), "OFF");
+        }
+    }
     for (_, option, ..) in enabled_backends() {
         config.define(option, "ON");
     }
@@ -118,6 +134,11 @@ fn build_llama(source: &Path) -> PathBuf {
         config.cxxflag("-fno-dse");
     }
     config.build().join("lib")
+}
+
+/// llama.cpp as shared libraries, which can be exchanged for others of the same version without building gvote again.
+fn is_shared() -> bool {
+    env::var("GVOTE_SHARED").is_ok_and(|v| v == "1")
 }
 
 fn enabled_backends()
@@ -170,16 +191,20 @@ fn generate_bindings(source: &Path) {
 
 fn link(libraries: &Path) {
     println!("cargo:rustc-link-search=native={}", libraries.display());
+    let kind = if is_shared() { "dylib" } else { "static" };
     for lib in ["llama", "ggml", "ggml-cpu"] {
-        println!("cargo:rustc-link-lib=static={lib}");
+        println!("cargo:rustc-link-lib={kind}={lib}");
     }
     for (_, _, lib, needs) in enabled_backends() {
-        println!("cargo:rustc-link-lib=static={lib}");
+        println!("cargo:rustc-link-lib={kind}={lib}");
         for need in *needs {
             println!("cargo:rustc-link-lib={need}");
         }
     }
-    println!("cargo:rustc-link-lib=static=ggml-base");
+    println!("cargo:rustc-link-lib={kind}=ggml-base");
+    if is_shared() {
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", libraries.display());
+    }
     if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "macos") {
         println!("cargo:rustc-link-lib=c++");
         for framework in ["Accelerate", "Foundation", "Metal", "MetalKit"] {

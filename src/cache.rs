@@ -60,6 +60,12 @@ impl Layout {
         self.layers.iter().map(|l| l.n_head_kv as usize)
     }
 
+    /// Whether all of the cache lies in memory that the host can work on in place.
+    pub(crate) fn is_host(&self) -> bool {
+        // SAFETY: the storage tensors and their buffers live as long as the context.
+        self.layers.iter().all(|l| unsafe { is_host((*l.k).buffer) && is_host((*l.v).buffer) })
+    }
+
     /// Bytes of K and V that one cell takes over all layers.
     pub fn bytes_per_cell(&self) -> usize {
         // SAFETY: the storage tensors live as long as the context.
@@ -87,6 +93,25 @@ pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
 pub fn cells_free(ctx: &Context, seq: SeqId) -> usize {
     // SAFETY: called with an accepted layout's context.
     unsafe { sys::gvote_shim_cells_free(ctx.as_ptr(), seq) as usize }
+}
+
+/// Whether the host can read and write a buffer in place.
+///
+/// # Safety
+/// `buffer` is valid or NULL (which is nowhere).
+pub(crate) unsafe fn is_host(buffer: sys::ggml_backend_buffer_t) -> bool {
+    #[cfg(test)]
+    if PRETEND_DEVICE.get() {
+        return false;
+    }
+    // SAFETY: passed on.
+    unsafe { !buffer.is_null() && sys::ggml_backend_buffer_is_host(buffer) }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Tests set it to walk the ways that memory of a device takes.
+    pub(crate) static PRETEND_DEVICE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 /// Turns the shim's answer into a result.

@@ -17,20 +17,19 @@
 
 mod moments;
 mod node;
+mod probe;
+mod state;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::f16;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
 
 use self::moments::Moments;
-use self::node::{MAX_PATH, Node, Path};
-use crate::cache::{self, Layout};
+use self::node::Node;
+use self::probe::Probe;
+use crate::cache::Layout;
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
 
@@ -89,66 +88,8 @@ enum Mode {
     Prompt(SeqId),
     /// Overwrite hidden states by samples and collect the queries they become.
     Probe(Probe),
-}
-
-struct Probe {
-    seed: u64,
-    /// Tokens of earlier ubatches.
-    done: usize,
-    /// Tokens of the ubatch in work.
-    n_tokens: usize,
-    /// `[layer][sample][n_q]`
-    queries: Vec<Vec<f16>>,
-    scratch: Vec<f32>,
-    path: PathBackend,
-    /// Set when the last query has been read.
-    end_graph: *const AtomicBool,
-}
-
-/// A CPU back end for the nodes that lead from a hidden state to its query.
-struct PathBackend(sys::ggml_backend_t);
-
-impl PathBackend {
-    fn new(n_threads: usize) -> Result<Self, CaptureError> {
-        // SAFETY: checked below; freed in drop.
-        unsafe {
-            let backend = sys::ggml_backend_cpu_init();
-            if backend.is_null() {
-                return Err(CaptureError::Memory);
-            }
-            sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
-            Ok(Self(backend))
-        }
-    }
-
-    /// Computes `nodes`, which are allocated and in order, with all they need computed before.
-    fn compute(&self, nodes: &[*mut sys::ggml_tensor]) -> Result<(), CaptureError> {
-        // SAFETY: the graph context describes existing tensors only and is freed here.
-        unsafe {
-            let ctx = sys::ggml_init(sys::ggml_init_params {
-                mem_size: sys::ggml_graph_overhead_custom(MAX_PATH, false) + sys::ggml_tensor_overhead(),
-                mem_buffer: std::ptr::null_mut(),
-                no_alloc: true,
-            });
-            if ctx.is_null() {
-                return Err(CaptureError::Memory);
-            }
-            let graph = sys::ggml_new_graph_custom(ctx, MAX_PATH, false);
-            for node in nodes {
-                sys::ggml_graph_add_node(graph, *node);
-            }
-            let status = sys::ggml_backend_graph_compute(self.0, graph);
-            sys::ggml_free(ctx);
-            if status == sys::GGML_STATUS_SUCCESS { Ok(()) } else { Err(CaptureError::Memory) }
-        }
-    }
-}
-
-impl Drop for PathBackend {
-    fn drop(&mut self) {
-        // SAFETY: made in `new`, freed once.
-        unsafe { sys::ggml_backend_free(self.0) };
-    }
+    /// Collect all queries of a sequence, layer by layer.
+    Replay(SeqId, Vec<Queries>),
 }
 
 /// Queries of one layer. `[n_query][n_head][n_embd_head_k]`
@@ -252,61 +193,20 @@ impl Capture {
         self.during(ctx, |ctx| ctx.decode(batch))
     }
 
-    /// The probe pass: `n` synthetic queries of every layer, at the positions that follow `pos`, leaving the cache as it
-    /// was. The samples depend on `seed`, layer and index only, not on how the batch is split.
+    /// Decodes a batch of one ubatch and gives back all queries of `seq` in it, layer by layer.
     ///
     /// # Errors
-    /// [`CaptureError::NoScratch`], [`CaptureError::NoCells`], [`CaptureError::Empty`]; whatever decoding fails with.
-    pub fn probe(&mut self, ctx: &mut Context, pos: Pos, n: usize, seed: u64) -> Result<Vec<Queries>, CaptureError> {
-        let scratch = ctx.n_seq_max() as SeqId - 1;
-        if scratch < 1 {
-            return Err(CaptureError::NoScratch);
-        }
-        let free = cache::cells_free(ctx, scratch);
-        if free < n {
-            return Err(CaptureError::NoCells { needed: n, free });
-        }
-        if self.inner.layers.iter().any(|l| l.moments.count < 1.0) {
-            return Err(CaptureError::Empty);
-        }
-
-        self.inner.mode = Mode::Probe(Probe {
-            seed,
-            done: 0,
-            n_tokens: 0,
-            queries: self.inner.layers.iter().map(|l| vec![f16::ZERO; n * l.n_q]).collect(),
-            scratch: Vec::new(),
-            path: PathBackend::new(ctx.n_threads_batch())?,
-            end_graph: ctx.end_graph(),
-        });
-        // one ubatch a call: ending a graph ends the whole batch
-        let chunk = ctx.n_batch().min(ctx.n_ubatch());
-        let result = self.during(ctx, |ctx| {
-            let mut batch = Batch::new(chunk.min(n));
-            for start in (0..n).step_by(chunk) {
-                batch.clear();
-                for i in start..n.min(start + chunk) {
-                    // the token does not matter: its hidden state is overwritten in every layer
-                    batch.add(0, pos + 1 + i as Pos, scratch, false)?;
-                }
-                match ctx.decode(&batch) {
-                    Ok(()) | Err(LlamaError::Ended) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            Ok(())
-        });
-        ctx.remove(scratch, -1, -1);
+    /// As [`Self::decode`].
+    pub fn replay(&mut self, ctx: &mut Context, seq: SeqId, batch: &Batch) -> Result<Vec<Queries>, CaptureError> {
+        self.inner.rows = None;
+        self.inner.mode = Mode::Replay(seq, vec![Queries::default(); self.inner.layers.len()]);
+        let result = self.during(ctx, |ctx| ctx.decode(batch));
         let mode = std::mem::replace(&mut self.inner.mode, Mode::Prompt(0));
         result?;
-        let Mode::Probe(probe) = mode else {
-            return Err(CaptureError::Empty);
-        };
-        Ok(probe
-            .queries
-            .into_iter()
-            .map(|data| Queries { data, pos: (1..=n as Pos).map(|i| pos + i).collect() })
-            .collect())
+        match mode {
+            Mode::Replay(_, queries) if queries.iter().all(|q| !q.pos.is_empty()) => Ok(queries),
+            _ => Err(CaptureError::Empty),
+        }
     }
 
     /// The queries of the observation window that ends at `pos_last`, oldest first, in the i-th layer of the cache; the last
@@ -337,91 +237,6 @@ impl Capture {
     pub fn statistics(&self, layer: usize) -> (Vec<f64>, Vec<f64>) {
         let m = &self.inner.layers[layer].moments;
         (m.mean.clone(), m.m2.iter().map(|s| s / m.count.max(1.0)).collect())
-    }
-
-    /// The hidden state that the probe uses as sample `index` in the i-th layer of the cache. `[n_embd]`
-    pub fn sample(&self, layer: usize, index: usize, seed: u64) -> Vec<f32> {
-        let mut out = vec![0.0; self.inner.n_embd];
-        self.inner.sample(layer, index, seed, &mut out);
-        out
-    }
-
-    /// What was captured, as bytes: per layer the moments and the window's queries.
-    pub fn save(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        for layer in &self.inner.layers {
-            let n = layer.moments.mean.len() as u64;
-            out.extend_from_slice(&n.to_le_bytes());
-            out.extend_from_slice(&layer.moments.count.to_le_bytes());
-            for x in layer.moments.mean.iter().chain(&layer.moments.m2) {
-                out.extend_from_slice(&x.to_le_bytes());
-            }
-            for pos in &layer.window_pos {
-                out.extend_from_slice(&pos.to_le_bytes());
-            }
-            for x in &layer.window_q {
-                out.extend_from_slice(&x.to_le_bytes());
-            }
-            for x in [layer.scale.pre, layer.scale.post, f32::from(u8::from(layer.scale.softcap))] {
-                out.extend_from_slice(&x.to_le_bytes());
-            }
-        }
-        out
-    }
-
-    /// A capture like this one that holds what [`Self::save`] wrote; `None` if the bytes do not fit.
-    pub fn restored(&self, data: &[u8]) -> Option<Self> {
-        fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
-            let (head, tail) = rest.split_first_chunk()?;
-            *rest = tail;
-            Some(*head)
-        }
-        let old = &*self.inner;
-        let mut rest = data;
-        let mut layers = Vec::with_capacity(old.layers.len());
-        for layer in &old.layers {
-            let n = usize::try_from(u64::from_le_bytes(take(&mut rest)?)).ok()?;
-            if n != 0 && n != old.n_embd {
-                return None;
-            }
-            let count = f64::from_le_bytes(take(&mut rest)?);
-            let mut floats =
-                |n: usize| -> Option<Vec<f64>> { (0..n).map(|_| Some(f64::from_le_bytes(take(&mut rest)?))).collect() };
-            let (mean, m2) = (floats(n)?, floats(n)?);
-            let mut window_pos = Vec::with_capacity(old.window);
-            for _ in 0..old.window {
-                window_pos.push(Pos::from_le_bytes(take(&mut rest)?));
-            }
-            let mut window_q = Vec::with_capacity(layer.window_q.len());
-            for _ in 0..layer.window_q.len() {
-                window_q.push(f16::from_le_bytes(take(&mut rest)?));
-            }
-            let [pre, post, softcap] = [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(f32::from_le_bytes);
-            layers.push(LayerCapture {
-                moments: Moments { count, mean, m2 },
-                window_q,
-                window_pos,
-                scale: LogitScale { pre, post, softcap: softcap != 0.0 },
-                ..*layer
-            });
-        }
-        rest.is_empty().then(|| Self {
-            inner: Box::new(Inner {
-                ctx: old.ctx,
-                layout: old.layout.clone(),
-                n_embd: old.n_embd,
-                window: old.window,
-                skip: old.skip,
-                layers,
-                by_il: old.by_il.clone(),
-                by_tensor: old.by_tensor.clone(),
-                mode: Mode::Prompt(0),
-                rows: None,
-                pending: Vec::new(),
-                scratch: Vec::new(),
-                error: None,
-            }),
-        })
     }
 
     fn during<T>(
@@ -502,8 +317,12 @@ impl Inner {
                 Ok(self.wants_queries())
             }
             sys::GGML_OP_MUL | sys::GGML_OP_ADD | sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => {
-                let by_path = matches!(self.mode, Mode::Probe(_)) && node.is_in_host_memory();
-                Ok(!by_path && self.hidden_layer(node).is_some())
+                let wanted = match self.mode {
+                    Mode::Prompt(_) => true,
+                    Mode::Probe(_) => !node.is_in_host_memory(),
+                    Mode::Replay(..) => false,
+                };
+                Ok(wanted && self.hidden_layer(node).is_some())
             }
             _ => Ok(false),
         }
@@ -540,33 +359,14 @@ impl Inner {
     fn wants_queries(&self) -> bool {
         match (&self.mode, &self.rows) {
             (Mode::Probe(_), _) => true,
-            (Mode::Prompt(_), Some(rows)) => rows.iter().any(|p| *p >= 0),
-            (Mode::Prompt(_), None) => false,
+            (_, Some(rows)) => rows.iter().any(|p| *p >= 0),
+            (_, None) => false,
         }
-    }
-
-    /// Turns the samples of a layer into queries before llama.cpp computes anything.
-    fn take_path(&mut self, attention: &Attention) -> Result<(), CaptureError> {
-        let il = self.layers[attention.layer].il;
-        let mut path = Path::new(il);
-        path.collect(attention.q)?;
-        let hidden = path.hidden.ok_or(CaptureError::NoHidden(il))?;
-        self.on_hidden(&hidden, attention.layer)?;
-        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
-        probe.path.compute(&path.nodes)?;
-        self.on_queries(attention)?;
-        if let Mode::Probe(probe) = &self.mode
-            && attention.layer + 1 == self.layers.len()
-        {
-            // SAFETY: the flag belongs to the context that is decoding.
-            unsafe { (*probe.end_graph).store(true, Ordering::Relaxed) };
-        }
-        Ok(())
     }
 
     /// K is about to be stored: the row indices say which cells, and so which positions, the ubatch's tokens have.
     fn note_rows(&mut self, node: &Node) -> Result<(), CaptureError> {
-        let Mode::Prompt(seq) = self.mode else {
+        let (Mode::Prompt(seq) | Mode::Replay(seq, _)) = self.mode else {
             return Ok(());
         };
         // SET_ROWS keeps the destination in src[2]; its result is a view of it
@@ -592,9 +392,11 @@ impl Inner {
             sys::gvote_shim_cells_pos(self.ctx, seq, cells.as_ptr(), n as u32, pos.as_mut_ptr());
         }
         self.rows = Some(pos);
-        let pending = std::mem::take(&mut self.pending);
-        self.add_moments(0, &pending);
-        self.pending = pending;
+        if let Mode::Prompt(_) = self.mode {
+            let pending = std::mem::take(&mut self.pending);
+            self.add_moments(0, &pending);
+            self.pending = pending;
+        }
         Ok(())
     }
 
@@ -660,43 +462,6 @@ impl Inner {
         self.layers[layer].moments.merge(self.n_embd, kept);
     }
 
-    fn inject(&mut self, node: &Node, layer: usize, n_tokens: usize) {
-        let Mode::Probe(probe) = &mut self.mode else { return };
-        if layer == 0 {
-            probe.done += probe.n_tokens;
-            probe.n_tokens = n_tokens;
-        }
-        let (first, seed) = (probe.done, probe.seed);
-        let mut scratch = std::mem::take(&mut probe.scratch);
-        scratch.resize(n_tokens * self.n_embd, 0.0);
-        for (i, out) in scratch.chunks_exact_mut(self.n_embd).enumerate() {
-            self.sample(layer, first + i, seed, out);
-        }
-        // SAFETY: the tensor holds n_tokens * n_embd contiguous floats, as on_hidden checked.
-        unsafe {
-            sys::ggml_backend_tensor_set(
-                std::ptr::from_ref(node.0).cast_mut(),
-                scratch.as_ptr().cast(),
-                0,
-                scratch.len() * size_of::<f32>(),
-            );
-        }
-        if let Mode::Probe(probe) = &mut self.mode {
-            probe.scratch = scratch;
-        }
-    }
-
-    fn sample(&self, layer: usize, index: usize, seed: u64, out: &mut [f32]) {
-        let moments = &self.layers[layer].moments;
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(((layer as u64) << 32) | index as u64);
-        for (c, x) in out.iter_mut().enumerate() {
-            let z: f64 = StandardNormal.sample(&mut rng);
-            let sd = (moments.m2[c] / moments.count).sqrt();
-            *x = (moments.mean[c] + sd * z) as f32;
-        }
-    }
-
     fn on_queries(&mut self, attention: &Attention) -> Result<(), CaptureError> {
         let (q, layer) = (attention.q, attention.layer);
         let n_q = self.layers[layer].n_q;
@@ -713,6 +478,10 @@ impl Inner {
         let n_tokens = (n_tok * n_stream) as usize;
         let wanted: Vec<(usize, usize, Pos)> = match &self.mode {
             Mode::Probe(probe) => (0..n_tokens).map(|row| (row, probe.done + row, 0)).collect(),
+            Mode::Replay(..) => {
+                let rows = self.rows.as_deref().unwrap_or_default().iter().enumerate();
+                rows.filter(|(_, pos)| **pos >= 0).enumerate().map(|(slot, (row, pos))| (row, slot, *pos)).collect()
+            }
             Mode::Prompt(_) => {
                 let rows = self.rows.as_deref().unwrap_or_default();
                 let newest = rows.iter().copied().max().unwrap_or(-1);
@@ -724,11 +493,21 @@ impl Inner {
                     .collect()
             }
         };
-        let mut bytes = vec![0u8; head_size * size_of::<f32>()];
+        let token_at = |row: usize| row % n_tok as usize * q.0.nb[1] + row / n_tok as usize * q.0.nb[3];
+        let Some(first) = wanted.iter().map(|w| token_at(w.0)).min() else { return Ok(()) };
+        let last = wanted.iter().map(|w| token_at(w.0)).max().unwrap_or(first);
+        // one transfer: a device answers many small ones slowly
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.resize(last - first + (n_head - 1) * q.0.nb[2] + head_size * size_of::<f32>(), 0);
+        q.get(first, &mut scratch);
+        if let Mode::Replay(_, queries) = &mut self.mode {
+            queries[layer].data.resize(wanted.len() * n_q, f16::ZERO);
+            queries[layer].pos = wanted.iter().map(|w| w.2).collect();
+        }
         for (row, slot, pos) in wanted {
-            let token = row % n_tok as usize * q.0.nb[1] + row / n_tok as usize * q.0.nb[3];
             let out = match &mut self.mode {
                 Mode::Probe(probe) => &mut probe.queries[layer],
+                Mode::Replay(_, queries) => &mut queries[layer].data,
                 Mode::Prompt(_) => {
                     self.layers[layer].window_pos[slot] = pos;
                     &mut self.layers[layer].window_q
@@ -736,12 +515,13 @@ impl Inner {
             };
             let out = &mut out[slot * n_q..][..n_q];
             for (h, out) in out.chunks_exact_mut(head_size).enumerate() {
-                q.get(token + h * q.0.nb[2], &mut bytes);
+                let bytes = &scratch[token_at(row) - first + h * q.0.nb[2]..];
                 for (x, b) in out.iter_mut().zip(bytes.chunks_exact(size_of::<f32>())) {
                     *x = f16::from_f32(f32::from_le_bytes(b.try_into().expect("chunks of four")));
                 }
             }
         }
+        self.scratch = scratch;
         Ok(())
     }
 }

@@ -3,7 +3,8 @@
 //! 1. **Check** everything that could fail, and build the new table of cells aside (the shim).
 //! 2. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the
 //!    sequence owns. Where cells and positions ascend together, a source never lies before its destination, so ascending
-//!    copies need no temporary; otherwise one head's rows go through a buffer.
+//!    copies need no temporary; otherwise one head's rows go through a buffer. A layer in memory that the host cannot
+//!    reach is fetched, worked on, and put back.
 //! 3. **Commit** the table. Neither 2 nor 3 can fail, so a failed compaction leaves the cache as it was.
 //!
 //! Where all heads keep the same tokens (`--evict cells`) the result is that of `llama_memory_seq_rm` on the dropped
@@ -29,8 +30,6 @@ pub enum CompactError {
     Malformed { n: usize, heads: usize, n_cells: usize },
     #[error("cells of the sequence are shared with another one (llama_memory_seq_cp): compress before sharing")]
     Shared,
-    #[error("the KV cache lives in memory of {0} that the host cannot reach: not supported yet")]
-    Device(String),
     #[error("the sequence's newest cell must stay")]
     LastDropped,
 }
@@ -123,17 +122,6 @@ fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), C
     if !keeps_last || n_cells == 0 {
         return Err(CompactError::LastDropped);
     }
-    for layer in &layout.layers {
-        // SAFETY: the storage tensors live as long as the context.
-        unsafe {
-            for t in [layer.k, layer.v] {
-                if !sys::ggml_backend_buffer_is_host((*t).buffer) {
-                    let name = std::ffi::CStr::from_ptr(sys::ggml_backend_buffer_name((*t).buffer));
-                    return Err(CompactError::Device(name.to_string_lossy().into_owned()));
-                }
-            }
-        }
-    }
     Ok(())
 }
 
@@ -152,6 +140,49 @@ fn labels(layout: &Layout, cells: &[Cell], selection: &Selection) -> Vec<Pos> {
         }
     }
     last.into_iter().map(|l| cells[l as usize].pos).collect()
+}
+
+/// One stream of a K or V tensor, where the host can work on it.
+struct Storage<'a> {
+    tensor: &'a sys::ggml_tensor,
+    /// Of the stream, in the tensor.
+    offset: usize,
+    /// The stream's bytes, if the tensor itself cannot be reached.
+    copy: Option<Vec<u8>>,
+}
+
+impl<'a> Storage<'a> {
+    /// # Safety
+    /// `tensor` is a storage tensor of the cache, and nobody else uses the stream until this is put back.
+    unsafe fn fetch(tensor: *mut sys::ggml_tensor, stream: usize) -> Self {
+        // SAFETY: the stream is nb[2] bytes of a tensor that lives as long as the context.
+        unsafe {
+            let tensor: &sys::ggml_tensor = &*tensor;
+            let offset = stream * tensor.nb[2];
+            let copy = (!cache::is_host(tensor.buffer)).then(|| {
+                let mut bytes = vec![0; tensor.nb[2]];
+                sys::ggml_backend_tensor_get(tensor, bytes.as_mut_ptr().cast(), offset, bytes.len());
+                bytes
+            });
+            Self { tensor, offset, copy }
+        }
+    }
+
+    fn base(&mut self) -> *mut u8 {
+        match &mut self.copy {
+            Some(copy) => copy.as_mut_ptr(),
+            // SAFETY: host memory, and the stream lies inside the tensor.
+            None => unsafe { self.tensor.data.cast::<u8>().add(self.offset) },
+        }
+    }
+
+    fn put_back(self) {
+        if let Some(copy) = self.copy {
+            let tensor = std::ptr::from_ref(self.tensor).cast_mut();
+            // SAFETY: the range that was fetched.
+            unsafe { sys::ggml_backend_tensor_set(tensor, copy.as_ptr().cast(), self.offset, copy.len()) };
+        }
+    }
 }
 
 /// A block of equal rows in host memory: cell i starts at `base + i * stride`.
@@ -175,17 +206,23 @@ fn move_rows(layout: &Layout, cells: &[Cell], to: &[u32], selection: &Selection,
     let move_layer = |il: usize| {
         let mut buffer = Vec::new();
         let layer = &layout.layers[il];
+        let stream = layout.info.stream as usize;
+        // SAFETY: the cache is idle and no other thread works on this layer.
+        let (mut k, mut v) = unsafe { (Storage::fetch(layer.k, stream), Storage::fetch(layer.v, stream)) };
         for kv in 0..layer.n_head_kv as usize {
             let moves = Moves { to, cells, kept: selection.kept_by(first_head[il] + kv) };
             let mut gather = |rows: Rows| {
                 // SAFETY: rows of this layer and head only, see rows_of_head; no other thread works on this layer.
                 unsafe { gather(rows, &moves, ascending, &mut buffer) };
             };
-            rows_of_head(layout, layer, kv, &mut gather);
+            rows_of_head(layout, layer, kv, &mut k, &mut v, &mut gather);
         }
+        k.put_back();
+        v.put_back();
     };
     let n_layer = layout.n_layer();
-    let n_threads = n_threads.clamp(1, n_layer);
+    // transfers queue up on the device anyway, and one thread holds one layer's copy only
+    let n_threads = if layout.is_host() { n_threads.clamp(1, n_layer) } else { 1 };
     let per_thread = n_layer.div_ceil(n_threads);
     // raw pointers inside the layout: each thread follows those of its own layers only
     let shared = Unshared(&move_layer);
@@ -209,25 +246,29 @@ struct Unshared<'a, F>(&'a F);
 unsafe impl<F> Sync for Unshared<'_, F> {}
 
 /// Calls `f` with the rows of one head: one block of K, and one of V, or one for each channel of a transposed V.
-fn rows_of_head(layout: &Layout, layer: &sys::gvote_shim_layer, kv: usize, f: &mut impl FnMut(Rows)) {
-    let stream = layout.info.stream as usize;
-    // SAFETY: host memory, as checked; offsets stay inside the tensors of llama_kv_cache (see get_k and get_v).
+fn rows_of_head(
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    kv: usize,
+    k: &mut Storage,
+    v: &mut Storage,
+    f: &mut impl FnMut(Rows),
+) {
+    let (k_base, v_base) = (k.base(), v.base());
+    // SAFETY: offsets stay inside the streams of llama_kv_cache (see get_k and get_v).
     unsafe {
-        let k = &*layer.k;
-        let bytes = sys::ggml_row_size(k.type_, i64::from(layer.n_embd_head_k));
-        f(Rows { base: k.data.cast::<u8>().add(stream * k.nb[2] + kv * bytes), stride: k.nb[1], bytes });
+        let bytes = sys::ggml_row_size(k.tensor.type_, i64::from(layer.n_embd_head_k));
+        f(Rows { base: k_base.add(kv * bytes), stride: k.tensor.nb[1], bytes });
 
-        let v = &*layer.v;
         let d = layer.n_embd_head_v as usize;
-        let base = v.data.cast::<u8>().add(stream * v.nb[2]);
         if layout.info.v_trans {
-            let bytes = sys::ggml_type_size(v.type_);
+            let bytes = sys::ggml_type_size(v.tensor.type_);
             for channel in kv * d..(kv + 1) * d {
-                f(Rows { base: base.add(channel * layout.n_cells() * bytes), stride: bytes, bytes });
+                f(Rows { base: v_base.add(channel * layout.n_cells() * bytes), stride: bytes, bytes });
             }
         } else {
-            let bytes = sys::ggml_row_size(v.type_, d as i64);
-            f(Rows { base: base.add(kv * bytes), stride: v.nb[1], bytes });
+            let bytes = sys::ggml_row_size(v.tensor.type_, d as i64);
+            f(Rows { base: v_base.add(kv * bytes), stride: v.tensor.nb[1], bytes });
         }
     }
 }

@@ -1,17 +1,20 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
+mod replay;
+mod report;
+mod state;
+
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use serde::Serialize;
-
+pub use self::report::{CompressReport, GenerateReport, PrefillReport, Stop};
 use crate::cache::{self, CacheError, Layout};
 use crate::capture::{Capture, CaptureError, Queries};
 use crate::compact::{self, CompactError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, Token};
-use crate::policy::{self, Bound, Kept, Kind, PolicyError, Ragged, Shape};
+use crate::policy::{self, HeadScores, Kept, Kind, PolicyError, Shape};
 use crate::score::{LayerQueries, ScoreError, Scorer};
 
 /// The sequence that holds the conversation. The probe borrows the last one of the context.
@@ -47,6 +50,10 @@ pub enum SessionError {
     Empty,
     #[error("position {0} lies inside the compressed part (exact from {1} on): start over, or prefill again")]
     Compressed(Pos, Pos),
+    #[error(
+        "a replay needs the whole context in the cache, and a part of it was dropped before: vote without --replay"
+    )]
+    ReplayCompressed,
     #[error("{0} cannot change in a living session")]
     Fixed(&'static str),
     #[error("the saved session does not fit: {0}")]
@@ -72,80 +79,6 @@ pub struct SessionParams {
     pub account_error: bool,
 }
 
-/// What a prefill did.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct PrefillReport {
-    pub tokens: usize,
-    #[serde(serialize_with = "seconds")]
-    pub time: Duration,
-}
-
-/// What a compression did, or why it left the cache alone.
-#[derive(Clone, Debug, Serialize)]
-pub struct CompressReport {
-    pub policy: Kind,
-    /// Cells of the sequence before and after.
-    pub cells_before: usize,
-    pub cells_after: usize,
-    /// Bytes of K and V in those cells.
-    pub kv_bytes_before: usize,
-    pub kv_bytes_after: usize,
-    /// Attention mass given up, as the policy estimates it; 0 to 1.
-    pub lost_mass: Option<f32>,
-    /// The rule that set the number of cells.
-    pub bound: Bound,
-    pub ragged: Option<Ragged>,
-    /// Bytes of ggml's compute buffers that scoring held; they are given back.
-    pub compute_bytes: usize,
-    #[serde(serialize_with = "seconds")]
-    pub probe_time: Duration,
-    #[serde(serialize_with = "seconds")]
-    pub score_time: Duration,
-    #[serde(serialize_with = "seconds")]
-    pub select_time: Duration,
-    #[serde(serialize_with = "seconds")]
-    pub compact_time: Duration,
-}
-
-impl CompressReport {
-    /// Time of the whole compression.
-    pub fn time(&self) -> Duration {
-        self.probe_time + self.score_time + self.select_time + self.compact_time
-    }
-
-    /// Share of the cells kept, 0 to 1.
-    pub fn share(&self) -> f64 {
-        self.cells_after as f64 / self.cells_before.max(1) as f64
-    }
-}
-
-fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
-    s.serialize_f64(time.as_secs_f64())
-}
-
-/// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Stop {
-    /// The model ended its turn.
-    EndOfGeneration,
-    /// As many tokens as asked for.
-    Limit,
-    /// No free cell is left.
-    ContextFull,
-    /// The caller, or the cancel flag, said so.
-    Cancelled,
-}
-
-/// What a generation did.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct GenerateReport {
-    pub tokens: usize,
-    #[serde(serialize_with = "seconds")]
-    pub time: Duration,
-    pub stop: Stop,
-}
-
 /// What compression needs; absent under the `full` policy, which leaves llama.cpp alone.
 struct Voter {
     layout: Layout,
@@ -163,6 +96,8 @@ pub struct Session {
     n_ctx: usize,
     chunk: usize,
     n_past: Pos,
+    /// The tokens so far, by position.
+    tokens: Vec<Token>,
     /// From this position on every cell holds one token, the same in all heads.
     exact_from: Pos,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
@@ -186,7 +121,7 @@ impl Session {
         let mut context = params.context.clone();
         context.n_ctx = n_ctx as u32;
         if compresses {
-            context.n_ctx = context.n_ctx.saturating_add(params.policy.samples as u32);
+            context.n_ctx = context.n_ctx.saturating_add(spare_cells(&params.policy) as u32);
             context.n_seq_max = N_SEQ;
         }
         context.n_batch = context.n_batch.clamp(1, context.n_ctx);
@@ -212,6 +147,7 @@ impl Session {
             n_ctx,
             chunk: context.n_ubatch as usize,
             n_past: 0,
+            tokens: Vec::new(),
             exact_from: 0,
             logits: Vec::new(),
         })
@@ -273,6 +209,7 @@ impl Session {
             (policy.window != old.window, "--window"),
             (policy.sinks != old.sinks, "--sinks"),
             (policy.samples > self.ctx.n_ctx() - self.n_ctx, "--samples"),
+            (spare_cells(&policy) > self.ctx.n_ctx() - self.n_ctx, "--replay"),
             (is_full(&policy) != is_full(old), "--policy"),
         ] {
             if changed {
@@ -333,6 +270,7 @@ impl Session {
             }
         }
         self.n_past = first + tokens.len() as Pos;
+        self.tokens.extend_from_slice(tokens);
         self.keep_logits()?;
         Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed() })
     }
@@ -356,22 +294,33 @@ impl Session {
     /// # Errors
     /// [`SessionError`]; the cache is then as before.
     pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
-        let Some(voter) = &mut self.voter else {
-            let (n, bytes) = (self.cells_used(), self.bytes_per_cell().unwrap_or(0));
-            return Ok(CompressReport::untouched(Kind::Full, n, bytes));
+        let cells = match self.voter {
+            Some(_) => cache::cells(&self.ctx, SEQ),
+            None => {
+                let (n, bytes) = (self.cells_used(), self.bytes_per_cell().unwrap_or(0));
+                return Ok(CompressReport::untouched(Kind::Full, n, bytes));
+            }
         };
-        let ctx = &mut self.ctx;
-        let cells = cache::cells(ctx, SEQ);
         let n = cells.len();
+        let clock = Instant::now();
+        let wants_replay = self.policy.replay > 0.0 && !self.policy.leaves_alone(n);
+        let replayed = if wants_replay { Some(self.replay(&cells)?) } else { None };
+        let replay_time = clock.elapsed();
+        let Some(voter) = &mut self.voter else { return Err(SessionError::ReplayCompressed) };
+        let ctx = &mut self.ctx;
         let bytes_per_cell = voter.layout.bytes_per_cell();
         let mut report = CompressReport::untouched(self.policy.policy, n, bytes_per_cell);
+        report.replay_time = replay_time;
         let mut policy = policy::build(&self.policy, uniform_shape(&voter.layout, n)?)?;
         let needs = policy.needs();
         let pos_last = self.n_past - 1;
 
         if !needs.nothing() {
             let clock = Instant::now();
-            let future = voter.capture.probe(ctx, pos_last, self.policy.samples, self.policy.seed)?;
+            let mut future = match needs.samples() {
+                true => voter.capture.probe(ctx, pos_last, self.policy.samples, self.policy.seed)?,
+                false => vec![Queries::default(); voter.layout.n_layer()],
+            };
             report.probe_time = clock.elapsed();
 
             let clock = Instant::now();
@@ -381,8 +330,18 @@ impl Session {
                 &cells,
                 needs,
                 self.account_error,
-                |il| layer_queries(capture, il, pos_last, &future[il]),
-                |head, scores| policy.observe(head, scores),
+                |il| layer_queries(capture, il, pos_last, std::mem::take(&mut future[il])),
+                |head, scores| match &replayed {
+                    Some(replayed) => policy.observe(
+                        head,
+                        &HeadScores {
+                            replayed: replayed.mean_of(head),
+                            fourth_powers: replayed.fourth_powers_of(head),
+                            ..*scores
+                        },
+                    ),
+                    None => policy.observe(head, scores),
+                },
             )?;
             report.score_time = clock.elapsed();
             report.compute_bytes = voter.scorer.release();
@@ -421,6 +380,7 @@ impl Session {
         batch.add(token, self.n_past, SEQ, true)?;
         self.ctx.decode(&batch)?;
         self.n_past += 1;
+        self.tokens.push(token);
         self.keep_logits()?;
         Ok(())
     }
@@ -481,6 +441,7 @@ impl Session {
         if pos < self.n_past {
             self.remove_from(pos);
             self.n_past = pos.max(0);
+            self.tokens.truncate(self.n_past as usize);
             self.logits.clear();
         }
         if self.n_past == 0 {
@@ -496,88 +457,16 @@ impl Session {
             voter.capture.reset();
         }
         self.n_past = 0;
+        self.tokens.clear();
         self.exact_from = 0;
         self.logits.clear();
     }
-
-    /// The whole session as bytes: llama.cpp's state of the sequence, and what gvote knows beside it.
-    pub fn save(&mut self) -> Vec<u8> {
-        let capture = self.voter.as_ref().map_or_else(Vec::new, |v| v.capture.save());
-        let state = self.ctx.save_sequence(SEQ);
-        let mut out = Vec::with_capacity(state.len() + capture.len() + 4 * self.logits.len() + 64);
-        out.extend_from_slice(&self.n_past.to_le_bytes());
-        out.extend_from_slice(&self.exact_from.to_le_bytes());
-        for part in [bytes_of_f32(&self.logits), capture, state] {
-            out.extend_from_slice(&(part.len() as u64).to_le_bytes());
-            out.extend_from_slice(&part);
-        }
-        out
-    }
-
-    /// Replaces this session by a saved one.
-    ///
-    /// # Errors
-    /// [`SessionError::Saved`] or [`LlamaError::State`] when the bytes are cut off or belong to another model, other cache
-    /// types or a larger context; the session is then as before.
-    pub fn load(&mut self, data: &[u8]) -> Result<(), SessionError> {
-        let mut rest = data;
-        let n_past = Pos::from_le_bytes(take(&mut rest)?);
-        let exact_from = Pos::from_le_bytes(take(&mut rest)?);
-        let logits = take_part(&mut rest)?;
-        let capture = take_part(&mut rest)?;
-        let state = take_part(&mut rest)?;
-        if !rest.is_empty() || (logits.len() != 4 * self.model().n_vocab() && !logits.is_empty()) {
-            return Err(SessionError::Saved("it was made with another model"));
-        }
-        let restored = match &self.voter {
-            Some(v) => Some(
-                v.capture
-                    .restored(capture)
-                    .ok_or(SessionError::Saved("it was made with another model, --window or --policy"))?,
-            ),
-            None => None,
-        };
-        let before = self.ctx.save_sequence(SEQ);
-        let mut loaded = self.ctx.load_sequence(SEQ, state).map_err(SessionError::from);
-        if loaded.is_ok() && self.voter.is_some() && cache::cells(&self.ctx, SEQ).len() > self.n_ctx {
-            loaded = Err(SessionError::Saved("it has more cells than this context (-c)"));
-        }
-        if let Err(error) = loaded {
-            self.ctx.remove(SEQ, -1, -1);
-            if self.n_past > 0 {
-                self.ctx.load_sequence(SEQ, &before)?;
-            }
-            return Err(error);
-        }
-        if let (Some(voter), Some(restored)) = (&mut self.voter, restored) {
-            voter.capture = restored;
-        }
-        self.n_past = n_past;
-        self.exact_from = exact_from;
-        self.logits =
-            logits.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("chunks of four"))).collect();
-        Ok(())
-    }
 }
 
-impl CompressReport {
-    fn untouched(policy: Kind, n: usize, bytes_per_cell: usize) -> Self {
-        Self {
-            policy,
-            cells_before: n,
-            cells_after: n,
-            kv_bytes_before: n * bytes_per_cell,
-            kv_bytes_after: n * bytes_per_cell,
-            lost_mass: Some(0.0),
-            bound: Bound::All,
-            ragged: None,
-            compute_bytes: 0,
-            probe_time: Duration::ZERO,
-            score_time: Duration::ZERO,
-            select_time: Duration::ZERO,
-            compact_time: Duration::ZERO,
-        }
-    }
+/// Cells that a vote needs beside those of the sequence.
+fn spare_cells(policy: &policy::Params) -> usize {
+    let replay = if policy.replay > 0.0 { replay::CELLS } else { 0 };
+    policy.samples.max(replay)
 }
 
 /// The shape of a request of `n` cells; every layer must have the same heads.
@@ -599,31 +488,11 @@ fn layer_queries(
     capture: &Capture,
     layer: usize,
     pos_last: Pos,
-    synthetic: &Queries,
+    mut future: Queries,
 ) -> Result<LayerQueries, SessionError> {
     let observed = capture.window(layer, pos_last)?;
-    let mut future = synthetic.clone();
     let n_q = observed.data.len() / observed.pos.len();
     future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
     future.pos.push(pos_last);
     Ok(LayerQueries { observed, future, scale: capture.logit_scale(layer) })
-}
-
-fn bytes_of_f32(data: &[f32]) -> Vec<u8> {
-    data.iter().flat_map(|x| x.to_le_bytes()).collect()
-}
-
-const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
-
-fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], SessionError> {
-    let (head, tail) = rest.split_first_chunk().ok_or(CUT_OFF)?;
-    *rest = tail;
-    Ok(*head)
-}
-
-fn take_part<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], SessionError> {
-    let len = usize::try_from(u64::from_le_bytes(take(rest)?)).map_err(|_| CUT_OFF)?;
-    let (head, tail) = rest.split_at_checked(len).ok_or(CUT_OFF)?;
-    *rest = tail;
-    Ok(head)
 }

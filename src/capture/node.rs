@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 
 use super::CaptureError;
+use crate::cache;
 use crate::sys;
 
 /// Most nodes between a hidden state and its query; the architectures of the pinned llama.cpp have about ten.
@@ -86,10 +87,10 @@ impl<'a> Node<'a> {
     }
 
     pub fn is_in_host_memory(&self) -> bool {
-        // SAFETY: views keep their source's buffer; ggml answers false for a tensor without one.
+        // SAFETY: views keep their source's buffer.
         unsafe {
             let buffer = self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer);
-            !buffer.is_null() && sys::ggml_backend_buffer_is_host(buffer)
+            cache::is_host(buffer)
         }
     }
 

@@ -144,9 +144,9 @@ pub struct PolicyArgs {
     #[arg(long, value_name = "N", default_value_t = Params::default().window)]
     window: usize,
 
-    /// What a hit keeps around itself, in tokens before and after it; 0 = nothing
-    #[arg(long, value_name = "BACK,FORWARD", default_value_t = Params::default().span, value_parser = Span::from_str)]
-    span: Span,
+    /// What a hit keeps around itself, in tokens before and after it; 0 = nothing [default: gvote 2,32, others 0]
+    #[arg(long, value_name = "BACK,FORWARD", value_parser = Span::from_str)]
+    span: Option<Span>,
 
     /// First tokens that always stay
     #[arg(long, value_name = "N", default_value_t = Params::default().sinks)]
@@ -155,6 +155,10 @@ pub struct PolicyArgs {
     /// Last tokens that always stay; at least --window
     #[arg(long, value_name = "N", default_value_t = Params::default().recent)]
     recent: usize,
+
+    /// Keep this share of the cells instead of what the policy finds out [default: 0.5 where the policy has no rule]
+    #[arg(long, value_name = "SHARE", conflicts_with = "lost_mass")]
+    ratio: Option<f32>,
 
     /// Cells the cache may have after a vote, whatever is lost [default: no cap]
     #[arg(long, value_name = "N")]
@@ -189,7 +193,8 @@ impl PolicyArgs {
             p_nuc: self.p_nuc,
             samples: self.samples.unwrap_or(defaults.samples),
             window: self.window,
-            span: self.span,
+            span: self.span.unwrap_or(defaults.span),
+            ratio: self.ratio,
             sinks: self.sinks,
             recent: self.recent,
             max_cells: self.max_cells,

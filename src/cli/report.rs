@@ -249,6 +249,7 @@ fn why(report: &CompressReport, policy: &Params) -> String {
     match report.bound {
         Bound::LostMass => format!("lost-mass rule at {}", policy.lost_mass),
         Bound::Budget => format!("the votes' budget{lost}"),
+        Bound::Ratio => format!("a share of {:.0} %{lost}", 100.0 * report.share()),
         Bound::MaxCells => format!("cut by --max-cells{lost}"),
         Bound::MinCells => format!("raised by --min-cells{lost}"),
         Bound::Forced => format!("first and last tokens only{lost}"),

@@ -51,7 +51,7 @@ pub(super) struct Gvote {
     score_sum: Vec<f64>,
     /// `[n]` sum of `m` over the heads. Empty for `Evict::Composite`.
     mass_sum: Vec<f64>,
-    /// Scratch for one head: `[n]` `m`, `[n]` `s` (never written in the window: 0), a padded row.
+    /// Scratch for one head: `[n]` `m`, `[n]` `s` (0 in the window), a padded row.
     future: Vec<f32>,
     observed: Vec<f32>,
     padded: Vec<f32>,
@@ -60,17 +60,14 @@ pub(super) struct Gvote {
 impl Gvote {
     pub fn new(params: &Params, shape: Shape) -> Self {
         let n = shape.n;
-        let (per_head, per_token) = match params.evict {
-            Evict::Composite => (shape.heads() * n, 0),
-            Evict::Cells => (0, n),
-        };
+        let per_token = if params.evict == Evict::Cells { n } else { 0 };
         Self {
             params: params.clone(),
             shape,
             forced: Forced::new(params, n),
             seen: 0,
-            score: vec![0; per_head],
-            mass: vec![f16::ZERO; per_head],
+            score: Vec::new(),
+            mass: Vec::new(),
             score_sum: vec![0.0; n],
             mass_sum: vec![0.0; per_token],
             future: vec![0.0; n],
@@ -91,15 +88,23 @@ impl Gvote {
         pooled.extend_from_slice(&s[..older]);
         rank::normalise(pooled, &mut s[..older]);
 
-        // `forward` zeros before and `back` after make every window `x[j..j + width]`; scores are
-        // not negative, so that zeros win nowhere.
-        let forward = self.params.span.forward.min(n);
-        let back = self.params.span.back.min(n);
-        self.padded.clear();
-        self.padded.resize(forward, 0.0);
-        self.padded.extend(self.future.iter().zip(&self.observed).map(|(m, s)| m + s));
-        self.padded.resize(forward + n + back, 0.0);
-        rank::window_max(&mut self.padded, forward + back + 1);
+        self.observed.iter_mut().zip(&self.future).for_each(|(s, m)| *s += m);
+        rank::spread(&self.observed, self.params.span, &mut self.padded);
+        self.observed[older..].fill(0.0);
+        if !scores.replayed.is_empty() {
+            self.add_replay(scores);
+        }
+    }
+
+    /// Adds what the repeated context looked at to `score'` and, as a mean attention, to `m`.
+    fn add_replay(&mut self, scores: &HeadScores<'_>) {
+        let weight = self.params.replay;
+        let mut row = vec![0.0; self.shape.n];
+        let peaks: Vec<f32> = scores.fourth_powers.iter().map(|&p| rank::clean(p).sqrt().sqrt()).collect();
+        rank::normalise(&peaks, &mut row);
+        self.padded.iter_mut().zip(&row).for_each(|(score, peak)| *score += weight * peak);
+        rank::normalise(scores.replayed, &mut row);
+        self.future.iter_mut().zip(&row).for_each(|(m, mean)| *m = (*m + weight * mean) / (1.0 + weight));
     }
 
     /// Steps 5 to 7 with each head's own ranking.
@@ -131,7 +136,7 @@ impl Gvote {
     fn select_tokens(mut self) -> Selection {
         let (n, heads) = (self.shape.n, self.shape.heads() as f64);
         let mut keys = Vec::with_capacity(n);
-        push_keys(&mut keys, &self.forced, |j| (self.score_sum[j] / heads) as f32);
+        rank::push_keys(&mut keys, &self.forced, |j| (self.score_sum[j] / heads) as f32);
         keys.sort_unstable();
         self.score = keys.into_iter().map(rank::entry).collect();
 
@@ -142,8 +147,11 @@ impl Gvote {
 
     fn finish(self, curve: &[f64], keep: impl FnOnce(Vec<u32>, usize) -> super::Kept) -> Selection {
         let n = self.shape.n;
-        let wanted = rank::smallest_count(curve, self.params.lost_mass);
-        let (count, bound) = rank::bounded(wanted, Bound::LostMass, &self.forced, &self.params);
+        let (wanted, rule) = match self.params.ratio {
+            Some(_) => (self.params.fixed_cells(n), Bound::Ratio),
+            None => (rank::smallest_count(curve, self.params.lost_mass), Bound::LostMass),
+        };
+        let (count, bound) = rank::bounded(wanted, rule, &self.forced, &self.params);
         if bound == Bound::All {
             return Selection::all(n);
         }
@@ -158,7 +166,7 @@ impl Policy for Gvote {
     }
 
     fn needs(&self) -> Needs {
-        Needs { future: true, observed: true, each: false }
+        Needs { future: true, observed: true, ..Needs::default() }
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
@@ -174,10 +182,13 @@ impl Policy for Gvote {
         }
         match self.params.evict {
             Evict::Composite => {
-                let row = &mut self.score[head * n..][..n];
-                row.iter_mut().zip(&self.padded).for_each(|(to, score)| *to = score.to_bits());
+                // grown head by head, while the queries that were scored are freed layer by layer
+                self.score.reserve_exact(n);
+                self.score.extend(self.padded[..n].iter().map(|score| score.to_bits()));
                 self.future.iter_mut().for_each(|m| *m *= MASS_SCALE);
-                self.mass[head * n..][..n].convert_from_f32_slice(&self.future);
+                self.mass.reserve_exact(n);
+                self.mass.resize((head + 1) * n, f16::ZERO);
+                self.mass[head * n..].convert_from_f32_slice(&self.future);
             }
             Evict::Cells => {
                 for (sum, &m) in self.mass_sum.iter_mut().zip(&self.future) {
@@ -206,7 +217,7 @@ fn rank_heads(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced) 
     for (score, mass) in score.chunks_mut(n).zip(mass.chunks(n)) {
         mass.convert_to_f32_slice(&mut row);
         keys.clear();
-        push_keys(&mut keys, forced, |j| f32::from_bits(score[j]) + common[j]);
+        rank::push_keys(&mut keys, forced, |j| f32::from_bits(score[j]) + common[j]);
         keys.sort_unstable();
         for ((to, sum), &key) in score.iter_mut().zip(&mut at_rank).zip(&keys) {
             *to = rank::entry(key);
@@ -214,11 +225,4 @@ fn rank_heads(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced) 
         }
     }
     at_rank
-}
-
-/// Appends the key of every entry, forced ones first.
-fn push_keys(keys: &mut Vec<u64>, forced: &Forced, score: impl Fn(usize) -> f32) {
-    keys.extend((0..forced.head).map(rank::forced_key));
-    keys.extend((forced.tail..forced.n).map(rank::forced_key));
-    keys.extend((forced.head..forced.tail).map(|j| rank::key(score(j), j)));
 }

@@ -104,7 +104,7 @@ impl Policy for GvotePaper {
     }
 
     fn needs(&self) -> Needs {
-        Needs { future: false, observed: false, each: true }
+        Needs { each: true, ..Needs::default() }
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
@@ -154,8 +154,11 @@ impl Policy for GvotePaper {
             mean: (total as f64 / heads as f64) as f32,
             max: self.budget.iter().copied().max().unwrap_or(0),
         };
-        let wanted = total.div_ceil(heads as u64) as usize;
-        let (count, bound) = rank::bounded(wanted, Bound::Budget, &self.forced, &self.params);
+        let (wanted, rule) = match self.params.ratio {
+            Some(_) => (self.params.fixed_cells(n), Bound::Ratio),
+            None => (total.div_ceil(heads as u64) as usize, Bound::Budget),
+        };
+        let (count, bound) = rank::bounded(wanted, rule, &self.forced, &self.params);
         if bound == Bound::All {
             return Selection { ragged: Some(ragged), ..Selection::all(n) };
         }

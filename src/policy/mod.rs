@@ -21,11 +21,16 @@
 //! Source of the method: Tang, Liu, Xu, Huang, "Adaptive KV-Cache Compression without Manually
 //! Setting Budget", arXiv 2509.03136; what differs from it is said in `gvote.rs`.
 
+mod expected_attention;
+mod fixed;
 mod full;
 mod gvote;
 mod gvote_paper;
+mod keydiff;
 mod params;
 mod rank;
+mod snapkv;
+mod streaming_llm;
 #[cfg(test)]
 mod tests;
 
@@ -67,6 +72,11 @@ policies! {
     Full, "full", full::Full, "keeps every entry: the reference";
     Gvote, "gvote", gvote::Gvote, "real and synthetic queries, spans, and a bound on the lost attention mass";
     GvotePaper, "gvote-paper", gvote_paper::GvotePaper, "the paper's votes and budget (arXiv 2509.03136)";
+    StreamingLlm, "streaming-llm", streaming_llm::StreamingLlm, "first and last tokens, a fixed share (arXiv 2309.17453)";
+    SnapKv, "snapkv", snapkv::SnapKv, "what the last real queries looked at, a fixed share (arXiv 2404.14469)";
+    ExpectedAttention, "expected-attention", expected_attention::ExpectedAttention,
+        "Gaussian future queries and value norms, a fixed share (arXiv 2510.00636)";
+    KeyDiff, "keydiff", keydiff::KeyDiff, "keys unlike the others, a fixed share (arXiv 2504.15364)";
 }
 
 impl std::fmt::Display for Kind {
@@ -120,6 +130,32 @@ pub struct HeadScores<'a> {
     /// `[group][S + 1][n]` the softmax probabilities of every synthetic query by itself, those of
     /// the current query last.
     pub each: &'a [f32],
+    /// `[n]` the weight of each key under a Gaussian query with the mean and variance of the synthetic ones, normalised to
+    /// sum 1, mean over the group's query heads (arXiv 2510.00636).
+    pub expected: &'a [f32],
+    /// `[n]` length of each value vector.
+    pub value_norm: &'a [f32],
+    /// `[n]` cosine similarity of each key to the mean of all keys, each scaled to length 1; -1 to 1 (arXiv 2504.15364).
+    pub key_similarity: &'a [f32],
+    /// `[n]` sum over the observed queries and the group of p⁴: its fourth root is close to the largest p. With a replay,
+    /// the queries are those of the repeated context.
+    pub fourth_powers: &'a [f32],
+    /// `[n]` mean attention that the repeated context pays to each key; empty without a replay.
+    pub replayed: &'a [f32],
+}
+
+impl HeadScores<'_> {
+    /// Nothing was measured.
+    pub const NONE: Self = Self {
+        future: &[],
+        observed: &[],
+        each: &[],
+        expected: &[],
+        value_norm: &[],
+        key_similarity: &[],
+        fourth_powers: &[],
+        replayed: &[],
+    };
 }
 
 /// Which of the [`HeadScores`] a policy reads; the scorer may leave out the others.
@@ -131,12 +167,25 @@ pub struct Needs {
     pub observed: bool,
     /// [`HeadScores::each`].
     pub each: bool,
+    /// [`HeadScores::expected`].
+    pub expected: bool,
+    /// [`HeadScores::value_norm`].
+    pub value_norm: bool,
+    /// [`HeadScores::key_similarity`].
+    pub key_similarity: bool,
+    /// [`HeadScores::fourth_powers`].
+    pub fourth_powers: bool,
 }
 
 impl Needs {
     /// No scores at all: the probe pass and the scorer can be skipped.
     pub const fn nothing(&self) -> bool {
-        !(self.future || self.observed || self.each)
+        !(self.samples() || self.observed || self.value_norm || self.key_similarity)
+    }
+
+    /// Whether synthetic queries are needed: without them the probe pass can be skipped.
+    pub const fn samples(&self) -> bool {
+        self.future || self.each || self.expected
     }
 }
 
@@ -232,6 +281,8 @@ pub enum Bound {
     LostMass,
     /// The mean size of the heads' unions of votes (the paper's budget).
     Budget,
+    /// The share that was asked for (`--ratio`).
+    Ratio,
     /// `--max-cells` cut it.
     MaxCells,
     /// `--min-cells` raised it.

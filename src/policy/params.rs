@@ -20,6 +20,9 @@ const MAX_POOL: usize = 63;
 /// Past this the heads' common opinion drowns each head's own.
 const MAX_HEAD_MIX: f32 = 1000.0;
 
+/// What a policy with a fixed budget keeps when nothing is said.
+pub const DEFAULT_RATIO: f32 = 0.5;
+
 /// The settings of a policy. `samples`, `window` and `seed` are read by the capture and the scorer;
 /// they are here because they belong to the method.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,10 +45,15 @@ pub struct Params {
     /// Last entries that always stay. At least `window`: the observed scores of the window's own
     /// tokens are cut out, so they would be lost.
     pub recent: usize,
+    /// Share of the entries to keep, instead of the policy's own rule. The policies without such a rule take
+    /// [`DEFAULT_RATIO`], or `max_cells` where only that is given.
+    pub ratio: Option<f32>,
     /// Cap on the cells, never exceeded.
     pub max_cells: Option<usize>,
     /// Cells that stay at least (all of them, if the prompt is shorter).
     pub min_cells: usize,
+    /// `gvote`: weight of what a second reading of the context looks at, beside the queries; 0 = no second reading.
+    pub replay: f32,
     /// Seed of the synthetic queries.
     pub seed: u64,
     /// What one cell holds afterwards.
@@ -67,8 +75,10 @@ impl Default for Params {
             span: Span { back: 2, forward: 32 },
             sinks: 4,
             recent: 64,
+            ratio: None,
             max_cells: None,
             min_cells: 0,
+            replay: 0.0,
             seed: 0,
             evict: Evict::Composite,
             pool: 5,
@@ -78,10 +88,20 @@ impl Default for Params {
 }
 
 impl Params {
-    /// The defaults of one policy: those of `gvote`, but for the paper's 8 samples.
+    /// The defaults of one policy: those of `gvote`, but for the paper's 8 samples, and no spans where the policy's own
+    /// paper has none.
     pub fn new(policy: Kind) -> Self {
         let samples = if policy == Kind::GvotePaper { 8 } else { 32 };
-        Self { policy, samples, ..Self::default() }
+        let span = if policy == Kind::Gvote { Self::default().span } else { Span::NONE };
+        Self { policy, samples, span, ..Self::default() }
+    }
+
+    /// Cells of `n` that a fixed budget keeps.
+    pub(super) fn fixed_cells(&self, n: usize) -> usize {
+        match (self.ratio, self.max_cells) {
+            (None, Some(cap)) => cap.min(n),
+            (ratio, _) => (f64::from(ratio.unwrap_or(DEFAULT_RATIO)) * n as f64).round() as usize,
+        }
     }
 
     /// Whether a prompt of `n` entries stays as it is. A prompt above `max_cells` never does,
@@ -98,9 +118,10 @@ impl Params {
     /// The first setting that is out of bounds; the message names the flag to change.
     pub fn validate(&self) -> Result<(), PolicyError> {
         if self.policy == Kind::Full {
-            return match self.max_cells {
-                Some(cap) => Err(PolicyError::FullWithCap(cap)),
-                None => Ok(()),
+            return match (self.max_cells, self.ratio) {
+                (Some(cap), _) => Err(PolicyError::FullWithCap(cap)),
+                (None, Some(ratio)) => Err(PolicyError::FullWithRatio(ratio)),
+                (None, None) => Ok(()),
             };
         }
         // `contains` is false for NaN, as it should be.
@@ -109,6 +130,9 @@ impl Params {
         }
         if !(f32::MIN_POSITIVE..=1.0).contains(&self.p_nuc) {
             return Err(PolicyError::PNuc(self.p_nuc));
+        }
+        if self.ratio.is_some_and(|ratio| !(f32::MIN_POSITIVE..=1.0).contains(&ratio)) {
+            return Err(PolicyError::Ratio(self.ratio.unwrap_or_default()));
         }
         if !(1..=MAX_SAMPLES).contains(&self.samples) {
             return Err(PolicyError::Samples(self.samples));
@@ -119,7 +143,7 @@ impl Params {
         if self.span.back > MAX_SPAN || self.span.forward > MAX_SPAN {
             return Err(PolicyError::Span(self.span));
         }
-        if self.policy == Kind::Gvote && self.recent < self.window {
+        if matches!(self.policy, Kind::Gvote | Kind::SnapKv) && self.recent < self.window {
             return Err(PolicyError::Recent { recent: self.recent, window: self.window });
         }
         if self.recent == 0 {
@@ -137,6 +161,9 @@ impl Params {
         }
         if self.pool.is_multiple_of(2) || self.pool > MAX_POOL {
             return Err(PolicyError::Pool(self.pool));
+        }
+        if !(0.0..=MAX_HEAD_MIX).contains(&self.replay) {
+            return Err(PolicyError::Replay(self.replay));
         }
         if !(0.0..=MAX_HEAD_MIX).contains(&self.head_mix) {
             return Err(PolicyError::HeadMix(self.head_mix));
@@ -293,8 +320,14 @@ pub enum PolicyError {
     MinCells { min: usize, cap: usize },
     #[error("--max-cells is {0}, but the policy `full` keeps everything; choose another --policy")]
     FullWithCap(usize),
+    #[error("--ratio is {0}, but the policy `full` keeps everything; choose another --policy")]
+    FullWithRatio(f32),
+    #[error("--ratio is {0}, but must be above 0 and at most 1 (0.5 keeps half of the cells)")]
+    Ratio(f32),
     #[error("the pool is {0} positions wide, but must be an odd number of at most {MAX_POOL}")]
     Pool(usize),
+    #[error("the weight of the replay is {0}, but must be 0 to {MAX_HEAD_MIX}")]
+    Replay(f32),
     #[error("the head mix is {0}, but must be 0 to {MAX_HEAD_MIX}")]
     HeadMix(f32),
     #[error("--policy {0:?} is unknown; choose one of {names}", names = names(Kind::ALL, |k| k.name()))]

@@ -1,7 +1,7 @@
 //! The arithmetic that policies share: cleaning, normalising, pooling, spans, ranking, the curve of
 //! the lost mass, and the bounds on `C`.
 
-use super::{Bound, Kept, Params};
+use super::{Bound, Kept, Params, Span};
 
 /// What always stays: the first `sinks` and the last `recent` of `n` entries.
 #[derive(Debug, Clone, Copy)]
@@ -83,6 +83,25 @@ pub(super) fn window_max(x: &mut [f32], width: usize) {
         }
         have += step;
     }
+}
+
+/// Spans: the first `score.len()` values of `padded` become `max(score[j - forward ..= j + back])`, so that a hit at `i`
+/// lifts `i - back ..= i + forward`. Scores are not negative.
+pub(super) fn spread(score: &[f32], span: Span, padded: &mut Vec<f32>) {
+    // `forward` zeros before and `back` after make every window `x[j..j + width]`; zeros win nowhere.
+    let (forward, back) = (span.forward.min(score.len()), span.back.min(score.len()));
+    padded.clear();
+    padded.resize(forward, 0.0);
+    padded.extend_from_slice(score);
+    padded.resize(forward + score.len() + back, 0.0);
+    window_max(padded, forward + back + 1);
+}
+
+/// Appends the key of every entry, forced ones first.
+pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, score: impl Fn(usize) -> f32) {
+    keys.extend((0..forced.head).map(forced_key));
+    keys.extend((forced.tail..forced.n).map(forced_key));
+    keys.extend((forced.head..forced.tail).map(|j| key(score(j), j)));
 }
 
 /// One number that sorts a head: ascending keys are descending scores, and among equal scores the

@@ -1,8 +1,10 @@
 //! Requests to choose from, and what the tests share. The promises themselves:
+//! - `baselines`: the fixed-budget policies against float64;
 //! - `properties`: what holds for any request, and agreement with the float64 `reference`;
 //! - `examples`: small requests whose answer one can work out by hand;
 //! - `settings`: what may be set, and what is said when it may not.
 
+mod baselines;
 mod examples;
 mod properties;
 mod reference;
@@ -11,11 +13,14 @@ mod settings;
 use super::*;
 
 /// The scores of one KV head, owned.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 struct Head {
     future: Vec<f32>,
     observed: Vec<f32>,
     each: Vec<f32>,
+    expected: Vec<f32>,
+    value_norm: Vec<f32>,
+    key_similarity: Vec<f32>,
 }
 
 #[derive(Debug, Clone)]
@@ -47,6 +52,9 @@ impl Request {
             future: softmax(shape.n, state),
             observed: softmax(shape.n, state),
             each: (0..queries).flat_map(|_| softmax(shape.n, state)).collect(),
+            expected: softmax(shape.n, state),
+            value_norm: (0..shape.n).map(|_| random(state) as f32).collect(),
+            key_similarity: (0..shape.n).map(|_| (2.0 * random(state) - 1.0) as f32).collect(),
         });
         Self { heads: heads.collect() }
     }
@@ -62,6 +70,10 @@ fn select(params: &Params, shape: Shape, request: &Request) -> Selection {
             future: asked(needs.future, &head.future),
             observed: asked(needs.observed, &head.observed),
             each: asked(needs.each, &head.each),
+            expected: asked(needs.expected, &head.expected),
+            value_norm: asked(needs.value_norm, &head.value_norm),
+            key_similarity: asked(needs.key_similarity, &head.key_similarity),
+            ..HeadScores::NONE
         };
         policy.observe(index, &scores);
     }

@@ -1,6 +1,8 @@
 //! Promises that need a look inside llama.cpp's graph: compared with naive float64 on the real model.
 
 mod after;
+mod baselines;
+mod device;
 mod fixture;
 mod identity;
 mod paper;

@@ -35,7 +35,7 @@ fn run(ctx: &Context, layout: &Layout, scale: LogitScale, account_error: bool) -
         .score(
             layout,
             &cache::cells(ctx, 0),
-            Needs { future: true, observed: true, each: true },
+            Needs { future: true, observed: true, each: true, ..Needs::default() },
             account_error,
             |il| {
                 Ok::<_, ScoreError>(LayerQueries {

@@ -8,7 +8,7 @@ fn hits(n: usize, hits: &[usize]) -> Request {
     for (rank, &hit) in hits.iter().enumerate() {
         future[hit] = 0.5_f32.powi(rank as i32 + 1);
     }
-    Request { heads: vec![Head { observed: future.clone(), each: future.clone(), future }] }
+    Request { heads: vec![Head { observed: future.clone(), each: future.clone(), future, ..Head::default() }] }
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn a_request_without_heads_is_refused() {
 #[should_panic(expected = "head 1 is out of order")]
 fn a_skipped_head_is_a_bug() {
     let mut policy = build(&Params::default(), shape(1000)).unwrap();
-    policy.observe(1, &HeadScores { future: &[0.0; 1000], observed: &[0.0; 1000], each: &[] });
+    policy.observe(1, &HeadScores { future: &[0.0; 1000], observed: &[0.0; 1000], ..HeadScores::NONE });
 }
 
 #[test]

@@ -64,6 +64,7 @@ proptest! {
             Bound::Forced => prop_assert_eq!(cells, params.sinks + params.recent),
             Bound::All => prop_assert_eq!(cells, shape.n),
             Bound::Budget => prop_assert_eq!(params.policy, Kind::GvotePaper),
+            Bound::Ratio => prop_assert!(false, "no ratio was asked for"),
         }
     }
 
@@ -147,7 +148,7 @@ proptest! {
             Bound::All => prop_assert!(
                 params.min_cells >= shape.n || ranked.lost(shape.n - 1) > eps - tolerance
             ),
-            Bound::Budget => prop_assert!(false, "gvote has no budget"),
+            Bound::Budget | Bound::Ratio => prop_assert!(false, "gvote has no budget"),
         }
     }
 

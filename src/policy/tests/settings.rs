@@ -11,6 +11,7 @@ fn a_rejected_setting_names_its_flag() {
     let capped = Params { max_cells: Some(68), ..good() };
     let crossed = Params { max_cells: Some(200), min_cells: 201, ..good() };
     let full = Params { max_cells: Some(200), ..Params::new(Kind::Full) };
+    let full_share = Params { ratio: Some(0.5), ..Params::new(Kind::Full) };
     let unseen = Params { recent: 0, ..Params::new(Kind::GvotePaper) };
     for (params, flag) in [
         (Params { lost_mass: 0.0, ..good() }, "--lost-mass"),
@@ -30,6 +31,9 @@ fn a_rejected_setting_names_its_flag() {
         (capped, "--max-cells"),
         (crossed, "--min-cells"),
         (full, "--max-cells"),
+        (full_share, "--ratio"),
+        (Params { ratio: Some(0.0), ..good() }, "--ratio"),
+        (Params { ratio: Some(1.5), ..good() }, "--ratio"),
     ] {
         let error = params.validate().expect_err(flag).to_string();
         assert!(error.starts_with(flag) || error.starts_with(&format!("the {flag}")), "{error}");

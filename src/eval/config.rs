@@ -1,0 +1,136 @@
+//! One way to compress, as `NAME:KEY=VALUE,...`.
+
+use std::str::FromStr;
+
+use crate::policy::{Kind, Params, PolicyError, Preset};
+
+/// A named setting of a policy.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub name: String,
+    pub params: Params,
+    /// Account for the rounding of a quantized K cache in the vote.
+    pub account_error: bool,
+}
+
+/// What is wrong with a configuration's text.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("{0:?}: KEY=VALUE expected, as in half:policy=snapkv,ratio=0.5")]
+    Pair(String),
+    #[error("{0:?} is no setting; choose one of {KEYS}")]
+    Key(String),
+    #[error("{0}={1}: {2}")]
+    Value(String, String, String),
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+}
+
+const KEYS: &str = "policy, preset, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
+                    (back-forward), pool, head-mix, replay, evict, seed, key-error";
+
+impl Config {
+    /// Settings by name: a policy, or a preset of the default policy.
+    pub fn named(name: &str) -> Result<Self, PolicyError> {
+        let params = match Preset::from_str(name) {
+            Ok(preset) => Params { lost_mass: preset.lost_mass(), ..Params::default() },
+            Err(_) => Params::new(Kind::from_str(name)?),
+        };
+        Ok(Self { name: name.into(), params, account_error: false })
+    }
+
+    /// The full cache: what everything is compared with.
+    pub fn full() -> Self {
+        Self { name: Kind::Full.name().into(), params: Params::new(Kind::Full), account_error: false }
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.params.policy == Kind::Full
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Result<(), ConfigError> {
+        fn parse<T: FromStr<Err: std::fmt::Display>>(key: &str, value: &str) -> Result<T, ConfigError> {
+            value.parse().map_err(|e: T::Err| ConfigError::Value(key.into(), value.into(), e.to_string()))
+        }
+        let p = &mut self.params;
+        match key {
+            "policy" => {}
+            "preset" => p.lost_mass = Preset::from_str(value)?.lost_mass(),
+            "lost-mass" => p.lost_mass = parse(key, value)?,
+            "ratio" => p.ratio = Some(parse(key, value)?),
+            "max-cells" => p.max_cells = Some(parse(key, value)?),
+            "min-cells" => p.min_cells = parse(key, value)?,
+            "p-nuc" => p.p_nuc = parse(key, value)?,
+            "samples" => p.samples = parse(key, value)?,
+            "window" => p.window = parse(key, value)?,
+            "recent" => p.recent = parse(key, value)?,
+            "sinks" => p.sinks = parse(key, value)?,
+            "span" => p.span = value.replace('-', ",").parse()?,
+            "pool" => p.pool = parse(key, value)?,
+            "head-mix" => p.head_mix = parse(key, value)?,
+            "replay" => p.replay = parse(key, value)?,
+            "evict" => p.evict = value.parse()?,
+            "seed" => p.seed = parse(key, value)?,
+            "key-error" => self.account_error = parse(key, value)?,
+            _ => return Err(ConfigError::Key(key.into())),
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Config {
+    type Err = ConfigError;
+
+    /// `NAME` of a policy or preset, or `NAME:KEY=VALUE,...`.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let Some((name, rest)) = text.split_once(':') else {
+            return Ok(Self::named(text)?);
+        };
+        let pair = |part: &'_ str| part.split_once('=').map(|(k, v)| (k.trim().to_owned(), v.trim().to_owned()));
+        let parts = rest.split(',').filter(|part| !part.trim().is_empty());
+        let pairs: Vec<(String, String)> =
+            parts.map(|part| pair(part).ok_or_else(|| ConfigError::Pair(part.into()))).collect::<Result<_, _>>()?;
+        // first, because the other settings' defaults are the policy's
+        let kind = match pairs.iter().find(|(key, _)| key == "policy") {
+            Some((_, value)) => Kind::from_str(value)?,
+            None => Kind::Gvote,
+        };
+        let mut config = Self { name: name.into(), params: Params::new(kind), account_error: false };
+        for (key, value) in &pairs {
+            config.set(key, value)?;
+        }
+        config.params.validate()?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Span;
+
+    #[test]
+    fn a_configuration_starts_from_its_policy() {
+        let config: Config = "half:ratio=0.5,policy=snapkv,span=2-32".parse().unwrap();
+        assert_eq!(config.name, "half");
+        let expected = Params { ratio: Some(0.5), span: Span { back: 2, forward: 32 }, ..Params::new(Kind::SnapKv) };
+        assert_eq!(config.params, expected);
+        assert_eq!("gvote-paper".parse::<Config>().unwrap().params, Params::new(Kind::GvotePaper));
+        assert_eq!("safe".parse::<Config>().unwrap().params.lost_mass, Preset::Safe.lost_mass());
+        assert!("full".parse::<Config>().unwrap().is_full());
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        for (text, part) in [
+            ("x:ratio", "KEY=VALUE"),
+            ("x:colour=red", "colour"),
+            ("x:ratio=half", "ratio=half"),
+            ("x:ratio=2", "--ratio"),
+            ("nobody", "nobody"),
+        ] {
+            let error = text.parse::<Config>().unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! One measurement, one line of a JSONL file.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::policy::Kind;
+
+/// One line of a run file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Record {
+    /// A teacher-forced continuation after a compressed prompt.
+    Fidelity(Fidelity),
+    /// One answer to one task.
+    Task(TaskScore),
+    /// An automatic budget against the fewest cells that would have done.
+    Adaptivity(Adaptivity),
+}
+
+/// What every record has: the request, and how its cache was compressed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// File name of the model.
+    pub model: String,
+    /// Type of the K and V cache.
+    pub cache_type: String,
+    /// Name of the configuration: what a reader compares.
+    pub config: String,
+    pub policy: Kind,
+    /// Seed of the synthetic queries.
+    pub seed: u64,
+    /// Name of the request, unique within its family.
+    pub item: String,
+    /// Tokens that were in the cache when it was compressed.
+    pub tokens: usize,
+    /// Cells kept of them.
+    pub cells: usize,
+    /// The context was compressed before the question was known.
+    pub blind: bool,
+}
+
+impl Run {
+    /// Share of the cells kept, 0 to 1.
+    pub fn share(&self) -> f64 {
+        self.cells as f64 / self.tokens.max(1) as f64
+    }
+}
+
+/// Distance of the next-token distributions to those of the full cache.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fidelity {
+    #[serde(flatten)]
+    pub run: Run,
+    /// Steps of the continuation.
+    pub steps: usize,
+    /// KL(full || compressed) in nats over the steps.
+    pub kl_mean: f64,
+    pub kl_median: f64,
+    pub kl_p90: f64,
+    /// Mean over the steps of ln p_full(next) - ln p_compressed(next): the logarithm of the perplexity ratio.
+    pub log_perplexity_ratio: f64,
+    /// Share of the steps with the same most likely token.
+    pub same_top: f64,
+}
+
+/// Score of one answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TaskScore {
+    #[serde(flatten)]
+    pub run: Run,
+    /// Such as `ruler/4096`, `gsm8k`, `longbench`, `needle`.
+    pub suite: String,
+    /// Such as `niah_single_1`.
+    pub task: String,
+    /// 0 to 1.
+    pub score: f64,
+    pub answer: String,
+    /// Where the needle lies in the context, 0 (start) to 1 (end), where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depth: Option<f64>,
+}
+
+/// What an automatic or fixed choice of C spent, beside the fewest cells that reach the target.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Adaptivity {
+    #[serde(flatten)]
+    pub run: Run,
+    /// Kind of request: narrative, code, few-shot, needle, summary.
+    pub family: String,
+    /// Mean KL that was to be reached.
+    pub target: f64,
+    /// Mean KL at the chosen cells.
+    pub kl_mean: f64,
+    pub log_perplexity_ratio: f64,
+    /// C*: the fewest cells, with the same ranking, whose mean KL is at most the target.
+    pub oracle_cells: usize,
+}
+
+impl Adaptivity {
+    /// C / C*.
+    pub fn overspend(&self) -> f64 {
+        self.run.cells as f64 / self.oracle_cells.max(1) as f64
+    }
+
+    /// Whether the chosen cells failed the target.
+    pub fn missed(&self) -> bool {
+        self.kl_mean > self.target
+    }
+}
+
+impl Record {
+    pub fn run(&self) -> &Run {
+        match self {
+            Self::Fidelity(r) => &r.run,
+            Self::Task(r) => &r.run,
+            Self::Adaptivity(r) => &r.run,
+        }
+    }
+}
+
+/// What is wrong with a file of records.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    #[error("{0}: {1}")]
+    Io(PathBuf, io::Error),
+    #[error("{path}:{line}: {error}")]
+    Line { path: PathBuf, line: usize, error: serde_json::Error },
+}
+
+/// The records of a JSONL file, in order; empty lines are skipped.
+///
+/// # Errors
+/// [`RecordError`] with the path, and the line of the first record that cannot be read. A last line without a line end is
+/// what a killed run leaves behind: it is left out.
+pub fn read(path: &Path) -> Result<Vec<Record>, RecordError> {
+    let at = |error| RecordError::Io(path.to_owned(), error);
+    let mut reader = BufReader::new(File::open(path).map_err(at)?);
+    let mut records = Vec::new();
+    let mut text = String::new();
+    for line in 1.. {
+        text.clear();
+        if reader.read_line(&mut text).map_err(at)? == 0 || !text.ends_with('\n') {
+            break;
+        }
+        if text.trim().is_empty() {
+            continue;
+        }
+        let record =
+            serde_json::from_str(&text).map_err(|error| RecordError::Line { path: path.to_owned(), line, error })?;
+        records.push(record);
+    }
+    Ok(records)
+}
+
+/// A file of records that grows, and what it held when it was opened: so a killed run can go on.
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    pub records: Vec<Record>,
+}
+
+impl Journal {
+    /// Opens or creates a file; a half-written last line is cut off.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn open(path: &Path) -> Result<Self, RecordError> {
+        let at = |error| RecordError::Io(path.to_owned(), error);
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(at)?;
+        let whole = std::fs::read(path).map_err(at)?;
+        let complete = whole.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
+        if complete < whole.len() {
+            file.set_len(complete as u64).map_err(at)?;
+        }
+        Ok(Self { path: path.to_owned(), file, records: read(path)? })
+    }
+
+    /// Appends a record, on the disk before this returns.
+    ///
+    /// # Errors
+    /// [`RecordError::Io`].
+    pub fn add(&mut self, record: Record) -> Result<(), RecordError> {
+        let mut line = serde_json::to_vec(&record).expect("records have string keys only");
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(|error| RecordError::Io(self.path.clone(), error))?;
+        self.records.push(record);
+        Ok(())
+    }
+}

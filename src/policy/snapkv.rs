@@ -1,0 +1,49 @@
+//! `snapkv`: what the last real queries looked at (Li et al., "SnapKV: LLM Knows What You are Looking for Before
+//! Generation", arXiv 2404.14469).
+//!
+//! For each KV head: the attention that the last `window` queries pay to each older entry, mean over the queries and the
+//! group's query heads, average-pooled over `pool` positions. The best `C` stay, the window itself always.
+
+use super::fixed::FixedBudget;
+use super::{HeadScores, Kind, Needs, Params, Policy, Selection, Shape, rank};
+
+pub(super) struct SnapKv {
+    budget: FixedBudget,
+    older: usize,
+    pool: usize,
+    /// `[n]` pooled attention of one head; never written in the window: 0.
+    pooled: Vec<f32>,
+    padded: Vec<f32>,
+}
+
+impl SnapKv {
+    pub fn new(params: &Params, shape: Shape) -> Self {
+        Self {
+            budget: FixedBudget::new(params, shape),
+            older: shape.n.saturating_sub(params.window),
+            pool: params.pool,
+            pooled: vec![0.0; shape.n],
+            padded: Vec::new(),
+        }
+    }
+}
+
+impl Policy for SnapKv {
+    fn name(&self) -> &'static str {
+        Kind::SnapKv.name()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs { observed: true, ..Needs::default() }
+    }
+
+    fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
+        let older = self.older;
+        rank::average_pool(&scores.observed[..older], self.pool, &mut self.padded, &mut self.pooled[..older]);
+        self.budget.add(head, &self.pooled);
+    }
+
+    fn select(self: Box<Self>) -> Selection {
+        self.budget.select()
+    }
+}

@@ -1,0 +1,104 @@
+//! What the steps of a session did.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::policy::{Bound, Kind, Ragged};
+
+/// What a prefill did.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct PrefillReport {
+    pub tokens: usize,
+    #[serde(serialize_with = "seconds")]
+    pub time: Duration,
+}
+
+/// What a compression did, or why it left the cache alone.
+#[derive(Clone, Debug, Serialize)]
+pub struct CompressReport {
+    pub policy: Kind,
+    /// Cells of the sequence before and after.
+    pub cells_before: usize,
+    pub cells_after: usize,
+    /// Bytes of K and V in those cells.
+    pub kv_bytes_before: usize,
+    pub kv_bytes_after: usize,
+    /// Attention mass given up, as the policy estimates it; 0 to 1.
+    pub lost_mass: Option<f32>,
+    /// The rule that set the number of cells.
+    pub bound: Bound,
+    pub ragged: Option<Ragged>,
+    /// Bytes of ggml's compute buffers that scoring held; they are given back.
+    pub compute_bytes: usize,
+    #[serde(serialize_with = "seconds")]
+    pub replay_time: Duration,
+    #[serde(serialize_with = "seconds")]
+    pub probe_time: Duration,
+    #[serde(serialize_with = "seconds")]
+    pub score_time: Duration,
+    #[serde(serialize_with = "seconds")]
+    pub select_time: Duration,
+    #[serde(serialize_with = "seconds")]
+    pub compact_time: Duration,
+}
+
+impl CompressReport {
+    /// Time of the whole compression.
+    pub fn time(&self) -> Duration {
+        self.replay_time + self.probe_time + self.score_time + self.select_time + self.compact_time
+    }
+
+    /// Share of the cells kept, 0 to 1.
+    pub fn share(&self) -> f64 {
+        self.cells_after as f64 / self.cells_before.max(1) as f64
+    }
+}
+
+fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_f64(time.as_secs_f64())
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stop {
+    /// The model ended its turn.
+    EndOfGeneration,
+    /// As many tokens as asked for.
+    Limit,
+    /// No free cell is left.
+    ContextFull,
+    /// The caller, or the cancel flag, said so.
+    Cancelled,
+}
+
+/// What a generation did.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct GenerateReport {
+    pub tokens: usize,
+    #[serde(serialize_with = "seconds")]
+    pub time: Duration,
+    pub stop: Stop,
+}
+
+impl CompressReport {
+    pub(super) fn untouched(policy: Kind, n: usize, bytes_per_cell: usize) -> Self {
+        Self {
+            policy,
+            cells_before: n,
+            cells_after: n,
+            kv_bytes_before: n * bytes_per_cell,
+            kv_bytes_after: n * bytes_per_cell,
+            lost_mass: Some(0.0),
+            bound: Bound::All,
+            ragged: None,
+            compute_bytes: 0,
+            replay_time: Duration::ZERO,
+            probe_time: Duration::ZERO,
+            score_time: Duration::ZERO,
+            select_time: Duration::ZERO,
+            compact_time: Duration::ZERO,
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! What the scorer measures for the baselines equals naive float64 over dequantized keys and values.
+
+use half::f16;
+use rand::{RngExt, SeedableRng};
+
+use super::fixture::*;
+use crate::cache::{self, Layout};
+use crate::capture::{LogitScale, Queries};
+use crate::llama::Pos;
+use crate::policy::{HeadScores, Needs};
+use crate::score::{LayerQueries, ScoreError, Scorer};
+
+const N: usize = 150;
+/// Synthetic queries: more than one chunk. The current one comes on top.
+const SAMPLES: usize = 20;
+const SCALE: LogitScale = LogitScale { pre: 1.0, post: 0.125, softcap: false };
+
+fn queries(layout: &Layout, layer: usize) -> Queries {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(layer as u64);
+    let l = &layout.layers[layer];
+    let n_q = (l.n_head * l.n_embd_head_k) as usize;
+    Queries {
+        data: (0..(SAMPLES + 1) * n_q).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect(),
+        pos: vec![N as Pos; SAMPLES + 1],
+    }
+}
+
+struct Measured {
+    expected: Vec<f32>,
+    value_norm: Vec<f32>,
+    key_similarity: Vec<f32>,
+}
+
+fn measure(ctx: &crate::llama::Context, layout: &Layout) -> Vec<Measured> {
+    let mut out = Vec::new();
+    Scorer::new(2)
+        .score(
+            layout,
+            &cache::cells(ctx, 0),
+            Needs { expected: true, value_norm: true, key_similarity: true, ..Needs::default() },
+            false,
+            |il| {
+                let observed = Queries::default();
+                Ok::<_, ScoreError>(LayerQueries { observed, future: queries(layout, il), scale: SCALE })
+            },
+            |_, s: &HeadScores| {
+                out.push(Measured {
+                    expected: s.expected.to_vec(),
+                    value_norm: s.value_norm.to_vec(),
+                    key_similarity: s.key_similarity.to_vec(),
+                });
+            },
+        )
+        .unwrap();
+    out
+}
+
+fn assert_close(got: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let largest = expected.iter().map(|e| e.abs()).fold(0.0, f64::max);
+    for (j, (g, e)) in got.iter().zip(expected).enumerate() {
+        assert!((f64::from(*g) - e).abs() <= tolerance * largest, "{what}, entry {j}: {g} instead of {e}");
+    }
+}
+
+#[test]
+fn baseline_measures_equal_float64() {
+    let model = model();
+    let tokens = tokens(&model, N);
+    for (setup, tolerance) in [(F16, 2e-3), (F16_FLASH, 2e-3), (Q8_0, 3e-2)] {
+        let mut ctx = context(&model, setup, 512, 64);
+        // another sequence in between: its cells must count for nothing
+        decode(&mut ctx, &tokens[..50], 0, 0);
+        decode(&mut ctx, &tokens[50..70], 0, 1);
+        decode(&mut ctx, &tokens[50..], 50, 0);
+        let layout = Layout::of(&ctx, 0).unwrap();
+        let measured = measure(&ctx, &layout);
+        let cells = cells(&ctx);
+        for (layer, kv) in [(0, 0), (13, 2), (29, 1)] {
+            let l = &layout.layers[layer];
+            let (d, n_head) = (l.n_embd_head_k as usize, l.n_head as usize);
+            let group = n_head / l.n_head_kv as usize;
+            let got = &measured[layer * l.n_head_kv as usize + kv];
+            let keys: Vec<Vec<f64>> = cells
+                .iter()
+                .map(|c| row(&layout, layer, false, kv, c).iter().map(|x| f64::from(*x)).collect())
+                .collect();
+            let name = |what: &str| format!("{setup:?}, layer {layer}, head {kv}: {what}");
+
+            let norms: Vec<f64> = cells
+                .iter()
+                .map(|c| row(&layout, layer, true, kv, c).iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt())
+                .collect();
+            assert_close(&got.value_norm, &norms, tolerance, &name("value norm"));
+
+            let length = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let mut anchor = vec![0.0; d];
+            for key in &keys {
+                anchor.iter_mut().zip(key).for_each(|(a, k)| *a += k / length(key));
+            }
+            let cosine = |key: &Vec<f64>| {
+                key.iter().zip(&anchor).map(|(k, a)| k * a).sum::<f64>() / length(key) / length(&anchor)
+            };
+            assert_close(
+                &got.key_similarity,
+                &keys.iter().map(cosine).collect::<Vec<_>>(),
+                tolerance,
+                &name("key similarity"),
+            );
+
+            let q = queries(&layout, layer);
+            let mut expected = vec![0.0; cells.len()];
+            for head in kv * group..(kv + 1) * group {
+                let logits = |key: &Vec<f64>| -> Vec<f64> {
+                    (0..SAMPLES)
+                        .map(|s| {
+                            let q = &q.data[(s * n_head + head) * d..][..d];
+                            f64::from(SCALE.post) * q.iter().zip(key).map(|(q, k)| q.to_f64() * k).sum::<f64>()
+                        })
+                        .collect()
+                };
+                let exponents: Vec<f64> = keys
+                    .iter()
+                    .map(|key| {
+                        let l = logits(key);
+                        let mean = l.iter().sum::<f64>() / SAMPLES as f64;
+                        mean + l.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / SAMPLES as f64 / 2.0
+                    })
+                    .collect();
+                for (sum, p) in expected.iter_mut().zip(softmax(&exponents)) {
+                    *sum += p / group as f64;
+                }
+            }
+            assert_close(&got.expected, &expected, tolerance, &name("expected weight"));
+        }
+    }
+}
