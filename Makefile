@@ -5,10 +5,10 @@ DOC      ?= /usr/share/common-licenses/GFDL-1.3
 QUESTION ?= Answer in one sentence: what is the purpose of this License?
 PREFIX   ?= /usr/local
 
-.PHONY: help run test bench doc install setup fmt lint clean
+.PHONY: help run test bench bench-peers doc install setup fmt lint clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: setup ## install what is needed, build, and ask a question about a long document
 	cargo build --release
@@ -20,6 +20,11 @@ test: setup ## run the whole test suite
 bench: setup ## measure cost and quality (long)
 	cargo bench --bench cost
 	cargo bench --bench quality -- text
+
+bench-peers: setup ## compare with llama.cpp's own llama-bench
+	cargo build --release
+	scripts/build-peers
+	scripts/bench-peers -m "$(MODEL)"
 
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps

@@ -45,10 +45,10 @@ const CTX_SIZE_MAX: i64 = i32::MAX as i64;
 #[derive(Args)]
 #[command(next_help_heading = "Context and KV cache")]
 pub struct ContextArgs {
-    /// Cells of the KV cache. 0: `run` takes what the prompt and -n need, `chat` what the model was trained for
+    /// Cells of the KV cache. 0: `run` and `bench` take what they need, `chat` what the model was trained for
     #[arg(short, long, value_name = "N", default_value_t = 0,
           value_parser = clap::value_parser!(u32).range(..=CTX_SIZE_MAX))]
-    ctx_size: u32,
+    pub ctx_size: u32,
 
     /// Most tokens handed to llama.cpp at once
     #[arg(short, long, value_name = "N", default_value_t = ContextParams::default().n_batch,
@@ -84,7 +84,7 @@ pub struct ContextArgs {
 
 impl ContextArgs {
     /// `n_ctx`: cells, where the flag leaves that open.
-    fn params(&self, n_ctx: u32) -> ContextParams {
+    pub fn params(&self, n_ctx: u32) -> ContextParams {
         // As in llama.cpp, 0 and below mean all cores.
         let given = |n: Option<i32>| n.filter(|&n| n > 0);
         let default = ContextParams::default();
@@ -123,6 +123,14 @@ pub struct PolicyArgs {
           hide_possible_values = true, hide_default_value = true, value_parser = named(Kind::ALL, Kind::name))]
     policy: Kind,
 
+    #[command(flatten)]
+    vote: VoteArgs,
+}
+
+/// How a vote goes, whoever votes.
+#[derive(Args)]
+#[command(next_help_heading = "Cache policy")]
+pub struct VoteArgs {
     /// Share of the attention that may be given up: safe 0.01, balanced 0.03, aggressive 0.1
     #[arg(long, value_name = "NAME", conflicts_with = "lost_mass", default_value = Preset::Balanced.name(),
           value_parser = named(Preset::ALL, Preset::name))]
@@ -183,11 +191,11 @@ pub struct PolicyArgs {
     key_error: bool,
 }
 
-impl PolicyArgs {
+impl VoteArgs {
     /// # Errors
     /// [`Exit::Usage`] for settings that cannot work.
-    pub fn params(&self) -> Result<Params> {
-        let defaults = Params::new(self.policy);
+    pub fn params(&self, policy: Kind) -> Result<Params> {
+        let defaults = Params::new(policy);
         let params = Params {
             lost_mass: self.lost_mass.unwrap_or(self.preset.lost_mass()),
             p_nuc: self.p_nuc,
@@ -209,9 +217,27 @@ impl PolicyArgs {
 
     /// # Errors
     /// [`Exit::Usage`] for settings that cannot work.
-    pub fn session(&self, context: &ContextArgs, n_ctx: usize) -> Result<SessionParams> {
+    pub fn session(&self, policy: Kind, context: &ContextArgs, n_ctx: usize) -> Result<SessionParams> {
         let n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
-        Ok(SessionParams { context: context.params(n_ctx), policy: self.params()?, account_error: self.key_error })
+        Ok(SessionParams {
+            context: context.params(n_ctx),
+            policy: self.params(policy)?,
+            account_error: self.key_error,
+        })
+    }
+}
+
+impl PolicyArgs {
+    /// # Errors
+    /// [`Exit::Usage`] for settings that cannot work.
+    pub fn params(&self) -> Result<Params> {
+        self.vote.params(self.policy)
+    }
+
+    /// # Errors
+    /// [`Exit::Usage`] for settings that cannot work.
+    pub fn session(&self, context: &ContextArgs, n_ctx: usize) -> Result<SessionParams> {
+        self.vote.session(self.policy, context, n_ctx)
     }
 }
 
@@ -222,7 +248,7 @@ fn kinds_in_words() -> String {
 }
 
 /// A parser for one of `all`, by name.
-fn named<T>(all: &'static [T], name: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
+pub fn named<T>(all: &'static [T], name: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
 where
     T: Copy + FromStr<Err: std::error::Error + Send + Sync + 'static> + Send + Sync + 'static,
 {

@@ -1,9 +1,11 @@
 //! The command line: one file a sub-command, and what they share.
 
 mod args;
+mod bench;
 mod chat;
 mod chat_file;
 mod conversation;
+mod eval;
 mod input;
 mod interrupt;
 mod prompt;
@@ -37,6 +39,8 @@ struct Cli {
 enum Command {
     Run(run::RunArgs),
     Chat(chat::ChatArgs),
+    Eval(eval::EvalArgs),
+    Bench(bench::BenchArgs),
 }
 
 /// Errors with an exit status of their own.
@@ -67,6 +71,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Bench(args) => bench::run(&args),
     }
 }
 
@@ -97,7 +103,8 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 /// clap explains itself over several lines; here they become one.
 fn usage_error(error: &clap::Error) -> anyhow::Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Exit::Usage("name a command: gvote run, gvote chat; see gvote --help".into()).into();
+        return Exit::Usage("name a command: gvote run, gvote chat, gvote bench, gvote eval; see gvote --help".into())
+            .into();
     }
     let text = error.render().to_string();
     let mut line = String::new();

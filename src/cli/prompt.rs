@@ -79,7 +79,7 @@ impl PromptArgs {
 }
 
 /// The text of a file, without the newline that editors put at its end.
-fn read_file(path: &Path) -> Result<String> {
+pub fn read_file(path: &Path) -> Result<String> {
     let (name, bytes) = if path == Path::new("-") {
         let mut bytes = Vec::new();
         let read = io::stdin().lock().read_to_end(&mut bytes);

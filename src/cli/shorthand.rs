@@ -20,7 +20,7 @@ const SHORTHANDS: [(&str, &str); 8] = [
 /// Names the shorthands in the help of the flags they stand for.
 pub fn describe(command: Command) -> Command {
     command.mut_subcommands(|sub| {
-        sub.mut_args(|arg| {
+        describe(sub).mut_args(|arg| {
             let Some((short, _)) = SHORTHANDS.iter().find(|(_, long)| arg.get_long() == Some(long)) else {
                 return arg;
             };
@@ -59,8 +59,8 @@ fn expand_one(arg: &OsStr) -> Option<OsString> {
 
 /// `-x` and `--xyz` of every flag that takes a value, in any sub-command.
 fn spellings_with_value(command: &Command) -> HashSet<String> {
-    let args = command.get_subcommands().flat_map(Command::get_arguments);
-    args.filter(|arg| arg.get_action().takes_values()).flat_map(spellings).collect()
+    let own = command.get_arguments().filter(|arg| arg.get_action().takes_values()).flat_map(spellings);
+    own.chain(command.get_subcommands().flat_map(spellings_with_value)).collect()
 }
 
 fn spellings(arg: &Arg) -> Vec<String> {

@@ -112,8 +112,13 @@ impl Steps {
     }
 
     /// What llama.cpp or the library say after Ctrl-C is only its echo.
-    fn unless_cancelled<T>(&self, result: Result<T, impl Into<anyhow::Error>>) -> Result<T> {
+    pub fn unless_cancelled<T>(&self, result: Result<T, impl Into<anyhow::Error>>) -> Result<T> {
         result.map_err(|error| if self.interrupt.pressed() { Exit::Cancelled.into() } else { error.into() })
+    }
+
+    /// A bar over `len` things, with the time left.
+    pub fn count(&self, len: u64, things: &str) -> ProgressBar {
+        self.bar(len, &format!("{{bar:30}} {{human_pos}}/{{human_len}} {things} in {{elapsed}}, {{eta}} left"))
     }
 
     fn bar(&self, len: u64, template: &str) -> ProgressBar {

@@ -3,6 +3,10 @@
 //! Every measurement is one [`Record`], one line of a JSONL file. Tables, plots and figures are made from such files alone.
 
 pub mod config;
+pub mod metrics;
 pub mod record;
+pub mod report;
+pub mod runner;
+pub mod tasks;
 
 pub use record::{Adaptivity, Fidelity, Record, Run, TaskScore};

@@ -148,9 +148,9 @@ pub fn read(path: &Path) -> Result<Vec<Record>, RecordError> {
         if text.trim().is_empty() {
             continue;
         }
-        let record =
-            serde_json::from_str(&text).map_err(|error| RecordError::Line { path: path.to_owned(), line, error })?;
-        records.push(record);
+        // by way of Value: gguf-rs turns on serde_json's arbitrary_precision, with which a tagged enum cannot read floats
+        let record = serde_json::from_str::<serde_json::Value>(&text).and_then(serde_json::from_value);
+        records.push(record.map_err(|error| RecordError::Line { path: path.to_owned(), line, error })?);
     }
     Ok(records)
 }
@@ -188,5 +188,57 @@ impl Journal {
         self.file.write_all(&line).map_err(|error| RecordError::Io(self.path.clone(), error))?;
         self.records.push(record);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        let run = Run {
+            model: "m.gguf".into(),
+            cache_type: "f16/f16".into(),
+            config: "half".into(),
+            policy: Kind::SnapKv,
+            seed: 3,
+            item: "text 0".into(),
+            tokens: 100,
+            cells: 50,
+            blind: false,
+        };
+        Record::Fidelity(Fidelity {
+            run,
+            steps: 7,
+            kl_mean: 1.25e-7,
+            kl_median: 0.1,
+            kl_p90: 1.0 / 3.0,
+            log_perplexity_ratio: -0.5,
+            same_top: 1.0,
+        })
+    }
+
+    #[test]
+    fn a_journal_goes_on_after_a_half_written_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("runs.jsonl");
+        Journal::open(&path).unwrap().add(record()).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, [&whole[..], &whole[..30]].concat()).unwrap();
+        assert_eq!(read(&path).unwrap(), [record()]);
+        let mut journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.records, [record()]);
+        journal.add(record()).unwrap();
+        assert_eq!(read(&path).unwrap(), [record(), record()]);
+    }
+
+    #[test]
+    fn a_malformed_line_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("runs.jsonl");
+        let good = serde_json::to_string(&record()).unwrap();
+        std::fs::write(&path, format!("{good}\n\n{{\"kind\":\"task\"}}\n")).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("runs.jsonl:3:"), "{error}");
     }
 }

@@ -14,6 +14,7 @@ mod template;
 pub use batch::Batch;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
 pub use error::LlamaError;
+pub(crate) use model::Special;
 pub use model::{Model, ModelParams, Pieces, Token};
 pub use sampler::{Sampler, SamplerParams};
 pub use template::{ChatTemplate, Message, Role, TemplateError};

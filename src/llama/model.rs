@@ -103,6 +103,18 @@ impl Model {
         unsafe { sys::llama_model_n_layer(self.as_ptr()) as usize }
     }
 
+    /// Bytes of all tensors.
+    pub fn size(&self) -> u64 {
+        // SAFETY: valid model.
+        unsafe { sys::llama_model_size(self.as_ptr()) }
+    }
+
+    /// Values in all tensors.
+    pub fn n_params(&self) -> u64 {
+        // SAFETY: valid model.
+        unsafe { sys::llama_model_n_params(self.as_ptr()) }
+    }
+
     /// One line about the model: architecture, size, file type.
     pub fn description(&self) -> String {
         let mut buf = vec![0u8; 256];

@@ -1,0 +1,99 @@
+//! One policy in a session of its own, timed.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use gvote::llama::{Model, Token};
+use gvote::policy::Kind;
+use gvote::session::CompressReport;
+use gvote::{Session, SessionError, SessionParams};
+
+use super::memory;
+use super::plan::Work;
+
+/// A policy and its session.
+pub struct Arm {
+    pub kind: Kind,
+    session: Session,
+    /// The context as it was read, before any vote.
+    read: Option<Read>,
+}
+
+struct Read {
+    state: Vec<u8>,
+    time: Duration,
+}
+
+/// What the repetitions of a test gave.
+#[derive(Default)]
+pub struct Runs {
+    pub times: Vec<Duration>,
+    /// None at depth 0; under `full` they tell the size of the cache.
+    pub votes: Vec<Vote>,
+}
+
+/// A vote with the compaction behind it.
+pub struct Vote {
+    pub report: CompressReport,
+    /// Bytes by which the resident set grew at its peak, where the kernel tells.
+    pub growth: Option<usize>,
+}
+
+impl Arm {
+    pub fn new(model: &Model, kind: Kind, params: &SessionParams) -> Result<Self, SessionError> {
+        Ok(Self { kind, session: Session::new(model, params)?, read: None })
+    }
+
+    pub fn cancel_flag(&self) -> Arc<AtomicBool> {
+        self.session.cancel_flag()
+    }
+
+    /// Time of reading the context, once that has been done.
+    pub fn context_time(&self) -> Option<Duration> {
+        self.read.as_ref().map(|read| read.time)
+    }
+
+    /// An untimed run, of a single token where tokens are generated one by one: llama-bench's.
+    pub fn warm_up(&mut self, work: Work, tokens: &[Token]) -> Result<(), SessionError> {
+        self.session.clear();
+        let once = match work {
+            Work::Read(n) => Work::Read(n),
+            Work::Generate(_) => Work::Generate(1),
+        };
+        self.run(once, tokens).map(drop)
+    }
+
+    /// Brings the session to where a test starts: the context read, voted on, and compacted.
+    pub fn rewind(&mut self, context: &[Token]) -> Result<Option<Vote>, SessionError> {
+        self.session.clear();
+        if context.is_empty() {
+            return Ok(None);
+        }
+        if let Some(read) = &self.read {
+            self.session.load(&read.state)?;
+        } else {
+            let time = self.session.prefill(context, |_, _| ControlFlow::Continue(()))?.time;
+            self.read = Some(Read { state: self.session.save(), time });
+        }
+        let before = memory::start();
+        let report = self.session.compress()?;
+        let growth = before.zip(memory::peak()).map(|(before, peak)| peak.saturating_sub(before));
+        Ok(Some(Vote { report, growth }))
+    }
+
+    /// Does the work of a test from where the session is, and says how long it took.
+    pub fn run(&mut self, work: Work, tokens: &[Token]) -> Result<Duration, SessionError> {
+        match work {
+            Work::Read(n) => Ok(self.session.prefill(&tokens[..n], |_, _| ControlFlow::Continue(()))?.time),
+            Work::Generate(n) => {
+                let start = Instant::now();
+                for &token in &tokens[..n] {
+                    self.session.decode(token)?;
+                }
+                Ok(start.elapsed())
+            }
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Means and medians of a handful of repetitions.
+
+pub fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// Sample standard deviation, with n - 1; 0 for a single value, as in llama-bench.
+pub fn deviation(values: &[f64]) -> f64 {
+    if values.len() < 2 {
+        return 0.0;
+    }
+    let mean = mean(values);
+    let squares: f64 = values.iter().map(|x| (x - mean).powi(2)).sum();
+    (squares / (values.len() - 1) as f64).sqrt()
+}
+
+/// The middle value, or the mean of the two in the middle.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len().is_multiple_of(2) { mean(&sorted[middle - 1..=middle]) } else { sorted[middle] }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deviation_is_that_of_a_sample() {
+        assert_eq!(deviation(&[2.0, 4.0]), 2_f64.sqrt());
+        assert_eq!(deviation(&[7.0]), 0.0);
+    }
+
+    #[test]
+    fn the_median_ignores_the_order() {
+        assert_eq!(median(&[3.0, 1.0, 9.0]), 3.0);
+        assert_eq!(median(&[4.0, 1.0, 9.0, 2.0]), 3.0);
+    }
+}

@@ -1,0 +1,320 @@
+//! `gvote eval`: what a compressed cache loses, on texts and tasks.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Subcommand};
+use gvote::eval::config::Config;
+use gvote::eval::record::{self, Journal};
+use gvote::eval::report::Report;
+use gvote::eval::runner::{Continuation, EvalError, Runner};
+use gvote::eval::tasks::{self, Sample};
+use gvote::llama::Model;
+use gvote::policy::Kind;
+use gvote::{SessionError, SessionParams};
+use indicatif::ProgressBar;
+
+use super::Exit;
+use super::args::{ContextArgs, ModelArgs, OutputArgs};
+use super::turn::{Steps, print};
+use super::words::note;
+
+const EXAMPLES: &str = "\
+Examples:
+  gvote eval text -m model.gguf -f wiki.test.raw --config balanced --config snapkv -o runs.jsonl
+  gvote eval tasks -m model.gguf --needle -o runs.jsonl
+  gvote eval tasks -m model.gguf --ruler ruler/4096 --limit 5 --blind --config 'half:ratio=0.5' -o runs.jsonl
+  gvote eval report runs.jsonl -o report.html
+
+A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, lost-mass, ratio, \
+max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, evict, seed, key-error. \
+A run that was stopped goes on where it was when it is started again with the same -o.";
+
+/// Measure what a compressed cache loses against the full one
+#[derive(Args)]
+#[command(after_help = EXAMPLES, arg_required_else_help = true)]
+pub struct EvalArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Text(TextArgs),
+    Tasks(TasksArgs),
+    Report(ReportArgs),
+}
+
+#[derive(Args)]
+struct CommonArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    context: ContextArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+
+    /// What to compare: see below [default: balanced; tasks: full and balanced]
+    #[arg(long, value_name = "CONFIG", help_heading = "Evaluation")]
+    config: Vec<Config>,
+
+    /// Seeds of the synthetic queries
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0", help_heading = "Evaluation")]
+    seeds: Vec<u64>,
+
+    /// Append every measurement to this file, and skip what is in it
+    #[arg(short, long, value_name = "FILE", help_heading = "Evaluation")]
+    out: PathBuf,
+}
+
+/// KL, perplexity ratio and same top token over teacher-forced continuations of a text
+#[derive(Args)]
+struct TextArgs {
+    #[command(flatten)]
+    common: CommonArgs,
+
+    /// A text file
+    #[arg(short, long, value_name = "FILE", help_heading = "Evaluation")]
+    file: PathBuf,
+
+    /// Prompt lengths in tokens
+    #[arg(
+        short,
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "2048",
+        help_heading = "Evaluation"
+    )]
+    prompt: Vec<usize>,
+
+    /// Steps of a continuation
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 256, help_heading = "Evaluation")]
+    predict: usize,
+
+    /// Prompts, evenly spread over the text
+    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Evaluation")]
+    texts: usize,
+}
+
+/// Scores of answers: RULER, GSM8K, LongBench, or needles that need no data
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("suite").required(true).multiple(true)
+          .args(["ruler", "gsm8k", "longbench", "needle"]))]
+struct TasksArgs {
+    #[command(flatten)]
+    common: CommonArgs,
+
+    /// A folder of RULER tasks, TASK.jsonl each
+    #[arg(long, value_name = "FOLDER", help_heading = "Evaluation")]
+    ruler: Option<PathBuf>,
+
+    /// RULER tasks [default: all in the folder]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', requires = "ruler", help_heading = "Evaluation")]
+    tasks: Vec<String>,
+
+    /// The test problems of GSM8K, JSONL
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    gsm8k: Option<PathBuf>,
+
+    /// A summarisation task of LongBench, JSONL
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    longbench: Option<PathBuf>,
+
+    /// Needles in a made-up text: a grid of depths and lengths
+    #[arg(long, help_heading = "Evaluation")]
+    needle: bool,
+
+    /// Lengths of the needle grid, in words
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "500,1000,2000",
+        help_heading = "Evaluation"
+    )]
+    needle_words: Vec<usize>,
+
+    /// Compress the context before the question is known
+    #[arg(long, help_heading = "Evaluation")]
+    blind: bool,
+
+    /// Prompts as they are, without the chat template
+    #[arg(long, help_heading = "Evaluation")]
+    raw: bool,
+
+    /// Samples of each task
+    #[arg(long, value_name = "N", default_value_t = usize::MAX, hide_default_value = true, help_heading = "Evaluation")]
+    limit: usize,
+
+    /// Samples of each task to skip
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Evaluation")]
+    offset: usize,
+}
+
+/// Tables and plots of what was measured
+#[derive(Args)]
+struct ReportArgs {
+    /// Files that `gvote eval` wrote
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+
+    /// Write this file instead: .html, .json or .csv
+    #[arg(short, long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+pub fn run(args: &EvalArgs) -> Result<()> {
+    match &args.command {
+        Command::Text(args) => text(args),
+        Command::Tasks(args) => tasks(args),
+        Command::Report(args) => report(args),
+    }
+}
+
+impl CommonArgs {
+    fn configs(&self, defaults: &[&str]) -> Result<Vec<Config>> {
+        if self.config.is_empty() {
+            return Ok(defaults.iter().map(|name| Config::named(name)).collect::<Result<_, _>>()?);
+        }
+        Ok(self.config.clone())
+    }
+
+    fn runner(&self, steps: &Steps, model: &Model, configs: Vec<Config>, n_ctx: usize, raw: bool) -> Result<Runner> {
+        let n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
+        let params = SessionParams { context: self.context.params(n_ctx), ..SessionParams::default() };
+        let journal = Journal::open(&self.out)?;
+        let runner = Runner::new(&self.model.model, model, &params, configs, self.seeds.clone(), raw, journal)?;
+        steps.interrupt.cancels(runner.session().cancel_flag());
+        Ok(runner)
+    }
+}
+
+/// Cells that answers and chat templates take beside the prompts.
+const ROOM: usize = 1024;
+
+fn text(args: &TextArgs) -> Result<()> {
+    let common = &args.common;
+    let steps = Steps::new(&common.output)?;
+    let text = fs::read_to_string(&args.file).with_context(|| args.file.display().to_string())?;
+    steps.interrupt.begin();
+    let model = steps.load_model(&common.model, Kind::Gvote)?;
+    let tokens = model.tokenize(&text, true, false)?;
+    let longest = args.prompt.iter().copied().max().unwrap_or(0);
+    let mut runner = common.runner(&steps, &model, common.configs(&["balanced"])?, longest + args.predict + 8, true)?;
+    let bar = steps.count((args.prompt.len() * args.texts) as u64, "texts");
+    for &n in &args.prompt {
+        // one token more: it is fed before anything is compared
+        let needed = n + args.predict + 1;
+        let room = tokens.len().checked_sub(needed).with_context(|| {
+            format!("{}: {} tokens, but -p {n} -n {} need {needed}", args.file.display(), tokens.len(), args.predict)
+        })?;
+        for t in 0..args.texts {
+            let start = t * room / args.texts.max(2);
+            let (prompt, next) = tokens[start..start + needed].split_at(n);
+            let item = format!("{} {t} @{n}", file_name(&args.file));
+            steps.unless_cancelled(runner.continuation(&Continuation { item, prompt, next }))?;
+            bar.inc(1);
+        }
+    }
+    finish(&bar, &runner, &common.output)
+}
+
+fn tasks(args: &TasksArgs) -> Result<()> {
+    let common = &args.common;
+    let steps = Steps::new(&common.output)?;
+    let samples = args.samples()?;
+    steps.interrupt.begin();
+    let model = steps.load_model(&common.model, Kind::Gvote)?;
+    let longest = samples.iter().map(|s| model.tokenize(&s.full_turn(), true, false).map_or(0, |t| t.len())).max();
+    let n_ctx = (longest.unwrap_or(0) + ROOM).min(model.n_ctx_train());
+    let configs = common.configs(&[Kind::Full.name(), "balanced"])?;
+    let mut runner = common.runner(&steps, &model, configs, n_ctx, args.raw)?;
+    let bar = steps.count(samples.len() as u64, "samples");
+    let mut too_long = 0;
+    for sample in &samples {
+        match runner.task(sample, args.blind) {
+            Err(EvalError::Session(SessionError::PromptTooLong { .. })) => too_long += 1,
+            result => {
+                steps.unless_cancelled(result)?;
+            }
+        }
+        bar.inc(1);
+    }
+    if too_long > 0 {
+        note(&format!("{too_long} samples are longer than the context (-c {n_ctx}) and were left out"));
+    }
+    finish(&bar, &runner, &common.output)
+}
+
+impl TasksArgs {
+    fn samples(&self) -> Result<Vec<Sample>> {
+        let mut all = Vec::new();
+        if let Some(folder) = &self.ruler {
+            let names = if self.tasks.is_empty() { tasks::ruler::tasks_in(folder)? } else { self.tasks.clone() };
+            all.extend(tasks::ruler::load(folder, &names)?);
+        }
+        if let Some(file) = &self.gsm8k {
+            all.extend(tasks::gsm8k::load(file, tasks::gsm8k::SHOTS, usize::MAX)?);
+        }
+        if let Some(file) = &self.longbench {
+            all.extend(tasks::longbench::load(file)?);
+        }
+        if self.needle {
+            all.extend(tasks::needle::grid(&self.needle_words, &tasks::needle::DEPTHS, self.common.seeds[0]));
+        }
+        // round robin over the tasks, so that a run that is stopped early has seen all of them
+        let mut seen = HashMap::<(String, String), usize>::new();
+        let mut numbered: Vec<(usize, Sample)> = Vec::new();
+        for sample in all {
+            let n = seen.entry((sample.suite.clone(), sample.task.clone())).or_default();
+            if (self.offset..self.offset.saturating_add(self.limit)).contains(n) {
+                numbered.push((*n, sample));
+            }
+            *n += 1;
+        }
+        numbered.sort_by_key(|(n, _)| *n);
+        if numbered.is_empty() {
+            return Err(Exit::Usage("no sample is left: see --tasks, --limit and --offset".into()).into());
+        }
+        Ok(numbered.into_iter().map(|(_, sample)| sample).collect())
+    }
+}
+
+fn finish(bar: &ProgressBar, runner: &Runner, output: &OutputArgs) -> Result<()> {
+    bar.finish_and_clear();
+    let report = Report::new(runner.records());
+    if output.json {
+        print(&(report.to_json() + "\n"))?;
+    } else {
+        print(&report.to_text())?;
+    }
+    Ok(())
+}
+
+fn report(args: &ReportArgs) -> Result<()> {
+    let mut records = Vec::new();
+    for file in &args.files {
+        records.extend(record::read(file)?);
+    }
+    let report = Report::new(&records);
+    let Some(out) = &args.out else {
+        return Ok(print(&report.to_text())?);
+    };
+    let text = match out.extension().and_then(|e| e.to_str()) {
+        Some("html") => report.to_html(),
+        Some("json") => report.to_json(),
+        Some("csv") => {
+            let file = fs::File::create(out).with_context(|| out.display().to_string())?;
+            return report.write_csv(file).with_context(|| out.display().to_string());
+        }
+        _ => return Err(Exit::Usage(format!("{}: name it .html, .json or .csv", out.display())).into()),
+    };
+    fs::write(out, text).with_context(|| out.display().to_string())
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}

@@ -1,0 +1,48 @@
+//! The few statistics that the tables need.
+
+/// NaN without values.
+pub fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// Sample standard deviation (n - 1); none for fewer than two values.
+pub fn deviation(values: &[f64]) -> Option<f64> {
+    let mean = mean(values);
+    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
+    (values.len() > 1).then(|| (squares / (values.len() - 1) as f64).sqrt())
+}
+
+/// Standard error of the mean: deviation / sqrt(n); none for fewer than two values.
+pub fn standard_error(values: &[f64]) -> Option<f64> {
+    deviation(values).map(|sd| sd / (values.len() as f64).sqrt())
+}
+
+/// The value below which a share `q` (0 to 1) of the values lies, linear between neighbours; NaN without values.
+pub fn quantile(values: &[f64], q: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let at = q * last as f64;
+    let below = sorted[at.floor() as usize];
+    let above = sorted[at.ceil() as usize];
+    below + (above - below) * at.fract()
+}
+
+/// Splits items by a key, in the order in which the keys first appear.
+pub fn group_by<T, K: PartialEq>(items: impl IntoIterator<Item = T>, key: impl Fn(&T) -> K) -> Vec<(K, Vec<T>)> {
+    let mut groups: Vec<(K, Vec<T>)> = Vec::new();
+    for item in items {
+        let key = key(&item);
+        match groups.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, group)) => group.push(item),
+            None => groups.push((key, vec![item])),
+        }
+    }
+    groups
+}
+
+/// Sorts `ruler/4096` before `ruler/16384`: the text before the last number, then that number.
+pub fn natural(name: &str) -> (&str, u64) {
+    let text = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    (text, name[text.len()..].parse().unwrap_or(0))
+}

@@ -1,0 +1,166 @@
+//! Figures as words in rows and columns, before anyone lays them out.
+
+use serde::Serialize;
+
+use super::{AdaptivityTable, FidelityTable, Place, Report, Score, Spending, TaskTable};
+
+/// A table whose first column names the row.
+#[derive(Debug, Clone, Serialize)]
+pub struct Table {
+    pub title: String,
+    /// What its records share.
+    pub place: String,
+    /// Heads of the columns.
+    pub head: Vec<String>,
+    pub rows: Vec<Vec<String>>,
+}
+
+/// What a section is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Kind {
+    Fidelity,
+    Tasks,
+    Adaptivity,
+}
+
+/// Tables of one kind.
+#[derive(Debug, Clone, Serialize)]
+pub struct Section {
+    pub kind: Kind,
+    pub title: &'static str,
+    /// How to read the tables.
+    pub lead: &'static str,
+    pub tables: Vec<Table>,
+}
+
+impl Table {
+    fn new(about: &str, place: &Place, head: Vec<String>, rows: Vec<Vec<String>>) -> Self {
+        Self { title: format!("{about}, {}", place.sight()), place: place.of_model(), head, rows }
+    }
+}
+
+/// Where there is no figure.
+const NOTHING: &str = "–";
+
+/// The sections that have records.
+pub fn sections(report: &Report) -> Vec<Section> {
+    let fidelity = Section {
+        kind: Kind::Fidelity,
+        title: "Fidelity",
+        lead: "How far the next-token distributions of a continuation drift from those of the full cache. KL is in nats \
+               per token; ppl ratio is the perplexity over that of the full cache; seed sd is the spread of the mean KL \
+               between seeds.",
+        tables: report.fidelity.iter().map(fidelity).collect(),
+    };
+    let tasks = Section {
+        kind: Kind::Tasks,
+        title: "Tasks",
+        lead: "Scores in percent ± standard error. Mean is over tasks, its error over samples, with the number of tasks where \
+               some are missing; vs full is the mean \
+               difference on the samples that both have.",
+        tables: report.tasks.iter().map(tasks).collect(),
+    };
+    let adaptivity = Section {
+        kind: Kind::Adaptivity,
+        title: "Adaptivity",
+        lead: "Cells chosen, C, over the fewest that reach the target, C*. A request whose KL is above the target is a \
+               miss, whatever it spent.",
+        tables: report.adaptivity.iter().flat_map(|table| [adaptivity(table), families(table)]).collect(),
+    };
+    [fidelity, tasks, adaptivity].into_iter().filter(|section| !section.tables.is_empty()).collect()
+}
+
+/// 8192 -> 8k
+pub fn tokens(n: usize) -> String {
+    if n >= 1024 && n.is_multiple_of(1024) { format!("{}k", n / 1024) } else { n.to_string() }
+}
+
+/// Percent with one decimal.
+pub fn percent(share: f64) -> String {
+    format!("{:.1}", 100.0 * share)
+}
+
+/// Three significant digits.
+pub fn figures(value: f64) -> String {
+    const DIGITS: i32 = 3;
+    if value == 0.0 || !value.is_finite() {
+        return value.to_string();
+    }
+    let exponent = value.abs().log10().floor() as i32;
+    if exponent < -5 {
+        return format!("{value:.1e}");
+    }
+    format!("{value:.*}", (DIGITS - 1 - exponent).max(0) as usize)
+}
+
+fn fidelity(table: &FidelityTable) -> Table {
+    let head = ["config", "n", "kept %", "KL", "median", "p90", "ppl ratio", "same top %", "seed sd"];
+    let rows = table.rows.iter().map(|r| {
+        vec![
+            r.config.clone(),
+            r.n.to_string(),
+            percent(r.share),
+            figures(r.kl_mean),
+            figures(r.kl_median),
+            figures(r.kl_p90),
+            format!("{:.4}", r.perplexity_ratio),
+            percent(r.same_top),
+            r.seed_spread.map_or(NOTHING.into(), figures),
+        ]
+    });
+    let about = format!("Prompts of about {} tokens", tokens(table.tokens));
+    Table::new(&about, &table.place, words(&head), rows.collect())
+}
+
+fn tasks(table: &TaskTable) -> Table {
+    let mut head = words(&["config", "n", "kept %", "mean", "vs full"]);
+    head.extend(table.tasks.iter().cloned());
+    let rows = table.rows.iter().map(|r| {
+        let difference = r.difference.map(|d| {
+            let error = d.standard_error.map_or(String::new(), |e| format!(" ± {}", percent(e)));
+            format!("{:+.1}{error}", 100.0 * d.mean)
+        });
+        let mut row = vec![r.config.clone(), r.n.to_string(), percent(r.share)];
+        row.push(with_error(r.mean, r.standard_error) + &unequal(r.scores.iter().flatten().count(), r.scores.len()));
+        row.push(difference.unwrap_or(NOTHING.into()));
+        row.extend(r.scores.iter().map(|s| s.map_or(NOTHING.into(), |s: Score| with_error(s.mean, s.standard_error))));
+        row
+    });
+    Table::new(&table.suite, &table.place, head, rows.collect())
+}
+
+fn adaptivity(table: &AdaptivityTable) -> Table {
+    let head = ["config", "n", "C/C* median", "quartiles", "misses %", "kept % median"];
+    let rows = table.rows.iter().map(|r| [vec![r.config.clone()], spending(&r.spending)].concat());
+    Table::new(&target(table), &table.place, words(&head), rows.collect())
+}
+
+fn families(table: &AdaptivityTable) -> Table {
+    let head = ["config, family", "n", "C/C* median", "quartiles", "misses %", "kept % median"];
+    let families = table.rows.iter().flat_map(|r| r.families.iter().map(|f| (&r.config, f)));
+    let rows = families.map(|(config, f)| [vec![format!("{config}, {}", f.family)], spending(&f.spending)].concat());
+    Table::new(&format!("{}, by family", target(table)), &table.place, words(&head), rows.collect())
+}
+
+fn target(table: &AdaptivityTable) -> String {
+    format!("Mean KL at most {}", table.target)
+}
+
+fn spending(s: &Spending) -> Vec<String> {
+    let quartiles = format!("{:.2} to {:.2}", s.overspend_q1, s.overspend_q3);
+    let median = format!("{:.2}", s.overspend_median);
+    vec![s.n.to_string(), median, quartiles, percent(s.misses), percent(s.share_median)]
+}
+
+fn with_error(score: f64, error: Option<f64>) -> String {
+    error.map_or_else(|| percent(score), |error| format!("{} ± {}", percent(score), percent(error)))
+}
+
+/// A mean over fewer tasks than others have is not to be compared with theirs.
+fn unequal(found: usize, all: usize) -> String {
+    if found == all { String::new() } else { format!(" ({found}/{all})") }
+}
+
+fn words(head: &[&str]) -> Vec<String> {
+    head.iter().map(|&word| word.to_owned()).collect()
+}

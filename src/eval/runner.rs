@@ -1,0 +1,278 @@
+//! Runs requests: each prompt is read once, and every configuration starts from the saved full cache.
+
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use super::config::Config;
+use super::metrics::Distance;
+use super::record::{Fidelity, Journal, Record, RecordError, Run, TaskScore};
+use super::tasks::Sample;
+use crate::llama::{ChatTemplate, LlamaError, Message, Model, Role, Sampler, SamplerParams, TemplateError, Token};
+use crate::policy::Kind;
+use crate::{Session, SessionError, SessionParams};
+
+/// What can stop an evaluation.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Llama(#[from] LlamaError),
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("the configurations differ in {0}, which one session cannot change: evaluate them one after another")]
+    Mixed(&'static str),
+    #[error("the text has {found} tokens, {needed} are needed")]
+    TextTooShort { needed: usize, found: usize },
+}
+
+/// A piece of text to continue.
+pub struct Continuation<'a> {
+    pub item: String,
+    pub prompt: &'a [Token],
+    /// What really follows the prompt; the first token is fed before anything is compared.
+    pub next: &'a [Token],
+}
+
+/// Evaluates configurations on one model.
+pub struct Runner {
+    session: Session,
+    template: Option<ChatTemplate>,
+    configs: Vec<Config>,
+    seeds: Vec<u64>,
+    journal: Journal,
+    done: HashSet<String>,
+    model: String,
+    cache_type: String,
+}
+
+/// What tells one measurement from all others.
+fn key(kind: &str, suite: &str, run: &Run) -> String {
+    let Run { model, cache_type, config, seed, item, blind, .. } = run;
+    format!("{kind}\t{model}\t{cache_type}\t{suite}\t{item}\t{config}\t{seed}\t{blind}")
+}
+
+fn key_of(record: &Record) -> String {
+    match record {
+        Record::Fidelity(r) => key("fidelity", "", &r.run),
+        Record::Task(r) => key("task", &r.suite, &r.run),
+        Record::Adaptivity(r) => key("adaptivity", &r.target.to_string(), &r.run),
+    }
+}
+
+impl Runner {
+    /// `params`: the context; its policy does not matter. `raw`: prompts as they are, without the chat template.
+    ///
+    /// # Errors
+    /// [`EvalError::Mixed`] for configurations that need different sessions, or what making the session fails with.
+    pub fn new(
+        path: &Path,
+        model: &Model,
+        params: &SessionParams,
+        configs: Vec<Config>,
+        seeds: Vec<u64>,
+        raw: bool,
+        journal: Journal,
+    ) -> Result<Self, EvalError> {
+        let voting = || configs.iter().filter(|c| !c.is_full()).map(|c| &c.params);
+        let mut params = params.clone();
+        if let Some(first) = voting().next() {
+            if voting().any(|p| p.window != first.window) {
+                return Err(EvalError::Mixed("window"));
+            }
+            if voting().any(|p| p.sinks != first.sinks) {
+                return Err(EvalError::Mixed("sinks"));
+            }
+            params.policy = first.clone();
+            params.policy.samples = voting().map(|p| p.samples).max().unwrap_or(first.samples);
+        }
+        let template = ChatTemplate::of(model);
+        Ok(Self {
+            session: Session::new(model, &params)?,
+            template: (!raw && !template.is_fallback()).then_some(template),
+            done: journal.records.iter().map(key_of).collect(),
+            configs,
+            seeds,
+            journal,
+            model: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            cache_type: format!("{}/{}", params.context.type_k.name(), params.context.type_v.name()),
+        })
+    }
+
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    pub fn records(&self) -> &[Record] {
+        &self.journal.records
+    }
+
+    fn run(&self, config: &Config, seed: u64, item: &str, blind: bool) -> Run {
+        Run {
+            model: self.model.clone(),
+            cache_type: self.cache_type.clone(),
+            config: config.name.clone(),
+            policy: config.params.policy,
+            seed,
+            item: item.into(),
+            tokens: 0,
+            cells: 0,
+            blind,
+        }
+    }
+
+    /// What is still to measure for this request: configurations with their seeds.
+    fn missing(&self, kind: &str, suite: &str, item: &str, blind: bool) -> Vec<(Config, Run)> {
+        let mut out = Vec::new();
+        for config in &self.configs {
+            // the full cache knows no seed
+            let seeds = if config.is_full() { &self.seeds[..1] } else { &self.seeds[..] };
+            for &seed in seeds {
+                let run = self.run(config, seed, item, blind);
+                if !self.done.contains(&key(kind, suite, &run)) {
+                    out.push((config.clone(), run));
+                }
+            }
+        }
+        out
+    }
+
+    fn add(&mut self, record: Record) -> Result<(), EvalError> {
+        self.done.insert(key_of(&record));
+        Ok(self.journal.add(record)?)
+    }
+
+    fn prefill(&mut self, tokens: &[Token]) -> Result<(), EvalError> {
+        self.session.prefill(tokens, |_, _| ControlFlow::Continue(()))?;
+        Ok(())
+    }
+
+    /// Brings back the full cache and compresses it.
+    fn compress(&mut self, saved: &[u8], config: &Config, run: &mut Run) -> Result<(), EvalError> {
+        self.session.load(saved)?;
+        run.tokens = self.session.cells_used();
+        run.cells = run.tokens;
+        if config.is_full() {
+            return Ok(());
+        }
+        let mut params = config.params.clone();
+        params.seed = run.seed;
+        self.session.set_policy(params, config.account_error)?;
+        run.cells = self.session.compress()?.cells_after;
+        Ok(())
+    }
+
+    /// Answers a sample under every configuration that is not in the journal yet. Returns how many were added.
+    ///
+    /// # Errors
+    /// [`EvalError`]; what was measured so far is in the journal.
+    pub fn task(&mut self, sample: &Sample, blind: bool) -> Result<usize, EvalError> {
+        let missing = self.missing("task", &sample.suite, &sample.item, blind);
+        if missing.is_empty() {
+            return Ok(0);
+        }
+        let (context, rest) = self.tokens_of(sample)?;
+        self.session.clear();
+        self.prefill(&context)?;
+        if !blind {
+            self.prefill(&rest)?;
+        }
+        let saved = self.session.save();
+        let added = missing.len();
+        for (config, mut run) in missing {
+            self.compress(&saved, &config, &mut run)?;
+            if blind {
+                self.prefill(&rest)?;
+            }
+            let answer = self.answer(sample.max_tokens)?;
+            let score = sample.metric.score(&answer, &sample.references);
+            self.add(Record::Task(TaskScore {
+                run,
+                suite: sample.suite.clone(),
+                task: sample.task.clone(),
+                score,
+                answer,
+                depth: sample.depth,
+            }))?;
+        }
+        Ok(added)
+    }
+
+    /// The context, and what comes after it: tokenized apart, so that both ways of asking see the same tokens.
+    fn tokens_of(&self, sample: &Sample) -> Result<(Vec<Token>, Vec<Token>), EvalError> {
+        let turn = sample.full_turn();
+        let text = match &self.template {
+            Some(template) => {
+                template.render(&[Message::new(Role::User, turn)], true)? + sample.answer_prefix.trim_start()
+            }
+            None => turn + &sample.answer_prefix,
+        };
+        // templates may trim a message's ends, never its middle
+        let context = sample.context.trim();
+        let split = text.find(context).map_or(0, |at| at + context.len());
+        let (head, tail) = text.split_at(split);
+        let model = self.session.model();
+        let bos = model.special_text(crate::llama::Special::Bos);
+        let has_bos = !bos.is_empty() && head.starts_with(&bos);
+        Ok((model.tokenize(head, !has_bos, true)?, model.tokenize(tail, false, true)?))
+    }
+
+    fn answer(&mut self, max_tokens: i32) -> Result<String, EvalError> {
+        let greedy = SamplerParams { temp: 0.0, ..SamplerParams::default() };
+        let mut sampler = Sampler::new(self.session.model(), &greedy);
+        let mut tokens = Vec::new();
+        self.session.generate(&mut sampler, max_tokens, |token| {
+            tokens.push(token);
+            ControlFlow::Continue(())
+        })?;
+        Ok(self.session.model().detokenize(&tokens, false))
+    }
+
+    /// Compares continuations of a compressed prompt with those of the full cache. Returns how many were added.
+    ///
+    /// # Errors
+    /// [`EvalError`]; what was measured so far is in the journal.
+    pub fn continuation(&mut self, text: &Continuation) -> Result<usize, EvalError> {
+        let mut missing = self.missing("fidelity", "", &text.item, false);
+        missing.retain(|(config, _)| config.params.policy != Kind::Full);
+        if missing.is_empty() {
+            return Ok(0);
+        }
+        self.session.clear();
+        self.prefill(text.prompt)?;
+        let saved = self.session.save();
+        let full = self.follow(text.next)?;
+        let added = missing.len();
+        for (config, mut run) in missing {
+            self.compress(&saved, &config, &mut run)?;
+            let got = self.follow(text.next)?;
+            let mut distance = Distance::default();
+            for ((full, got), next) in full.iter().zip(&got).zip(&text.next[1..]) {
+                distance.add(full, got, *next as usize);
+            }
+            self.add(Record::Fidelity(Fidelity {
+                run,
+                steps: distance.steps,
+                kl_mean: distance.mean_kl(),
+                kl_median: distance.median_kl(),
+                kl_p90: distance.p90_kl(),
+                log_perplexity_ratio: distance.log_perplexity_ratio(),
+                same_top: distance.same_top(),
+            }))?;
+        }
+        Ok(added)
+    }
+
+    /// Next-token logits after each of `tokens` but the last.
+    fn follow(&mut self, tokens: &[Token]) -> Result<Vec<Vec<f32>>, EvalError> {
+        let mut out = Vec::with_capacity(tokens.len());
+        for &token in &tokens[..tokens.len() - 1] {
+            self.session.decode(token)?;
+            out.push(self.session.logits().to_vec());
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,90 @@
+//! Tasks: contexts, questions about them, and what a good answer has.
+//!
+//! Each benchmark has a room that turns its files into [`Sample`]s; [`needle`] needs no files. A prompt may be longer than
+//! the caller's context: that is for the caller to sort out.
+
+pub mod gsm8k;
+pub mod longbench;
+pub mod needle;
+mod rows;
+pub mod ruler;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::PathBuf;
+
+use super::metrics::{exact_number, rouge_l, share_found};
+
+/// One question about a context.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// Such as `ruler/4096`, `gsm8k`, `longbench`, `needle`.
+    pub suite: String,
+    /// Such as `niah_single_1`.
+    pub task: String,
+    /// Name of the sample, unique within its suite.
+    pub item: String,
+    /// What may be compressed before the question is known. Ends in white space.
+    pub context: String,
+    pub question: String,
+    /// Start of the assistant's turn. It may begin with a space, so that it can also follow the user's text directly.
+    pub answer_prefix: String,
+    /// At least one.
+    pub references: Vec<String>,
+    pub metric: Metric,
+    /// Tokens that the answer may have.
+    pub max_tokens: i32,
+    /// Where the needle lies in the context, 0 (start) to 1 (end), where there is one and its place is known.
+    pub depth: Option<f64>,
+}
+
+impl Sample {
+    /// The whole turn of the user: context and question.
+    pub fn full_turn(&self) -> String {
+        format!("{}{}", self.context, self.question)
+    }
+
+    /// Score of an answer (without the prefix), 0 to 1.
+    pub fn score(&self, answer: &str) -> f64 {
+        self.metric.score(answer, &self.references)
+    }
+}
+
+/// How an answer is compared with the references.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metric {
+    /// Share of the references that the answer contains: [`share_found`].
+    ShareFound,
+    /// 1 if the answer ends in the number of a reference, else 0: [`exact_number`].
+    ExactNumber,
+    /// The best F-measure of the longest common subsequence of words: [`rouge_l`].
+    RougeL,
+}
+
+impl Metric {
+    /// Score of an answer, 0 to 1.
+    pub fn score(self, answer: &str, references: &[String]) -> f64 {
+        match self {
+            Self::ShareFound => share_found(answer, references),
+            Self::ExactNumber => f64::from(references.iter().any(|reference| exact_number(answer, reference))),
+            Self::RougeL => rouge_l(answer, references),
+        }
+    }
+}
+
+/// What is wrong with the file of a task.
+#[derive(Debug, thiserror::Error)]
+pub enum TaskError {
+    #[error("{0}: {1}")]
+    Io(PathBuf, io::Error),
+    #[error("{path}:{line}: {what}")]
+    Line {
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        what: String,
+    },
+    #[error("{path}: {rows} problems are too few for {shots} worked examples and one to score")]
+    TooFew { path: PathBuf, rows: usize, shots: usize },
+}

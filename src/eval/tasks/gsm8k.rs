@@ -1,0 +1,82 @@
+//! GSM8K (arXiv 2110.14168): sums told as stories, after worked examples.
+
+use std::path::Path;
+
+use super::rows::{self, Row};
+use super::{Metric, Sample, TaskError};
+
+/// Worked examples that published scores are mostly given for.
+pub const SHOTS: usize = 8;
+
+const MAX_TOKENS: i32 = 256;
+
+const INSTRUCTION: &str = "Problems are solved step by step. \
+    The last line of a solution is #### and the result, a number alone.\n\n";
+
+/// The first `limit` problems of a file. The context of each is an instruction and the last `shots` problems of the file,
+/// solved; these are never scored, whatever the limit. An item is `gsm8k` and the index of its line, counted from 0.
+///
+/// # Errors
+/// [`TaskError`]: a file that cannot be read, a line without `question` or an `answer` that ends in `####` and a result, or
+/// too few lines.
+pub fn load(file: &Path, shots: usize, limit: usize) -> Result<Vec<Sample>, TaskError> {
+    let rows = rows::read(file)?;
+    let problems: Vec<Problem> = rows.iter().map(Problem::of).collect::<Result<_, _>>()?;
+    if problems.len() <= shots {
+        return Err(TaskError::TooFew { path: file.to_owned(), rows: problems.len(), shots });
+    }
+    let (scored, examples) = problems.split_at(problems.len() - shots);
+    let mut context = INSTRUCTION.to_owned();
+    for example in examples {
+        context += &format!("{} {}\n\n", example.question(), without_sums(example.answer));
+    }
+    let sample = |problem: &Problem| Sample {
+        suite: "gsm8k".to_owned(),
+        task: "gsm8k".to_owned(),
+        item: format!("gsm8k {}", problem.index),
+        context: context.clone(),
+        question: problem.question(),
+        answer_prefix: String::new(),
+        references: vec![problem.result.to_owned()],
+        metric: Metric::ExactNumber,
+        max_tokens: MAX_TOKENS,
+        depth: None,
+    };
+    Ok(scored.iter().take(limit).map(sample).collect())
+}
+
+struct Problem<'a> {
+    index: usize,
+    text: &'a str,
+    answer: &'a str,
+    result: &'a str,
+}
+
+impl<'a> Problem<'a> {
+    fn of(row: &'a Row) -> Result<Self, TaskError> {
+        let (text, answer) = (row.text("question")?, row.text("answer")?);
+        match answer.rsplit_once("####").map(|(_, result)| result.trim()) {
+            Some(result) if result.contains(|c: char| c.is_ascii_digit()) => {
+                Ok(Self { index: row.index, text, answer, result })
+            }
+            _ => Err(row.wrong("`answer` does not end in #### and a number")),
+        }
+    }
+
+    fn question(&self) -> String {
+        format!("Question: {}\nAnswer:", self.text)
+    }
+}
+
+/// A solution without its calculator annotations, such as `<<16-3-4=9>>`.
+fn without_sums(answer: &str) -> String {
+    let mut plain = String::new();
+    let mut rest = answer;
+    while let Some((before, (_, after))) =
+        rest.split_once("<<").and_then(|(before, from)| Some((before, from.split_once(">>")?)))
+    {
+        plain += before;
+        rest = after;
+    }
+    plain + rest
+}

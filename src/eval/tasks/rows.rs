@@ -1,0 +1,68 @@
+//! Rows of a JSONL file, and errors that say where.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::error::Category;
+use serde_json::{Map, Value};
+
+use super::TaskError;
+
+/// One object of a JSONL file.
+pub(super) struct Row {
+    path: PathBuf,
+    /// Counted from 0, empty lines too.
+    pub index: usize,
+    fields: Map<String, Value>,
+}
+
+/// The rows of a file, in order; empty lines are skipped.
+pub(super) fn read(path: &Path) -> Result<Vec<Row>, TaskError> {
+    let bytes = std::fs::read(path).map_err(|error| TaskError::Io(path.to_owned(), error))?;
+    let mut rows = Vec::new();
+    for (index, line) in bytes.split(|b| *b == b'\n').enumerate() {
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let mut row = Row { path: path.to_owned(), index, fields: Map::new() };
+        match serde_json::from_slice(line) {
+            Ok(Value::Object(fields)) => row.fields = fields,
+            Ok(_) => return Err(row.wrong("not a JSON object")),
+            Err(error) if error.classify() == Category::Eof => return Err(row.wrong("the JSON object is cut off")),
+            Err(error) => return Err(row.wrong(format!("not JSON from column {} on", error.column()))),
+        }
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+impl Row {
+    /// An error at this line.
+    pub fn wrong(&self, what: impl Into<String>) -> TaskError {
+        TaskError::Line { path: self.path.clone(), line: self.index + 1, what: what.into() }
+    }
+
+    /// A field that must be there.
+    fn field(&self, name: &str) -> Result<&Value, TaskError> {
+        self.fields.get(name).ok_or_else(|| self.wrong(format!("`{name}` is missing")))
+    }
+
+    pub fn text(&self, name: &str) -> Result<&str, TaskError> {
+        self.field(name)?.as_str().ok_or_else(|| self.wrong(format!("`{name}` is not a string")))
+    }
+
+    /// A list of strings that is not empty.
+    pub fn texts(&self, name: &str) -> Result<Vec<String>, TaskError> {
+        let list = self.field(name)?.as_array();
+        let texts = list.and_then(|list| list.iter().map(|text| text.as_str().map(str::to_owned)).collect());
+        match texts {
+            None => Err(self.wrong(format!("`{name}` is not a list of strings"))),
+            Some(texts) if Vec::is_empty(&texts) => Err(self.wrong(format!("`{name}` is empty"))),
+            Some(texts) => Ok(texts),
+        }
+    }
+
+    /// A field that is of use only if it is a number.
+    pub fn number(&self, name: &str) -> Option<f64> {
+        self.fields.get(name)?.as_f64()
+    }
+}
