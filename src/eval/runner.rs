@@ -87,7 +87,9 @@ impl Runner {
                 return Err(EvalError::Mixed("sinks"));
             }
             params.policy = first.clone();
+            // the session sets cells aside for the most that any of them needs
             params.policy.samples = voting().map(|p| p.samples).max().unwrap_or(first.samples);
+            params.policy.replay = voting().map(|p| p.replay).fold(0.0, f32::max);
         }
         let template = ChatTemplate::of(model);
         Ok(Self {

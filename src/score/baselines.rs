@@ -75,9 +75,8 @@ impl LayerGraph<'_> {
         let n_kv = self.view.n_kv;
         for (kv, score) in scores.iter_mut().enumerate() {
             let mut b = Builder::new(48)?;
-            let owned = b.input([n_kv, 1, 1], self.view.pos.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 }).collect());
             let norms = needs.value_norm.then(|| self.squared_norms(&mut b, kv));
-            let likeness = needs.key_similarity.then(|| self.likeness(&mut b, kv, owned));
+            let likeness = needs.key_similarity.then(|| self.likeness(&mut b, kv));
             b.compute(device)?;
             if let Some(norms) = norms {
                 score.value_norm.resize(n_kv, 0.0);
@@ -122,7 +121,9 @@ impl LayerGraph<'_> {
     }
 
     /// Products of one KV head's keys, each of length 1, with their sum, and the squared length of the sum. `[1, n_kv]`, `[1]`
-    fn likeness(&self, b: &mut Builder, kv: usize, owned: Tensor) -> (Tensor, Tensor) {
+    fn likeness(&self, b: &mut Builder, kv: usize) -> (Tensor, Tensor) {
+        let owned = self.view.pos.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 }).collect();
+        let owned = b.input([self.view.n_kv, 1, 1], owned);
         let k = self.k_view(b, kv);
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
