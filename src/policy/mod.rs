@@ -36,7 +36,7 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use params::{Evict, Params, PolicyError, Preset, Span};
+pub use params::{DEFAULT_RATIO, Evict, Params, PolicyError, Preset, Span};
 
 /// Makes [`Kind`] and its dispatch out of one line a policy: variant, name, type, what it does.
 macro_rules! policies {

@@ -23,7 +23,7 @@ impl Session {
     /// Replaces this session by a saved one.
     ///
     /// # Errors
-    /// [`SessionError::Saved`] or [`LlamaError::State`] when the bytes are cut off or belong to another model, other cache
+    /// [`SessionError::Saved`] or [`LlamaError::State`](crate::llama::LlamaError::State) when the bytes are cut off or belong to another model, other cache
     /// types or a larger context; the session is then as before.
     pub fn load(&mut self, data: &[u8]) -> Result<(), SessionError> {
         let mut rest = data;
