@@ -209,7 +209,7 @@ impl Session {
             (policy.window != old.window, "--window"),
             (policy.sinks != old.sinks, "--sinks"),
             (policy.samples > self.ctx.n_ctx() - self.n_ctx, "--samples"),
-            (spare_cells(&policy) > self.ctx.n_ctx() - self.n_ctx, "--replay"),
+            (spare_cells(&policy) > self.ctx.n_ctx() - self.n_ctx, "the replay"),
             (is_full(&policy) != is_full(old), "--policy"),
         ] {
             if changed {

@@ -1,20 +1,14 @@
 //! `gvote eval` through the built program: needles that need no data, a text, a stopped run that goes on, and reports.
 
-use std::path::PathBuf;
-use std::process::{Command, Output};
+#[path = "common/cli.rs"]
+mod cli;
 
-fn model() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"), PathBuf::from);
-    cache.join("gvote/models/SmolLM2-135M-Instruct.Q4_1.gguf")
-}
+use std::process::Command;
 
-fn gvote(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_gvote")).args(args).output().expect("gvote starts")
-}
+use cli::{Done, PROGRAM, document, finish, model};
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+fn gvote(args: &[&str]) -> Done {
+    finish(Command::new(PROGRAM).args(args))
 }
 
 #[test]
@@ -26,7 +20,7 @@ fn needles_are_scored_once_and_reported() {
     let configs = ["--config", "full", "--config", "half:ratio=0.5", "--config", "keys:policy=keydiff", "-o", runs];
     let args = [&args[..], &configs].concat();
     let first = gvote(&args);
-    assert!(first.status.success(), "{}", text(&first.stderr));
+    first.ok();
     let lines = std::fs::read_to_string(runs).unwrap();
     let records: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(records.len(), 3);
@@ -37,30 +31,28 @@ fn needles_are_scored_once_and_reported() {
     }
 
     // the second time there is nothing left to do
-    assert!(gvote(&args).status.success());
+    gvote(&args).ok();
     assert_eq!(std::fs::read_to_string(runs).unwrap(), lines);
 
     let page = folder.path().join("page.html");
-    let report = gvote(&["eval", "report", runs, "-o", page.to_str().unwrap()]);
-    assert!(report.status.success(), "{}", text(&report.stderr));
+    gvote(&["eval", "report", runs, "-o", page.to_str().unwrap()]).ok();
     assert!(std::fs::read_to_string(page).unwrap().contains("<svg"));
-    let table = text(&gvote(&["eval", "report", runs]).stdout);
+    let table = gvote(&["eval", "report", runs]).ok().stdout;
     assert!(["full", "half", "keys"].iter().all(|name| table.contains(name)), "{table}");
 }
 
 #[test]
 fn a_text_is_compared_with_the_full_cache() {
     let folder = tempfile::tempdir().unwrap();
-    let (runs, file) = (folder.path().join("runs.jsonl"), folder.path().join("text.txt"));
-    std::fs::write(&file, include_str!("../src/session.rs")).unwrap();
+    let (runs, file) = (folder.path().join("runs.jsonl"), document(4000));
     let model = model();
-    let out = gvote(&[
+    gvote(&[
         "eval",
         "text",
         "-m",
         model.to_str().unwrap(),
         "-f",
-        file.to_str().unwrap(),
+        file.path().to_str().unwrap(),
         "-p",
         "256",
         "-n",
@@ -75,8 +67,8 @@ fn a_text_is_compared_with_the_full_cache() {
         "replayed:ratio=0.5,replay=1",
         "-o",
         runs.to_str().unwrap(),
-    ]);
-    assert!(out.status.success(), "{}", text(&out.stderr));
+    ])
+    .ok();
     let kl = |name: &str| {
         let lines = std::fs::read_to_string(&runs).unwrap();
         let records = lines.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
@@ -96,9 +88,8 @@ fn nonsense_is_one_line() {
         (&["eval", "tasks", "-m", "x.gguf", "--needle", "--config", "a:b", "-o", "y"], 2, "KEY=VALUE"),
         (&["eval", "report", "/nowhere"], 1, "/nowhere"),
     ] {
-        let out = gvote(args);
-        let stderr = text(&out.stderr);
-        assert_eq!(out.status.code(), Some(status), "{stderr}");
+        let Done { status: got, stderr, .. } = gvote(args);
+        assert_eq!(got, status, "{stderr}");
         assert!(stderr.contains(part) && stderr.trim_end().lines().count() == 1, "{stderr}");
     }
 }

@@ -80,7 +80,8 @@ fn top(logits: &[f32]) -> usize {
     (1..logits.len()).fold(0, |best, token| if logits[token] > logits[best] { token } else { best })
 }
 
-fn mean(x: &[f64]) -> f64 {
+/// NaN of no values.
+pub fn mean(x: &[f64]) -> f64 {
     // Not `sum`, which starts at -0.
     x.iter().fold(0.0, |sum, x| sum + x) / x.len() as f64
 }

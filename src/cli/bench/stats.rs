@@ -1,8 +1,7 @@
 //! Means and medians of a handful of repetitions.
 
-pub fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
-}
+pub use gvote::eval::metrics::mean;
+use gvote::eval::metrics::quantile;
 
 /// Sample standard deviation, with n - 1; 0 for a single value, as in llama-bench.
 pub fn deviation(values: &[f64]) -> f64 {
@@ -16,10 +15,7 @@ pub fn deviation(values: &[f64]) -> f64 {
 
 /// The middle value, or the mean of the two in the middle.
 pub fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len().is_multiple_of(2) { mean(&sorted[middle - 1..=middle]) } else { sorted[middle] }
+    quantile(values, 0.5)
 }
 
 #[cfg(test)]

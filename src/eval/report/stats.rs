@@ -1,9 +1,6 @@
 //! The few statistics that the tables need.
 
-/// NaN without values.
-pub fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
-}
+pub use crate::eval::metrics::{mean, quantile};
 
 /// Sample standard deviation (n - 1); none for fewer than two values.
 pub fn deviation(values: &[f64]) -> Option<f64> {
@@ -15,17 +12,6 @@ pub fn deviation(values: &[f64]) -> Option<f64> {
 /// Standard error of the mean: deviation / sqrt(n); none for fewer than two values.
 pub fn standard_error(values: &[f64]) -> Option<f64> {
     deviation(values).map(|sd| sd / (values.len() as f64).sqrt())
-}
-
-/// The value below which a share `q` (0 to 1) of the values lies, linear between neighbours; NaN without values.
-pub fn quantile(values: &[f64], q: f64) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
-    let at = q * last as f64;
-    let below = sorted[at.floor() as usize];
-    let above = sorted[at.ceil() as usize];
-    below + (above - below) * at.fract()
 }
 
 /// Splits items by a key, in the order in which the keys first appear.
