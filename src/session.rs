@@ -1,5 +1,6 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
+mod follow;
 mod replay;
 mod report;
 mod state;
@@ -225,6 +226,11 @@ impl Session {
         self.n_ctx.saturating_sub(self.cells_used())
     }
 
+    fn check_room(&self, tokens: usize) -> Result<(), SessionError> {
+        let (room, trained) = (self.room(), self.model().n_ctx_train());
+        if tokens > room { Err(SessionError::PromptTooLong { tokens, room, trained }) } else { Ok(()) }
+    }
+
     /// Decodes a prompt (or a further turn) and keeps the next-token logits. `progress(done, of)` is called after each
     /// ubatch; breaking cancels.
     ///
@@ -238,13 +244,7 @@ impl Session {
         if tokens.is_empty() {
             return Err(SessionError::Empty);
         }
-        if tokens.len() > self.room() {
-            return Err(SessionError::PromptTooLong {
-                tokens: tokens.len(),
-                room: self.room(),
-                trained: self.model().n_ctx_train(),
-            });
-        }
+        self.check_room(tokens.len())?;
         let start = Instant::now();
         let first = self.n_past;
         let mut batch = Batch::new(self.chunk);

@@ -1,6 +1,8 @@
 //! `gvote eval`: what a compressed cache loses, on texts and tasks.
 
-use std::collections::HashMap;
+mod adaptivity;
+mod suites;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -10,12 +12,12 @@ use gvote::eval::config::Config;
 use gvote::eval::record::{self, Journal};
 use gvote::eval::report::Report;
 use gvote::eval::runner::{Continuation, EvalError, Runner};
-use gvote::eval::tasks::{self, Sample};
 use gvote::llama::Model;
 use gvote::policy::Kind;
 use gvote::{SessionError, SessionParams};
 use indicatif::ProgressBar;
 
+use self::suites::SuiteArgs;
 use super::Exit;
 use super::args::{ContextArgs, ModelArgs, OutputArgs};
 use super::turn::{Steps, print};
@@ -44,6 +46,7 @@ pub struct EvalArgs {
 enum Command {
     Text(TextArgs),
     Tasks(TasksArgs),
+    Adaptivity(adaptivity::AdaptivityArgs),
     Report(ReportArgs),
 }
 
@@ -107,43 +110,8 @@ struct TasksArgs {
     #[command(flatten)]
     common: CommonArgs,
 
-    /// A folder of RULER tasks, TASK.jsonl each
-    #[arg(long, value_name = "FOLDER", help_heading = "Evaluation")]
-    ruler: Option<PathBuf>,
-
-    /// RULER tasks [default: all in the folder]
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',', requires = "ruler", help_heading = "Evaluation")]
-    tasks: Vec<String>,
-
-    /// The test problems of GSM8K, JSONL
-    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
-    gsm8k: Option<PathBuf>,
-
-    /// A summarisation task of LongBench, JSONL
-    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
-    longbench: Option<PathBuf>,
-
-    /// Needles in a made-up text: a grid of depths and lengths
-    #[arg(long, help_heading = "Evaluation")]
-    needle: bool,
-
-    /// Lengths of the needle grid, in words
-    #[arg(
-        long,
-        value_name = "N,...",
-        value_delimiter = ',',
-        default_value = "500,1000,2000",
-        help_heading = "Evaluation"
-    )]
-    needle_words: Vec<usize>,
-
-    /// Compress the context before the question is known
-    #[arg(long, help_heading = "Evaluation")]
-    blind: bool,
-
-    /// Prompts as they are, without the chat template
-    #[arg(long, help_heading = "Evaluation")]
-    raw: bool,
+    #[command(flatten)]
+    suites: SuiteArgs,
 
     /// Samples of each task
     #[arg(long, value_name = "N", default_value_t = usize::MAX, hide_default_value = true, help_heading = "Evaluation")]
@@ -170,6 +138,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     match &args.command {
         Command::Text(args) => text(args),
         Command::Tasks(args) => tasks(args),
+        Command::Adaptivity(args) => adaptivity::run(args),
         Command::Report(args) => report(args),
     }
 }
@@ -225,17 +194,19 @@ fn text(args: &TextArgs) -> Result<()> {
 fn tasks(args: &TasksArgs) -> Result<()> {
     let common = &args.common;
     let steps = Steps::new(&common.output)?;
-    let samples = args.samples()?;
+    let samples = args.suites.samples(common.seeds[0], args.offset, args.limit)?;
+    if samples.is_empty() {
+        return Err(Exit::Usage("no sample is left: see --tasks, --limit and --offset".into()).into());
+    }
     steps.interrupt.begin();
     let model = steps.load_model(&common.model, Kind::Gvote)?;
-    let longest = samples.iter().map(|s| model.tokenize(&s.full_turn(), true, false).map_or(0, |t| t.len())).max();
-    let n_ctx = (longest.unwrap_or(0) + ROOM).min(model.n_ctx_train());
+    let n_ctx = (suites::longest(&model, &samples) + ROOM).min(model.n_ctx_train());
     let configs = common.configs(&[Kind::Full.name(), "balanced"])?;
-    let mut runner = common.runner(&steps, &model, configs, n_ctx, args.raw)?;
+    let mut runner = common.runner(&steps, &model, configs, n_ctx, args.suites.raw)?;
     let bar = steps.count(samples.len() as u64, "samples");
     let mut too_long = 0;
-    for sample in &samples {
-        match runner.task(sample, args.blind) {
+    for (_, sample) in &samples {
+        match runner.task(sample, args.suites.blind) {
             Err(EvalError::Session(SessionError::PromptTooLong { .. })) => too_long += 1,
             result => {
                 steps.unless_cancelled(result)?;
@@ -243,43 +214,13 @@ fn tasks(args: &TasksArgs) -> Result<()> {
         }
         bar.inc(1);
     }
-    if too_long > 0 {
-        note(&format!("{too_long} samples are longer than the context (-c {n_ctx}) and were left out"));
-    }
+    note_too_long(too_long, n_ctx);
     finish(&bar, &runner, &common.output)
 }
 
-impl TasksArgs {
-    fn samples(&self) -> Result<Vec<Sample>> {
-        let mut all = Vec::new();
-        if let Some(folder) = &self.ruler {
-            let names = if self.tasks.is_empty() { tasks::ruler::tasks_in(folder)? } else { self.tasks.clone() };
-            all.extend(tasks::ruler::load(folder, &names)?);
-        }
-        if let Some(file) = &self.gsm8k {
-            all.extend(tasks::gsm8k::load(file, tasks::gsm8k::SHOTS, usize::MAX)?);
-        }
-        if let Some(file) = &self.longbench {
-            all.extend(tasks::longbench::load(file)?);
-        }
-        if self.needle {
-            all.extend(tasks::needle::grid(&self.needle_words, &tasks::needle::DEPTHS, self.common.seeds[0]));
-        }
-        // round robin over the tasks, so that a run that is stopped early has seen all of them
-        let mut seen = HashMap::<(String, String), usize>::new();
-        let mut numbered: Vec<(usize, Sample)> = Vec::new();
-        for sample in all {
-            let n = seen.entry((sample.suite.clone(), sample.task.clone())).or_default();
-            if (self.offset..self.offset.saturating_add(self.limit)).contains(n) {
-                numbered.push((*n, sample));
-            }
-            *n += 1;
-        }
-        numbered.sort_by_key(|(n, _)| *n);
-        if numbered.is_empty() {
-            return Err(Exit::Usage("no sample is left: see --tasks, --limit and --offset".into()).into());
-        }
-        Ok(numbered.into_iter().map(|(_, sample)| sample).collect())
+fn note_too_long(count: usize, n_ctx: usize) {
+    if count > 0 {
+        note(&format!("{count} samples are longer than the context (-c {n_ctx}) and were left out"));
     }
 }
 

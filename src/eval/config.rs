@@ -29,7 +29,19 @@ pub enum ConfigError {
 const KEYS: &str = "policy, preset, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
                     (back-forward), pool, head-mix, replay, evict, seed, key-error";
 
+/// Fields of [`Params`] that say how many cells are kept, and not which.
+const BUDGET: &[&str] = &["lost_mass", "ratio", "max_cells", "min_cells"];
+
 impl Config {
+    /// The settings without those of the budget: configurations with the same ranking keep the same cells at the same count.
+    pub fn ranking(&self) -> Params {
+        let mut fields = serde_json::to_value(&self.params).expect("settings have string keys only");
+        if let Some(fields) = fields.as_object_mut() {
+            fields.retain(|name, _| !BUDGET.contains(&name.as_str()));
+        }
+        serde_json::from_value(fields).expect("a missing field has its default")
+    }
+
     /// Settings by name: a policy, or a preset of the default policy.
     pub fn named(name: &str) -> Result<Self, PolicyError> {
         let params = match Preset::from_str(name) {
@@ -118,6 +130,20 @@ mod tests {
         assert_eq!("gvote-paper".parse::<Config>().unwrap().params, Params::new(Kind::GvotePaper));
         assert_eq!("safe".parse::<Config>().unwrap().params.lost_mass, Preset::Safe.lost_mass());
         assert!("full".parse::<Config>().unwrap().is_full());
+    }
+
+    #[test]
+    fn a_ranking_knows_no_budget() {
+        let ranking = |text: &str| text.parse::<Config>().unwrap().ranking();
+        assert_eq!(ranking("safe"), Params::default());
+        assert_eq!(
+            ranking("a:ratio=0.3,head-mix=0.7"),
+            ranking("b:lost-mass=0.2,max-cells=900,min-cells=70,head-mix=0.7")
+        );
+        assert_ne!(ranking("a:ratio=0.3,head-mix=0.7"), ranking("a:ratio=0.3"));
+        assert_eq!(ranking("a:policy=gvote-paper,ratio=0.3"), Params::new(Kind::GvotePaper));
+        let fields = serde_json::to_value(Params::default()).unwrap();
+        assert!(BUDGET.iter().all(|name| fields.get(name).is_some()));
     }
 
     #[test]

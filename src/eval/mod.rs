@@ -7,6 +7,8 @@ pub mod metrics;
 pub mod record;
 pub mod report;
 pub mod runner;
+pub mod search;
 pub mod tasks;
+pub mod texts;
 
 pub use record::{Adaptivity, Fidelity, Record, Run, TaskScore};

@@ -90,6 +90,9 @@ pub struct Adaptivity {
     pub run: Run,
     /// Kind of request: narrative, code, few-shot, needle, summary.
     pub family: String,
+    /// Steps of the continuation.
+    #[serde(default)]
+    pub steps: usize,
     /// Mean KL that was to be reached.
     pub target: f64,
     /// Mean KL at the chosen cells.
@@ -97,6 +100,9 @@ pub struct Adaptivity {
     pub log_perplexity_ratio: f64,
     /// C*: the fewest cells, with the same ranking, whose mean KL is at most the target.
     pub oracle_cells: usize,
+    /// What was measured on the way to C*: cells, fewest first, and their mean KL.
+    #[serde(default)]
+    pub curve: Vec<(usize, f32)>,
 }
 
 impl Adaptivity {

@@ -1,5 +1,7 @@
 //! Runs requests: each prompt is read once, and every configuration starts from the saved full cache.
 
+mod adaptivity;
+
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -10,7 +12,9 @@ use super::record::{Fidelity, Journal, Record, RecordError, Run, TaskScore};
 use super::tasks::Sample;
 use crate::llama::{ChatTemplate, LlamaError, Message, Model, Role, Sampler, SamplerParams, TemplateError, Token};
 use crate::policy::Kind;
+use crate::session::Stop;
 use crate::{Session, SessionError, SessionParams};
+pub use adaptivity::{Next, Request};
 
 /// What can stop an evaluation.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +29,8 @@ pub enum EvalError {
     Record(#[from] RecordError),
     #[error("the configurations differ in {0}, which one session cannot change: evaluate them one after another")]
     Mixed(&'static str),
-    #[error("the text has {found} tokens, {needed} are needed")]
-    TextTooShort { needed: usize, found: usize },
+    #[error("the model has nothing to say to {0}")]
+    NoAnswer(String),
 }
 
 /// A piece of text to continue.
@@ -47,6 +51,16 @@ pub struct Runner {
     done: HashSet<String>,
     model: String,
     cache_type: String,
+}
+
+/// What follows a saved full cache.
+struct Reference {
+    saved: Vec<u8>,
+    tokens: Vec<Token>,
+    /// What is expected after the tokens before this one is not compared.
+    from: usize,
+    /// Next-token logits after `tokens[from..]`, but the last. `[n_vocab]` each
+    full: Vec<Vec<f32>>,
 }
 
 /// What tells one measurement from all others.
@@ -190,6 +204,7 @@ impl Runner {
                 self.prefill(&rest)?;
             }
             let answer = self.answer(sample.max_tokens)?;
+            let answer = self.session.model().detokenize(&answer, false);
             let score = sample.metric.score(&answer, &sample.references);
             self.add(Record::Task(TaskScore {
                 run,
@@ -222,15 +237,20 @@ impl Runner {
         Ok((model.tokenize(head, !has_bos, true)?, model.tokenize(tail, false, true)?))
     }
 
-    fn answer(&mut self, max_tokens: i32) -> Result<String, EvalError> {
-        let greedy = SamplerParams { temp: 0.0, ..SamplerParams::default() };
-        let mut sampler = Sampler::new(self.session.model(), &greedy);
+    fn greedy(&self) -> Sampler {
+        Sampler::new(self.session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() })
+    }
+
+    /// The most likely answer; without the token that ends it.
+    fn answer(&mut self, max_tokens: i32) -> Result<Vec<Token>, EvalError> {
+        let mut sampler = self.greedy();
         let mut tokens = Vec::new();
-        self.session.generate(&mut sampler, max_tokens, |token| {
+        let report = self.session.generate(&mut sampler, max_tokens, |token| {
             tokens.push(token);
             ControlFlow::Continue(())
         })?;
-        Ok(self.session.model().detokenize(&tokens, false))
+        // half an answer is no answer
+        if report.stop == Stop::Cancelled { Err(LlamaError::Cancelled.into()) } else { Ok(tokens) }
     }
 
     /// Compares continuations of a compressed prompt with those of the full cache. Returns how many were added.
@@ -246,15 +266,10 @@ impl Runner {
         self.session.clear();
         self.prefill(text.prompt)?;
         let saved = self.session.save();
-        let full = self.follow(text.next)?;
+        let reference = self.reference(saved, text.next.to_vec(), 0)?;
         let added = missing.len();
         for (config, mut run) in missing {
-            self.compress(&saved, &config, &mut run)?;
-            let got = self.follow(text.next)?;
-            let mut distance = Distance::default();
-            for ((full, got), next) in full.iter().zip(&got).zip(&text.next[1..]) {
-                distance.add(full, got, *next as usize);
-            }
+            let distance = self.drift(&reference, &config, &mut run)?;
             self.add(Record::Fidelity(Fidelity {
                 run,
                 steps: distance.steps,
@@ -268,13 +283,28 @@ impl Runner {
         Ok(added)
     }
 
-    /// Next-token logits after each of `tokens` but the last.
-    fn follow(&mut self, tokens: &[Token]) -> Result<Vec<Vec<f32>>, EvalError> {
-        let mut out = Vec::with_capacity(tokens.len());
-        for &token in &tokens[..tokens.len() - 1] {
-            self.session.decode(token)?;
-            out.push(self.session.logits().to_vec());
-        }
-        Ok(out)
+    /// What the full cache expects after `tokens[from..]`, but the last.
+    fn reference(&mut self, saved: Vec<u8>, tokens: Vec<Token>, from: usize) -> Result<Reference, EvalError> {
+        self.session.load(&saved)?;
+        let mut full = Vec::with_capacity(tokens.len());
+        self.session.follow(&tokens[..tokens.len() - 1], |i, logits| {
+            if i >= from {
+                full.push(logits.to_vec());
+            }
+        })?;
+        Ok(Reference { saved, tokens, from, full })
+    }
+
+    /// How far a compressed cache drifts from the full one.
+    fn drift(&mut self, reference: &Reference, config: &Config, run: &mut Run) -> Result<Distance, EvalError> {
+        let Reference { saved, tokens, from, full } = reference;
+        self.compress(saved, config, run)?;
+        let mut distance = Distance::default();
+        self.session.follow(&tokens[..tokens.len() - 1], |i, logits| {
+            if i >= *from {
+                distance.add(&full[i - from], logits, tokens[i + 1] as usize);
+            }
+        })?;
+        Ok(distance)
     }
 }

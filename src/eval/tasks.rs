@@ -40,6 +40,17 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// What kind of request it is, in a word.
+    pub fn family(&self) -> &str {
+        match (self.suite.as_str(), self.task.as_str()) {
+            ("gsm8k", _) => "few-shot",
+            ("longbench", _) => "summary",
+            (_, task) if task.starts_with("niah") => "needle",
+            (suite, task) if suite.starts_with("ruler") => task,
+            (suite, _) => suite,
+        }
+    }
+
     /// The whole turn of the user: context and question.
     pub fn full_turn(&self) -> String {
         format!("{}{}", self.context, self.question)
@@ -85,6 +96,8 @@ pub enum TaskError {
         line: usize,
         what: String,
     },
+    #[error("{0}: no source files")]
+    NoCode(PathBuf),
     #[error("{path}: {rows} problems are too few for {shots} worked examples and one to score")]
     TooFew { path: PathBuf, rows: usize, shots: usize },
 }

@@ -35,8 +35,16 @@ fn needle(config: &str, length: &str, depth: f64, score: f64) -> Record {
 
 fn adaptivity(config: &str, family: &str, cells: usize, oracle_cells: usize, kl_mean: f64) -> Record {
     let run = run(config, 1, family, cells);
-    let (family, target) = (family.into(), 0.01);
-    Record::Adaptivity(Adaptivity { run, family, target, kl_mean, log_perplexity_ratio: 0.0, oracle_cells })
+    Record::Adaptivity(Adaptivity {
+        run,
+        family: family.into(),
+        steps: 64,
+        target: 0.01,
+        kl_mean,
+        log_perplexity_ratio: 0.0,
+        oracle_cells,
+        curve: vec![(oracle_cells, 0.01), (1000, 0.0)],
+    })
 }
 
 /// Some of every kind.

@@ -1,0 +1,149 @@
+//! Does a policy's own choice find the budget that a request needs?
+
+use std::collections::BTreeMap;
+
+use super::{EvalError, Reference, Runner};
+use crate::eval::config::Config;
+use crate::eval::record::{Adaptivity, Record, Run};
+use crate::eval::search::{fewest, grid};
+use crate::eval::tasks::Sample;
+use crate::llama::Token;
+use crate::policy::Params;
+
+/// A prompt to compress, and how it goes on.
+pub struct Request<'a> {
+    /// Kind of request, such as narrative.
+    pub family: String,
+    /// Name of the request, unique within a run file.
+    pub item: String,
+    pub next: Next<'a>,
+}
+
+/// What the compressed cache is tried on.
+pub enum Next<'a> {
+    /// The tokens that follow the prompt in a text. The first is fed before anything is compared.
+    Text { prompt: &'a [Token], next: &'a [Token] },
+    /// The full cache's most likely answer, up to `limit` tokens, and what would come after it. `blind`: the question follows
+    /// only after the compression.
+    Answer { sample: &'a Sample, blind: bool, limit: usize },
+}
+
+/// What is known of one way to rank the cells, for one request.
+struct Ranking {
+    params: Params,
+    account_error: bool,
+    seed: u64,
+    /// Mean KL by cells.
+    curve: BTreeMap<usize, f64>,
+}
+
+impl Runner {
+    /// Measures what every configuration chooses, beside the fewest cells of the same ranking whose mean KL is at most a
+    /// target, for all targets that are not in the journal yet. Returns how many records were added.
+    ///
+    /// # Errors
+    /// [`EvalError`]; what was measured so far is in the journal. [`EvalError::NoAnswer`] for a task to which the full cache
+    /// answers nothing at all.
+    pub fn adaptivity(&mut self, request: &Request, targets: &[f64]) -> Result<usize, EvalError> {
+        let blind = matches!(request.next, Next::Answer { blind: true, .. });
+        let mut missing: Vec<(Config, Run, Vec<f64>)> = Vec::new();
+        for &target in targets {
+            for (config, run) in self.missing("adaptivity", &target.to_string(), &request.item, blind) {
+                match missing.iter_mut().find(|(_, known, _)| *known == run) {
+                    Some((.., targets)) => targets.push(target),
+                    None => missing.push((config, run, vec![target])),
+                }
+            }
+        }
+        missing.retain(|(config, ..)| !config.is_full());
+        if missing.is_empty() {
+            return Ok(0);
+        }
+        let reference = self.read(request)?;
+        let mut rankings = Vec::new();
+        let mut added = 0;
+        for (config, mut run, targets) in missing {
+            let own = self.drift(&reference, &config, &mut run)?;
+            let ranking = Ranking::of(&config, &run, &mut rankings);
+            for target in targets {
+                let oracle_cells = self.fewest(&reference, ranking, &run, target)?;
+                self.add(Record::Adaptivity(Adaptivity {
+                    run: run.clone(),
+                    family: request.family.clone(),
+                    steps: own.steps,
+                    target,
+                    kl_mean: own.mean_kl(),
+                    log_perplexity_ratio: own.log_perplexity_ratio(),
+                    oracle_cells,
+                    curve: ranking.curve.iter().map(|(&cells, &kl)| (cells, kl as f32)).collect(),
+                }))?;
+                added += 1;
+            }
+        }
+        Ok(added)
+    }
+
+    /// Prefills what is to be compressed, and follows the full cache from there.
+    fn read(&mut self, request: &Request) -> Result<Reference, EvalError> {
+        self.session.clear();
+        match request.next {
+            Next::Text { prompt, next } => {
+                self.prefill(prompt)?;
+                let saved = self.session.save();
+                self.reference(saved, next.to_vec(), 0)
+            }
+            Next::Answer { sample, blind, limit } => {
+                let (context, question) = self.tokens_of(sample)?;
+                self.prefill(&context)?;
+                let before_question = blind.then(|| self.session.save());
+                self.prefill(&question)?;
+                let saved = before_question.unwrap_or_else(|| self.session.save());
+                let mut tokens = if blind { question } else { Vec::new() };
+                let from = tokens.len().saturating_sub(1);
+                let limit = i32::try_from(limit).unwrap_or(i32::MAX);
+                tokens.extend(self.answer(sample.max_tokens.min(limit))?);
+                if tokens.is_empty() {
+                    return Err(EvalError::NoAnswer(request.item.clone()));
+                }
+                tokens.push(self.greedy().sample(self.session.logits()));
+                self.reference(saved, tokens, from)
+            }
+        }
+    }
+
+    /// C* of a ranking, by search.
+    fn fewest(
+        &mut self,
+        reference: &Reference,
+        ranking: &mut Ranking,
+        run: &Run,
+        target: f64,
+    ) -> Result<usize, EvalError> {
+        let (n, params) = (run.tokens, &ranking.params);
+        let least = if params.leaves_alone(n) { n } else { params.sinks + params.recent };
+        ranking.curve.insert(n, 0.0);
+        fewest(&grid(n, least), target, |cells| {
+            if let Some(&kl) = ranking.curve.get(&cells) {
+                return Ok(kl);
+            }
+            let params = Params { ratio: Some(cells as f32 / n as f32), ..ranking.params.clone() };
+            let config = Config { name: String::new(), params, account_error: ranking.account_error };
+            let kl = self.drift(reference, &config, &mut run.clone())?.mean_kl();
+            ranking.curve.insert(cells, kl);
+            Ok(kl)
+        })
+    }
+}
+
+impl Ranking {
+    /// The known ranking of a configuration, or a new one.
+    fn of<'a>(config: &Config, run: &Run, known: &'a mut Vec<Self>) -> &'a mut Self {
+        let (params, account_error, seed) = (config.ranking(), config.account_error, run.seed);
+        let same = |r: &Self| (&r.params, r.account_error, r.seed) == (&params, account_error, seed);
+        let at = known.iter().position(same).unwrap_or(known.len());
+        if at == known.len() {
+            known.push(Self { params, account_error, seed, curve: BTreeMap::new() });
+        }
+        &mut known[at]
+    }
+}

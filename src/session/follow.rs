@@ -1,0 +1,38 @@
+//! A continuation that is known already, read at the speed of a prompt.
+
+use super::{SEQ, Session, SessionError};
+use crate::llama::{Batch, Pos, Token};
+
+impl Session {
+    /// What the model expects after each of `tokens`, as if they came next: `each(i, logits)` gets the next-token logits
+    /// after `tokens[i]`, `[n_vocab]`. They are decoded in ubatches, which is many times faster than [`Session::decode`] one
+    /// by one and gives the same up to rounding: a matrix product of many rows adds up in another order than that of one.
+    /// Compare the result with another `follow` of the same tokens, not with single steps.
+    ///
+    /// The session is afterwards as it was. With sliding-window layers it is so only in name: what has left the window
+    /// meanwhile is gone, and a saved session must be loaded before the next step.
+    ///
+    /// # Errors
+    /// [`SessionError::PromptTooLong`] and whatever decoding fails with; the session is then as before.
+    pub fn follow(&mut self, tokens: &[Token], mut each: impl FnMut(usize, &[f32])) -> Result<(), SessionError> {
+        self.check_room(tokens.len())?;
+        let first = self.n_past;
+        let mut follow = || -> Result<(), SessionError> {
+            let mut batch = Batch::new(self.chunk);
+            for (start, chunk) in (0..).step_by(self.chunk).zip(tokens.chunks(self.chunk)) {
+                batch.clear();
+                for (i, &token) in chunk.iter().enumerate() {
+                    batch.add(token, first + (start + i) as Pos, SEQ, true)?;
+                }
+                self.ctx.decode(&batch)?;
+                for i in 0..chunk.len() {
+                    each(start + i, self.ctx.logits_at(i as i32)?);
+                }
+            }
+            Ok(())
+        };
+        let result = follow();
+        self.ctx.remove(SEQ, first, -1);
+        result
+    }
+}
