@@ -42,6 +42,21 @@ impl Config {
         serde_json::from_value(fields).expect("a missing field has its default")
     }
 
+    /// The ranking in short: its policy, and what differs from the defaults.
+    pub fn ranking_name(&self) -> String {
+        let [plain, fields] = [Params::default(), self.ranking()].map(|p| serde_json::to_value(p).unwrap_or_default());
+        let mut parts = vec![self.params.policy.name().to_owned()];
+        for (name, value) in fields.as_object().into_iter().flatten() {
+            if name != "policy" && plain[name] != *value {
+                parts.push(format!("{name}={value}"));
+            }
+        }
+        if self.account_error {
+            parts.push("key-error".into());
+        }
+        parts.join(",")
+    }
+
     /// Settings by name: a policy, or a preset of the default policy.
     pub fn named(name: &str) -> Result<Self, PolicyError> {
         let params = match Preset::from_str(name) {
@@ -142,6 +157,9 @@ mod tests {
         );
         assert_ne!(ranking("a:ratio=0.3,head-mix=0.7"), ranking("a:ratio=0.3"));
         assert_eq!(ranking("a:policy=gvote-paper,ratio=0.3"), Params::new(Kind::GvotePaper));
+        let name = |text: &str| text.parse::<Config>().unwrap().ranking_name();
+        assert_eq!([name("safe"), name("a:ratio=0.3,head-mix=0.5")], ["gvote", "gvote,head_mix=0.5"]);
+        assert_eq!(name("a:policy=keydiff,key-error=true"), r#"keydiff,span={"back":0,"forward":0},key-error"#);
         let fields = serde_json::to_value(Params::default()).unwrap();
         assert!(BUDGET.iter().all(|name| fields.get(name).is_some()));
     }

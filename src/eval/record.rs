@@ -98,8 +98,11 @@ pub struct Adaptivity {
     /// Mean KL at the chosen cells.
     pub kl_mean: f64,
     pub log_perplexity_ratio: f64,
-    /// C*: the fewest cells, with the same ranking, whose mean KL is at most the target.
+    /// C*: the fewest cells, with the same ranking, whose mean KL is at most the target: see [`super::search::fewest`].
     pub oracle_cells: usize,
+    /// Name of the ranking: configurations that share it differ only in their budget.
+    #[serde(default)]
+    pub ranking: String,
     /// What was measured on the way to C*: cells, fewest first, and their mean KL.
     #[serde(default)]
     pub curve: Vec<(usize, f32)>,
@@ -109,6 +112,11 @@ impl Adaptivity {
     /// C / C*.
     pub fn overspend(&self) -> f64 {
         self.run.cells as f64 / self.oracle_cells.max(1) as f64
+    }
+
+    /// Share of the cells needed, C*/n, 0 to 1.
+    pub fn oracle_share(&self) -> f64 {
+        self.oracle_cells as f64 / self.run.tokens.max(1) as f64
     }
 
     /// Whether the chosen cells failed the target.

@@ -26,7 +26,7 @@ use serde::Serialize;
 use super::{Record, Run};
 use crate::policy::Kind;
 
-pub use adaptivity::{AdaptivityRow, AdaptivityTable, Choice, FamilyRow, Spending};
+pub use adaptivity::{AdaptivityRow, AdaptivityTable, Choice, FEW_MISSES, FamilyRow, Fixed, Spending};
 pub use fidelity::{FidelityRow, FidelityTable};
 pub use tasks::{Needle, NeedleMap, Score, TaskRow, TaskTable};
 

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::stats::{group_by, natural, quantile};
+use super::stats::{group_by, natural, quantile, rank_correlation};
 use super::{Config, Place, by_config};
 use crate::eval::Adaptivity;
 
@@ -49,16 +49,36 @@ pub struct Spending {
     pub misses: f64,
     /// Median share of the cells kept, 0 to 1.
     pub share_median: f64,
+    /// Spearman's, between the shares C/n and C*/n in whole percent: a cell more or less makes no rank. None where one of
+    /// them is the same for all.
+    pub rank_correlation: Option<f64>,
+    /// The smallest fixed ratio that misses no more requests than the policy.
+    pub fixed_same_misses: Fixed,
+    /// The smallest fixed ratio that misses at most [`FEW_MISSES`] of the requests.
+    pub fixed_few_misses: Fixed,
 }
 
-/// One request, in cells.
+/// One request of so many may be missed by a fixed ratio that is safe enough to choose: 20 %.
+pub const FEW_MISSES: usize = 5;
+
+/// The same share of the cells for every request, ranked as the configuration ranks them: the best one in hindsight.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Fixed {
+    /// 0 to 1
+    pub ratio: f64,
+    pub overspend_median: f64,
+    /// Share of the requests that need more, 0 to 1.
+    pub misses: f64,
+}
+
+/// One request, in shares of its cells.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
     pub config: String,
-    /// C
-    pub cells: usize,
-    /// C*
-    pub oracle: usize,
+    /// C/n
+    pub share: f64,
+    /// C*/n
+    pub oracle: f64,
     pub missed: bool,
 }
 
@@ -92,7 +112,9 @@ impl Spending {
     fn of(records: &[&Adaptivity]) -> Self {
         let overspend: Vec<f64> = records.iter().map(|r| r.overspend()).collect();
         let shares: Vec<f64> = records.iter().map(|r| r.run.share()).collect();
+        let needed: Vec<f64> = records.iter().map(|r| r.oracle_share()).collect();
         let missed = records.iter().filter(|r| r.missed()).count();
+        let percents = |shares: &[f64]| shares.iter().map(|share| (100.0 * share).round()).collect::<Vec<_>>();
         Self {
             n: records.len(),
             overspend_q1: quantile(&overspend, 0.25),
@@ -100,7 +122,22 @@ impl Spending {
             overspend_q3: quantile(&overspend, 0.75),
             misses: missed as f64 / records.len() as f64,
             share_median: quantile(&shares, 0.5),
+            rank_correlation: rank_correlation(&percents(&shares), &percents(&needed)),
+            fixed_same_misses: Fixed::best(&needed, missed),
+            fixed_few_misses: Fixed::best(&needed, records.len() / FEW_MISSES),
         }
+    }
+}
+
+impl Fixed {
+    /// The smallest ratio that is below C*/n for at most `misses` requests.
+    fn best(needed: &[f64], misses: usize) -> Self {
+        let mut sorted = needed.to_vec();
+        sorted.sort_unstable_by(f64::total_cmp);
+        let ratio = sorted[sorted.len().saturating_sub(1 + misses)];
+        let overspend: Vec<f64> = sorted.iter().map(|needed| ratio / needed).collect();
+        let missed = sorted.iter().filter(|needed| **needed > ratio).count();
+        Self { ratio, overspend_median: quantile(&overspend, 0.5), misses: missed as f64 / sorted.len() as f64 }
     }
 }
 
@@ -108,8 +145,8 @@ impl Choice {
     fn new(record: &Adaptivity) -> Self {
         Self {
             config: record.run.config.clone(),
-            cells: record.run.cells,
-            oracle: record.oracle_cells,
+            share: record.run.share(),
+            oracle: record.oracle_share(),
             missed: record.missed(),
         }
     }

@@ -105,13 +105,19 @@ fn adaptivity(report: &Report, out: &mut csv::Writer<impl io::Write>) -> csv::Re
                 let suite = format!("{}/{family}", table.target);
                 let row = Row { section: "adaptivity", place: &table.place, suite: &suite, config: &r.config };
                 let Spending { n, share_median: share, .. } = *spending;
+                let (same, few) = (&spending.fixed_same_misses, &spending.fixed_few_misses);
                 let figures = [
                     ("overspend_median", spending.overspend_median),
                     ("overspend_q1", spending.overspend_q1),
                     ("overspend_q3", spending.overspend_q3),
                     ("misses", spending.misses),
+                    ("fixed_ratio_same_misses", same.ratio),
+                    ("fixed_overspend_same_misses", same.overspend_median),
+                    ("fixed_ratio_few_misses", few.ratio),
+                    ("fixed_overspend_few_misses", few.overspend_median),
                 ];
-                for (metric, value) in figures {
+                let correlation = spending.rank_correlation.map(|r| ("rank_correlation", r));
+                for (metric, value) in figures.into_iter().chain(correlation) {
                     out.serialize(row.line(metric, (n, share, value, None)))?;
                 }
             }

@@ -14,6 +14,20 @@ pub fn standard_error(values: &[f64]) -> Option<f64> {
     deviation(values).map(|sd| sd / (values.len() as f64).sqrt())
 }
 
+/// Spearman's rank correlation, -1 to 1; equal values share their mean rank. None where one side is all the same.
+pub fn rank_correlation(a: &[f64], b: &[f64]) -> Option<f64> {
+    let (a, b) = (ranks(a), ranks(b));
+    let middle = mean(&a);
+    let products = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - middle) * (b - middle)).sum::<f64>();
+    let spread = (products(&a, &a) * products(&b, &b)).sqrt();
+    (spread > 0.0).then(|| products(&a, &b) / spread)
+}
+
+fn ranks(values: &[f64]) -> Vec<f64> {
+    let count = |is: fn(&f64, &f64) -> bool, value| values.iter().filter(|other| is(other, value)).count() as f64;
+    values.iter().map(|value| count(f64::lt, value) + (count(f64::eq, value) + 1.0) / 2.0).collect()
+}
+
 /// Splits items by a key, in the order in which the keys first appear.
 pub fn group_by<T, K: PartialEq>(items: impl IntoIterator<Item = T>, key: impl Fn(&T) -> K) -> Vec<(K, Vec<T>)> {
     let mut groups: Vec<(K, Vec<T>)> = Vec::new();

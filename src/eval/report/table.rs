@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{AdaptivityTable, FidelityTable, Place, Report, Score, Spending, TaskTable};
+use super::{AdaptivityTable, FidelityTable, Fixed, Place, Report, Score, Spending, TaskTable};
 
 /// A table whose first column names the row.
 #[derive(Debug, Clone, Serialize)]
@@ -63,8 +63,11 @@ pub fn sections(report: &Report) -> Vec<Section> {
     let adaptivity = Section {
         kind: Kind::Adaptivity,
         title: "Adaptivity",
-        lead: "Cells chosen, C, over the fewest that reach the target, C*. A request whose KL is above the target is a \
-               miss, whatever it spent.",
+        lead: "Cells chosen, C, over the fewest that reach the target, C*; C/C* and kept % are medians. A request whose KL is above the target is a \
+               miss, whatever it spent. Correlation is Spearman's, of the shares kept and needed: 1 if more is kept where \
+               more is needed. Fixed is the best fixed share of the cells in hindsight, in percent, and its median C/C*: the \
+               smallest with no more misses than the configuration, and with at most 20 % misses. Adapting pays where C/C* \
+               is below that of the fixed share with the same misses.",
         tables: report.adaptivity.iter().flat_map(|table| [adaptivity(table), families(table)]).collect(),
     };
     [fidelity, tasks, adaptivity].into_iter().filter(|section| !section.tables.is_empty()).collect()
@@ -130,26 +133,46 @@ fn tasks(table: &TaskTable) -> Table {
 }
 
 fn adaptivity(table: &AdaptivityTable) -> Table {
-    let head = ["config", "n", "C/C* median", "quartiles", "misses %", "kept % median"];
     let rows = table.rows.iter().map(|r| [vec![r.config.clone()], spending(&r.spending)].concat());
-    Table::new(&target(table), &table.place, words(&head), rows.collect())
+    Table::new(&target(table), &table.place, spending_head("config"), rows.collect())
 }
 
 fn families(table: &AdaptivityTable) -> Table {
-    let head = ["config, family", "n", "C/C* median", "quartiles", "misses %", "kept % median"];
     let families = table.rows.iter().flat_map(|r| r.families.iter().map(|f| (&r.config, f)));
     let rows = families.map(|(config, f)| [vec![format!("{config}, {}", f.family)], spending(&f.spending)].concat());
-    Table::new(&format!("{}, by family", target(table)), &table.place, words(&head), rows.collect())
+    Table::new(&format!("{}, by family", target(table)), &table.place, spending_head("config, family"), rows.collect())
 }
 
 fn target(table: &AdaptivityTable) -> String {
-    format!("Mean KL at most {}", table.target)
+    format!("Mean KL at most {}", figures(table.target))
+}
+
+fn spending_head(first: &str) -> Vec<String> {
+    words(&[
+        first,
+        "n",
+        "C/C*",
+        "quartiles",
+        "misses %",
+        "kept %",
+        "correlation",
+        "fixed, same misses",
+        "fixed, few misses",
+    ])
 }
 
 fn spending(s: &Spending) -> Vec<String> {
-    let quartiles = format!("{:.2} to {:.2}", s.overspend_q1, s.overspend_q3);
-    let median = format!("{:.2}", s.overspend_median);
-    vec![s.n.to_string(), median, quartiles, percent(s.misses), percent(s.share_median)]
+    let fixed = |f: &Fixed| format!("{}: {:.2}", percent(f.ratio), f.overspend_median);
+    vec![
+        s.n.to_string(),
+        format!("{:.2}", s.overspend_median),
+        format!("{:.2} to {:.2}", s.overspend_q1, s.overspend_q3),
+        percent(s.misses),
+        percent(s.share_median),
+        s.rank_correlation.map_or(NOTHING.into(), |r| format!("{r:.2}")),
+        fixed(&s.fixed_same_misses),
+        fixed(&s.fixed_few_misses),
+    ]
 }
 
 fn with_error(score: f64, error: Option<f64>) -> String {

@@ -43,6 +43,7 @@ fn adaptivity(config: &str, family: &str, cells: usize, oracle_cells: usize, kl_
         kl_mean,
         log_perplexity_ratio: 0.0,
         oracle_cells,
+        ranking: "gvote".into(),
         curve: vec![(oracle_cells, 0.01), (1000, 0.0)],
     })
 }
@@ -201,6 +202,42 @@ fn overspending_is_told_in_quartiles() {
 }
 
 #[test]
+fn the_best_fixed_ratio_is_known_in_hindsight() {
+    // Of 1,000 cells each; shares needed: 10, 20, 30, 40 and 80 %. The policy misses the last.
+    let choices = [(200, 100, 0.0), (150, 200, 0.005), (450, 300, 0.0), (500, 400, 0.0), (600, 800, 0.02)];
+    let records: Vec<_> =
+        choices.iter().map(|(cells, oracle, kl)| adaptivity("vote", "code", *cells, *oracle, *kl)).collect();
+    let report = Report::new(&records);
+    let all = report.adaptivity[0].rows[0].spending;
+    // One miss is allowed: 40 % fails the last only; 0.4 over 0.1, 0.2, 0.3, 0.4 and 0.8 has the median 4/3.
+    for fixed in [all.fixed_same_misses, all.fixed_few_misses] {
+        assert_eq!((fixed.ratio, fixed.misses), (0.4, 0.2));
+        close(fixed.overspend_median, 4.0 / 3.0);
+    }
+    // Ranks of what is kept: 2, 1, 3, 4, 5; 1 - 6 (1 + 1) / (5 * 24).
+    close(all.rank_correlation.unwrap(), 0.9);
+
+    // Without a miss, as much as the neediest takes; with only misses, as little as the most modest.
+    let of = |kl: f64| {
+        let records: Vec<_> =
+            choices.iter().map(|(cells, oracle, _)| adaptivity("vote", "code", *cells, *oracle, kl)).collect();
+        Report::new(&records).adaptivity[0].rows[0].spending
+    };
+    assert_eq!((of(0.0).fixed_same_misses.ratio, of(0.0).fixed_same_misses.misses), (0.8, 0.0));
+    assert_eq!((of(1.0).fixed_same_misses.ratio, of(1.0).fixed_same_misses.misses), (0.1, 0.8));
+}
+
+#[test]
+fn equal_values_share_a_rank_and_a_constant_has_none() {
+    let correlation = stats::rank_correlation;
+    close(correlation(&[1.0, 2.0, 3.0], &[30.0, 20.0, 10.0]).unwrap(), -1.0);
+    // Ranks 1.5, 1.5, 3 and 1, 2, 3: 1.5 / sqrt(1.5 * 2).
+    close(correlation(&[5.0, 5.0, 9.0], &[1.0, 2.0, 3.0]).unwrap(), 1.5 / 3_f64.sqrt());
+    assert_eq!(correlation(&[5.0, 5.0], &[1.0, 2.0]), None);
+    assert_eq!(correlation(&[5.0], &[1.0]), None);
+}
+
+#[test]
 fn csv_has_a_line_a_figure() {
     let report = Report::new(&everything());
     let text = csv_of(&report);
@@ -211,8 +248,8 @@ fn csv_has_a_line_a_figure() {
     assert!(text.contains("\ntask,m.gguf,f16,suite,false,vote,qa,1,0.25,0.5,\n"), "{text}");
     assert!(text.contains("\ntask,m.gguf,f16,suite,false,vote,difference_to_full,1,0.25,-0.5,\n"), "{text}");
     assert!(text.contains("\nadaptivity,m.gguf,f16,0.01/code,false,vote,overspend_median,1,0.3,1.5,\n"), "{text}");
-    // 5 of fidelity; suite: task and mean for both, one difference; needle: task and mean; adaptivity: 4 for all and code.
-    assert_eq!(lines.count(), 5 + 5 + 2 + 8);
+    // 5 of fidelity; suite: task and mean for both, one difference; needle: task and mean; adaptivity: 8 for all and code.
+    assert_eq!(lines.count(), 5 + 5 + 2 + 16);
 }
 
 #[test]

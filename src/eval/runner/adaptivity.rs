@@ -30,9 +30,10 @@ pub enum Next<'a> {
 
 /// What is known of one way to rank the cells, for one request.
 struct Ranking {
+    name: String,
+    seed: u64,
     params: Params,
     account_error: bool,
-    seed: u64,
     /// Mean KL by cells.
     curve: BTreeMap<usize, f64>,
 }
@@ -64,7 +65,7 @@ impl Runner {
         let mut added = 0;
         for (config, mut run, targets) in missing {
             let own = self.drift(&reference, &config, &mut run)?;
-            let ranking = Ranking::of(&config, &run, &mut rankings);
+            let ranking = self.ranking(&config, &run, own.steps, &mut rankings);
             for target in targets {
                 let oracle_cells = self.fewest(&reference, ranking, &run, target)?;
                 self.add(Record::Adaptivity(Adaptivity {
@@ -75,6 +76,7 @@ impl Runner {
                     kl_mean: own.mean_kl(),
                     log_perplexity_ratio: own.log_perplexity_ratio(),
                     oracle_cells,
+                    ranking: ranking.name.clone(),
                     curve: ranking.curve.iter().map(|(&cells, &kl)| (cells, kl as f32)).collect(),
                 }))?;
                 added += 1;
@@ -121,7 +123,6 @@ impl Runner {
     ) -> Result<usize, EvalError> {
         let (n, params) = (run.tokens, &ranking.params);
         let least = if params.leaves_alone(n) { n } else { params.sinks + params.recent };
-        ranking.curve.insert(n, 0.0);
         fewest(&grid(n, least), target, |cells| {
             if let Some(&kl) = ranking.curve.get(&cells) {
                 return Ok(kl);
@@ -133,16 +134,23 @@ impl Runner {
             Ok(kl)
         })
     }
-}
 
-impl Ranking {
-    /// The known ranking of a configuration, or a new one.
-    fn of<'a>(config: &Config, run: &Run, known: &'a mut Vec<Self>) -> &'a mut Self {
-        let (params, account_error, seed) = (config.ranking(), config.account_error, run.seed);
-        let same = |r: &Self| (&r.params, r.account_error, r.seed) == (&params, account_error, seed);
-        let at = known.iter().position(same).unwrap_or(known.len());
+    /// The ranking of a configuration: one that is known, or a new one with what an earlier run measured of it.
+    fn ranking<'a>(&self, config: &Config, run: &Run, steps: usize, known: &'a mut Vec<Ranking>) -> &'a mut Ranking {
+        let (name, seed) = (config.ranking_name(), run.seed);
+        let at = known.iter().position(|r| r.name == name && r.seed == seed).unwrap_or(known.len());
         if at == known.len() {
-            known.push(Self { params, account_error, seed, curve: BTreeMap::new() });
+            let request =
+                |run: &Run| (run.model.clone(), run.cache_type.clone(), run.item.clone(), run.seed, run.blind);
+            let earlier = self.records().iter().filter_map(|record| match record {
+                Record::Adaptivity(r) => Some(r),
+                _ => None,
+            });
+            let earlier = earlier.filter(|r| r.ranking == name && r.steps == steps && request(&r.run) == request(run));
+            let mut curve: BTreeMap<_, _> =
+                earlier.flat_map(|r| &r.curve).map(|&(cells, kl)| (cells, f64::from(kl))).collect();
+            curve.insert(run.tokens, 0.0);
+            known.push(Ranking { name, seed, params: config.ranking(), account_error: config.account_error, curve });
         }
         &mut known[at]
     }

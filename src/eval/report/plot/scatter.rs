@@ -5,23 +5,23 @@ use plotters::prelude::*;
 use super::axis::Axis;
 use super::{Area, DASH, Drawn, GREY, INK, Key, Labels, Palette, Panel, chart, dashed, key, marker, svg};
 use crate::eval::report::AdaptivityTable;
+use crate::eval::report::table::figures;
 
 /// The plotting area is about square.
 const HEIGHT: u32 = 400;
 /// Half the side of a cross, in pixels.
 const CROSS: i32 = 4;
 
-/// C over C*, a point a request.
+/// C over C* in percent of the prompt's cells, a point a request: prompts of all lengths share the axes.
 pub fn panel(table: &AdaptivityTable, palette: Palette) -> Panel {
-    let cells = || table.points.iter().flat_map(|p| [p.cells, p.oracle]).map(|n| n.max(1) as f64);
-    let axis = Axis::log(cells().fold(f64::MAX, f64::min), cells().fold(1.0, f64::max));
+    let axis = Axis::linear(0.0, 100.0);
     let (low, high) = axis.ends();
-    let labels = Labels { x: "fewest cells that reach the target, C*", y: "cells chosen, C", left: 64 };
+    let labels = Labels { x: "cells needed for the target, C*, in %", y: "cells kept, C, in %", left: 64 };
     let draw = |area: &Area| -> Drawn {
         let mut chart = chart(area, axis.clone(), axis, &labels)?;
         chart.draw_series([dashed([(low, low), (high, high)], DASH, GREY.stroke_width(2))])?;
         for p in &table.points {
-            let at = (p.oracle as f64, p.cells as f64);
+            let at = (100.0 * p.oracle, 100.0 * p.share);
             let look = palette.look(&p.config);
             if p.missed {
                 chart.draw_series([Cross::new(at, CROSS, look.colour.stroke_width(2))])?;
@@ -31,7 +31,7 @@ pub fn panel(table: &AdaptivityTable, palette: Palette) -> Panel {
         }
         Ok(())
     };
-    Panel::new(&format!("KL at most {}", table.target), &table.place, svg((super::WIDTH, HEIGHT), draw))
+    Panel::new(&format!("KL at most {}", figures(table.target)), &table.place, svg((super::WIDTH, HEIGHT), draw))
 }
 
 /// What the plots show.
