@@ -3,9 +3,14 @@
 #[path = "common/cli.rs"]
 mod cli;
 
-use std::process::Command;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
-use cli::{Done, PROGRAM, document, finish, model};
+use cli::{Done, PROGRAM, document, finish, interrupt, model};
+use serde_json::Value;
 
 fn gvote(args: &[&str]) -> Done {
     finish(Command::new(PROGRAM).args(args))
@@ -80,12 +85,108 @@ fn a_text_is_compared_with_the_full_cache() {
     assert!(kl("replayed") > kl("all"));
 }
 
+fn records(runs: &Path) -> Vec<Value> {
+    fs::read_to_string(runs).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+/// `gvote eval SUB -m MODEL -t 1 ARGS -o RUNS`
+fn eval(sub: &str, args: &[&str], runs: &Path) -> Command {
+    let mut program = Command::new(PROGRAM);
+    program.args(["eval", sub, "-t", "1", "-m"]).arg(model()).args(args).arg("-o").arg(runs);
+    program.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    program
+}
+
+#[test]
+fn a_choice_is_measured_beside_the_fewest_cells_that_would_have_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let (runs, file) = (folder.path().join("runs.jsonl"), document(4000));
+    let text = ["--text", file.path().to_str().unwrap(), "-p", "300", "-n", "16", "--limit", "1"];
+    let targets = ["--needle", "--needle-words", "150", "--target-kl", "0.01", "--target-ppl", "1.5"];
+    let args = [&text[..], &targets, &["--config", "all:ratio=1", "--config", "bold:lost-mass=0.3"]].concat();
+    finish(&mut eval("adaptivity", &args, &runs)).ok();
+    let first = records(&runs);
+    // two requests, two configurations, two targets
+    assert_eq!(first.len(), 8);
+    for r in &first {
+        let number = |name: &str| r[name].as_f64().unwrap();
+        let kept_all = r["config"] == "all";
+        assert_eq!((number("cells") == number("tokens"), number("kl_mean") == 0.0), (kept_all, kept_all), "{r}");
+        assert!(["narrative", "needle"].contains(&r["family"].as_str().unwrap()), "{r}");
+        // C* and everything larger that was measured reach the target, the next fewer does not
+        let curve: Vec<(f64, f64)> = serde_json::from_value(r["curve"].clone()).unwrap();
+        let at = curve.iter().position(|(cells, _)| *cells == number("oracle_cells")).unwrap();
+        assert!(curve[at..].iter().all(|(_, kl)| *kl <= number("target")), "{r}");
+        assert!(at == 0 || curve[at - 1].1 > number("target"), "{r}");
+        assert_eq!(*curve.last().unwrap(), (number("tokens"), 0.0));
+    }
+    // a looser target takes no more cells, and both configurations share the search
+    for (i, strict) in first.iter().enumerate().step_by(2) {
+        assert!(first[i + 1]["oracle_cells"].as_u64() <= strict["oracle_cells"].as_u64());
+    }
+    assert_eq!(first[0]["oracle_cells"], first[2]["oracle_cells"]);
+
+    // a further configuration finds C* as it was; nothing is measured twice
+    let more = [&args[..], &["--config", "half:ratio=0.5"]].concat();
+    let table = finish(&mut eval("adaptivity", &more, &runs)).ok().stdout;
+    let all = records(&runs);
+    assert_eq!((all.len(), &all[..8]), (12, &first[..]));
+    assert_eq!(all[8]["oracle_cells"], first[0]["oracle_cells"]);
+    assert!(table.contains("C/C*") && table.contains("half") && table.contains("by family"), "{table}");
+}
+
+#[test]
+fn a_blind_request_is_compared_from_its_first_answered_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let runs = folder.path().join("runs.jsonl");
+    let needle = ["--needle", "--needle-words", "150", "--limit", "1", "-n", "4", "--config", "half:ratio=0.5"];
+    finish(&mut eval("adaptivity", &needle, &runs)).ok();
+    finish(&mut eval("adaptivity", &[&needle[..], &["--blind"]].concat(), &runs)).ok();
+    let all = records(&runs);
+    assert_eq!((&all[0]["blind"], &all[1]["blind"]), (&false.into(), &true.into()));
+    // in sight, the full cache itself expects the first token
+    assert_eq!((&all[0]["steps"], &all[1]["steps"]), (&4.into(), &5.into()));
+    assert!(all[1]["tokens"].as_u64() < all[0]["tokens"].as_u64());
+}
+
+#[test]
+fn ctrl_c_leaves_whole_measurements_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let (runs, file) = (folder.path().join("runs.jsonl"), document(8000));
+    let text = ["--text", file.path().to_str().unwrap(), "-p", "300", "-n", "16", "--limit", "4"];
+    let child = eval("adaptivity", &text, &runs).spawn().unwrap();
+    while !fs::read_to_string(&runs).is_ok_and(|lines| lines.contains('\n')) {
+        sleep(Duration::from_millis(20));
+    }
+    let (done, took) = interrupt(child);
+    assert_eq!((done.status, done.stderr.trim()), (130, "gvote: cancelled"));
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    let before = records(&runs);
+    assert!(before.len() < 4);
+    finish(&mut eval("adaptivity", &text, &runs)).ok();
+    let after = records(&runs);
+    assert_eq!((after.len(), &after[..before.len()]), (4, &before[..]));
+
+    // half an answer is not scored
+    let (story, runs) = (folder.path().join("story.jsonl"), folder.path().join("answers.jsonl"));
+    fs::write(&story, r#"{"context": "Tell me a very long story in many chapters.", "answers": ["x"]}"#).unwrap();
+    let args = ["--longbench", story.to_str().unwrap(), "--config", "full"];
+    let child = eval("tasks", &args, &runs).spawn().unwrap();
+    sleep(Duration::from_secs(3));
+    let (done, _) = interrupt(child);
+    assert_eq!((done.status, fs::read_to_string(&runs).unwrap().as_str()), (130, ""));
+}
+
 #[test]
 fn nonsense_is_one_line() {
     for (args, status, part) in [
         (&["eval", "tasks", "-m", "x.gguf", "-o", "y"][..], 2, "--needle"),
         (&["eval", "text", "-m", "x.gguf", "-f", "/nowhere", "-o", "y"], 1, "/nowhere"),
         (&["eval", "tasks", "-m", "x.gguf", "--needle", "--config", "a:b", "-o", "y"], 2, "KEY=VALUE"),
+        (&["eval", "adaptivity", "-m", "x.gguf", "-o", "y"], 2, "--text"),
+        (&["eval", "adaptivity", "-m", "x.gguf", "--code", "/nowhere", "-o", "y"], 1, "/nowhere"),
+        (&["eval", "adaptivity", "-m", "x.gguf", "--needle", "--target-kl", "0", "-o", "y"], 2, "above 0"),
+        (&["eval", "adaptivity", "-m", "x.gguf", "--needle", "--target-ppl", "1", "-o", "y"], 2, "above 1"),
         (&["eval", "report", "/nowhere"], 1, "/nowhere"),
     ] {
         let Done { status: got, stderr, .. } = gvote(args);

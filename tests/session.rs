@@ -101,6 +101,42 @@ fn the_same_seed_gives_the_same_cells_and_tokens() {
 }
 
 #[test]
+fn following_says_what_single_steps_say_and_leaves_no_trace() {
+    // two ubatches
+    let mut params = params(1024);
+    params.context.n_ubatch = 64;
+    let next: Vec<Token> = tokens(N + 70).split_off(N);
+    let mut session = prefilled(&params);
+    session.compress().unwrap();
+    let (cells, n_past, logits) = (session.cells_used(), session.n_past(), session.logits().to_vec());
+
+    let top = |logits: &[f32]| (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+    let follow = |session: &mut Session| {
+        let mut tops = Vec::new();
+        session
+            .follow(&next, |i, logits| {
+                assert_eq!(i, tops.len());
+                tops.push(top(logits));
+            })
+            .unwrap();
+        tops
+    };
+    let followed = follow(&mut session);
+    assert_eq!((session.cells_used(), session.n_past()), (cells, n_past));
+    assert!(session.logits() == logits);
+    assert_eq!(follow(&mut session), followed);
+
+    let mut same = 0;
+    for (&token, top_followed) in next.iter().zip(&followed) {
+        session.decode(token).unwrap();
+        same += usize::from(top(session.logits()) == *top_followed);
+    }
+    assert!(same >= 65, "{same} of {}", next.len());
+    let too_many = vec![next[0]; 1024];
+    assert!(matches!(session.follow(&too_many, |_, _| {}), Err(SessionError::PromptTooLong { .. })));
+}
+
+#[test]
 fn every_policy_mapping_and_cache_type_works() {
     for (kind, evict) in [
         (Kind::Gvote, Evict::Composite),

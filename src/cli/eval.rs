@@ -28,11 +28,14 @@ Examples:
   gvote eval text -m model.gguf -f wiki.test.raw --config balanced --config snapkv -o runs.jsonl
   gvote eval tasks -m model.gguf --needle -o runs.jsonl
   gvote eval tasks -m model.gguf --ruler ruler/4096 --limit 5 --blind --config 'half:ratio=0.5' -o runs.jsonl
+  gvote eval adaptivity -m model.gguf --text wiki.test.raw --code src --needle --config balanced --target-kl 0.02 -o runs.jsonl
   gvote eval report runs.jsonl -o report.html
 
-A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, lost-mass, ratio, \
-max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, evict, seed, key-error. \
 A run that was stopped goes on where it was when it is started again with the same -o.";
+
+const CONFIGS: &str = "\
+A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, lost-mass, ratio, \
+max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, replay, evict, seed, key-error.";
 
 /// Measure what a compressed cache loses against the full one
 #[derive(Args)]
@@ -51,6 +54,7 @@ enum Command {
 }
 
 #[derive(Args)]
+#[command(after_help = CONFIGS)]
 struct CommonArgs {
     #[command(flatten)]
     model: ModelArgs,

@@ -24,8 +24,8 @@ const TARGET: f64 = 0.02;
 ///
 /// Each request is read once. Then its cache is compressed to more and fewer cells, and what the model expects at every token
 /// of a continuation is compared with the full cache: the text's own next tokens, or the full cache's answer to a task. The
-/// fewest cells whose mean KL is within the target are C*. A policy that adapts chooses few cells over C* (C/C* near 1) on easy
-/// and hard requests alike; the report puts it beside the best fixed share of the cells, which is known only in hindsight.
+/// fewest cells whose mean KL is within the target are C*, found by search. A policy that adapts stays a little above C* on
+/// easy and hard requests alike. The report puts it beside the best fixed share of the cells, known only in hindsight.
 #[derive(Args)]
 #[command(group = clap::ArgGroup::new("requests").required(true).multiple(true)
           .args(["text", "code", "ruler", "gsm8k", "longbench", "needle"]))]
