@@ -56,7 +56,7 @@ pub struct AdaptivityArgs {
     #[arg(short, long, value_name = "N", default_value_t = 2048, help_heading = "Evaluation")]
     prompt: usize,
 
-    /// Steps of a continuation
+    /// Most steps of a continuation; an answer may be shorter
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128, help_heading = "Evaluation")]
     predict: usize,
 

@@ -69,6 +69,7 @@ fn a_ruler_prompt_is_parted_before_its_last_question() {
     assert_eq!((vt.suite.as_str(), vt.task.as_str(), vt.item.as_str()), ("ruler/4096", "vt", "vt 0"));
     assert_eq!((vt.context.as_str(), vt.question.as_str()), ("VAR A = 1\nWhat now?\n", "Question: Which are 1?"));
     assert_eq!((vt.depth, vt.max_tokens, vt.score("it is a")), (None, 30, 0.5));
+    assert_eq!((vt.family(), niah.family()), ("vt", "needle"));
     assert_eq!(niah.item, "niah_single_1 1");
     assert_eq!(niah.context, "Remember it.\nWhat is this? It is 7.\nThe end.\n");
     assert_eq!((niah.question.as_str(), niah.answer_prefix.as_str()), ("What is the number?", " The number is"));
@@ -113,6 +114,7 @@ fn gsm8k_examples_come_from_the_end_and_are_not_scored() {
     assert_eq!(first.question, "Question: What is 1+1?\nAnswer:");
     assert_eq!((&first.references[..], first.max_tokens), (&["2".to_owned()][..], 256));
     assert_eq!((first.suite.as_str(), first.item.as_str(), second.item.as_str()), ("gsm8k", "gsm8k 0", "gsm8k 1"));
+    assert_eq!(first.family(), "few-shot");
     assert_eq!((first.score(" 1+1=2\n#### 2"), first.score("3")), (1.0, 0.0));
     assert_eq!(gsm8k::load(&path, 1, 1).unwrap(), samples[..1]);
     assert_eq!(gsm8k::load(&path, 0, 9).unwrap().len(), 3);
