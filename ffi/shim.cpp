@@ -150,6 +150,10 @@ uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
     return cells.size() - cells.get_used();
 }
 
+void gvote_shim_hide(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1) {
+    base_cache(ctx)->seq_rm(seq, p0, p1);
+}
+
 void gvote_shim_cells_pos(
         llama_context * ctx, llama_seq_id seq, const uint32_t * index, uint32_t n, llama_pos * out) {
     const llama_kv_cells & cells = base_cache(ctx)->get_cells(seq);

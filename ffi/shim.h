@@ -54,6 +54,9 @@ uint32_t gvote_shim_cells(struct llama_context * ctx, llama_seq_id seq, struct g
 // Cells of the sequence's stream that no sequence uses.
 uint32_t gvote_shim_cells_free(struct llama_context * ctx, llama_seq_id seq);
 
+// Takes the cells at positions p0..p1 away from `seq` in this cache alone: a window cache beside it keeps its own.
+void gvote_shim_hide(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1);
+
 // The position of each cell of the sequence's stream, -1 where `seq` does not own it.
 void gvote_shim_cells_pos(
         struct llama_context * ctx, llama_seq_id seq, const uint32_t * index, uint32_t n, llama_pos * out);

@@ -89,6 +89,12 @@ pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
     }
 }
 
+/// Takes the cells at positions `p0..p1` away from `seq`, but not those of a window cache beside this one.
+pub(crate) fn hide(ctx: &mut Context, seq: SeqId, p0: Pos, p1: Pos) {
+    // SAFETY: called with an accepted layout's context; llama.cpp checks the rest.
+    unsafe { sys::gvote_shim_hide(ctx.as_ptr(), seq, p0, p1) };
+}
+
 /// Cells of the stream of `seq` that no sequence uses.
 pub fn cells_free(ctx: &Context, seq: SeqId) -> usize {
     // SAFETY: called with an accepted layout's context.

@@ -14,6 +14,8 @@
 //! labelled with the largest position it holds: labels ascend, the last one is the sequence's last position, and removing
 //! the cells from some position on never leaves a newer key behind.
 
+use std::borrow::Cow;
+
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, Pos, SeqId};
 use crate::policy::{Kept, Selection};
@@ -36,19 +38,46 @@ pub enum CompactError {
 
 /// The rows that one head's cells come from.
 struct Moves<'a> {
-    /// Cells that receive, ascending.
+    /// Cells that receive.
     to: &'a [u32],
     /// Cells of the sequence by position.
     cells: &'a [Cell],
-    /// Places in `cells` that are kept, ascending; `None`: all.
-    kept: Option<&'a [u32]>,
+    /// Places in `cells` that give, as many as receive; `None`: all, in order.
+    from: Option<Cow<'a, [u32]>>,
 }
 
 impl Moves<'_> {
     fn from(&self, c: usize) -> usize {
-        let place = self.kept.map_or(c, |kept| kept[c] as usize);
+        let place = self.from.as_ref().map_or(c, |from| from[c] as usize);
         self.cells[place].index as usize
     }
+}
+
+/// What [`Moves::from`] is for a head, over all layers.
+type Sources<'a> = &'a (dyn Fn(usize) -> Option<Cow<'a, [u32]>> + Sync);
+
+/// Puts the rows of `seq` into another order, head by head: the cell at place c (in the order of positions) gets the row
+/// from place `sources(head)[c]`. Nothing is lost: the inverse order brings everything back. Positions stay.
+///
+/// `sources` gives a permutation of all places for every head.
+///
+/// # Errors
+/// [`CompactError`] when the cells cannot be worked on; nothing has moved then.
+pub(crate) fn permute(
+    ctx: &mut Context,
+    seq: SeqId,
+    sources: &(dyn Fn(usize) -> Vec<u32> + Sync),
+) -> Result<(), CompactError> {
+    let layout = Layout::of(ctx, seq)?;
+    let cells = cache::cells(ctx, seq);
+    if cells.iter().any(|c| c.shared) {
+        return Err(CompactError::Shared);
+    }
+    let to: Vec<u32> = cells.iter().map(|c| c.index).collect();
+    // SAFETY: valid context; llama.cpp may still be computing into the cache.
+    unsafe { sys::llama_synchronize(ctx.as_ptr()) };
+    move_rows(&layout, &cells, &to, &|head| Some(Cow::Owned(sources(head))), false, ctx.n_threads_batch());
+    Ok(())
 }
 
 /// Keeps what `selection` says of the cells of `seq`, frees the others, and leaves other sequences untouched.
@@ -85,7 +114,9 @@ pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(
     // llama.cpp may still be computing into the cache
     // SAFETY: valid context.
     unsafe { sys::llama_synchronize(ctx.as_ptr()) };
-    move_rows(&layout, &cells, to, selection, ctx.n_threads_batch());
+    let ascending = cells.windows(2).all(|w| w[0].index < w[1].index);
+    let kept = |head| selection.kept_by(head).map(Cow::Borrowed);
+    move_rows(&layout, &cells, to, &kept, ascending, ctx.n_threads_batch());
     // SAFETY: the table was built from the cells as they still are.
     unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table) };
     Ok(())
@@ -193,8 +224,8 @@ struct Rows {
     bytes: usize,
 }
 
-fn move_rows(layout: &Layout, cells: &[Cell], to: &[u32], selection: &Selection, n_threads: usize) {
-    let ascending = cells.windows(2).all(|w| w[0].index < w[1].index);
+/// `ascending`: no cell receives a row before it has given its own.
+fn move_rows(layout: &Layout, cells: &[Cell], to: &[u32], sources: Sources, ascending: bool, n_threads: usize) {
     let first_head: Vec<usize> = layout
         .n_head_kv()
         .scan(0, |sum, n| {
@@ -210,7 +241,7 @@ fn move_rows(layout: &Layout, cells: &[Cell], to: &[u32], selection: &Selection,
         // SAFETY: the cache is idle and no other thread works on this layer.
         let (mut k, mut v) = unsafe { (Storage::fetch(layer.k, stream), Storage::fetch(layer.v, stream)) };
         for kv in 0..layer.n_head_kv as usize {
-            let moves = Moves { to, cells, kept: selection.kept_by(first_head[il] + kv) };
+            let moves = Moves { to, cells, from: sources(first_head[il] + kv) };
             let mut gather = |rows: Rows| {
                 // SAFETY: rows of this layer and head only, see rows_of_head; no other thread works on this layer.
                 unsafe { gather(rows, &moves, ascending, &mut buffer) };

@@ -4,6 +4,8 @@ mod follow;
 mod replay;
 mod report;
 mod state;
+mod trial;
+mod vote;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -12,14 +14,15 @@ use std::time::Instant;
 
 pub use self::report::{CompressReport, GenerateReport, PrefillReport, Stop};
 use crate::cache::{self, CacheError, Layout};
-use crate::capture::{Capture, CaptureError, Queries};
-use crate::compact::{self, CompactError};
-use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, Token};
-use crate::policy::{self, HeadScores, Kept, Kind, PolicyError, Shape};
-use crate::score::{LayerQueries, ScoreError, Scorer};
+use crate::capture::{Capture, CaptureError};
+use crate::compact::CompactError;
+use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
+use crate::policy::{self, Kind, PolicyError, Shape};
+use crate::score::{ScoreError, Scorer};
 
-/// The sequence that holds the conversation. The probe borrows the last one of the context.
-const SEQ: i32 = 0;
+/// The sequence that holds the conversation, and the one for everything that is only tried: the last one of the context.
+const SEQ: SeqId = 0;
+const SCRATCH: SeqId = N_SEQ as SeqId - 1;
 const N_SEQ: u32 = 2;
 
 /// What can go wrong in a session. The session stays as it was before the call.
@@ -209,8 +212,9 @@ impl Session {
         for (changed, flag) in [
             (policy.window != old.window, "--window"),
             (policy.sinks != old.sinks, "--sinks"),
-            (policy.samples > self.ctx.n_ctx() - self.n_ctx, "--samples"),
-            (spare_cells(&policy) > self.ctx.n_ctx() - self.n_ctx, "the replay"),
+            (policy.samples > self.spare(), "--samples"),
+            (policy.draft > self.spare(), "--draft"),
+            (spare_cells(&policy) > self.spare(), "--replay"),
             (is_full(&policy) != is_full(old), "--policy"),
         ] {
             if changed {
@@ -220,6 +224,11 @@ impl Session {
         self.policy = policy;
         self.account_error = account_error;
         Ok(())
+    }
+
+    /// Cells that were set aside for votes.
+    fn spare(&self) -> usize {
+        self.ctx.n_ctx() - self.n_ctx
     }
 
     fn room(&self) -> usize {
@@ -287,83 +296,6 @@ impl Session {
         if let Some(voter) = &mut self.voter {
             voter.capture.forget_from(pos);
         }
-    }
-
-    /// Lets the policy vote and compacts the cache. The next-token logits stay.
-    ///
-    /// # Errors
-    /// [`SessionError`]; the cache is then as before.
-    pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
-        let cells = match self.voter {
-            Some(_) => cache::cells(&self.ctx, SEQ),
-            None => {
-                let (n, bytes) = (self.cells_used(), self.bytes_per_cell().unwrap_or(0));
-                return Ok(CompressReport::untouched(Kind::Full, n, bytes));
-            }
-        };
-        let n = cells.len();
-        let clock = Instant::now();
-        let wants_replay = self.policy.replay > 0.0 && !self.policy.leaves_alone(n);
-        let replayed = if wants_replay { Some(self.replay(&cells)?) } else { None };
-        let replay_time = clock.elapsed();
-        let Some(voter) = &mut self.voter else { return Err(SessionError::ReplayCompressed) };
-        let ctx = &mut self.ctx;
-        let bytes_per_cell = voter.layout.bytes_per_cell();
-        let mut report = CompressReport::untouched(self.policy.policy, n, bytes_per_cell);
-        report.replay_time = replay_time;
-        let mut policy = policy::build(&self.policy, uniform_shape(&voter.layout, n)?)?;
-        let needs = policy.needs();
-        let pos_last = self.n_past - 1;
-
-        if !needs.nothing() {
-            let clock = Instant::now();
-            let mut future = match needs.samples() {
-                true => voter.capture.probe(ctx, pos_last, self.policy.samples, self.policy.seed)?,
-                false => vec![Queries::default(); voter.layout.n_layer()],
-            };
-            report.probe_time = clock.elapsed();
-
-            let clock = Instant::now();
-            let (capture, scorer) = (&voter.capture, &mut voter.scorer);
-            scorer.score(
-                &voter.layout,
-                &cells,
-                needs,
-                self.account_error,
-                |il| layer_queries(capture, il, pos_last, std::mem::take(&mut future[il])),
-                |head, scores| match &replayed {
-                    Some(replayed) => policy.observe(
-                        head,
-                        &HeadScores {
-                            replayed: replayed.mean_of(head),
-                            fourth_powers: replayed.fourth_powers_of(head),
-                            ..*scores
-                        },
-                    ),
-                    None => policy.observe(head, scores),
-                },
-            )?;
-            report.score_time = clock.elapsed();
-            report.compute_bytes = voter.scorer.release();
-        }
-
-        let clock = Instant::now();
-        let selection = policy.select();
-        report.select_time = clock.elapsed();
-
-        let clock = Instant::now();
-        compact::compact(ctx, SEQ, &selection)?;
-        report.compact_time = clock.elapsed();
-
-        if let Kept::Heads { .. } | Kept::Tokens(_) = selection.kept {
-            self.exact_from = self.exact_from.max(self.n_past - self.policy.recent as Pos);
-        }
-        report.cells_after = selection.n_cells();
-        report.kv_bytes_after = report.cells_after * bytes_per_cell;
-        report.lost_mass = selection.lost_mass;
-        report.bound = selection.bound;
-        report.ragged = selection.ragged;
-        Ok(report)
     }
 
     /// Next-token logits of the newest token. `[n_vocab]`; empty before the first prefill.
@@ -465,8 +397,8 @@ impl Session {
 
 /// Cells that a vote needs beside those of the sequence.
 fn spare_cells(policy: &policy::Params) -> usize {
-    let replay = if policy.replay > 0.0 { replay::CELLS } else { 0 };
-    policy.samples.max(replay)
+    let replay = if policy.replay { replay::CELLS } else { 0 };
+    policy.samples.max(policy.draft).max(policy.window).max(replay)
 }
 
 /// The shape of a request of `n` cells; every layer must have the same heads.
@@ -481,18 +413,4 @@ fn uniform_shape(layout: &Layout, n: usize) -> Result<Shape, SessionError> {
         n_head_kv: first.n_head_kv as usize,
         group: (first.n_head / first.n_head_kv) as usize,
     })
-}
-
-/// The queries that vote in one layer: the observation window, and the synthetic queries with the current one behind them.
-fn layer_queries(
-    capture: &Capture,
-    layer: usize,
-    pos_last: Pos,
-    mut future: Queries,
-) -> Result<LayerQueries, SessionError> {
-    let observed = capture.window(layer, pos_last)?;
-    let n_q = observed.data.len() / observed.pos.len();
-    future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
-    future.pos.push(pos_last);
-    Ok(LayerQueries { observed, future, scale: capture.logit_scale(layer) })
 }

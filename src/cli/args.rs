@@ -131,14 +131,26 @@ pub struct PolicyArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Cache policy")]
 pub struct VoteArgs {
-    /// Share of the attention that may be given up: safe 0.01, balanced 0.03, aggressive 0.1
-    #[arg(long, value_name = "NAME", conflicts_with = "lost_mass", default_value = Preset::Balanced.name(),
-          value_parser = named(Preset::ALL, Preset::name))]
+    /// How close to the full cache a trial must stay: safe, balanced or aggressive
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["target_kl", "lost_mass"],
+          default_value = Preset::Balanced.name(), value_parser = named(Preset::ALL, Preset::name))]
     preset: Preset,
 
-    /// The same as a number between 0 and 1
+    /// The same as a number: mean KL to the full cache, in nats a token
+    #[arg(long, value_name = "NATS", conflicts_with = "lost_mass")]
+    target_kl: Option<f32>,
+
+    /// Tokens of the trial: a continuation that the full cache drafts and smaller caches are compared on
+    #[arg(long, value_name = "N", default_value_t = Params::default().draft)]
+    draft: usize,
+
+    /// Instead of a trial: share of the attention mass that may be given up
     #[arg(long, value_name = "SHARE")]
     lost_mass: Option<f32>,
+
+    /// Read the context a second time, to keep what any later question could need; costs about one more prefill
+    #[arg(long)]
+    replay: bool,
 
     /// gvote-paper: share of the current token's attention that sets the budget
     #[arg(long, value_name = "SHARE", default_value_t = Params::default().p_nuc)]
@@ -165,7 +177,7 @@ pub struct VoteArgs {
     recent: usize,
 
     /// Keep this share of the cells instead of what the policy finds out [default: 0.5 where the policy has no rule]
-    #[arg(long, value_name = "SHARE", conflicts_with = "lost_mass")]
+    #[arg(long, value_name = "SHARE", conflicts_with_all = ["lost_mass", "target_kl"])]
     ratio: Option<f32>,
 
     /// Cells the cache may have after a vote, whatever is lost [default: no cap]
@@ -197,6 +209,12 @@ impl VoteArgs {
     pub fn params(&self, policy: Kind) -> Result<Params> {
         let defaults = Params::new(policy);
         let params = Params {
+            target_kl: match self.lost_mass {
+                Some(_) => None,
+                None => Some(self.target_kl.unwrap_or(self.preset.target_kl())),
+            },
+            draft: self.draft,
+            replay: self.replay,
             lost_mass: self.lost_mass.unwrap_or(self.preset.lost_mass()),
             p_nuc: self.p_nuc,
             samples: self.samples.unwrap_or(defaults.samples),

@@ -26,11 +26,11 @@ pub enum ConfigError {
     Policy(#[from] PolicyError),
 }
 
-const KEYS: &str = "policy, preset, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
+const KEYS: &str = "policy, preset, target-kl, draft, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
                     (back-forward), pool, head-mix, replay, evict, seed, key-error";
 
 /// Fields of [`Params`] that say how many cells are kept, and not which.
-const BUDGET: &[&str] = &["lost_mass", "ratio", "max_cells", "min_cells"];
+const BUDGET: &[&str] = &["target_kl", "draft", "lost_mass", "ratio", "max_cells", "min_cells"];
 
 impl Config {
     /// The settings without those of the budget: configurations with the same ranking keep the same cells at the same count.
@@ -60,7 +60,7 @@ impl Config {
     /// Settings by name: a policy, or a preset of the default policy.
     pub fn named(name: &str) -> Result<Self, PolicyError> {
         let params = match Preset::from_str(name) {
-            Ok(preset) => Params { lost_mass: preset.lost_mass(), ..Params::default() },
+            Ok(preset) => Params::default().with_preset(preset),
             Err(_) => Params::new(Kind::from_str(name)?),
         };
         Ok(Self { name: name.into(), params, account_error: false })
@@ -82,8 +82,10 @@ impl Config {
         let p = &mut self.params;
         match key {
             "policy" => {}
-            "preset" => p.lost_mass = Preset::from_str(value)?.lost_mass(),
-            "lost-mass" => p.lost_mass = parse(key, value)?,
+            "preset" => *p = p.clone().with_preset(Preset::from_str(value)?),
+            "target-kl" => p.target_kl = Some(parse(key, value)?),
+            "draft" => p.draft = parse(key, value)?,
+            "lost-mass" => (p.target_kl, p.lost_mass) = (None, parse(key, value)?),
             "ratio" => p.ratio = Some(parse(key, value)?),
             "max-cells" => p.max_cells = Some(parse(key, value)?),
             "min-cells" => p.min_cells = parse(key, value)?,

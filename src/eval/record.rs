@@ -106,6 +106,9 @@ pub struct Adaptivity {
     /// What was measured on the way to C*: cells, fewest first, and their mean KL.
     #[serde(default)]
     pub curve: Vec<(usize, f32)>,
+    /// What the policy's own trial measured: cells, in the order of the attempts, and the mean KL along its draft.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tried: Vec<(usize, f32)>,
 }
 
 impl Adaptivity {

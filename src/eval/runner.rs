@@ -103,7 +103,8 @@ impl Runner {
             params.policy = first.clone();
             // the session sets cells aside for the most that any of them needs
             params.policy.samples = voting().map(|p| p.samples).max().unwrap_or(first.samples);
-            params.policy.replay = voting().map(|p| p.replay).fold(0.0, f32::max);
+            params.policy.replay = voting().any(|p| p.replay);
+            params.policy.draft = voting().map(|p| p.draft).max().unwrap_or(first.draft);
         }
         let template = ChatTemplate::of(model);
         Ok(Self {
@@ -166,19 +167,20 @@ impl Runner {
         Ok(())
     }
 
-    /// Brings back the full cache and compresses it.
-    fn compress(&mut self, saved: &[u8], config: &Config, run: &mut Run) -> Result<(), EvalError> {
+    /// Brings back the full cache and compresses it. Returns what a trial tried.
+    fn compress(&mut self, saved: &[u8], config: &Config, run: &mut Run) -> Result<Vec<(usize, f32)>, EvalError> {
         self.session.load(saved)?;
         run.tokens = self.session.cells_used();
         run.cells = run.tokens;
         if config.is_full() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut params = config.params.clone();
         params.seed = run.seed;
         self.session.set_policy(params, config.account_error)?;
-        run.cells = self.session.compress()?.cells_after;
-        Ok(())
+        let report = self.session.compress()?;
+        run.cells = report.cells_after;
+        Ok(report.tried)
     }
 
     /// Answers a sample under every configuration that is not in the journal yet. Returns how many were added.
@@ -269,7 +271,7 @@ impl Runner {
         let reference = self.reference(saved, text.next.to_vec(), 0)?;
         let added = missing.len();
         for (config, mut run) in missing {
-            let distance = self.drift(&reference, &config, &mut run)?;
+            let (distance, _) = self.drift(&reference, &config, &mut run)?;
             self.add(Record::Fidelity(Fidelity {
                 run,
                 steps: distance.steps,
@@ -295,16 +297,21 @@ impl Runner {
         Ok(Reference { saved, tokens, from, full })
     }
 
-    /// How far a compressed cache drifts from the full one.
-    fn drift(&mut self, reference: &Reference, config: &Config, run: &mut Run) -> Result<Distance, EvalError> {
+    /// How far a compressed cache drifts from the full one, and what a trial tried before.
+    fn drift(
+        &mut self,
+        reference: &Reference,
+        config: &Config,
+        run: &mut Run,
+    ) -> Result<(Distance, Vec<(usize, f32)>), EvalError> {
         let Reference { saved, tokens, from, full } = reference;
-        self.compress(saved, config, run)?;
+        let tried = self.compress(saved, config, run)?;
         let mut distance = Distance::default();
         self.session.follow(&tokens[..tokens.len() - 1], |i, logits| {
             if i >= *from {
                 distance.add(&full[i - from], logits, tokens[i + 1] as usize);
             }
         })?;
-        Ok(distance)
+        Ok((distance, tried))
     }
 }

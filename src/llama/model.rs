@@ -162,6 +162,15 @@ impl Model {
         }
     }
 
+    /// Whether a token is markup of a chat template and the like, no text.
+    pub fn is_control(&self, token: Token) -> bool {
+        // SAFETY: valid vocabulary; llama.cpp checks the token, but aborts where there is no vocabulary at all.
+        unsafe {
+            let has_text = sys::llama_vocab_type(self.vocab()) != sys::LLAMA_VOCAB_TYPE_NONE;
+            has_text && sys::llama_vocab_is_control(self.vocab(), token)
+        }
+    }
+
     /// Whether the token ends a generation (end of text, end of turn).
     pub fn is_eog(&self, token: Token) -> bool {
         // SAFETY: valid vocabulary; llama.cpp accepts any token id here.

@@ -1,24 +1,31 @@
-//! `gvote`: the default. GVote (arXiv 2509.03136) with real queries mixed in, forward spans, and a
-//! bound on the lost attention mass instead of the nucleus.
+//! `gvote`: the default. GVote (arXiv 2509.03136) with real queries, spans and value norms, and a budget that is found by
+//! trial.
 //!
 //! For each KV head, over its `n` entries `j`; `nz(x) = x / sum(x)`:
 //! 1. `m[j]` = `nz(future)`: what synthetic and current queries look at (the paper's step 2).
-//! 2. `s[j]` = `observed`, average-pooled over `pool` positions among the entries before the last
-//!    `window`, 0 for the window itself; then `nz` (SnapKV, arXiv 2404.14469).
-//! 3. `score[j] = s[j] + m[j]`.
-//! 4. Spans: `score'[j] = max(score[j - forward ..= j + back])`, so that a hit at `i` lifts
-//!    `i - back ..= i + forward`. The tokens that answer follow the token that is attended to.
-//! 5. `final[j] = score'[j] + head_mix * mean over all heads of score'[j]`.
-//! 6. The first `sinks` and the last `recent` rank before all others; equal scores, older first.
-//! 7. `C` = the smallest count for which the mean over heads of the mass of `m` outside the head's
-//!    own top `C` is at most `lost_mass`; then `min_cells` and `max_cells`.
+//! 2. `s[j]` = `observed`, average-pooled over `pool` positions among the entries before the last `window`, 0 for the
+//!    window itself (SnapKV, arXiv 2404.14469).
+//! 3. Two opinions on what is worth keeping:
+//!    - **passages**: `a[j] = max(nz(s)[j - forward ..= j + back])`, so that a hit at `i` lifts `i - back ..= i + forward`,
+//!      plus `head_mix` times the mean of `a[j]` over all heads. The tokens that answer follow the token that is attended
+//!      to, and are read out one by one: this finds needles.
+//!    - **single entries**: `b[j] = nz(s v)[j] + nz(m v)[j]` with the length `v` of the value vector: what an entry adds to
+//!      the output of attention. This keeps the text's distribution.
+//! 4. The first `sinks` and the last `recent` rank before all others. Then the two opinions take turns: the best passage
+//!    entry that is left, the best single entry that is left, and so on; equal scores, older first.
+//! 5. `C`: as the caller finds it by trial ([`Decision::Ranking`]); or the smallest count for which the mean over heads of
+//!    the mass of `m` outside the head's own best `C` is at most `lost_mass`; or a fixed share. Then `min_cells` and
+//!    `max_cells`.
 //!
-//! With [`Evict::Cells`] the ranking is the mean of `score'` alone, one for all heads, and step 7
-//! uses it.
+//! With a replay (KVzip, arXiv 2505.23416) both opinions are the one of the repeated context: `r[j] v[j]`, where `r[j]` is
+//! about the largest probability that a repeated token paid to the entry. Every token of the context is looked up by its
+//! own repetition, so spans would only blur it.
 //!
-//! Memory: 6 bytes for each head and entry (a cell of SmolLM2 takes 256 bytes a head: 2.3 %), whose
-//! larger part becomes the selection. Arithmetic is O(n log n) a head, sorted on a few threads; the
-//! result depends neither on their number nor on the order of their work.
+//! With [`Evict::Cells`] the opinions are the means of `a` and of `b` over all heads, one ranking for all.
+//!
+//! Memory: 6 bytes for each head and entry (a cell of SmolLM2 takes 256 bytes a head: 2.3 %), whose larger part becomes the
+//! selection. Arithmetic is O(n log n) a head, sorted on a few threads; the result depends neither on their number nor on
+//! the order of their work.
 
 use std::thread;
 
@@ -26,12 +33,13 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::rank::{self, Forced};
-use super::{Bound, Evict, HeadScores, Kind, Needs, Params, Policy, Selection, Shape};
+use super::ranking::Ranking;
+use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Selection, Shape};
 
-/// `m` is stored as f16 times this. The largest `m`, 1, becomes half of f16's range; what underflows
+/// `m`, `a` and `b` are stored as f16 times this. The largest, 1, becomes half of f16's range; what underflows
 /// is below 2e-12, which no count of entries turns into a loss. Every stored value is a multiple of
 /// 2^-24, so that sums over up to 16,384 heads are exact in f64 and the same in any order.
-const MASS_SCALE: f32 = 32768.0;
+const SCALE: f32 = 32768.0;
 
 /// Sorting the heads takes milliseconds: more threads would take longer to start than to help.
 const MAX_THREADS: usize = 4;
@@ -42,18 +50,22 @@ pub(super) struct Gvote {
     forced: Forced,
     /// Heads observed so far.
     seen: usize,
-    /// `[head][n]` bits of the f32 `score'`; `select` turns them into the ranking, in place. Empty
-    /// for `Evict::Cells`.
+    /// `[head][n]` the bits of `a * SCALE` and `b * SCALE` as f16, `a` above; ranking the heads turns them into entries from
+    /// best to worst, in place. Empty for `Evict::Cells`.
     score: Vec<u32>,
-    /// `[head][n]` `m * MASS_SCALE`. Empty for `Evict::Cells`.
+    /// `[head][n]` `m * SCALE`. Empty for `Evict::Cells`.
     mass: Vec<f16>,
-    /// `[n]` sum of `score'` over the heads.
-    score_sum: Vec<f64>,
-    /// `[n]` sum of `m` over the heads. Empty for `Evict::Composite`.
+    /// `[n]` sums of `a`, `b` and `m` over the heads; the last two are empty for `Evict::Composite`.
+    passages_sum: Vec<f64>,
+    single_sum: Vec<f64>,
     mass_sum: Vec<f64>,
-    /// Scratch for one head: `[n]` `m`, `[n]` `s` (0 in the window), a padded row.
+    /// Scratch for one head: `[n]` `m`, `s` (0 in the window), `b`; and rows to work in.
     future: Vec<f32>,
     observed: Vec<f32>,
+    single: Vec<f32>,
+    row: Vec<f32>,
+    half: Vec<f16>,
+    /// The first `n` are `a`.
     padded: Vec<f32>,
 }
 
@@ -68,50 +80,57 @@ impl Gvote {
             seen: 0,
             score: Vec::new(),
             mass: Vec::new(),
-            score_sum: vec![0.0; n],
+            passages_sum: vec![0.0; n],
+            single_sum: vec![0.0; per_token],
             mass_sum: vec![0.0; per_token],
             future: vec![0.0; n],
             observed: vec![0.0; n],
+            single: vec![0.0; n],
+            row: vec![0.0; n],
+            half: vec![f16::ZERO; n],
             padded: Vec::new(),
         }
     }
 
-    /// Steps 1 to 4: fills `self.future` with `m` and the first `n` of `self.padded` with `score'`.
-    fn score_head(&mut self, scores: &HeadScores<'_>) {
-        let n = self.shape.n;
-        rank::normalise(scores.future, &mut self.future);
+    /// Steps 1 to 3 from queries: fills `future` with `m`, `single` with `b` and the first `n` of `padded` with `a`, but
+    /// for the other heads' part.
+    fn score_queries(&mut self, scores: &HeadScores<'_>) {
+        let Self { future, observed, single, row, padded, params, .. } = self;
+        let older = observed.len().saturating_sub(params.window);
+        rank::normalise(scores.future, future);
+        rank::average_pool(&scores.observed[..older], params.pool, padded, &mut observed[..older]);
 
-        let older = n.saturating_sub(self.params.window);
-        let (pooled, s) = (&mut self.padded, &mut self.observed);
-        rank::average_pool(&scores.observed[..older], self.params.pool, pooled, &mut s[..older]);
-        pooled.clear();
-        pooled.extend_from_slice(&s[..older]);
-        rank::normalise(pooled, &mut s[..older]);
+        rank::weigh(future, scores.value_norm, row);
+        rank::normalise(row, single);
+        rank::weigh(observed, scores.value_norm, row);
+        padded.clear();
+        padded.resize(row.len(), 0.0);
+        rank::normalise(row, padded);
+        // halved, so that the sum of the two is at most 1
+        single.iter_mut().zip(&*padded).for_each(|(b, s)| *b = 0.5 * (*b + s));
 
-        self.observed.iter_mut().zip(&self.future).for_each(|(s, m)| *s += m);
-        rank::spread(&self.observed, self.params.span, &mut self.padded);
-        self.observed[older..].fill(0.0);
-        if !scores.replayed.is_empty() {
-            self.add_replay(scores);
-        }
+        rank::normalise(observed, row);
+        rank::spread(row, params.span, padded);
     }
 
-    /// Adds what the repeated context looked at to `score'` and, as a mean attention, to `m`.
-    fn add_replay(&mut self, scores: &HeadScores<'_>) {
-        let weight = self.params.replay;
-        let mut row = vec![0.0; self.shape.n];
+    /// The same from a replay: `a` and `b` are one.
+    fn score_replay(&mut self, scores: &HeadScores<'_>) {
+        let Self { future, single, row, padded, .. } = self;
+        rank::normalise(scores.replayed, future);
         let peaks: Vec<f32> = scores.fourth_powers.iter().map(|&p| rank::clean(p).sqrt().sqrt()).collect();
-        rank::normalise(&peaks, &mut row);
-        self.padded.iter_mut().zip(&row).for_each(|(score, peak)| *score += weight * peak);
-        rank::normalise(scores.replayed, &mut row);
-        self.future.iter_mut().zip(&row).for_each(|(m, mean)| *m = (*m + weight * mean) / (1.0 + weight));
+        rank::weigh(&peaks, scores.value_norm, row);
+        rank::normalise(row, single);
+        padded.clear();
+        padded.extend_from_slice(single);
     }
 
-    /// Steps 5 to 7 with each head's own ranking.
-    fn select_heads(mut self) -> Selection {
+    /// Steps 3 and 4 with each head's own opinions.
+    fn rank_heads(mut self) -> Ranking {
         let (n, heads) = (self.shape.n, self.shape.heads());
-        let weight = f64::from(self.params.head_mix) / heads as f64;
-        let common: Vec<f32> = self.score_sum.iter().map(|sum| (weight * sum) as f32).collect();
+        // with a replay each head's own opinion is all there is
+        let head_mix = if self.params.replay { 0.0 } else { self.params.head_mix };
+        let weight = f64::from(head_mix) / heads as f64;
+        let common: Vec<f32> = self.passages_sum.iter().map(|sum| (weight * sum) as f32).collect();
 
         let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS);
         let share = heads.div_ceil(threads) * n;
@@ -120,7 +139,7 @@ impl Gvote {
             let work = self.score.chunks_mut(share).zip(self.mass.chunks(share));
             let (common, forced) = (&common, &self.forced);
             let running: Vec<_> =
-                work.map(|(score, mass)| scope.spawn(move || rank_heads(score, mass, common, forced))).collect();
+                work.map(|(score, mass)| scope.spawn(move || rank_some(score, mass, common, forced))).collect();
             for thread in running {
                 let part = thread.join().expect("a ranking thread panicked");
                 at_rank.iter_mut().zip(part).for_each(|(sum, mass)| *sum += mass);
@@ -128,35 +147,28 @@ impl Gvote {
         });
         drop(std::mem::take(&mut self.mass));
 
-        let curve = rank::lost_curve(at_rank, heads as f64 * f64::from(MASS_SCALE));
-        self.finish(&curve, |ranking, count| rank::keep_heads(ranking, n, count))
+        let curve = rank::lost_curve(at_rank, heads as f64 * f64::from(SCALE));
+        Ranking::new(self.params, self.forced, heads, self.score, curve)
     }
 
-    /// Steps 5 to 7 with one ranking for all.
-    fn select_tokens(mut self) -> Selection {
-        let (n, heads) = (self.shape.n, self.shape.heads() as f64);
-        let mut keys = Vec::with_capacity(n);
-        rank::push_keys(&mut keys, &self.forced, |j| (self.score_sum[j] / heads) as f32);
-        keys.sort_unstable();
-        self.score = keys.into_iter().map(rank::entry).collect();
-
-        let at_rank = self.score.iter().map(|&j| self.mass_sum[j as usize]).collect();
+    /// Steps 3 and 4 with one ranking for all.
+    fn rank_tokens(self) -> Ranking {
+        let heads = self.shape.heads() as f64;
+        let mut order = vec![0; self.shape.n];
+        let mut turns = Turns::new(&self.forced);
+        let mean = |sum: &[f64], j: usize| (sum[j] / heads) as f32;
+        turns.take(|j| mean(&self.passages_sum, j), |j| mean(&self.single_sum, j), &mut order);
+        let at_rank = order.iter().map(|&j| self.mass_sum[j as usize]).collect();
         let curve = rank::lost_curve(at_rank, heads);
-        self.finish(&curve, rank::keep_tokens)
+        Ranking::new(self.params, self.forced, 1, order, curve)
     }
 
-    fn finish(self, curve: &[f64], keep: impl FnOnce(Vec<u32>, usize) -> super::Kept) -> Selection {
-        let n = self.shape.n;
-        let (wanted, rule) = match self.params.ratio {
-            Some(_) => (self.params.fixed_cells(n), Bound::Ratio),
-            None => (rank::smallest_count(curve, self.params.lost_mass), Bound::LostMass),
-        };
-        let (count, bound) = rank::bounded(wanted, rule, &self.forced, &self.params);
-        if bound == Bound::All {
-            return Selection::all(n);
+    fn ranking(self) -> Ranking {
+        assert_eq!(self.seen, self.shape.heads(), "heads observed before select");
+        match self.params.evict {
+            Evict::Composite => self.rank_heads(),
+            Evict::Cells => self.rank_tokens(),
         }
-        let lost_mass = Some(curve[count] as f32);
-        Selection { n, kept: keep(self.score, count), lost_mass, bound, ragged: None }
     }
 }
 
@@ -166,63 +178,113 @@ impl Policy for Gvote {
     }
 
     fn needs(&self) -> Needs {
-        Needs { future: true, observed: true, ..Needs::default() }
+        Needs { future: !self.params.replay, observed: !self.params.replay, value_norm: true, ..Needs::default() }
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
         let n = self.shape.n;
         assert!(head == self.seen && head < self.shape.heads(), "head {head} is out of order");
-        assert_eq!(scores.future.len(), n, "future scores of head {head}");
-        assert_eq!(scores.observed.len(), n, "observed scores of head {head}");
+        assert_eq!(scores.value_norm.len(), n, "value norms of head {head}");
+        if self.params.replay {
+            assert_eq!(scores.replayed.len(), n, "replayed scores of head {head}");
+            assert_eq!(scores.fourth_powers.len(), n, "fourth powers of head {head}");
+            self.score_replay(scores);
+        } else {
+            assert_eq!(scores.future.len(), n, "future scores of head {head}");
+            assert_eq!(scores.observed.len(), n, "observed scores of head {head}");
+            self.score_queries(scores);
+        }
         self.seen += 1;
 
-        self.score_head(scores);
-        for (sum, &score) in self.score_sum.iter_mut().zip(&self.padded) {
-            *sum += f64::from(score);
-        }
+        add(&mut self.passages_sum, &self.padded);
         match self.params.evict {
             Evict::Composite => {
                 // grown head by head, while the queries that were scored are freed layer by layer
                 self.score.reserve_exact(n);
-                self.score.extend(self.padded[..n].iter().map(|score| score.to_bits()));
-                self.future.iter_mut().for_each(|m| *m *= MASS_SCALE);
+                let bits = |x: f32| u32::from(f16::from_f32(x * SCALE).to_bits());
+                self.score.extend(self.padded.iter().zip(&self.single).map(|(&a, &b)| bits(a) << 16 | bits(b)));
+                self.future.iter_mut().for_each(|m| *m *= SCALE);
+                self.half.convert_from_f32_slice(&self.future);
                 self.mass.reserve_exact(n);
-                self.mass.resize((head + 1) * n, f16::ZERO);
-                self.mass[head * n..].convert_from_f32_slice(&self.future);
+                self.mass.extend_from_slice(&self.half);
             }
             Evict::Cells => {
-                for (sum, &m) in self.mass_sum.iter_mut().zip(&self.future) {
-                    *sum += f64::from(m);
-                }
+                add(&mut self.single_sum, &self.single);
+                add(&mut self.mass_sum, &self.future);
             }
         }
     }
 
+    /// Where the count would be found by trial, the bound on the lost mass stands in: there is no model here to try it on.
     fn select(self: Box<Self>) -> Selection {
-        assert_eq!(self.seen, self.shape.heads(), "heads observed before select");
-        match self.params.evict {
-            Evict::Composite => self.select_heads(),
-            Evict::Cells => self.select_tokens(),
+        let ranking = self.ranking();
+        match ranking.params().ratio {
+            Some(_) => ranking.fixed(),
+            None => ranking.by_lost_mass(),
         }
+    }
+
+    fn decide(self: Box<Self>) -> Decision {
+        if self.params.tries() { Decision::Ranking(self.ranking()) } else { Decision::Selection(self.select()) }
     }
 }
 
-/// Ranks some heads: `score` is `[head][n]` bits of `score'` and becomes `[head][n]` entries from
+fn add(sum: &mut [f64], row: &[f32]) {
+    sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
+}
+
+/// Ranks some heads: `score` is `[head][n]` pairs of `a` and `b` and becomes `[head][n]` entries from
 /// best to worst. Returns `[n]` the `mass` at each rank, summed over these heads.
-fn rank_heads(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced) -> Vec<f64> {
+fn rank_some(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced) -> Vec<f64> {
     let n = forced.n;
     let mut at_rank = vec![0.0; n];
-    let mut keys = Vec::with_capacity(n);
+    let mut turns = Turns::new(forced);
+    let mut order = vec![0; n];
     let mut row = vec![0.0_f32; n];
+    let value = |bits: u32| f16::from_bits(bits as u16).to_f32();
     for (score, mass) in score.chunks_mut(n).zip(mass.chunks(n)) {
+        turns.take(|j| value(score[j] >> 16) / SCALE + common[j], |j| value(score[j]), &mut order);
+        score.copy_from_slice(&order);
         mass.convert_to_f32_slice(&mut row);
-        keys.clear();
-        rank::push_keys(&mut keys, forced, |j| f32::from_bits(score[j]) + common[j]);
-        keys.sort_unstable();
-        for ((to, sum), &key) in score.iter_mut().zip(&mut at_rank).zip(&keys) {
-            *to = rank::entry(key);
-            *sum += f64::from(row[*to as usize]);
+        for (sum, &entry) in at_rank.iter_mut().zip(&order) {
+            *sum += f64::from(row[entry as usize]);
         }
     }
     at_rank
+}
+
+/// Two opinions that take turns.
+struct Turns<'a> {
+    forced: &'a Forced,
+    keys: [Vec<u64>; 2],
+    taken: Vec<bool>,
+}
+
+impl<'a> Turns<'a> {
+    fn new(forced: &'a Forced) -> Self {
+        Self { forced, keys: [Vec::new(), Vec::new()], taken: Vec::new() }
+    }
+
+    /// Fills `order` with the entries from best to worst: forced ones, then in turn the best of either score that is left.
+    fn take(&mut self, first: impl Fn(usize) -> f32, second: impl Fn(usize) -> f32, order: &mut [u32]) {
+        let [ours, theirs] = &mut self.keys;
+        ours.clear();
+        theirs.clear();
+        rank::push_keys(ours, self.forced, first);
+        rank::push_keys(theirs, self.forced, second);
+        ours.sort_unstable();
+        theirs.sort_unstable();
+        self.taken.clear();
+        self.taken.resize(order.len(), false);
+
+        let fixed = self.forced.count();
+        order.iter_mut().zip(&*ours).take(fixed).for_each(|(to, &key)| *to = rank::entry(key));
+        let mut best = [&*ours, &*theirs].map(|keys| keys[fixed..].iter().map(|&key| rank::entry(key)));
+        for (turn, to) in order[fixed..].iter_mut().enumerate() {
+            let is_left = |&entry: &u32| !self.taken[entry as usize];
+            // each opinion names every entry once, so there is one left as long as a place is
+            *to = best[turn % 2].find(is_left).unwrap_or_default();
+            self.taken[*to as usize] = true;
+        }
+    }
 }

@@ -29,6 +29,7 @@ mod gvote_paper;
 mod keydiff;
 mod params;
 mod rank;
+mod ranking;
 mod snapkv;
 mod streaming_llm;
 #[cfg(test)]
@@ -37,6 +38,7 @@ mod tests;
 use serde::{Deserialize, Serialize};
 
 pub use params::{DEFAULT_RATIO, Evict, Params, PolicyError, Preset, Span};
+pub use ranking::Ranking;
 
 /// Makes [`Kind`] and its dispatch out of one line a policy: variant, name, type, what it does.
 macro_rules! policies {
@@ -70,7 +72,7 @@ macro_rules! policies {
 
 policies! {
     Full, "full", full::Full, "keeps every entry: the reference";
-    Gvote, "gvote", gvote::Gvote, "real and synthetic queries, spans, and a bound on the lost attention mass";
+    Gvote, "gvote", gvote::Gvote, "real and synthetic queries, passages and single entries, as many as a trial asks for";
     GvotePaper, "gvote-paper", gvote_paper::GvotePaper, "the paper's votes and budget (arXiv 2509.03136)";
     StreamingLlm, "streaming-llm", streaming_llm::StreamingLlm, "first and last tokens, a fixed share (arXiv 2309.17453)";
     SnapKv, "snapkv", snapkv::SnapKv, "what the last real queries looked at, a fixed share (arXiv 2404.14469)";
@@ -209,6 +211,24 @@ pub trait Policy {
     /// # Panics
     /// If a policy that needs scores has not seen every head.
     fn select(self: Box<Self>) -> Selection;
+
+    /// Chooses, or hands out the ranking where the settings want the count to be found by trial on the model
+    /// ([`Params::tries`]).
+    ///
+    /// # Panics
+    /// As [`select`](Policy::select).
+    fn decide(self: Box<Self>) -> Decision {
+        Decision::Selection(self.select())
+    }
+}
+
+/// What a policy comes to by itself.
+#[derive(Debug, Clone)]
+pub enum Decision {
+    /// What stays.
+    Selection(Selection),
+    /// The order in which entries stay; their number is to be found by trial.
+    Ranking(Ranking),
 }
 
 /// What stays.
@@ -277,8 +297,12 @@ pub enum Kept {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bound {
+    /// The smallest `C` on which a trial came close enough to the full cache.
+    Trial,
     /// The smallest `C` that gives up no more attention mass than allowed.
     LostMass,
+    /// Everything stays: no question is in sight, so nothing could be tried.
+    Blind,
     /// The mean size of the heads' unions of votes (the paper's budget).
     Budget,
     /// The share that was asked for (`--ratio`).

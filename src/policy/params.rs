@@ -20,6 +20,11 @@ const MAX_POOL: usize = 63;
 /// Past this the heads' common opinion drowns each head's own.
 const MAX_HEAD_MIX: f32 = 1000.0;
 
+/// A distribution further from the full cache's than this has nothing to do with it any more.
+const MAX_KL: f32 = 10.0;
+/// A trial of more tokens than this would cost more than the vote saves.
+const MAX_DRAFT: usize = 256;
+
 /// What a policy with a fixed budget keeps when nothing is said.
 pub const DEFAULT_RATIO: f32 = 0.5;
 
@@ -30,7 +35,12 @@ pub const DEFAULT_RATIO: f32 = 0.5;
 pub struct Params {
     /// Who chooses.
     pub policy: Kind,
-    /// `gvote`: largest share of the attention mass that may be given up, mean over the KV heads.
+    /// `gvote`: the count is found by trial: the smallest on which the mean KL of a drafted continuation to the full cache is
+    /// at most this, in nats a token. None: `lost_mass` decides.
+    pub target_kl: Option<f32>,
+    /// `gvote`: tokens of that continuation, at most.
+    pub draft: usize,
+    /// `gvote`: largest share of the attention mass that may be given up, mean over the KV heads; where no trial is made.
     pub lost_mass: f32,
     /// `gvote-paper`: share of the current query's attention that sets the single-step budget.
     pub p_nuc: f32,
@@ -52,8 +62,8 @@ pub struct Params {
     pub max_cells: Option<usize>,
     /// Cells that stay at least (all of them, if the prompt is shorter).
     pub min_cells: usize,
-    /// `gvote`: weight of what a second reading of the context looks at, beside the queries; 0 = no second reading.
-    pub replay: f32,
+    /// `gvote`: read the context a second time, and keep what its own repetition looks at, instead of asking queries.
+    pub replay: bool,
     /// Seed of the synthetic queries.
     pub seed: u64,
     /// What one cell holds afterwards.
@@ -68,6 +78,8 @@ impl Default for Params {
     fn default() -> Self {
         Self {
             policy: Kind::Gvote,
+            target_kl: Some(Preset::Balanced.target_kl()),
+            draft: 24,
             lost_mass: Preset::Balanced.lost_mass(),
             p_nuc: 0.95,
             samples: 32,
@@ -78,11 +90,11 @@ impl Default for Params {
             ratio: None,
             max_cells: None,
             min_cells: 0,
-            replay: 0.0,
+            replay: false,
             seed: 0,
             evict: Evict::Composite,
             pool: 5,
-            head_mix: 0.0,
+            head_mix: 0.3,
         }
     }
 }
@@ -96,12 +108,23 @@ impl Params {
         Self { policy, samples, span, ..Self::default() }
     }
 
+    /// These settings with a preset's budget.
+    #[must_use]
+    pub fn with_preset(self, preset: Preset) -> Self {
+        Self { target_kl: Some(preset.target_kl()), lost_mass: preset.lost_mass(), ..self }
+    }
+
     /// Cells of `n` that a fixed budget keeps.
     pub(super) fn fixed_cells(&self, n: usize) -> usize {
         match (self.ratio, self.max_cells) {
             (None, Some(cap)) => cap.min(n),
             (ratio, _) => (f64::from(ratio.unwrap_or(DEFAULT_RATIO)) * n as f64).round() as usize,
         }
+    }
+
+    /// Whether the count is found by trial on the model. With a replay it is not: what it keeps is for questions to come.
+    pub fn tries(&self) -> bool {
+        self.policy == Kind::Gvote && self.ratio.is_none() && self.target_kl.is_some() && !self.replay
     }
 
     /// Whether a prompt of `n` entries stays as it is. A prompt above `max_cells` never does,
@@ -125,6 +148,14 @@ impl Params {
             };
         }
         // `contains` is false for NaN, as it should be.
+        if let Some(kl) = self.target_kl
+            && !(f32::MIN_POSITIVE..=MAX_KL).contains(&kl)
+        {
+            return Err(PolicyError::TargetKl(kl));
+        }
+        if !(1..=MAX_DRAFT).contains(&self.draft) {
+            return Err(PolicyError::Draft(self.draft));
+        }
         if !(f32::MIN_POSITIVE..1.0).contains(&self.lost_mass) {
             return Err(PolicyError::LostMass(self.lost_mass));
         }
@@ -161,9 +192,6 @@ impl Params {
         }
         if self.pool.is_multiple_of(2) || self.pool > MAX_POOL {
             return Err(PolicyError::Pool(self.pool));
-        }
-        if !(0.0..=MAX_HEAD_MIX).contains(&self.replay) {
-            return Err(PolicyError::Replay(self.replay));
         }
         if !(0.0..=MAX_HEAD_MIX).contains(&self.head_mix) {
             return Err(PolicyError::HeadMix(self.head_mix));
@@ -209,15 +237,15 @@ impl FromStr for Span {
     }
 }
 
-/// Ready-made values of `lost_mass`.
+/// Ready-made values of `target_kl` and `lost_mass`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
-    /// 0.01: hardly a difference.
+    /// Hardly a difference.
     Safe,
-    /// 0.03: the default.
+    /// The default.
     Balanced,
-    /// 0.1: small, at some cost.
+    /// Small, at some cost.
     Aggressive,
 }
 
@@ -225,7 +253,16 @@ impl Preset {
     /// Every preset, from careful to bold.
     pub const ALL: &'static [Preset] = &[Preset::Safe, Preset::Balanced, Preset::Aggressive];
 
-    /// The share of the attention mass that may be given up.
+    /// Mean KL of the trial to the full cache, in nats a token.
+    pub const fn target_kl(self) -> f32 {
+        match self {
+            Preset::Safe => 0.005,
+            Preset::Balanced => 0.02,
+            Preset::Aggressive => 0.1,
+        }
+    }
+
+    /// The share of the attention mass that may be given up where no trial is made.
     pub const fn lost_mass(self) -> f32 {
         match self {
             Preset::Safe => 0.01,
@@ -290,6 +327,12 @@ impl FromStr for Evict {
 #[non_exhaustive]
 #[allow(missing_docs)] // each message says what its fields are
 pub enum PolicyError {
+    #[error(
+        "--target-kl is {0}, but must be above 0 and at most {MAX_KL} nats a token (0.02 is 1.02 times the perplexity)"
+    )]
+    TargetKl(f32),
+    #[error("--draft is {0}, but must be 1 to {MAX_DRAFT} tokens")]
+    Draft(usize),
     #[error("--lost-mass is {0}, but must lie between 0 and 1, both excluded (0.01 is safe, 0.1 bold)")]
     LostMass(f32),
     #[error("--p-nuc is {0}, but must be above 0 and at most 1 (the paper uses 0.95)")]
@@ -326,8 +369,6 @@ pub enum PolicyError {
     Ratio(f32),
     #[error("the pool is {0} positions wide, but must be an odd number of at most {MAX_POOL}")]
     Pool(usize),
-    #[error("the weight of the replay is {0}, but must be 0 to {MAX_HEAD_MIX}")]
-    Replay(f32),
     #[error("the head mix is {0}, but must be 0 to {MAX_HEAD_MIX}")]
     HeadMix(f32),
     #[error("--policy {0:?} is unknown; choose one of {names}", names = names(Kind::ALL, |k| k.name()))]

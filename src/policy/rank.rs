@@ -52,6 +52,13 @@ pub(super) fn normalise(from: &[f32], into: &mut [f32]) {
     }
 }
 
+/// `from` times `weight`, entry by entry, into `into`; what is no probability or length counts as 0.
+pub(super) fn weigh(from: &[f32], weight: &[f32], into: &mut [f32]) {
+    for ((to, &x), &w) in into.iter_mut().zip(from).zip(weight) {
+        *to = clean(x) * clean(w);
+    }
+}
+
 /// Average over `width` (odd) positions around each, into `into`; outside of `from` there are
 /// zeros, as in SnapKV's `avg_pool1d` (arXiv 2404.14469). `padded` is scratch space.
 pub(super) fn average_pool(from: &[f32], width: usize, padded: &mut Vec<f32>, into: &mut [f32]) {

@@ -6,7 +6,9 @@
 //! repetition looks at is one the context can be rebuilt without. Costs about one more prefill, and the scoring of as
 //! many queries as there are tokens.
 
-use super::{SEQ, Session, SessionError, Voter};
+use std::ops::Range;
+
+use super::{SCRATCH, SEQ, Session, SessionError, Voter};
 use crate::cache::{self, Cell};
 use crate::capture::Queries;
 use crate::llama::{Batch, Pos, Token};
@@ -41,26 +43,38 @@ impl Replayed {
 }
 
 impl Session {
-    /// Reads the sequence once more. The cache is as before afterwards.
+    /// Reads the whole sequence once more. The cache is as before afterwards.
     pub(super) fn replay(&mut self, cells: &[Cell]) -> Result<Replayed, SessionError> {
-        if cells.len() != self.tokens.len() || self.voter.is_none() {
+        let announcement = self.model().tokenize(ANNOUNCEMENT, false, false)?;
+        self.reread_tokens(cells, 0..self.tokens.len(), &announcement)
+    }
+
+    /// Reads some of the tokens once more, as if they came next. The cache is as before afterwards.
+    pub(super) fn read_again(&mut self, cells: &[Cell], tokens: Range<usize>) -> Result<Replayed, SessionError> {
+        self.reread_tokens(cells, tokens, &[])
+    }
+
+    fn reread_tokens(
+        &mut self,
+        cells: &[Cell],
+        tokens: Range<usize>,
+        announcement: &[Token],
+    ) -> Result<Replayed, SessionError> {
+        if cells.len() != self.tokens.len() {
             return Err(SessionError::ReplayCompressed);
         }
-        let announcement = self.model().tokenize(ANNOUNCEMENT, false, false)?;
-        let scratch = super::N_SEQ as i32 - 1;
-        self.ctx.copy(SEQ, scratch, -1, -1);
-        let result = self.replay_chunks(cells, scratch, &announcement);
-        self.ctx.remove(scratch, -1, -1);
+        self.ctx.copy(SEQ, SCRATCH, -1, -1);
+        let result = self.reread_chunks(cells.len(), tokens, announcement);
+        self.ctx.remove(SCRATCH, -1, -1);
         result
     }
 
-    fn replay_chunks(
+    fn reread_chunks(
         &mut self,
-        cells: &[Cell],
-        scratch: i32,
+        n: usize,
+        range: Range<usize>,
         announcement: &[Token],
     ) -> Result<Replayed, SessionError> {
-        let n = cells.len();
         let Self { ctx, voter: Some(Voter { layout, capture, scorer }), tokens, n_past, chunk, .. } = self else {
             return Err(SessionError::ReplayCompressed);
         };
@@ -68,16 +82,16 @@ impl Session {
         let mut out = Replayed { n, fourth_powers: vec![0.0; heads * n], mean: vec![0.0; heads * n] };
         let step = CHUNK.min(chunk.saturating_sub(LEAD + announcement.len())).max(1);
         let mut batch = Batch::new(announcement.len() + LEAD + step);
-        for start in (0..n).step_by(step) {
-            let end = n.min(start + step);
+        for start in range.clone().step_by(step) {
+            let end = range.end.min(start + step);
             batch.clear();
-            let repeated = &tokens[start.saturating_sub(LEAD)..end];
+            let repeated = &tokens[start.saturating_sub(LEAD).max(range.start)..end];
             for (i, &token) in announcement.iter().chain(repeated).enumerate() {
-                batch.add(token, *n_past + i as Pos, scratch, false)?;
+                batch.add(token, *n_past + i as Pos, SCRATCH, false)?;
             }
-            let queries = capture.replay(ctx, scratch, &batch)?;
-            let visible = cache::cells(ctx, scratch);
-            let weight = (end - start) as f32 / n as f32;
+            let queries = capture.replay(ctx, SCRATCH, &batch)?;
+            let visible = cache::cells(ctx, SCRATCH);
+            let weight = (end - start) as f32 / range.len() as f32;
             // the announcement's own queries say nothing about the text
             let own = announcement.len();
             let mut layer_queries = queries.into_iter();
@@ -105,7 +119,7 @@ impl Session {
                     }
                 },
             )?;
-            ctx.remove(scratch, *n_past, -1);
+            ctx.remove(SCRATCH, *n_past, -1);
         }
         Ok(out)
     }

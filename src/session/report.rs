@@ -29,6 +29,8 @@ pub struct CompressReport {
     /// The rule that set the number of cells.
     pub bound: Bound,
     pub ragged: Option<Ragged>,
+    /// Cells that a trial tried, and the mean KL to the full cache on them, in nats a token.
+    pub tried: Vec<(usize, f32)>,
     /// Bytes of ggml's compute buffers that scoring held; they are given back.
     pub compute_bytes: usize,
     #[serde(serialize_with = "seconds")]
@@ -40,13 +42,16 @@ pub struct CompressReport {
     #[serde(serialize_with = "seconds")]
     pub select_time: Duration,
     #[serde(serialize_with = "seconds")]
+    pub trial_time: Duration,
+    #[serde(serialize_with = "seconds")]
     pub compact_time: Duration,
 }
 
 impl CompressReport {
     /// Time of the whole compression.
     pub fn time(&self) -> Duration {
-        self.replay_time + self.probe_time + self.score_time + self.select_time + self.compact_time
+        let choice = self.probe_time + self.score_time + self.select_time + self.trial_time;
+        self.replay_time + choice + self.compact_time
     }
 
     /// Share of the cells kept, 0 to 1.
@@ -93,11 +98,13 @@ impl CompressReport {
             lost_mass: Some(0.0),
             bound: Bound::All,
             ragged: None,
+            tried: Vec::new(),
             compute_bytes: 0,
             replay_time: Duration::ZERO,
             probe_time: Duration::ZERO,
             score_time: Duration::ZERO,
             select_time: Duration::ZERO,
+            trial_time: Duration::ZERO,
             compact_time: Duration::ZERO,
         }
     }

@@ -3,7 +3,7 @@
 mod after;
 mod baselines;
 mod device;
-mod fixture;
+pub(crate) mod fixture;
 mod identity;
 mod paper;
 mod probe;

@@ -45,6 +45,7 @@ fn adaptivity(config: &str, family: &str, cells: usize, oracle_cells: usize, kl_
         oracle_cells,
         ranking: "gvote".into(),
         curve: vec![(oracle_cells, 0.01), (1000, 0.0)],
+        tried: vec![],
     })
 }
 

@@ -64,7 +64,7 @@ impl Runner {
         let mut rankings = Vec::new();
         let mut added = 0;
         for (config, mut run, targets) in missing {
-            let own = self.drift(&reference, &config, &mut run)?;
+            let (own, tried) = self.drift(&reference, &config, &mut run)?;
             let ranking = self.ranking(&config, &run, own.steps, &mut rankings);
             for target in targets {
                 let oracle_cells = self.fewest(&reference, ranking, &run, target)?;
@@ -78,6 +78,7 @@ impl Runner {
                     oracle_cells,
                     ranking: ranking.name.clone(),
                     curve: ranking.curve.iter().map(|(&cells, &kl)| (cells, kl as f32)).collect(),
+                    tried: tried.clone(),
                 }))?;
                 added += 1;
             }
@@ -129,7 +130,7 @@ impl Runner {
             }
             let params = Params { ratio: Some(cells as f32 / n as f32), ..ranking.params.clone() };
             let config = Config { name: String::new(), params, account_error: ranking.account_error };
-            let kl = self.drift(reference, &config, &mut run.clone())?.mean_kl();
+            let kl = self.drift(reference, &config, &mut run.clone())?.0.mean_kl();
             ranking.curve.insert(cells, kl);
             Ok(kl)
         })

@@ -8,7 +8,15 @@ fn hits(n: usize, hits: &[usize]) -> Request {
     for (rank, &hit) in hits.iter().enumerate() {
         future[hit] = 0.5_f32.powi(rank as i32 + 1);
     }
-    Request { heads: vec![Head { observed: future.clone(), each: future.clone(), future, ..Head::default() }] }
+    Request {
+        heads: vec![Head {
+            observed: future.clone(),
+            each: future.clone(),
+            future,
+            value_norm: vec![1.0; n],
+            ..Head::default()
+        }],
+    }
 }
 
 #[test]
@@ -16,19 +24,20 @@ fn a_hit_keeps_what_follows_it() {
     let params = Params { pool: 1, ..Params::default() };
     let selection = select(&params, shape(1000), &hits(1000, &[500]));
     assert_eq!(selection.bound, Bound::LostMass);
-    // All of the mass lies on one entry, which ranks behind the two before it.
-    let expected: Vec<usize> = (0..4).chain(498..501).chain(936..1000).collect();
+    // All of the mass lies on one entry: the second turn, that of the single entries, takes it.
+    let expected: Vec<usize> = (0..4).chain([498, 500]).chain(936..1000).collect();
     assert_eq!(kept(&selection, 0), expected);
-    let wide = Params { min_cells: 4 + 35 + 64, ..params };
+    // Of 69 turns, the first and every other one take the passage; those between take the hit, then the oldest; the last turn finds the passage complete.
+    let wide = Params { min_cells: 4 + 69 + 64, ..params };
     let selection = select(&wide, shape(1000), &hits(1000, &[500]));
     assert_eq!(selection.bound, Bound::MinCells);
-    let expected: Vec<usize> = (0..4).chain(498..533).chain(936..1000).collect();
+    let expected: Vec<usize> = (0..4 + 34).chain(498..533).chain(936..1000).collect();
     assert_eq!(kept(&selection, 0), expected);
 }
 
 #[test]
 fn a_cap_before_the_hit_admits_that_all_is_lost() {
-    let params = Params { pool: 1, max_cells: Some(4 + 2 + 64), ..Params::default() };
+    let params = Params { pool: 1, max_cells: Some(4 + 1 + 64), ..Params::default() };
     let selection = select(&params, shape(1000), &hits(1000, &[500]));
     assert_eq!(selection.bound, Bound::MaxCells);
     assert_eq!(selection.lost_mass, Some(1.0));

@@ -3,22 +3,43 @@
 
 use super::{Head, Params, Request, Shape};
 
-/// Per head (or once, for one ranking of all): a score for each entry, higher is better, sinks and
-/// recent infinite; and the mass of each entry, summing to 1.
+/// Per head (or once, for one ranking of all): two opinions on each entry, higher is better, and its mass, summing to 1.
 pub struct Ranked {
-    pub score: Vec<Vec<f64>>,
+    pub opinions: Vec<[Vec<f64>; 2]>,
     pub mass: Vec<Vec<f64>>,
 }
 
+/// One list in order, and how far into each opinion's own order the turns have come at each count.
+pub struct Turns {
+    pub order: Vec<usize>,
+    pub reached: Vec<[usize; 2]>,
+}
+
 impl Ranked {
-    /// Mean over heads of the mass outside each head's `count` best entries; ties to the older.
-    pub fn lost(&self, count: usize) -> f64 {
-        let lost = self
-            .score
-            .iter()
-            .zip(&self.mass)
-            .map(|(score, mass)| best(score, score.len())[count..].iter().map(|&j| mass[j]).sum::<f64>());
-        lost.sum::<f64>() / self.score.len() as f64
+    /// Forced entries, then the best of either opinion that is left, in turn; ties to the older.
+    pub fn turns(&self, params: &Params, list: usize) -> Turns {
+        let n = self.mass[list].len();
+        let mut order: Vec<usize> = (0..n).filter(|&j| forced(params, n, j)).collect();
+        let own = self.opinions[list].each_ref().map(|score| best(score, n));
+        let mut reached = vec![[0, 0]; order.len() + 1];
+        for turn in 0..n - order.len() {
+            let side = turn % 2;
+            let at = (0..n).find(|&i| !order.contains(&own[side][i])).unwrap();
+            order.push(own[side][at]);
+            let mut now = *reached.last().unwrap();
+            now[side] = at + 1;
+            reached.push(now);
+        }
+        Turns { order, reached }
+    }
+
+    /// Mean over lists of the mass outside of what each keeps.
+    pub fn lost(&self, kept: impl Fn(usize) -> Vec<usize>) -> f64 {
+        let lost = self.mass.iter().enumerate().map(|(list, mass)| {
+            let kept = kept(list);
+            (0..mass.len()).filter(|j| !kept.contains(j)).map(|j| mass[j]).sum::<f64>()
+        });
+        lost.sum::<f64>() / self.mass.len() as f64
     }
 }
 
@@ -43,8 +64,8 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&v| f64::from(v)).collect()
 }
 
-/// `score'` and `m` of one head.
-fn gvote_head(params: &Params, n: usize, head: &Head) -> (Vec<f64>, Vec<f64>) {
+/// Both opinions of one head, without the other heads' part, and its mass.
+fn gvote_head(params: &Params, n: usize, head: &Head) -> ([Vec<f64>; 2], Vec<f64>) {
     let m = nz(&wide(&head.future));
     let older = n as isize - params.window as isize;
     let half = (params.pool / 2) as isize;
@@ -56,43 +77,45 @@ fn gvote_head(params: &Params, n: usize, head: &Head) -> (Vec<f64>, Vec<f64>) {
             }
         }
     }
+    let long = |x: &[f64]| nz(&x.iter().zip(&head.value_norm).map(|(x, &v)| x * f64::from(v)).collect::<Vec<_>>());
+    let single = long(&s).iter().zip(long(&m)).map(|(s, m)| s + m).collect();
     let s = nz(&s);
-    let mut spanned = vec![0.0_f64; n];
+    let mut passages = vec![0.0_f64; n];
     for hit in 0..n {
         // A hit keeps `back` entries before it and `forward` after it.
         let (first, last) = (hit.saturating_sub(params.span.back), hit + params.span.forward);
-        for (j, score) in spanned.iter_mut().enumerate() {
+        for (j, score) in passages.iter_mut().enumerate() {
             if first <= j && j <= last {
-                *score = score.max(s[hit] + m[hit]);
+                *score = score.max(s[hit]);
             }
         }
     }
-    (spanned, m)
+    ([passages, single], m)
+}
+
+/// As precise as it is kept until all heads have been seen: 11 bits decide between neighbours.
+fn stored(x: f64) -> f64 {
+    half::f16::from_f64(x * 32768.0).to_f64() / 32768.0
 }
 
 pub fn gvote_composite(params: &Params, shape: &Shape, request: &Request) -> Ranked {
     let heads = request.heads.iter();
     let (own, mass): (Vec<_>, Vec<_>) = heads.map(|head| gvote_head(params, shape.n, head)).unzip();
-    let final_score = |score: &Vec<f64>| {
-        let mixed = |j: usize| score[j] + f64::from(params.head_mix) * mean(&own, j);
-        let infinite = |j| {
-            if forced(params, shape.n, j) { f64::INFINITY } else { mixed(j) }
-        };
-        (0..shape.n).map(infinite).collect()
+    let all: Vec<Vec<f64>> = own.iter().map(|[passages, _]| passages.clone()).collect();
+    let mix = f64::from(params.head_mix);
+    let mixed = |[passages, single]: [Vec<f64>; 2]| {
+        let passages = passages.iter().enumerate().map(|(j, &a)| stored(a) + mix * mean(&all, j)).collect();
+        [passages, single.iter().map(|&b| stored(b / 2.0)).collect()]
     };
-    Ranked { score: own.iter().map(final_score).collect(), mass }
+    Ranked { opinions: own.into_iter().map(mixed).collect(), mass }
 }
 
 pub fn gvote_cells(params: &Params, shape: &Shape, request: &Request) -> Ranked {
     let heads = request.heads.iter();
     let (own, mass): (Vec<_>, Vec<_>) = heads.map(|head| gvote_head(params, shape.n, head)).unzip();
-    let score = |j| {
-        if forced(params, shape.n, j) { f64::INFINITY } else { mean(&own, j) }
-    };
-    Ranked {
-        score: vec![(0..shape.n).map(score).collect()],
-        mass: vec![(0..shape.n).map(|j| mean(&mass, j)).collect()],
-    }
+    let (passages, single): (Vec<_>, Vec<_>) = own.into_iter().map(|[a, b]| (a, b)).unzip();
+    let over_heads = |rows: &[Vec<f64>]| (0..shape.n).map(|j| mean(rows, j)).collect::<Vec<_>>();
+    Ranked { opinions: vec![[over_heads(&passages), over_heads(&single)]], mass: vec![over_heads(&mass)] }
 }
 
 fn mean(rows: &[Vec<f64>], j: usize) -> f64 {

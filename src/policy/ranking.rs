@@ -1,0 +1,80 @@
+//! An order of the entries whose cut is still open.
+
+use super::rank::{self, Forced};
+use super::{Bound, Evict, Params, Selection};
+
+/// The least share of the cells that a trial may settle on. A short trial cannot see what a later question needs.
+const LEAST_SHARE: f64 = 0.1;
+
+/// Entries from best to worst, for each head or for all heads together; how many stay is for the caller to find out.
+#[derive(Debug, Clone)]
+pub struct Ranking {
+    params: Params,
+    forced: Forced,
+    lists: usize,
+    /// `[list][n]` entries from best to worst: sinks, recent ones, then the others.
+    order: Vec<u32>,
+    /// `[n + 1]` mean share of the mass that is lost at each count.
+    curve: Vec<f64>,
+}
+
+impl Ranking {
+    /// `lists`: as many as heads, or 1 for all.
+    pub(super) fn new(params: Params, forced: Forced, lists: usize, order: Vec<u32>, curve: Vec<f64>) -> Self {
+        Self { params, forced, lists, order, curve }
+    }
+
+    pub(super) fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// Entries there are.
+    pub fn n(&self) -> usize {
+        self.forced.n
+    }
+
+    /// Entries below the first number and from the second on stay at any count.
+    pub fn forced(&self) -> (usize, usize) {
+        (self.forced.head, self.forced.tail)
+    }
+
+    /// The entries of a head from best to worst: first the forced ones, ascending. `[n]`
+    pub fn of_head(&self, head: usize) -> &[u32] {
+        let list = if self.lists == 1 { 0 } else { head };
+        &self.order[list * self.n()..][..self.n()]
+    }
+
+    /// The fewest and the most cells that the bounds allow a trial to settle on.
+    pub fn range(&self) -> (usize, usize) {
+        let n = self.n();
+        let most = self.params.max_cells.unwrap_or(n).min(n);
+        let least = (LEAST_SHARE * n as f64).ceil() as usize;
+        (least.max(self.forced.count()).max(self.params.min_cells).min(most), most)
+    }
+
+    /// The best `count` of each list, within the bounds; `rule` is what asked for that many.
+    pub fn keep(self, count: usize, rule: Bound) -> Selection {
+        let n = self.n();
+        let (count, bound) = rank::bounded(count, rule, &self.forced, &self.params);
+        if bound == Bound::All {
+            return Selection::all(n);
+        }
+        let kept = match self.params.evict {
+            Evict::Cells => rank::keep_tokens(self.order, count),
+            Evict::Composite => rank::keep_heads(self.order, n, count),
+        };
+        Selection { n, kept, lost_mass: Some(self.curve[count] as f32), bound, ragged: None }
+    }
+
+    /// The fewest that give up no more attention mass than `lost_mass`.
+    pub fn by_lost_mass(self) -> Selection {
+        let count = rank::smallest_count(&self.curve, self.params.lost_mass);
+        self.keep(count, Bound::LostMass)
+    }
+
+    /// The share that was asked for.
+    pub(super) fn fixed(self) -> Selection {
+        let count = self.params.fixed_cells(self.n());
+        self.keep(count, Bound::Ratio)
+    }
+}

@@ -1,0 +1,210 @@
+//! The trial: how few cells continue this request as the full cache does?
+//!
+//! The full cache drafts a continuation in a scratch sequence that shares its cells. Then each head's rows are put in the
+//! order of the ranking, in place: for any count C the first C cells are now what a compaction to C would keep, so that a
+//! scratch sequence that sees only those continues exactly as the compacted cache would - with llama.cpp's own kernels, on
+//! whatever back end. The drafted tokens are decoded there in one batch, and the mean KL to what the full cache expected is
+//! the damage at C. A search finds the fewest cells whose damage is within the target; then the rows go back to where they
+//! were. No copy of the cache is made, and nothing is lost if the trial fails or is cancelled.
+
+use super::{SCRATCH, SEQ, Session, SessionError};
+use crate::cache;
+use crate::compact;
+use crate::eval::metrics::Distance;
+use crate::llama::{Batch, Pos, Sampler, SamplerParams, Token};
+use crate::policy::Ranking;
+
+/// Halvings of the range in which the count lies, on a scale of ratios: from a tenth to all of the cells, four leave a step
+/// of 15 %.
+const HALVINGS: usize = 4;
+
+/// What a trial found.
+pub(super) struct Trial {
+    /// The fewest cells that came close enough.
+    pub count: usize,
+    /// Cells and mean KL, in nats a token, in the order of the attempts.
+    pub tried: Vec<(usize, f32)>,
+}
+
+/// How the full cache would go on.
+#[derive(Default)]
+struct Draft {
+    tokens: Vec<Token>,
+    /// Next-token logits after each of the tokens. `[n_vocab]` each
+    expected: Vec<Vec<f32>>,
+}
+
+impl Session {
+    /// Tries counts of a ranking of this session's cells. None if the model would end at once: there is nothing to compare.
+    ///
+    /// # Errors
+    /// [`SessionError`]; the cache is as before, with an error and without.
+    pub(super) fn try_out(&mut self, ranking: &Ranking) -> Result<Option<Trial>, SessionError> {
+        let Some(target) = self.policy.target_kl else { return Ok(None) };
+        let drafted = self.draft();
+        self.ctx.remove(SCRATCH, -1, -1);
+        let draft = drafted?;
+        if draft.tokens.is_empty() {
+            return Ok(None);
+        }
+        compact::permute(&mut self.ctx, SEQ, &|head| by_rank(ranking, head))?;
+        let found = self.search(ranking, &draft, f64::from(target));
+        self.ctx.remove(SCRATCH, -1, -1);
+        compact::permute(&mut self.ctx, SEQ, &|head| inverse(&by_rank(ranking, head)))?;
+        found.map(Some)
+    }
+
+    /// The full cache's own continuation, up to the end of its turn.
+    fn draft(&mut self) -> Result<Draft, SessionError> {
+        self.ctx.copy(SEQ, SCRATCH, -1, -1);
+        let params = SamplerParams {
+            temp: std::env::var("GVOTE_DRAFT_TEMP").map_or(0.0, |t| t.parse().unwrap()),
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 1,
+            ..SamplerParams::default()
+        };
+        let mut sampler = Sampler::new(self.model(), &params);
+        let mut draft = Draft::default();
+        let mut batch = Batch::new(1);
+        while draft.tokens.len() < self.policy.draft {
+            let token = sampler.sample(draft.expected.last().unwrap_or(&self.logits));
+            if self.model().is_eog(token) {
+                break;
+            }
+            batch.clear();
+            batch.add(token, self.n_past + draft.tokens.len() as Pos, SCRATCH, true)?;
+            self.ctx.decode(&batch)?;
+            draft.tokens.push(token);
+            draft.expected.push(self.ctx.logits()?.to_vec());
+        }
+        Ok(draft)
+    }
+
+    fn search(&mut self, ranking: &Ranking, draft: &Draft, target: f64) -> Result<Trial, SessionError> {
+        let (least, most) = ranking.range();
+        let mut tried = Vec::new();
+        let mut fits = |session: &mut Self, count| -> Result<bool, SessionError> {
+            let kl = session.damage(ranking, draft, count)?;
+            tried.push((count, kl as f32));
+            Ok(kl <= target)
+        };
+        let (mut too_few, mut enough) = (least, most);
+        if fits(self, least)? {
+            enough = least;
+        }
+        for _ in 0..HALVINGS {
+            let middle = (too_few as f64 * enough as f64).sqrt().round() as usize;
+            if middle <= too_few || middle >= enough {
+                break;
+            }
+            if fits(self, middle)? { enough = middle } else { too_few = middle }
+        }
+        Ok(Trial { count: enough, tried })
+    }
+
+    /// Mean KL of what the first `count` of the reordered cells expect along the draft to what all of them did.
+    fn damage(&mut self, ranking: &Ranking, draft: &Draft, count: usize) -> Result<f64, SessionError> {
+        let (_, tail) = ranking.forced();
+        let cells = cache::cells(&self.ctx, SEQ);
+        let first_hidden = count - (ranking.n() - tail);
+        self.ctx.copy(SEQ, SCRATCH, -1, -1);
+        if first_hidden < tail {
+            cache::hide(&mut self.ctx, SCRATCH, cells[first_hidden].pos, cells[tail].pos);
+        }
+        let mut distance = Distance::default();
+        let mut batch = Batch::new(self.chunk);
+        for (start, tokens) in (0..).step_by(self.chunk).zip(draft.tokens.chunks(self.chunk)) {
+            batch.clear();
+            for (i, &token) in tokens.iter().enumerate() {
+                batch.add(token, self.n_past + (start + i) as Pos, SCRATCH, true)?;
+            }
+            self.ctx.decode(&batch)?;
+            for i in 0..tokens.len() {
+                distance.add(&draft.expected[start + i], self.ctx.logits_at(i as i32)?, 0);
+            }
+        }
+        self.ctx.remove(SCRATCH, -1, -1);
+        Ok(distance.mean_kl())
+    }
+}
+
+/// The entries of a head as the trial wants them: forced ones where they are, the others from best to worst between them.
+fn by_rank(ranking: &Ranking, head: usize) -> Vec<u32> {
+    let (sinks, tail) = ranking.forced();
+    let n = ranking.n();
+    let forced = sinks + n - tail;
+    let mut order: Vec<u32> = (0..n as u32).collect();
+    order[sinks..tail].copy_from_slice(&ranking.of_head(head)[forced..]);
+    order
+}
+
+fn inverse(order: &[u32]) -> Vec<u32> {
+    let mut inverse = vec![0; order.len()];
+    for (place, &entry) in (0..).zip(order) {
+        inverse[entry as usize] = place;
+    }
+    inverse
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SessionParams;
+    use crate::cache::Cell;
+    use crate::llama::{CacheType, ContextParams, FlashAttention};
+    use crate::policy::{Bound, Decision, Evict, Kind, Params};
+    use crate::session::CompressReport;
+    use crate::tests::fixture;
+    use std::ops::ControlFlow;
+
+    fn session(flash_attn: FlashAttention, cache: CacheType, evict: Evict) -> Session {
+        let model = fixture::model();
+        let context = ContextParams { n_ctx: 1024, flash_attn, type_k: cache, type_v: cache, ..Default::default() };
+        let policy = Params { evict, ..Params::default() };
+        let mut session = Session::new(&model, &SessionParams { context, policy, account_error: false }).unwrap();
+        session.prefill(&fixture::tokens(&model, 700), |_, _| ControlFlow::Continue(())).unwrap();
+        session
+    }
+
+    fn ranking(session: &mut Session, cells: &[Cell]) -> Ranking {
+        let mut report = CompressReport::untouched(Kind::Gvote, cells.len(), 0);
+        match session.decide(cells, &mut report).unwrap() {
+            Decision::Ranking(ranking) => ranking,
+            Decision::Selection(_) => panic!("the default settings want a trial"),
+        }
+    }
+
+    /// What a trial measures is what a compaction to the same count does, and afterwards every byte is as before.
+    #[test]
+    fn a_trial_foretells_the_compaction_and_leaves_no_trace() {
+        for (flash, cache, evict) in [
+            (FlashAttention::Off, CacheType::F16, Evict::Composite),
+            (FlashAttention::On, CacheType::Q8_0, Evict::Composite),
+            (FlashAttention::Off, CacheType::F16, Evict::Cells),
+        ] {
+            let mut session = session(flash, cache, evict);
+            let before = session.save();
+            let cells = cache::cells(&session.ctx, SEQ);
+            let ranking = ranking(&mut session, &cells);
+            let trial = session.try_out(&ranking).unwrap().unwrap();
+            assert!(session.save() == before, "{evict:?}");
+
+            let draft = session.draft();
+            session.ctx.remove(SCRATCH, -1, -1);
+            let draft = draft.unwrap();
+            for &(count, kl) in &trial.tried {
+                session.load(&before).unwrap();
+                let selection = ranking.clone().keep(count, Bound::Trial);
+                assert_eq!(selection.n_cells(), count);
+                compact::compact(&mut session.ctx, SEQ, &selection).unwrap();
+                let mut distance = Distance::default();
+                let expected = &draft.expected;
+                session.follow(&draft.tokens, |i, logits| distance.add(&expected[i], logits, 0)).unwrap();
+                let real = distance.mean_kl();
+                assert!((real - f64::from(kl)).abs() < 0.15 * real + 2e-4, "{evict:?} {count}: {kl} foretold, {real}");
+            }
+        }
+    }
+}
