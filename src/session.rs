@@ -1,6 +1,7 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
 mod follow;
+mod masked;
 mod replay;
 mod report;
 mod state;
@@ -13,7 +14,7 @@ use std::time::Instant;
 pub use self::report::{CompressReport, GenerateReport, PrefillReport, Stop};
 use crate::cache::{self, CacheError, Layout};
 use crate::capture::{Capture, CaptureError, Queries};
-use crate::compact::{self, CompactError};
+use crate::compact::{self, CompactError, Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, Token};
 use crate::policy::{self, HeadScores, Kept, Kind, PolicyError, Shape};
 use crate::score::{LayerQueries, ScoreError, Scorer};
@@ -37,6 +38,8 @@ pub enum SessionError {
     Policy(#[from] PolicyError),
     #[error(transparent)]
     Compact(#[from] CompactError),
+    #[error(transparent)]
+    Mask(MaskError),
     #[error("this model cannot be compressed: {0}; --policy full runs it as it is")]
     Unsupported(&'static str),
     #[error(
@@ -85,6 +88,8 @@ struct Voter {
     layout: Layout,
     capture: Capture,
     scorer: Scorer,
+    /// What the heads dropped, where that is more than the cache could.
+    mask: Option<Mask>,
 }
 
 /// One sequence in one context.
@@ -135,6 +140,7 @@ impl Session {
             Some(Voter {
                 capture: Capture::new(&ctx, &layout, window, skip),
                 scorer: Scorer::new(ctx.n_threads_batch()),
+                mask: None,
                 layout,
             })
         } else {
@@ -255,10 +261,7 @@ impl Session {
                 let is_last = done + i + 1 == tokens.len();
                 batch.add(token, first + (done + i) as Pos, SEQ, is_last)?;
             }
-            let decoded = match &mut self.voter {
-                Some(v) => v.capture.decode(&mut self.ctx, SEQ, &batch).map_err(SessionError::from),
-                None => self.ctx.decode(&batch).map_err(SessionError::from),
-            };
+            let decoded = self.decode_batch(&batch, true);
             done += chunk.len();
             let decoded = decoded.and_then(|()| match progress(done, tokens.len()) {
                 ControlFlow::Continue(()) => Ok(()),
@@ -294,6 +297,7 @@ impl Session {
     /// # Errors
     /// [`SessionError`]; the cache is then as before.
     pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
+        self.check_unmasked()?;
         let cells = match self.voter {
             Some(_) => cache::cells(&self.ctx, SEQ),
             None => {
@@ -352,14 +356,19 @@ impl Session {
         report.select_time = clock.elapsed();
 
         let clock = Instant::now();
-        compact::compact(ctx, SEQ, &selection)?;
+        match selection.kept {
+            Kept::Ragged { .. } => self.mask(&selection)?,
+            _ => {
+                compact::compact(ctx, SEQ, &selection)?;
+                report.kv_bytes_after = selection.n_cells() * bytes_per_cell;
+            }
+        }
         report.compact_time = clock.elapsed();
 
-        if let Kept::Heads { .. } | Kept::Tokens(_) = selection.kept {
+        if selection.kept != Kept::All {
             self.exact_from = self.exact_from.max(self.n_past - self.policy.recent as Pos);
         }
         report.cells_after = selection.n_cells();
-        report.kv_bytes_after = report.cells_after * bytes_per_cell;
         report.lost_mass = selection.lost_mass;
         report.bound = selection.bound;
         report.ragged = selection.ragged;
@@ -378,7 +387,10 @@ impl Session {
     pub fn decode(&mut self, token: Token) -> Result<(), SessionError> {
         let mut batch = Batch::new(1);
         batch.add(token, self.n_past, SEQ, true)?;
-        self.ctx.decode(&batch)?;
+        if let Err(error) = self.decode_batch(&batch, false) {
+            self.ctx.remove(SEQ, self.n_past, -1);
+            return Err(error);
+        }
         self.n_past += 1;
         self.tokens.push(token);
         self.keep_logits()?;
@@ -455,6 +467,7 @@ impl Session {
         self.ctx.clear();
         if let Some(voter) = &mut self.voter {
             voter.capture.reset();
+            voter.mask = None;
         }
         self.n_past = 0;
         self.tokens.clear();

@@ -61,7 +61,7 @@ impl Session {
         announcement: &[Token],
     ) -> Result<Replayed, SessionError> {
         let n = cells.len();
-        let Self { ctx, voter: Some(Voter { layout, capture, scorer }), tokens, n_past, chunk, .. } = self else {
+        let Self { ctx, voter: Some(Voter { layout, capture, scorer, .. }), tokens, n_past, chunk, .. } = self else {
             return Err(SessionError::ReplayCompressed);
         };
         let heads: usize = layout.n_head_kv().sum();

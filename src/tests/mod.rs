@@ -5,6 +5,7 @@ mod baselines;
 mod device;
 mod fixture;
 mod identity;
+mod masked;
 mod paper;
 mod probe;
 mod scorer;
