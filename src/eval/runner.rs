@@ -136,6 +136,8 @@ impl Runner {
             item: item.into(),
             tokens: 0,
             cells: 0,
+            exact: config.params.exact,
+            ragged: None,
             blind,
         }
     }
@@ -177,7 +179,8 @@ impl Runner {
         let mut params = config.params.clone();
         params.seed = run.seed;
         self.session.set_policy(params, config.account_error)?;
-        run.cells = self.session.compress()?.cells_after;
+        let report = self.session.compress()?;
+        (run.cells, run.ragged) = (report.cells_after, report.ragged);
         Ok(())
     }
 
