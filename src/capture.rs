@@ -16,19 +16,19 @@
 //! The callback is installed only around the decode calls that need it; a decoding step never meets it.
 
 mod moments;
-mod node;
+pub(crate) mod node;
 mod probe;
 mod state;
+pub(crate) mod watch;
 
 use std::collections::HashMap;
-use std::ffi::c_void;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use half::f16;
 
 use self::moments::Moments;
 use self::node::Node;
 use self::probe::Probe;
+use self::watch::Watch;
 use crate::cache::Layout;
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
@@ -115,16 +115,14 @@ struct Inner {
     /// The first layer's hidden states, held back until the rows are known. `[n_tokens][n_embd]`
     pending: Vec<f32>,
     scratch: Vec<u8>,
-    error: Option<CaptureError>,
 }
 
 /// Reads what the forward passes of one sequence tell. One per sequence.
 pub struct Capture {
-    // boxed: the callback keeps its address
-    inner: Box<Inner>,
+    inner: Inner,
 }
 
-// SAFETY: raw pointers are followed only inside `during`, which holds the context.
+// SAFETY: raw pointers are followed only inside `watch::during`, which holds the context.
 unsafe impl Send for Capture {}
 
 impl Capture {
@@ -149,7 +147,7 @@ impl Capture {
             })
             .collect();
         Self {
-            inner: Box::new(Inner {
+            inner: Inner {
                 ctx: ctx.as_ptr(),
                 layout: layout.clone(),
                 n_embd: ctx.model().n_embd(),
@@ -162,8 +160,7 @@ impl Capture {
                 rows: None,
                 pending: Vec::new(),
                 scratch: Vec::new(),
-                error: None,
-            }),
+            },
         }
     }
 
@@ -245,43 +242,7 @@ impl Capture {
         f: impl FnOnce(&mut Context) -> Result<T, LlamaError>,
     ) -> Result<T, CaptureError> {
         debug_assert_eq!(self.inner.ctx, ctx.as_ptr());
-        self.inner.error = None;
-        let data: *mut Inner = &raw mut *self.inner;
-        // SAFETY: `inner` is boxed, outlives the call, and is not touched by us while `f` runs.
-        unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(on_eval), data.cast()) };
-        let result = f(ctx);
-        // SAFETY: valid context.
-        unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), None, std::ptr::null_mut()) };
-        match self.inner.error.take() {
-            Some(error) => Err(error),
-            None => Ok(result?),
-        }
-    }
-}
-
-unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_void) -> bool {
-    // SAFETY: `data` is the boxed Inner that `during` installed; ggml calls from one thread at a time.
-    let inner = unsafe { &mut *data.cast::<Inner>() };
-    if inner.error.is_some() {
-        // The result is already lost; let the graph run to its end undisturbed.
-        return !ask;
-    }
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: ggml passes a node of the graph in work, computed if `ask` is false.
-        let node = unsafe { Node::new(t) };
-        if ask { inner.ask(&node) } else { inner.read(&node) }
-    }));
-    match outcome {
-        Ok(Ok(answer)) => answer,
-        Ok(Err(error)) => {
-            inner.error = Some(error);
-            !ask
-        }
-        Err(panic) => {
-            let text = panic.downcast_ref::<&str>().map_or("panic", |s| s);
-            inner.error = Some(CaptureError::Panic(text.into()));
-            !ask
-        }
+        watch::during(&mut self.inner, ctx, f)
     }
 }
 
@@ -291,8 +252,9 @@ struct Attention<'a> {
     layer: usize,
 }
 
-impl Inner {
-    /// Called before a node is computed; true: we want to see it afterwards.
+impl Watch for Inner {
+    type Error = CaptureError;
+
     fn ask(&mut self, node: &Node) -> Result<bool, CaptureError> {
         match node.0.op {
             sys::GGML_OP_SET_ROWS => {
@@ -328,7 +290,6 @@ impl Inner {
         }
     }
 
-    /// Called after a node we asked for; false ends the graph.
     fn read(&mut self, node: &Node) -> Result<bool, CaptureError> {
         if let Some(layer) = self.hidden_layer(node) {
             self.on_hidden(node, layer)?;
@@ -341,6 +302,12 @@ impl Inner {
         Ok(true)
     }
 
+    fn panicked(text: String) -> CaptureError {
+        CaptureError::Panic(text)
+    }
+}
+
+impl Inner {
     fn hidden_layer(&self, node: &Node) -> Option<usize> {
         self.by_il.get(&node.layer_after("attn_norm")?).copied()
     }

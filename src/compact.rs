@@ -14,12 +14,17 @@
 //! labelled with the largest position it holds: labels ascend, the last one is the sequence's last position, and removing
 //! the cells from some position on never leaves a newer key behind.
 
+mod mask;
+
 use std::borrow::Cow;
 
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, Pos, SeqId};
 use crate::policy::{Kept, Selection};
 use crate::sys;
+
+pub(crate) use mask::Mask;
+pub use mask::MaskError;
 
 /// Why a compaction was refused. The cache is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +39,8 @@ pub enum CompactError {
     Shared,
     #[error("the sequence's newest cell must stay")]
     LastDropped,
+    #[error("the heads keep different numbers of tokens, which the cells of llama.cpp cannot: see `exact`")]
+    Ragged,
 }
 
 /// The rows that one head's cells come from.
@@ -85,6 +92,9 @@ pub(crate) fn permute(
 /// # Errors
 /// [`CompactError`]; the cache is then as it was.
 pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
+    if let Kept::Ragged { .. } = selection.kept {
+        return Err(CompactError::Ragged);
+    }
     let layout = Layout::of(ctx, seq)?;
     let cells = cache::cells(ctx, seq);
     check(&layout, &cells, selection)?;
@@ -133,12 +143,16 @@ fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), C
     let heads: usize = layout.n_head_kv().sum();
     let n_cells = selection.n_cells();
     let malformed = CompactError::Malformed { n, heads, n_cells };
-    if let Kept::Heads { index, .. } = &selection.kept
-        && index.len() != heads * n_cells
-    {
+    let (n_lists, complete) = match &selection.kept {
+        Kept::All | Kept::Tokens(_) => (1, true),
+        Kept::Heads { index, .. } => (heads, index.len() == heads * n_cells),
+        Kept::Ragged { end, index } => {
+            (heads, end.len() == heads && end.last() == Some(&index.len()) && end.is_sorted())
+        }
+    };
+    if !complete {
         return Err(malformed);
     }
-    let n_lists = if matches!(selection.kept, Kept::Heads { .. }) { heads } else { 1 };
     let mut keeps_last = n_cells == 0;
     for head in 0..n_lists {
         let Some(kept) = selection.kept_by(head) else {

@@ -1,6 +1,7 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
 mod follow;
+mod masked;
 mod replay;
 mod report;
 mod state;
@@ -15,7 +16,7 @@ use std::time::Instant;
 pub use self::report::{CompressReport, GenerateReport, PrefillReport, Stop};
 use crate::cache::{self, CacheError, Layout};
 use crate::capture::{Capture, CaptureError};
-use crate::compact::CompactError;
+use crate::compact::{CompactError, Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
 use crate::policy::{self, Kind, PolicyError, Shape};
 use crate::score::{ScoreError, Scorer};
@@ -40,6 +41,8 @@ pub enum SessionError {
     Policy(#[from] PolicyError),
     #[error(transparent)]
     Compact(#[from] CompactError),
+    #[error(transparent)]
+    Mask(MaskError),
     #[error("this model cannot be compressed: {0}; --policy full runs it as it is")]
     Unsupported(&'static str),
     #[error(
@@ -88,6 +91,8 @@ struct Voter {
     layout: Layout,
     capture: Capture,
     scorer: Scorer,
+    /// What the heads dropped, where that is more than the cache could.
+    mask: Option<Mask>,
 }
 
 /// One sequence in one context.
@@ -138,6 +143,7 @@ impl Session {
             Some(Voter {
                 capture: Capture::new(&ctx, &layout, window, skip),
                 scorer: Scorer::new(ctx.n_threads_batch()),
+                mask: None,
                 layout,
             })
         } else {
@@ -264,10 +270,7 @@ impl Session {
                 let is_last = done + i + 1 == tokens.len();
                 batch.add(token, first + (done + i) as Pos, SEQ, is_last)?;
             }
-            let decoded = match &mut self.voter {
-                Some(v) => v.capture.decode(&mut self.ctx, SEQ, &batch).map_err(SessionError::from),
-                None => self.ctx.decode(&batch).map_err(SessionError::from),
-            };
+            let decoded = self.decode_batch(&batch, true);
             done += chunk.len();
             let decoded = decoded.and_then(|()| match progress(done, tokens.len()) {
                 ControlFlow::Continue(()) => Ok(()),
@@ -310,7 +313,10 @@ impl Session {
     pub fn decode(&mut self, token: Token) -> Result<(), SessionError> {
         let mut batch = Batch::new(1);
         batch.add(token, self.n_past, SEQ, true)?;
-        self.ctx.decode(&batch)?;
+        if let Err(error) = self.decode_batch(&batch, false) {
+            self.ctx.remove(SEQ, self.n_past, -1);
+            return Err(error);
+        }
         self.n_past += 1;
         self.tokens.push(token);
         self.keep_logits()?;
@@ -387,6 +393,7 @@ impl Session {
         self.ctx.clear();
         if let Some(voter) = &mut self.voter {
             voter.capture.reset();
+            voter.mask = None;
         }
         self.n_past = 0;
         self.tokens.clear();

@@ -85,6 +85,43 @@ fn a_text_is_compared_with_the_full_cache() {
     assert!(kl("replayed") > kl("all"));
 }
 
+#[test]
+fn unequal_budgets_are_compared_at_the_mean_and_at_what_they_cost() {
+    let folder = tempfile::tempdir().unwrap();
+    let (runs, file) = (folder.path().join("runs.jsonl"), document(4000));
+    let text = ["-f", file.path().to_str().unwrap(), "-p", "256", "-n", "8", "--texts", "1", "-fa", "off"];
+    let configs = ["real:policy=adakv", "mean:policy=adakv,exact=true", "paper:policy=gvote-paper,exact=true"];
+    let configs = configs.iter().flat_map(|config| ["--config", config]);
+    let args: Vec<&str> = text.into_iter().chain(configs).collect();
+    let table = finish(&mut eval("text", &args, &runs)).ok().stdout;
+    assert!(table.contains("mean (exact)") && !table.contains("real (exact)"), "{table}");
+    let all = records(&runs);
+    let number = |record: &Value, name: &str| record[name].as_f64().unwrap();
+    let ragged = |record: &Value, name: &str| record["ragged"][name].as_f64().unwrap();
+    let [real, mean, paper] = &all[..] else { panic!("three records") };
+    assert_eq!((&real["exact"], &mean["exact"], &paper["exact"]), (&Value::Null, &true.into(), &true.into()));
+    // the same budgets; a cache must have the cells of the greediest head
+    assert_eq!(real["ragged"], mean["ragged"]);
+    assert_eq!((number(mean, "cells"), ragged(mean, "mean")), (128.0, 128.0));
+    assert_eq!(number(real, "cells"), ragged(real, "max"));
+    assert_eq!(number(paper, "cells"), ragged(paper, "mean").ceil());
+    assert!(all.iter().all(|record| number(record, "kl_mean") > 0.0));
+
+    // the question, read after the vote, meets the mask too
+    let runs = folder.path().join("answers.jsonl");
+    let needle =
+        ["--needle", "--needle-words", "150", "--limit", "1", "--blind", "--config", "a:policy=adakv,exact=true"];
+    let done = finish(&mut eval("tasks", &[&needle[..], &["-fa", "on"]].concat(), &runs));
+    assert!(done.status == 1 && done.stderr.contains("-fa off"), "{}", done.stderr);
+    finish(&mut eval("tasks", &[&needle[..], &["-fa", "off"]].concat(), &runs)).ok();
+    assert_eq!(records(&runs).len(), 1);
+
+    // unions of votes have no ranking to search C* in
+    let paper = ["--needle", "--config", "a:policy=gvote-paper,exact=true"];
+    let done = finish(&mut eval("adaptivity", &[&paper[..], &["-fa", "off"]].concat(), &runs));
+    assert!(done.status == 1 && done.stderr.contains("gvote-paper"), "{}", done.stderr);
+}
+
 fn records(runs: &Path) -> Vec<Value> {
     fs::read_to_string(runs).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
 }

@@ -51,6 +51,20 @@ fn answers_on_stdout_and_reports_on_stderr() {
 }
 
 #[test]
+fn unequal_heads_cost_the_cells_of_the_greediest() {
+    let document = document(CHARS);
+    let args =
+        ["-f", document.path().to_str().unwrap(), "-n", "1", "--temp", "0", "--policy", "adakv", "--ratio", "0.3"];
+    let vote = json(&args)["vote"].take();
+    let mean = vote["ragged"]["mean"].as_f64().unwrap() / vote["cells_before"].as_f64().unwrap();
+    assert!((mean - 0.3).abs() < 0.01, "{vote}");
+    assert_eq!(vote["cells_after"], vote["ragged"]["max"]);
+    assert!(vote["ragged"]["max"].as_f64() > vote["ragged"]["mean"].as_f64(), "{vote}");
+    let said = run(&args).ok().stderr;
+    assert!(said.contains("as many as the greediest head takes; the heads by themselves"), "{said}");
+}
+
+#[test]
 fn json_is_consistent() {
     let report = on_document(&[]);
     let (vote, cache) = (&report["vote"], &report["cache"]);

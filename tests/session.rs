@@ -318,6 +318,48 @@ fn a_bad_saved_session_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn unequal_budgets_are_masked_until_the_session_starts_over() {
+    for kind in [Kind::AdaKv, Kind::GvotePaper] {
+        let mut params = params(1024);
+        params.policy = Params { exact: true, ..Params::new(kind) };
+        params.context.flash_attn = FlashAttention::On;
+        let error = prefilled(&params).compress().unwrap_err().to_string();
+        assert!(error.contains("-fa off"), "{error}");
+
+        params.context.flash_attn = FlashAttention::Off;
+        let mut session = prefilled(&params);
+        let full = session.save();
+        let report = session.compress().unwrap();
+        let ragged = report.ragged.unwrap();
+        assert!(ragged.min < ragged.max, "{report:?}");
+        assert_eq!(report.cells_after, ragged.mean.ceil() as usize);
+        if kind == Kind::AdaKv {
+            assert_eq!(report.cells_after, N / 2);
+        }
+        // nothing is freed, and the report does not say so
+        assert_eq!((session.cells_used(), report.kv_bytes_after), (N, report.kv_bytes_before));
+        let turn = tokens(N + 70)[N..].to_vec();
+        let go_on = |session: &mut Session| {
+            prefill(session, &turn).unwrap();
+            session.logits().to_vec()
+        };
+        let masked = go_on(&mut session);
+        let error = session.compress().unwrap_err().to_string();
+        assert!(error.contains("again"), "{error}");
+
+        session.load(&full).unwrap();
+        let unmasked = go_on(&mut session);
+        assert!(masked != unmasked);
+        session.clear();
+        prefill(&mut session, &tokens(N)).unwrap();
+        // both up to rounding: a restored cache may lie in other cells
+        let again = go_on(&mut session);
+        let apart = again.iter().zip(&unmasked).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(apart < 0.1, "{apart}");
+    }
+}
+
+#[test]
 fn nonsense_settings_are_refused_before_anything_is_allocated() {
     for (name, change) in [
         ("--lost-mass", (|p| p.lost_mass = -1.0) as fn(&mut Params)),

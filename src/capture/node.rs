@@ -43,7 +43,7 @@ impl<'a> Path<'a> {
 
 /// A node of the graph that llama.cpp is computing.
 #[derive(Clone, Copy)]
-pub(super) struct Node<'a>(pub &'a sys::ggml_tensor);
+pub(crate) struct Node<'a>(pub &'a sys::ggml_tensor);
 
 impl<'a> Node<'a> {
     /// # Safety
@@ -122,6 +122,24 @@ impl<'a> Node<'a> {
             let start = scratch.as_ptr().align_offset(align_of::<f32>());
             self.get(0, &mut scratch[start..start + n * size_of::<f32>()]);
             std::slice::from_raw_parts(scratch[start..].as_ptr().cast(), n)
+        }
+    }
+    /// Changes all floats of a contiguous f32 tensor that has been computed: in place if it lives in host memory, else in
+    /// `scratch` and back.
+    pub fn change_floats(&self, scratch: &mut Vec<f32>, change: impl FnOnce(&mut [f32])) {
+        // SAFETY: a computed node has data, aligned for its type, of as many elements; nobody else uses it while ggml waits
+        // for the eval callback.
+        unsafe {
+            let n = sys::ggml_nelements(self.0) as usize;
+            if self.is_in_host_memory() {
+                return change(std::slice::from_raw_parts_mut(self.0.data.cast(), n));
+            }
+            scratch.resize(n, 0.0);
+            let bytes = n * size_of::<f32>();
+            sys::ggml_backend_tensor_get(self.0, scratch.as_mut_ptr().cast(), 0, bytes);
+            change(scratch);
+            let tensor = std::ptr::from_ref(self.0).cast_mut();
+            sys::ggml_backend_tensor_set(tensor, scratch.as_ptr().cast(), 0, bytes);
         }
     }
 }

@@ -37,7 +37,7 @@ impl Capture {
             *rest = tail;
             Some(*head)
         }
-        let old = &*self.inner;
+        let old = &self.inner;
         let mut rest = data;
         let mut layers = Vec::with_capacity(old.layers.len());
         for layer in &old.layers {
@@ -67,7 +67,7 @@ impl Capture {
             });
         }
         rest.is_empty().then(|| Self {
-            inner: Box::new(Inner {
+            inner: Inner {
                 ctx: old.ctx,
                 layout: old.layout.clone(),
                 n_embd: old.n_embd,
@@ -80,8 +80,7 @@ impl Capture {
                 rows: None,
                 pending: Vec::new(),
                 scratch: Vec::new(),
-                error: None,
-            }),
+            },
         })
     }
 }

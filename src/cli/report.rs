@@ -246,11 +246,12 @@ impl Cache {
 fn why(report: &CompressReport, policy: &Params) -> String {
     let lost =
         report.lost_mass.map_or_else(String::new, |lost| format!(", giving up {:.1} % of the attention", 100.0 * lost));
-    match report.bound {
+    let rule = match report.bound {
         Bound::Trial => format!("{} tried for a KL of {}", report.tried.len(), policy.target_kl.unwrap_or_default()),
         Bound::Blind => "no question in sight: see --replay".into(),
         Bound::LostMass => format!("lost-mass rule at {}", policy.lost_mass),
         Bound::Budget => format!("the votes' budget{lost}"),
+        Bound::Ratio if report.policy == Kind::AdaKv => "as many as the greediest head takes".into(),
         Bound::Ratio => format!("a share of {:.0} %{lost}", 100.0 * report.share()),
         Bound::MaxCells => format!("cut by --max-cells{lost}"),
         Bound::MinCells => format!("raised by --min-cells{lost}"),
@@ -258,7 +259,16 @@ fn why(report: &CompressReport, policy: &Params) -> String {
         Bound::All if report.policy == Kind::Full => "policy full".into(),
         Bound::All if policy.leaves_alone(report.cells_before) => "too few to be worth a vote".into(),
         Bound::All => "none to spare".into(),
-    }
+    };
+    rule + &unequal(report)
+}
+
+/// What the heads would keep if each could hold its own number.
+fn unequal(report: &CompressReport) -> String {
+    report.ragged.map_or_else(String::new, |heads| {
+        let [least, most] = [heads.min, heads.max].map(|n| count(n as usize));
+        format!("; the heads by themselves {least} to {most}, mean {}", count(heads.mean.round() as usize))
+    })
 }
 
 fn stop_in_words(stop: Stop) -> &'static str {

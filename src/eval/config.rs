@@ -27,7 +27,7 @@ pub enum ConfigError {
 }
 
 const KEYS: &str = "policy, preset, target-kl, draft, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
-                    (back-forward), pool, head-mix, replay, evict, seed, key-error";
+                    (back-forward), pool, head-mix, replay, evict, exact, seed, key-error";
 
 /// Fields of [`Params`] that say how many cells are kept, and not which.
 const BUDGET: &[&str] = &["target_kl", "draft", "lost_mass", "ratio", "max_cells", "min_cells"];
@@ -35,7 +35,12 @@ const BUDGET: &[&str] = &["target_kl", "draft", "lost_mass", "ratio", "max_cells
 impl Config {
     /// The settings without those of the budget: configurations with the same ranking keep the same cells at the same count.
     pub fn ranking(&self) -> Params {
-        let mut fields = serde_json::to_value(&self.params).expect("settings have string keys only");
+        let mut params = self.params.clone();
+        if params.policy == Kind::AdaKv && !params.exact {
+            // unequal budgets are its only difference, and a cache has equal ones
+            params.policy = Kind::SnapKv;
+        }
+        let mut fields = serde_json::to_value(&params).expect("settings have string keys only");
         if let Some(fields) = fields.as_object_mut() {
             fields.retain(|name, _| !BUDGET.contains(&name.as_str()));
         }
@@ -45,7 +50,7 @@ impl Config {
     /// The ranking in short: its policy, and what differs from the defaults.
     pub fn ranking_name(&self) -> String {
         let [plain, fields] = [Params::default(), self.ranking()].map(|p| serde_json::to_value(p).unwrap_or_default());
-        let mut parts = vec![self.params.policy.name().to_owned()];
+        let mut parts = vec![self.ranking().policy.name().to_owned()];
         for (name, value) in fields.as_object().into_iter().flatten() {
             if name != "policy" && plain[name] != *value {
                 parts.push(format!("{name}={value}"));
@@ -99,6 +104,7 @@ impl Config {
             "head-mix" => p.head_mix = parse(key, value)?,
             "replay" => p.replay = parse(key, value)?,
             "evict" => p.evict = value.parse()?,
+            "exact" => p.exact = parse(key, value)?,
             "seed" => p.seed = parse(key, value)?,
             "key-error" => self.account_error = parse(key, value)?,
             _ => return Err(ConfigError::Key(key.into())),
@@ -159,6 +165,8 @@ mod tests {
         );
         assert_ne!(ranking("a:ratio=0.3,head-mix=0.7"), ranking("a:ratio=0.3"));
         assert_eq!(ranking("a:policy=gvote-paper,ratio=0.3"), Params::new(Kind::GvotePaper));
+        assert_eq!(ranking("a:policy=adakv,ratio=0.3"), Params::new(Kind::SnapKv));
+        assert_eq!(ranking("a:policy=adakv,exact=true"), Params { exact: true, ..Params::new(Kind::AdaKv) });
         let name = |text: &str| text.parse::<Config>().unwrap().ranking_name();
         assert_eq!([name("safe"), name("a:ratio=0.3,head-mix=0.5")], ["gvote", "gvote,head_mix=0.5"]);
         assert_eq!(name("a:policy=keydiff,key-error=true"), r#"keydiff,span={"back":0,"forward":0},key-error"#);
@@ -173,6 +181,9 @@ mod tests {
             ("x:colour=red", "colour"),
             ("x:ratio=half", "ratio=half"),
             ("x:ratio=2", "--ratio"),
+            ("x:policy=snapkv,exact=true", "adakv or gvote-paper"),
+            ("x:policy=gvote-paper,exact=true,ratio=0.5", "--ratio"),
+            ("x:policy=adakv,evict=cells", "--evict"),
             ("nobody", "nobody"),
         ] {
             let error = text.parse::<Config>().unwrap_err().to_string();

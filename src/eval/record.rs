@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::policy::Kind;
+use crate::policy::{Kind, Ragged};
 
 /// One line of a run file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,13 +36,28 @@ pub struct Run {
     pub item: String,
     /// Tokens that were in the cache when it was compressed.
     pub tokens: usize,
-    /// Cells kept of them.
+    /// Cells kept of them; where `exact`, the mean that a head keeps.
     pub cells: usize,
+    /// The heads keep different numbers behind a mask ([`crate::policy::Params::exact`]): no cache holds so few cells.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub exact: bool,
+    /// What the heads would keep if each could hold its own number, where the policy has such a thing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ragged: Option<Ragged>,
     /// The context was compressed before the question was known.
     pub blind: bool,
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 impl Run {
+    /// The configuration as reports call it: what no cache can hold says so.
+    pub fn label(&self) -> String {
+        if self.exact { format!("{} (exact)", self.config) } else { self.config.clone() }
+    }
+
     /// Share of the cells kept, 0 to 1.
     pub fn share(&self) -> f64 {
         self.cells as f64 / self.tokens.max(1) as f64
@@ -222,6 +237,8 @@ mod tests {
             item: "text 0".into(),
             tokens: 100,
             cells: 50,
+            exact: true,
+            ragged: Some(Ragged { min: 10, mean: 49.7, max: 90 }),
             blind: false,
         };
         Record::Fidelity(Fidelity {

@@ -53,6 +53,8 @@ pub struct Report {
 pub struct Config {
     pub name: String,
     pub policy: Kind,
+    /// Unequal budgets behind a mask: its cells are a mean that no cache can hold.
+    pub exact: bool,
 }
 
 /// What records must share to be compared.
@@ -73,8 +75,9 @@ impl Report {
         let (mut fidelity, mut tasks, mut adaptivity) = (Vec::new(), Vec::new(), Vec::new());
         for record in records {
             let run = record.run();
-            if !configs.iter().any(|config| config.name == run.config) {
-                configs.push(Config { name: run.config.clone(), policy: run.policy });
+            let name = run.label();
+            if !configs.iter().any(|config| config.name == name) {
+                configs.push(Config { name, policy: run.policy, exact: run.exact });
             }
             match record {
                 Record::Fidelity(r) => fidelity.push(r),
@@ -137,7 +140,7 @@ impl Place {
 /// Splits records by configuration, in the order of `configs`.
 fn by_config<'a, T>(records: Vec<&'a T>, configs: &[Config], run: fn(&T) -> &Run) -> Vec<(String, Vec<&'a T>)> {
     let rank = |name: &str| configs.iter().position(|config| config.name == name);
-    let mut groups = stats::group_by(records, |r| run(r).config.clone());
+    let mut groups = stats::group_by(records, |r| run(r).label());
     groups.sort_by_key(|(name, _)| rank(name));
     groups
 }

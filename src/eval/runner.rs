@@ -137,6 +137,8 @@ impl Runner {
             item: item.into(),
             tokens: 0,
             cells: 0,
+            exact: config.params.exact,
+            ragged: None,
             blind,
         }
     }
@@ -179,7 +181,7 @@ impl Runner {
         params.seed = run.seed;
         self.session.set_policy(params, config.account_error)?;
         let report = self.session.compress()?;
-        run.cells = report.cells_after;
+        (run.cells, run.ragged) = (report.cells_after, report.ragged);
         Ok(report.tried)
     }
 

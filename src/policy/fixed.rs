@@ -64,10 +64,16 @@ impl FixedBudget {
         }
     }
 
-    pub fn select(mut self) -> Selection {
+    pub fn select(self) -> Selection {
+        let wanted = self.params.fixed_cells(self.shape.n);
+        self.select_count(wanted, Bound::Ratio)
+    }
+
+    /// As many cells as `rule` wants, within the bounds.
+    pub fn select_count(mut self, wanted: usize, rule: Bound) -> Selection {
         assert_eq!(self.seen, self.shape.heads(), "heads observed before select");
         let n = self.shape.n;
-        let (count, bound) = rank::bounded(self.params.fixed_cells(n), Bound::Ratio, &self.forced, &self.params);
+        let (count, bound) = rank::bounded(wanted, rule, &self.forced, &self.params);
         if bound == Bound::All {
             return Selection::all(n);
         }
@@ -80,6 +86,16 @@ impl FixedBudget {
                 rank::keep_tokens(self.keys.iter().map(|&key| rank::entry(key)).collect(), count)
             }
         };
+        Selection { n, kept, lost_mass: None, bound, ragged: None }
+    }
+    /// Each head its own number: `counts[head]`. Composite only.
+    pub fn select_ragged(self, counts: &[u32], bound: Bound) -> Selection {
+        assert_eq!(self.seen, self.shape.heads(), "heads observed before select");
+        let n = self.shape.n;
+        if bound == Bound::All {
+            return Selection::all(n);
+        }
+        let kept = rank::keep_ragged(self.ranking, n, counts);
         Selection { n, kept, lost_mass: None, bound, ragged: None }
     }
 }

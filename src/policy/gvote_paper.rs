@@ -16,6 +16,9 @@
 //! With [`Evict::Cells`] votes and sums are added up over all heads, and the same `C` is kept of
 //! that one ranking.
 //!
+//! With [`Params::exact`] each head keeps its own union instead: the paper's own setting, for
+//! [`Kept::Ragged`](super::Kept::Ragged) to be measured.
+//!
 //! This is a baseline: exact and plain rather than fast. It takes 4 bytes for each head and entry.
 
 use std::cmp::Reverse;
@@ -149,11 +152,11 @@ impl Policy for GvotePaper {
             self.share = self.ranking.iter().map(|&j| self.share[j as usize]).collect();
         }
         let total: u64 = self.budget.iter().map(|&b| u64::from(b)).sum();
-        let ragged = Ragged {
-            min: self.budget.iter().copied().min().unwrap_or(0),
-            mean: (total as f64 / heads as f64) as f32,
-            max: self.budget.iter().copied().max().unwrap_or(0),
-        };
+        let ragged = Ragged::of(&self.budget);
+        if self.params.exact {
+            let kept = rank::keep_ragged(self.ranking, n, &self.budget);
+            return Selection { n, kept, lost_mass: None, bound: Bound::Budget, ragged: Some(ragged) };
+        }
         let (wanted, rule) = match self.params.ratio {
             Some(_) => (self.params.fixed_cells(n), Bound::Ratio),
             None => (total.div_ceil(heads as u64) as usize, Bound::Budget),

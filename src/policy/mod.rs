@@ -21,6 +21,7 @@
 //! Source of the method: Tang, Liu, Xu, Huang, "Adaptive KV-Cache Compression without Manually
 //! Setting Budget", arXiv 2509.03136; what differs from it is said in `gvote.rs`.
 
+mod adakv;
 mod expected_attention;
 mod fixed;
 mod full;
@@ -76,6 +77,8 @@ policies! {
     GvotePaper, "gvote-paper", gvote_paper::GvotePaper, "the paper's votes and budget (arXiv 2509.03136)";
     StreamingLlm, "streaming-llm", streaming_llm::StreamingLlm, "first and last tokens, a fixed share (arXiv 2309.17453)";
     SnapKv, "snapkv", snapkv::SnapKv, "what the last real queries looked at, a fixed share (arXiv 2404.14469)";
+    AdaKv, "adakv", adakv::AdaKv,
+        "snapkv whose heads share a layer's budget; here it costs the cells of the greediest head (arXiv 2407.11550)";
     ExpectedAttention, "expected-attention", expected_attention::ExpectedAttention,
         "Gaussian future queries and value norms, a fixed share (arXiv 2510.00636)";
     KeyDiff, "keydiff", keydiff::KeyDiff, "keys unlike the others, a fixed share (arXiv 2504.15364)";
@@ -253,12 +256,13 @@ impl Selection {
         Self { n, kept: Kept::All, lost_mass: Some(0.0), bound: Bound::All, ragged: None }
     }
 
-    /// `C`: cells of the sequence after compaction.
+    /// `C`: cells of the sequence after compaction; of [`Kept::Ragged`] the mean over the heads, rounded up.
     pub fn n_cells(&self) -> usize {
         match &self.kept {
             Kept::All => self.n,
             Kept::Tokens(index) => index.len(),
             Kept::Heads { n_cells, .. } => *n_cells,
+            Kept::Ragged { end, index } => index.len().div_ceil(end.len().max(1)),
         }
     }
 
@@ -273,6 +277,10 @@ impl Selection {
             Kept::All => None,
             Kept::Tokens(index) => Some(index),
             Kept::Heads { n_cells, index } => Some(&index[head * n_cells..][..*n_cells]),
+            Kept::Ragged { end, index } => {
+                let start = head.checked_sub(1).map_or(0, |before| end[before]);
+                Some(&index[start..end[head]])
+            }
         }
     }
 }
@@ -289,6 +297,13 @@ pub enum Kept {
         /// `C`.
         n_cells: usize,
         /// `[head][n_cells]` candidate indices, ascending in each head.
+        index: Vec<u32>,
+    },
+    /// Each head its own number, which no cache of llama.cpp can hold: to be looked at through a mask ([`Params::exact`]).
+    Ragged {
+        /// `[head]` where each head's part of `index` ends; it starts where that of the head before ends.
+        end: Vec<usize>,
+        /// Candidate indices, ascending in each head.
         index: Vec<u32>,
     },
 }
@@ -326,6 +341,17 @@ pub struct Ragged {
     pub mean: f32,
     /// The greediest head.
     pub max: u32,
+}
+
+impl Ragged {
+    fn of(counts: &[u32]) -> Self {
+        let total: u64 = counts.iter().map(|&count| u64::from(count)).sum();
+        Self {
+            min: counts.iter().copied().min().unwrap_or(0),
+            mean: (total as f64 / counts.len() as f64) as f32,
+            max: counts.iter().copied().max().unwrap_or(0),
+        }
+    }
 }
 
 /// Starts the policy that `params` asks for on a request of this shape.

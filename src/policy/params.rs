@@ -72,6 +72,9 @@ pub struct Params {
     pub pool: usize,
     /// `gvote`: weight of the mean over all heads beside each head's own score.
     pub head_mix: f32,
+    /// `adakv`, `gvote-paper`: keep the unequal budgets of the heads as the paper has them. A cache cannot: nothing is freed,
+    /// and what a head has dropped is masked while decoding. For measuring only; a saved session does not carry the mask.
+    pub exact: bool,
 }
 
 impl Default for Params {
@@ -95,6 +98,7 @@ impl Default for Params {
             evict: Evict::Composite,
             pool: 5,
             head_mix: 0.3,
+            exact: false,
         }
     }
 }
@@ -174,7 +178,7 @@ impl Params {
         if self.span.back > MAX_SPAN || self.span.forward > MAX_SPAN {
             return Err(PolicyError::Span(self.span));
         }
-        if matches!(self.policy, Kind::Gvote | Kind::SnapKv) && self.recent < self.window {
+        if matches!(self.policy, Kind::Gvote | Kind::SnapKv | Kind::AdaKv) && self.recent < self.window {
             return Err(PolicyError::Recent { recent: self.recent, window: self.window });
         }
         if self.recent == 0 {
@@ -195,6 +199,22 @@ impl Params {
         }
         if !(0.0..=MAX_HEAD_MIX).contains(&self.head_mix) {
             return Err(PolicyError::HeadMix(self.head_mix));
+        }
+        self.validate_unequal()
+    }
+
+    /// What unequal budgets of the heads do not go with.
+    fn validate_unequal(&self) -> Result<(), PolicyError> {
+        let kind = self.policy;
+        if self.exact && !matches!(kind, Kind::AdaKv | Kind::GvotePaper) {
+            return Err(PolicyError::Exact(kind));
+        }
+        if (self.exact || kind == Kind::AdaKv) && self.evict == Evict::Cells {
+            return Err(PolicyError::EvictUnequal);
+        }
+        let budget = self.ratio.is_some() || self.max_cells.is_some() || self.min_cells > 0;
+        if self.exact && kind == Kind::GvotePaper && budget {
+            return Err(PolicyError::ExactBudget);
         }
         Ok(())
     }
@@ -371,6 +391,15 @@ pub enum PolicyError {
     Pool(usize),
     #[error("the head mix is {0}, but must be 0 to {MAX_HEAD_MIX}")]
     HeadMix(f32),
+    #[error("exact is for unequal budgets of the heads, which the policy {0} does not have; take adakv or gvote-paper")]
+    Exact(Kind),
+    #[error("exact lets gvote-paper keep every union of votes: it goes with no --ratio, --max-cells and --min-cells")]
+    ExactBudget,
+    #[error(
+        "--evict is cells, which keeps the same tokens in every head, but here the heads have unequal budgets; \
+         take --evict composite, or --policy snapkv"
+    )]
+    EvictUnequal,
     #[error("--policy {0:?} is unknown; choose one of {names}", names = names(Kind::ALL, |k| k.name()))]
     UnknownPolicy(String),
     #[error("--preset {0:?} is unknown; choose one of {names}", names = names(Preset::ALL, |p| p.name()))]

@@ -172,19 +172,38 @@ pub(super) fn bounded(wanted: usize, rule: Bound, forced: &Forced, params: &Para
 ///
 /// `ranking` is `[head][n]` entries from best to worst; its memory becomes the result's.
 pub(super) fn keep_heads(mut ranking: Vec<u32>, n: usize, count: usize) -> Kept {
+    let heads = ranking.len() / n;
+    cut(&mut ranking, n, std::iter::repeat_n(count, heads));
+    Kept::Heads { n_cells: count, index: ranking }
+}
+
+/// The first `counts[head]` of each head's ranking, ascending. `ranking` as in [`keep_heads`].
+pub(super) fn keep_ragged(mut ranking: Vec<u32>, n: usize, counts: &[u32]) -> Kept {
+    let counts = || counts.iter().map(|&count| count as usize);
+    cut(&mut ranking, n, counts());
+    let end = counts().scan(0, |end, count| {
+        *end += count;
+        Some(*end)
+    });
+    Kept::Ragged { end: end.collect(), index: ranking }
+}
+
+/// Cuts a ranking of `[head][n]` entries to the `counts` best of each head, ascending.
+fn cut(ranking: &mut Vec<u32>, n: usize, counts: impl Iterator<Item = usize>) {
     let mut stays = vec![false; n];
-    for head in 0..ranking.len() / n {
+    let mut end = 0;
+    for (head, count) in counts.enumerate() {
         stays.fill(false);
         for &entry in &ranking[head * n..][..count] {
             stays[entry as usize] = true;
         }
         // The cut rows move to the front: row `head` ends before the ranking of the next begins.
-        let row = &mut ranking[head * count..][..count];
+        let row = &mut ranking[end..][..count];
         row.iter_mut().zip(indices(&stays)).for_each(|(to, entry)| *to = entry);
+        end += count;
     }
-    ranking.truncate(ranking.len() / n * count);
+    ranking.truncate(end);
     ranking.shrink_to_fit();
-    Kept::Heads { n_cells: count, index: ranking }
 }
 
 /// The first `count` of one ranking for all heads, ascending.
@@ -280,7 +299,11 @@ mod tests {
         let ranking = vec![3, 0, 2, 1, /* head 1 */ 1, 3, 0, 2];
         let kept = keep_heads(ranking.clone(), 4, 2);
         assert_eq!(kept, Kept::Heads { n_cells: 2, index: vec![0, 3, 1, 3] });
-        let kept = keep_heads(ranking, 4, 3);
+        let kept = keep_heads(ranking.clone(), 4, 3);
         assert_eq!(kept, Kept::Heads { n_cells: 3, index: vec![0, 2, 3, 0, 1, 3] });
+        let kept = keep_ragged(ranking.clone(), 4, &[1, 4]);
+        assert_eq!(kept, Kept::Ragged { end: vec![1, 5], index: vec![3, 0, 1, 2, 3] });
+        let kept = keep_ragged(ranking, 4, &[4, 2]);
+        assert_eq!(kept, Kept::Ragged { end: vec![4, 6], index: vec![0, 1, 2, 3, 1, 3] });
     }
 }

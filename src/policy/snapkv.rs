@@ -9,6 +9,18 @@ use super::{HeadScores, Kind, Needs, Params, Policy, Selection, Shape, rank};
 
 pub(super) struct SnapKv {
     budget: FixedBudget,
+    observed: Observed,
+}
+
+impl SnapKv {
+    pub fn new(params: &Params, shape: Shape) -> Self {
+        Self { budget: FixedBudget::new(params, shape), observed: Observed::new(params, shape) }
+    }
+}
+
+/// The paper's score of each entry of one head.
+pub(super) struct Observed {
+    /// Entries before the window.
     older: usize,
     pool: usize,
     /// `[n]` pooled attention of one head; never written in the window: 0.
@@ -16,15 +28,21 @@ pub(super) struct SnapKv {
     padded: Vec<f32>,
 }
 
-impl SnapKv {
+impl Observed {
     pub fn new(params: &Params, shape: Shape) -> Self {
         Self {
-            budget: FixedBudget::new(params, shape),
             older: shape.n.saturating_sub(params.window),
             pool: params.pool,
             pooled: vec![0.0; shape.n],
             padded: Vec::new(),
         }
+    }
+
+    /// `[n]` mean attention, pooled.
+    pub fn pool(&mut self, scores: &HeadScores<'_>) -> &[f32] {
+        let older = self.older;
+        rank::average_pool(&scores.observed[..older], self.pool, &mut self.padded, &mut self.pooled[..older]);
+        &self.pooled
     }
 }
 
@@ -38,9 +56,7 @@ impl Policy for SnapKv {
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
-        let older = self.older;
-        rank::average_pool(&scores.observed[..older], self.pool, &mut self.padded, &mut self.pooled[..older]);
-        self.budget.add(head, &self.pooled);
+        self.budget.add(head, self.observed.pool(scores));
     }
 
     fn select(self: Box<Self>) -> Selection {

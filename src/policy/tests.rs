@@ -1,9 +1,11 @@
 //! Requests to choose from, and what the tests share. The promises themselves:
 //! - `baselines`: the fixed-budget policies against float64;
+//! - `adakv`: the one whose heads share a budget, and unequal budgets in general;
 //! - `properties`: what holds for any request, and agreement with the float64 `reference`;
 //! - `examples`: small requests whose answer one can work out by hand;
 //! - `settings`: what may be set, and what is said when it may not.
 
+mod adakv;
 mod baselines;
 mod examples;
 mod properties;

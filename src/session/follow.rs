@@ -24,7 +24,7 @@ impl Session {
                 for (i, &token) in chunk.iter().enumerate() {
                     batch.add(token, first + (start + i) as Pos, SEQ, true)?;
                 }
-                self.ctx.decode(&batch)?;
+                self.decode_batch(&batch, false)?;
                 for i in 0..chunk.len() {
                     each(start + i, self.ctx.logits_at(i as i32)?);
                 }

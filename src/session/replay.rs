@@ -75,7 +75,7 @@ impl Session {
         range: Range<usize>,
         announcement: &[Token],
     ) -> Result<Replayed, SessionError> {
-        let Self { ctx, voter: Some(Voter { layout, capture, scorer }), tokens, n_past, chunk, .. } = self else {
+        let Self { ctx, voter: Some(Voter { layout, capture, scorer, .. }), tokens, n_past, chunk, .. } = self else {
             return Err(SessionError::ReplayCompressed);
         };
         let heads: usize = layout.n_head_kv().sum();

@@ -18,10 +18,10 @@ pub struct PrefillReport {
 #[derive(Clone, Debug, Serialize)]
 pub struct CompressReport {
     pub policy: Kind,
-    /// Cells of the sequence before and after.
+    /// Cells of the sequence before and after; of unequal budgets the mean.
     pub cells_before: usize,
     pub cells_after: usize,
-    /// Bytes of K and V in those cells.
+    /// Bytes of K and V in those cells; a mask ([`crate::policy::Params::exact`]) frees none, whatever `cells_after` says.
     pub kv_bytes_before: usize,
     pub kv_bytes_after: usize,
     /// Attention mass given up, as the policy estimates it; 0 to 1.

@@ -58,6 +58,7 @@ impl Session {
         }
         if let (Some(voter), Some(restored)) = (&mut self.voter, restored) {
             voter.capture = restored;
+            voter.mask = None;
         }
         self.n_past = n_past;
         self.tokens =

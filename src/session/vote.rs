@@ -19,6 +19,7 @@ impl Session {
     /// [`SessionError`]; the cache is then as before.
     pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
         let bytes_per_cell = self.bytes_per_cell().unwrap_or(0);
+        self.check_unmasked()?;
         if self.voter.is_none() {
             return Ok(CompressReport::untouched(Kind::Full, self.cells_used(), bytes_per_cell));
         }
@@ -30,14 +31,19 @@ impl Session {
         };
 
         let clock = Instant::now();
-        compact::compact(&mut self.ctx, SEQ, &selection)?;
+        match selection.kept {
+            Kept::Ragged { .. } => self.mask(&selection)?,
+            _ => {
+                compact::compact(&mut self.ctx, SEQ, &selection)?;
+                report.kv_bytes_after = selection.n_cells() * bytes_per_cell;
+            }
+        }
         report.compact_time = clock.elapsed();
 
-        if let Kept::Heads { .. } | Kept::Tokens(_) = selection.kept {
+        if selection.kept != Kept::All {
             self.exact_from = self.exact_from.max(self.n_past - self.policy.recent as Pos);
         }
         report.cells_after = selection.n_cells();
-        report.kv_bytes_after = report.cells_after * bytes_per_cell;
         report.lost_mass = selection.lost_mass;
         report.bound = selection.bound;
         report.ragged = selection.ragged;
@@ -92,7 +98,7 @@ impl Session {
         policy: &mut dyn Policy,
         report: &mut CompressReport,
     ) -> Result<(), SessionError> {
-        let Self { ctx, voter: Some(Voter { layout, capture, scorer }), .. } = self else { return Ok(()) };
+        let Self { ctx, voter: Some(Voter { layout, capture, scorer, .. }), .. } = self else { return Ok(()) };
         let needs = policy.needs();
         let pos_last = self.n_past - 1;
         let clock = Instant::now();

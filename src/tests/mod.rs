@@ -5,6 +5,7 @@ mod baselines;
 mod device;
 pub(crate) mod fixture;
 mod identity;
+mod masked;
 mod paper;
 mod probe;
 mod scorer;

@@ -8,6 +8,7 @@ use super::fixture::{BF16, F16, F16_FLASH, Q8_0, Setup, captured, context};
 use super::tiny::{N_VOCAB, SPECS, Tiny};
 use crate::cache::Layout;
 use crate::llama::{FlashAttention, Pos, Token};
+use crate::policy::{Kind, Params};
 use crate::{Session, SessionParams};
 
 fn tokens(n: usize) -> Vec<Token> {
@@ -82,5 +83,29 @@ fn every_shape_is_compressed_and_goes_on() {
             assert_eq!(session.cells_used(), report.cells_after + 1);
             assert!(session.logits().iter().all(|x| x.is_finite()));
         }
+    }
+}
+
+#[test]
+fn every_shape_is_masked_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for spec in SPECS {
+        let tiny = Tiny::new(dir.path(), spec);
+        let mut params = SessionParams::default();
+        params.context.n_ctx = 768;
+        params.context.n_ubatch = 100;
+        params.context.flash_attn = FlashAttention::Off;
+        params.policy = Params { exact: true, ..Params::new(Kind::AdaKv) };
+        let mut session = Session::new(&tiny.model, &params).unwrap();
+        session.prefill(&tokens(400), |_, _| ControlFlow::Continue(())).unwrap();
+        let compressed = session.compress();
+        if spec.softcap {
+            let error = compressed.unwrap_err().to_string();
+            assert!(error.contains("softcap"), "{spec:?}: {error}");
+            continue;
+        }
+        assert_eq!(compressed.unwrap().cells_after, 200, "{spec:?}");
+        session.prefill(&tokens(150), |_, _| ControlFlow::Continue(())).unwrap();
+        assert!(session.logits().iter().all(|x| x.is_finite()), "{spec:?}");
     }
 }

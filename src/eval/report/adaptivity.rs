@@ -144,7 +144,7 @@ impl Fixed {
 impl Choice {
     fn new(record: &Adaptivity) -> Self {
         Self {
-            config: record.run.config.clone(),
+            config: record.run.label(),
             share: record.run.share(),
             oracle: record.oracle_share(),
             missed: record.missed(),

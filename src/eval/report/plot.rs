@@ -99,8 +99,9 @@ impl Palette<'_> {
         }
     }
 
+    /// The policy whose line a configuration lies on. What no cache can hold lies on none.
     fn policy(&self, config: &str) -> Option<Kind> {
-        self.0.iter().find(|c| c.name == config).map(|c| c.policy)
+        self.0.iter().find(|c| c.name == config && !c.exact).map(|c| c.policy)
     }
 
     /// Configurations among `shown` that have a marker or a bar, in the order of the report.

@@ -49,7 +49,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
         title: "Fidelity",
         lead: "How far the next-token distributions of a continuation drift from those of the full cache. KL is in nats \
                per token; ppl ratio is the perplexity over that of the full cache; seed sd is the spread of the mean KL \
-               between seeds.",
+               between seeds; kept % of an (exact) configuration is the mean over its heads, which no cache can hold.",
         tables: report.fidelity.iter().map(fidelity).collect(),
     };
     let tasks = Section {
@@ -57,7 +57,8 @@ pub fn sections(report: &Report) -> Vec<Section> {
         title: "Tasks",
         lead: "Scores in percent ± standard error. Mean is over tasks, its error over samples, with the number of tasks where \
                some are missing; vs full is the mean \
-               difference on the samples that both have.",
+               difference on the samples that both have; kept % of an (exact) configuration is the mean over its heads, \
+               which no cache can hold.",
         tables: report.tasks.iter().map(tasks).collect(),
     };
     let adaptivity = Section {

@@ -6,7 +6,9 @@ use crate::eval::{Adaptivity, Fidelity, TaskScore};
 fn run(config: &str, seed: u64, item: &str, cells: usize) -> Run {
     let policy = if config == FULL { Kind::Full } else { Kind::Gvote };
     let (model, cache_type) = ("m.gguf".into(), "f16".into());
-    Run { model, cache_type, config: config.into(), policy, seed, item: item.into(), tokens: 1000, cells, blind: false }
+    let (exact, ragged) = (false, None);
+    let (config, item) = (config.into(), item.into());
+    Run { model, cache_type, config, policy, seed, item, tokens: 1000, cells, exact, ragged, blind: false }
 }
 
 fn fidelity(config: &str, seed: u64, cells: usize, kl: f64, log_ratio: f64) -> Record {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{EvalError, Reference, Runner};
+use crate::SessionError;
 use crate::eval::config::Config;
 use crate::eval::record::{Adaptivity, Record, Run};
 use crate::eval::search::{fewest, grid};
@@ -46,6 +47,10 @@ impl Runner {
     /// [`EvalError`]; what was measured so far is in the journal. [`EvalError::NoAnswer`] for a task to which the full cache
     /// answers nothing at all.
     pub fn adaptivity(&mut self, request: &Request, targets: &[f64]) -> Result<usize, EvalError> {
+        for config in self.configs.iter().filter(|config| !config.is_full()) {
+            let searched = Params { ratio: Some(1.0), ..config.ranking() };
+            searched.validate().map_err(SessionError::from)?;
+        }
         let blind = matches!(request.next, Next::Answer { blind: true, .. });
         let mut missing: Vec<(Config, Run, Vec<f64>)> = Vec::new();
         for &target in targets {

@@ -30,10 +30,10 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&v| f64::from(v)).collect()
 }
 
-/// The paper's score of each entry of one head, normalised, with spans.
-fn score(params: &Params, n: usize, head: &Head) -> Vec<f64> {
-    let own: Vec<f64> = match params.policy {
-        Kind::SnapKv => {
+/// The paper's score of each entry of one head.
+pub(super) fn own_score(params: &Params, n: usize, head: &Head) -> Vec<f64> {
+    match params.policy {
+        Kind::SnapKv | Kind::AdaKv => {
             let older = n - params.window;
             let side = params.pool / 2;
             let seen = |j: usize| (j < older).then(|| f64::from(head.observed[j]));
@@ -48,14 +48,22 @@ fn score(params: &Params, n: usize, head: &Head) -> Vec<f64> {
         }
         Kind::KeyDiff => wide(&head.key_similarity).iter().map(|c| 1.0 - c).collect(),
         _ => vec![0.0; n],
-    };
-    let sum: f64 = own.iter().sum();
-    let own: Vec<f64> = own.iter().map(|x| x / sum).collect();
+    }
+}
+
+/// With spans.
+pub(super) fn lifted(params: &Params, n: usize, own: &[f64]) -> Vec<f64> {
     let lifted = |j: usize| {
         let hits = j.saturating_sub(params.span.forward)..=(j + params.span.back).min(n - 1);
         own[hits].iter().copied().fold(0.0, f64::max)
     };
     (0..n).map(lifted).collect()
+}
+
+fn score(params: &Params, n: usize, head: &Head) -> Vec<f64> {
+    let own = own_score(params, n, head);
+    let sum: f64 = own.iter().sum();
+    lifted(params, n, &own.iter().map(|x| x / sum).collect::<Vec<_>>())
 }
 
 proptest! {

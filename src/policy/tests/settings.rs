@@ -32,6 +32,10 @@ fn a_rejected_setting_names_its_flag() {
         (crossed, "--min-cells"),
         (full, "--max-cells"),
         (full_share, "--ratio"),
+        (Params { evict: Evict::Cells, ..Params::new(Kind::AdaKv) }, "--evict"),
+        (Params { exact: true, ..good() }, "exact"),
+        (Params { exact: true, min_cells: 1, ..Params::new(Kind::GvotePaper) }, "exact"),
+        (Params { exact: true, evict: Evict::Cells, ..Params::new(Kind::GvotePaper) }, "--evict"),
         (Params { ratio: Some(0.0), ..good() }, "--ratio"),
         (Params { ratio: Some(1.5), ..good() }, "--ratio"),
     ] {

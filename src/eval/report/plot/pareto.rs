@@ -129,8 +129,8 @@ fn draw_point(chart: &mut Chart, p: &Point, palette: Palette) -> Drawn {
 
 /// Policies with several configurations among these.
 fn joined(configs: Vec<&str>, palette: Palette) -> Vec<Kind> {
-    let count =
-        |policy: Kind| palette.0.iter().filter(|c| c.policy == policy && configs.contains(&c.name.as_str())).count();
+    let shown = || palette.0.iter().map(|c| c.name.as_str()).filter(|name| configs.contains(name));
+    let count = |policy: Kind| shown().filter(|name| palette.policy(name) == Some(policy)).count();
     Kind::ALL.iter().copied().filter(|policy| *policy != Kind::Full && count(*policy) > 1).collect()
 }
 

@@ -1,0 +1,82 @@
+//! llama.cpp's eval callback: who watches a graph in work gets to see its nodes, and may change what they hold.
+
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::node::Node;
+use crate::llama::{Context, LlamaError};
+use crate::sys;
+
+/// Who watches.
+pub(crate) trait Watch {
+    type Error: From<LlamaError>;
+
+    /// Called before a node is computed; true: we want to see it afterwards.
+    fn ask(&mut self, node: &Node) -> Result<bool, Self::Error>;
+
+    /// Called after a node we asked for; false ends the graph.
+    fn read(&mut self, node: &Node) -> Result<bool, Self::Error>;
+
+    /// What a panic in one of the above becomes.
+    fn panicked(text: String) -> Self::Error;
+}
+
+/// Runs `f`, which decodes, while `watch` watches.
+///
+/// # Errors
+/// The first error of `watch`, or what `f` fails with.
+pub(crate) fn during<W: Watch, T>(
+    watch: &mut W,
+    ctx: &mut Context,
+    f: impl FnOnce(&mut Context) -> Result<T, LlamaError>,
+) -> Result<T, W::Error> {
+    let mut watching = Watching { watch, error: None };
+    let data: *mut Watching<W> = &raw mut watching;
+    // SAFETY: `watching` outlives the guard, and is not touched by us before the guard is gone.
+    unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(on_eval::<W>), data.cast()) };
+    let installed = Installed(ctx.as_ptr());
+    let result = f(ctx);
+    drop(installed);
+    match watching.error {
+        Some(error) => Err(error),
+        None => Ok(result?),
+    }
+}
+
+struct Watching<'a, W: Watch> {
+    watch: &'a mut W,
+    error: Option<W::Error>,
+}
+
+/// Takes the callback away again, whatever happens: it must not outlive what it points to.
+struct Installed(*mut sys::llama_context);
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        // SAFETY: `during` holds the context.
+        unsafe { sys::gvote_shim_set_eval_callback(self.0, None, std::ptr::null_mut()) };
+    }
+}
+
+unsafe extern "C" fn on_eval<W: Watch>(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_void) -> bool {
+    // SAFETY: `data` is what `during` installed with this very function; ggml calls from one thread at a time.
+    let Watching { watch, error } = unsafe { &mut *data.cast::<Watching<W>>() };
+    if error.is_some() {
+        // The result is already lost; let the graph run to its end undisturbed.
+        return !ask;
+    }
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        // SAFETY: ggml passes a node of the graph in work, computed if `ask` is false.
+        let node = unsafe { Node::new(t) };
+        if ask { watch.ask(&node) } else { watch.read(&node) }
+    }));
+    match outcome {
+        Ok(Ok(answer)) => return answer,
+        Ok(Err(found)) => *error = Some(found),
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map_or("panic", |s| s);
+            *error = Some(W::panicked(text.into()));
+        }
+    }
+    !ask
+}
