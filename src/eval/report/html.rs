@@ -64,6 +64,7 @@ fn models(report: &Report) -> impl Iterator<Item = &str> {
 fn figures(report: &Report, kind: Kind) -> Vec<Figure> {
     let palette = Palette(&report.configs);
     let figures = match kind {
+        Kind::Runs | Kind::Ablation => Vec::new(),
         Kind::Fidelity => fidelity(report, palette),
         Kind::Tasks => tasks(report, palette),
         Kind::Adaptivity => adaptivity(report, palette),
