@@ -206,17 +206,23 @@ fn tasks(table: &TaskTable) -> Table {
 
 fn adaptivity(table: &AdaptivityTable) -> Table {
     let rows = table.rows.iter().map(|r| [vec![r.config.clone()], spending(&r.spending)].concat());
-    Table::new(&target(table), &table.place, spending_head("config"), rows.collect())
+    Table::new(&at_most(table), &table.place, spending_head("config"), rows.collect())
 }
 
 fn families(table: &AdaptivityTable) -> Table {
     let families = table.rows.iter().flat_map(|r| r.families.iter().map(|f| (&r.config, f)));
     let rows = families.map(|(config, f)| [vec![format!("{config}, {}", f.family)], spending(&f.spending)].concat());
-    Table::new(&format!("{}, by family", target(table)), &table.place, spending_head("config, family"), rows.collect())
+    Table::new(&format!("{}, by family", at_most(table)), &table.place, spending_head("config, family"), rows.collect())
 }
 
-fn target(table: &AdaptivityTable) -> String {
-    format!("Mean KL at most {}", figures(table.target))
+/// As it was given, if that is short.
+pub fn target(kl: f64) -> String {
+    const SHORT: usize = 6;
+    Some(kl.to_string()).filter(|text| text.len() <= SHORT).unwrap_or_else(|| figures(kl))
+}
+
+fn at_most(table: &AdaptivityTable) -> String {
+    format!("Mean KL at most {}", target(table.target))
 }
 
 fn spending_head(first: &str) -> Vec<String> {
