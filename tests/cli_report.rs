@@ -212,27 +212,34 @@ fn an_ablation_pairs_by_request_and_seed() {
     assert_eq!(ablation["baseline"], "balanced");
     let found: Vec<_> =
         ablation["comparisons"].as_array().unwrap().iter().map(|c| (&c["measure"], &c["blind"])).collect();
-    let (score, kl) = (json!("score"), json!("kl"));
-    assert_eq!(found, [(&score, &json!(false)), (&score, &json!(true)), (&kl, &json!(false))]);
+    let (score, kl, gap, no) = (json!("score"), json!("kl"), json!("gap"), json!(false));
+    assert_eq!(found, [(&score, &no), (&score, &json!(true)), (&kl, &no), (&gap, &no)]);
     let of = |config: &str, item: &str, seed: usize, kind: &str, name: &str| {
         let is = |r: &&Value| {
             r["config"] == config && r["item"] == item && r["seed"] == seed && r["kind"] == kind && r["blind"] == false
         };
         number(records.iter().find(is).unwrap(), name)
     };
-    let check = |row: &Value, kind: &str, name: &str, items: &[String]| {
-        let difference = |item: &String| {
-            mean(&[0, 1].map(|seed| of("snap", item, seed, kind, name) - of("balanced", item, seed, kind, name)))
-        };
+    let check = |row: &Value, items: &[String], value: &dyn Fn(&str, &str, usize) -> f64| {
+        let difference =
+            |item: &String| mean(&[0, 1].map(|seed| value("snap", item, seed) - value("balanced", item, seed)));
         let differences: Vec<f64> = items.iter().map(difference).collect();
         assert_eq!((&row["config"], &row["n"]), (&json!("snap"), &json!(items.len())));
         close(&row["difference"], mean(&differences));
         close(&row["standard_error"], standard_error(&differences));
     };
     let items: Vec<String> = TASKS.iter().flat_map(|task| (0..ITEMS).map(move |i| format!("{task} {i}"))).collect();
-    check(&ablation["comparisons"][0]["rows"][1], "task", "score", &items);
+    check(&ablation["comparisons"][0]["rows"][1], &items, &|config, item, seed| {
+        of(config, item, seed, "task", "score")
+    });
     let texts: Vec<String> = (0..ITEMS).map(|i| format!("text {i}")).collect();
-    check(&ablation["comparisons"][2]["rows"][0], "fidelity", "kl_mean", &texts);
+    check(&ablation["comparisons"][2]["rows"][0], &texts, &|config, item, seed| {
+        of(config, item, seed, "fidelity", "kl_mean")
+    });
+    check(&ablation["comparisons"][3]["rows"][0], &texts, &|config, item, seed| {
+        let number = |name: &str| of(config, item, seed, "adaptivity", name);
+        (number("cells") / number("oracle_cells")).ln().abs()
+    });
     // the full cache has one seed, which stands beside each of the baseline's
     let full = &ablation["comparisons"][0]["rows"][0];
     assert_eq!((&full["config"], &full["n"]), (&json!("full"), &json!(items.len())));
@@ -243,7 +250,7 @@ fn an_ablation_pairs_by_request_and_seed() {
         report(&folder, &["a.jsonl", "--baseline", "balanced", "-o", out]).ok();
     }
     assert!(read(&folder, "r.md").contains("\n## Ablation\n") && read(&folder, "r.html").contains("<h2>Ablation</h2>"));
-    assert_eq!(read(&folder, "r.csv").lines().filter(|line| line.starts_with("ablation,")).count(), 5);
+    assert_eq!(read(&folder, "r.csv").lines().filter(|line| line.starts_with("ablation,")).count(), 6);
     let wrong = report(&folder, &["a.jsonl", "--baseline", "nobody"]);
     assert!(wrong.status == 2 && wrong.stderr.contains("full, balanced, snap"), "{}", wrong.stderr);
 }

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::fidelity::length;
 use super::stats::{group_by, mean, natural, standard_error};
-use super::table::tokens;
+use super::table::{target, tokens};
 use super::{Config, Place};
 use crate::eval::{Record, Run};
 use crate::policy::Kind;
@@ -25,15 +25,17 @@ pub enum Measure {
     Score,
     /// Mean KL in nats: less is better.
     Kl,
+    /// |ln C/C*|, how far a choice of cells is from what was needed, on either side: less is better.
+    Gap,
 }
 
-/// One suite, or texts of about the same length, under one model and cache.
+/// One suite, texts of about the same length, or one target, under one model and cache.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
     #[serde(flatten)]
     pub place: Place,
     pub measure: Measure,
-    /// Such as `ruler/4096`; `4k` for texts.
+    /// Such as `ruler/4096`; `4k` for texts, `0.02` for a target.
     pub suite: String,
     pub rows: Vec<ComparisonRow>,
 }
@@ -97,7 +99,6 @@ impl Ablation {
 }
 
 impl<'a> Point<'a> {
-    /// None for what is measured against a search of its own.
     fn of(record: &'a Record) -> Option<Self> {
         let percent = |depth: f64| (100.0 * depth).round() as u32;
         match record {
@@ -115,7 +116,14 @@ impl<'a> Point<'a> {
                 request: ("", &r.run.item, None),
                 value: r.kl_mean,
             }),
-            Record::Adaptivity(_) | Record::Start(_) => None,
+            Record::Adaptivity(r) => Some(Self {
+                suite: target(r.target),
+                measure: Measure::Gap,
+                run: &r.run,
+                request: ("", &r.run.item, None),
+                value: r.overspend().ln().abs(),
+            }),
+            Record::Start(_) => None,
         }
     }
 

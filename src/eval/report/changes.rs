@@ -34,7 +34,11 @@ fn overview(ablation: &Ablation, model: &str, comparisons: &[&Comparison]) -> Ta
 }
 
 fn table(ablation: &Ablation, c: &Comparison) -> Table {
-    let [quality, change_of] = if c.measure == Measure::Score { ["score %", "score diff"] } else { ["KL", "KL diff"] };
+    let [quality, change_of] = match c.measure {
+        Measure::Score => ["score %", "score diff"],
+        Measure::Kl => ["KL", "KL diff"],
+        Measure::Gap => ["|ln C/C*|", "diff"],
+    };
     let rows = c.rows.iter().map(|row| {
         let d = &row.difference;
         let value = if c.measure == Measure::Score { percent(d.value) } else { figures(d.value) };
@@ -47,15 +51,19 @@ fn table(ablation: &Ablation, c: &Comparison) -> Table {
 }
 
 fn name(c: &Comparison) -> String {
-    let kind = if c.measure == Measure::Score { String::new() } else { "KL, text of ".into() };
+    let kind = match c.measure {
+        Measure::Score => "",
+        Measure::Kl => "KL, text of ",
+        Measure::Gap => "|ln C/C*|, KL ",
+    };
     format!("{kind}{}{}", c.suite, if c.place.blind { ", blind" } else { "" })
 }
 
 fn change(measure: Measure, d: &Difference) -> String {
     match (measure, d.standard_error) {
         (Measure::Score, error) => points(d.difference, error),
-        (Measure::Kl, Some(error)) => format!("{} ± {}", signed(d.difference), figures(error)),
-        (Measure::Kl, None) => signed(d.difference),
+        (Measure::Kl | Measure::Gap, Some(error)) => format!("{} ± {}", signed(d.difference), figures(error)),
+        (Measure::Kl | Measure::Gap, None) => signed(d.difference),
     }
 }
 

@@ -130,7 +130,11 @@ fn adaptivity(report: &Report, out: &mut csv::Writer<impl io::Write>) -> csv::Re
 fn ablation(report: &Report, out: &mut csv::Writer<impl io::Write>) -> csv::Result<()> {
     let Some(ablation) = &report.ablation else { return Ok(()) };
     for c in &ablation.comparisons {
-        let what = if c.measure == Measure::Score { "score" } else { "kl" };
+        let what = match c.measure {
+            Measure::Score => "score",
+            Measure::Kl => "kl",
+            Measure::Gap => "gap",
+        };
         let metric = format!("{what}_difference_to_{}", ablation.baseline);
         for r in &c.rows {
             let d = &r.difference;

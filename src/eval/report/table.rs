@@ -120,7 +120,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
         title: "Ablation",
         lead: "Every configuration against the baseline, on the requests that both have, with the same seeds: the mean \
                difference ± its standard error over the requests. Scores are in percent, and more is better; KL is in nats, \
-               and less is better. A difference of less than two standard errors is no more than noise. Mind the cells: fewer \
+               |ln C/C*| is how far a choice of cells is from what was needed, on either side, and less is better. A difference of less than two standard errors may be noise. Mind the cells: fewer \
                are kept where kept is below 0.",
         runs: Vec::new(),
         tables: report.ablation.iter().flat_map(changes::tables).collect(),
