@@ -100,10 +100,12 @@ impl Report {
             }
         }
         configs.sort_by_key(|config| config.name != FULL);
+        let named = stats::group_by(records.iter().filter_map(Record::run), |run| run.config.as_str());
+        let named: Vec<&str> = named.into_iter().map(|(name, _)| name).collect();
         Self {
             records: records.len() - starts.len(),
             runs: Runs::all(&starts),
-            meanings: Meaning::all(&starts, &configs),
+            meanings: Meaning::all(&starts, &named),
             fidelity: FidelityTable::all(&fidelity, &configs),
             tasks: TaskTable::all(&tasks, &configs),
             adaptivity: AdaptivityTable::all(&adaptivity, &configs),

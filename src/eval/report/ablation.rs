@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::fidelity::length;
 use super::stats::{group_by, mean, natural, standard_error};
 use super::table::{target, tokens};
-use super::{Config, Place};
+use super::{Config, Place, by_config};
 use crate::eval::{Record, Run};
 use crate::policy::Kind;
 
@@ -81,14 +81,13 @@ impl Ablation {
             key(a).cmp(&key(b)).then(m.cmp(n)).then_with(|| natural(s).cmp(&natural(t))).then(a.blind.cmp(&b.blind))
         });
         let rows = |points: &[Point]| {
-            let of = |name: &str| points.iter().filter(|p| p.run.config == name).collect::<Vec<_>>();
-            let base = of(baseline);
-            let others = configs.iter().filter(|config| config.name != baseline);
-            let row = |config: &Config| {
-                let difference = Difference::new(&of(&config.name), &base)?;
-                Some(ComparisonRow { config: config.name.clone(), difference })
+            let groups = by_config(points.iter().collect(), configs, |p| p.run);
+            let (base, others): (Vec<_>, Vec<_>) = groups.into_iter().partition(|(config, _)| config == baseline);
+            let base: Vec<&Point> = base.into_iter().flat_map(|(_, points)| points).collect();
+            let row = |(config, points): (String, Vec<&Point>)| {
+                Some(ComparisonRow { config, difference: Difference::new(&points, &base)? })
             };
-            others.filter_map(row).collect()
+            others.into_iter().filter_map(row).collect()
         };
         let groups = groups.into_iter();
         let comparisons =

@@ -2,7 +2,6 @@
 
 use serde::Serialize;
 
-use super::Config;
 use super::stats::group_by;
 use crate::eval::Start;
 
@@ -63,16 +62,16 @@ impl Runs {
 }
 
 impl Meaning {
-    /// For every configuration that has records.
-    pub(super) fn all(starts: &[&Start], configs: &[Config]) -> Vec<Self> {
-        let of = |config: &Config| {
+    /// Of configurations by name.
+    pub(super) fn all(starts: &[&Start], configs: &[&str]) -> Vec<Self> {
+        let of = |config: &&str| {
             let mut settings: Vec<String> = Vec::new();
-            for known in starts.iter().flat_map(|start| &start.configs).filter(|known| known.name == config.name) {
+            for known in starts.iter().flat_map(|start| &start.configs).filter(|known| known.name == *config) {
                 if !settings.contains(&known.settings) {
                     settings.push(known.settings.clone());
                 }
             }
-            Self { config: config.name.clone(), settings }
+            Self { config: (*config).to_owned(), settings }
         };
         if starts.is_empty() { Vec::new() } else { configs.iter().map(of).collect() }
     }
