@@ -21,10 +21,10 @@ bench: setup ## measure cost and quality (long)
 	cargo bench --bench cost
 	cargo bench --bench quality -- text
 
-bench-peers: setup ## compare with llama.cpp's own llama-bench
+bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	cargo build --release
 	scripts/build-peers
-	scripts/bench-peers -m "$(MODEL)"
+	scripts/bench-peers -m "$(MODEL)" -f "$(DOC)"
 
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps

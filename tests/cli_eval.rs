@@ -10,7 +10,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use cli::{Done, PROGRAM, document, finish, interrupt, model};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn gvote(args: &[&str]) -> Done {
     finish(Command::new(PROGRAM).args(args))
@@ -26,14 +26,25 @@ fn needles_are_scored_once_and_reported() {
     let args = [&args[..], &configs].concat();
     let first = gvote(&args);
     first.ok();
-    let lines = std::fs::read_to_string(runs).unwrap();
-    let records: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
-    assert_eq!(records.len(), 3);
-    for record in &records {
+    let lines = fs::read_to_string(runs).unwrap();
+    let measured = records(Path::new(runs));
+    assert_eq!((measured.len(), lines.lines().count()), (3, 4));
+    for record in &measured {
         let share = record["cells"].as_f64().unwrap() / record["tokens"].as_f64().unwrap();
         let expected = if record["config"] == "full" { 1.0 } else { 0.5 };
         assert!((share - expected).abs() < 0.01, "{record}");
     }
+
+    let start: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    assert_eq!(
+        (&start["kind"], &start["seeds"], &start["command"][0]),
+        (&"start".into(), &json!([0]), &"gvote".into())
+    );
+    assert!(
+        start["command"].as_array().unwrap().iter().all(|word| !word.as_str().unwrap().starts_with('/')),
+        "{start}"
+    );
+    assert_eq!(start["configs"][2], json!({"name": "keys", "settings": "policy=keydiff"}));
 
     // the second time there is nothing left to do
     gvote(&args).ok();
@@ -44,6 +55,20 @@ fn needles_are_scored_once_and_reported() {
     assert!(std::fs::read_to_string(page).unwrap().contains("<svg"));
     let table = gvote(&["eval", "report", runs]).ok().stdout;
     assert!(["full", "half", "keys"].iter().all(|name| table.contains(name)), "{table}");
+
+    // a killed run goes on where it was, and a name keeps its settings
+    let last = lines.trim_end().rfind('\n').unwrap() + 1;
+    fs::write(runs, &lines[..last + 20]).unwrap();
+    let done = gvote(&args).ok();
+    assert!(done.stderr.contains("cut off"), "{}", done.stderr);
+    assert_eq!(fs::read_to_string(runs).unwrap(), lines);
+    let configs = ["--config", "half:ratio=0.4", "-o", runs];
+    let refused = gvote(&[&args[..9], &configs].concat());
+    assert!(
+        refused.status == 1 && refused.stderr.contains("configuration half had other settings"),
+        "{}",
+        refused.stderr
+    );
 }
 
 #[test]
@@ -69,7 +94,7 @@ fn a_text_is_compared_with_the_full_cache() {
         "--config",
         "half:ratio=0.5",
         "--config",
-        "replayed:ratio=0.5,replay=1",
+        "replayed:ratio=0.5,replay=true",
         "-o",
         runs.to_str().unwrap(),
     ])
@@ -122,8 +147,10 @@ fn unequal_budgets_are_compared_at_the_mean_and_at_what_they_cost() {
     assert!(done.status == 1 && done.stderr.contains("gvote-paper"), "{}", done.stderr);
 }
 
+/// The measurements, without the start of the run.
 fn records(runs: &Path) -> Vec<Value> {
-    fs::read_to_string(runs).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+    let lines = fs::read_to_string(runs).unwrap();
+    lines.lines().map(|l| serde_json::from_str(l).unwrap()).filter(|r: &Value| r["kind"] != "start").collect()
 }
 
 /// `gvote eval SUB -m MODEL -t 1 ARGS -o RUNS`

@@ -3,13 +3,15 @@
 mod adaptivity;
 mod suites;
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 use gvote::eval::config::Config;
-use gvote::eval::record::{self, Journal};
+use gvote::eval::provenance::{Start, command_words};
+use gvote::eval::record::{self, Journal, Record};
 use gvote::eval::report::Report;
 use gvote::eval::runner::{Continuation, EvalError, Runner};
 use gvote::llama::Model;
@@ -30,6 +32,7 @@ Examples:
   gvote eval tasks -m model.gguf --ruler ruler/4096 --limit 5 --blind --config 'half:ratio=0.5' -o runs.jsonl
   gvote eval adaptivity -m model.gguf --text wiki.test.raw --code src --needle --config balanced --target-kl 0.02 -o runs.jsonl
   gvote eval report runs.jsonl -o report.html
+  gvote eval report text.jsonl tasks.jsonl --baseline balanced -o results.md
 
 A run that was stopped goes on where it was when it is started again with the same -o.";
 
@@ -137,9 +140,21 @@ struct ReportArgs {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 
-    /// Write this file instead: .html, .json or .csv
+    /// Write this file instead: .md, .html, .json or .csv
     #[arg(short, long, value_name = "FILE")]
     out: Option<PathBuf>,
+
+    /// Compare every other configuration with this one, request by request: an ablation
+    #[arg(long, value_name = "NAME")]
+    baseline: Option<String>,
+
+    /// Title of a .md
+    #[arg(long, value_name = "TEXT", default_value = "Results")]
+    title: String,
+
+    /// Markdown to put in front of the tables of a .md
+    #[arg(long, value_name = "FILE")]
+    notes: Option<PathBuf>,
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
@@ -162,7 +177,11 @@ impl CommonArgs {
     fn runner(&self, steps: &Steps, model: &Model, configs: Vec<Config>, n_ctx: usize, raw: bool) -> Result<Runner> {
         let n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
         let params = SessionParams { context: self.context.params(n_ctx), ..SessionParams::default() };
-        let journal = Journal::open(&self.out)?;
+        let mut journal = Journal::open(&self.out)?;
+        if journal.cut_off {
+            note_cut_off(&self.out);
+        }
+        journal.begin(Start::now(command(), &self.model.model, &params.context, &configs, &self.seeds))?;
         let runner = Runner::new(&self.model.model, model, &params, configs, self.seeds.clone(), raw, journal)?;
         steps.interrupt.cancels(runner.session().cancel_flag());
         Ok(runner)
@@ -244,24 +263,59 @@ fn finish(bar: &ProgressBar, runner: &Runner, output: &OutputArgs) -> Result<()>
 }
 
 fn report(args: &ReportArgs) -> Result<()> {
-    let mut records = Vec::new();
-    for file in &args.files {
-        records.extend(record::read(file)?);
+    let records = read(&args.files)?;
+    let mut report = Report::new(&records);
+    if let Some(baseline) = &args.baseline {
+        let names: Vec<&str> = report.configs.iter().map(|config| config.name.as_str()).collect();
+        if !names.contains(&baseline.as_str()) {
+            let names = names.join(", ");
+            return Err(Exit::Usage(format!("--baseline {baseline}: the records are of {names}")).into());
+        }
+        report = report.compare_with(baseline, &records);
     }
-    let report = Report::new(&records);
     let Some(out) = &args.out else {
         return Ok(print(&report.to_text())?);
     };
     let text = match out.extension().and_then(|e| e.to_str()) {
+        Some("md") => {
+            let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| path.display().to_string());
+            let notes = args.notes.as_ref().map(read).transpose()?.unwrap_or_default();
+            report.to_markdown(&args.title, &notes, &command_words(&command()))
+        }
         Some("html") => report.to_html(),
         Some("json") => report.to_json(),
         Some("csv") => {
             let file = fs::File::create(out).with_context(|| out.display().to_string())?;
             return report.write_csv(file).with_context(|| out.display().to_string());
         }
-        _ => return Err(Exit::Usage(format!("{}: name it .html, .json or .csv", out.display())).into()),
+        _ => return Err(Exit::Usage(format!("{}: name it .md, .html, .json or .csv", out.display())).into()),
     };
     fs::write(out, text).with_context(|| out.display().to_string())
+}
+
+/// The records of all files. What two files have word for word, as where one is a copy that went on, counts once.
+fn read(files: &[PathBuf]) -> Result<Vec<Record>> {
+    let mut known = HashSet::new();
+    let mut records = Vec::new();
+    for file in files {
+        let contents = record::read(file)?;
+        if contents.cut_off {
+            note_cut_off(file);
+        }
+        let is_new = |record: &Record| known.insert(serde_json::to_string(record).unwrap_or_default());
+        records.extend(contents.records.into_iter().filter(is_new));
+    }
+    Ok(records)
+}
+
+fn note_cut_off(file: &Path) {
+    note(&format!("{}: the last line is cut off, as by a run that was killed, and is left out", file.display()));
+}
+
+/// The command line as it was typed, with the program's name alone.
+fn command() -> Vec<String> {
+    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    [env!("CARGO_BIN_NAME").to_owned()].into_iter().chain(words).collect()
 }
 
 fn file_name(path: &Path) -> String {

@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use serde_json::Value;
+
 use crate::policy::{Kind, Params, PolicyError, Preset};
 
 /// A named setting of a policy.
@@ -58,6 +60,30 @@ impl Config {
         }
         if self.account_error {
             parts.push("key-error".into());
+        }
+        parts.join(",")
+    }
+
+    /// All that matters, as `KEY=VALUE,...`: the policy, its budget, and what differs from the policy's defaults. Without the
+    /// seed, which a run sets.
+    pub fn settings(&self) -> String {
+        let [plain, fields] =
+            [&Params::new(self.params.policy), &self.params].map(|p| serde_json::to_value(p).unwrap_or_default());
+        let rules_budget = self.params.policy == Kind::Gvote && self.params.ratio.is_none();
+        let mut parts = vec![format!("policy={}", self.params.policy.name())];
+        for (name, value) in fields.as_object().into_iter().flatten() {
+            let is_budget = name == "lost_mass" && rules_budget;
+            if is_budget || plain[name] != *value && name != "policy" && name != "seed" {
+                let value = match value {
+                    Value::Object(parts) => parts.values().map(Value::to_string).collect::<Vec<_>>().join("-"),
+                    Value::String(text) => text.clone(),
+                    value => value.to_string(),
+                };
+                parts.push(format!("{}={value}", name.replace('_', "-")));
+            }
+        }
+        if self.account_error {
+            parts.push("key-error=true".into());
         }
         parts.join(",")
     }
@@ -172,6 +198,16 @@ mod tests {
         assert_eq!(name("a:policy=keydiff,key-error=true"), r#"keydiff,span={"back":0,"forward":0},key-error"#);
         let fields = serde_json::to_value(Params::default()).unwrap();
         assert!(BUDGET.iter().all(|name| fields.get(name).is_some()));
+    }
+
+    #[test]
+    fn settings_tell_what_a_name_stands_for() {
+        let settings = |text: &str| text.parse::<Config>().unwrap().settings();
+        assert_eq!([settings("full"), settings("a:lost-mass=0.05")], ["policy=full", "policy=gvote,lost-mass=0.05"]);
+        assert_eq!(settings("a:seed=7,ratio=0.3,head-mix=0.5"), "policy=gvote,head-mix=0.5,ratio=0.3");
+        let given = "policy=snapkv,evict=cells,max-cells=900,span=2-32,key-error=true";
+        assert_eq!(settings(&format!("a:{given}")), given);
+        assert_eq!(settings(&format!("a:{}", settings("safe"))), settings("safe"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 pub mod config;
 pub mod metrics;
+pub mod provenance;
 pub mod record;
 pub mod report;
 pub mod runner;
@@ -11,4 +12,5 @@ pub mod search;
 pub mod tasks;
 pub mod texts;
 
+pub use provenance::Start;
 pub use record::{Adaptivity, Fidelity, Record, Run, TaskScore};

@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::provenance::Start;
 use crate::policy::{Kind, Ragged};
 
 /// One line of a run file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Record {
+    /// How the records that follow came about. Files of earlier versions have none.
+    Start(Start),
     /// A teacher-forced continuation after a compressed prompt.
     Fidelity(Fidelity),
     /// One answer to one task.
@@ -144,11 +147,13 @@ impl Adaptivity {
 }
 
 impl Record {
-    pub fn run(&self) -> &Run {
+    /// The request of a measurement.
+    pub fn run(&self) -> Option<&Run> {
         match self {
-            Self::Fidelity(r) => &r.run,
-            Self::Task(r) => &r.run,
-            Self::Adaptivity(r) => &r.run,
+            Self::Start(_) => None,
+            Self::Fidelity(r) => Some(&r.run),
+            Self::Task(r) => Some(&r.run),
+            Self::Adaptivity(r) => Some(&r.run),
         }
     }
 }
@@ -160,38 +165,55 @@ pub enum RecordError {
     Io(PathBuf, io::Error),
     #[error("{path}:{line}: {error}")]
     Line { path: PathBuf, line: usize, error: serde_json::Error },
+    #[error("{path}: the configuration {config} had other settings there; give it another name, or use another file")]
+    Settings { path: PathBuf, config: String },
+}
+
+/// What a file of records holds.
+#[derive(Debug, Default, PartialEq)]
+pub struct Contents {
+    pub records: Vec<Record>,
+    /// The last line had no line end, as a killed run leaves it, and was left out.
+    pub cut_off: bool,
 }
 
 /// The records of a JSONL file, in order; empty lines are skipped.
 ///
 /// # Errors
-/// [`RecordError`] with the path, and the line of the first record that cannot be read. A last line without a line end is
-/// what a killed run leaves behind: it is left out.
-pub fn read(path: &Path) -> Result<Vec<Record>, RecordError> {
+/// [`RecordError`] with the path, and the line of the first record that cannot be read.
+pub fn read(path: &Path) -> Result<Contents, RecordError> {
     let at = |error| RecordError::Io(path.to_owned(), error);
     let mut reader = BufReader::new(File::open(path).map_err(at)?);
-    let mut records = Vec::new();
-    let mut text = String::new();
+    let mut contents = Contents::default();
+    let mut text = Vec::new();
     for line in 1.. {
         text.clear();
-        if reader.read_line(&mut text).map_err(at)? == 0 || !text.ends_with('\n') {
+        if reader.read_until(b'\n', &mut text).map_err(at)? == 0 {
             break;
         }
-        if text.trim().is_empty() {
+        if text.last() != Some(&b'\n') {
+            contents.cut_off = true;
+            break;
+        }
+        if text.trim_ascii().is_empty() {
             continue;
         }
         // by way of Value: gguf-rs turns on serde_json's arbitrary_precision, with which a tagged enum cannot read floats
-        let record = serde_json::from_str::<serde_json::Value>(&text).and_then(serde_json::from_value);
-        records.push(record.map_err(|error| RecordError::Line { path: path.to_owned(), line, error })?);
+        let record = serde_json::from_slice::<serde_json::Value>(&text).and_then(serde_json::from_value);
+        contents.records.push(record.map_err(|error| RecordError::Line { path: path.to_owned(), line, error })?);
     }
-    Ok(records)
+    Ok(contents)
 }
 
 /// A file of records that grows, and what it held when it was opened: so a killed run can go on.
 pub struct Journal {
     path: PathBuf,
     file: File,
+    /// Written before the first record, so that a run with nothing left to do leaves no trace.
+    start: Option<Start>,
     pub records: Vec<Record>,
+    /// A half-written last line was cut off.
+    pub cut_off: bool,
 }
 
 impl Journal {
@@ -202,19 +224,43 @@ impl Journal {
     pub fn open(path: &Path) -> Result<Self, RecordError> {
         let at = |error| RecordError::Io(path.to_owned(), error);
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(at)?;
-        let whole = std::fs::read(path).map_err(at)?;
-        let complete = whole.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
-        if complete < whole.len() {
+        let Contents { records, cut_off } = read(path)?;
+        if cut_off {
+            let whole = std::fs::read(path).map_err(at)?;
+            let complete = whole.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
             file.set_len(complete as u64).map_err(at)?;
         }
-        Ok(Self { path: path.to_owned(), file, records: read(path)? })
+        Ok(Self { path: path.to_owned(), file, start: None, records, cut_off })
     }
 
-    /// Appends a record, on the disk before this returns.
+    /// Puts this before the next record, if the file does not have it yet.
+    ///
+    /// # Errors
+    /// [`RecordError::Settings`] if a configuration of that name had other settings: their records would be mixed.
+    pub fn begin(&mut self, start: Start) -> Result<(), RecordError> {
+        let mut starts = self.records.iter().filter_map(|record| match record {
+            Record::Start(start) => Some(start),
+            _ => None,
+        });
+        if let Some(config) = starts.clone().find_map(|known| start.contradiction(known)) {
+            return Err(RecordError::Settings { path: self.path.clone(), config: config.into() });
+        }
+        self.start = (!starts.any(|known| *known == start)).then_some(start);
+        Ok(())
+    }
+
+    /// Appends a record, handed to the system before this returns.
     ///
     /// # Errors
     /// [`RecordError::Io`].
     pub fn add(&mut self, record: Record) -> Result<(), RecordError> {
+        if let Some(start) = self.start.take() {
+            self.write(Record::Start(start))?;
+        }
+        self.write(record)
+    }
+
+    fn write(&mut self, record: Record) -> Result<(), RecordError> {
         let mut line = serde_json::to_vec(&record).expect("records have string keys only");
         line.push(b'\n');
         self.file.write_all(&line).map_err(|error| RecordError::Io(self.path.clone(), error))?;
@@ -226,6 +272,7 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::llama::ContextParams;
 
     fn record() -> Record {
         let run = Run {
@@ -252,18 +299,45 @@ mod tests {
         })
     }
 
+    fn start(config: &str) -> Start {
+        let configs = [config.parse().unwrap()];
+        Start::now(["gvote".into()], Path::new("m.gguf"), &ContextParams::default(), &configs, &[0])
+    }
+
     #[test]
     fn a_journal_goes_on_after_a_half_written_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("runs.jsonl");
         Journal::open(&path).unwrap().add(record()).unwrap();
         let whole = std::fs::read(&path).unwrap();
-        std::fs::write(&path, [&whole[..], &whole[..30]].concat()).unwrap();
-        assert_eq!(read(&path).unwrap(), [record()]);
+        assert!(!read(&path).unwrap().cut_off);
+        // a line can be cut in the middle of a letter
+        std::fs::write(&path, [&whole[..], &whole[..30], b"\xc3"].concat()).unwrap();
+        assert_eq!(read(&path).unwrap(), Contents { records: vec![record()], cut_off: true });
         let mut journal = Journal::open(&path).unwrap();
-        assert_eq!(journal.records, [record()]);
+        assert_eq!((&journal.records[..], journal.cut_off), (&[record()][..], true));
         journal.add(record()).unwrap();
-        assert_eq!(read(&path).unwrap(), [record(), record()]);
+        assert_eq!(read(&path).unwrap(), Contents { records: vec![record(), record()], cut_off: false });
+    }
+
+    #[test]
+    fn a_start_is_written_once_and_not_without_a_measurement() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("runs.jsonl");
+        let begin = |config: &str| {
+            let mut journal = Journal::open(&path).unwrap();
+            journal.begin(start(config)).map(|()| journal)
+        };
+        begin("half:ratio=0.5").unwrap();
+        assert_eq!(read(&path).unwrap().records, []);
+        begin("half:ratio=0.5").unwrap().add(record()).unwrap();
+        begin("half:ratio=0.5").unwrap().add(record()).unwrap();
+        begin("safe").unwrap().add(record()).unwrap();
+        let starts = [start("half:ratio=0.5"), start("safe")].map(Record::Start);
+        let [half, safe] = starts;
+        assert_eq!(read(&path).unwrap().records, [half, record(), record(), safe, record()]);
+        let error = begin("half:ratio=0.4").err().unwrap().to_string();
+        assert!(error.contains("runs.jsonl: the configuration half"), "{error}");
     }
 
     #[test]
@@ -271,8 +345,25 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("runs.jsonl");
         let good = serde_json::to_string(&record()).unwrap();
-        std::fs::write(&path, format!("{good}\n\n{{\"kind\":\"task\"}}\n")).unwrap();
-        let error = read(&path).unwrap_err().to_string();
-        assert!(error.contains("runs.jsonl:3:"), "{error}");
+        for wrong in ["{\"kind\":\"task\"}", "{\"kind\":\"other\"}", "[]", "\u{fffd}", &good[..40]] {
+            std::fs::write(&path, format!("{good}\n\n{wrong}\n{good}\n")).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains("runs.jsonl:3:"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_version_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("runs.jsonl");
+        let run =
+            r#""model":"m.gguf","cache_type":"f16/f16","config":"half","policy":"snapkv","seed":3,"item":"text 0""#;
+        let cells = r#""tokens":100,"cells":50,"blind":false"#;
+        let task =
+            format!(r#"{{"kind":"task",{run},{cells},"suite":"gsm8k","task":"gsm8k","score":1.0,"answer":"18"}}"#);
+        let spent = r#""family":"code","target":0.02,"kl_mean":0.01,"log_perplexity_ratio":0.0,"oracle_cells":40"#;
+        std::fs::write(&path, format!("{task}\n{{\"kind\":\"adaptivity\",{run},{cells},{spent}}}\n")).unwrap();
+        let records = read(&path).unwrap().records;
+        assert!(matches!(&records[..], [Record::Task(_), Record::Adaptivity(_)]), "{records:?}");
     }
 }

@@ -4,14 +4,19 @@
 //! scores are 0 to 1 in the data, JSON and CSV, and percent where a person reads them.
 //!
 //! # Rooms
-//! [`fidelity`](FidelityTable), [`tasks`](TaskTable) and [`adaptivity`](AdaptivityTable) aggregate; `table` turns each
-//! into words, which `text` and `html` lay out; `plot` draws; `csv` lists every figure once.
+//! [`fidelity`](FidelityTable), [`tasks`](TaskTable), [`adaptivity`](AdaptivityTable) and [`ablation`](Ablation) aggregate,
+//! [`runs`](Runs) tells how the records came about; `table` turns each into words, which `text`, `markdown` and `html` lay
+//! out; `plot` draws; `csv` lists every figure once.
 
+mod ablation;
 mod adaptivity;
+mod changes;
 mod csv;
 mod fidelity;
 mod html;
+mod markdown;
 mod plot;
+mod runs;
 mod stats;
 mod table;
 mod tasks;
@@ -26,8 +31,10 @@ use serde::Serialize;
 use super::{Record, Run};
 use crate::policy::Kind;
 
+pub use ablation::{Ablation, Comparison, ComparisonRow, Difference, Measure};
 pub use adaptivity::{AdaptivityRow, AdaptivityTable, Choice, FEW_MISSES, FamilyRow, Fixed, Spending};
 pub use fidelity::{FidelityRow, FidelityTable};
+pub use runs::{Meaning, Runs};
 pub use tasks::{Needle, NeedleMap, Score, TaskRow, TaskTable};
 
 /// Name of the configuration that the others are compared with.
@@ -36,8 +43,14 @@ pub const FULL: &str = "full";
 /// Everything that is said about a set of records.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
-    /// Number of records.
+    /// Number of measurements.
     pub records: usize,
+    /// How they came about, as far as it is known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub runs: Vec<Runs>,
+    /// What the configurations' names stand for; empty where no run is known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub meanings: Vec<Meaning>,
     /// [`FULL`] first, the others in the order of the records.
     pub configs: Vec<Config>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -46,6 +59,9 @@ pub struct Report {
     pub tasks: Vec<TaskTable>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adaptivity: Vec<AdaptivityTable>,
+    /// Where a baseline was named: see [`Self::compare_with`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ablation: Option<Ablation>,
 }
 
 /// A configuration and the policy of its first record.
@@ -72,32 +88,50 @@ impl Report {
     /// Aggregates the records.
     pub fn new(records: &[Record]) -> Self {
         let mut configs: Vec<Config> = Vec::new();
-        let (mut fidelity, mut tasks, mut adaptivity) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut starts, mut fidelity, mut tasks, mut adaptivity) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for record in records {
-            let run = record.run();
-            let name = run.label();
-            if !configs.iter().any(|config| config.name == name) {
-                configs.push(Config { name, policy: run.policy, exact: run.exact });
-            }
             match record {
+                Record::Start(r) => starts.push(r),
                 Record::Fidelity(r) => fidelity.push(r),
                 Record::Task(r) => tasks.push(r),
                 Record::Adaptivity(r) => adaptivity.push(r),
             }
+            let Some(run) = record.run() else { continue };
+            let name = run.label();
+            if !configs.iter().any(|config| config.name == name) {
+                configs.push(Config { name, policy: run.policy, exact: run.exact });
+            }
         }
         configs.sort_by_key(|config| config.name != FULL);
+        let named = stats::group_by(records.iter().filter_map(Record::run), |run| run.config.as_str());
+        let named: Vec<&str> = named.into_iter().map(|(name, _)| name).collect();
         Self {
-            records: records.len(),
+            records: records.len() - starts.len(),
+            runs: Runs::all(&starts),
+            meanings: Meaning::all(&starts, &named),
             fidelity: FidelityTable::all(&fidelity, &configs),
             tasks: TaskTable::all(&tasks, &configs),
             adaptivity: AdaptivityTable::all(&adaptivity, &configs),
+            ablation: None,
             configs,
         }
+    }
+
+    /// Adds what every other configuration changes, against one that is named: paired by request and seed. `records`: those
+    /// of the report.
+    #[must_use]
+    pub fn compare_with(self, baseline: &str, records: &[Record]) -> Self {
+        Self { ablation: Some(Ablation::new(records, &self.configs, baseline)), ..self }
     }
 
     /// Tables for a terminal.
     pub fn to_text(&self) -> String {
         text::render(self)
+    }
+
+    /// A document. `notes`: Markdown to put in front; `made_by`: the words of the command that makes it.
+    pub fn to_markdown(&self, title: &str, notes: &str, made_by: &[String]) -> String {
+        markdown::render(self, title, notes, made_by)
     }
 
     /// The aggregates for a program, indented.
@@ -114,7 +148,7 @@ impl Report {
     ///
     /// The columns are `section,model,cache_type,suite,blind,config,task_or_metric,n,share,value,spread`. `suite` is the
     /// length of the prompts for fidelity, and `TARGET/all` or `TARGET/FAMILY` for adaptivity. `spread` is the standard
-    /// deviation between seeds for fidelity and the standard error for tasks.
+    /// deviation between seeds for fidelity and the standard error for tasks and ablation.
     ///
     /// # Errors
     /// Those of the writer.

@@ -69,11 +69,12 @@ fn key(kind: &str, suite: &str, run: &Run) -> String {
     format!("{kind}\t{model}\t{cache_type}\t{suite}\t{item}\t{config}\t{seed}\t{blind}")
 }
 
-fn key_of(record: &Record) -> String {
+fn key_of(record: &Record) -> Option<String> {
     match record {
-        Record::Fidelity(r) => key("fidelity", "", &r.run),
-        Record::Task(r) => key("task", &r.suite, &r.run),
-        Record::Adaptivity(r) => key("adaptivity", &r.target.to_string(), &r.run),
+        Record::Start(_) => None,
+        Record::Fidelity(r) => Some(key("fidelity", "", &r.run)),
+        Record::Task(r) => Some(key("task", &r.suite, &r.run)),
+        Record::Adaptivity(r) => Some(key("adaptivity", &r.target.to_string(), &r.run)),
     }
 }
 
@@ -110,7 +111,7 @@ impl Runner {
         Ok(Self {
             session: Session::new(model, &params)?,
             template: (!raw && !template.is_fallback()).then_some(template),
-            done: journal.records.iter().map(key_of).collect(),
+            done: journal.records.iter().filter_map(key_of).collect(),
             configs,
             seeds,
             journal,
@@ -160,7 +161,7 @@ impl Runner {
     }
 
     fn add(&mut self, record: Record) -> Result<(), EvalError> {
-        self.done.insert(key_of(&record));
+        self.done.extend(key_of(&record));
         Ok(self.journal.add(record)?)
     }
 

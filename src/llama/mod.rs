@@ -5,6 +5,7 @@
 
 mod batch;
 mod context;
+mod device;
 mod error;
 pub mod log;
 mod model;
@@ -13,6 +14,7 @@ mod template;
 
 pub use batch::Batch;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
+pub use device::{Device, devices};
 pub use error::LlamaError;
 pub(crate) use model::Special;
 pub use model::{Model, ModelParams, Pieces, Token};

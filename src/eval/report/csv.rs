@@ -4,7 +4,7 @@ use std::io;
 
 use serde::Serialize;
 
-use super::{Place, Report, Spending};
+use super::{Measure, Place, Report, Spending};
 
 /// One line. Shares and scores are 0 to 1, KL is in nats.
 #[derive(Serialize)]
@@ -56,6 +56,7 @@ pub fn write(report: &Report, to: impl io::Write) -> io::Result<()> {
     fidelity(report, &mut out)?;
     tasks(report, &mut out)?;
     adaptivity(report, &mut out)?;
+    ablation(report, &mut out)?;
     out.flush()
 }
 
@@ -121,6 +122,24 @@ fn adaptivity(report: &Report, out: &mut csv::Writer<impl io::Write>) -> csv::Re
                     out.serialize(row.line(metric, (n, share, value, None)))?;
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+fn ablation(report: &Report, out: &mut csv::Writer<impl io::Write>) -> csv::Result<()> {
+    let Some(ablation) = &report.ablation else { return Ok(()) };
+    for c in &ablation.comparisons {
+        let what = match c.measure {
+            Measure::Score => "score",
+            Measure::Kl => "kl",
+            Measure::Gap => "gap",
+        };
+        let metric = format!("{what}_difference_to_{}", ablation.baseline);
+        for r in &c.rows {
+            let d = &r.difference;
+            let row = Row { section: "ablation", place: &c.place, suite: &c.suite, config: &r.config };
+            out.serialize(row.line(&metric, (d.n, d.share, d.difference, d.standard_error)))?;
         }
     }
     Ok(())

@@ -74,6 +74,6 @@ impl FidelityRow {
 }
 
 /// The power of two nearest to a number of tokens, by ratio.
-fn length(tokens: usize) -> usize {
+pub(super) fn length(tokens: usize) -> usize {
     1 << (tokens.max(1) as f64).log2().round() as u32
 }

@@ -23,7 +23,7 @@ const BARS: &str = "Look for tasks where a bar falls short of the full cache by 
                     to each side. A task without a bar was not run.";
 const MAPS: &str = "Scores in percent. Look for dark fields: lengths and depths at which the needle was thrown away.";
 const SCATTER: &str = "A point on the dashed line spent exactly what was needed, one above it too much. A method that adapts \
-                       follows the line; a fixed budget lies flat. Crosses failed the target.";
+                       follows the line; a fixed budget lies flat. Hollow points failed the target.";
 
 /// A section with its plots.
 #[derive(Serialize)]
@@ -45,8 +45,10 @@ struct Figure {
 }
 
 pub fn render(report: &Report) -> String {
-    let parts: Vec<Part> =
+    let mut parts: Vec<Part> =
         sections(report).into_iter().map(|section| Part { figures: figures(report, section.kind), section }).collect();
+    // on a page the plots come first
+    parts.sort_by_key(|part| part.section.kind == Kind::Runs);
     let models: BTreeSet<&str> = models(report).collect();
     let models = models.into_iter().collect::<Vec<_>>().join(", ");
     let env = Environment::new();
@@ -64,6 +66,7 @@ fn models(report: &Report) -> impl Iterator<Item = &str> {
 fn figures(report: &Report, kind: Kind) -> Vec<Figure> {
     let palette = Palette(&report.configs);
     let figures = match kind {
+        Kind::Runs | Kind::Ablation => Vec::new(),
         Kind::Fidelity => fidelity(report, palette),
         Kind::Tasks => tasks(report, palette),
         Kind::Adaptivity => adaptivity(report, palette),
@@ -84,10 +87,10 @@ fn tasks(report: &Report, palette: Palette) -> Vec<Figure> {
     let has_points = |t: &&TaskTable| t.rows.iter().any(|r| r.config != FULL);
     let quality = report.tasks.iter().filter(has_points).map(|t| pareto::tasks(t, palette)).collect();
     let bars = report.tasks.iter().map(|t| bars::panel(t, palette)).collect();
-    let maps = report.tasks.iter().flat_map(heat::panels).collect();
+    let maps = heat::panels(&report.tasks, palette);
     vec![
         Figure { caption: TASKS, keys: pareto::keys(shown(), palette), panels: quality, is_map: false },
-        Figure { caption: BARS, keys: palette.keys(shown()), panels: bars, is_map: false },
+        Figure { caption: BARS, keys: bars::keys(shown(), palette), panels: bars, is_map: false },
         Figure { caption: MAPS, keys: Vec::new(), panels: maps, is_map: true },
     ]
 }

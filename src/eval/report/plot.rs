@@ -26,7 +26,8 @@ const INK: RGBColor = RGBColor(0, 0, 0);
 const GRID: RGBColor = RGBColor(0xDD, 0xDD, 0xDD);
 /// The full cache, and what joins points.
 const GREY: RGBColor = RGBColor(0x80, 0x80, 0x80);
-/// Colours that colour-blind readers can tell apart: Okabe and Ito, "Color Universal Design", 2008, without black.
+/// Colours that colour-blind readers can tell apart: Okabe and Ito, "Color Universal Design", 2008, without black, and with
+/// olive for their yellow, which is lost on white.
 const COLOURS: [RGBColor; 7] = [
     RGBColor(0x00, 0x72, 0xB2),
     RGBColor(0xD5, 0x5E, 0x00),
@@ -34,7 +35,7 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(0xCC, 0x79, 0xA7),
     RGBColor(0x56, 0xB4, 0xE9),
     RGBColor(0xE6, 0x9F, 0x00),
-    RGBColor(0xF0, 0xE4, 0x42),
+    RGBColor(0x99, 0x99, 0x33),
 ];
 /// Plotters counts the height of a line of text, not of its letters: 12 pixels on the page.
 const FONT: (&str, i32) = ("sans-serif", 15);
@@ -78,11 +79,15 @@ struct Look {
     colour: RGBColor,
     /// Corners of the marker: none for a circle.
     corners: &'static [(i32, i32)],
+    /// How opaque a bar is: full, or so that its border stands out.
+    opacity: f64,
 }
 
 /// Markers for the first seven configurations, the next seven, and the rest.
 const MARKERS: [&[(i32, i32)]; 3] = [&[], &[(-4, -4), (4, -4), (4, 4), (-4, 4)], &[(0, -6), (6, 5), (-6, 5)]];
 const RADIUS: i32 = 5;
+/// The same for bars.
+const OPACITIES: [f64; 3] = [1.0, 0.35, 0.0];
 
 /// The looks of all configurations of a report.
 #[derive(Clone, Copy)]
@@ -93,9 +98,10 @@ impl Palette<'_> {
         let coloured = self.0.iter().filter(|c| c.name != FULL);
         match coloured.map(|c| &c.name).position(|name| name == config) {
             Some(i) => {
-                Look { colour: COLOURS[i % COLOURS.len()], corners: MARKERS[(i / COLOURS.len()) % MARKERS.len()] }
+                let round = (i / COLOURS.len()) % MARKERS.len();
+                Look { colour: COLOURS[i % COLOURS.len()], corners: MARKERS[round], opacity: OPACITIES[round] }
             }
-            None => Look { colour: GREY, corners: MARKERS[0] },
+            None => Look { colour: GREY, corners: MARKERS[0], opacity: OPACITIES[0] },
         }
     }
 
@@ -104,10 +110,18 @@ impl Palette<'_> {
         self.0.iter().find(|c| c.name == config && !c.exact).map(|c| c.policy)
     }
 
-    /// Configurations among `shown` that have a marker or a bar, in the order of the report.
+    /// Configurations among `shown`, in the order of the report, with their markers.
     pub fn keys<'b>(&self, shown: impl Iterator<Item = &'b str> + Clone) -> Vec<Key> {
+        self.keys_with(shown, |area, look| area.draw(&marker((12, 8), look)))
+    }
+
+    fn keys_with<'b>(
+        &self,
+        shown: impl Iterator<Item = &'b str> + Clone,
+        draw: impl Fn(&Area, Look) -> Drawn,
+    ) -> Vec<Key> {
         let configs = self.0.iter().filter(|c| shown.clone().any(|name| name == c.name));
-        configs.map(|c| key(&c.name, |area| area.draw(&marker((12, 8), self.look(&c.name))))).collect()
+        configs.map(|c| key(&c.name, |area| draw(area, self.look(&c.name)))).collect()
     }
 }
 
@@ -130,6 +144,13 @@ fn marker<'a, C: Clone + 'a>(at: C, look: Look) -> DynElement<'a, Svg<'a>, C> {
     } else {
         (EmptyElement::at(at) + Polygon::new(look.corners.to_vec(), style)).into_dyn()
     }
+}
+
+/// The outline of a marker.
+fn hollow<'a, C: Clone + 'a>(at: C, look: Look) -> DynElement<'a, Svg<'a>, C> {
+    let style = look.colour.stroke_width(1);
+    let Some(first) = look.corners.first() else { return Circle::new(at, RADIUS - 1, style).into_dyn() };
+    (EmptyElement::at(at) + PathElement::new([look.corners, &[*first]].concat(), style)).into_dyn()
 }
 
 /// A line of dashes, in the coordinates of the chart or in pixels.

@@ -41,8 +41,16 @@ pub fn group_by<T, K: PartialEq>(items: impl IntoIterator<Item = T>, key: impl F
     groups
 }
 
-/// Sorts `ruler/4096` before `ruler/16384`: the text before the last number, then that number.
-pub fn natural(name: &str) -> (&str, u64) {
-    let text = name.trim_end_matches(|c: char| c.is_ascii_digit());
-    (text, name[text.len()..].parse().unwrap_or(0))
+/// Sorts `ruler/4096` before `ruler/16384`, and `500 words` before `1000 words`: pieces of text, each with the number after
+/// it.
+pub fn natural(name: &str) -> Vec<(&str, u64)> {
+    let mut pieces = Vec::new();
+    let mut rest = name;
+    while !rest.is_empty() {
+        let (text, after) = rest.split_at(rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len()));
+        let (number, after) = after.split_at(after.find(|c: char| !c.is_ascii_digit()).unwrap_or(after.len()));
+        pieces.push((text, number.parse().unwrap_or(0)));
+        rest = after;
+    }
+    pieces
 }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{AdaptivityTable, FidelityTable, Fixed, Place, Report, Score, Spending, TaskTable};
+use super::{AdaptivityTable, FidelityTable, Fixed, Place, Report, Score, Spending, TaskTable, changes};
 
 /// A table whose first column names the row.
 #[derive(Debug, Clone, Serialize)]
@@ -13,14 +13,18 @@ pub struct Table {
     /// Heads of the columns.
     pub head: Vec<String>,
     pub rows: Vec<Vec<String>>,
+    /// The columns after the first hold words, not numbers.
+    pub is_words: bool,
 }
 
 /// What a section is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Kind {
+    Runs,
     Fidelity,
     Tasks,
     Adaptivity,
+    Ablation,
 }
 
 /// Tables of one kind.
@@ -30,26 +34,65 @@ pub struct Section {
     pub title: &'static str,
     /// How to read the tables.
     pub lead: &'static str,
+    /// Commands, for the section that tells of them.
+    pub runs: Vec<Commands>,
     pub tables: Vec<Table>,
+}
+
+/// Commands, and what they share.
+#[derive(Debug, Clone, Serialize)]
+pub struct Commands {
+    pub about: String,
+    /// The words of each.
+    pub commands: Vec<Vec<String>>,
 }
 
 impl Table {
     fn new(about: &str, place: &Place, head: Vec<String>, rows: Vec<Vec<String>>) -> Self {
-        Self { title: format!("{about}, {}", place.sight()), place: place.of_model(), head, rows }
+        Self { title: format!("{about}, {}", place.sight()), place: place.of_model(), head, rows, is_words: false }
+    }
+
+    /// Columns that fit side by side into `width` characters, `gap` between two; each group starts with the first.
+    pub fn split(&self, width: usize, gap: usize) -> Vec<Vec<usize>> {
+        let needed = |column: usize| {
+            let cells = self.rows.iter().map(|row| &row[column]).chain([&self.head[column]]);
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0) + gap
+        };
+        let mut groups = vec![vec![0]];
+        let mut used = needed(0);
+        for column in 1..self.head.len() {
+            let last = groups.last_mut().expect("there is a first group");
+            if used + needed(column) > width && last.len() > 1 {
+                groups.push(vec![0, column]);
+                used = needed(0) + needed(column);
+            } else {
+                last.push(column);
+                used += needed(column);
+            }
+        }
+        groups
     }
 }
 
 /// Where there is no figure.
-const NOTHING: &str = "–";
+pub const NOTHING: &str = "–";
 
 /// The sections that have records.
 pub fn sections(report: &Report) -> Vec<Section> {
+    let runs = Section {
+        kind: Kind::Runs,
+        title: "Runs",
+        lead: "The commands that measured all this. An absolute path is given by its last part.",
+        runs: report.runs.iter().map(|r| Commands { about: r.about(), commands: r.commands.clone() }).collect(),
+        tables: configurations(report),
+    };
     let fidelity = Section {
         kind: Kind::Fidelity,
         title: "Fidelity",
         lead: "How far the next-token distributions of a continuation drift from those of the full cache. KL is in nats \
                per token; ppl ratio is the perplexity over that of the full cache; seed sd is the spread of the mean KL \
                between seeds; kept % of an (exact) configuration is the mean over its heads, which no cache can hold.",
+        runs: Vec::new(),
         tables: report.fidelity.iter().map(fidelity).collect(),
     };
     let tasks = Section {
@@ -59,6 +102,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
                some are missing; vs full is the mean \
                difference on the samples that both have; kept % of an (exact) configuration is the mean over its heads, \
                which no cache can hold.",
+        runs: Vec::new(),
         tables: report.tasks.iter().map(tasks).collect(),
     };
     let adaptivity = Section {
@@ -69,9 +113,20 @@ pub fn sections(report: &Report) -> Vec<Section> {
                more is needed. Fixed is the best fixed share of the cells in hindsight, in percent, and its median C/C*: the \
                smallest with no more misses than the configuration, and with at most 20 % misses. Adapting pays where C/C* \
                is below that of the fixed share with the same misses.",
+        runs: Vec::new(),
         tables: report.adaptivity.iter().flat_map(|table| [adaptivity(table), families(table)]).collect(),
     };
-    [fidelity, tasks, adaptivity].into_iter().filter(|section| !section.tables.is_empty()).collect()
+    let ablation = Section {
+        kind: Kind::Ablation,
+        title: "Ablation",
+        lead: "Every configuration against the baseline, on the requests that both have, with the same seeds: the mean \
+               difference ± its standard error over the requests. Scores are in percent, and more is better; KL is in nats, \
+               |ln C/C*| is how far a choice of cells is from what was needed, on either side, and less is better. A difference of less than two standard errors may be noise. Mind the cells: fewer \
+               are kept where kept is below 0.",
+        runs: Vec::new(),
+        tables: report.ablation.iter().flat_map(changes::tables).collect(),
+    };
+    [runs, fidelity, tasks, adaptivity, ablation].into_iter().filter(|section| !section.tables.is_empty()).collect()
 }
 
 /// 8192 -> 8k
@@ -97,6 +152,20 @@ pub fn figures(value: f64) -> String {
     format!("{value:.*}", (DIGITS - 1 - exponent).max(0) as usize)
 }
 
+fn configurations(report: &Report) -> Vec<Table> {
+    if report.meanings.is_empty() {
+        return Vec::new();
+    }
+    let settings = |all: &[String]| match all {
+        [] => NOTHING.to_owned(),
+        [one] => one.clone(),
+        several => format!("differs between runs: {}", several.join("; ")),
+    };
+    let rows = report.meanings.iter().map(|m| vec![m.config.clone(), settings(&m.settings)]).collect();
+    let title = "Configurations".into();
+    vec![Table { title, place: String::new(), head: words(&["config", "settings"]), rows, is_words: true }]
+}
+
 fn fidelity(table: &FidelityTable) -> Table {
     let head = ["config", "n", "kept %", "KL", "median", "p90", "ppl ratio", "same top %", "seed sd"];
     let rows = table.rows.iter().map(|r| {
@@ -118,16 +187,19 @@ fn fidelity(table: &FidelityTable) -> Table {
 
 fn tasks(table: &TaskTable) -> Table {
     let mut head = words(&["config", "n", "kept %", "mean", "vs full"]);
-    head.extend(table.tasks.iter().cloned());
+    // the only task of a suite is its mean
+    let tasks = if table.tasks.len() > 1 { &table.tasks[..] } else { &[] };
+    head.extend(tasks.iter().cloned());
     let rows = table.rows.iter().map(|r| {
-        let difference = r.difference.map(|d| {
-            let error = d.standard_error.map_or(String::new(), |e| format!(" ± {}", percent(e)));
-            format!("{:+.1}{error}", 100.0 * d.mean)
-        });
+        let difference = r.difference.map(|d| points(d.mean, d.standard_error));
         let mut row = vec![r.config.clone(), r.n.to_string(), percent(r.share)];
         row.push(with_error(r.mean, r.standard_error) + &unequal(r.scores.iter().flatten().count(), r.scores.len()));
         row.push(difference.unwrap_or(NOTHING.into()));
-        row.extend(r.scores.iter().map(|s| s.map_or(NOTHING.into(), |s: Score| with_error(s.mean, s.standard_error))));
+        row.extend(
+            r.scores[..tasks.len()]
+                .iter()
+                .map(|s| s.map_or(NOTHING.into(), |s: Score| with_error(s.mean, s.standard_error))),
+        );
         row
     });
     Table::new(&table.suite, &table.place, head, rows.collect())
@@ -135,17 +207,23 @@ fn tasks(table: &TaskTable) -> Table {
 
 fn adaptivity(table: &AdaptivityTable) -> Table {
     let rows = table.rows.iter().map(|r| [vec![r.config.clone()], spending(&r.spending)].concat());
-    Table::new(&target(table), &table.place, spending_head("config"), rows.collect())
+    Table::new(&at_most(table), &table.place, spending_head("config"), rows.collect())
 }
 
 fn families(table: &AdaptivityTable) -> Table {
     let families = table.rows.iter().flat_map(|r| r.families.iter().map(|f| (&r.config, f)));
     let rows = families.map(|(config, f)| [vec![format!("{config}, {}", f.family)], spending(&f.spending)].concat());
-    Table::new(&format!("{}, by family", target(table)), &table.place, spending_head("config, family"), rows.collect())
+    Table::new(&format!("{}, by family", at_most(table)), &table.place, spending_head("config, family"), rows.collect())
 }
 
-fn target(table: &AdaptivityTable) -> String {
-    format!("Mean KL at most {}", figures(table.target))
+/// As it was given, if that is short.
+pub fn target(kl: f64) -> String {
+    const SHORT: usize = 6;
+    Some(kl.to_string()).filter(|text| text.len() <= SHORT).unwrap_or_else(|| figures(kl))
+}
+
+fn at_most(table: &AdaptivityTable) -> String {
+    format!("Mean KL at most {}", target(table.target))
 }
 
 fn spending_head(first: &str) -> Vec<String> {
@@ -176,6 +254,12 @@ fn spending(s: &Spending) -> Vec<String> {
     ]
 }
 
+/// A difference of scores in percent.
+pub fn points(difference: f64, error: Option<f64>) -> String {
+    let error = error.map_or(String::new(), |e| format!(" ± {}", percent(e)));
+    format!("{:+.1}{error}", 100.0 * difference)
+}
+
 fn with_error(score: f64, error: Option<f64>) -> String {
     error.map_or_else(|| percent(score), |error| format!("{} ± {}", percent(score), percent(error)))
 }
@@ -185,6 +269,6 @@ fn unequal(found: usize, all: usize) -> String {
     if found == all { String::new() } else { format!(" ({found}/{all})") }
 }
 
-fn words(head: &[&str]) -> Vec<String> {
+pub fn words(head: &[&str]) -> Vec<String> {
     head.iter().map(|&word| word.to_owned()).collect()
 }

@@ -14,7 +14,7 @@ pub struct TaskTable {
     pub suite: String,
     pub tasks: Vec<String>,
     pub rows: Vec<TaskRow>,
-    /// Where the needle lay, for suites that have one.
+    /// Where the needle lay, for suites that try a grid of places.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub needle: Option<Needle>,
 }
@@ -141,6 +141,9 @@ impl Sample<'_> {
     }
 }
 
+/// More depths are no grid: every sample of RULER has its own.
+const MOST_DEPTHS: usize = 11;
+
 impl Needle {
     fn new(by_config: &[(String, Vec<Sample>)], tasks: &[&str]) -> Option<Self> {
         let with_depth = || by_config.iter().flat_map(|(_, samples)| samples).filter(|s| s.depth.is_some());
@@ -159,7 +162,7 @@ impl Needle {
         };
         let maps = by_config.iter().map(map).filter(|map| map.scores.iter().flatten().any(Option::is_some)).collect();
         let lengths = lengths.iter().map(|length| (*length).to_owned()).collect();
-        (!depths.is_empty()).then_some(Self { lengths, depths, maps })
+        (1..=MOST_DEPTHS).contains(&depths.len()).then_some(Self { lengths, depths, maps })
     }
 }
 

@@ -182,6 +182,20 @@ fn lengths_are_in_the_order_of_their_numbers() {
 }
 
 #[test]
+fn names_with_numbers_are_in_the_order_of_the_numbers() {
+    let mut names = ["1000 words", "ruler/16384", "500 words", "ruler/4096", "a 2 b 10", "a 2 b 9", ""];
+    names.sort_by_key(|name| stats::natural(name));
+    assert_eq!(names, ["", "500 words", "1000 words", "a 2 b 9", "a 2 b 10", "ruler/4096", "ruler/16384"]);
+}
+
+#[test]
+fn a_map_needs_a_grid() {
+    let at = |n: usize| (0..n).map(|i| needle("vote", "4096", i as f64 / n as f64, 1.0)).collect::<Vec<_>>();
+    let has_map = |n: usize| Report::new(&at(n)).tasks[0].needle.is_some();
+    assert_eq!([has_map(11), has_map(12)], [true, false]);
+}
+
+#[test]
 fn overspending_is_told_in_quartiles() {
     // C/C* are 1, 1.5, 2 and 4; the second misses its target, the first reaches it exactly.
     let records = [
@@ -301,6 +315,7 @@ fn names_are_text() {
     let mut records = everything();
     for record in &mut records {
         let run = match record {
+            Record::Start(_) => continue,
             Record::Fidelity(r) => &mut r.run,
             Record::Task(r) => {
                 r.suite = "<b>suite".into();
@@ -334,6 +349,18 @@ fn a_configuration_has_one_colour_everywhere() {
     assert!(fidelity.svg.contains(first) && tasks.svg.contains(first));
     assert_eq!(palette.keys(["vote"].into_iter())[0], palette.keys(["later", "vote"].into_iter())[0]);
     assert!(!palette.keys(["later"].into_iter())[0].svg.contains(first));
+}
+
+#[test]
+fn twelve_configurations_look_different_as_points_and_as_bars() {
+    let names: Vec<String> = (0..12).map(|i| format!("c{i}")).collect();
+    let report = Report::new(&names.iter().map(|name| task(name, "qa", "1", 0.5)).collect::<Vec<_>>());
+    let palette = plot::Palette(&report.configs);
+    let shown = || names.iter().map(String::as_str);
+    for keys in [palette.keys(shown()), plot::bars::keys(shown(), palette)] {
+        assert_eq!(keys.len(), 12);
+        assert!((0..12).all(|i| (0..i).all(|j| keys[i].svg != keys[j].svg)));
+    }
 }
 
 #[test]

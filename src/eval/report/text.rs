@@ -15,36 +15,24 @@ const GAP: usize = 2;
 pub fn render(report: &Report) -> String {
     let mut out = String::new();
     for section in sections(report) {
-        let _ = writeln!(out, "{}\n{}\n", section.title.to_uppercase(), fold(section.lead));
+        let lead = fold(section.lead.split_whitespace(), WIDTH, "\n");
+        let _ = writeln!(out, "{}\n{lead}\n", section.title.to_uppercase());
+        for runs in &section.runs {
+            let _ = writeln!(out, "{}", fold(runs.about.split_whitespace(), WIDTH, "\n"));
+            for words in &runs.commands {
+                let _ = writeln!(out, "  {}", fold_command(words, WIDTH));
+            }
+            out.push('\n');
+        }
         for table in &section.tables {
-            let _ = writeln!(out, "{} ({})", table.title, table.place);
-            for columns in split(table) {
+            let place = if table.place.is_empty() { String::new() } else { format!(" ({})", table.place) };
+            let _ = writeln!(out, "{}{place}", table.title);
+            for columns in table.split(WIDTH, GAP) {
                 let _ = writeln!(out, "{}\n", lay_out(table, &columns));
             }
         }
     }
     out
-}
-
-/// Columns that fit side by side; each group starts with the first.
-fn split(table: &Table) -> Vec<Vec<usize>> {
-    let width = |column: usize| {
-        let cells = table.rows.iter().map(|row| &row[column]).chain([&table.head[column]]);
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0) + GAP
-    };
-    let mut groups = vec![vec![0]];
-    let mut used = width(0);
-    for column in 1..table.head.len() {
-        let last = groups.last_mut().expect("there is a first group");
-        if used + width(column) > WIDTH && last.len() > 1 {
-            groups.push(vec![0, column]);
-            used = width(0) + width(column);
-        } else {
-            last.push(column);
-            used += width(column);
-        }
-    }
-    groups
 }
 
 fn lay_out(table: &Table, columns: &[usize]) -> String {
@@ -55,22 +43,38 @@ fn lay_out(table: &Table, columns: &[usize]) -> String {
     out.add_rows(table.rows.iter().map(|row| choose(row)));
     for (place, column) in out.column_iter_mut().enumerate() {
         column.set_padding((0, GAP as u16));
-        if place > 0 {
+        if place > 0 && !table.is_words {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
     out.trim_fmt()
 }
 
-/// Breaks a paragraph into lines.
-fn fold(text: &str) -> String {
+/// Breaks a command line, and no flag from its value.
+pub fn fold_command(words: &[String], width: usize) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for word in words {
+        match parts.last_mut() {
+            Some(flag) if flag.starts_with('-') && !flag.contains(' ') && !word.starts_with('-') => {
+                *flag = format!("{flag} {word}");
+            }
+            _ => parts.push(word.clone()),
+        }
+    }
+    fold(parts.iter().map(String::as_str), width, " \\\n    ")
+}
+
+/// Breaks a paragraph into lines of at most `width` characters, if its words let it.
+pub fn fold<'a>(words: impl IntoIterator<Item = &'a str>, width: usize, line_break: &str) -> String {
+    // what a line break costs at the end of a line and at the start of the next
+    let (end, start) = line_break.split_once('\n').map_or((0, 0), |(end, start)| (end.len(), start.len()));
     let mut out = String::new();
     let mut used = 0;
-    for word in text.split_whitespace() {
+    for word in words {
         let length = word.chars().count();
-        if used > 0 && used + 1 + length > WIDTH {
-            out.push('\n');
-            used = 0;
+        if used > 0 && used + 1 + length + end > width {
+            out.push_str(line_break);
+            used = start;
         } else if used > 0 {
             out.push(' ');
             used += 1;

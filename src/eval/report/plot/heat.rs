@@ -4,7 +4,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::axis::Axis;
-use super::{Chart, Drawn, FONT, Labels, Panel, chart, svg};
+use super::{Chart, Drawn, FONT, Labels, Palette, Panel, chart, svg};
 use crate::eval::report::{Needle, NeedleMap, TaskTable};
 
 /// Pixels of a row of the map, and of all that is above and below the rows.
@@ -15,11 +15,14 @@ const GAP: u32 = 1;
 const ON_LIGHT: RGBColor = RGBColor(0x11, 0x11, 0x11);
 const ON_DARK: RGBColor = RGBColor(0xFF, 0xFF, 0xFF);
 
-/// One map for each configuration.
-pub fn panels(table: &TaskTable) -> Vec<Panel> {
-    let Some(needle) = &table.needle else { return Vec::new() };
-    let name = |map: &NeedleMap| format!("{}: {}", table.suite, map.config);
-    needle.maps.iter().map(|map| Panel::new(&name(map), &table.place, draw(needle, map))).collect()
+/// One map for each configuration of each table; those of one configuration lie side by side.
+pub fn panels(tables: &[TaskTable], palette: Palette) -> Vec<Panel> {
+    let maps = tables.iter().filter_map(|table| table.needle.as_ref().map(|needle| (table, needle)));
+    let mut maps: Vec<_> =
+        maps.flat_map(|(table, needle)| needle.maps.iter().map(move |m| (table, needle, m))).collect();
+    maps.sort_by_key(|(_, _, map)| palette.0.iter().position(|config| config.name == map.config));
+    let name = |table: &TaskTable, map: &NeedleMap| format!("{}: {}", table.suite, map.config);
+    maps.into_iter().map(|(table, n, map)| Panel::new(&name(table, map), &table.place, draw(n, map))).collect()
 }
 
 /// The colours of the scores 0 to 1, evenly spaced, for the legend.
@@ -32,7 +35,7 @@ pub fn ramp() -> Vec<String> {
 fn draw(needle: &Needle, map: &NeedleMap) -> String {
     let x = Axis::names(needle.lengths.iter().cloned());
     let y = Axis::names(needle.depths.iter().map(|depth| format!("{depth} %"))).reversed();
-    let labels = Labels { x: "length of the context, tokens", y: "depth of the needle", left: 72 };
+    let labels = Labels { x: "length of the context", y: "depth of the needle", left: 72 };
     svg((super::WIDTH, FRAME + ROW * needle.depths.len() as u32), |area| {
         let chart = chart(area, x, y, &labels)?;
         for (row, scores) in map.scores.iter().enumerate() {

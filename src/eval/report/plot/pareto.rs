@@ -95,7 +95,8 @@ fn draw(points: &[Point], full: Option<f64>, y: Axis, unit: &str, palette: Palet
         for policy in joined(points.iter().map(|p| p.config).collect(), palette) {
             draw_line(&mut chart, points, policy, palette)?;
         }
-        points.iter().try_for_each(|p| draw_point(&mut chart, p, palette))
+        points.iter().try_for_each(|p| draw_error(&mut chart, p, palette))?;
+        points.iter().try_for_each(|p| chart.plotting_area().draw(&marker((p.share, p.value), palette.look(p.config))))
     })
 }
 
@@ -118,13 +119,12 @@ fn draw_line(chart: &mut Chart, points: &[Point], policy: Kind, palette: Palette
     }
 }
 
-fn draw_point(chart: &mut Chart, p: &Point, palette: Palette) -> Drawn {
-    let look = palette.look(p.config);
+fn draw_error(chart: &mut Chart, p: &Point, palette: Palette) -> Drawn {
     if p.error > 0.0 {
         let bar = vec![(p.share, p.value - p.error), (p.share, p.value + p.error)];
-        chart.draw_series([PathElement::new(bar, look.colour.stroke_width(2))])?;
+        chart.draw_series([PathElement::new(bar, palette.look(p.config).colour.stroke_width(1))])?;
     }
-    chart.plotting_area().draw(&marker((p.share, p.value), look))
+    Ok(())
 }
 
 /// Policies with several configurations among these.

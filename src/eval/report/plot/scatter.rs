@@ -3,14 +3,12 @@
 use plotters::prelude::*;
 
 use super::axis::Axis;
-use super::{Area, DASH, Drawn, GREY, INK, Key, Labels, Palette, Panel, chart, dashed, key, marker, svg};
-use crate::eval::report::AdaptivityTable;
-use crate::eval::report::table::figures;
+use super::{Area, DASH, Drawn, GREY, INK, Key, Labels, Look, Palette, Panel, chart, dashed, hollow, key, marker, svg};
+use crate::eval::report::table::target;
+use crate::eval::report::{AdaptivityTable, FULL};
 
 /// The plotting area is about square.
 const HEIGHT: u32 = 400;
-/// Half the side of a cross, in pixels.
-const CROSS: i32 = 4;
 
 /// C over C* in percent of the prompt's cells, a point a request: prompts of all lengths share the axes.
 pub fn panel(table: &AdaptivityTable, palette: Palette) -> Panel {
@@ -23,20 +21,17 @@ pub fn panel(table: &AdaptivityTable, palette: Palette) -> Panel {
         for p in &table.points {
             let at = (100.0 * p.oracle, 100.0 * p.share);
             let look = palette.look(&p.config);
-            if p.missed {
-                chart.draw_series([Cross::new(at, CROSS, look.colour.stroke_width(2))])?;
-            } else {
-                chart.plotting_area().draw(&marker(at, look))?;
-            }
+            let point = if p.missed { hollow(at, look) } else { marker(at, look) };
+            chart.plotting_area().draw(&point)?;
         }
         Ok(())
     };
-    Panel::new(&format!("KL at most {}", figures(table.target)), &table.place, svg((super::WIDTH, HEIGHT), draw))
+    Panel::new(&format!("KL at most {}", target(table.target)), &table.place, svg((super::WIDTH, HEIGHT), draw))
 }
 
 /// What the plots show.
 pub fn keys<'a>(shown: impl Iterator<Item = &'a str> + Clone, palette: Palette) -> Vec<Key> {
     let diagonal = key("C = C*", |area| area.draw(&dashed([(4, 15), (20, 1)], DASH, GREY.stroke_width(2))));
-    let missed = key("target missed", |area| area.draw(&Cross::new((12, 8), CROSS, INK.stroke_width(2))));
+    let missed = key("target missed", |area| area.draw(&hollow((12, 8), Look { colour: INK, ..palette.look(FULL) })));
     [palette.keys(shown), vec![missed, diagonal]].concat()
 }
