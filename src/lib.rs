@@ -36,6 +36,7 @@
 pub mod cache;
 pub mod capture;
 pub mod compact;
+mod divergence;
 pub mod eval;
 pub mod gguf;
 pub mod llama;

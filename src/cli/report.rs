@@ -247,7 +247,9 @@ fn why(report: &CompressReport, policy: &Params) -> String {
     let lost =
         report.lost_mass.map_or_else(String::new, |lost| format!(", giving up {:.1} % of the attention", 100.0 * lost));
     let rule = match report.bound {
-        Bound::Trial => format!("{} tried for a KL of {}", report.tried.len(), policy.target_kl.unwrap_or_default()),
+        Bound::Trial => {
+            format!("fewest of {} tried within a KL of {}", report.tried.len(), policy.target_kl.unwrap_or_default())
+        }
         Bound::Blind => "no question in sight: see --replay".into(),
         Bound::LostMass => format!("lost-mass rule at {}", policy.lost_mass),
         Bound::Budget => format!("the votes' budget{lost}"),

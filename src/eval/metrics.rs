@@ -1,5 +1,7 @@
 //! What is measured: the distance between next-token distributions, and how good an answer is.
 
+use crate::divergence::Divergence;
+
 /// Distance of the next-token distributions to those of the full cache, gathered step by step.
 ///
 /// A mean or quantile over no steps is NaN: there is nothing to report before the first step.
@@ -18,35 +20,14 @@ pub struct Distance {
 impl Distance {
     /// Adds a step: the logits of the full cache, those of the cache in question, and the token that follows in the text.
     ///
-    /// With z = logit - max logit and Z = sum of e^z, ln p = z - ln Z, so that
-    /// KL = sum of e^z_full (z_full - z_got) / Z_full - ln Z_full + ln Z_got.
-    /// A token that is impossible in `full` (a logit of -inf) adds nothing.
-    ///
     /// # Panics
     /// If the two have different lengths, or `next` is outside of them.
     pub fn add(&mut self, full: &[f32], got: &[f32], next: usize) {
-        assert_eq!(full.len(), got.len(), "logits of two vocabularies");
-        let (top_full, top_got) = (top(full), top(got));
-        let z_full = |token: usize| f64::from(full[token]) - f64::from(full[top_full]);
-        let z_got = |token: usize| f64::from(got[token]) - f64::from(got[top_got]);
-        let (mut sum_full, mut sum_got, mut apart) = (0.0, 0.0, 0.0);
-        for token in 0..full.len() {
-            let (f, g) = (z_full(token), z_got(token));
-            let weight = f.exp();
-            sum_full += weight;
-            sum_got += g.exp();
-            // 0 times an infinite distance would be NaN.
-            if weight != 0.0 {
-                apart += weight * (f - g);
-            }
-        }
-        let (ln_full, ln_got) = (sum_full.ln(), sum_got.ln());
-        let kl = apart / sum_full - ln_full + ln_got;
+        let Divergence { kl, log_ratio, same_top } = Divergence::between(full, got, next);
         self.steps += 1;
-        // Rounding can take a KL of nearly 0 below it. Not `f64::max`, which would hide a NaN.
-        self.kl.push(if kl < 0.0 { 0.0 } else { kl });
-        self.log_ratio.push((z_full(next) - ln_full) - (z_got(next) - ln_got));
-        self.same_top += usize::from(top_full == top_got);
+        self.kl.push(kl);
+        self.log_ratio.push(log_ratio);
+        self.same_top += usize::from(same_top);
     }
 
     /// Mean KL, in nats.
@@ -73,11 +54,6 @@ impl Distance {
     pub fn same_top(&self) -> f64 {
         self.same_top as f64 / self.steps as f64
     }
-}
-
-/// The most likely token; of equal ones the first.
-fn top(logits: &[f32]) -> usize {
-    (1..logits.len()).fold(0, |best, token| if logits[token] > logits[best] { token } else { best })
 }
 
 /// NaN of no values.
