@@ -35,8 +35,8 @@ pub const DEFAULT_RATIO: f32 = 0.5;
 pub struct Params {
     /// Who chooses.
     pub policy: Kind,
-    /// `gvote`: the count is found by trial: the smallest on which the mean KL of a drafted continuation to the full cache is
-    /// at most this, in nats a token. None: `lost_mass` decides.
+    /// `gvote`: the mean KL to the full cache that a continuation should stay within, in nats a token; the count that does is
+    /// found by trial. None: `lost_mass` decides.
     pub target_kl: Option<f32>,
     /// `gvote`: tokens of that continuation, at most.
     pub draft: usize,
@@ -82,7 +82,7 @@ impl Default for Params {
         Self {
             policy: Kind::Gvote,
             target_kl: Some(Preset::Balanced.target_kl()),
-            draft: 24,
+            draft: 32,
             lost_mass: Preset::Balanced.lost_mass(),
             p_nuc: 0.95,
             samples: 32,

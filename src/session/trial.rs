@@ -18,6 +18,9 @@ use crate::divergence::Divergence;
 use crate::llama::{Batch, Pos, Sampler, SamplerParams, Token};
 use crate::policy::Ranking;
 
+/// Of the target, what the draft may use up: what comes after it drifts further than the draft itself.
+const MARGIN: f64 = 0.4;
+
 /// Halvings of the range in which the count lies, on a scale of ratios: from a tenth to all of the cells, four leave a step
 /// of 15 %.
 const HALVINGS: usize = 4;
@@ -53,7 +56,7 @@ impl Session {
             return Ok(None);
         }
         compact::permute(&mut self.ctx, SEQ, &|head| by_rank(ranking, head))?;
-        let found = self.search(ranking, &draft, f64::from(target));
+        let found = self.search(ranking, &draft, MARGIN * f64::from(target));
         self.ctx.remove(SCRATCH, -1, -1);
         compact::permute(&mut self.ctx, SEQ, &|head| inverse(&by_rank(ranking, head)))?;
         found.map(Some)
@@ -62,14 +65,7 @@ impl Session {
     /// The full cache's own continuation, up to the end of its turn.
     fn draft(&mut self) -> Result<Draft, SessionError> {
         self.ctx.copy(SEQ, SCRATCH, -1, -1);
-        let params = SamplerParams {
-            temp: std::env::var("GVOTE_DRAFT_TEMP").map_or(0.0, |t| t.parse().unwrap()),
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            seed: 1,
-            ..SamplerParams::default()
-        };
+        let params = SamplerParams { temp: 0.0, ..SamplerParams::default() };
         let mut sampler = Sampler::new(self.model(), &params);
         let mut draft = Draft::default();
         let mut batch = Batch::new(1);
