@@ -70,10 +70,15 @@ impl Config {
         let [plain, fields] =
             [&Params::new(self.params.policy), &self.params].map(|p| serde_json::to_value(p).unwrap_or_default());
         let rules_budget = self.params.policy == Kind::Gvote && self.params.ratio.is_none();
+        let rule = if self.params.tries() { "target_kl" } else { "lost_mass" };
         let mut parts = vec![format!("policy={}", self.params.policy.name())];
         for (name, value) in fields.as_object().into_iter().flatten() {
-            let is_budget = name == "lost_mass" && rules_budget;
-            if is_budget || plain[name] != *value && name != "policy" && name != "seed" {
+            let is_told = match name.as_str() {
+                "target_kl" | "lost_mass" => rules_budget && name == rule,
+                "policy" | "seed" => false,
+                name => plain[name] != *value,
+            };
+            if is_told {
                 let value = match value {
                     Value::Object(parts) => parts.values().map(Value::to_string).collect::<Vec<_>>().join("-"),
                     Value::String(text) => text.clone(),
@@ -204,6 +209,7 @@ mod tests {
     fn settings_tell_what_a_name_stands_for() {
         let settings = |text: &str| text.parse::<Config>().unwrap().settings();
         assert_eq!([settings("full"), settings("a:lost-mass=0.05")], ["policy=full", "policy=gvote,lost-mass=0.05"]);
+        assert_eq!(settings("balanced"), "policy=gvote,target-kl=0.02");
         assert_eq!(settings("a:seed=7,ratio=0.3,head-mix=0.5"), "policy=gvote,head-mix=0.5,ratio=0.3");
         let given = "policy=snapkv,evict=cells,max-cells=900,span=2-32,key-error=true";
         assert_eq!(settings(&format!("a:{given}")), given);
