@@ -5,7 +5,7 @@ DOC      ?= /usr/share/common-licenses/GFDL-1.3
 QUESTION ?= Answer in one sentence: what is the purpose of this License?
 PREFIX   ?= /usr/local
 
-.PHONY: help run test bench bench-peers doc install setup fmt lint clean
+.PHONY: help run test bench bench-peers results doc install setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,9 +17,13 @@ run: setup ## install what is needed, build, and ask a question about a long doc
 test: setup ## run the whole test suite
 	cargo test
 
-bench: setup ## measure cost and quality (long)
+bench: setup ## measure the cost (long)
 	cargo bench --bench cost
-	cargo bench --bench quality -- text
+
+results: ## make docs/results.md from the run files in docs/results
+	cargo build --release
+	target/release/gvote eval report $(wildcard docs/results/*.jsonl) --baseline half --title "What was measured" \
+	    --notes docs/results/notes.md -o docs/results.md
 
 bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	cargo build --release

@@ -8,7 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use common::{DATA, Error, median, prefill};
@@ -186,10 +186,14 @@ impl Bench<'_> {
         row("probe", &part(|r| 1e3 * r.probe_time.as_secs_f64()), "ms", None);
         row("score", &part(|r| 1e3 * r.score_time.as_secs_f64()), "ms", None);
         row("select", &part(|r| 1e3 * r.select_time.as_secs_f64()), "ms", None);
+        row("trial", &part(|r| 1e3 * r.trial_time.as_secs_f64()), "ms", None);
         row("compact", &part(|r| 1e3 * r.compact_time.as_secs_f64()), "ms", None);
-        let shares: Vec<f64> =
-            votes.iter().zip(&off).map(|(v, off)| 100.0 * v.report.time().as_secs_f64() / off).collect();
-        row("vote and compaction / prefill", &shares, "%", Some(2.0));
+        let share = |time: fn(&CompressReport) -> Duration| {
+            let shares = votes.iter().zip(&off).map(|(v, off)| 100.0 * time(&v.report).as_secs_f64() / off);
+            shares.collect::<Vec<f64>>()
+        };
+        row("vote and compaction / prefill", &share(|r| r.time() - r.trial_time), "%", Some(2.0));
+        row("trial / prefill", &share(|r| r.trial_time), "%", None);
         let of_kv = |bytes: f64, v: &Compression| 100.0 * bytes / v.report.kv_bytes_before as f64;
         let counted: Vec<f64> = votes.iter().map(|v| of_kv(v.counted, v)).collect();
         row("transient heap and compute / KV", &counted, "%", Some(5.0));

@@ -47,6 +47,7 @@ pub struct Vote {
     pub report: CompressReport,
     /// Cells after, of those before; 0 to 1.
     pub share_kept: f64,
+    /// All but the compaction.
     pub vote_seconds: f64,
     pub compaction_seconds: f64,
     /// Vote and compaction together, of the time of the prefill before them.
@@ -231,7 +232,13 @@ impl Vote {
 
     fn times(&self) -> String {
         let share = self.share_of_prefill.map_or_else(String::new, |s| format!(" ({:.1} % of the prefill)", 100.0 * s));
-        format!("{:.2} s vote + {:.2} s compaction{share}", self.vote_seconds, self.compaction_seconds)
+        let CompressReport { replay_time, trial_time, compact_time, .. } = self.report;
+        let vote_time = self.report.time() - replay_time - trial_time - compact_time;
+        let step = |time: Duration, name: &str| format!("{:.2} s {name}", time.as_secs_f64());
+        let steps = [(replay_time, "second reading"), (vote_time, "vote"), (trial_time, "trial")];
+        let steps = steps.into_iter().filter(|(time, _)| time.as_millis() > 0).map(|(time, name)| step(time, name));
+        let steps: Vec<String> = steps.chain([step(compact_time, "compaction")]).collect();
+        format!("{}{share}", steps.join(" + "))
     }
 }
 
