@@ -8,7 +8,7 @@ use super::{CompressReport, SEQ, Session, SessionError, Voter, uniform_shape};
 use crate::cache::{self, Cell};
 use crate::capture::{Capture, Queries};
 use crate::compact;
-use crate::llama::Pos;
+use crate::llama::{Pos, Token};
 use crate::policy::{self, Bound, Decision, HeadScores, Kept, Kind, Policy, Ranking, Selection};
 use crate::score::LayerQueries;
 
@@ -67,7 +67,10 @@ impl Session {
     /// Where the newest turn begins, if a question may still follow it: the prompt is in a chat's format, and behind its
     /// last markup there is more text than an answer's first words.
     fn open_turn(&self) -> Option<usize> {
-        let markup = self.tokens.iter().rposition(|&token| self.model().is_control(token))?;
+        let model = self.model();
+        // what ends a turn says nothing about the next one
+        let opens = |&token: &Token| model.is_control(token) && !model.is_eog(token);
+        let markup = self.tokens.iter().rposition(opens)?;
         let text = self.tokens.len() - markup - 1;
         (markup > 0 && text > self.policy.window).then_some(markup + 1)
     }
@@ -136,7 +139,7 @@ impl Session {
 
     /// Finds out how much of a ranking stays.
     fn settle(&mut self, ranking: Ranking, report: &mut CompressReport) -> Result<Selection, SessionError> {
-        let n = ranking.n();
+        let (n, (_, most)) = (ranking.n(), ranking.range());
         if self.open_turn().is_some() {
             return Ok(ranking.keep(n, Bound::Blind));
         }
@@ -145,7 +148,9 @@ impl Session {
         report.trial_time = clock.elapsed();
         let Some(Trial { count, tried }) = trial else { return Ok(ranking.by_lost_mass()) };
         report.tried = tried;
-        Ok(ranking.keep(count, Bound::Trial))
+        // a cap is not tried: it holds whatever is lost
+        let rule = if count == most && most < n { Bound::MaxCells } else { Bound::Trial };
+        Ok(ranking.keep(count, rule))
     }
 }
 
