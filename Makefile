@@ -17,9 +17,8 @@ run: setup ## install what is needed, build, and ask a question about a long doc
 test: setup ## run the whole test suite
 	cargo test
 
-bench: setup ## measure cost and quality (long)
+bench: setup ## measure what a vote costs (long); for what it keeps see gvote eval
 	cargo bench --bench cost
-	cargo bench --bench quality -- text
 
 bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	cargo build --release
