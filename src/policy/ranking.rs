@@ -57,7 +57,9 @@ impl Ranking {
         let n = self.n();
         let (count, bound) = rank::bounded(count, rule, &self.forced, &self.params);
         if bound == Bound::All {
-            return Selection::all(n);
+            // why nothing was even tried says more than that all of it stays
+            let bound = if rule == Bound::Blind { rule } else { bound };
+            return Selection { bound, ..Selection::all(n) };
         }
         let kept = match self.params.evict {
             Evict::Cells => rank::keep_tokens(self.order, count),
