@@ -66,7 +66,7 @@ impl Session {
 
     /// Where the newest turn begins, if a question may still follow it: the prompt is in a chat's format, and behind its
     /// last markup there is more text than an answer's first words.
-    fn open_turn(&self) -> Option<usize> {
+    pub(super) fn open_turn(&self) -> Option<usize> {
         let markup = self.tokens.iter().rposition(|&token| self.model().is_control(token))?;
         let text = self.tokens.len() - markup - 1;
         (markup > 0 && text > self.policy.window).then_some(markup + 1)
