@@ -145,7 +145,9 @@ impl Session {
         report.trial_time = clock.elapsed();
         let Some(Trial { count, tried }) = trial else { return Ok(ranking.by_lost_mass()) };
         report.tried = tried;
-        Ok(ranking.keep(count, Bound::Trial))
+        // what stays is then all that the cap allows, whether it is close enough or not
+        let is_cut = count < n && count == ranking.range().1;
+        Ok(ranking.keep(count, if is_cut { Bound::MaxCells } else { Bound::Trial }))
     }
 }
 
