@@ -43,7 +43,8 @@ fn answers_on_stdout_and_reports_on_stderr() {
     assert!(!done.stdout.trim().is_empty());
     assert!(done.stdout.ends_with('\n'));
     assert!(!done.stdout.contains("What is this about?"), "the prompt is not repeated");
-    for part in ["prompt    ", " -> ", "% kept, lost-mass rule at 0.03", "of KV", " compaction (", "answer    8 tokens"]
+    for part in
+        ["prompt    ", " -> ", "% kept, ", " tried for a KL of 0.02", "of KV", " compaction (", "answer    8 tokens"]
     {
         assert!(done.stderr.contains(part), "{part:?} is not in {}", done.stderr);
     }
@@ -72,7 +73,7 @@ fn json_is_consistent() {
     let per_cell = number(&cache["bytes_per_cell"]);
     assert_eq!(before, number(&report["prefill"]["tokens"]));
     assert!(after < before, "{after} of {before}");
-    assert_eq!(vote["bound"], "lost-mass");
+    assert_eq!(vote["bound"], "trial");
     assert_eq!(number(&vote["kv_bytes_before"]), before * per_cell);
     assert_eq!(number(&vote["kv_bytes_after"]), after * per_cell);
     assert!((vote["share_kept"].as_f64().unwrap() - after as f64 / before as f64).abs() < 1e-9);
@@ -125,11 +126,18 @@ fn max_cells_is_never_exceeded() {
 }
 
 #[test]
-fn presets_and_lost_mass_set_the_same_thing() {
+fn a_preset_is_a_number_with_a_name() {
     let safe = on_document(&["--preset", "safe"]);
-    assert_eq!(safe["vote"]["cells_after"], on_document(&["--lost-mass", "0.01"])["vote"]["cells_after"]);
+    assert_eq!(safe["vote"]["cells_after"], on_document(&["--target-kl", "0.005"])["vote"]["cells_after"]);
     let aggressive = on_document(&["--preset", "aggressive"]);
     assert!(number(&aggressive["vote"]["cells_after"]) < number(&safe["vote"]["cells_after"]));
+}
+
+#[test]
+fn lost_mass_takes_the_place_of_the_trial() {
+    let vote = &on_document(&["--lost-mass", "0.05"])["vote"];
+    assert_eq!((&vote["bound"], &vote["tried"]), (&"lost-mass".into(), &Value::Array(Vec::new())));
+    assert!(vote["lost_mass"].as_f64().unwrap() <= 0.05, "{vote}");
 }
 
 #[test]
