@@ -14,6 +14,10 @@ fn a_rejected_setting_names_its_flag() {
     let full_share = Params { ratio: Some(0.5), ..Params::new(Kind::Full) };
     let unseen = Params { recent: 0, ..Params::new(Kind::GvotePaper) };
     for (params, flag) in [
+        (Params { target_kl: Some(0.0), ..good() }, "--target-kl"),
+        (Params { target_kl: Some(f32::NAN), ..good() }, "--target-kl"),
+        (Params { draft: 0, ..good() }, "--draft"),
+        (Params { draft: 257, ..good() }, "--draft"),
         (Params { lost_mass: 0.0, ..good() }, "--lost-mass"),
         (Params { lost_mass: 1.0, ..good() }, "--lost-mass"),
         (Params { lost_mass: f32::NAN, ..good() }, "--lost-mass"),
