@@ -225,8 +225,8 @@ mod tests {
         let model = tiny::Tiny::new(dir.path(), spec).model;
         for flash_attn in [FlashAttention::Off, FlashAttention::On] {
             let context = ContextParams { n_ctx: 768, n_ubatch: 100, flash_attn, ..Default::default() };
-            // so little that the search has to go on
-            let policy = Params { target_kl: Some(1e-4), ..Params::default() };
+            // so little that the search has to go on, and less that always stays than the window holds
+            let policy = Params { target_kl: Some(1e-4), window: 16, recent: 16, ..Params::default() };
             let params = SessionParams { context, policy, account_error: false };
             let mut session = Session::new(&model, &params).unwrap();
             let tokens: Vec<_> = (0..500).map(|i| (7 * i + i * i / 5) % tiny::N_VOCAB as Token).collect();
