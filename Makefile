@@ -17,7 +17,7 @@ run: setup ## install what is needed, build, and ask a question about a long doc
 test: setup ## run the whole test suite
 	cargo test
 
-bench: setup ## measure the cost (long)
+bench: setup ## measure what a vote costs (long); for what it keeps see gvote eval
 	cargo bench --bench cost
 
 results: ## make docs/results.md from the run files in docs/results

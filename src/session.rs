@@ -5,6 +5,8 @@ mod masked;
 mod replay;
 mod report;
 mod state;
+#[cfg(test)]
+mod tests;
 mod trial;
 mod vote;
 

@@ -142,7 +142,7 @@ fn unequal_budgets_are_compared_at_the_mean_and_at_what_they_cost() {
     assert_eq!(records(&runs).len(), 1);
 
     // unions of votes have no ranking to search C* in
-    let paper = ["--needle", "--config", "a:policy=gvote-paper,exact=true"];
+    let paper = ["--needle", "--config", "paper:policy=gvote-paper,exact=true"];
     let done = finish(&mut eval("adaptivity", &[&paper[..], &["-fa", "off"]].concat(), &runs));
     assert!(done.status == 1 && done.stderr.contains("gvote-paper"), "{}", done.stderr);
 }

@@ -132,6 +132,13 @@ fn presets_and_target_kl_set_the_same_thing() {
 }
 
 #[test]
+fn lost_mass_takes_the_place_of_the_trial() {
+    let vote = &on_document(&["--lost-mass", "0.05"])["vote"];
+    assert_eq!((&vote["bound"], &vote["tried"]), (&"lost-mass".into(), &Value::Array(Vec::new())));
+    assert!(vote["lost_mass"].as_f64().unwrap() <= 0.05, "{vote}");
+}
+
+#[test]
 fn the_prompt_may_be_piped_in() {
     let tokens = |done: Done| number(&done.json()[0]["prefill"]["tokens"]);
     let args = ["-n", "2", "--json"];

@@ -1,11 +1,10 @@
-//! What the bench programs share: the model, the data, statistics.
-#![allow(dead_code, reason = "each program uses a part")]
+//! What a bench program needs beside its measurements: the model, the data, statistics.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use gvote::Session;
-use gvote::llama::{FlashAttention, Model, ModelParams, Token};
+use gvote::llama::{Model, ModelParams, Token};
 
 pub type Error = Box<dyn std::error::Error>;
 
@@ -22,31 +21,13 @@ pub fn load_model(path: &Path) -> Result<Model, Error> {
     Ok(Model::load(path, &ModelParams::default(), |_| true)?)
 }
 
-pub fn flash_attention(text: &str) -> Result<FlashAttention, String> {
-    match text {
-        "on" => Ok(FlashAttention::On),
-        "off" => Ok(FlashAttention::Off),
-        "auto" => Ok(FlashAttention::Auto),
-        _ => Err("use on, off or auto".into()),
-    }
-}
-
 pub fn prefill(session: &mut Session, tokens: &[Token]) -> Result<f64, Error> {
     let report = session.prefill(tokens, |_, _| ControlFlow::Continue(()))?;
     Ok(report.time.as_secs_f64())
 }
 
-pub fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
-}
-
-/// The value below which a share `q` of the values lies.
-pub fn quantile(values: &[f64], q: f64) -> f64 {
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted[((sorted.len() - 1) as f64 * q).round() as usize]
-}
-
-pub fn median(values: &[f64]) -> f64 {
-    quantile(values, 0.5)
+    sorted[((sorted.len() - 1) as f64 * 0.5).round() as usize]
 }

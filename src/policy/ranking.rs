@@ -57,9 +57,7 @@ impl Ranking {
         let n = self.n();
         let (count, bound) = rank::bounded(count, rule, &self.forced, &self.params);
         if bound == Bound::All {
-            // why everything stays is worth knowing
-            let bound = if rule == Bound::Blind { rule } else { bound };
-            return Selection { bound, ..Selection::all(n) };
+            return Selection::all(n);
         }
         let kept = match self.params.evict {
             Evict::Cells => rank::keep_tokens(self.order, count),

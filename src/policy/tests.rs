@@ -3,13 +3,17 @@
 //! - `adakv`: the one whose heads share a budget, and unequal budgets in general;
 //! - `properties`: what holds for any request, and agreement with the float64 `reference`;
 //! - `examples`: small requests whose answer one can work out by hand;
+//! - `ranking`: the order of entries that a trial works on, and where it may be cut;
+//! - `replay`: what a second reading of the context keeps;
 //! - `settings`: what may be set, and what is said when it may not.
 
 mod adakv;
 mod baselines;
 mod examples;
 mod properties;
+mod ranking;
 mod reference;
+mod replay;
 mod settings;
 
 use super::*;
@@ -23,6 +27,9 @@ struct Head {
     expected: Vec<f32>,
     value_norm: Vec<f32>,
     key_similarity: Vec<f32>,
+    /// Of a replay only.
+    fourth_powers: Vec<f32>,
+    replayed: Vec<f32>,
 }
 
 #[derive(Debug, Clone)]
@@ -57,6 +64,7 @@ impl Request {
             expected: softmax(shape.n, state),
             value_norm: (0..shape.n).map(|_| random(state) as f32).collect(),
             key_similarity: (0..shape.n).map(|_| (2.0 * random(state) - 1.0) as f32).collect(),
+            ..Head::default()
         });
         Self { heads: heads.collect() }
     }
@@ -75,7 +83,8 @@ fn select(params: &Params, shape: Shape, request: &Request) -> Selection {
             expected: asked(needs.expected, &head.expected),
             value_norm: asked(needs.value_norm, &head.value_norm),
             key_similarity: asked(needs.key_similarity, &head.key_similarity),
-            ..HeadScores::NONE
+            fourth_powers: asked(params.replay, &head.fourth_powers),
+            replayed: asked(params.replay, &head.replayed),
         };
         policy.observe(index, &scores);
     }

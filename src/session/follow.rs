@@ -1,7 +1,7 @@
 //! A continuation that is known already, read at the speed of a prompt.
 
 use super::{SEQ, Session, SessionError};
-use crate::llama::{Batch, Pos, Token};
+use crate::llama::{Batch, Pos, SeqId, Token};
 
 impl Session {
     /// What the model expects after each of `tokens`, as if they came next: `each(i, logits)` gets the next-token logits
@@ -14,25 +14,31 @@ impl Session {
     ///
     /// # Errors
     /// [`SessionError::PromptTooLong`] and whatever decoding fails with; the session is then as before.
-    pub fn follow(&mut self, tokens: &[Token], mut each: impl FnMut(usize, &[f32])) -> Result<(), SessionError> {
+    pub fn follow(&mut self, tokens: &[Token], each: impl FnMut(usize, &[f32])) -> Result<(), SessionError> {
         self.check_room(tokens.len())?;
-        let first = self.n_past;
-        let mut follow = || -> Result<(), SessionError> {
-            let mut batch = Batch::new(self.chunk);
-            for (start, chunk) in (0..).step_by(self.chunk).zip(tokens.chunks(self.chunk)) {
-                batch.clear();
-                for (i, &token) in chunk.iter().enumerate() {
-                    batch.add(token, first + (start + i) as Pos, SEQ, true)?;
-                }
-                self.decode_batch(&batch, false)?;
-                for i in 0..chunk.len() {
-                    each(start + i, self.ctx.logits_at(i as i32)?);
-                }
-            }
-            Ok(())
-        };
-        let result = follow();
-        self.ctx.remove(SEQ, first, -1);
+        let result = self.follow_in(SEQ, tokens, each);
+        self.ctx.remove(SEQ, self.n_past, -1);
         result
+    }
+
+    /// The same in any sequence that holds as many positions; its new cells stay.
+    pub(super) fn follow_in(
+        &mut self,
+        seq: SeqId,
+        tokens: &[Token],
+        mut each: impl FnMut(usize, &[f32]),
+    ) -> Result<(), SessionError> {
+        let mut batch = Batch::new(self.chunk);
+        for (start, chunk) in (0..).step_by(self.chunk).zip(tokens.chunks(self.chunk)) {
+            batch.clear();
+            for (i, &token) in chunk.iter().enumerate() {
+                batch.add(token, self.n_past + (start + i) as Pos, seq, true)?;
+            }
+            self.ctx.decode(&batch)?;
+            for i in 0..chunk.len() {
+                each(start + i, self.ctx.logits_at(i as i32)?);
+            }
+        }
+        Ok(())
     }
 }

@@ -80,12 +80,16 @@ impl Session {
         };
         let heads: usize = layout.n_head_kv().sum();
         let mut out = Replayed { n, fourth_powers: vec![0.0; heads * n], mean: vec![0.0; heads * n] };
-        let step = CHUNK.min(chunk.saturating_sub(LEAD + announcement.len())).max(1);
-        let mut batch = Batch::new(announcement.len() + LEAD + step);
+        // all of it must fit into one ubatch; in a very small one the text itself comes first
+        let announcement = if 2 * announcement.len() < *chunk { announcement } else { &[] };
+        let room = *chunk - announcement.len();
+        let lead = LEAD.min(room / 2);
+        let step = CHUNK.min(room - lead);
+        let mut batch = Batch::new(announcement.len() + lead + step);
         for start in range.clone().step_by(step) {
             let end = range.end.min(start + step);
             batch.clear();
-            let repeated = &tokens[start.saturating_sub(LEAD).max(range.start)..end];
+            let repeated = &tokens[start.saturating_sub(lead).max(range.start)..end];
             for (i, &token) in announcement.iter().chain(repeated).enumerate() {
                 batch.add(token, *n_past + i as Pos, SCRATCH, false)?;
             }

@@ -25,6 +25,10 @@ impl Session {
         }
         let cells = cache::cells(&self.ctx, SEQ);
         let mut report = CompressReport::untouched(self.policy.policy, cells.len(), bytes_per_cell);
+        if self.is_blind(cells.len()) {
+            report.bound = Bound::Blind;
+            return Ok(report);
+        }
         let selection = match self.decide(&cells, &mut report)? {
             Decision::Selection(selection) => selection,
             Decision::Ranking(ranking) => self.settle(ranking, &mut report)?,
@@ -66,13 +70,20 @@ impl Session {
 
     /// Where the newest turn begins, if a question may still follow it: the prompt is in a chat's format, and behind its
     /// last markup there is more text than an answer's first words.
-    fn open_turn(&self) -> Option<usize> {
+    pub(super) fn open_turn(&self) -> Option<usize> {
         let model = self.model();
         // what ends a turn says nothing about the next one
         let opens = |&token: &Token| model.is_control(token) && !model.is_eog(token);
         let markup = self.tokens.iter().rposition(opens)?;
         let text = self.tokens.len() - markup - 1;
         (markup > 0 && text > self.policy.window).then_some(markup + 1)
+    }
+
+    /// Whether everything stays, because nothing could be tried: what will be asked is not known, and no number of cells was
+    /// asked for.
+    fn is_blind(&self, n: usize) -> bool {
+        let fits = self.policy.max_cells.is_none_or(|cap| n <= cap);
+        self.policy.tries() && fits && !self.policy.leaves_alone(n) && self.open_turn().is_some()
     }
 
     /// What stands in for a question that is not in sight: the whole context read again, or the first words of the turn,
@@ -141,7 +152,8 @@ impl Session {
     fn settle(&mut self, ranking: Ranking, report: &mut CompressReport) -> Result<Selection, SessionError> {
         let (n, (_, most)) = (ranking.n(), ranking.range());
         if self.open_turn().is_some() {
-            return Ok(ranking.keep(n, Bound::Blind));
+            // a cap asks for fewer, and nothing else than the ranking knows which
+            return Ok(ranking.keep(most, Bound::MaxCells));
         }
         let clock = Instant::now();
         let trial = self.try_out(&ranking)?;

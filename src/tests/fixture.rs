@@ -171,14 +171,14 @@ pub fn rounded(layout: &Layout, layer: usize, q: &[f32]) -> Vec<f32> {
     }
 }
 
-/// What the attention of one layer read and wrote for one decoded token.
+/// What the attention of one layer read and wrote for the tokens of one ubatch.
 #[derive(Default)]
 pub struct Attention {
     /// Cells the kernel looked at.
     pub n_kv: usize,
-    /// `[n_head][d]`
+    /// `[n_tokens][n_head][d]`
     pub q: Vec<f32>,
-    /// `[n_head][d]`
+    /// `[n_tokens][n_head][d]`
     pub out: Vec<f32>,
 }
 
@@ -186,7 +186,7 @@ struct Recorder {
     layers: Vec<(*const sys::ggml_tensor, Attention)>,
 }
 
-/// Runs `f`, which decodes one token, and returns each layer's attention.
+/// Runs `f`, which decodes one ubatch, and returns each layer's attention.
 pub fn record(ctx: &mut Context, layout: &Layout, f: impl FnOnce(&mut Context)) -> Vec<Attention> {
     let mut recorder =
         Recorder { layers: layout.layers.iter().map(|l| (l.k.cast_const(), Attention::default())).collect() };
@@ -213,7 +213,7 @@ unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_v
         let recorder = &mut *data.cast::<Recorder>();
         if kqv {
             let il: usize = name["kqv-".len()..].parse().expect("a layer");
-            recorder.layers[il].1.out = read(t);
+            recorder.layers[il].1.out = read(t, 1);
             return true;
         }
         let (k, q) = if flash { (t.src[1], t.src[0]) } else { (t.src[0], t.src[1]) };
@@ -223,25 +223,25 @@ unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_v
         }
         let entry = recorder.layers.iter_mut().find(|l| l.0 == storage).expect("a layer of the cache");
         entry.1.n_kv = (*k).ne[1] as usize;
-        entry.1.q = read(&*q);
+        entry.1.q = read(&*q, 1);
         if flash {
-            entry.1.out = read(t);
+            entry.1.out = read(t, 2);
         }
         true
     }
 }
 
-/// The floats of a tensor of one token, heads outermost: with one token, `[d, 1, n_head]` and `[d, n_head, 1]` are alike.
-unsafe fn read(t: &sys::ggml_tensor) -> Vec<f32> {
+/// The floats of a tensor `[d, n_tokens, n_head]`, or the other way round: `tokens` is the dimension that counts them.
+unsafe fn read(t: &sys::ggml_tensor, tokens: usize) -> Vec<f32> {
     assert_eq!(t.type_, sys::GGML_TYPE_F32);
-    let [d, a, b, _] = t.ne.map(|n| n as usize);
-    assert!(a == 1 || b == 1, "one token only");
-    (0..a)
-        .flat_map(|i| (0..b).map(move |j| (i, j)))
-        .flat_map(|(i, j)| {
+    let heads = 3 - tokens;
+    let [d, n_tokens, n_head] = [0, tokens, heads].map(|i| t.ne[i] as usize);
+    (0..n_tokens)
+        .flat_map(|i| (0..n_head).map(move |h| (i, h)))
+        .flat_map(|(i, h)| {
             // SAFETY: inside the tensor by its own strides.
             unsafe {
-                let start = t.data.cast::<u8>().add(i * t.nb[1] + j * t.nb[2]).cast::<f32>();
+                let start = t.data.cast::<u8>().add(i * t.nb[tokens] + h * t.nb[heads]).cast::<f32>();
                 std::slice::from_raw_parts(start, d).to_vec()
             }
         })

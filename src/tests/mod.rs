@@ -11,4 +11,4 @@ mod probe;
 mod scorer;
 mod shapes;
 mod subset;
-mod tiny;
+pub(crate) mod tiny;

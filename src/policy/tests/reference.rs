@@ -81,12 +81,12 @@ fn gvote_head(params: &Params, n: usize, head: &Head) -> ([Vec<f64>; 2], Vec<f64
     let single = long(&s).iter().zip(long(&m)).map(|(s, m)| s + m).collect();
     let s = nz(&s);
     let mut passages = vec![0.0_f64; n];
-    for hit in 0..n {
+    for (hit, &height) in s.iter().enumerate() {
         // A hit keeps `back` entries before it and `forward` after it.
         let (first, last) = (hit.saturating_sub(params.span.back), hit + params.span.forward);
         for (j, score) in passages.iter_mut().enumerate() {
             if first <= j && j <= last {
-                *score = score.max(s[hit]);
+                *score = score.max(height);
             }
         }
     }

@@ -1,0 +1,105 @@
+//! The ranking that a trial works on.
+
+use super::*;
+
+const SHAPE: Shape = Shape { n: 300, n_layer: 2, n_head_kv: 2, group: 1 };
+
+fn ranking(params: &Params) -> Ranking {
+    let request = Request::random(&SHAPE, 1, 9);
+    let mut policy = build(params, SHAPE).unwrap();
+    for (index, head) in request.heads.iter().enumerate() {
+        let (future, observed, value_norm) = (&head.future[..], &head.observed[..], &head.value_norm[..]);
+        policy.observe(index, &HeadScores { future, observed, value_norm, ..HeadScores::NONE });
+    }
+    match policy.decide() {
+        Decision::Ranking(ranking) => ranking,
+        Decision::Selection(_) => panic!("the default settings want a trial"),
+    }
+}
+
+#[test]
+fn every_head_ranks_all_entries_forced_ones_first() {
+    for &evict in Evict::ALL {
+        let params = Params { evict, ..Params::default() };
+        let ranking = ranking(&params);
+        assert_eq!((ranking.n(), ranking.forced()), (300, (4, 236)));
+        for head in 0..SHAPE.heads() {
+            let order = ranking.of_head(head);
+            let forced: Vec<u32> = (0..4).chain(236..300).collect();
+            assert_eq!(order[..forced.len()], forced);
+            let mut sorted = order.to_vec();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..300).collect::<Vec<u32>>());
+        }
+        let same = ranking.of_head(0) == ranking.of_head(3);
+        assert_eq!(same, evict == Evict::Cells, "{evict:?}");
+    }
+}
+
+#[test]
+fn what_is_kept_is_the_head_of_the_ranking() {
+    for &evict in Evict::ALL {
+        let ranking = ranking(&Params { evict, ..Params::default() });
+        for count in [68, 69, 150, 299] {
+            let selection = ranking.clone().keep(count, Bound::Trial);
+            assert_eq!((selection.n_cells(), selection.bound), (count, Bound::Trial));
+            for head in 0..SHAPE.heads() {
+                let mut best = ranking.of_head(head)[..count].to_vec();
+                best.sort_unstable();
+                assert_eq!(selection.kept_by(head), Some(&best[..]), "{evict:?}, head {head}, {count}");
+            }
+        }
+    }
+}
+
+#[test]
+fn keeping_stays_within_the_bounds_and_says_which_one_decided() {
+    let all = (300, Bound::All);
+    let (plain, raised) = (Params::default(), Params { min_cells: 120, ..Params::default() });
+    let capped = Params { max_cells: Some(200), ..raised.clone() };
+    for (params, count, expected) in [
+        (&plain, 20, (68, Bound::Forced)),
+        (&plain, 100, (100, Bound::Trial)),
+        (&plain, 300, all),
+        (&plain, 999, all),
+        (&raised, 20, (120, Bound::MinCells)),
+        (&raised, 120, (120, Bound::Trial)),
+        (&capped, 300, (200, Bound::MaxCells)),
+        (&capped, 199, (199, Bound::Trial)),
+    ] {
+        let selection = ranking(params).keep(count, Bound::Trial);
+        assert_eq!((selection.n_cells(), selection.bound), expected, "{count} of {params:?}");
+        assert_eq!(selection.kept == Kept::All, expected == all);
+    }
+}
+
+#[test]
+fn a_trial_may_settle_on_what_the_bounds_allow() {
+    let good = Params::default;
+    for (params, expected) in [
+        (good(), (68, 300)),
+        // a tenth of the cells is more than what is forced
+        (Params { sinks: 0, recent: 8, window: 8, ..good() }, (30, 300)),
+        (Params { min_cells: 100, ..good() }, (100, 300)),
+        (Params { min_cells: 500, ..good() }, (300, 300)),
+        (Params { max_cells: Some(200), ..good() }, (68, 200)),
+        (Params { max_cells: Some(69), min_cells: 69, ..good() }, (69, 69)),
+        (Params { max_cells: Some(1000), ..good() }, (68, 300)),
+    ] {
+        assert_eq!(ranking(&params).range(), expected, "{params:?}");
+    }
+}
+
+#[test]
+fn settings_decide_who_finds_the_count() {
+    let good = Params::default;
+    assert!(good().tries());
+    for params in [
+        Params { ratio: Some(0.5), ..good() },
+        Params { target_kl: None, ..good() },
+        Params { replay: true, ..good() },
+        Params::new(Kind::SnapKv),
+    ] {
+        assert!(!params.tries(), "{params:?}");
+    }
+}

@@ -1,0 +1,105 @@
+//! A chat turn that is still open: no question is in sight.
+
+use super::*;
+use crate::llama::{ChatTemplate, Message, Role};
+use crate::policy::{Bound, Kept};
+use crate::tests::fixture::F16;
+
+/// Tokens of a long message: more than a prompt needs to be worth a vote.
+const LONG: usize = 300;
+
+/// A conversation in the model's format, up to the end of the last message or, if the turn is `open`, to its last word.
+fn chat(message: &str, open: bool) -> Vec<Token> {
+    let model = fixture::model();
+    let messages = [Message::new(Role::User, message)];
+    let text = ChatTemplate::of(&model).render(&messages, !open).unwrap();
+    let text = if open { text.split_at(text.rfind("<|im_end|>").unwrap()).0 } else { &text };
+    model.tokenize(text, true, true).unwrap()
+}
+
+fn long_message() -> String {
+    let text = include_str!("../../capture.rs");
+    text.chars().take(4 * LONG).collect()
+}
+
+fn after_chat(message: &str, open: bool, policy: Params) -> Session {
+    let mut session = session(F16, 960, 512, policy);
+    read(&mut session, &chat(message, open));
+    session
+}
+
+#[test]
+fn a_turn_is_open_while_a_question_may_follow() {
+    let open = after_chat(&long_message(), true, Params::default());
+    let start = open.open_turn().expect("the prompt ends inside the user's message");
+    assert!(open.model().is_control(open.tokens[start - 1]));
+    assert!(open.tokens[start..].iter().all(|&token| !open.model().is_control(token)));
+    assert!(open.tokens.len() - start > LONG / 2);
+
+    let asked = after_chat(&long_message(), false, Params::default());
+    assert_eq!(asked.open_turn(), None, "the assistant's turn has begun");
+    let short = after_chat("Hi! Here is what I know so far.", true, Params::default());
+    assert_eq!(short.open_turn(), None, "a few words are no document");
+    let raw = after(LONG, F16, 960, 512, Params::default());
+    assert_eq!(raw.open_turn(), None, "a plain text has no turns");
+    assert_eq!(session(F16, 192, 64, Params::default()).open_turn(), None);
+}
+
+#[test]
+fn an_answer_in_progress_is_no_open_turn_until_it_is_long() {
+    let mut session = after_chat(&long_message(), false, Params::default());
+    let words = fixture::tokens(&fixture::model(), 40);
+    read(&mut session, &words);
+    assert_eq!(session.open_turn(), None);
+}
+
+#[test]
+fn an_open_turn_keeps_everything_and_says_why() {
+    let mut session = after_chat(&long_message(), true, Params::default());
+    let n = session.cells_used();
+    let before = session.save();
+    let report = session.compress().unwrap();
+    assert_eq!((report.bound, report.cells_after, report.lost_mass), (Bound::Blind, n, Some(0.0)));
+    assert!(report.tried.is_empty(), "there is nothing to try it on");
+    assert!(session.save() == before);
+}
+
+#[test]
+fn an_open_turn_is_compressed_where_that_is_asked_for() {
+    for (policy, bound) in [
+        (Params { ratio: Some(0.5), ..Params::default() }, Bound::Ratio),
+        (Params { max_cells: Some(150), ..Params::default() }, Bound::MaxCells),
+        (Params { target_kl: None, lost_mass: 0.1, ..Params::default() }, Bound::LostMass),
+        (Params { replay: true, lost_mass: 0.1, ..Params::default() }, Bound::LostMass),
+    ] {
+        let mut session = after_chat(&long_message(), true, policy.clone());
+        let n = session.cells_used();
+        let report = session.compress().unwrap();
+        assert_eq!(report.bound, bound, "{policy:?}");
+        assert!(report.cells_after < n, "{report:?}");
+        assert_eq!(session.cells_used(), report.cells_after);
+    }
+}
+
+/// The words at the start of the turn stand in for the question: what they look at is what the vote sees as observed.
+#[test]
+fn the_first_words_of_an_open_turn_vote() {
+    let policy = Params { ratio: Some(0.5), ..Params::default() };
+    let kept = |look_alike: bool| {
+        let mut session = after_chat(&long_message(), true, policy.clone());
+        if look_alike {
+            // the same cache, but as if it were no chat
+            let plain = session.model().tokenize(" ", false, false).unwrap()[0];
+            session.tokens.fill(plain);
+        }
+        let cells = cache::cells(&session.ctx, SEQ);
+        let mut report = CompressReport::untouched(policy.policy, cells.len(), 0);
+        match session.decide(&cells, &mut report).unwrap() {
+            policy::Decision::Selection(selection) => selection.kept,
+            policy::Decision::Ranking(_) => panic!("a share was asked for"),
+        }
+    };
+    let (open, plain) = (kept(false), kept(true));
+    assert_ne!(open, plain);
+    assert!(matches!(open, Kept::Heads { .. }));
+}

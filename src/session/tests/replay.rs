@@ -1,0 +1,112 @@
+//! The replay equals naive float64 over the queries and the keys of the decoder itself.
+
+use std::ops::Range;
+
+use super::*;
+use crate::session::replay::Replayed;
+use crate::tests::fixture::{F16, F16_FLASH, Q8_0, dot, record, rounded, row, softmax};
+
+/// More than one chunk with a ubatch of this many tokens, the last of them a short one.
+const N: usize = 170;
+const UBATCH: usize = 64;
+/// Tokens that are repeated before a chunk.
+const LEAD: usize = 8;
+
+const HEADS: [(usize, usize); 5] = [(0, 0), (0, 2), (13, 1), (29, 0), (29, 2)];
+
+/// `[n]` each, of one KV head.
+struct Naive {
+    mean: Vec<f64>,
+    fourth_powers: Vec<f64>,
+}
+
+/// Reads `range` again behind `announcement`, chunk by chunk, and adds up what the repeated tokens look at.
+fn naive(session: &mut Session, range: Range<usize>, announcement: &[Token]) -> Vec<Naive> {
+    let layout = session.voter.as_ref().unwrap().layout.clone();
+    let l = &layout.layers[0];
+    let (d, n_head, group) = (l.n_embd_head_k as usize, l.n_head as usize, (l.n_head / l.n_head_kv) as usize);
+    let scale = 1.0 / (d as f64).sqrt();
+    let mut out: Vec<_> = HEADS.iter().map(|_| Naive { mean: vec![0.0; N], fourth_powers: vec![0.0; N] }).collect();
+
+    for start in range.clone().step_by(UBATCH - LEAD - announcement.len()) {
+        let end = range.end.min(start + UBATCH - LEAD - announcement.len());
+        let lead = LEAD.min(start - range.start);
+        let tokens = [announcement, &session.tokens[start - lead..end]].concat();
+        let ctx = &mut session.ctx;
+        ctx.copy(SEQ, SCRATCH, -1, -1);
+        let attention = record(ctx, &layout, |ctx| fixture::decode(ctx, &tokens, N as Pos, SCRATCH));
+        let visible = cache::cells(ctx, SCRATCH);
+        for (&(layer, kv), out) in HEADS.iter().zip(&mut out) {
+            let keys: Vec<_> = visible.iter().map(|cell| row(&layout, layer, false, kv, cell)).collect();
+            for i in announcement.len()..tokens.len() {
+                for head in kv * group..(kv + 1) * group {
+                    let q = rounded(&layout, layer, &attention[layer].q[(i * n_head + head) * d..][..d]);
+                    // the text, the announcement, and what was repeated up to this very token
+                    let logits: Vec<f64> = keys[..=N + i].iter().map(|k| scale * dot(&q, k)).collect();
+                    let queries = (lead + end - start) * group;
+                    let weight = (end - start) as f64 / range.len() as f64 / queries as f64;
+                    for (j, p) in softmax(&logits)[..N].iter().enumerate() {
+                        out.mean[j] += weight * p;
+                        out.fourth_powers[j] += p.powi(4);
+                    }
+                }
+            }
+        }
+        ctx.remove(SCRATCH, -1, -1);
+    }
+    out
+}
+
+/// Every entry to a share of itself: most are thousands of times smaller than the largest.
+#[track_caller]
+fn assert_equal(got: &Replayed, expected: &[Naive], tolerance: f64, name: &str) {
+    for ((layer, kv), expected) in HEADS.iter().zip(expected) {
+        let head = layer * 3 + kv;
+        let measures = [
+            ("mean", got.mean_of(head), &expected.mean, tolerance),
+            ("fourth powers", got.fourth_powers_of(head), &expected.fourth_powers, 4.0 * tolerance),
+        ];
+        for (measure, got, expected, tolerance) in measures {
+            assert_eq!(got.len(), N);
+            let smallest = 1e-9 * expected.iter().copied().fold(0.0, f64::max);
+            for (j, (g, e)) in got.iter().zip(expected).enumerate() {
+                let apart = (f64::from(*g) - e).abs() / (e + smallest);
+                assert!(apart < tolerance, "{name}, {measure} of layer {layer}, head {kv}, entry {j}: {g} not {e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_replay_equals_float64() {
+    for (setup, tolerance) in [(F16, 2e-3), (F16_FLASH, 2e-3), (Q8_0, 5e-3)] {
+        let mut session = after(N, setup, 256, UBATCH as u32, Params { replay: true, ..Params::default() });
+        let cells = cache::cells(&session.ctx, SEQ);
+        let before = session.save();
+        let replayed = session.replay(&cells).unwrap();
+        assert!(session.save() == before, "{setup:?}: a replay leaves no trace");
+
+        let announcement = session.model().tokenize("\n\nThe same text once more:\n\n", false, false).unwrap();
+        let expected = naive(&mut session, 0..N, &announcement);
+        assert_equal(&replayed, &expected, tolerance, &format!("{setup:?}"));
+    }
+}
+
+#[test]
+fn reading_a_part_again_equals_float64() {
+    let mut session = after(N, F16, 256, UBATCH as u32, Params::default());
+    let cells = cache::cells(&session.ctx, SEQ);
+    let again = session.read_again(&cells, 40..104).unwrap();
+    let expected = naive(&mut session, 40..104, &[]);
+    assert_equal(&again, &expected, 2e-3, "40..104");
+}
+
+#[test]
+fn a_replay_works_with_ubatches_of_any_size() {
+    for n_ubatch in [1, 8, 17] {
+        let policy = Params { replay: true, ratio: Some(0.5), ..Params::default() };
+        let mut session = after(140, F16, 256, n_ubatch, policy);
+        let report = session.compress().unwrap();
+        assert_eq!(report.cells_after, 70, "-ub {n_ubatch}");
+    }
+}
