@@ -5,6 +5,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Number, Value};
 
 use super::provenance::Start;
 use crate::policy::{Kind, Ragged};
@@ -198,11 +199,24 @@ pub fn read(path: &Path) -> Result<Contents, RecordError> {
         if text.trim_ascii().is_empty() {
             continue;
         }
-        // by way of Value: gguf-rs turns on serde_json's arbitrary_precision, with which a tagged enum cannot read floats
-        let record = serde_json::from_slice::<serde_json::Value>(&text).and_then(serde_json::from_value);
+        let record =
+            serde_json::from_slice::<Value>(&text).and_then(|value| serde_json::from_value(plain_floats(value)));
         contents.records.push(record.map_err(|error| RecordError::Line { path: path.to_owned(), line, error })?);
     }
     Ok(contents)
+}
+
+/// The same with every float spelled as serde_json spells it. gguf-rs turns on serde_json's arbitrary_precision, with which
+/// a tagged enum cannot read floats, but by way of a Value, and of that only those in this spelling: other tools write 1e-5.
+fn plain_floats(value: Value) -> Value {
+    match value {
+        Value::Number(number) if !number.is_i64() && !number.is_u64() => {
+            number.as_f64().and_then(Number::from_f64).map_or(Value::Number(number), Value::Number)
+        }
+        Value::Array(values) => values.into_iter().map(plain_floats).collect(),
+        Value::Object(fields) => fields.into_iter().map(|(name, value)| (name, plain_floats(value))).collect(),
+        other => other,
+    }
 }
 
 /// A file of records that grows, and what it held when it was opened: so a killed run can go on.
@@ -273,6 +287,16 @@ impl Journal {
 mod tests {
     use super::*;
     use crate::llama::ContextParams;
+
+    #[test]
+    fn floats_are_read_however_they_are_spelled() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let line = serde_json::to_string(&record()).unwrap();
+        let spelled = line.replace("0.000000125", "1.25E-7").replace("1.25e-7", "1.25E-7");
+        assert_ne!(line, spelled, "{line}");
+        std::fs::write(file.path(), spelled + "\n").unwrap();
+        assert_eq!(read(file.path()).unwrap().records, [record()]);
+    }
 
     fn record() -> Record {
         let run = Run {
