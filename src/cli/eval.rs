@@ -37,8 +37,8 @@ Examples:
 A run that was stopped goes on where it was when it is started again with the same -o.";
 
 const CONFIGS: &str = "\
-A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, lost-mass, ratio, \
-max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, replay, evict, exact, seed, key-error.
+A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, target-kl, draft, \
+lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, replay, evict, exact, seed, key-error.
 
 exact=true, for adakv and gvote-paper, keeps a different number of tokens in every head, as their papers have it. No cache of \
 llama.cpp can: nothing is freed, what a head drops is masked while decoding (needs -fa off), and the cells of a record are the \
