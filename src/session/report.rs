@@ -31,6 +31,8 @@ pub struct CompressReport {
     pub ragged: Option<Ragged>,
     /// Cells that a trial tried, and the mean KL to the full cache on them beyond that of rounding, in nats a token.
     pub tried: Vec<(usize, f32)>,
+    /// Mean KL that rounding alone caused in the trial, in nats a token.
+    pub rounding: f32,
     /// Bytes of ggml's compute buffers that scoring held; they are given back.
     pub compute_bytes: usize,
     #[serde(serialize_with = "seconds")]
@@ -99,6 +101,7 @@ impl CompressReport {
             bound: Bound::All,
             ragged: None,
             tried: Vec::new(),
+            rounding: 0.0,
             compute_bytes: 0,
             replay_time: Duration::ZERO,
             probe_time: Duration::ZERO,

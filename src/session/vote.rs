@@ -158,8 +158,8 @@ impl Session {
         let clock = Instant::now();
         let trial = self.try_out(&ranking)?;
         report.trial_time = clock.elapsed();
-        let Some(Trial { count, tried }) = trial else { return Ok(ranking.by_lost_mass()) };
-        report.tried = tried;
+        let Some(Trial { count, tried, rounding }) = trial else { return Ok(ranking.by_lost_mass()) };
+        (report.tried, report.rounding) = (tried, rounding);
         // a cap is not tried: it holds whatever is lost
         let rule = if count == most && most < n { Bound::MaxCells } else { Bound::Trial };
         Ok(ranking.keep(count, rule))
