@@ -77,7 +77,7 @@ mod piped {
 
     #[test]
     fn it_votes_again_once_the_cache_has_grown() {
-        let turns = about_document(&[], &["Hm.", &long_line(1600)]).ok().json();
+        let turns = about_document(&["--lost-mass", "0.1"], &["Hm.", &long_line(1600)]).ok().json();
         let [first, short, long] = &turns[..] else { panic!("{turns:?}") };
         assert!(number(&first["vote"]["cells_after"]) < number(&first["vote"]["cells_before"]));
         assert_eq!(short["vote"], Value::Null, "a few tokens are no reason to vote");
@@ -263,7 +263,8 @@ mod terminal {
         let document = document(CHARS);
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("chat");
-        let mut chat = Terminal::start(&["-f", document.path().to_str().unwrap(), "-n", "6", "-c", "2048"]);
+        let file_name = document.path().to_str().unwrap();
+        let mut chat = Terminal::start(&["-f", file_name, "-n", "6", "-c", "2048", "--lost-mass", "0.1"]);
         chat.sees("/help lists the commands");
         let first = chat.sees(TURN_ENDS);
         assert!(first.contains(" -> "), "the document was voted on: {first}");

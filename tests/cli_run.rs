@@ -65,7 +65,7 @@ fn unequal_heads_cost_the_cells_of_the_greediest() {
 
 #[test]
 fn json_is_consistent() {
-    let report = on_document(&[]);
+    let report = on_document(&["--target-kl", "0.5"]);
     let (vote, cache) = (&report["vote"], &report["cache"]);
     let (before, after) = (number(&vote["cells_before"]), number(&vote["cells_after"]));
     let per_cell = number(&cache["bytes_per_cell"]);
