@@ -34,7 +34,7 @@ impl Session {
             for (i, &token) in chunk.iter().enumerate() {
                 batch.add(token, self.n_past + (start + i) as Pos, seq, true)?;
             }
-            self.ctx.decode(&batch)?;
+            self.decode_batch(&batch, false)?;
             for i in 0..chunk.len() {
                 each(start + i, self.ctx.logits_at(i as i32)?);
             }

@@ -113,11 +113,13 @@ impl Session {
         let (least, most) = ranking.range();
         // all the cells in another order: what differs now is how sums are rounded, and no loss
         let rounding = self.damage(ranking, draft, ranking.n())?;
+        // less than rounding itself does cannot be told from it
+        let bar = target.max(rounding);
         let mut tried = Vec::new();
         let mut fits = |session: &mut Self, count| -> Result<bool, SessionError> {
             let kl = (session.damage(ranking, draft, count)? - rounding).max(0.0);
             tried.push((count, kl as f32));
-            Ok(kl <= target)
+            Ok(kl <= bar)
         };
         let (mut too_few, mut enough) = (least, most);
         if fits(self, least)? {
