@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn a_command_can_be_pasted_and_names_no_folder_of_the_machine() {
-        let words = ["/opt/bin/gvote", "eval", "-m", "/home/x/m.gguf", "--ruler=/data/ruler/4096", "../data/a b.txt"];
+        let words = ["/opt/bin/gvote", "eval", "-m", "/models/m.gguf", "--ruler=/data/ruler/4096", "../data/a b.txt"];
         let line = command_words(&words.map(str::to_owned)).join(" ");
         assert_eq!(line, "gvote eval -m m.gguf --ruler=4096 '../data/a b.txt'");
         assert_eq!(command_words(&["a:b=/c".into(), "it's".into(), String::new()]), ["a:b=/c", r"'it'\''s'", "''"]);
