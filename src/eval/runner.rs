@@ -94,7 +94,8 @@ impl Runner {
     ) -> Result<Self, EvalError> {
         let voting = || configs.iter().filter(|c| !c.is_full()).map(|c| &c.params);
         let mut params = params.clone();
-        if let Some(first) = voting().next() {
+        // one with a replay first: the session sets its cells aside
+        if let Some(first) = voting().find(|p| p.replay).or(voting().next()) {
             if voting().any(|p| p.window != first.window) {
                 return Err(EvalError::Mixed("window"));
             }
@@ -104,7 +105,6 @@ impl Runner {
             params.policy = first.clone();
             // the session sets cells aside for the most that any of them needs
             params.policy.samples = voting().map(|p| p.samples).max().unwrap_or(first.samples);
-            params.policy.replay = voting().any(|p| p.replay);
             params.policy.draft = voting().map(|p| p.draft).max().unwrap_or(first.draft);
         }
         let template = ChatTemplate::of(model);

@@ -10,7 +10,7 @@ pub enum LlamaError {
     #[error("llama.cpp cannot create a context{reason}")]
     Context { reason: String },
     #[error(
-        "no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--lost-mass, --max-cells)"
+        "no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--target-kl, --max-cells)"
     )]
     NoCells { needed: usize, free: usize, size: usize },
     #[error("llama.cpp could not decode the batch (status {0})")]

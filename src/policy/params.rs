@@ -197,6 +197,9 @@ impl Params {
         if self.pool.is_multiple_of(2) || self.pool > MAX_POOL {
             return Err(PolicyError::Pool(self.pool));
         }
+        if self.replay && self.policy != Kind::Gvote {
+            return Err(PolicyError::Replay(self.policy));
+        }
         if !(0.0..=MAX_HEAD_MIX).contains(&self.head_mix) {
             return Err(PolicyError::HeadMix(self.head_mix));
         }
@@ -391,6 +394,8 @@ pub enum PolicyError {
     Pool(usize),
     #[error("the head mix is {0}, but must be 0 to {MAX_HEAD_MIX}")]
     HeadMix(f32),
+    #[error("--replay is what gvote ranks by, and the policy {0} has no use for it; leave one of the two out")]
+    Replay(Kind),
     #[error("exact is for unequal budgets of the heads, which the policy {0} does not have; take adakv or gvote-paper")]
     Exact(Kind),
     #[error("exact lets gvote-paper keep every union of votes: it goes with no --ratio, --max-cells and --min-cells")]

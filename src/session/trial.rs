@@ -1,13 +1,13 @@
 //! The trial: how few cells continue this request as the full cache does?
 //!
 //! The full cache drafts a continuation in a scratch sequence that shares its cells, and reads it once more in one batch, for
-//! what it expects after each token. Then each head's rows are put in the
-//! order of the ranking, in place: for any count C the first C cells are now what a compaction to C would keep, so that a
-//! scratch sequence that sees only those continues exactly as the compacted cache would - with llama.cpp's own kernels, on
-//! whatever back end. The drafted tokens are decoded there in one batch, and the mean KL to what the full cache expected is
-//! the damage at C, once the KL that the new order alone causes is taken off: quantized weights turn the last bit of a sum
-//! into a KL of some 0.003 on a small model. A search finds the fewest cells whose damage is within the target; then the rows go back to where they
-//! were. No copy of the cache is made, and nothing is lost if the trial fails or is cancelled.
+//! what it expects after each token. Then each head's rows are put in the order of the ranking, in place: for any count C the
+//! first C cells are now what a compaction to C would keep, so that a scratch sequence that sees only those continues exactly
+//! as the compacted cache would - with llama.cpp's own kernels, on whatever back end. The draft is decoded there in one batch,
+//! and the mean KL to what the full cache expected is the damage at C, once the KL that the new order alone causes is taken
+//! off: quantized weights turn the last bit of a sum into a KL of some 0.003 on a small model. A search finds the fewest
+//! cells whose damage is within the target; then the rows go back to where they were. No copy of the cache is made, and
+//! nothing is lost if the trial fails or is cancelled.
 
 use std::ops::Range;
 

@@ -31,6 +31,7 @@ fn a_rejected_setting_names_its_flag() {
         (Params { recent: 63, ..good() }, "--recent"),
         (Params { pool: 4, ..good() }, "pool"),
         (Params { head_mix: -1.0, ..good() }, "head mix"),
+        (Params { replay: true, ..Params::new(Kind::SnapKv) }, "--replay"),
         (unseen, "--recent"),
         (capped, "--max-cells"),
         (crossed, "--min-cells"),
