@@ -70,6 +70,12 @@ mod piped {
     }
 
     #[test]
+    fn a_replay_is_refused_before_it_could_fail_halfway_through() {
+        let done = talk(&["--replay"], &["Hi!"]);
+        assert!(done.status == 2 && done.stderr.contains("--replay"), "{}", done.stderr);
+    }
+
+    #[test]
     fn one_turn_with_a_prompt_asks_nothing() {
         let done = talk(&["-st", "-p", "Hi!"], &["never read"]).ok();
         assert_eq!(done.json().len(), 1);

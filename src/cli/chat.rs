@@ -81,6 +81,10 @@ struct Chat<'a> {
 
 pub fn run(args: &ChatArgs) -> Result<()> {
     let params = args.policy.session(&args.context, 0)?;
+    if params.policy.replay {
+        let why = "--replay needs the whole context in the cache, which a chat has before its first vote only: take gvote run";
+        return Err(Exit::Usage(why.into()).into());
+    }
     let on_terminal = io::stdin().is_terminal() && io::stdout().is_terminal() && !args.output.json;
     let steps = Steps::new(&args.output)?;
     let first = args.prompt.text()?;
