@@ -201,12 +201,19 @@ impl Policy for Gvote {
             Evict::Composite => {
                 // grown head by head, while the queries that were scored are freed layer by layer
                 self.score.reserve_exact(n);
-                let bits = |x: f32| u32::from(f16::from_f32(x * SCALE).to_bits());
-                self.score.extend(self.padded.iter().zip(&self.single).map(|(&a, &b)| bits(a) << 16 | bits(b)));
-                self.future.iter_mut().for_each(|m| *m *= SCALE);
-                self.half.convert_from_f32_slice(&self.future);
+                let Self { padded, single, future, half, .. } = self;
+                let scaled = |row: &mut [f32], out: &mut [f16]| {
+                    row.iter_mut().for_each(|x| *x *= SCALE);
+                    out.convert_from_f32_slice(row);
+                };
+                scaled(&mut padded[..n], half);
+                self.score.extend(half.iter().map(|a| u32::from(a.to_bits()) << 16));
+                scaled(single, half);
+                let start = self.score.len() - n;
+                self.score[start..].iter_mut().zip(&*half).for_each(|(s, b)| *s |= u32::from(b.to_bits()));
+                scaled(future, half);
                 self.mass.reserve_exact(n);
-                self.mass.extend_from_slice(&self.half);
+                self.mass.extend_from_slice(half);
             }
             Evict::Cells => {
                 add(&mut self.single_sum, &self.single);

@@ -1,5 +1,7 @@
 //! A continuation that is known already, read at the speed of a prompt.
 
+use std::ops::ControlFlow;
+
 use super::{SEQ, Session, SessionError};
 use crate::llama::{Batch, Pos, SeqId, Token};
 
@@ -14,29 +16,36 @@ impl Session {
     ///
     /// # Errors
     /// [`SessionError::PromptTooLong`] and whatever decoding fails with; the session is then as before.
-    pub fn follow(&mut self, tokens: &[Token], each: impl FnMut(usize, &[f32])) -> Result<(), SessionError> {
+    pub fn follow(&mut self, tokens: &[Token], mut each: impl FnMut(usize, &[f32])) -> Result<(), SessionError> {
         self.check_room(tokens.len())?;
-        let result = self.follow_in(SEQ, tokens, each);
+        let result = self.follow_in(SEQ, tokens, self.chunk, |i, logits| {
+            each(i, logits);
+            ControlFlow::Continue(())
+        });
         self.ctx.remove(SEQ, self.n_past, -1);
         result
     }
 
-    /// The same in any sequence that holds as many positions; its new cells stay.
+    /// The same in any sequence that holds as many positions, `at_once` tokens a batch, until `each` breaks; the new cells
+    /// stay.
     pub(super) fn follow_in(
         &mut self,
         seq: SeqId,
         tokens: &[Token],
-        mut each: impl FnMut(usize, &[f32]),
+        at_once: usize,
+        mut each: impl FnMut(usize, &[f32]) -> ControlFlow<()>,
     ) -> Result<(), SessionError> {
-        let mut batch = Batch::new(self.chunk);
-        for (start, chunk) in (0..).step_by(self.chunk).zip(tokens.chunks(self.chunk)) {
+        let mut batch = Batch::new(at_once);
+        for (start, chunk) in (0..).step_by(at_once).zip(tokens.chunks(at_once)) {
             batch.clear();
             for (i, &token) in chunk.iter().enumerate() {
                 batch.add(token, self.n_past + (start + i) as Pos, seq, true)?;
             }
             self.decode_batch(&batch, false)?;
             for i in 0..chunk.len() {
-                each(start + i, self.ctx.logits_at(i as i32)?);
+                if each(start + i, self.ctx.logits_at(i as i32)?).is_break() {
+                    return Ok(());
+                }
             }
         }
         Ok(())
