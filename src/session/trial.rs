@@ -106,7 +106,7 @@ impl Session {
         hidden: Range<Pos>,
         each: impl FnMut(usize, &[f32]) -> ControlFlow<()>,
     ) -> Result<(), SessionError> {
-        let at_once = self.at_once();
+        let at_once = self.at_once(tokens.len());
         self.ctx.copy(SEQ, SCRATCH, -1, -1);
         if !hidden.is_empty() {
             cache::hide(&mut self.ctx, SCRATCH, hidden.start, hidden.end);
@@ -116,11 +116,12 @@ impl Session {
         result
     }
 
-    /// Tokens of the draft in one batch.
-    fn at_once(&self) -> usize {
+    /// Tokens of a draft of `n` in one batch.
+    fn at_once(&self, n: usize) -> usize {
         let kv = self.cells_used() * self.bytes_per_cell().unwrap_or(0);
         let row = self.model().n_vocab() * size_of::<f32>();
-        ((LOGITS_SHARE * kv as f64) as usize / row).max(LEAST_AT_ONCE).min(self.chunk)
+        let most = ((LOGITS_SHARE * kv as f64) as usize / row).max(LEAST_AT_ONCE).min(self.chunk);
+        n.div_ceil(n.div_ceil(most))
     }
 
     fn search(&mut self, ranking: &Ranking, draft: &Draft, target: f64) -> Result<Trial, SessionError> {
