@@ -11,6 +11,7 @@ pub mod log;
 mod model;
 mod sampler;
 mod template;
+mod tensor_type;
 
 pub use batch::Batch;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
@@ -20,6 +21,7 @@ pub(crate) use model::Special;
 pub use model::{Model, ModelParams, Pieces, Token};
 pub use sampler::{Sampler, SamplerParams};
 pub use template::{ChatTemplate, Message, Role, TemplateError};
+pub use tensor_type::TensorType;
 
 use std::sync::Once;
 
