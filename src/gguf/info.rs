@@ -1,9 +1,10 @@
 //! What the metadata says of the model.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 
+use super::Tensor;
 use super::entry::Entry;
 use super::support::refusal;
 use super::walk::{Fault, HEAD_MAX, bad};
@@ -142,8 +143,8 @@ impl Keys<'_> {
     }
 }
 
-/// `n_tensors` of all files.
-pub(super) fn describe(entries: &[Entry], n_tensors: usize) -> Result<ModelInfo, Fault> {
+/// `tensors` of all files.
+pub(super) fn describe(entries: &[Entry], tensors: &[Tensor]) -> Result<ModelInfo, Fault> {
     let entries: HashMap<&str, &Entry> = entries.iter().map(|entry| (&*entry.key, entry)).collect();
     let named = entries.get("general.architecture").and_then(|entry| entry.value.as_ref()?.as_str());
     let Some(architecture) = named else {
@@ -166,6 +167,12 @@ pub(super) fn describe(entries: &[Entry], n_tensors: usize) -> Result<ModelInfo,
     let file_type = general("general.file_type").and_then(|n| FILE_TYPES.get(n as usize));
     let tokens = keys.entries.get("tokenizer.ggml.tokens").and_then(|entry| entry.elements);
 
+    let n_layer_kv = if architecture == "gemma3n" { 20 } else { n_block - shared };
+    let heads: HashSet<_> = (0..n_layer.min(n_layer_kv))
+        .filter(|&il| n_head_kv[il] > 0 && !windowed[il])
+        .map(|il| (n_heads[il], n_head_kv[il]))
+        .collect();
+
     let mut info = ModelInfo {
         architecture: architecture.into(),
         name: keys.text("general.name"),
@@ -186,10 +193,10 @@ pub(super) fn describe(entries: &[Entry], n_tensors: usize) -> Result<ModelInfo,
         sliding_window,
         windowed,
         n_split: general("split.count").unwrap_or(1) as usize,
-        n_layer_kv: if architecture == "gemma3n" { 20 } else { n_block - shared },
+        n_layer_kv,
         refusal: None,
     };
-    info.refusal = refusal(&keys, &info, n_tensors);
+    info.refusal = refusal(&keys, &info, tensors, heads.len() > 1);
     Ok(info)
 }
 

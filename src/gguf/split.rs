@@ -65,7 +65,7 @@ pub(super) fn join(path: &Path, mut first: OneFile) -> Result<Gguf, GgufError> {
         return Err(fault(bad(at, what)));
     }
     let (version, alignment, entries) = (first.version, first.found.alignment, first.found.entries);
-    let info = info::describe(&entries, tensors.len()).map_err(fault)?;
+    let info = info::describe(&entries, &tensors).map_err(fault)?;
     Ok(Gguf { version, alignment, parts, entries, tensors, info })
 }
 

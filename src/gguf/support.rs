@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::Tensor;
 use super::info::{Keys, ModelInfo};
 
 /// How far gvote can go with a model.
@@ -39,9 +40,10 @@ const REFUSED: &[(&str, &[&str])] = &[
     (ALIBI, &["bloom", "refact"]),
 ];
 const ALIBI: &str = "it uses ALiBi: its attention needs one position a cell for all heads";
+const SINKS: &str = "its attention has learned sinks, which a vote does not see";
 const MLA: &str = "it uses multi-head latent attention: its cache has no V";
 
-pub(super) fn refusal(keys: &Keys, info: &ModelInfo, n_tensors: usize) -> Option<&'static str> {
+pub(super) fn refusal(keys: &Keys, info: &ModelInfo, tensors: &[Tensor], is_uneven: bool) -> Option<&'static str> {
     let name = keys.architecture;
     if let Some(row) = REFUSED.iter().find(|row| row.1.contains(&name)) {
         return Some(row.0);
@@ -56,9 +58,12 @@ pub(super) fn refusal(keys: &Keys, info: &ModelInfo, n_tensors: usize) -> Option
         _ if positive("attention.key_length_mla") => Some(MLA),
         _ if alibi => Some(ALIBI),
         _ if !causal => Some("its attention looks ahead: it reads text and cannot write any"),
-        _ if n_tensors == 0 => Some("the file holds no weights"),
+        _ if tensors.is_empty() => Some("the file holds no weights"),
         (0, 0) => Some("its metadata names no layer with an attention cache"),
         (0, _) => Some("every layer uses a sliding window"),
+        // as `capture` and `session` would find when it is too late
+        _ if tensors.iter().any(|tensor| tensor.name.contains(".attn_sinks")) => Some(SINKS),
+        _ if is_uneven => Some("its layers differ in their number of heads, which is not supported yet"),
         _ => None,
     }
 }
