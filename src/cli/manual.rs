@@ -1,6 +1,5 @@
 //! `gvote completions` and `gvote man`: what a shell and `man` know of the command line.
 
-use std::io;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
@@ -54,7 +53,6 @@ pub fn completions(mut command: Command, args: &CompletionsArgs) -> Result<()> {
 }
 
 pub fn man(command: Command, args: &ManArgs) -> Result<()> {
-    // wrapped for a terminal, the text would keep its line ends
     let mut command = command.disable_help_subcommand(true);
     if let Some(folder) = &args.out {
         let written =
@@ -67,9 +65,7 @@ pub fn man(command: Command, args: &ManArgs) -> Result<()> {
         let next = found.find_subcommand(name);
         found = next.ok_or_else(|| Exit::Usage(format!("gvote has no command {name:?}: see gvote --help")))?;
     }
-    let name = found.get_bin_name().unwrap_or("gvote").replace(' ', "-");
     let mut page = Vec::new();
-    let rendered: io::Result<()> = clap_mangen::Man::new(found.clone().name(name)).render(&mut page);
-    rendered?;
+    clap_mangen::Man::new(found.clone()).render(&mut page)?;
     Ok(print(&String::from_utf8(page)?)?)
 }
