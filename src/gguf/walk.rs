@@ -221,18 +221,21 @@ impl<R: Read + Seek> Walk<R> {
         parse(version, key, found.kind, array, &data).map_err(|why| bad(found.data, why)).map(Some)
     }
 
+    fn kind(&mut self) -> Result<Kind, Fault> {
+        let number = self.u32()?;
+        Kind::of(number).ok_or_else(|| bad(self.pos - 4, format!("a value has type {number}, which there is not")))
+    }
+
     /// Step over a value, and find how much of it is worth keeping.
     fn extent(&mut self, elements_max: u64, bytes_max: u64) -> Result<Extent, Fault> {
-        let mut kind = Kind::of(self.u32()?);
-        let mut elements = None;
-        if kind == Some(Kind::Array) {
-            kind = Kind::of(self.u32()?).filter(|&kind| kind != Kind::Array);
+        let (mut kind, mut elements) = (self.kind()?, None);
+        if kind == Kind::Array {
+            kind = self.kind()?;
+            if kind == Kind::Array {
+                return Err(bad(self.pos - 4, "an array holds arrays"));
+            }
             elements = Some(self.length(STRING_MAX, "an array")?);
         }
-        let Some(kind) = kind else {
-            let at = self.pos - if elements.is_some() { 12 } else { 4 };
-            return Err(bad(at, "a value has a type that there is not"));
-        };
         let (data, n) = (self.pos, elements.unwrap_or(1));
         let Some(size) = kind.size() else {
             // what stands alone is kept or not as a whole
