@@ -40,7 +40,7 @@ pub struct PlanArgs {
     model: PathBuf,
 
     /// Memory to stay within, such as 8G or 512M: the GPU's, if layers go there, else the machine's
-    #[arg(long, value_name = "SIZE", value_parser = fit::size)]
+    #[arg(long, value_name = "SIZE", value_parser = fit::size, allow_hyphen_values = true)]
     memory: Option<usize>,
 
     /// Tokens of the prompt [default: what the model was trained for, less the answer]
