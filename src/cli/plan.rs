@@ -132,7 +132,7 @@ impl Plan {
         let file = Gguf::open(&args.model)?;
         let info = &file.info;
         let predict = args.predict as usize;
-        let trained = || info.n_ctx_train.saturating_sub(predict).max(1);
+        let trained = || info.n_ctx_train.min(fit::CELLS_MAX).saturating_sub(predict).max(1);
         let prompt = args.prompt.map_or_else(trained, |n| n as usize);
         let cells = prompt + predict;
 

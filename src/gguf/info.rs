@@ -168,9 +168,12 @@ pub(super) fn describe(entries: &[Entry], tensors: &[Tensor]) -> Result<ModelInf
     let tokens = keys.entries.get("tokenizer.ggml.tokens").and_then(|entry| entry.elements);
 
     let n_layer_kv = if architecture == "gemma3n" { 20 } else { n_block - shared };
-    let heads: HashSet<_> = (0..n_layer.min(n_layer_kv))
-        .filter(|&il| n_head_kv[il] > 0 && !windowed[il])
-        .map(|il| (n_heads[il], n_head_kv[il]))
+    let heads: HashSet<_> = n_heads
+        .iter()
+        .zip(n_head_kv.iter().zip(&windowed))
+        .take(n_layer_kv)
+        .filter(|(_, (n_head_kv, is_windowed))| **n_head_kv > 0 && !**is_windowed)
+        .map(|(n_head, (n_head_kv, _))| (*n_head, *n_head_kv))
         .collect();
 
     let mut info = ModelInfo {

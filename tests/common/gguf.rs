@@ -109,3 +109,39 @@ pub fn decoder<'a>(name: &'a str, extra: &[(&'a str, Value<'a>)]) -> Vec<(String
 pub fn borrowed<'a>(entries: &'a [(String, Value<'a>)]) -> Vec<(&'a str, Value<'a>)> {
     entries.iter().map(|(key, value)| (key.as_str(), *value)).collect()
 }
+
+fn whole(name: &str, extra: &[(&str, Value)], tensors: &[Tensor]) -> Vec<u8> {
+    let entries = decoder(name, extra);
+    let (mut file, size) = head(&borrowed(&entries), tensors);
+    file.resize(size as usize, 0);
+    file
+}
+
+/// Small files of every kind of content, to change at random.
+pub fn seeds() -> Vec<Vec<u8>> {
+    let words: Vec<String> = (0..600).map(|i| format!("w{i}")).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let rich = [
+        ("general.alignment", U32(32)),
+        ("general.file_type", U32(15)),
+        ("general.name", Text("gr\u{fc}n")),
+        (".attention.head_count_kv", Array(&[0, 1, 2, 2])),
+        (".attention.sliding_window", U32(128)),
+        (".attention.sliding_window_pattern", Array(&[1, 0, 1, 0])),
+        (".context_length", U64(8192)),
+        (".rope.freq_base", F32(1e6)),
+        (".attention.causal", Bool(true)),
+        ("tokenizer.chat_template", Text("{{ messages }}<|im_start|>")),
+        ("tokenizer.ggml.tokens", Texts(&words)),
+        ("tokenizer.ggml.token_type", Array(&[1; 600])),
+    ];
+    let split = [("split.no", U32(0)), ("split.count", U32(2)), ("split.tensors.count", U32(2))];
+    let plain = [tensor("output.weight", &[256, 2], 12, 288), tensor("blk.0.attn_norm.weight", &[8], 0, 32)];
+    let strange = [tensor("a", &[64], 39, 34), tensor("b", &[7, 7], 77, 64), tensor("c", &[128], 40, 72)];
+    vec![
+        whole("llama", &[], &plain),
+        whole("gemma3", &rich, &plain),
+        whole("gpt-oss", &[], &strange),
+        whole("qwen2", &split, &plain),
+    ]
+}

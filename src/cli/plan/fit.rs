@@ -9,7 +9,7 @@ use serde::Serialize;
 /// llama.cpp rounds the cells of a cache up to a multiple of this (`GGML_PAD` in `llama-context.cpp`).
 const CELLS_STEP: usize = 256;
 /// No plan goes past this.
-const CELLS_MAX: usize = 1 << 24;
+pub const CELLS_MAX: usize = 1 << 24;
 /// Steps of the search for the most cells that fit: interpolation needs three or four.
 const SEARCH_MAX: usize = 24;
 
@@ -56,7 +56,8 @@ impl Sizes<'_> {
         let most = match limit {
             Some(limit) => {
                 let twice = self.memory(cache_type, 2 * cells)?;
-                let grown = (twice.host.cache + twice.device.cache) - (memory.host.cache + memory.device.cache);
+                let cache = |memory: Memory| memory.host.cache + memory.device.cache;
+                let grown = cache(twice).saturating_sub(cache(memory));
                 // a window's cache grows too while it is not full
                 let lasting = match self.info.kv_bytes_per_cell(cache_type, cache_type) {
                     0 => usize::MAX,
