@@ -158,7 +158,8 @@ fn tensors_are_listed() {
 
 #[test]
 fn support_is_explained() {
-    let cases: [(&str, &[(&str, Value)], &str, &str); 5] = [
+    type Extra = &'static [(&'static str, Value<'static>)];
+    let cases: [(&str, Extra, &str, &str); 5] = [
         ("llama", &[], "composite", "composite: all 4 layers are compressed"),
         ("gemma2", &[], "base-only", "base cache only: the 2 layers that keep the whole context"),
         ("mamba", &[], "refused", "refused: it is recurrent and keeps no attention cache"),

@@ -12,7 +12,7 @@ use crate::llama::TensorType;
 /// Metadata entries a file may have. Real ones have 20 to 60.
 const ENTRIES_MAX: u64 = 1 << 12;
 /// Tensors a file may have. Real ones have up to a few thousand.
-const TENSORS_MAX: u64 = 1 << 20;
+const TENSORS_MAX: u64 = 1 << 17;
 /// Longest key, bytes: the format's own limit.
 const KEY_MAX: u64 = (1 << 16) - 1;
 /// Longest string, bytes, and longest array of numbers: `GGUF_MAX_STRING_LENGTH`, `GGUF_MAX_ARRAY_ELEMENTS`.
@@ -25,7 +25,7 @@ const TENSOR_NAME_MAX: u64 = 64;
 const DIMS_MAX: u32 = 4;
 /// Elements of an array that are kept: all of those that have one a layer (`LLAMA_MAX_LAYERS`).
 pub(super) const HEAD_MAX: u64 = 512;
-/// Largest value that is kept, and all of them together, bytes. Chat templates have up to 100 KB.
+/// Largest value that is kept, and all of them together with their keys, bytes. Chat templates have up to 100 KB.
 const VALUE_MAX: u64 = 1 << 20;
 const KEPT_MAX: u64 = 1 << 24;
 /// The same for one value that is asked for by its key: elements and bytes.
@@ -186,16 +186,16 @@ impl<R: Read + Seek> Walk<R> {
         }
         let found = self.extent(HEAD_MAX, VALUE_MAX)?;
         let value = self.value(version, &key, &found, VALUE_MAX)?;
-        self.kept += if value.is_some() { found.head_end - found.data } else { 0 };
+        self.kept += key.len() as u64 + if value.is_some() { found.head_end - found.data } else { 0 };
         if self.kept > KEPT_MAX {
             return Err(bad(offset, "its metadata is too large"));
         }
         Ok(Entry { key, offset, kind: found.kind, elements: found.elements, value })
     }
 
-    /// The value of the entry at `offset`, and all of it; None where it is too long to be printed.
+    /// From the start of the file: the value of the entry at `offset`, all of it; None where it is too long to be printed.
     pub fn whole_value(&mut self, version: u32, offset: u64) -> Result<Option<Value>, Fault> {
-        self.go_to(offset)?;
+        self.skip(offset)?;
         let key = self.name(KEY_MAX, "a key")?;
         let found = self.extent(WHOLE_ELEMENTS_MAX, WHOLE_MAX)?;
         if found.elements.is_some_and(|n| n > found.head) {
