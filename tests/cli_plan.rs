@@ -5,6 +5,8 @@ mod cli;
 #[path = "common/gguf.rs"]
 mod file;
 
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::Path;
 
 use cli::{Done, bare, finish, gvote, model, optional};
@@ -211,11 +213,38 @@ fn nonsense_is_a_usage_error() {
 fn a_file_that_is_no_model_is_refused_before_llama_cpp_sees_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    std::fs::write(&path, file::handwritten(&[("general.architecture", file::Value::Text("llama"))], 0)).unwrap();
+    fs::write(&path, file::handwritten(&[("general.architecture", file::Value::Text("llama"))], 0)).unwrap();
     // well-formed, but llama.cpp misses what makes a llama
     let done = plan(&path, &["--prompt", "100"]);
     assert_eq!((done.status, done.stderr.lines().count()), (1, 1), "{}", done.stderr);
     assert!(done.stderr.contains("llama.cpp cannot load this model"), "{}", done.stderr);
-    std::fs::write(&path, "text").unwrap();
+    fs::write(&path, "text").unwrap();
     assert!(plan(&path, &[]).stderr.contains("not a GGUF file"));
+}
+
+#[test]
+fn a_refused_model_is_planned_without_a_vote_and_without_its_weights() {
+    // SmolLM2's head, with a hole for its weights, as a file that says it is no model: llama.cpp does not mind
+    let mut head = vec![0; 2 << 20];
+    File::open(model()).unwrap().read_exact(&mut head).unwrap();
+    let kind = head.windows(12).position(|w| w == b"general.type").unwrap() + 12 + 4 + 8;
+    assert_eq!(&head[kind..kind + 5], b"model");
+    head[kind..kind + 5].copy_from_slice(b"other");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("it's a model.gguf");
+    fs::write(&path, head).unwrap();
+    let size = fs::metadata(model()).unwrap().len();
+    File::options().write(true).open(&path).unwrap().set_len(size).unwrap();
+
+    let args = ["--prompt", "1000", "-n", "24"];
+    let found = plan(&path, &[&args[..], &["--json"]].concat()).ok().json().remove(0);
+    assert_eq!(found["after_vote"], serde_json::json!([]));
+    assert_eq!(found["vote_bytes"], 0);
+    // no cells to spare for a vote
+    assert_eq!(number(&of_type(&found, "f16")["kv_cache"]), 1024 * 23_040);
+    let command = found["command"].as_str().unwrap();
+    assert!(command.contains(r"/it'\''s a model.gguf'") && command.ends_with("--policy full"), "{command}");
+    let text = plan(&path, &args).ok().stdout;
+    assert!(text.contains("policy      full, for nothing can be compressed: it is an adapter"), "{text}");
+    assert!(!text.contains("a vote"), "{text}");
 }
