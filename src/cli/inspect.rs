@@ -22,7 +22,7 @@ Examples:
   gvote inspect model.gguf --metadata tokenizer.chat_template
   gvote inspect model-00001-of-00003.gguf --json | jq .kv_bytes_per_cell.q8_0
 
-Only the head of the file is read, so that the size of the model does not matter. Of a split model the first file is named; the
+Only the head of the file is read, so that the size of the model does not matter. Of a split model the first file is named; the \
 others are found beside it.";
 
 /// Say what a model file holds, what its KV cache takes, and whether gvote can compress it

@@ -25,8 +25,8 @@ Examples:
   gvote plan model.gguf --memory 24G --prompt 100000 -ngl all --json | jq -r .command
   gvote plan model.gguf --prompt 4096 -ub 128
 
-The sizes of weights, KV cache and compute buffers are llama.cpp's own: it works them out for this machine without allocating or
-reading the weights. Not in them: the vocabulary, the program itself, and what a vote needs while it works; the report names an
+The sizes of weights, KV cache and compute buffers are llama.cpp's own: it works them out for this machine without allocating or \
+reading the weights. Not in them: the vocabulary, the program itself, and what a vote needs while it works; the report names an \
 estimate of the last. How much a vote keeps is found for each request and cannot be known beforehand.
 
 Exit status: 1 if the prompt does not fit with any cache type.";
