@@ -42,7 +42,7 @@ doc: ## build the documentation of the library
 SHARE     = $(DESTDIR)$(PREFIX)/share
 
 install: ## install the program, its manual pages and shell completions under PREFIX
-	cargo build --release
+	env -u DESTDIR -u MAKEFLAGS cargo build --release # cmake would install llama.cpp's libraries there too
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(SHARE)/doc/gvote" "$(SHARE)/bash-completion/completions" \
 	    "$(SHARE)/zsh/site-functions" "$(SHARE)/fish/vendor_completions.d"
 	install -m 755 target/release/gvote "$(DESTDIR)$(PREFIX)/bin/"
