@@ -5,7 +5,7 @@ DOC      ?= /usr/share/common-licenses/GFDL-1.3
 QUESTION ?= Answer in one sentence: what is the purpose of this License?
 PREFIX   ?= /usr/local
 
-.PHONY: help run test bench bench-peers results doc install setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers results doc install setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,12 @@ run: setup ## install what is needed, build, and ask a question about a long doc
 
 test: setup ## run the whole test suite
 	cargo test
+
+fuzz: ## fuzz the reader of model files for 10 minutes (needs Rust nightly and cargo-fuzz)
+	mkdir -p fuzz/target
+	rustc --edition 2024 -o fuzz/target/seeds fuzz/seeds.rs
+	fuzz/target/seeds fuzz/corpus/gguf
+	cargo +nightly fuzz run gguf -- -max_total_time=600 -rss_limit_mb=1024
 
 bench: setup ## measure what a vote costs (long); for what it keeps see gvote eval
 	cargo bench --bench cost
@@ -33,11 +39,18 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 
-install: ## install program, libraries and header under PREFIX
-	cargo build --release
-	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/doc/gvote"
+SHARE     = $(DESTDIR)$(PREFIX)/share
+
+install: ## install the program, its manual pages and shell completions under PREFIX
+	env -u DESTDIR -u MAKEFLAGS cargo build --release # cmake would install llama.cpp's libraries there too
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(SHARE)/doc/gvote" "$(SHARE)/bash-completion/completions" \
+	    "$(SHARE)/zsh/site-functions" "$(SHARE)/fish/vendor_completions.d"
 	install -m 755 target/release/gvote "$(DESTDIR)$(PREFIX)/bin/"
-	install -m 644 README.md LICENSE "$(DESTDIR)$(PREFIX)/share/doc/gvote/"
+	install -m 644 README.md LICENSE "$(SHARE)/doc/gvote/"
+	target/release/gvote man --out "$(SHARE)/man/man1"
+	target/release/gvote completions bash > "$(SHARE)/bash-completion/completions/gvote"
+	target/release/gvote completions zsh > "$(SHARE)/zsh/site-functions/_gvote"
+	target/release/gvote completions fish > "$(SHARE)/fish/vendor_completions.d/gvote.fish"
 
 setup: ## install prerequisites, fetch sources and the default model
 	@scripts/install-prerequisites

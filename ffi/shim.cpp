@@ -1,6 +1,7 @@
 #include "shim.h"
 
 #include "llama-context.h"
+#include "llama-ext.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
@@ -239,6 +240,24 @@ void gvote_shim_table_commit(llama_context * ctx, llama_seq_id seq, gvote_shim_t
         kv->seq_rm(seq, table->sacrifice, -1);
     }
     delete table;
+}
+
+const char * gvote_shim_memory(llama_context * ctx, gvote_shim_memory_use * host, gvote_shim_memory_use * device) {
+    return guarded([&]() -> const char * {
+        *host   = {};
+        *device = {};
+        for (const auto & [buft, use] : llama_get_memory_breakdown(ctx)) {
+            // buffers of repacked weights are of the CPU too, though the host must not read them
+            const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+            const auto type = dev == nullptr ? GGML_BACKEND_DEVICE_TYPE_CPU : ggml_backend_dev_type(dev);
+            const bool is_gpu = type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+            gvote_shim_memory_use * sum = is_gpu && !ggml_backend_buft_is_host(buft) ? device : host;
+            sum->model   += use.model;
+            sum->cache   += use.context;
+            sum->compute += use.compute;
+        }
+        return nullptr;
+    });
 }
 
 void gvote_shim_set_eval_callback(llama_context * ctx, ggml_backend_sched_eval_callback cb, void * user_data) {
