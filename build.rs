@@ -14,7 +14,7 @@ const BACKENDS: &[(&str, &str, &str, &[&str])] = &[
 ];
 
 fn main() {
-    for file in ["build.rs", "ffi/shim.h", "ffi/shim.cpp", "vendor/Cargo.toml", "vendor/Cargo.lock"] {
+    for file in ["build.rs", "ffi", "vendor/Cargo.toml", "vendor/Cargo.lock"] {
         println!("cargo:rerun-if-changed={file}");
     }
     for var in ["LLAMA_CPP_DIR", "GVOTE_NATIVE", "GVOTE_SHARED", "CUDA_PATH"] {
@@ -159,7 +159,7 @@ fn compile_shim(source: &Path) {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
-        .file("ffi/shim.cpp")
+        .files(["ffi/shim.cpp", "ffi/park.cpp", "ffi/visit.cpp"])
         .includes(include_dirs(source))
         // llama.cpp's own headers warn
         .warnings(false)

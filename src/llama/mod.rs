@@ -13,6 +13,7 @@ mod sampler;
 mod template;
 
 pub use batch::Batch;
+pub(crate) use context::Visit;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
 pub use device::{Device, devices};
 pub use error::LlamaError;

@@ -81,11 +81,12 @@ pub fn captured(ctx: &mut Context, tokens: &[Token]) -> Capture {
     let layout = Layout::of(ctx, 0).expect("a cache that can be compacted");
     let params = Params::default();
     let mut capture = Capture::new(ctx, &layout, params.window, params.sinks);
+    capture.follow(0);
     let mut batch = Batch::new(tokens.len());
     for (i, &token) in tokens.iter().enumerate() {
         batch.add(token, i as Pos, 0, i + 1 == tokens.len()).expect("the batch has room");
     }
-    capture.decode(ctx, 0, &batch).expect("decodes");
+    capture.decode(ctx, &batch).expect("decodes");
     capture
 }
 
