@@ -41,6 +41,7 @@ pub mod compact;
 mod divergence;
 pub mod eval;
 pub mod gguf;
+pub mod guest;
 pub mod llama;
 pub mod policy;
 pub mod score;
