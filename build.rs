@@ -25,7 +25,11 @@ fn main() {
     compile_shim(&source);
     generate_bindings(&source);
     link(&libraries);
-    println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={}", version_of(&source));
+    let [llama, ggml] = [("CMakeLists.txt", "LLAMA"), ("ggml/CMakeLists.txt", "GGML")].map(|(file, prefix)| {
+        version_of(&source.join(file), prefix).unwrap_or_else(|| fail(&format!("{file} of llama.cpp names no version")))
+    });
+    println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={llama}");
+    println!("cargo:rustc-env=GVOTE_GGML_VERSION={ggml}");
 }
 
 /// A checkout named by the environment, or one in vendor/, or the pin.
@@ -178,6 +182,22 @@ fn generate_bindings(source: &Path) {
     for dir in include_dirs(source) {
         builder = builder.clang_arg(format!("-I{}", dir.display()));
     }
+    write_bindings(builder, "bindings.rs");
+    // the C interface of this crate itself: its types are those of the header, see src/capi.rs
+    let header = bindgen::Builder::default()
+        .header("ffi/gvote.h")
+        .allowlist_item("(gvote|GVOTE)_.*")
+        .blocklist_type("llama_context|ggml_tensor|gvote|gvote_t")
+        .raw_line("use crate::capi::handle::gvote_t;")
+        .raw_line("use crate::sys::{ggml_tensor, llama_context};")
+        .generate_comments(false)
+        .derive_default(true)
+        .prepend_enum_name(false)
+        .layout_tests(false);
+    write_bindings(header, "gvote_h.rs");
+}
+
+fn write_bindings(builder: bindgen::Builder, name: &str) {
     // bindgen panics where libclang is missing, with a text that names no package
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| builder.generate()));
     let bindings = match result {
@@ -186,7 +206,7 @@ fn generate_bindings(source: &Path) {
         Err(_) => fail("libclang is missing; on Debian: apt-get install libclang-dev"),
     };
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    bindings.write_to_file(out.join("bindings.rs")).expect("OUT_DIR can be written");
+    bindings.write_to_file(out.join(name)).expect("OUT_DIR can be written");
 }
 
 fn link(libraries: &Path) {
@@ -221,17 +241,14 @@ fn link(libraries: &Path) {
     }
 }
 
-/// The version in llama.cpp's own CMakeLists.txt.
-fn version_of(source: &Path) -> String {
-    let text = fs::read_to_string(source.join("CMakeLists.txt")).unwrap_or_default();
+/// The version in a CMakeLists.txt of llama.cpp or ggml.
+fn version_of(file: &Path, prefix: &str) -> Option<String> {
+    let text = fs::read_to_string(file).ok()?;
     let part = |name: &str| {
-        let line = text.lines().find(|l| l.contains(&format!("set(LLAMA_VERSION_{name}")))?;
+        let line = text.lines().find(|l| l.contains(&format!("set({prefix}_VERSION_{name}")))?;
         Some(line.split_whitespace().nth(1)?.trim_end_matches(')').to_owned())
     };
-    match (part("MAJOR"), part("MINOR"), part("PATCH")) {
-        (Some(major), Some(minor), Some(patch)) => format!("{major}.{minor}.{patch}"),
-        _ => "unknown".into(),
-    }
+    Some(format!("{}.{}.{}", part("MAJOR")?, part("MINOR")?, part("PATCH")?))
 }
 
 fn which(program: &str) -> Option<PathBuf> {

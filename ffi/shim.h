@@ -129,6 +129,10 @@ void gvote_shim_visit_end(struct gvote_shim_visit * visit);
 void gvote_shim_get_eval_callback(
         struct llama_context * ctx, ggml_backend_sched_eval_callback * callback, void ** user_data);
 
+// Whether the members of a living context lie where the headers that the shim was compiled with say: NULL, or the name of one
+// that does not. Looks at addresses only, before anything is followed or changed.
+const char * gvote_shim_check_layout(struct llama_context * ctx);
+
 // Most rows of outputs that a batch may ask for.
 uint32_t gvote_shim_outputs_max(struct llama_context * ctx);
 

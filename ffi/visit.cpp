@@ -2,7 +2,16 @@
 
 #include "shim.hpp"
 
+#include "llama-ext.h"
+
 namespace {
+
+GVOTE_REVEAL(llama_context, cparams);
+GVOTE_REVEAL(llama_context, memory);
+GVOTE_REVEAL(llama_context, sched);
+GVOTE_REVEAL(llama_context, gf_res_reserve);
+GVOTE_REVEAL(llama_kv_cache, v_cells_impl);
+GVOTE_REVEAL(llama_kv_cache, n_stream);
 
 GVOTE_REVEAL(llama_context, abort_callback);
 GVOTE_REVEAL(llama_context, abort_callback_data);
@@ -117,4 +126,44 @@ void gvote_shim_visit_end(gvote_shim_visit * visit) {
     gvote_shim_set_eval_callback(ctx, visit->cb_eval, visit->cb_eval_user_data);
     llama_set_abort_callback(ctx, visit->abort_callback, visit->abort_callback_data);
     delete visit;
+}
+
+// get_cparams() and the like are functions of the library: what they answer tells where its compiler put the members.
+const char * gvote_shim_check_layout(llama_context * ctx) {
+    return guarded([&]() -> const char * {
+        if (&ctx->get_cparams() != &GVOTE_MEMBER(ctx, cparams)) {
+            return "llama_context::cparams";
+        }
+        const llama_cparams & cparams = ctx->get_cparams();
+        if (cparams.n_ctx != llama_n_ctx(ctx) || cparams.n_batch != llama_n_batch(ctx) ||
+            cparams.n_ubatch != llama_n_ubatch(ctx) || cparams.n_seq_max != llama_n_seq_max(ctx) ||
+            cparams.causal_attn != ctx->get_causal_attn() || cparams.pooling_type != ctx->pooling_type()) {
+            return "a member of llama_cparams";
+        }
+        if (ctx->get_memory() != GVOTE_MEMBER(ctx, memory).get()) {
+            return "llama_context::memory";
+        }
+        if (ctx->get_sched() != GVOTE_MEMBER(ctx, sched).get()) {
+            return "llama_context::sched";
+        }
+        // one of the last members: what lies before it, among them the outputs, has the size that it should have
+        if (ctx->get_gf_res_reserve() != GVOTE_MEMBER(ctx, gf_res_reserve).get()) {
+            return "llama_context::gf_res_reserve";
+        }
+        for (llama_kv_cache * kv : { base_cache(ctx), ctx->get_memory() != nullptr ? window_cache(ctx) : nullptr }) {
+            if (kv == nullptr) {
+                continue;
+            }
+            if (kv->get_n_stream() != kv->*member_of(llama_kv_cache_n_stream{})) {
+                return "llama_kv_cache::n_stream";
+            }
+            // the search heads lie between the two
+            const auto & cells = kv->*member_of(llama_kv_cache_v_cells_impl{});
+            if (!cells || &kv->get_cells(0) != &cells->at(kv->get_stream(0)) ||
+                (kv->*member_of(llama_kv_cache_v_heads{})).size() != kv->get_n_stream()) {
+                return "llama_kv_cache::v_cells";
+            }
+        }
+        return nullptr;
+    });
 }

@@ -5,8 +5,6 @@
 //! (`llama_memory_seq_rm`, `seq_add`, a loaded state) is noticed: a removed tail is followed, anything else is refused.
 
 mod known;
-#[cfg(test)]
-mod tests;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -95,6 +93,21 @@ impl Guest {
     /// Once true, a running or later vote answers with [`LlamaError::Cancelled`] until it is cleared.
     pub fn cancel_flag(&self) -> Arc<AtomicBool> {
         self.cancel.clone()
+    }
+
+    /// The settings of votes.
+    pub fn policy(&self) -> &policy::Params {
+        &self.policy
+    }
+
+    /// Whether the rounding of a quantized K cache is accounted for.
+    pub fn account_error(&self) -> bool {
+        self.account_error
+    }
+
+    /// Why nothing is listened to any more, if so.
+    pub fn deaf_reason(&self) -> Option<String> {
+        self.home.as_ref()?.deaf.as_ref().map(ToString::to_string)
     }
 
     /// The callback that is called beside ours.

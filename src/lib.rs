@@ -36,6 +36,7 @@
 
 mod bytes;
 pub mod cache;
+mod capi;
 pub mod capture;
 pub mod compact;
 mod divergence;
