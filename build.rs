@@ -133,6 +133,11 @@ fn build_llama(source: &Path) -> PathBuf {
     for (_, option, ..) in enabled_backends() {
         config.define(option, "ON");
     }
+    if shared {
+        // the libraries find each other wherever they are put together
+        let here = if cfg!(target_os = "macos") { "@loader_path" } else { "$ORIGIN" };
+        config.define("CMAKE_INSTALL_RPATH", here);
+    }
     if compiler.is_like_gnu() && gcc_major(&compiler) == Some(12) {
         // gcc 12 drops the stores before ldtilecfg in ggml-cpu/amx/mmq.cpp: SIGILL at the first batch on a CPU with AMX
         config.cxxflag("-fno-dse");
@@ -187,7 +192,7 @@ fn generate_bindings(source: &Path) {
     let header = bindgen::Builder::default()
         .header("ffi/gvote.h")
         .allowlist_item("(gvote|GVOTE)_.*")
-        .blocklist_type("llama_context|ggml_tensor|gvote|gvote_t")
+        .blocklist_type("llama_context|ggml_tensor|gvote_handle|gvote_t")
         .raw_line("use crate::capi::handle::gvote_t;")
         .raw_line("use crate::sys::{ggml_tensor, llama_context};")
         .generate_comments(false)

@@ -71,7 +71,7 @@ struct llama_context; /* llama.h */
 struct ggml_tensor;   /* ggml.h */
 
 /* A handle: settings, and what is known of the sequences of one context. Opaque. */
-typedef struct gvote gvote_t;
+typedef struct gvote_handle gvote_t;
 
 /* What came of a call. gvote_status_string() has a few words for each. */
 typedef enum gvote_status {
