@@ -53,6 +53,8 @@ pub enum ScoreError {
 const HOST_CHUNK: usize = 17;
 /// On a device starting a kernel costs more than memory.
 const DEVICE_CHUNK: usize = 128;
+/// Cells whose values one graph turns into f32, on the host.
+const HOST_CELLS: usize = 1024;
 
 /// The queries of a vote for one layer of the cache.
 pub struct LayerQueries {
@@ -105,7 +107,10 @@ impl Scorer {
         let mut head = 0;
         let mut gathered = Gathered::default();
         // a device computes one graph after another anyway, and large ones better than small ones
-        let (n_threads, chunk) = if layout.is_host() { (self.threads.len(), HOST_CHUNK) } else { (1, DEVICE_CHUNK) };
+        let (n_threads, chunk, cells_at_once) = match layout.is_host() {
+            true => (self.threads.len(), HOST_CHUNK, HOST_CELLS),
+            false => (1, DEVICE_CHUNK, view.n_kv.max(1)),
+        };
         for (batch, layers) in layout.layers.chunks(n_threads).enumerate() {
             let mut graphs = Vec::with_capacity(layers.len());
             for (i, layer) in layers.iter().enumerate() {
@@ -119,6 +124,7 @@ impl Scorer {
                     coarseness: account_error.then(|| Coarseness::of(type_)).flatten(),
                     queries,
                     chunk,
+                    cells_at_once,
                     v_trans: layout.info.v_trans,
                     n_cells: layout.n_cells(),
                 });

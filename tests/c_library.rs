@@ -28,7 +28,8 @@ fn library() -> &'static Library {
             .arg(&target)
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .env("GVOTE_SHARED", "1"));
-        let installed = |entry: &PathBuf| entry.to_string_lossy().ends_with("-shared") && entry.join("include").is_dir();
+        let installed =
+            |entry: &PathBuf| entry.to_string_lossy().ends_with("-shared") && entry.join("include").is_dir();
         let entries = target.read_dir().unwrap().map(|entry| entry.unwrap().path());
         let llama = entries.filter(installed).max_by_key(|path| path.metadata().unwrap().modified().unwrap());
         Library { gvote: target.join("debug"), llama: llama.expect("llama.cpp was installed") }
@@ -40,10 +41,8 @@ fn source(name: &str) -> PathBuf {
 }
 
 fn model() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"),
-        PathBuf::from,
-    );
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"), PathBuf::from);
     let path = cache.join("gvote/models/SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.exists(), "{} is missing: run `make setup`", path.display());
     path
@@ -102,9 +101,8 @@ fn the_library_exports_what_the_header_declares_and_nothing_else() {
     exported.sort_unstable();
     let header = std::fs::read_to_string(source("ffi/gvote.h")).unwrap();
     let declarations = header.lines().filter_map(|line| line.strip_prefix("GVOTE_API "));
-    let mut declared: Vec<&str> = declarations
-        .filter_map(|line| line.split('(').next()?.split([' ', '*']).next_back())
-        .collect();
+    let mut declared: Vec<&str> =
+        declarations.filter_map(|line| line.split('(').next()?.split([' ', '*']).next_back()).collect();
     declared.sort_unstable();
     assert_eq!(exported, declared);
 }

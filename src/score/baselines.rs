@@ -1,4 +1,4 @@
-//! Measures that only the baselines read: the weight under a Gaussian query, value norms, and the likeness of keys.
+//! Measures of keys and values by themselves, and the weight under a Gaussian query.
 
 use super::device::Device;
 use super::graph::{Builder, LayerGraph, Target, Tensor, read};
@@ -74,16 +74,20 @@ impl LayerGraph<'_> {
     ) -> Result<(), ScoreError> {
         let n_kv = self.view.n_kv;
         for (kv, score) in scores.iter_mut().enumerate() {
-            let mut b = Builder::new(48)?;
-            let norms = needs.value_norm.then(|| self.squared_norms(&mut b, kv));
-            let likeness = needs.key_similarity.then(|| self.likeness(&mut b, kv));
-            b.compute(device)?;
-            if let Some(norms) = norms {
+            if needs.value_norm {
                 score.value_norm.resize(n_kv, 0.0);
-                read(&mut score.value_norm, norms);
-                score.value_norm.iter_mut().for_each(|x| *x = x.sqrt());
+                for (i, norms) in score.value_norm.chunks_mut(self.cells_at_once).enumerate() {
+                    let mut b = Builder::new(48)?;
+                    let squared = self.squared_norms(&mut b, kv, i * self.cells_at_once, norms.len());
+                    b.compute(device)?;
+                    read(norms, squared);
+                    norms.iter_mut().for_each(|x| *x = x.sqrt());
+                }
             }
-            if let Some((dots, length)) = likeness {
+            if needs.key_similarity {
+                let mut b = Builder::new(48)?;
+                let (dots, length) = self.likeness(&mut b, kv);
+                b.compute(device)?;
                 score.key_similarity.resize(n_kv, 0.0);
                 read(&mut score.key_similarity, dots);
                 let mut squared = [0.0];
@@ -95,10 +99,9 @@ impl LayerGraph<'_> {
         Ok(())
     }
 
-    /// Squared lengths of one KV head's values. `[1, n_kv]`
-    fn squared_norms(&self, b: &mut Builder, kv: usize) -> Tensor {
+    /// Squared lengths of one KV head's values in `n` cells from `first` on. `[1, n]`
+    fn squared_norms(&self, b: &mut Builder, kv: usize, first: usize, n: usize) -> Tensor {
         let d = i64::from(self.layer.n_embd_head_v);
-        let n_kv = self.view.n_kv as i64;
         // SAFETY: the views stay inside V's storage, as in compact.rs.
         unsafe {
             let v = self.layer.v;
@@ -106,14 +109,15 @@ impl LayerGraph<'_> {
             let values = if self.v_trans {
                 let element = sys::ggml_type_size((*v).type_);
                 let channel = element * self.n_cells;
-                let view = sys::ggml_view_2d(b.ctx, v, n_kv, d, channel, stream + kv * d as usize * channel);
-                let floats = sys::ggml_cast(b.ctx, view, sys::GGML_TYPE_F32); // [n_kv, d]
+                let offset = stream + kv * d as usize * channel + first * element;
+                let view = sys::ggml_view_2d(b.ctx, v, n as i64, d, channel, offset);
+                let floats = sys::ggml_cast(b.ctx, view, sys::GGML_TYPE_F32); // [n, d]
                 sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, floats))
             } else {
-                let offset = stream + kv * sys::ggml_row_size((*v).type_, d);
-                let view = sys::ggml_view_2d(b.ctx, v, d, n_kv, (*v).nb[1], offset);
-                self.as_floats(b, view)
-            }; // [d, n_kv]
+                let offset = stream + first * (*v).nb[1] + kv * sys::ggml_row_size((*v).type_, d);
+                let view = sys::ggml_view_2d(b.ctx, v, d, n as i64, (*v).nb[1], offset);
+                self.as_floats(b, view, n)
+            }; // [d, n]
             let squared = sys::ggml_sqr(b.ctx, values);
             let sums = sys::ggml_sum_rows(b.ctx, squared);
             b.output(sums)
@@ -127,7 +131,7 @@ impl LayerGraph<'_> {
         let k = self.k_view(b, kv);
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
-            let keys = self.as_floats(b, k);
+            let keys = self.as_floats(b, k, self.view.n_kv);
             let unit = sys::ggml_l2_norm(b.ctx, keys, NORM_EPSILON); // [d, n_kv]
             let across = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, unit)); // [n_kv, d]
             let sum = sys::ggml_mul_mat(b.ctx, across, owned); // [d, 1]
@@ -138,9 +142,9 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The rows of a matrix of any type as f32. `[d, n_kv]`
-    fn as_floats(&self, b: &mut Builder, rows: Tensor) -> Tensor {
-        let index = b.indices(self.view.n_kv);
+    /// The `n` rows of a matrix of any type as f32. `[d, n]`
+    fn as_floats(&self, b: &mut Builder, rows: Tensor, n: usize) -> Tensor {
+        let index = b.indices(n);
         // SAFETY: one index for each row.
         unsafe { sys::ggml_get_rows(b.ctx, rows, index) }
     }

@@ -212,6 +212,8 @@ pub(super) struct LayerGraph<'a> {
     pub coarseness: Option<Coarseness>,
     /// Queries of one graph.
     pub chunk: usize,
+    /// Cells whose values one graph measures.
+    pub cells_at_once: usize,
     /// V is stored transposed, in rows of so many cells.
     pub v_trans: bool,
     pub n_cells: usize,

@@ -136,19 +136,23 @@ impl Vote<'_> {
         hidden: Range<Pos>,
         each: impl FnMut(usize, &[f32]) -> ControlFlow<()>,
     ) -> Result<(), VoteError> {
-        let at_once = self.at_once();
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let at_once = self.at_once(tokens.len());
         let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
         let mut parked = Parked::new(self.ctx, seq, tokens.len())?;
         parked.hide(hidden);
         follow(&mut parked, seq, n_past, tokens, at_once, |ctx, batch| Ok(ctx.decode(batch)?), each)
     }
 
-    /// Tokens of the draft in one batch.
-    fn at_once(&self) -> usize {
+    /// Tokens of a draft of `n` in one batch.
+    fn at_once(&self, n: usize) -> usize {
         let kv = cache::cells(self.ctx, self.sequence.id).len() * self.voter.layout.bytes_per_cell();
         let row = self.ctx.model().n_vocab() * size_of::<f32>();
         let worthwhile = ((LOGITS_SHARE * kv as f64) as usize / row).max(LEAST_AT_ONCE);
-        worthwhile.min(self.chunk()).min(self.ctx.n_outputs_max())
+        let most = worthwhile.min(self.chunk()).min(self.ctx.n_outputs_max());
+        n.div_ceil(n.div_ceil(most))
     }
 
     fn search(&mut self, ranking: &Ranking, draft: &Draft, target: f64) -> Result<Trial, VoteError> {
