@@ -136,6 +136,15 @@ uint32_t gvote_shim_owners(llama_context * ctx, const int64_t * index, uint32_t 
     return n_owners;
 }
 
+int32_t gvote_shim_decode(llama_context * ctx, llama_batch batch) {
+    int32_t status = GVOTE_SHIM_EXCEPTION;
+    guarded([&]() -> const char * {
+        status = llama_decode(ctx, batch);
+        return nullptr;
+    });
+    return status;
+}
+
 void gvote_shim_update(llama_context * ctx) {
     guarded([&]() -> const char * {
         ctx->memory_update(false);

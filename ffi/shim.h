@@ -69,6 +69,12 @@ void gvote_shim_rows(
 // for llama_max_parallel_sequences() of them.
 uint32_t gvote_shim_owners(struct llama_context * ctx, const int64_t * index, uint32_t n, llama_seq_id * out);
 
+// What llama_decode() answers when it raises an exception instead.
+#define GVOTE_SHIM_EXCEPTION (-100)
+
+// llama_decode(), which lets exceptions through: GVOTE_SHIM_EXCEPTION for one.
+int32_t gvote_shim_decode(struct llama_context * ctx, struct llama_batch batch);
+
 // Applies what llama.cpp has put off until the next batch: shifts of positions, copies between streams.
 void gvote_shim_update(struct llama_context * ctx);
 

@@ -94,20 +94,22 @@ pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
 }
 
 /// What `seq` holds in each of `cells`, which count over all streams.
-pub(crate) fn rows(
-    ctx: *mut sys::llama_context,
-    seq: SeqId,
-    cells: &[i64],
-) -> impl Iterator<Item = sys::gvote_shim_row> + use<> {
+///
+/// # Safety
+/// `ctx` is valid, and its layout was accepted.
+pub(crate) unsafe fn rows(ctx: *mut sys::llama_context, seq: SeqId, cells: &[i64]) -> Vec<sys::gvote_shim_row> {
     let mut out = vec![sys::gvote_shim_row { pos: -1, token: -1 }; cells.len()];
-    // SAFETY: both arrays have as many entries; the context's layout was accepted.
+    // SAFETY: both arrays have as many entries; see above for the context.
     unsafe { sys::gvote_shim_rows(ctx, seq, cells.as_ptr(), cells.len() as u32, out.as_mut_ptr()) };
-    out.into_iter()
+    out
 }
 
 /// The sequences that own any of `cells`, which count over all streams.
-pub(crate) fn owners(ctx: *mut sys::llama_context, cells: &[i64]) -> Vec<SeqId> {
-    // SAFETY: the buffer has the size that the shim asks for; the context's layout was accepted.
+///
+/// # Safety
+/// `ctx` is valid, and its layout was accepted.
+pub(crate) unsafe fn owners(ctx: *mut sys::llama_context, cells: &[i64]) -> Vec<SeqId> {
+    // SAFETY: the buffer has the size that the shim asks for; see above for the context.
     unsafe {
         let mut out = vec![0; sys::llama_max_parallel_sequences()];
         let n = sys::gvote_shim_owners(ctx, cells.as_ptr(), cells.len() as u32, out.as_mut_ptr());

@@ -371,20 +371,20 @@ impl Inner {
         if let Mode::Prompt = self.mode
             && self.follows_all
         {
-            for seq in cache::owners(self.ctx, &cells) {
+            // SAFETY: the context is decoding, and its layout was accepted.
+            for seq in unsafe { cache::owners(self.ctx, &cells) } {
                 self.records.entry(seq).or_insert_with(|| Record::new(&self.layers, self.window));
             }
         }
         self.rows_known = true;
         for (seq, record) in &mut self.records {
-            record.rows = cache::rows(self.ctx, *seq, &cells)
-                .enumerate()
-                .filter(|(_, row)| row.pos >= 0)
-                .map(|(i, row)| (i, row.pos))
-                .collect();
+            // SAFETY: as above.
+            let rows = unsafe { cache::rows(self.ctx, *seq, &cells) };
+            let own = rows.iter().enumerate().filter(|(_, row)| row.pos >= 0);
+            record.rows = own.map(|(i, row)| (i, row.pos)).collect();
             if let Mode::Prompt = self.mode {
                 if self.follows_all {
-                    record.list(&cells, cache::rows(self.ctx, *seq, &cells));
+                    record.list(&cells, &rows);
                 }
                 record.add_moments(0, &self.pending, self.n_embd, self.skip);
             }

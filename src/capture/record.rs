@@ -62,7 +62,7 @@ impl Record {
     }
 
     /// Notes the tokens of a ubatch. A token at position 0 begins the sequence anew.
-    pub fn list(&mut self, cells: &[i64], rows: impl Iterator<Item = sys::gvote_shim_row>) {
+    pub fn list(&mut self, cells: &[i64], rows: &[sys::gvote_shim_row]) {
         let rows = cells.iter().zip(rows).filter(|(_, row)| row.pos >= 0);
         let first = self.seen.len();
         self.seen.extend(rows.map(|(&cell, row)| Seen { cell, pos: row.pos, token: row.token }));

@@ -260,7 +260,7 @@ impl Context {
         }
         self.abort.end_graph.store(false, Ordering::Relaxed);
         // SAFETY: the batch's arrays hold n_tokens entries.
-        match unsafe { sys::llama_decode(self.as_ptr(), batch.raw()) } {
+        match unsafe { sys::gvote_shim_decode(self.as_ptr(), batch.raw()) } {
             0 => Ok(()),
             1 => Err(LlamaError::NoCells {
                 needed: batch.len(),

@@ -95,6 +95,35 @@ fn outputs_and_other_sequences_are_not_disturbed() {
     }
 }
 
+/// Of four sequences in one batch each is heard as if it were alone, but for how a kernel rounds in a batch of another shape.
+#[test]
+fn sequences_in_one_batch_are_not_mixed_up() {
+    let model = tiny("llama");
+    let prompts: Vec<_> = (0..4).map(|kind| words(260 + 10 * kind as usize, kind)).collect();
+    let kept_alone: Vec<Vec<i32>> = prompts
+        .iter()
+        .map(|prompt| {
+            let app = App::new(&model, &ONE);
+            let handle = Handle::with(&app, &capped(150));
+            app.decode(&[(0, 0, prompt)]);
+            handle.compressed(&app, 0);
+            handle.positions(&app, 0, 1, 0)
+        })
+        .collect();
+    for unified in [true, false] {
+        let app = App::new(&model, &Shape { n_ctx: 2048, n_seq_max: 4, unified, flash: false });
+        let handle = Handle::with(&app, &capped(150));
+        let parts: Vec<_> = (0..).zip(&prompts).map(|(seq, tokens)| (seq, 0, tokens.as_slice())).collect();
+        app.decode(&parts);
+        for (seq, expected) in (0..).zip(&kept_alone) {
+            handle.compressed(&app, seq);
+            let got = handle.positions(&app, seq, 1, 0);
+            let same = got.iter().filter(|pos| expected.contains(pos)).count();
+            assert!(same > 140, "unified {unified}, sequence {seq}: {same} of 150");
+        }
+    }
+}
+
 /// What a sequence keeps does not depend on who else is in the context.
 #[test]
 fn a_sequence_among_others_is_compressed_as_if_it_were_alone() {
