@@ -304,7 +304,6 @@ impl Guest {
     /// # Errors
     /// Those of [`Self::sequence`].
     pub fn save(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Vec<u8>, GuestError> {
-        self.sequence(ctx, seq)?;
         let (cells, sequence) = self.sequence(ctx, seq)?;
         let sequence = sequence.clone();
         Ok(sequence.save(&self.home_in(ctx)?.voter.capture, &cells))

@@ -365,6 +365,16 @@ fn a_vote_is_logged_to_whoever_wants_it() {
 }
 
 #[test]
+fn a_panic_becomes_a_status_and_the_handle_goes_on() {
+    let handle = Handle::new(&defaults());
+    let status = crate::capi::call(handle.0, |_| panic!("a fault for the test"));
+    assert_eq!(status, GVOTE_ERROR_INTERNAL);
+    assert!(handle.error().contains("a fault for the test"), "{}", handle.error());
+    // SAFETY: the handle lives.
+    assert_eq!(unsafe { gvote_set_params(handle.0, ptr::null()) }, GVOTE_OK);
+}
+
+#[test]
 fn every_status_has_words_of_its_own() {
     // SAFETY: static strings.
     let words = |status| unsafe { CStr::from_ptr(gvote_status_string(status)) }.to_str().unwrap().to_owned();

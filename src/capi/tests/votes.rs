@@ -336,6 +336,60 @@ fn embeddings_row(app: &App) -> Vec<f32> {
 }
 
 #[test]
+fn a_context_that_gives_few_outputs_at_once_is_asked_for_few() {
+    let model = tiny("llama");
+    let vote = |n_outputs_max| {
+        let app = App::with(&model, &ONE, |params| params.n_outputs_max = n_outputs_max);
+        let handle = Handle::with(&app, &gvote_params { target_kl: 1e-4, ..defaults() });
+        app.decode(&[(0, 0, &words(N, 0))]);
+        let (status, report) = handle.compress(&app, 0);
+        assert_eq!(status, GVOTE_OK, "{}", handle.error());
+        report
+    };
+    let (few, many) = (vote(1), vote(0));
+    assert!(few.n_tried > 0);
+    assert_eq!(few.cells_before, many.cells_before);
+}
+
+/// A sampler of the app's that runs in the graph sees nothing of a draft: what it drew stays, and it draws on.
+#[test]
+fn samplers_in_the_graph_are_left_alone() {
+    let model = tiny("llama");
+    let draw = |votes: bool| {
+        // SAFETY: the chain outlives the context; llama.cpp checks the rest.
+        unsafe {
+            let chain = sys::llama_sampler_chain_init(sys::llama_sampler_chain_default_params());
+            sys::llama_sampler_chain_add(chain, sys::llama_sampler_init_dist(7));
+            let drawn = {
+                let app = App::new(&model, &ONE);
+                assert!(sys::llama_set_sampler(app.ctx, 0, chain), "the CPU runs it");
+                // a plan: the cells, and so what is drawn from them, stay
+                let handle = Handle::with(&app, &gvote_params { target_kl: 1e-4, ..defaults() });
+                app.decode(&[(0, 0, &words(N, 0))]);
+                let mut drawn = vec![sys::llama_get_sampled_token_ith(app.ctx, N as i32 - 1)];
+                for i in 0..5 {
+                    if votes {
+                        let (status, plan) = handle.plan(&app, 0);
+                        assert_eq!(status, GVOTE_OK, "{}", handle.error());
+                        assert!(plan.n_tried > 0);
+                    }
+                    let row = if i == 0 { N as i32 - 1 } else { 0 };
+                    assert_eq!(sys::llama_get_sampled_token_ith(app.ctx, row), drawn[i as usize]);
+                    app.decode(&[(0, N as i32 + i, &drawn[i as usize..])]);
+                    drawn.push(sys::llama_get_sampled_token_ith(app.ctx, 0));
+                }
+                drawn
+            };
+            sys::llama_sampler_free(chain);
+            drawn
+        }
+    };
+    let undisturbed = draw(false);
+    assert!(undisturbed.iter().all(|&token| token >= 0), "{undisturbed:?}");
+    assert_eq!(draw(true), undisturbed);
+}
+
+#[test]
 fn a_vote_says_how_many_cells_it_needs() {
     let app = App::new(&tiny("llama"), &Shape { n_ctx: 512, ..ONE });
     let handle = Handle::at(&app);
