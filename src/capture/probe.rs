@@ -7,9 +7,10 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
+use super::graph::Attention;
 use super::moments::Moments;
 use super::node::{MAX_PATH, Node, Path};
-use super::{Attention, Capture, CaptureError, Inner, Mode, Queries};
+use super::{Capture, CaptureError, Inner, Mode, Queries};
 use crate::cache::{self, Parked};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
