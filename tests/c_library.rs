@@ -65,7 +65,7 @@ fn keeps_its_promises(compiler: &str, standard: &str, name: &str) {
         .args([&library.gvote, &lib].map(|dir| format!("-L{}", dir.display())))
         .args(["-lgvote", "-lllama", "-lggml-base"])
         .args([&library.gvote, &lib].map(|dir| format!("-Wl,-rpath,{}", dir.display()))));
-    let text = source("src/capture.rs");
+    let text = source("src/tests/text.txt");
     assert_eq!(run(Command::new(&program).arg(model()).arg(text)), "all kept\n");
 }
 

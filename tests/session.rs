@@ -28,7 +28,7 @@ fn model() -> Model {
 }
 
 fn tokens(n: usize) -> Vec<Token> {
-    let mut tokens = model().tokenize(include_str!("../src/capture.rs"), true, false).unwrap();
+    let mut tokens = model().tokenize(include_str!("../src/tests/text.txt"), true, false).unwrap();
     tokens.truncate(n);
     tokens
 }

@@ -70,7 +70,11 @@ impl Known {
     fn hear(&mut self, seen: &Seen, layout: &Layout) {
         if seen.pos == 0 {
             *self = Self::new(self.sequence.id());
-        } else if seen.pos < self.sequence.n_past() {
+        }
+        if self.lost.is_some() {
+            return;
+        }
+        if seen.pos < self.sequence.n_past() {
             // the app went back without telling us
             if seen.pos < self.sequence.exact_from() {
                 self.lost = Some("tokens were decoded inside its compressed part");

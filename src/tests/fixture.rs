@@ -26,9 +26,9 @@ pub fn model() -> Model {
         .clone()
 }
 
-/// Real text of some length: a source file of this crate.
+/// Real text of some length, which stays as it is: what rounding does depends on it.
 pub fn tokens(model: &Model, n: usize) -> Vec<Token> {
-    let mut tokens = model.tokenize(include_str!("../capture.rs"), true, false).expect("the model has a tokenizer");
+    let mut tokens = model.tokenize(include_str!("text.txt"), true, false).expect("the model has a tokenizer");
     assert!(tokens.len() >= n, "{} tokens of text are not enough", tokens.len());
     tokens.truncate(n);
     tokens

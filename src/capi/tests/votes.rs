@@ -144,6 +144,35 @@ fn a_sequence_among_others_is_compressed_as_if_it_were_alone() {
     assert_eq!(got, expected);
 }
 
+/// Not only what is saved: the next tokens go to the very cells that they would have gone to.
+#[test]
+fn after_a_plan_decoding_goes_on_as_without() {
+    let go_on = |unified: bool, arch: &str, plans: bool| {
+        let app = App::new(&tiny(arch), &Shape { n_ctx: 2048, n_seq_max: 2, unified, flash: false });
+        let handle = Handle::with(&app, &gvote_params { target_kl: 1e-4, ..defaults() });
+        app.decode(&[(0, 0, &words(N, 0)), (1, 0, &words(50, 1))]);
+        // a hole, so that the search for free cells does not begin at the end
+        app.remove(1, 20, -1);
+        if plans {
+            let (status, plan) = handle.plan(&app, 0);
+            assert_eq!(status, GVOTE_OK, "{}", handle.error());
+            assert!(plan.n_tried > 0);
+        }
+        app.decode(&[(0, N as i32, &words(40, 2)), (1, 20, &words(3, 3))]);
+        let cells = [0, 1].map(|seq| {
+            // SAFETY: valid context, used here alone.
+            let ctx = unsafe { crate::llama::Context::lent(ptr::NonNull::new(app.ctx).unwrap(), Default::default()) };
+            crate::cache::cells(&ctx, seq)
+        });
+        (app.logits(39).1, app.logits(42).1, cells)
+    };
+    for unified in [true, false] {
+        for arch in ["llama", "gemma2"] {
+            assert!(go_on(unified, arch, true) == go_on(unified, arch, false), "{arch}, unified {unified}");
+        }
+    }
+}
+
 #[test]
 fn a_plan_tells_what_a_compression_does_and_changes_nothing() {
     for arch in ["llama", "gemma2"] {

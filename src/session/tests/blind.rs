@@ -18,7 +18,7 @@ fn chat(message: &str, open: bool) -> Vec<Token> {
 }
 
 fn long_message() -> String {
-    let text = include_str!("../../capture.rs");
+    let text = include_str!("../../tests/text.txt");
     text.chars().take(4 * LONG).collect()
 }
 
