@@ -17,7 +17,7 @@
 //! that the rows go to.
 //!
 //! In a context of our own the callback is installed only around the decode calls that need it; a decoding step never meets
-//! it. In a context of an app it stays (see [`crate::guest`]).
+//! it. In a context of an app it stays: see `src/guest.rs`.
 
 mod graph;
 mod moments;

@@ -17,7 +17,7 @@ use self::known::Known;
 use crate::cache::{self, Cell, Layout};
 use crate::capture::CaptureError;
 use crate::capture::node::Node;
-use crate::llama::{Context, LlamaError, Pos, SeqId, Visit};
+use crate::llama::{Context, Pos, SeqId, Visit};
 use crate::policy::{self, PolicyError};
 use crate::sys;
 use crate::vote::{CompressReport, Saved, Sequence, Stage, Vote, VoteError, Voter};
@@ -376,11 +376,4 @@ fn eval_callback(ctx: &Context) -> Option<Callback> {
     // SAFETY: valid context.
     unsafe { sys::gvote_shim_get_eval_callback(ctx.as_ptr(), &raw mut callback, &raw mut data) };
     callback.map(|callback| (callback, data))
-}
-
-impl GuestError {
-    /// Whether the caller asked for it.
-    pub fn is_cancelled(&self) -> bool {
-        matches!(self, Self::Vote(VoteError::Llama(LlamaError::Cancelled)))
-    }
 }

@@ -42,7 +42,7 @@ pub mod compact;
 mod divergence;
 pub mod eval;
 pub mod gguf;
-pub mod guest;
+mod guest;
 pub mod llama;
 pub mod policy;
 pub mod score;

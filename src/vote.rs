@@ -1,7 +1,7 @@
 //! The vote on one sequence of a context: from what was captured to fewer cells.
 //!
-//! [`Voter`] is what a context needs for it, [`Sequence`] what is known of a sequence, and [`Vote`] brings both together with
-//! the context while it works. A [`crate::Session`] has a context of its own, a [`crate::guest`] works in one of an app.
+//! [`Voter`] is what a context needs for it, [`Sequence`] what is known of a sequence, and a vote in work brings both
+//! together with the context. A [`crate::Session`] has a context of its own; behind the C interface it is one of an app.
 
 mod choose;
 pub(crate) mod replay;
