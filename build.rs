@@ -14,7 +14,7 @@ const BACKENDS: &[(&str, &str, &str, &[&str])] = &[
 ];
 
 fn main() {
-    for file in ["build.rs", "ffi/shim.h", "ffi/shim.cpp", "vendor/Cargo.toml", "vendor/Cargo.lock"] {
+    for file in ["build.rs", "ffi", "vendor/Cargo.toml", "vendor/Cargo.lock"] {
         println!("cargo:rerun-if-changed={file}");
     }
     for var in ["LLAMA_CPP_DIR", "GVOTE_NATIVE", "GVOTE_SHARED", "CUDA_PATH"] {
@@ -25,7 +25,11 @@ fn main() {
     compile_shim(&source);
     generate_bindings(&source);
     link(&libraries);
-    println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={}", version_of(&source));
+    let [llama, ggml] = [("CMakeLists.txt", "LLAMA"), ("ggml/CMakeLists.txt", "GGML")].map(|(file, prefix)| {
+        version_of(&source.join(file), prefix).unwrap_or_else(|| fail(&format!("{file} of llama.cpp names no version")))
+    });
+    println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={llama}");
+    println!("cargo:rustc-env=GVOTE_GGML_VERSION={ggml}");
 }
 
 /// A checkout named by the environment, or one in vendor/, or the pin.
@@ -129,6 +133,11 @@ fn build_llama(source: &Path) -> PathBuf {
     for (_, option, ..) in enabled_backends() {
         config.define(option, "ON");
     }
+    if shared {
+        // the libraries find each other wherever they are put together
+        let here = if cfg!(target_os = "macos") { "@loader_path" } else { "$ORIGIN" };
+        config.define("CMAKE_INSTALL_RPATH", here);
+    }
     if compiler.is_like_gnu() && gcc_major(&compiler) == Some(12) {
         // gcc 12 drops the stores before ldtilecfg in ggml-cpu/amx/mmq.cpp: SIGILL at the first batch on a CPU with AMX
         config.cxxflag("-fno-dse");
@@ -159,7 +168,7 @@ fn compile_shim(source: &Path) {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
-        .file("ffi/shim.cpp")
+        .files(["ffi/shim.cpp", "ffi/park.cpp", "ffi/visit.cpp"])
         .includes(include_dirs(source))
         // llama.cpp's own headers warn
         .warnings(false)
@@ -178,6 +187,22 @@ fn generate_bindings(source: &Path) {
     for dir in include_dirs(source) {
         builder = builder.clang_arg(format!("-I{}", dir.display()));
     }
+    write_bindings(builder, "bindings.rs");
+    // the C interface of this crate itself: its types are those of the header, see src/capi.rs
+    let header = bindgen::Builder::default()
+        .header("ffi/gvote.h")
+        .allowlist_item("(gvote|GVOTE)_.*")
+        .blocklist_type("llama_context|ggml_tensor|gvote_handle|gvote_t")
+        .raw_line("use crate::capi::handle::gvote_t;")
+        .raw_line("use crate::sys::{ggml_tensor, llama_context};")
+        .generate_comments(false)
+        .derive_default(true)
+        .prepend_enum_name(false)
+        .layout_tests(false);
+    write_bindings(header, "gvote_h.rs");
+}
+
+fn write_bindings(builder: bindgen::Builder, name: &str) {
     // bindgen panics where libclang is missing, with a text that names no package
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| builder.generate()));
     let bindings = match result {
@@ -186,7 +211,7 @@ fn generate_bindings(source: &Path) {
         Err(_) => fail("libclang is missing; on Debian: apt-get install libclang-dev"),
     };
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    bindings.write_to_file(out.join("bindings.rs")).expect("OUT_DIR can be written");
+    bindings.write_to_file(out.join(name)).expect("OUT_DIR can be written");
 }
 
 fn link(libraries: &Path) {
@@ -221,17 +246,14 @@ fn link(libraries: &Path) {
     }
 }
 
-/// The version in llama.cpp's own CMakeLists.txt.
-fn version_of(source: &Path) -> String {
-    let text = fs::read_to_string(source.join("CMakeLists.txt")).unwrap_or_default();
+/// The version in a CMakeLists.txt of llama.cpp or ggml.
+fn version_of(file: &Path, prefix: &str) -> Option<String> {
+    let text = fs::read_to_string(file).ok()?;
     let part = |name: &str| {
-        let line = text.lines().find(|l| l.contains(&format!("set(LLAMA_VERSION_{name}")))?;
+        let line = text.lines().find(|l| l.contains(&format!("set({prefix}_VERSION_{name}")))?;
         Some(line.split_whitespace().nth(1)?.trim_end_matches(')').to_owned())
     };
-    match (part("MAJOR"), part("MINOR"), part("PATCH")) {
-        (Some(major), Some(minor), Some(patch)) => format!("{major}.{minor}.{patch}"),
-        _ => "unknown".into(),
-    }
+    Some(format!("{}.{}.{}", part("MAJOR")?, part("MINOR")?, part("PATCH")?))
 }
 
 fn which(program: &str) -> Option<PathBuf> {

@@ -1,69 +1,12 @@
-#include "shim.h"
+#include "shim.hpp"
 
-#include "llama-context.h"
 #include "llama-ext.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-kv-cache.h"
-#include "llama-model.h"
 
-#include <memory>
-#include <typeinfo>
 
 struct gvote_shim_table {
     llama_kv_cells cells;
-    // position of a cell that exists only to be removed again, -1 if none is needed: see gvote_shim_table_commit()
-    llama_pos sacrifice = -1;
 };
 
-namespace {
-
-// The cache that holds full attention, or NULL. Exact types only: a derived cache may keep more than K and V.
-llama_kv_cache * base_cache(llama_context * ctx) {
-    llama_memory_i * mem = llama_get_memory(ctx);
-    if (mem == nullptr) {
-        return nullptr;
-    }
-    if (typeid(*mem) == typeid(llama_kv_cache)) {
-        return static_cast<llama_kv_cache *>(mem);
-    }
-    if (typeid(*mem) == typeid(llama_kv_cache_iswa)) {
-        return static_cast<llama_kv_cache_iswa *>(mem)->get_base();
-    }
-    return nullptr;
-}
-
-// get_v() is the only way to the V storage; one cell of stream 0 is enough of a view to reach it.
-ggml_tensor * v_view(const llama_kv_cache & kv, ggml_context * meta, int32_t il) {
-    llama_kv_cache::slot_info slot;
-    slot.s0 = 0;
-    slot.s1 = 0;
-    return kv.get_v(meta, il, 1, slot);
-}
-
-using meta_ptr = std::unique_ptr<ggml_context, decltype(&ggml_free)>;
-
-meta_ptr new_meta() {
-    // room for one view; tensors are only described here, never allocated
-    return { ggml_init({ 4*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }), ggml_free };
-}
-
-bool is_v_trans(const ggml_tensor * view) {
-    return view->nb[1] > view->nb[2];
-}
-
-
-template <typename F>
-const char * guarded(F && f) {
-    try {
-        return f();
-    } catch (const std::bad_alloc &) {
-        return "out of memory";
-    } catch (...) {
-        return "llama.cpp raised an exception";
-    }
-}
-
-} // namespace
 
 const char * gvote_shim_cache_open(llama_context * ctx, llama_seq_id seq, gvote_shim_cache * out) {
     return guarded([&]() -> const char * {
@@ -83,6 +26,15 @@ const char * gvote_shim_cache_open(llama_context * ctx, llama_seq_id seq, gvote_
         }
         if (hparams.is_mla()) {
             return "the model uses multi-head latent attention: its cache has no V";
+        }
+        if (ctx->get_cparams().ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+            return "the context drafts for another one";
+        }
+        if (!ctx->get_cparams().causal_attn) {
+            return "attention is not causal: every token sees those that follow it";
+        }
+        if (kv->get_n_seq_max() > (uint32_t) PARKED) {
+            return "n_seq_max leaves no owner of cells for gvote: lower it by two";
         }
         if (seq < 0 || (uint32_t) seq >= kv->get_n_seq_max()) {
             return "no such sequence: raise n_seq_max";
@@ -139,7 +91,7 @@ uint32_t gvote_shim_cells(llama_context * ctx, llama_seq_id seq, gvote_shim_cell
     uint32_t n = 0;
     for (const auto & [pos, i] : cells.seq_pos_get(seq)) {
         if (n < n_max) {
-            out[n] = { i, pos, cells.seq_count(i) > 1 };
+            out[n] = { i, pos, cells.ext_get(i).tok, owners_beside(cells, i, seq) > 0 };
         }
         n++;
     }
@@ -151,18 +103,56 @@ uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
     return cells.size() - cells.get_used();
 }
 
-void gvote_shim_hide(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1) {
-    base_cache(ctx)->seq_rm(seq, p0, p1);
+void gvote_shim_rows(
+        llama_context * ctx, llama_seq_id seq, const int64_t * index, uint32_t n, gvote_shim_row * out) {
+    llama_kv_cache * kv = base_cache(ctx);
+    const llama_kv_cells & cells = kv->get_cells(seq);
+    const int64_t first = (int64_t) kv->get_stream(seq)*cells.size();
+    for (uint32_t j = 0; j < n; ++j) {
+        const int64_t i = index[j] - first;
+        const bool owned = i >= 0 && i < cells.size() && !cells.is_empty(i) && cells.seq_has(i, seq);
+        out[j] = owned ? gvote_shim_row{ cells.pos_get(i), cells.ext_get(i).tok } : gvote_shim_row{ -1, LLAMA_TOKEN_NULL };
+    }
 }
 
-void gvote_shim_cells_pos(
-        llama_context * ctx, llama_seq_id seq, const uint32_t * index, uint32_t n, llama_pos * out) {
-    const llama_kv_cells & cells = base_cache(ctx)->get_cells(seq);
-    for (uint32_t j = 0; j < n; ++j) {
-        const uint32_t i = index[j];
-        const bool owned = i < cells.size() && !cells.is_empty(i) && cells.seq_has(i, seq);
-        out[j] = owned ? cells.pos_get(i) : -1;
+uint32_t gvote_shim_owners(llama_context * ctx, const int64_t * index, uint32_t n, llama_seq_id * out) {
+    llama_kv_cache * kv = base_cache(ctx);
+    llama_kv_cells::seq_set_t owners;
+    const uint32_t n_stream = kv->get_n_stream();
+    // with streams, each sequence has its own; without, any sequence shows all cells
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        const llama_kv_cells & cells = kv->get_cells(s);
+        const int64_t first = (int64_t) s*cells.size();
+        for (uint32_t j = 0; j < n; ++j) {
+            const int64_t i = index[j] - first;
+            if (i >= 0 && i < cells.size()) {
+                owners |= cells.seq_get_all(i);
+            }
+        }
     }
+    uint32_t n_owners = 0;
+    for (llama_seq_id s = 0; s < PARKED; ++s) {
+        if (owners.test(s)) {
+            out[n_owners++] = s;
+        }
+    }
+    return n_owners;
+}
+
+int32_t gvote_shim_decode(llama_context * ctx, llama_batch batch) {
+    int32_t status = GVOTE_SHIM_EXCEPTION;
+    guarded([&]() -> const char * {
+        status = llama_decode(ctx, batch);
+        return nullptr;
+    });
+    return status;
+}
+
+void gvote_shim_update(llama_context * ctx) {
+    guarded([&]() -> const char * {
+        ctx->memory_update(false);
+        return nullptr;
+    });
 }
 
 const char * gvote_shim_table_new(
@@ -211,17 +201,6 @@ const char * gvote_shim_table_new(
             next.seq_add(i, seq);
         }
 
-        if (next.get_used() < now.get_used()) {
-            for (uint32_t i = 0; i < next.size(); ++i) {
-                if (next.is_empty(i)) {
-                    table->sacrifice = now.seq_pos_max(seq) + 1;
-                    next.pos_set(i, table->sacrifice);
-                    next.seq_add(i, seq);
-                    break;
-                }
-            }
-        }
-
         *out = table.release();
         return nullptr;
     });
@@ -233,12 +212,8 @@ void gvote_shim_table_free(gvote_shim_table * table) {
 
 void gvote_shim_table_commit(llama_context * ctx, llama_seq_id seq, gvote_shim_table * table) {
     llama_kv_cache * kv = base_cache(ctx);
-    // The cache hands its cells out read-only; the object itself is not const.
-    const_cast<llama_kv_cells &>(kv->get_cells(seq)) = std::move(table->cells);
-    if (table->sacrifice >= 0) {
-        // The head, where the search for free cells begins, is private: removing a cell moves it back.
-        kv->seq_rm(seq, table->sacrifice, -1);
-    }
+    cells_of(*kv, seq) = std::move(table->cells);
+    head_of(*kv, seq) = 0;
     delete table;
 }
 
@@ -266,4 +241,13 @@ void gvote_shim_set_eval_callback(llama_context * ctx, ggml_backend_sched_eval_c
     cparams.cb_eval           = cb;
     cparams.cb_eval_user_data = user_data;
     ggml_backend_sched_set_eval_callback(ctx->get_sched(), cb, user_data);
+}
+
+void gvote_shim_get_eval_callback(llama_context * ctx, ggml_backend_sched_eval_callback * cb, void ** user_data) {
+    *cb        = ctx->get_cparams().cb_eval;
+    *user_data = ctx->get_cparams().cb_eval_user_data;
+}
+
+uint32_t gvote_shim_outputs_max(llama_context * ctx) {
+    return ctx->get_cparams().n_outputs_max;
 }

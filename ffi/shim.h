@@ -1,5 +1,5 @@
-// The door to what llama.h does not offer: the layout of a context's KV cache, its cells, and the eval callback
-// of a living context. Private to gvote. The shim only reports and rewrites; it never decides.
+// The door to what llama.h does not offer: the layout of a context's KV cache, its cells, and the callbacks and outputs of
+// a living context. Private to gvote. The shim only reports and rewrites; it never decides.
 //
 // No function throws. Those that can fail return NULL on success, or a static string that says why.
 
@@ -38,9 +38,16 @@ struct gvote_shim_layer {
 };
 
 struct gvote_shim_cell {
-    uint32_t  index;  // cell in the stream
-    llama_pos pos;
-    bool      shared; // another sequence sees this cell too
+    uint32_t    index;  // cell in the stream
+    llama_pos   pos;
+    llama_token token;  // LLAMA_TOKEN_NULL where it is not known: embeddings, or a loaded state
+    bool        shared; // another sequence sees this cell too
+};
+
+// What was decoded into a cell.
+struct gvote_shim_row {
+    llama_pos   pos;   // -1: the cell belongs to another sequence
+    llama_token token;
 };
 
 // Describes the cache behind `ctx`, or says why it cannot be compacted.
@@ -55,12 +62,41 @@ uint32_t gvote_shim_cells(struct llama_context * ctx, llama_seq_id seq, struct g
 // Cells of the sequence's stream that no sequence uses.
 uint32_t gvote_shim_cells_free(struct llama_context * ctx, llama_seq_id seq);
 
-// Takes the cells at positions p0..p1 away from `seq` in this cache alone: a window cache beside it keeps its own.
-void gvote_shim_hide(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1);
+// What `seq` holds in each of the cells; `index` counts over all streams.
+void gvote_shim_rows(
+        struct llama_context * ctx, llama_seq_id seq, const int64_t * index, uint32_t n, struct gvote_shim_row * out);
 
-// The position of each cell of the sequence's stream, -1 where `seq` does not own it.
-void gvote_shim_cells_pos(
-        struct llama_context * ctx, llama_seq_id seq, const uint32_t * index, uint32_t n, llama_pos * out);
+// The sequences that own any of the cells, ascending; `index` counts over all streams. Returns their number; `out` has room
+// for llama_max_parallel_sequences() of them.
+uint32_t gvote_shim_owners(struct llama_context * ctx, const int64_t * index, uint32_t n, llama_seq_id * out);
+
+// What llama_decode() answers when it raises an exception instead.
+#define GVOTE_SHIM_EXCEPTION (-100)
+
+// llama_decode(), which lets exceptions through: GVOTE_SHIM_EXCEPTION for one.
+int32_t gvote_shim_decode(struct llama_context * ctx, struct llama_batch batch);
+
+// Applies what llama.cpp has put off until the next batch: shifts of positions, copies between streams.
+void gvote_shim_update(struct llama_context * ctx);
+
+// A sequence whose cells are held by an owner of gvote's own, in every cache of the context. Whatever is done to the sequence
+// meanwhile is an experiment: unparking brings back every cell, and frees those that came in. Until then no cell that was in
+// use is overwritten, of whichever sequence.
+struct gvote_shim_parked;
+
+// `n_window`: cells that a window cache shall be able to give meanwhile. Where it has no more of them, cells outside of the
+// window make room and are brought back with their rows.
+const char * gvote_shim_park(
+        struct llama_context * ctx, llama_seq_id seq, uint32_t n_window, struct gvote_shim_parked ** out);
+
+// Takes the cells at positions p0..p1 away from the sequence: in the attention cache, and in a window cache if `window`.
+void gvote_shim_parked_hide(struct gvote_shim_parked * parked, llama_pos p0, llama_pos p1, bool window);
+
+// Brings back what is hidden, and frees what came in.
+void gvote_shim_parked_reset(struct gvote_shim_parked * parked);
+
+// As reset, and lets go of the cells. Frees `parked`.
+void gvote_shim_unpark(struct gvote_shim_parked * parked);
 
 // The cache's new table of cells, built aside. Commit cannot fail.
 struct gvote_shim_table;
@@ -94,6 +130,29 @@ const char * gvote_shim_memory(
 // Installs, replaces or (NULL) removes the eval callback of a living context.
 void gvote_shim_set_eval_callback(
         struct llama_context * ctx, ggml_backend_sched_eval_callback cb, void * user_data);
+
+// What a context shows to its owner, put away while gvote works in it: callbacks, outputs of the last batch, counters.
+struct gvote_shim_visit;
+
+// From now on the context has no callbacks and no outputs. The outputs' memory stays where it is.
+const char * gvote_shim_visit_begin(struct llama_context * ctx, struct gvote_shim_visit ** out);
+
+// The owner's abort callback and its data.
+void gvote_shim_visit_abort(const struct gvote_shim_visit * visit, ggml_abort_callback * callback, void ** data);
+
+// Brings everything back. Frees `visit`.
+void gvote_shim_visit_end(struct gvote_shim_visit * visit);
+
+// The eval callback of a context.
+void gvote_shim_get_eval_callback(
+        struct llama_context * ctx, ggml_backend_sched_eval_callback * callback, void ** user_data);
+
+// Whether the members of a living context lie where the headers that the shim was compiled with say: NULL, or the name of one
+// that does not. Looks at addresses only, before anything is followed or changed.
+const char * gvote_shim_check_layout(struct llama_context * ctx);
+
+// Most rows of outputs that a batch may ask for.
+uint32_t gvote_shim_outputs_max(struct llama_context * ctx);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,10 @@
 //! The layout of a context's KV cache, read through the shim: which tensors hold K and V, and which cells a sequence owns.
 
 use std::ffi::CStr;
+use std::ops::{Deref, DerefMut, Range};
+use std::ptr::NonNull;
 
-use crate::llama::{Context, Pos, SeqId};
+use crate::llama::{Context, Pos, SeqId, Token};
 use crate::sys;
 
 /// Why a context's cache cannot be worked on.
@@ -27,6 +29,8 @@ pub struct Cell {
     pub index: u32,
     /// Position; of a composite cell the largest position it holds.
     pub pos: Pos,
+    /// The token at that position, -1 where llama.cpp does not know it.
+    pub token: Token,
     /// Another sequence sees this cell too.
     pub shared: bool,
 }
@@ -85,20 +89,101 @@ pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
         let n = sys::gvote_shim_cells(ctx.as_ptr(), seq, std::ptr::null_mut(), 0);
         let mut raw = vec![std::mem::zeroed::<sys::gvote_shim_cell>(); n as usize];
         sys::gvote_shim_cells(ctx.as_ptr(), seq, raw.as_mut_ptr(), n);
-        raw.iter().map(|c| Cell { index: c.index, pos: c.pos, shared: c.shared }).collect()
+        raw.iter().map(|c| Cell { index: c.index, pos: c.pos, token: c.token, shared: c.shared }).collect()
     }
 }
 
-/// Takes the cells at positions `p0..p1` away from `seq`, but not those of a window cache beside this one.
-pub(crate) fn hide(ctx: &mut Context, seq: SeqId, p0: Pos, p1: Pos) {
-    // SAFETY: called with an accepted layout's context; llama.cpp checks the rest.
-    unsafe { sys::gvote_shim_hide(ctx.as_ptr(), seq, p0, p1) };
+/// What `seq` holds in each of `cells`, which count over all streams.
+///
+/// # Safety
+/// `ctx` is valid, and its layout was accepted.
+pub(crate) unsafe fn rows(ctx: *mut sys::llama_context, seq: SeqId, cells: &[i64]) -> Vec<sys::gvote_shim_row> {
+    let mut out = vec![sys::gvote_shim_row { pos: -1, token: -1 }; cells.len()];
+    // SAFETY: both arrays have as many entries; see above for the context.
+    unsafe { sys::gvote_shim_rows(ctx, seq, cells.as_ptr(), cells.len() as u32, out.as_mut_ptr()) };
+    out
+}
+
+/// The sequences that own any of `cells`, which count over all streams.
+///
+/// # Safety
+/// `ctx` is valid, and its layout was accepted.
+pub(crate) unsafe fn owners(ctx: *mut sys::llama_context, cells: &[i64]) -> Vec<SeqId> {
+    // SAFETY: the buffer has the size that the shim asks for; see above for the context.
+    unsafe {
+        let mut out = vec![0; sys::llama_max_parallel_sequences()];
+        let n = sys::gvote_shim_owners(ctx, cells.as_ptr(), cells.len() as u32, out.as_mut_ptr());
+        out.truncate(n as usize);
+        out
+    }
 }
 
 /// Cells of the stream of `seq` that no sequence uses.
 pub fn cells_free(ctx: &Context, seq: SeqId) -> usize {
     // SAFETY: called with an accepted layout's context.
     unsafe { sys::gvote_shim_cells_free(ctx.as_ptr(), seq) as usize }
+}
+
+/// A context in which one sequence can be experimented on: dropping this brings the sequence back, cell by cell, and frees
+/// what came in. See `gvote_shim_park`.
+pub(crate) struct Parked<'a> {
+    ctx: &'a mut Context,
+    raw: NonNull<sys::gvote_shim_parked>,
+}
+
+impl<'a> Parked<'a> {
+    /// `room`: the most tokens that an experiment decodes before it is reset.
+    ///
+    /// # Errors
+    /// [`CacheError`] when memory runs out; nothing has changed then.
+    pub fn new(ctx: &'a mut Context, seq: SeqId, room: usize) -> Result<Self, CacheError> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: called with an accepted layout's context; the result is freed in drop.
+        unsafe { ok(sys::gvote_shim_park(ctx.as_ptr(), seq, room as u32, &raw mut raw))? };
+        let raw = NonNull::new(raw).ok_or_else(|| CacheError("out of memory".into()))?;
+        Ok(Self { ctx, raw })
+    }
+
+    /// Takes the cells at `positions` away from the sequence; those of a window cache stay.
+    pub fn hide(&mut self, positions: Range<Pos>) {
+        if !positions.is_empty() {
+            // SAFETY: the sequence is parked; llama.cpp checks the rest.
+            unsafe { sys::gvote_shim_parked_hide(self.raw.as_ptr(), positions.start, positions.end, false) };
+        }
+    }
+
+    /// Takes every cell from position `p0` on away from the sequence, in all layers.
+    pub fn hide_from(&mut self, p0: Pos) {
+        // SAFETY: the sequence is parked; -1 is an open end.
+        unsafe { sys::gvote_shim_parked_hide(self.raw.as_ptr(), p0, -1, true) };
+    }
+
+    /// Ends an experiment: what was hidden is back, what came in is gone.
+    pub fn reset(&mut self) {
+        // SAFETY: the sequence is parked.
+        unsafe { sys::gvote_shim_parked_reset(self.raw.as_ptr()) };
+    }
+}
+
+impl Deref for Parked<'_> {
+    type Target = Context;
+
+    fn deref(&self) -> &Context {
+        self.ctx
+    }
+}
+
+impl DerefMut for Parked<'_> {
+    fn deref_mut(&mut self) -> &mut Context {
+        self.ctx
+    }
+}
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        // SAFETY: parked in `new`, let go once.
+        unsafe { sys::gvote_shim_unpark(self.raw.as_ptr()) };
+    }
 }
 
 /// Whether the host can read and write a buffer in place.

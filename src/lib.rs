@@ -29,16 +29,20 @@
 //! ```
 //!
 //! # Rooms
-//! Data flows one way: [`capture`] -> [`score`] -> [`policy`] -> [`compact`]; [`session`] is the loop around them.
+//! Data flows one way: [`capture`] -> [`score`] -> [`policy`] -> [`compact`]; [`vote`] brings them together, and [`session`]
+//! is the loop around it.
 //! A *cell* is a slot of the cache, a *position* a token's logical place: cell i need not hold position i, and a
 //! *composite cell* holds for every layer and KV head a token of that head's own choice.
 
+mod bytes;
 pub mod cache;
+mod capi;
 pub mod capture;
 pub mod compact;
 mod divergence;
 pub mod eval;
 pub mod gguf;
+mod guest;
 pub mod llama;
 pub mod policy;
 pub mod score;
@@ -46,5 +50,6 @@ pub mod session;
 mod sys;
 #[cfg(test)]
 mod tests;
+pub mod vote;
 
 pub use session::{Session, SessionError, SessionParams};

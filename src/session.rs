@@ -1,32 +1,28 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
+mod compress;
 mod follow;
 mod masked;
-mod replay;
 mod report;
 mod state;
 #[cfg(test)]
 mod tests;
-mod trial;
-mod vote;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-pub use self::report::{CompressReport, GenerateReport, PrefillReport, Stop};
-use crate::cache::{self, CacheError, Layout};
-use crate::capture::{Capture, CaptureError};
-use crate::compact::{CompactError, Mask, MaskError};
+pub use self::report::{GenerateReport, PrefillReport, Stop};
+use crate::cache::{self, Layout};
+use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
-use crate::policy::{self, Kind, PolicyError, Shape};
-use crate::score::{ScoreError, Scorer};
+use crate::policy::{self, Kind, PolicyError};
+pub use crate::vote::CompressReport;
+use crate::vote::{Sequence, VoteError, Voter};
 
-/// The sequence that holds the conversation, and the one for everything that is only tried: the last one of the context.
+/// The sequence that holds the conversation.
 const SEQ: SeqId = 0;
-const SCRATCH: SeqId = N_SEQ as SeqId - 1;
-const N_SEQ: u32 = 2;
 
 /// What can go wrong in a session. The session stays as it was before the call.
 #[derive(Debug, thiserror::Error)]
@@ -34,23 +30,13 @@ pub enum SessionError {
     #[error(transparent)]
     Llama(#[from] LlamaError),
     #[error(transparent)]
-    Cache(#[from] CacheError),
-    #[error(transparent)]
-    Capture(CaptureError),
-    #[error(transparent)]
-    Score(#[from] ScoreError),
-    #[error(transparent)]
     Policy(#[from] PolicyError),
     #[error(transparent)]
-    Compact(#[from] CompactError),
+    Vote(VoteError),
     #[error(transparent)]
     Mask(MaskError),
     #[error("this model cannot be compressed: {0}; --policy full runs it as it is")]
     Unsupported(&'static str),
-    #[error(
-        "the layers of this model differ in their number of heads, which is not supported yet; --policy full runs it as it is"
-    )]
-    UnevenHeads,
     #[error(
         "the prompt has {tokens} tokens and the context {room} free cells; raise -c (the model was trained for {trained})"
     )]
@@ -59,22 +45,19 @@ pub enum SessionError {
     Empty,
     #[error("position {0} lies inside the compressed part (exact from {1} on): start over, or prefill again")]
     Compressed(Pos, Pos),
-    #[error(
-        "a replay needs the whole context in the cache, and a part of it was dropped before: vote without --replay"
-    )]
-    ReplayCompressed,
     #[error("{0} cannot change in a living session")]
     Fixed(&'static str),
     #[error("the saved session does not fit: {0}")]
     Saved(&'static str),
 }
 
-impl From<CaptureError> for SessionError {
-    fn from(error: CaptureError) -> Self {
+impl From<VoteError> for SessionError {
+    fn from(error: VoteError) -> Self {
         match error {
             // a caller who cancels should not need to know where it was noticed
-            CaptureError::Llama(error) => Self::Llama(error),
-            error => Self::Capture(error),
+            VoteError::Llama(error) => Self::Llama(error),
+            VoteError::Saved(reason) => Self::Saved(reason),
+            error => Self::Vote(error),
         }
     }
 }
@@ -94,8 +77,7 @@ impl SessionParams {
         let mut context = self.context.clone();
         context.n_ctx = n_ctx as u32;
         if self.policy.policy != Kind::Full {
-            context.n_ctx = context.n_ctx.saturating_add(spare_cells(&self.policy) as u32);
-            context.n_seq_max = N_SEQ;
+            context.n_ctx = context.n_ctx.saturating_add(Voter::spare_cells(&self.policy) as u32);
         }
         context.n_batch = context.n_batch.clamp(1, context.n_ctx);
         context.n_ubatch = context.n_ubatch.clamp(1, context.n_batch);
@@ -103,29 +85,18 @@ impl SessionParams {
     }
 }
 
-/// What compression needs; absent under the `full` policy, which leaves llama.cpp alone.
-struct Voter {
-    layout: Layout,
-    capture: Capture,
-    scorer: Scorer,
-    /// What the heads dropped, where that is more than the cache could.
-    mask: Option<Mask>,
-}
-
 /// One sequence in one context.
 pub struct Session {
     ctx: Context,
+    /// What compression needs; absent under the `full` policy, which leaves llama.cpp alone.
     voter: Option<Voter>,
+    sequence: Sequence,
+    /// What the heads dropped, where that is more than the cache could.
+    mask: Option<Mask>,
     policy: policy::Params,
-    account_error: bool,
-    /// Cells that the caller asked for; the context has some more for the probe.
+    /// Cells that the caller asked for; the context has some more for votes.
     n_ctx: usize,
     chunk: usize,
-    n_past: Pos,
-    /// The tokens so far, by position.
-    tokens: Vec<Token>,
-    /// From this position on every cell holds one token, the same in all heads.
-    exact_from: Pos,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
     logits: Vec<f32>,
 }
@@ -147,28 +118,20 @@ impl Session {
         let context = params.with_spare_cells(n_ctx);
         let ctx = Context::new(model, &context)?;
         let voter = if compresses {
-            let layout = Layout::of(&ctx, SEQ)?;
-            uniform_shape(&layout, 0)?;
-            let (window, skip) = (params.policy.window, params.policy.sinks);
-            Some(Voter {
-                capture: Capture::new(&ctx, &layout, window, skip),
-                scorer: Scorer::new(ctx.n_threads_batch()),
-                mask: None,
-                layout,
-            })
+            let mut voter = Voter::new(&ctx, &params.policy, params.account_error)?;
+            voter.capture.follow(SEQ);
+            Some(voter)
         } else {
             None
         };
         Ok(Self {
             ctx,
             voter,
+            sequence: Sequence::new(SEQ),
+            mask: None,
             policy: params.policy.clone(),
-            account_error: params.account_error,
             n_ctx,
             chunk: context.n_ubatch as usize,
-            n_past: 0,
-            tokens: Vec::new(),
-            exact_from: 0,
             logits: Vec::new(),
         })
     }
@@ -185,7 +148,12 @@ impl Session {
 
     /// Tokens so far: the position of the next one.
     pub fn n_past(&self) -> Pos {
-        self.n_past
+        self.sequence.n_past
+    }
+
+    /// What its cells hold.
+    pub fn sequence(&self) -> &Sequence {
+        &self.sequence
     }
 
     /// Cells that the session may use (`-c`).
@@ -197,7 +165,7 @@ impl Session {
     pub fn cells_used(&self) -> usize {
         match &self.voter {
             Some(_) => cache::cells(&self.ctx, SEQ).len(),
-            None => self.n_past as usize,
+            None => self.n_past() as usize,
         }
     }
 
@@ -230,15 +198,18 @@ impl Session {
             (policy.sinks != old.sinks, "--sinks"),
             (policy.samples > self.spare(), "--samples"),
             (policy.draft > self.spare(), "--draft"),
-            (spare_cells(&policy) > self.spare(), "--replay"),
+            (Voter::spare_cells(&policy) > self.spare(), "--replay"),
             (is_full(&policy) != is_full(old), "--policy"),
         ] {
             if changed {
                 return Err(SessionError::Fixed(flag));
             }
         }
+        if let Some(voter) = &mut self.voter {
+            voter.policy = policy.clone();
+            voter.account_error = account_error;
+        }
         self.policy = policy;
-        self.account_error = account_error;
         Ok(())
     }
 
@@ -271,7 +242,7 @@ impl Session {
         }
         self.check_room(tokens.len())?;
         let start = Instant::now();
-        let first = self.n_past;
+        let first = self.n_past();
         let mut batch = Batch::new(self.chunk);
         let mut done = 0;
         for chunk in tokens.chunks(self.chunk) {
@@ -291,8 +262,7 @@ impl Session {
                 return Err(error);
             }
         }
-        self.n_past = first + tokens.len() as Pos;
-        self.tokens.extend_from_slice(tokens);
+        self.sequence.extend(tokens);
         self.keep_logits()?;
         Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed() })
     }
@@ -307,7 +277,7 @@ impl Session {
     fn remove_from(&mut self, pos: Pos) {
         self.ctx.remove(SEQ, pos, -1);
         if let Some(voter) = &mut self.voter {
-            voter.capture.forget_from(pos);
+            voter.capture.forget_from(SEQ, pos);
         }
     }
 
@@ -322,13 +292,12 @@ impl Session {
     /// [`LlamaError::NoCells`] when the cache is full, [`LlamaError::Cancelled`]; the session is then as before.
     pub fn decode(&mut self, token: Token) -> Result<(), SessionError> {
         let mut batch = Batch::new(1);
-        batch.add(token, self.n_past, SEQ, true)?;
+        batch.add(token, self.n_past(), SEQ, true)?;
         if let Err(error) = self.decode_batch(&batch, false) {
-            self.ctx.remove(SEQ, self.n_past, -1);
+            self.ctx.remove(SEQ, self.n_past(), -1);
             return Err(error);
         }
-        self.n_past += 1;
-        self.tokens.push(token);
+        self.sequence.extend(&[token]);
         self.keep_logits()?;
         Ok(())
     }
@@ -383,16 +352,15 @@ impl Session {
     /// # Errors
     /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads.
     pub fn truncate(&mut self, pos: Pos) -> Result<(), SessionError> {
-        if pos < self.exact_from && pos > 0 {
-            return Err(SessionError::Compressed(pos, self.exact_from));
+        if pos < self.sequence.exact_from && pos > 0 {
+            return Err(SessionError::Compressed(pos, self.sequence.exact_from));
         }
-        if pos < self.n_past {
+        if pos < self.n_past() {
             self.remove_from(pos);
-            self.n_past = pos.max(0);
-            self.tokens.truncate(self.n_past as usize);
+            self.sequence.truncate(pos, self.cells_used());
             self.logits.clear();
         }
-        if self.n_past == 0 {
+        if self.n_past() == 0 {
             self.clear();
         }
         Ok(())
@@ -402,32 +370,10 @@ impl Session {
     pub fn clear(&mut self) {
         self.ctx.clear();
         if let Some(voter) = &mut self.voter {
-            voter.capture.reset();
-            voter.mask = None;
+            voter.capture.reset(SEQ);
         }
-        self.n_past = 0;
-        self.tokens.clear();
-        self.exact_from = 0;
+        self.mask = None;
+        self.sequence = Sequence::new(SEQ);
         self.logits.clear();
     }
-}
-
-/// Cells that a vote needs beside those of the sequence.
-fn spare_cells(policy: &policy::Params) -> usize {
-    let replay = if policy.replay { replay::CELLS } else { 0 };
-    policy.samples.max(policy.draft).max(policy.window).max(replay)
-}
-
-/// The shape of a request of `n` cells; every layer must have the same heads.
-fn uniform_shape(layout: &Layout, n: usize) -> Result<Shape, SessionError> {
-    let first = &layout.layers[0];
-    if layout.layers.iter().any(|l| (l.n_head, l.n_head_kv) != (first.n_head, first.n_head_kv)) {
-        return Err(SessionError::UnevenHeads);
-    }
-    Ok(Shape {
-        n,
-        n_layer: layout.n_layer(),
-        n_head_kv: first.n_head_kv as usize,
-        group: (first.n_head / first.n_head_kv) as usize,
-    })
 }

@@ -7,14 +7,18 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
+use super::graph::Attention;
+use super::moments::Moments;
 use super::node::{MAX_PATH, Node, Path};
-use super::{Attention, Capture, CaptureError, Inner, Mode, Queries};
-use crate::cache;
+use super::{Capture, CaptureError, Inner, Mode, Queries};
+use crate::cache::{self, Parked};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
 
 pub(super) struct Probe {
     seed: u64,
+    /// What the samples are drawn from, by layer.
+    moments: Vec<Moments>,
     /// Tokens of earlier ubatches.
     pub(super) done: usize,
     /// Tokens of the ubatch in work.
@@ -23,8 +27,8 @@ pub(super) struct Probe {
     pub(super) queries: Vec<Vec<f16>>,
     pub(super) scratch: Vec<f32>,
     pub(super) path: PathBackend,
-    /// Set when the last query has been read.
-    pub(super) end_graph: *const AtomicBool,
+    /// Set when the last query has been read, where the graph may end there.
+    pub(super) end_graph: Option<*const AtomicBool>,
 }
 
 /// A CPU back end for the nodes that lead from a hidden state to its query.
@@ -78,22 +82,26 @@ impl Capture {
     /// was. The samples depend on `seed`, layer and index only, not on how the batch is split.
     ///
     /// # Errors
-    /// [`CaptureError::NoScratch`], [`CaptureError::NoCells`], [`CaptureError::Empty`]; whatever decoding fails with.
-    pub fn probe(&mut self, ctx: &mut Context, pos: Pos, n: usize, seed: u64) -> Result<Vec<Queries>, CaptureError> {
-        let scratch = ctx.n_seq_max() as SeqId - 1;
-        if scratch < 1 {
-            return Err(CaptureError::NoScratch);
-        }
-        let free = cache::cells_free(ctx, scratch);
+    /// [`CaptureError::NoCells`], [`CaptureError::Empty`]; whatever decoding fails with.
+    pub fn probe(
+        &mut self,
+        ctx: &mut Context,
+        seq: SeqId,
+        pos: Pos,
+        n: usize,
+        seed: u64,
+    ) -> Result<Vec<Queries>, CaptureError> {
+        let free = cache::cells_free(ctx, seq);
         if free < n {
             return Err(CaptureError::NoCells { needed: n, free });
         }
-        if self.inner.layers.iter().any(|l| l.moments.count < 1.0) {
+        let Some(record) = self.inner.records.get(&seq).filter(|record| record.has_moments()) else {
             return Err(CaptureError::Empty);
-        }
+        };
 
         self.inner.mode = Mode::Probe(Probe {
             seed,
+            moments: record.layers.iter().map(|layer| layer.moments.clone()).collect(),
             done: 0,
             n_tokens: 0,
             queries: self.inner.layers.iter().map(|l| vec![f16::ZERO; n * l.n_q]).collect(),
@@ -101,25 +109,8 @@ impl Capture {
             path: PathBackend::new(ctx.n_threads_batch())?,
             end_graph: ctx.end_graph(),
         });
-        // one ubatch a call: ending a graph ends the whole batch
-        let chunk = ctx.n_batch().min(ctx.n_ubatch());
-        let result = self.during(ctx, |ctx| {
-            let mut batch = Batch::new(chunk.min(n));
-            for start in (0..n).step_by(chunk) {
-                batch.clear();
-                for i in start..n.min(start + chunk) {
-                    // the token does not matter: its hidden state is overwritten in every layer
-                    batch.add(0, pos + 1 + i as Pos, scratch, false)?;
-                }
-                match ctx.decode(&batch) {
-                    Ok(()) | Err(LlamaError::Ended) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            Ok(())
-        });
-        ctx.remove(scratch, -1, -1);
-        let mode = std::mem::replace(&mut self.inner.mode, Mode::Prompt(0));
+        let result = self.probe_in_chunks(ctx, seq, pos, n);
+        let mode = std::mem::replace(&mut self.inner.mode, Mode::Prompt);
         result?;
         let Mode::Probe(probe) = mode else {
             return Err(CaptureError::Empty);
@@ -131,10 +122,35 @@ impl Capture {
             .collect())
     }
 
-    /// The hidden state that the probe uses as sample `index` in the i-th layer of the cache. `[n_embd]`
-    pub fn sample(&self, layer: usize, index: usize, seed: u64) -> Vec<f32> {
+    /// Decodes dummy tokens where the sequence has no others: what their graphs compute behind q is not wanted.
+    fn probe_in_chunks(&mut self, ctx: &mut Context, seq: SeqId, pos: Pos, n: usize) -> Result<(), CaptureError> {
+        // one ubatch a call: ending a graph ends the whole batch
+        let chunk = ctx.n_batch().min(ctx.n_ubatch());
+        let mut parked = Parked::new(ctx, seq, n)?;
+        parked.hide_from(0);
+        self.during(&mut parked, |ctx| {
+            let mut batch = Batch::new(chunk.min(n));
+            for start in (0..n).step_by(chunk) {
+                batch.clear();
+                for i in start..n.min(start + chunk) {
+                    // the token does not matter: its hidden state is overwritten in every layer
+                    batch.add(0, pos + 1 + i as Pos, seq, false)?;
+                }
+                match ctx.decode(&batch) {
+                    Ok(()) | Err(LlamaError::Ended) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// The hidden state that the probe of `seq` uses as sample `index` in the i-th layer of the cache. `[n_embd]`
+    pub fn sample(&self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
         let mut out = vec![0.0; self.inner.n_embd];
-        self.inner.sample(layer, index, seed, &mut out);
+        if let Some(record) = self.inner.records.get(&seq) {
+            sample(&record.layers[layer].moments, layer, index, seed, &mut out);
+        }
         out
     }
 }
@@ -152,9 +168,10 @@ impl Inner {
         self.on_queries(attention)?;
         if let Mode::Probe(probe) = &self.mode
             && attention.layer + 1 == self.layers.len()
+            && let Some(end_graph) = probe.end_graph
         {
             // SAFETY: the flag belongs to the context that is decoding.
-            unsafe { (*probe.end_graph).store(true, Ordering::Relaxed) };
+            unsafe { (*end_graph).store(true, Ordering::Relaxed) };
         }
         Ok(())
     }
@@ -169,7 +186,7 @@ impl Inner {
         let mut scratch = std::mem::take(&mut probe.scratch);
         scratch.resize(n_tokens * self.n_embd, 0.0);
         for (i, out) in scratch.chunks_exact_mut(self.n_embd).enumerate() {
-            self.sample(layer, first + i, seed, out);
+            sample(&probe.moments[layer], layer, first + i, seed, out);
         }
         // SAFETY: the tensor holds n_tokens * n_embd contiguous floats, as on_hidden checked.
         unsafe {
@@ -184,15 +201,14 @@ impl Inner {
             probe.scratch = scratch;
         }
     }
+}
 
-    pub(super) fn sample(&self, layer: usize, index: usize, seed: u64, out: &mut [f32]) {
-        let moments = &self.layers[layer].moments;
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(((layer as u64) << 32) | index as u64);
-        for (c, x) in out.iter_mut().enumerate() {
-            let z: f64 = StandardNormal.sample(&mut rng);
-            let sd = (moments.m2[c] / moments.count).sqrt();
-            *x = (moments.mean[c] + sd * z) as f32;
-        }
+fn sample(moments: &Moments, layer: usize, index: usize, seed: u64, out: &mut [f32]) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(((layer as u64) << 32) | index as u64);
+    for (c, x) in out.iter_mut().enumerate() {
+        let z: f64 = StandardNormal.sample(&mut rng);
+        let sd = (moments.m2[c] / moments.count).sqrt();
+        *x = (moments.mean[c] + sd * z) as f32;
     }
 }

@@ -1,16 +1,31 @@
-//! What was captured, as bytes.
+//! What was captured of a sequence, as bytes.
 
 use half::f16;
 
 use super::moments::Moments;
-use super::{Capture, Inner, LayerCapture, LogitScale, Mode};
-use crate::llama::Pos;
+use super::record::{LayerRecord, Record};
+use super::{Capture, LogitScale};
+use crate::llama::{Pos, SeqId};
+
+/// What [`Capture::save`] wrote, read and found to fit.
+pub struct Restored {
+    record: Record,
+    scales: Vec<LogitScale>,
+}
 
 impl Capture {
-    /// What was captured, as bytes: per layer the moments and the window's queries.
-    pub fn save(&self) -> Vec<u8> {
+    /// What was captured of a sequence, as bytes: per layer the moments and the window's queries.
+    pub fn save(&self, seq: SeqId) -> Vec<u8> {
         let mut out = Vec::new();
-        for layer in &self.inner.layers {
+        let blank;
+        let record = match self.inner.records.get(&seq) {
+            Some(record) => record,
+            None => {
+                blank = Record::new(&self.inner.layers, self.inner.window);
+                &blank
+            }
+        };
+        for (layer, shape) in record.layers.iter().zip(&self.inner.layers) {
             let n = layer.moments.mean.len() as u64;
             out.extend_from_slice(&n.to_le_bytes());
             out.extend_from_slice(&layer.moments.count.to_le_bytes());
@@ -23,64 +38,59 @@ impl Capture {
             for x in &layer.window_q {
                 out.extend_from_slice(&x.to_le_bytes());
             }
-            for x in [layer.scale.pre, layer.scale.post, f32::from(u8::from(layer.scale.softcap))] {
+            let scale = shape.scale;
+            for x in [scale.pre, scale.post, f32::from(u8::from(scale.softcap))] {
                 out.extend_from_slice(&x.to_le_bytes());
             }
         }
         out
     }
 
-    /// A capture like this one that holds what [`Self::save`] wrote; `None` if the bytes do not fit.
-    pub fn restored(&self, data: &[u8]) -> Option<Self> {
+    /// Reads what [`Self::save`] wrote; `None` if the bytes do not fit this capture, or hold what no capture writes.
+    pub fn read(&self, data: &[u8]) -> Option<Restored> {
         fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
             let (head, tail) = rest.split_first_chunk()?;
             *rest = tail;
             Some(*head)
         }
-        let old = &self.inner;
+        let inner = &self.inner;
         let mut rest = data;
-        let mut layers = Vec::with_capacity(old.layers.len());
-        for layer in &old.layers {
+        let mut layers = Vec::with_capacity(inner.layers.len());
+        let mut scales = Vec::with_capacity(inner.layers.len());
+        for shape in &inner.layers {
             let n = usize::try_from(u64::from_le_bytes(take(&mut rest)?)).ok()?;
-            if n != 0 && n != old.n_embd {
+            let count = f64::from_le_bytes(take(&mut rest)?);
+            // nothing was counted, or every channel
+            if n != if count > 0.0 { inner.n_embd } else { 0 } || !count.is_finite() {
                 return None;
             }
-            let count = f64::from_le_bytes(take(&mut rest)?);
             let mut floats =
                 |n: usize| -> Option<Vec<f64>> { (0..n).map(|_| Some(f64::from_le_bytes(take(&mut rest)?))).collect() };
             let (mean, m2) = (floats(n)?, floats(n)?);
-            let mut window_pos = Vec::with_capacity(old.window);
-            for _ in 0..old.window {
-                window_pos.push(Pos::from_le_bytes(take(&mut rest)?));
+            let mut window_pos = Vec::with_capacity(inner.window);
+            for slot in 0..inner.window {
+                let pos = Pos::from_le_bytes(take(&mut rest)?);
+                if pos != -1 && (pos < 0 || pos as usize % inner.window != slot) {
+                    return None;
+                }
+                window_pos.push(pos);
             }
-            let mut window_q = Vec::with_capacity(layer.window_q.len());
-            for _ in 0..layer.window_q.len() {
+            let mut window_q = Vec::with_capacity(inner.window * shape.n_q);
+            for _ in 0..inner.window * shape.n_q {
                 window_q.push(f16::from_le_bytes(take(&mut rest)?));
             }
             let [pre, post, softcap] = [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(f32::from_le_bytes);
-            layers.push(LayerCapture {
-                moments: Moments { count, mean, m2 },
-                window_q,
-                window_pos,
-                scale: LogitScale { pre, post, softcap: softcap != 0.0 },
-                ..*layer
-            });
+            layers.push(LayerRecord { moments: Moments { count, mean, m2 }, n_q: shape.n_q, window_q, window_pos });
+            scales.push(LogitScale { pre, post, softcap: softcap != 0.0 });
         }
-        rest.is_empty().then(|| Self {
-            inner: Inner {
-                ctx: old.ctx,
-                layout: old.layout.clone(),
-                n_embd: old.n_embd,
-                window: old.window,
-                skip: old.skip,
-                layers,
-                by_il: old.by_il.clone(),
-                by_tensor: old.by_tensor.clone(),
-                mode: Mode::Prompt(0),
-                rows: None,
-                pending: Vec::new(),
-                scratch: Vec::new(),
-            },
-        })
+        rest.is_empty().then(|| Restored { record: Record::of(layers), scales })
+    }
+
+    /// Replaces what is known of a sequence.
+    pub fn restore(&mut self, seq: SeqId, restored: Restored) {
+        for (layer, scale) in self.inner.layers.iter_mut().zip(restored.scales) {
+            layer.scale = scale;
+        }
+        self.inner.records.insert(seq, restored.record);
     }
 }

@@ -1,4 +1,5 @@
 use std::ffi::c_void;
+use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -121,11 +122,12 @@ impl Default for ContextParams {
     }
 }
 
-/// A living context: a model, a KV cache, and the logits of the last decoded batch.
+/// A living context: a model, a KV cache, and the logits of the last decoded batch. Its own, or one that an app lends.
 pub struct Context {
     ptr: NonNull<sys::llama_context>,
     model: Model,
     abort: Box<Abort>,
+    is_guest: bool,
 }
 
 /// What llama.cpp's abort callback reads; it keeps a raw pointer to it.
@@ -135,6 +137,8 @@ struct Abort {
     cancel: Arc<AtomicBool>,
     /// The rest of the graph in work is not needed: see [`Context::end_graph`].
     end_graph: AtomicBool,
+    /// The abort callback of the app that lends the context, and its data.
+    of_app: Option<(unsafe extern "C" fn(*mut c_void) -> bool, *mut c_void)>,
 }
 
 // SAFETY: a context may move between threads; it is used by one at a time (&mut).
@@ -169,10 +173,31 @@ impl Context {
         let ptr = unsafe { sys::llama_init_from_model(model.as_ptr(), raw) };
         let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context { reason: log::take_reason() })?;
         let abort = Box::<Abort>::default();
-        let flags = std::ptr::from_ref(&*abort).cast_mut().cast();
-        // SAFETY: the flags are boxed and live as long as the context.
-        unsafe { sys::llama_set_abort_callback(ptr.as_ptr(), Some(should_abort), flags) };
-        Ok(Self { ptr, model: model.clone(), abort })
+        let context = Self { ptr, model: model.clone(), abort, is_guest: false };
+        context.listen();
+        Ok(context)
+    }
+
+    /// A context that an app lends. What is done with it should happen during a [`Visit`].
+    ///
+    /// # Safety
+    /// `ptr` is a valid context, and stays so until the last use of this; nobody else uses it meanwhile.
+    pub(crate) unsafe fn lent(ptr: NonNull<sys::llama_context>, cancel: Arc<AtomicBool>) -> Self {
+        // SAFETY: the model of a valid context is valid, and its owner keeps it as long.
+        let model = unsafe { Model::lent(NonNull::new_unchecked(sys::llama_get_model(ptr.as_ptr()).cast_mut())) };
+        Self { ptr, model, abort: Box::new(Abort { cancel, ..Abort::default() }), is_guest: true }
+    }
+
+    /// Lets llama.cpp ask our flags.
+    fn listen(&self) {
+        let flags = std::ptr::from_ref(&*self.abort).cast_mut().cast();
+        // SAFETY: the flags are boxed and live as long as the context; a visit takes the callback away at its end.
+        unsafe { sys::llama_set_abort_callback(self.as_ptr(), Some(should_abort), flags) };
+    }
+
+    /// Whether the caller wants out.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.abort.cancel.load(Ordering::Relaxed)
     }
 
     pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
@@ -195,9 +220,10 @@ impl Context {
     }
 
     /// The flag that ends the graph in work early: set from inside the eval callback, it makes [`Self::decode`] come back
-    /// with [`LlamaError::Ended`]. Back ends other than the CPU finish the graph all the same.
-    pub(crate) fn end_graph(&self) -> *const AtomicBool {
-        &raw const self.abort.end_graph
+    /// with [`LlamaError::Ended`]. Back ends other than the CPU finish the graph all the same. None in a context that is lent:
+    /// llama.cpp warns of an ended graph in the app's log.
+    pub(crate) fn end_graph(&self) -> Option<*const AtomicBool> {
+        (!self.is_guest).then_some(&raw const self.abort.end_graph)
     }
 
     /// Cells of the KV cache, as allocated (llama.cpp rounds up).
@@ -224,6 +250,12 @@ impl Context {
         unsafe { sys::llama_n_seq_max(self.as_ptr()) as usize }
     }
 
+    /// Most tokens of a batch that may ask for logits.
+    pub(crate) fn n_outputs_max(&self) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::gvote_shim_outputs_max(self.as_ptr()).max(1) as usize }
+    }
+
     pub(crate) fn n_threads_batch(&self) -> usize {
         // SAFETY: valid context.
         unsafe { sys::llama_n_threads_batch(self.as_ptr()).max(1) as usize }
@@ -234,12 +266,12 @@ impl Context {
     /// # Errors
     /// [`LlamaError::NoCells`], [`LlamaError::Cancelled`] or [`LlamaError::Decode`].
     pub fn decode(&mut self, batch: &Batch) -> Result<(), LlamaError> {
-        if self.abort.cancel.load(Ordering::Relaxed) {
+        if self.is_cancelled() {
             return Err(LlamaError::Cancelled);
         }
         self.abort.end_graph.store(false, Ordering::Relaxed);
         // SAFETY: the batch's arrays hold n_tokens entries.
-        match unsafe { sys::llama_decode(self.as_ptr(), batch.raw()) } {
+        match unsafe { sys::gvote_shim_decode(self.as_ptr(), batch.raw()) } {
             0 => Ok(()),
             1 => Err(LlamaError::NoCells {
                 needed: batch.len(),
@@ -256,7 +288,7 @@ impl Context {
                 }
                 let ended = self.abort.end_graph.swap(false, Ordering::Relaxed);
                 Err(match status {
-                    2 if ended && !self.abort.cancel.load(Ordering::Relaxed) => LlamaError::Ended,
+                    2 if ended && !self.is_cancelled() => LlamaError::Ended,
                     2 => LlamaError::Cancelled,
                     status => LlamaError::Decode(status),
                 })
@@ -348,13 +380,65 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: freed once; the model is dropped after it.
-        unsafe { sys::llama_free(self.ptr.as_ptr()) };
+        if !self.is_guest {
+            // SAFETY: freed once; the model is dropped after it.
+            unsafe { sys::llama_free(self.ptr.as_ptr()) };
+        }
+    }
+}
+
+/// Work in a context that an app lends: its callbacks, outputs and counters are put away, and back when this is dropped.
+pub(crate) struct Visit<'a> {
+    ctx: &'a mut Context,
+    raw: NonNull<sys::gvote_shim_visit>,
+}
+
+impl<'a> Visit<'a> {
+    /// # Errors
+    /// [`LlamaError::Memory`]; the context is then as it was.
+    pub fn new(ctx: &'a mut Context) -> Result<Self, LlamaError> {
+        let (mut raw, mut callback, mut data) = (std::ptr::null_mut(), None, std::ptr::null_mut());
+        // SAFETY: valid context; the shim sets `raw` when it answers NULL, and it is freed in drop.
+        let raw = unsafe {
+            let failed = !sys::gvote_shim_visit_begin(ctx.as_ptr(), &raw mut raw).is_null();
+            let raw = NonNull::new(raw).filter(|_| !failed).ok_or(LlamaError::Memory)?;
+            sys::gvote_shim_visit_abort(raw.as_ptr(), &raw mut callback, &raw mut data);
+            raw
+        };
+        ctx.abort.of_app = callback.map(|callback| (callback, data));
+        ctx.listen();
+        Ok(Self { ctx, raw })
+    }
+}
+
+impl Deref for Visit<'_> {
+    type Target = Context;
+
+    fn deref(&self) -> &Context {
+        self.ctx
+    }
+}
+
+impl DerefMut for Visit<'_> {
+    fn deref_mut(&mut self) -> &mut Context {
+        self.ctx
+    }
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        // SAFETY: begun in `new`, ended once.
+        unsafe { sys::gvote_shim_visit_end(self.raw.as_ptr()) };
+        self.ctx.abort.of_app = None;
     }
 }
 
 unsafe extern "C" fn should_abort(flags: *mut c_void) -> bool {
     // SAFETY: points to the context's boxed flags.
     let flags = unsafe { &*flags.cast::<Abort>() };
-    flags.cancel.load(Ordering::Relaxed) || flags.end_graph.load(Ordering::Relaxed)
+    let app_wants_out = || {
+        // SAFETY: the app's own callback with the app's own data, as it would be called without us.
+        flags.of_app.is_some_and(|(callback, data)| unsafe { callback(data) })
+    };
+    flags.cancel.load(Ordering::Relaxed) || flags.end_graph.load(Ordering::Relaxed) || app_wants_out()
 }

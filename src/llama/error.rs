@@ -17,6 +17,8 @@ pub enum LlamaError {
     NoCells { needed: usize, free: usize, size: usize },
     #[error("llama.cpp could not decode the batch (status {0})")]
     Decode(i32),
+    #[error("out of memory")]
+    Memory,
     #[error("cancelled")]
     Cancelled,
     #[error("the graph was ended before its result")]

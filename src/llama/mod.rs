@@ -15,6 +15,7 @@ mod template;
 mod tensor_type;
 
 pub use batch::Batch;
+pub(crate) use context::Visit;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
 pub use device::{Device, devices};
 pub use error::LlamaError;

@@ -22,7 +22,11 @@ impl Default for ModelParams {
     }
 }
 
-struct Owned(NonNull<sys::llama_model>);
+struct Owned {
+    ptr: NonNull<sys::llama_model>,
+    /// It belongs to an app.
+    is_lent: bool,
+}
 
 // SAFETY: a loaded model is read-only; llama.cpp documents sharing one between contexts of different threads.
 unsafe impl Send for Owned {}
@@ -31,8 +35,10 @@ unsafe impl Sync for Owned {}
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        // SAFETY: the last owner frees it; contexts hold a clone of the Arc and are gone by now.
-        unsafe { sys::llama_model_free(self.0.as_ptr()) };
+        if !self.is_lent {
+            // SAFETY: the last owner frees it; contexts hold a clone of the Arc and are gone by now.
+            unsafe { sys::llama_model_free(self.ptr.as_ptr()) };
+        }
     }
 }
 
@@ -80,12 +86,20 @@ impl Model {
         // SAFETY: the path and the closure outlive the call.
         let ptr = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), raw) };
         NonNull::new(ptr)
-            .map(|p| Self(Arc::new(Owned(p))))
+            .map(|ptr| Self(Arc::new(Owned { ptr, is_lent: false })))
             .ok_or_else(|| LlamaError::Load { path: path.into(), reason: log::take_reason() })
     }
 
     pub(crate) fn as_ptr(&self) -> *mut sys::llama_model {
-        self.0.0.as_ptr()
+        self.0.ptr.as_ptr()
+    }
+
+    /// A model that an app lends.
+    ///
+    /// # Safety
+    /// `ptr` is a valid model, and stays so until the last use of this or of a clone.
+    pub(crate) unsafe fn lent(ptr: NonNull<sys::llama_model>) -> Self {
+        Self(Arc::new(Owned { ptr, is_lent: true }))
     }
 
     fn vocab(&self) -> *const sys::llama_vocab {

@@ -3,7 +3,8 @@
 use std::ops::ControlFlow;
 
 use super::{SEQ, Session, SessionError};
-use crate::llama::{Batch, Pos, SeqId, Token};
+use crate::llama::{Batch, Context, Token};
+use crate::vote::follow;
 
 impl Session {
     /// What the model expects after each of `tokens`, as if they came next: `each(i, logits)` gets the next-token logits
@@ -18,36 +19,19 @@ impl Session {
     /// [`SessionError::PromptTooLong`] and whatever decoding fails with; the session is then as before.
     pub fn follow(&mut self, tokens: &[Token], mut each: impl FnMut(usize, &[f32])) -> Result<(), SessionError> {
         self.check_room(tokens.len())?;
-        let result = self.follow_in(SEQ, tokens, self.chunk, |i, logits| {
+        let Self { ctx, mask, sequence, chunk, .. } = self;
+        let n_past = sequence.n_past();
+        let decode = |ctx: &mut Context, batch: &Batch| -> Result<(), SessionError> {
+            match mask {
+                Some(mask) => Ok(mask.decode(ctx, batch)?),
+                None => Ok(ctx.decode(batch)?),
+            }
+        };
+        let result = follow(ctx, SEQ, n_past, tokens, *chunk, decode, |i, logits| {
             each(i, logits);
             ControlFlow::Continue(())
         });
-        self.ctx.remove(SEQ, self.n_past, -1);
+        self.ctx.remove(SEQ, n_past, -1);
         result
-    }
-
-    /// The same in any sequence that holds as many positions, `at_once` tokens a batch, until `each` breaks; the new cells
-    /// stay.
-    pub(super) fn follow_in(
-        &mut self,
-        seq: SeqId,
-        tokens: &[Token],
-        at_once: usize,
-        mut each: impl FnMut(usize, &[f32]) -> ControlFlow<()>,
-    ) -> Result<(), SessionError> {
-        let mut batch = Batch::new(at_once);
-        for (start, chunk) in (0..).step_by(at_once).zip(tokens.chunks(at_once)) {
-            batch.clear();
-            for (i, &token) in chunk.iter().enumerate() {
-                batch.add(token, self.n_past + (start + i) as Pos, seq, true)?;
-            }
-            self.decode_batch(&batch, false)?;
-            for i in 0..chunk.len() {
-                if each(start + i, self.ctx.logits_at(i as i32)?).is_break() {
-                    return Ok(());
-                }
-            }
-        }
-        Ok(())
     }
 }

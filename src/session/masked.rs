@@ -1,9 +1,9 @@
 //! Unequal budgets: from such a compression on, everything is decoded behind a mask.
 
-use super::{SEQ, Session, SessionError, Voter};
-use crate::compact::{Mask, MaskError};
+use super::{Session, SessionError};
+use crate::compact::MaskError;
 use crate::llama::Batch;
-use crate::policy::Selection;
+use crate::vote::VoteError;
 
 impl From<MaskError> for SessionError {
     fn from(error: MaskError) -> Self {
@@ -18,26 +18,17 @@ impl From<MaskError> for SessionError {
 impl Session {
     /// Decodes a batch, with the capture on where `captures`. Behind a mask nothing is captured: it is the last vote's.
     pub(super) fn decode_batch(&mut self, batch: &Batch, captures: bool) -> Result<(), SessionError> {
-        match &mut self.voter {
-            Some(Voter { mask: Some(mask), .. }) => Ok(mask.decode(&mut self.ctx, batch)?),
-            Some(voter) if captures => Ok(voter.capture.decode(&mut self.ctx, SEQ, batch)?),
+        match (&mut self.mask, &mut self.voter) {
+            (Some(mask), _) => Ok(mask.decode(&mut self.ctx, batch)?),
+            (None, Some(voter)) if captures => {
+                Ok(voter.capture.decode(&mut self.ctx, batch).map_err(VoteError::from)?)
+            }
             _ => Ok(self.ctx.decode(batch)?),
         }
     }
 
     /// Whether a vote may follow.
     pub(super) fn check_unmasked(&self) -> Result<(), SessionError> {
-        match &self.voter {
-            Some(Voter { mask: Some(_), .. }) => Err(MaskError::Masked.into()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Lays a mask over what the heads dropped.
-    pub(super) fn mask(&mut self, selection: &Selection) -> Result<(), SessionError> {
-        if let Some(voter) = &mut self.voter {
-            voter.mask = Some(Mask::new(&self.ctx, SEQ, selection)?);
-        }
-        Ok(())
+        if self.mask.is_some() { Err(MaskError::Masked.into()) } else { Ok(()) }
     }
 }

@@ -4,62 +4,12 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::policy::{Bound, Kind, Ragged};
-
 /// What a prefill did.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct PrefillReport {
     pub tokens: usize,
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
-}
-
-/// What a compression did, or why it left the cache alone.
-#[derive(Clone, Debug, Serialize)]
-pub struct CompressReport {
-    pub policy: Kind,
-    /// Cells of the sequence before and after; of unequal budgets the mean.
-    pub cells_before: usize,
-    pub cells_after: usize,
-    /// Bytes of K and V in those cells; a mask ([`crate::policy::Params::exact`]) frees none, whatever `cells_after` says.
-    pub kv_bytes_before: usize,
-    pub kv_bytes_after: usize,
-    /// Attention mass given up, as the policy estimates it; 0 to 1.
-    pub lost_mass: Option<f32>,
-    /// The rule that set the number of cells.
-    pub bound: Bound,
-    pub ragged: Option<Ragged>,
-    /// Cells that a trial tried, and the mean KL to the full cache on them beyond that of rounding, in nats a token.
-    pub tried: Vec<(usize, f32)>,
-    /// Mean KL that rounding alone caused in the trial, in nats a token.
-    pub rounding: f32,
-    /// Bytes of ggml's compute buffers that scoring held; they are given back.
-    pub compute_bytes: usize,
-    #[serde(serialize_with = "seconds")]
-    pub replay_time: Duration,
-    #[serde(serialize_with = "seconds")]
-    pub probe_time: Duration,
-    #[serde(serialize_with = "seconds")]
-    pub score_time: Duration,
-    #[serde(serialize_with = "seconds")]
-    pub select_time: Duration,
-    #[serde(serialize_with = "seconds")]
-    pub trial_time: Duration,
-    #[serde(serialize_with = "seconds")]
-    pub compact_time: Duration,
-}
-
-impl CompressReport {
-    /// Time of the whole compression.
-    pub fn time(&self) -> Duration {
-        let choice = self.probe_time + self.score_time + self.select_time + self.trial_time;
-        self.replay_time + choice + self.compact_time
-    }
-
-    /// Share of the cells kept, 0 to 1.
-    pub fn share(&self) -> f64 {
-        self.cells_after as f64 / self.cells_before.max(1) as f64
-    }
 }
 
 fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
@@ -87,28 +37,4 @@ pub struct GenerateReport {
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
     pub stop: Stop,
-}
-
-impl CompressReport {
-    pub(super) fn untouched(policy: Kind, n: usize, bytes_per_cell: usize) -> Self {
-        Self {
-            policy,
-            cells_before: n,
-            cells_after: n,
-            kv_bytes_before: n * bytes_per_cell,
-            kv_bytes_after: n * bytes_per_cell,
-            lost_mass: Some(0.0),
-            bound: Bound::All,
-            ragged: None,
-            tried: Vec::new(),
-            rounding: 0.0,
-            compute_bytes: 0,
-            replay_time: Duration::ZERO,
-            probe_time: Duration::ZERO,
-            score_time: Duration::ZERO,
-            select_time: Duration::ZERO,
-            trial_time: Duration::ZERO,
-            compact_time: Duration::ZERO,
-        }
-    }
 }

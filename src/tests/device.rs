@@ -23,9 +23,9 @@ fn capture_and_probe_see_the_same() {
         let run = || {
             let mut ctx = context(&model, setup, 512, 64);
             let mut capture = captured(&mut ctx, &tokens);
-            let probe = capture.probe(&mut ctx, N as Pos - 1, 40, 3).unwrap();
-            let window = capture.window(7, N as Pos - 1).unwrap();
-            (capture.statistics(7), window.data, probe[7].data.clone(), probe[29].data.clone(), cells(&ctx))
+            let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 40, 3).unwrap();
+            let window = capture.window(0, 7, N as Pos - 1).unwrap();
+            (capture.statistics(0, 7), window.data, probe[7].data.clone(), probe[29].data.clone(), cells(&ctx))
         };
         let (host, device) = (run(), on_device(run));
         assert!(host.0 == device.0, "{setup:?}: statistics");

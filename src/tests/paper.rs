@@ -38,7 +38,7 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
     let params = Params::new(Kind::GvotePaper);
     let mut capture = captured(&mut ctx, &tokens);
     let last = N as Pos - 1;
-    let synthetic = capture.probe(&mut ctx, last, params.samples, 5).unwrap();
+    let synthetic = capture.probe(&mut ctx, 0, last, params.samples, 5).unwrap();
 
     let (n_head, n_kv) = (layout.layers[0].n_head as usize, layout.layers[0].n_head_kv as usize);
     let shape = Shape { n: N, n_layer: layout.n_layer(), n_head_kv: n_kv, group: n_head / n_kv };
@@ -52,7 +52,7 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
             Needs { each: true, ..policy.needs() },
             false,
             |il| {
-                let observed = capture.window(il, last).unwrap();
+                let observed = capture.window(0, il, last).unwrap();
                 let mut future = synthetic[il].clone();
                 let n_q = observed.data.len() / observed.pos.len();
                 future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);

@@ -3,7 +3,7 @@
 use super::fixture::*;
 use crate::cache::Layout;
 use crate::capture::{Capture, CaptureError};
-use crate::llama::{Context, ContextParams, Pos};
+use crate::llama::Pos;
 
 const N: usize = 150;
 const WINDOW: usize = 64;
@@ -18,7 +18,7 @@ fn leaves_the_cache_and_the_next_logits_as_they_were() {
             let mut capture = captured(&mut ctx, &tokens[..N]);
             let before = cells(&ctx);
             if probes {
-                capture.probe(&mut ctx, N as Pos - 1, 100, 1).unwrap();
+                capture.probe(&mut ctx, 0, N as Pos - 1, 100, 1).unwrap();
             }
             assert_eq!(before, cells(&ctx));
             next_logits(&mut ctx, tokens[N], N as Pos)
@@ -34,10 +34,10 @@ fn captures_the_same_however_the_prompt_is_split() {
     let capture = |n_ubatch| {
         let mut ctx = context(&model, F16, 512, n_ubatch);
         let mut capture = captured(&mut ctx, &tokens);
-        let probe = capture.probe(&mut ctx, N as Pos - 1, 40, 9).unwrap();
-        let window = capture.window(5, N as Pos - 1).unwrap();
+        let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 40, 9).unwrap();
+        let window = capture.window(0, 5, N as Pos - 1).unwrap();
         assert_eq!(window.pos, (N as Pos - WINDOW as Pos..N as Pos).collect::<Vec<_>>());
-        (capture.statistics(5), window, probe)
+        (capture.statistics(0, 5), window, probe)
     };
     let (a, b) = (capture(512), capture(13));
     // another split is another order of sums in llama.cpp's kernels: equal up to their rounding
@@ -60,7 +60,7 @@ fn the_same_seed_gives_the_same_queries_and_another_seed_others() {
     let model = model();
     let mut ctx = context(&model, F16, 512, 512);
     let mut capture = captured(&mut ctx, &tokens(&model, N));
-    let mut probe = |seed| capture.probe(&mut ctx, N as Pos - 1, 8, seed).unwrap()[7].data.clone();
+    let mut probe = |seed| capture.probe(&mut ctx, 0, N as Pos - 1, 8, seed).unwrap()[7].data.clone();
     let (a, b, c) = (probe(1), probe(1), probe(2));
     assert!(a == b);
     assert!(a != c);
@@ -71,20 +71,14 @@ fn needs_what_it_says() {
     let model = model();
     let tokens = tokens(&model, N);
 
-    let one_sequence = ContextParams { n_ctx: 256, ..ContextParams::default() };
-    let mut ctx = Context::new(&model, &one_sequence).unwrap();
-    let mut capture = captured(&mut ctx, &tokens);
-    let error = capture.probe(&mut ctx, N as Pos - 1, 8, 0).unwrap_err();
-    assert!(matches!(error, CaptureError::NoScratch), "{error}");
-
     let mut ctx = context(&model, F16, 256, 256);
     let mut capture = captured(&mut ctx, &tokens);
-    let error = capture.probe(&mut ctx, N as Pos - 1, 200, 0).unwrap_err();
+    let error = capture.probe(&mut ctx, 0, N as Pos - 1, 200, 0).unwrap_err();
     assert!(matches!(error, CaptureError::NoCells { needed: 200, free: 106 }), "{error}");
     assert!(error.to_string().contains("--samples"), "{error}");
 
     let layout = Layout::of(&ctx, 0).unwrap();
     let mut empty = Capture::new(&ctx, &layout, WINDOW, 4);
-    let error = empty.probe(&mut ctx, N as Pos - 1, 8, 0).unwrap_err();
+    let error = empty.probe(&mut ctx, 0, N as Pos - 1, 8, 0).unwrap_err();
     assert!(matches!(error, CaptureError::Empty), "{error}");
 }

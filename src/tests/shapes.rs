@@ -32,10 +32,10 @@ fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) {
     let mut capture = captured(&mut ctx, &tokens(N));
     let layout = Layout::of(&ctx, 0).unwrap();
     // more samples than one ubatch takes
-    let probe = capture.probe(&mut ctx, N as Pos - 1, 70, 3).unwrap();
+    let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 70, 3).unwrap();
     for (i, layer) in layout.layers.iter().enumerate() {
         for sample in [0, 1, 69] {
-            let hidden = capture.sample(i, sample, 3);
+            let hidden = capture.sample(0, i, sample, 3);
             for head in 0..tiny.spec.n_head {
                 let mut expected = tiny.query(layer.il as usize, head, &hidden, (N + sample) as Pos);
                 if rotated {

@@ -18,7 +18,7 @@ fn chat(message: &str, open: bool) -> Vec<Token> {
 }
 
 fn long_message() -> String {
-    let text = include_str!("../../capture.rs");
+    let text = include_str!("../../tests/text.txt");
     text.chars().take(4 * LONG).collect()
 }
 
@@ -28,21 +28,25 @@ fn after_chat(message: &str, open: bool, policy: Params) -> Session {
     session
 }
 
+fn open_turn(session: &mut Session) -> Option<usize> {
+    session.vote().unwrap().open_turn()
+}
+
 #[test]
 fn a_turn_is_open_while_a_question_may_follow() {
-    let open = after_chat(&long_message(), true, Params::default());
-    let start = open.open_turn().expect("the prompt ends inside the user's message");
-    assert!(open.model().is_control(open.tokens[start - 1]));
-    assert!(open.tokens[start..].iter().all(|&token| !open.model().is_control(token)));
-    assert!(open.tokens.len() - start > LONG / 2);
+    let mut open = after_chat(&long_message(), true, Params::default());
+    let start = open_turn(&mut open).expect("the prompt ends inside the user's message");
+    assert!(open.model().is_control(open.sequence.tokens[start - 1]));
+    assert!(open.sequence.tokens[start..].iter().all(|&token| !open.model().is_control(token)));
+    assert!(open.sequence.tokens.len() - start > LONG / 2);
 
-    let asked = after_chat(&long_message(), false, Params::default());
-    assert_eq!(asked.open_turn(), None, "the assistant's turn has begun");
-    let short = after_chat("Hi! Here is what I know so far.", true, Params::default());
-    assert_eq!(short.open_turn(), None, "a few words are no document");
-    let raw = after(LONG, F16, 960, 512, Params::default());
-    assert_eq!(raw.open_turn(), None, "a plain text has no turns");
-    assert_eq!(session(F16, 192, 64, Params::default()).open_turn(), None);
+    let mut asked = after_chat(&long_message(), false, Params::default());
+    assert_eq!(open_turn(&mut asked), None, "the assistant's turn has begun");
+    let mut short = after_chat("Hi! Here is what I know so far.", true, Params::default());
+    assert_eq!(open_turn(&mut short), None, "a few words are no document");
+    let mut raw = after(LONG, F16, 960, 512, Params::default());
+    assert_eq!(open_turn(&mut raw), None, "a plain text has no turns");
+    assert_eq!(open_turn(&mut session(F16, 192, 64, Params::default())), None);
 }
 
 #[test]
@@ -50,7 +54,7 @@ fn an_answer_in_progress_is_no_open_turn_until_it_is_long() {
     let mut session = after_chat(&long_message(), false, Params::default());
     let words = fixture::tokens(&fixture::model(), 40);
     read(&mut session, &words);
-    assert_eq!(session.open_turn(), None);
+    assert_eq!(open_turn(&mut session), None);
 }
 
 #[test]
@@ -90,11 +94,11 @@ fn the_first_words_of_an_open_turn_vote() {
         if look_alike {
             // the same cache, but as if it were no chat
             let plain = session.model().tokenize(" ", false, false).unwrap()[0];
-            session.tokens.fill(plain);
+            session.sequence.tokens.fill(plain);
         }
         let cells = cache::cells(&session.ctx, SEQ);
         let mut report = CompressReport::untouched(policy.policy, cells.len(), 0);
-        match session.decide(&cells, &mut report).unwrap() {
+        match session.vote().unwrap().decide(&cells, &mut report).unwrap() {
             policy::Decision::Selection(selection) => selection.kept,
             policy::Decision::Ranking(_) => panic!("a share was asked for"),
         }

@@ -6,6 +6,7 @@ use std::thread;
 use super::*;
 use crate::policy::{Decision, HeadScores, Policy, Ranking};
 use crate::tests::fixture::F16;
+use crate::vote::uniform_shape;
 
 const N: usize = 160;
 /// When to cancel: after so many parts of the time that the work takes.
@@ -33,12 +34,12 @@ fn ranking(session: &Session) -> Ranking {
 
 fn try_out(session: &mut Session) -> Result<(), SessionError> {
     let ranking = ranking(session);
-    session.try_out(&ranking).map(|trial| assert!(trial.is_some()))
+    Ok(session.vote().unwrap().try_out(&ranking).map(|trial| assert!(trial.is_some()))?)
 }
 
 fn replay(session: &mut Session) -> Result<(), SessionError> {
     let cells = cache::cells(&session.ctx, SEQ);
-    session.replay(&cells).map(|_| ())
+    Ok(session.vote().unwrap().replay(&cells).map(|_| ())?)
 }
 
 /// Runs `work` again and again, each time cancelled a bit later.
@@ -117,9 +118,9 @@ fn a_trial_or_replay_without_a_free_cell_leaves_no_trace() {
 fn a_full_context_can_still_be_voted_on() {
     for policy in [Params { draft: 100, ..Params::default() }, replaying()] {
         // a multiple of 256, so that llama.cpp adds no cells of its own
-        let n_ctx = 768 - spare_cells(&policy);
+        let n_ctx = 768 - Voter::spare_cells(&policy);
         let mut session = after(n_ctx, F16, n_ctx, 512, policy.clone());
-        assert_eq!(session.spare(), spare_cells(&policy));
+        assert_eq!(session.spare(), Voter::spare_cells(&policy));
         assert_eq!(session.room(), 0);
         let report = session.compress().unwrap();
         assert!(report.cells_after < n_ctx, "{report:?}");
@@ -131,7 +132,7 @@ fn a_full_context_can_still_be_voted_on() {
 
 #[test]
 fn settings_that_need_more_spare_cells_are_refused_by_name() {
-    let n_ctx = 512 - spare_cells(&Params::default());
+    let n_ctx = 512 - Voter::spare_cells(&Params::default());
     let mut session = session(F16, n_ctx, 64, Params::default());
     let spare = session.spare();
     for (change, flag) in [

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::*;
-use crate::session::replay::Replayed;
 use crate::tests::fixture::{F16, F16_FLASH, Q8_0, dot, record, rounded, row, softmax};
+use crate::vote::replay::Replayed;
 
 /// More than one chunk with a ubatch of this many tokens, the last of them a short one.
 const N: usize = 170;
@@ -31,11 +31,10 @@ fn naive(session: &mut Session, range: Range<usize>, announcement: &[Token]) -> 
     for start in range.clone().step_by(UBATCH - LEAD - announcement.len()) {
         let end = range.end.min(start + UBATCH - LEAD - announcement.len());
         let lead = LEAD.min(start - range.start);
-        let tokens = [announcement, &session.tokens[start - lead..end]].concat();
+        let tokens = [announcement, &session.sequence.tokens[start - lead..end]].concat();
         let ctx = &mut session.ctx;
-        ctx.copy(SEQ, SCRATCH, -1, -1);
-        let attention = record(ctx, &layout, |ctx| fixture::decode(ctx, &tokens, N as Pos, SCRATCH));
-        let visible = cache::cells(ctx, SCRATCH);
+        let attention = record(ctx, &layout, |ctx| fixture::decode(ctx, &tokens, N as Pos, SEQ));
+        let visible = cache::cells(ctx, SEQ);
         for (&(layer, kv), out) in HEADS.iter().zip(&mut out) {
             let keys: Vec<_> = visible.iter().map(|cell| row(&layout, layer, false, kv, cell)).collect();
             for i in announcement.len()..tokens.len() {
@@ -52,7 +51,7 @@ fn naive(session: &mut Session, range: Range<usize>, announcement: &[Token]) -> 
                 }
             }
         }
-        ctx.remove(SCRATCH, -1, -1);
+        ctx.remove(SEQ, N as Pos, -1);
     }
     out
 }
@@ -83,7 +82,7 @@ fn a_replay_equals_float64() {
         let mut session = after(N, setup, 256, UBATCH as u32, Params { replay: true, ..Params::default() });
         let cells = cache::cells(&session.ctx, SEQ);
         let before = session.save();
-        let replayed = session.replay(&cells).unwrap();
+        let replayed = session.vote().unwrap().replay(&cells).unwrap();
         assert!(session.save() == before, "{setup:?}: a replay leaves no trace");
 
         let announcement = session.model().tokenize("\n\nThe same text once more:\n\n", false, false).unwrap();
@@ -96,7 +95,7 @@ fn a_replay_equals_float64() {
 fn reading_a_part_again_equals_float64() {
     let mut session = after(N, F16, 256, UBATCH as u32, Params::default());
     let cells = cache::cells(&session.ctx, SEQ);
-    let again = session.read_again(&cells, 40..104).unwrap();
+    let again = session.vote().unwrap().read_again(&cells, 40..104).unwrap();
     let expected = naive(&mut session, 40..104, &[]);
     assert_equal(&again, &expected, 2e-3, "40..104");
 }

@@ -1,8 +1,8 @@
 //! The trial: how few cells continue this request as the full cache does?
 //!
-//! The full cache drafts a continuation in a scratch sequence that shares its cells, and reads it once more in one batch, for
-//! what it expects after each token. Then each head's rows are put in the order of the ranking, in place: for any count C the
-//! first C cells are now what a compaction to C would keep, so that a scratch sequence that sees only those continues exactly
+//! While the sequence is parked, the full cache drafts a continuation, and reads it once more in one batch, for what it
+//! expects after each token. Then each head's rows are put in the order of the ranking, in place: for any count C the
+//! first C cells are now what a compaction to C would keep, so that a sequence that sees only those continues exactly
 //! as the compacted cache would - with llama.cpp's own kernels, on whatever back end. The draft is decoded there in one batch,
 //! and the mean KL to what the full cache expected is the damage at C, once the KL that the new order alone causes is taken
 //! off: quantized weights turn the last bit of a sum into a KL of some 0.003 on a small model. A search finds the fewest
@@ -11,11 +11,11 @@
 
 use std::ops::{ControlFlow, Range};
 
-use super::{SCRATCH, SEQ, Session, SessionError};
-use crate::cache;
+use super::{Stage, Vote, VoteError, follow};
+use crate::cache::{self, Parked};
 use crate::compact;
 use crate::divergence::Likely;
-use crate::llama::{Batch, Pos, Sampler, SamplerParams, Token};
+use crate::llama::{Batch, Context, Pos, Sampler, SamplerParams, SeqId, Token};
 use crate::policy::Ranking;
 
 /// Of the target, what the draft may use up: the text that comes after it, and a text that is not the model's own, drift
@@ -34,7 +34,7 @@ const LOGITS_SHARE: f64 = 0.02;
 const LEAST_AT_ONCE: usize = 4;
 
 /// What a trial found.
-pub(super) struct Trial {
+pub(crate) struct Trial {
     /// The fewest cells that came close enough.
     pub count: usize,
     /// Cells and mean KL beyond that of rounding, in nats a token, in the order of the attempts. Where that is too much it is
@@ -51,28 +51,49 @@ struct Draft {
     expected: Vec<Likely>,
 }
 
-impl Session {
-    /// Tries counts of a ranking of this session's cells. None if the model would end at once: there is nothing to compare.
+/// The rows of a sequence in the order of a ranking. Dropping it puts them back.
+struct Reordered<'a> {
+    ctx: &'a mut Context,
+    seq: SeqId,
+    ranking: &'a Ranking,
+}
+
+impl<'a> Reordered<'a> {
+    fn new(ctx: &'a mut Context, seq: SeqId, ranking: &'a Ranking) -> Result<Self, VoteError> {
+        compact::permute(ctx, seq, &|head| by_rank(ranking, head))?;
+        Ok(Self { ctx, seq, ranking })
+    }
+}
+
+impl Drop for Reordered<'_> {
+    fn drop(&mut self) {
+        let ranking = self.ranking;
+        let back = compact::permute(self.ctx, self.seq, &|head| inverse(&by_rank(ranking, head)));
+        debug_assert!(back.is_ok(), "the cells are those that were reordered: {back:?}");
+    }
+}
+
+impl Vote<'_> {
+    /// Tries counts of a ranking of the sequence's cells. None if there is nothing to compare: the model would end at once, or
+    /// the newest token is not known.
     ///
     /// # Errors
-    /// [`SessionError`]; the cache is as before, with an error and without.
-    pub(super) fn try_out(&mut self, ranking: &Ranking) -> Result<Option<Trial>, SessionError> {
-        let Some(target) = self.policy.target_kl else { return Ok(None) };
+    /// [`VoteError`]; the cache is as before, with an error and without.
+    pub fn try_out(&mut self, ranking: &Ranking) -> Result<Option<Trial>, VoteError> {
+        let Some(target) = self.voter.policy.target_kl else { return Ok(None) };
+        self.enter(Stage::Draft)?;
         let draft = self.draft()?;
         if draft.tokens.is_empty() {
             return Ok(None);
         }
-        compact::permute(&mut self.ctx, SEQ, &|head| by_rank(ranking, head))?;
-        let found = self.search(ranking, &draft, MARGIN * f64::from(target));
-        compact::permute(&mut self.ctx, SEQ, &|head| inverse(&by_rank(ranking, head)))?;
-        found.map(Some)
+        let Vote { ctx, voter, sequence, progress } = self;
+        let reordered = Reordered::new(ctx, sequence.id, ranking)?;
+        let mut vote = Vote { ctx: reordered.ctx, voter, sequence, progress };
+        vote.search(ranking, &draft, MARGIN * f64::from(target)).map(Some)
     }
 
-    fn draft(&mut self) -> Result<Draft, SessionError> {
-        self.ctx.copy(SEQ, SCRATCH, -1, -1);
-        let tokens = self.likeliest();
-        self.ctx.remove(SCRATCH, -1, -1);
-        let tokens = tokens?;
+    fn draft(&mut self) -> Result<Draft, VoteError> {
+        let tokens = self.likeliest()?;
         // once more in a batch: its kernels round differently from those of single steps, and smaller caches get a batch too
         let mut expected = Vec::with_capacity(tokens.len());
         self.lead(&tokens, 0..0, |_, logits| {
@@ -82,19 +103,28 @@ impl Session {
         Ok(Draft { tokens, expected })
     }
 
-    /// The full cache's own continuation in the scratch sequence, up to the end of its turn.
-    fn likeliest(&mut self) -> Result<Vec<Token>, SessionError> {
-        let params = SamplerParams { temp: 0.0, ..SamplerParams::default() };
-        let mut sampler = Sampler::new(self.model(), &params);
-        let mut tokens = Vec::new();
+    /// The full cache's own continuation, up to the end of its turn.
+    fn likeliest(&mut self) -> Result<Vec<Token>, VoteError> {
+        let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
+        let Some(&newest) = self.sequence.tokens.last().filter(|&&token| token >= 0) else { return Ok(Vec::new()) };
+        let model = self.ctx.model().clone();
+        let mut sampler = Sampler::new(&model, &SamplerParams { temp: 0.0, ..SamplerParams::default() });
+        let mut parked = Parked::new(self.ctx, seq, self.voter.policy.draft)?;
         let mut batch = Batch::new(1);
-        let mut token = sampler.sample(&self.logits);
-        while tokens.len() < self.policy.draft && !self.model().is_eog(token) {
+        let mut next = |parked: &mut Parked, token, pos| -> Result<Token, VoteError> {
             batch.clear();
-            batch.add(token, self.n_past + tokens.len() as Pos, SCRATCH, true)?;
-            self.ctx.decode(&batch)?;
+            batch.add(token, pos, seq, true)?;
+            parked.decode(&batch)?;
+            Ok(sampler.sample(parked.logits()?))
+        };
+        // what follows the newest token is known to whoever decoded it; we have to ask again
+        parked.hide_from(n_past - 1);
+        let mut token = next(&mut parked, newest, n_past - 1)?;
+        parked.reset();
+        let mut tokens = Vec::new();
+        while tokens.len() < self.voter.policy.draft && !model.is_eog(token) {
             tokens.push(token);
-            token = sampler.sample(self.ctx.logits()?);
+            token = next(&mut parked, token, n_past + tokens.len() as Pos - 1)?;
         }
         Ok(tokens)
     }
@@ -106,32 +136,34 @@ impl Session {
         tokens: &[Token],
         hidden: Range<Pos>,
         each: impl FnMut(usize, &[f32]) -> ControlFlow<()>,
-    ) -> Result<(), SessionError> {
-        let at_once = self.at_once(tokens.len());
-        self.ctx.copy(SEQ, SCRATCH, -1, -1);
-        if !hidden.is_empty() {
-            cache::hide(&mut self.ctx, SCRATCH, hidden.start, hidden.end);
+    ) -> Result<(), VoteError> {
+        if tokens.is_empty() {
+            return Ok(());
         }
-        let result = self.follow_in(SCRATCH, tokens, at_once, each);
-        self.ctx.remove(SCRATCH, -1, -1);
-        result
+        let at_once = self.at_once(tokens.len());
+        let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
+        let mut parked = Parked::new(self.ctx, seq, tokens.len())?;
+        parked.hide(hidden);
+        follow(&mut parked, seq, n_past, tokens, at_once, |ctx, batch| Ok(ctx.decode(batch)?), each)
     }
 
     /// Tokens of a draft of `n` in one batch.
     fn at_once(&self, n: usize) -> usize {
-        let kv = self.cells_used() * self.bytes_per_cell().unwrap_or(0);
-        let row = self.model().n_vocab() * size_of::<f32>();
-        let most = ((LOGITS_SHARE * kv as f64) as usize / row).max(LEAST_AT_ONCE).min(self.chunk);
+        let kv = cache::cells(self.ctx, self.sequence.id).len() * self.voter.layout.bytes_per_cell();
+        let row = self.ctx.model().n_vocab() * size_of::<f32>();
+        let worthwhile = ((LOGITS_SHARE * kv as f64) as usize / row).max(LEAST_AT_ONCE);
+        let most = worthwhile.min(self.chunk()).min(self.ctx.n_outputs_max());
         n.div_ceil(n.div_ceil(most))
     }
 
-    fn search(&mut self, ranking: &Ranking, draft: &Draft, target: f64) -> Result<Trial, SessionError> {
+    fn search(&mut self, ranking: &Ranking, draft: &Draft, target: f64) -> Result<Trial, VoteError> {
         let (least, most) = ranking.range();
         // all the cells in another order: what differs now is how sums are rounded, and no loss
         let rounding = self.damage(ranking, draft, ranking.n(), f64::INFINITY)?;
         let mut tried = Vec::new();
-        let mut fits = |session: &mut Self, count| -> Result<bool, SessionError> {
-            let kl = session.damage(ranking, draft, count, rounding + target)? - rounding;
+        let mut fits = |vote: &mut Self, count| -> Result<bool, VoteError> {
+            vote.enter(Stage::Try)?;
+            let kl = vote.damage(ranking, draft, count, rounding + target)? - rounding;
             // not `f64::max`, which would hide a NaN
             let kl = if kl < 0.0 { 0.0 } else { kl };
             tried.push((count, kl as f32));
@@ -153,9 +185,9 @@ impl Session {
 
     /// Mean KL of what the first `count` of the reordered cells expect along the draft to what all of them did; once it is
     /// certain to be above `limit`, as much of it as is known.
-    fn damage(&mut self, ranking: &Ranking, draft: &Draft, count: usize, limit: f64) -> Result<f64, SessionError> {
+    fn damage(&mut self, ranking: &Ranking, draft: &Draft, count: usize, limit: f64) -> Result<f64, VoteError> {
         let (_, tail) = ranking.forced();
-        let cells = cache::cells(&self.ctx, SEQ);
+        let cells = cache::cells(self.ctx, self.sequence.id);
         let first_hidden = count - (ranking.n() - tail);
         let hidden = if first_hidden < tail { cells[first_hidden].pos..cells[tail].pos } else { 0..0 };
         let mut mean = 0.0;
@@ -188,13 +220,12 @@ fn inverse(order: &[u32]) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::SessionParams;
     use crate::cache::Cell;
     use crate::llama::{CacheType, ContextParams, FlashAttention};
     use crate::policy::{Bound, Decision, Evict, Kind, Params};
-    use crate::session::CompressReport;
     use crate::tests::{fixture, tiny};
-    use std::ops::ControlFlow;
+    use crate::vote::CompressReport;
+    use crate::{Session, SessionParams};
 
     fn session(flash_attn: FlashAttention, cache: CacheType, evict: Evict) -> Session {
         let model = fixture::model();
@@ -207,7 +238,7 @@ mod tests {
 
     fn ranking(session: &mut Session, cells: &[Cell]) -> Ranking {
         let mut report = CompressReport::untouched(Kind::Gvote, cells.len(), 0);
-        match session.decide(cells, &mut report).unwrap() {
+        match session.vote().unwrap().decide(cells, &mut report).unwrap() {
             Decision::Ranking(ranking) => ranking,
             Decision::Selection(_) => panic!("the default settings want a trial"),
         }
@@ -219,18 +250,18 @@ mod tests {
     /// quadratic in what the logits differ by.
     fn assert_foretold(session: &mut Session, rounding: f64, name: &str) {
         let before = session.save();
-        let cells = cache::cells(&session.ctx, SEQ);
+        let cells = cache::cells(session.context(), 0);
         let ranking = ranking(session, &cells);
-        let trial = session.try_out(&ranking).unwrap().unwrap();
+        let trial = session.vote().unwrap().try_out(&ranking).unwrap().unwrap();
         assert!(session.save() == before, "{name}");
 
-        let draft = session.draft().unwrap();
+        let draft = session.vote().unwrap().draft().unwrap();
         assert!(trial.tried.len() > 1, "{name}: {:?}", trial.tried);
         for &(count, kl) in &trial.tried {
             session.load(&before).unwrap();
             let selection = ranking.clone().keep(count, Bound::Trial);
             assert_eq!(selection.n_cells(), count);
-            compact::compact(&mut session.ctx, SEQ, &selection).unwrap();
+            compact::compact(session.vote().unwrap().ctx, 0, &selection).unwrap();
             let mut real = 0.0;
             let each = |i: usize, logits: &[f32]| {
                 real += draft.expected[i].kl(logits) / draft.tokens.len() as f64;

@@ -1,15 +1,14 @@
 //! The replay: the context is read a second time, and what its own repetition looks at is what any later question could.
 //!
-//! After KVzip (Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416). In
-//! a second sequence that shares the cells of the first, the model is told that the text follows once more, and gets it
-//! chunk by chunk. Each repeated token attends to the place where it, or what follows it, stood: so a key that no
+//! After KVzip (Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416).
+//! While the sequence is parked, the model is told that the text follows once more, and gets it chunk by chunk. Each repeated token attends to the place where it, or what follows it, stood: so a key that no
 //! repetition looks at is one the context can be rebuilt without. Costs about one more prefill, and the scoring of as
 //! many queries as there are tokens.
 
 use std::ops::Range;
 
-use super::{SCRATCH, SEQ, Session, SessionError, Voter};
-use crate::cache::{self, Cell};
+use super::{Vote, VoteError, Voter};
+use crate::cache::{self, Cell, Parked};
 use crate::capture::Queries;
 use crate::llama::{Batch, Pos, Token};
 use crate::policy::Needs;
@@ -24,7 +23,7 @@ pub(super) const CELLS: usize = CHUNK + LEAD + ANNOUNCEMENT.len();
 const ANNOUNCEMENT: &str = "\n\nThe same text once more:\n\n";
 
 /// What the repeated tokens looked at. `[head][n]` each
-pub(super) struct Replayed {
+pub(crate) struct Replayed {
     n: usize,
     /// Sum of p⁴ over the queries of the group: its fourth root is close to the largest p.
     fourth_powers: Vec<f32>,
@@ -42,15 +41,15 @@ impl Replayed {
     }
 }
 
-impl Session {
+impl Vote<'_> {
     /// Reads the whole sequence once more. The cache is as before afterwards.
-    pub(super) fn replay(&mut self, cells: &[Cell]) -> Result<Replayed, SessionError> {
-        let announcement = self.model().tokenize(ANNOUNCEMENT, false, false)?;
-        self.reread_tokens(cells, 0..self.tokens.len(), &announcement)
+    pub fn replay(&mut self, cells: &[Cell]) -> Result<Replayed, VoteError> {
+        let announcement = self.ctx.model().tokenize(ANNOUNCEMENT, false, false)?;
+        self.reread_tokens(cells, 0..self.sequence.tokens.len(), &announcement)
     }
 
     /// Reads some of the tokens once more, as if they came next. The cache is as before afterwards.
-    pub(super) fn read_again(&mut self, cells: &[Cell], tokens: Range<usize>) -> Result<Replayed, SessionError> {
+    pub fn read_again(&mut self, cells: &[Cell], tokens: Range<usize>) -> Result<Replayed, VoteError> {
         self.reread_tokens(cells, tokens, &[])
     }
 
@@ -59,42 +58,42 @@ impl Session {
         cells: &[Cell],
         tokens: Range<usize>,
         announcement: &[Token],
-    ) -> Result<Replayed, SessionError> {
-        if cells.len() != self.tokens.len() {
-            return Err(SessionError::ReplayCompressed);
+    ) -> Result<Replayed, VoteError> {
+        if !self.is_whole(cells) {
+            return Err(VoteError::ReplayCompressed);
         }
-        self.ctx.copy(SEQ, SCRATCH, -1, -1);
-        let result = self.reread_chunks(cells.len(), tokens, announcement);
-        self.ctx.remove(SCRATCH, -1, -1);
-        result
+        self.reread_chunks(cells.len(), tokens, announcement)
     }
 
-    fn reread_chunks(
-        &mut self,
-        n: usize,
-        range: Range<usize>,
-        announcement: &[Token],
-    ) -> Result<Replayed, SessionError> {
-        let Self { ctx, voter: Some(Voter { layout, capture, scorer, .. }), tokens, n_past, chunk, .. } = self else {
-            return Err(SessionError::ReplayCompressed);
-        };
+    /// Whether every token is known and still in the cache.
+    pub fn is_whole(&self, cells: &[Cell]) -> bool {
+        let tokens = &self.sequence.tokens;
+        cells.len() == tokens.len() && tokens.iter().all(|&token| token >= 0)
+    }
+
+    fn reread_chunks(&mut self, n: usize, range: Range<usize>, announcement: &[Token]) -> Result<Replayed, VoteError> {
+        let chunk = self.chunk();
+        let Self { ctx, voter, sequence, .. } = self;
+        let Voter { layout, capture, scorer, .. } = &mut **voter;
+        let (seq, n_past, tokens) = (sequence.id, sequence.n_past, &sequence.tokens);
         let heads: usize = layout.n_head_kv().sum();
         let mut out = Replayed { n, fourth_powers: vec![0.0; heads * n], mean: vec![0.0; heads * n] };
         // all of it must fit into one ubatch; in a very small one the text itself comes first
-        let announcement = if 2 * announcement.len() < *chunk { announcement } else { &[] };
-        let room = *chunk - announcement.len();
+        let announcement = if 2 * announcement.len() < chunk { announcement } else { &[] };
+        let room = chunk - announcement.len();
         let lead = LEAD.min(room / 2);
         let step = CHUNK.min(room - lead);
         let mut batch = Batch::new(announcement.len() + lead + step);
+        let mut parked = Parked::new(ctx, seq, announcement.len() + lead + step)?;
         for start in range.clone().step_by(step) {
             let end = range.end.min(start + step);
             batch.clear();
             let repeated = &tokens[start.saturating_sub(lead).max(range.start)..end];
             for (i, &token) in announcement.iter().chain(repeated).enumerate() {
-                batch.add(token, *n_past + i as Pos, SCRATCH, false)?;
+                batch.add(token, n_past + i as Pos, seq, false)?;
             }
-            let queries = capture.replay(ctx, SCRATCH, &batch)?;
-            let visible = cache::cells(ctx, SCRATCH);
+            let queries = capture.replay(&mut parked, seq, &batch)?;
+            let visible = cache::cells(&parked, seq);
             let weight = (end - start) as f32 / range.len() as f32;
             // the announcement's own queries say nothing about the text
             let own = announcement.len();
@@ -111,7 +110,7 @@ impl Session {
                     observed.data.drain(..own * n_q);
                     observed.pos.drain(..own);
                     let scale = capture.logit_scale(il);
-                    Ok::<_, SessionError>(LayerQueries { observed, future: Queries::default(), scale })
+                    Ok::<_, VoteError>(LayerQueries { observed, future: Queries::default(), scale })
                 },
                 |head, scores| {
                     // the shared cells come first: the repeated tokens have larger positions
@@ -123,7 +122,7 @@ impl Session {
                     }
                 },
             )?;
-            ctx.remove(SCRATCH, *n_past, -1);
+            parked.reset();
         }
         Ok(out)
     }

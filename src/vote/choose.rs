@@ -4,60 +4,67 @@ use std::time::Instant;
 
 use super::replay::Replayed;
 use super::trial::Trial;
-use super::{CompressReport, SEQ, Session, SessionError, Voter, uniform_shape};
-use crate::cache::{self, Cell};
+use super::{CompressReport, Stage, Vote, VoteError, Voter, uniform_shape};
+use crate::cache::{Cell, Layout};
 use crate::capture::{Capture, Queries};
 use crate::compact;
-use crate::llama::{Pos, Token};
+use crate::llama::{Pos, SeqId, Token};
 use crate::policy::{self, Bound, Decision, HeadScores, Kept, Kind, Policy, Ranking, Selection};
 use crate::score::LayerQueries;
 
-impl Session {
-    /// Lets the policy vote and compacts the cache. The next-token logits stay.
+impl Vote<'_> {
+    /// Lets the policy vote and says what stays; nothing has changed yet.
     ///
     /// # Errors
-    /// [`SessionError`]; the cache is then as before.
-    pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
-        let bytes_per_cell = self.bytes_per_cell().unwrap_or(0);
-        self.check_unmasked()?;
-        if self.voter.is_none() {
-            return Ok(CompressReport::untouched(Kind::Full, self.cells_used(), bytes_per_cell));
-        }
-        let cells = cache::cells(&self.ctx, SEQ);
-        let mut report = CompressReport::untouched(self.policy.policy, cells.len(), bytes_per_cell);
+    /// [`VoteError`]; the cache is then as before.
+    pub fn choose(&mut self, cells: &[Cell]) -> Result<(Selection, CompressReport), VoteError> {
+        // a context of several streams keeps each sequence elsewhere
+        self.voter.layout = Layout::of(self.ctx, self.sequence.id)?;
+        let bytes_per_cell = self.voter.layout.bytes_per_cell();
+        let mut report = CompressReport::untouched(self.voter.policy.policy, cells.len(), bytes_per_cell);
         if self.is_blind(cells.len()) {
             report.bound = Bound::Blind;
-            return Ok(report);
+            return Ok((Selection { bound: Bound::Blind, ..Selection::all(cells.len()) }, report));
         }
-        let selection = match self.decide(&cells, &mut report)? {
+        let selection = match self.decide(cells, &mut report)? {
             Decision::Selection(selection) => selection,
             Decision::Ranking(ranking) => self.settle(ranking, &mut report)?,
         };
-
-        let clock = Instant::now();
-        match selection.kept {
-            Kept::Ragged { .. } => self.mask(&selection)?,
-            _ => {
-                compact::compact(&mut self.ctx, SEQ, &selection)?;
-                report.kv_bytes_after = selection.n_cells() * bytes_per_cell;
-            }
-        }
-        report.compact_time = clock.elapsed();
-
-        if selection.kept != Kept::All {
-            self.exact_from = self.exact_from.max(self.n_past - self.policy.recent as Pos);
-        }
         report.cells_after = selection.n_cells();
+        report.kv_bytes_after = match selection.kept {
+            // a mask frees nothing
+            Kept::Ragged { .. } => report.kv_bytes_before,
+            _ => selection.n_cells() * bytes_per_cell,
+        };
         report.lost_mass = selection.lost_mass;
         report.bound = selection.bound;
         report.ragged = selection.ragged;
-        Ok(report)
+        Ok((selection, report))
+    }
+
+    /// Puts a choice in force.
+    ///
+    /// # Errors
+    /// [`VoteError::Compact`]; the cache is then as before.
+    pub fn compact(
+        &mut self,
+        cells: &[Cell],
+        selection: &Selection,
+        report: &mut CompressReport,
+    ) -> Result<(), VoteError> {
+        self.enter(Stage::Compact)?;
+        let clock = Instant::now();
+        compact::compact(self.ctx, self.sequence.id, selection)?;
+        report.compact_time = clock.elapsed();
+        let n_heads = self.voter.layout.n_head_kv().sum();
+        self.sequence.compacted(cells, selection, n_heads, self.voter.policy.recent);
+        Ok(())
     }
 
     /// Shows the policy what it needs to see, and hears what it comes to.
-    pub(super) fn decide(&mut self, cells: &[Cell], report: &mut CompressReport) -> Result<Decision, SessionError> {
-        let Some(voter) = &self.voter else { return Ok(Decision::Selection(Selection::all(cells.len()))) };
-        let mut policy = policy::build(&self.policy, uniform_shape(&voter.layout, cells.len())?)?;
+    pub fn decide(&mut self, cells: &[Cell], report: &mut CompressReport) -> Result<Decision, VoteError> {
+        let shape = uniform_shape(&self.voter.layout, cells.len())?;
+        let mut policy = policy::build(&self.voter.policy, shape)?;
         if !policy.needs().nothing() {
             let reread = self.reread(cells, report)?;
             self.score(cells, reread.as_ref(), policy.as_mut(), report)?;
@@ -70,33 +77,38 @@ impl Session {
 
     /// Where the newest turn begins, if a question may still follow it: the prompt is in a chat's format, and behind its
     /// last markup there is more text than an answer's first words.
-    pub(super) fn open_turn(&self) -> Option<usize> {
-        let model = self.model();
-        // what ends a turn says nothing about the next one
-        let opens = |&token: &Token| model.is_control(token) && !model.is_eog(token);
-        let markup = self.tokens.iter().rposition(opens)?;
-        let text = self.tokens.len() - markup - 1;
-        (markup > 0 && text > self.policy.window).then_some(markup + 1)
+    pub fn open_turn(&self) -> Option<usize> {
+        let (model, tokens) = (self.ctx.model(), &self.sequence.tokens);
+        // what ends a turn says nothing about the next one, and embeddings are no markup
+        let opens = |&token: &Token| token >= 0 && model.is_control(token) && !model.is_eog(token);
+        let markup = tokens.iter().rposition(opens)?;
+        let text = tokens.len() - markup - 1;
+        (markup > 0 && text > self.voter.policy.window).then_some(markup + 1)
     }
 
     /// Whether everything stays, because nothing could be tried: what will be asked is not known, and no number of cells was
     /// asked for.
     fn is_blind(&self, n: usize) -> bool {
-        let fits = self.policy.max_cells.is_none_or(|cap| n <= cap);
-        self.policy.tries() && fits && !self.policy.leaves_alone(n) && self.open_turn().is_some()
+        let policy = &self.voter.policy;
+        let fits = policy.max_cells.is_none_or(|cap| n <= cap);
+        policy.tries() && fits && !policy.leaves_alone(n) && self.open_turn().is_some()
     }
 
     /// What stands in for a question that is not in sight: the whole context read again, or the first words of the turn,
     /// which often say what it is about.
-    fn reread(&mut self, cells: &[Cell], report: &mut CompressReport) -> Result<Option<Replayed>, SessionError> {
+    fn reread(&mut self, cells: &[Cell], report: &mut CompressReport) -> Result<Option<Replayed>, VoteError> {
         let clock = Instant::now();
-        let reread = if self.policy.replay {
+        let policy = &self.voter.policy;
+        let (is_gvote, window) = (policy.policy == Kind::Gvote, policy.window);
+        let reread = if policy.replay {
+            self.enter(Stage::Replay)?;
             Some(self.replay(cells)?)
-        } else if self.policy.policy == Kind::Gvote
+        } else if is_gvote
             && let Some(start) = self.open_turn()
-            && cells.len() == self.tokens.len()
+            && self.is_whole(cells)
         {
-            Some(self.read_again(cells, start..start + self.policy.window)?)
+            self.enter(Stage::Replay)?;
+            Some(self.read_again(cells, start..start + window)?)
         } else {
             None
         };
@@ -111,25 +123,29 @@ impl Session {
         reread: Option<&Replayed>,
         policy: &mut dyn Policy,
         report: &mut CompressReport,
-    ) -> Result<(), SessionError> {
-        let Self { ctx, voter: Some(Voter { layout, capture, scorer, .. }), .. } = self else { return Ok(()) };
+    ) -> Result<(), VoteError> {
         let needs = policy.needs();
-        let pos_last = self.n_past - 1;
+        let (seq, pos_last) = (self.sequence.id, self.sequence.n_past - 1);
         let clock = Instant::now();
-        let mut future = match needs.samples() {
-            true => capture.probe(ctx, pos_last, self.policy.samples, self.policy.seed)?,
-            false => vec![Queries::default(); layout.n_layer()],
+        let mut future = if needs.samples() {
+            self.enter(Stage::Probe)?;
+            let Voter { capture, policy, .. } = &mut *self.voter;
+            capture.probe(self.ctx, seq, pos_last, policy.samples, policy.seed)?
+        } else {
+            vec![Queries::default(); self.voter.layout.n_layer()]
         };
         report.probe_time = clock.elapsed();
 
+        self.enter(Stage::Score)?;
         let clock = Instant::now();
-        let is_replay = self.policy.replay;
+        let Voter { layout, capture, scorer, policy: params, account_error, .. } = &mut *self.voter;
+        let is_replay = params.replay;
         scorer.score(
             layout,
             cells,
             needs,
-            self.account_error,
-            |il| layer_queries(capture, il, pos_last, std::mem::take(&mut future[il])),
+            *account_error,
+            |il| layer_queries(capture, seq, il, pos_last, std::mem::take(&mut future[il])),
             |head, scores| match reread {
                 Some(reread) if is_replay => policy.observe(
                     head,
@@ -149,7 +165,7 @@ impl Session {
     }
 
     /// Finds out how much of a ranking stays.
-    fn settle(&mut self, ranking: Ranking, report: &mut CompressReport) -> Result<Selection, SessionError> {
+    fn settle(&mut self, ranking: Ranking, report: &mut CompressReport) -> Result<Selection, VoteError> {
         let (n, (_, most)) = (ranking.n(), ranking.range());
         if self.open_turn().is_some() {
             // a cap asks for fewer, and nothing else than the ranking knows which
@@ -169,11 +185,12 @@ impl Session {
 /// The queries that vote in one layer: the observation window, and the synthetic queries with the current one behind them.
 fn layer_queries(
     capture: &Capture,
+    seq: SeqId,
     layer: usize,
     pos_last: Pos,
     mut future: Queries,
-) -> Result<LayerQueries, SessionError> {
-    let observed = capture.window(layer, pos_last)?;
+) -> Result<LayerQueries, VoteError> {
+    let observed = capture.window(seq, layer, pos_last)?;
     let n_q = observed.data.len() / observed.pos.len();
     future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
     future.pos.push(pos_last);

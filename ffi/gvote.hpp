@@ -1,0 +1,164 @@
+// gvote for C++17: the handle as an object, statuses as exceptions. Header only; see gvote.h for what each call does.
+//
+//     gvote::handle g;
+//     g.attach(ctx);
+//     ...                                  // llama_decode(ctx, prompt)
+//     gvote_report r = g.compress(ctx, 0); // throws gvote::error
+
+#ifndef GVOTE_HPP
+#define GVOTE_HPP
+
+#include "gvote.h"
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace gvote {
+
+// What a call answered other than GVOTE_OK. what() is gvote_last_error().
+class error : public std::runtime_error {
+public:
+    error(gvote_status status, const std::string & text) : std::runtime_error(text), status_(status) {}
+
+    gvote_status status() const noexcept { return status_; }
+
+private:
+    gvote_status status_;
+};
+
+// Owns a gvote_t. Movable; threads and lifetimes as in gvote.h. It must not outlive a callback's captures.
+class handle {
+public:
+    // Told of each line; an exception in it is dropped.
+    using log_function = std::function<void(gvote_log_level, const char *)>;
+    // Told of each step; false or an exception cancels.
+    using progress_function = std::function<bool(gvote_stage)>;
+
+    explicit handle(const gvote_params & params = gvote_params_default()) : callbacks_(std::make_unique<callbacks>()) {
+        gvote_status status = GVOTE_OK;
+        g_.reset(gvote_new(&params, &status));
+        if (!g_) {
+            throw error(status, gvote_last_error(nullptr));
+        }
+    }
+
+    // The handle for C; still owned by this object.
+    gvote_t * get() const noexcept { return g_.get(); }
+
+    void set_params(const gvote_params & params) { check(gvote_set_params(get(), &params)); }
+
+    gvote_params params() const {
+        gvote_params params = gvote_params_default();
+        check(gvote_get_params(get(), &params));
+        return params;
+    }
+
+    void attach(llama_context * ctx) { check(gvote_attach(get(), ctx)); }
+    void detach(llama_context * ctx) { check(gvote_detach(get(), ctx)); }
+
+    gvote_report compress(llama_context * ctx, std::int32_t seq) { return vote(gvote_compress, ctx, seq); }
+    gvote_report plan(llama_context * ctx, std::int32_t seq) { return vote(gvote_plan, ctx, seq); }
+
+    std::uint32_t cells(llama_context * ctx, std::int32_t seq) const {
+        std::uint32_t n = 0;
+        check(gvote_seq_cells(get(), ctx, seq, &n));
+        return n;
+    }
+
+    std::int32_t exact_from(llama_context * ctx, std::int32_t seq) const {
+        std::int32_t pos = 0;
+        check(gvote_seq_exact_from(get(), ctx, seq, &pos));
+        return pos;
+    }
+
+    std::vector<std::int32_t> positions(
+            llama_context * ctx, std::int32_t seq, std::int32_t layer, std::uint32_t head) const {
+        std::vector<std::int32_t> out(cells(ctx, seq));
+        check(gvote_seq_positions(
+            get(), ctx, seq, layer, head, out.data(), static_cast<std::uint32_t>(out.size()), nullptr));
+        return out;
+    }
+
+    void truncate(llama_context * ctx, std::int32_t seq, std::int32_t pos) {
+        check(gvote_seq_truncate(get(), ctx, seq, pos));
+    }
+
+    std::vector<std::uint8_t> save(llama_context * ctx, std::int32_t seq) const {
+        std::size_t size = 0;
+        check(gvote_state_size(get(), ctx, seq, &size));
+        std::vector<std::uint8_t> data(size);
+        check(gvote_state_get(get(), ctx, seq, data.data(), data.size(), nullptr));
+        return data;
+    }
+
+    void load(llama_context * ctx, std::int32_t seq, const std::vector<std::uint8_t> & data) {
+        check(gvote_state_set(get(), ctx, seq, data.data(), data.size()));
+    }
+
+    // Any thread.
+    void cancel() noexcept { (void) gvote_cancel(get()); }
+    void cancel_clear() noexcept { (void) gvote_cancel_clear(get()); }
+
+    // An empty function: nobody is told.
+    void on_log(log_function f) {
+        callbacks_->log = std::move(f);
+        check(gvote_set_log_callback(get(), callbacks_->log ? log : nullptr, callbacks_.get()));
+    }
+
+    void on_progress(progress_function f) {
+        callbacks_->progress = std::move(f);
+        check(gvote_set_progress_callback(get(), callbacks_->progress ? progress : nullptr, callbacks_.get()));
+    }
+
+private:
+    struct callbacks {
+        log_function      log;
+        progress_function progress;
+    };
+
+    struct free_handle {
+        void operator()(gvote_t * g) const noexcept { gvote_free(g); }
+    };
+
+    static void log(gvote_log_level level, const char * text, void * data) {
+        try {
+            static_cast<callbacks *>(data)->log(level, text);
+        } catch (...) {
+            // C calls us
+        }
+    }
+
+    static bool progress(gvote_stage stage, void * data) {
+        try {
+            return static_cast<callbacks *>(data)->progress(stage);
+        } catch (...) {
+            return false;
+        }
+    }
+
+    void check(gvote_status status) const {
+        if (status != GVOTE_OK) {
+            throw error(status, gvote_last_error(get()));
+        }
+    }
+
+    template <typename F> gvote_report vote(F && f, llama_context * ctx, std::int32_t seq) {
+        gvote_report report = {};
+        report.size = sizeof(report);
+        check(f(get(), ctx, seq, &report));
+        return report;
+    }
+
+    // gone after the handle that points to it
+    std::unique_ptr<callbacks>              callbacks_;
+    std::unique_ptr<gvote_t, free_handle>   g_;
+};
+
+} // namespace gvote
+
+#endif // GVOTE_HPP

@@ -1,0 +1,214 @@
+// A parked sequence: it can be experimented on, and comes back as it was.
+
+#include "shim.hpp"
+
+#include <algorithm>
+
+namespace {
+
+// One cell of a window cache that made room, with its rows of all layers.
+struct evicted_cell {
+    uint32_t             index;
+    llama_pos            pos;
+    llama_seq_id         seq;
+    llama_kv_cell_ext    ext;
+    std::vector<uint8_t> rows;
+};
+
+// Calls f(tensor, offset, size, n, stride) for the parts of a cell's rows: n pieces of `size` bytes, `stride` bytes apart.
+template <typename F>
+void each_part(llama_kv_cache & kv, uint32_t stream, uint32_t index, F && f) {
+    for (const uint32_t il : kv.get_layer_ids()) {
+        const auto meta = new_meta();
+        if (!meta) {
+            throw std::bad_alloc();
+        }
+        ggml_tensor * k    = kv.get_k_storage(il);
+        ggml_tensor * view = v_view(kv, meta.get(), il);
+        ggml_tensor * v    = view->view_src;
+        f(k, stream*k->nb[2] + index*k->nb[1], k->nb[1], (size_t) 1, k->nb[1]);
+        if (is_v_trans(view)) {
+            const size_t size = ggml_type_size(v->type);
+            f(v, stream*v->nb[2] + index*size, size, (size_t) v->ne[0], kv.get_size()*size);
+        } else {
+            f(v, stream*v->nb[2] + index*v->nb[1], v->nb[1], (size_t) 1, v->nb[1]);
+        }
+    }
+}
+
+std::vector<uint8_t> read_rows(llama_kv_cache & kv, uint32_t stream, uint32_t index) {
+    std::vector<uint8_t> rows;
+    each_part(kv, stream, index, [&](ggml_tensor * t, size_t offset, size_t size, size_t n, size_t stride) {
+        const size_t at = rows.size();
+        rows.resize(at + n*size);
+        ggml_backend_tensor_get_2d(t, rows.data() + at, offset, size, n, stride, size);
+    });
+    return rows;
+}
+
+void write_rows(llama_kv_cache & kv, uint32_t stream, uint32_t index, const std::vector<uint8_t> & rows) {
+    size_t at = 0;
+    each_part(kv, stream, index, [&](ggml_tensor * t, size_t offset, size_t size, size_t n, size_t stride) {
+        ggml_backend_tensor_set_2d(t, rows.data() + at, offset, size, n, stride, size);
+        at += n*size;
+    });
+}
+
+// One cache of the context while a sequence of it is parked.
+struct parked_cache {
+    llama_kv_cache * kv;
+    uint32_t head;
+    std::vector<evicted_cell> evicted;
+
+    void guard(llama_seq_id seq) {
+        llama_kv_cells & cells = cells_of(*kv, seq);
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (cells.is_empty(i)) {
+                continue;
+            }
+            cells.seq_add(i, GUARD);
+            if (cells.seq_has(i, seq)) {
+                cells.seq_add(i, PARKED);
+            }
+        }
+    }
+
+    void reset(llama_seq_id seq) {
+        llama_kv_cells & cells = cells_of(*kv, seq);
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (cells.is_empty(i)) {
+                continue;
+            }
+            if (!cells.seq_has(i, GUARD)) {
+                cells.rm(i);
+            } else if (cells.seq_has(i, PARKED) && !cells.seq_has(i, seq)) {
+                cells.seq_add(i, seq);
+            }
+        }
+        head_of(*kv, seq) = head;
+    }
+
+    void unguard(llama_seq_id seq) {
+        llama_kv_cells & cells = cells_of(*kv, seq);
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            for (const llama_seq_id owner : { PARKED, GUARD }) {
+                if (!cells.is_empty(i) && cells.seq_has(i, owner)) {
+                    cells.seq_rm(i, owner);
+                }
+            }
+        }
+    }
+
+    // Frees cells that neither the newest token of their sequence nor a later one sees, oldest first, until `n` are free.
+    void make_room(const llama_hparams & hparams, llama_seq_id seq, uint32_t n) {
+        llama_kv_cells & cells = cells_of(*kv, seq);
+        const uint32_t free = cells.size() - cells.get_used();
+        if (free >= n) {
+            return;
+        }
+        std::vector<uint32_t> outside;
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (cells.is_empty(i) || cells.seq_count(i) != 1) {
+                continue;
+            }
+            const llama_pos newest = cells.seq_pos_max(cells.seq_get(i));
+            if (llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, cells.pos_get(i), newest)) {
+                outside.push_back(i);
+            }
+        }
+        const size_t count = std::min<size_t>(n - free, outside.size());
+        std::sort(outside.begin(), outside.end(),
+            [&](uint32_t a, uint32_t b) { return cells.pos_get(a) < cells.pos_get(b); });
+        outside.resize(count);
+        evicted.reserve(count);
+        for (const uint32_t i : outside) {
+            evicted.push_back({
+                i, cells.pos_get(i), cells.seq_get(i), cells.ext_get(i), read_rows(*kv, kv->get_stream(seq), i) });
+        }
+        // nothing can fail any more
+        for (const uint32_t i : outside) {
+            cells.rm(i);
+        }
+    }
+
+    void bring_back(llama_seq_id seq) {
+        llama_kv_cells & cells = cells_of(*kv, seq);
+        for (const auto & cell : evicted) {
+            cells.pos_set(cell.index, cell.pos);
+            cells.ext_set(cell.index, cell.ext);
+            cells.seq_add(cell.index, cell.seq);
+            write_rows(*kv, kv->get_stream(seq), cell.index, cell.rows);
+        }
+    }
+};
+
+} // namespace
+
+struct gvote_shim_parked {
+    llama_context * ctx;
+    llama_seq_id seq;
+    std::vector<parked_cache> caches; // the attention cache first
+
+    void let_go() {
+        for (auto & cache : caches) {
+            cache.unguard(seq);
+            cache.bring_back(seq);
+        }
+    }
+};
+
+const char * gvote_shim_park(llama_context * ctx, llama_seq_id seq, uint32_t n_window, gvote_shim_parked ** out) {
+    return guarded([&]() -> const char * {
+        llama_synchronize(ctx);
+        auto parked = std::make_unique<gvote_shim_parked>();
+        parked->ctx = ctx;
+        parked->seq = seq;
+        for (llama_kv_cache * kv : { base_cache(ctx), window_cache(ctx) }) {
+            if (kv != nullptr) {
+                parked->caches.push_back({ kv, head_of(*kv, seq), {} });
+            }
+        }
+        try {
+            if (parked->caches.size() > 1) {
+                parked->caches[1].make_room(ctx->get_model().hparams, seq, n_window);
+            }
+            for (auto & cache : parked->caches) {
+                cache.guard(seq);
+            }
+        } catch (...) {
+            parked->let_go();
+            throw;
+        }
+        *out = parked.release();
+        return nullptr;
+    });
+}
+
+void gvote_shim_parked_hide(gvote_shim_parked * parked, llama_pos p0, llama_pos p1, bool window) {
+    for (auto & cache : parked->caches) {
+        cache.kv->seq_rm(parked->seq, p0, p1);
+        if (!window) {
+            break;
+        }
+    }
+}
+
+void gvote_shim_parked_reset(gvote_shim_parked * parked) {
+    guarded([&]() -> const char * {
+        // a batch that was given up may still be writing
+        llama_synchronize(parked->ctx);
+        for (auto & cache : parked->caches) {
+            cache.reset(parked->seq);
+        }
+        return nullptr;
+    });
+}
+
+void gvote_shim_unpark(gvote_shim_parked * parked) {
+    gvote_shim_parked_reset(parked);
+    guarded([&]() -> const char * {
+        parked->let_go();
+        return nullptr;
+    });
+    delete parked;
+}

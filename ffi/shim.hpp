@@ -1,0 +1,108 @@
+// What the files of the shim share: the two caches of a context, and the members that have no getters.
+
+#pragma once
+
+#include "shim.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <memory>
+#include <new>
+#include <typeinfo>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// Some of what we put away and bring back is private. C++ ignores access where a template is instantiated explicitly, so
+// that a pointer to the member can be handed out: the standard's own door ([temp.spec.general]/6).
+template <typename Name, auto Member> struct reveal {
+    friend constexpr auto member_of(Name) { return Member; }
+};
+
+#define GVOTE_REVEAL(owner, member)                     \
+    struct owner##_##member {                           \
+        friend constexpr auto member_of(owner##_##member); \
+    };                                                  \
+    template struct reveal<owner##_##member, &owner::member>
+
+GVOTE_REVEAL(llama_kv_cache, v_heads);
+
+// Owners of cells that no batch can have: llama.cpp numbers sequences up to LLAMA_MAX_SEQ and takes batches for n_seq_max of
+// them. A cell with two owners is never overwritten, even where it has left its sequence's window.
+constexpr llama_seq_id GUARD  = LLAMA_MAX_SEQ - 1; // the cell was in use when something was parked
+constexpr llama_seq_id PARKED = LLAMA_MAX_SEQ - 2; // it belongs to the parked sequence
+
+int owners_beside(const llama_kv_cells & cells, uint32_t i, llama_seq_id seq) {
+    auto owners = cells.seq_get_all(i);
+    owners.reset(seq);
+    owners.reset(GUARD);
+    owners.reset(PARKED);
+    return owners.count();
+}
+
+// The cache hands its cells out read-only; the object itself is not const.
+llama_kv_cells & cells_of(llama_kv_cache & kv, llama_seq_id seq) {
+    return const_cast<llama_kv_cells &>(kv.get_cells(seq));
+}
+
+// Where the search for free cells begins.
+uint32_t & head_of(llama_kv_cache & kv, llama_seq_id seq) {
+    return (kv.*member_of(llama_kv_cache_v_heads{}))[kv.get_stream(seq)];
+}
+
+// The cache that holds full attention, or NULL. Exact types only: a derived cache may keep more than K and V.
+llama_kv_cache * base_cache(llama_context * ctx) {
+    llama_memory_i * mem = llama_get_memory(ctx);
+    if (mem == nullptr) {
+        return nullptr;
+    }
+    if (typeid(*mem) == typeid(llama_kv_cache)) {
+        return static_cast<llama_kv_cache *>(mem);
+    }
+    if (typeid(*mem) == typeid(llama_kv_cache_iswa)) {
+        return static_cast<llama_kv_cache_iswa *>(mem)->get_base();
+    }
+    return nullptr;
+}
+
+// The window cache beside the base cache, or NULL.
+llama_kv_cache * window_cache(llama_context * ctx) {
+    llama_memory_i * mem = llama_get_memory(ctx);
+    return typeid(*mem) == typeid(llama_kv_cache_iswa) ? static_cast<llama_kv_cache_iswa *>(mem)->get_swa() : nullptr;
+}
+
+// get_v() is the only way to the V storage; one cell of stream 0 is enough of a view to reach it.
+ggml_tensor * v_view(const llama_kv_cache & kv, ggml_context * meta, int32_t il) {
+    llama_kv_cache::slot_info slot;
+    slot.s0 = 0;
+    slot.s1 = 0;
+    return kv.get_v(meta, il, 1, slot);
+}
+
+using meta_ptr = std::unique_ptr<ggml_context, decltype(&ggml_free)>;
+
+meta_ptr new_meta() {
+    // room for one view; tensors are only described here, never allocated
+    return { ggml_init({ 4*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }), ggml_free };
+}
+
+bool is_v_trans(const ggml_tensor * view) {
+    return view->nb[1] > view->nb[2];
+}
+
+template <typename F>
+const char * guarded(F && f) {
+    try {
+        return f();
+    } catch (const std::bad_alloc &) {
+        return "out of memory";
+    } catch (...) {
+        return "llama.cpp raised an exception";
+    }
+}
+
+} // namespace

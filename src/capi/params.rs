@@ -1,0 +1,114 @@
+//! Settings as C has them.
+
+use super::handle::Failure;
+use super::header::*;
+use super::ptr;
+use crate::policy::{Evict, Kind, Params, Span};
+
+const POLICIES: [(gvote_policy, Kind); 8] = [
+    (GVOTE_POLICY_GVOTE, Kind::Gvote),
+    (GVOTE_POLICY_GVOTE_PAPER, Kind::GvotePaper),
+    (GVOTE_POLICY_FULL, Kind::Full),
+    (GVOTE_POLICY_STREAMING_LLM, Kind::StreamingLlm),
+    (GVOTE_POLICY_SNAPKV, Kind::SnapKv),
+    (GVOTE_POLICY_ADAKV, Kind::AdaKv),
+    (GVOTE_POLICY_EXPECTED_ATTENTION, Kind::ExpectedAttention),
+    (GVOTE_POLICY_KEYDIFF, Kind::KeyDiff),
+];
+const EVICTS: [(gvote_evict, Evict); 2] =
+    [(GVOTE_EVICT_COMPOSITE, Evict::Composite), (GVOTE_EVICT_CELLS, Evict::Cells)];
+
+/// Structs grow by fields of four and eight bytes at the end; what lies before is understood.
+const STEP: usize = 8;
+
+/// Whether a caller may have been compiled with a struct of this size.
+pub(super) fn is_known_size<T>(size: usize) -> bool {
+    (2 * STEP..=size_of::<T>()).contains(&size) && size.is_multiple_of(STEP)
+}
+
+pub(super) fn unknown_size(what: &str, size: usize, ours: usize) -> Failure {
+    let text = format!("{what}.size is {size}, but this library knows sizes up to {ours}: set it to sizeof({what})");
+    Failure::new(GVOTE_ERROR_SIZE, text)
+}
+
+pub(super) fn policy_number(kind: Kind) -> gvote_policy {
+    POLICIES.iter().find(|entry| entry.1 == kind).map_or(GVOTE_POLICY_GVOTE, |entry| entry.0)
+}
+
+/// The settings as C has them.
+pub(super) fn of(params: &Params, account_error: bool) -> gvote_params {
+    let evict = EVICTS.iter().find(|entry| entry.1 == params.evict).map_or(GVOTE_EVICT_COMPOSITE, |entry| entry.0);
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+    gvote_params {
+        size: size_of::<gvote_params>(),
+        policy: policy_number(params.policy),
+        evict,
+        flags: flag(params.replay, GVOTE_FLAG_REPLAY) | flag(account_error, GVOTE_FLAG_ACCOUNT_ERROR),
+        target_kl: params.target_kl.unwrap_or(0.0),
+        lost_mass: params.lost_mass,
+        ratio: params.ratio.unwrap_or(0.0),
+        max_cells: number(params.max_cells.unwrap_or(0)),
+        min_cells: number(params.min_cells),
+        sinks: number(params.sinks),
+        recent: number(params.recent),
+        window: number(params.window),
+        samples: number(params.samples),
+        draft: number(params.draft),
+        span_back: number(params.span.back),
+        span_forward: number(params.span.forward),
+        pool: number(params.pool),
+        head_mix: params.head_mix,
+        p_nuc: params.p_nuc,
+        seed: params.seed,
+    }
+}
+
+pub(super) fn defaults() -> gvote_params {
+    of(&Params::default(), false)
+}
+
+/// Fills a caller's struct.
+pub(super) fn write(to: *mut gvote_params, params: &gvote_params) -> Result<(), Failure> {
+    ptr::write_sized(to, "gvote_params", params, is_known_size::<gvote_params>)
+}
+
+/// A caller's settings; the defaults for NULL. Their bounds are the guest's to check.
+pub(super) fn read(from: *const gvote_params) -> Result<(Params, bool), Failure> {
+    if from.is_null() {
+        return Ok((Params::default(), false));
+    }
+    let params = ptr::read_sized(from, "gvote_params", defaults(), is_known_size::<gvote_params>)?;
+    let unknown =
+        |name: &str, value: u32| Failure::new(GVOTE_ERROR_PARAMS, format!("{name} is {value}, which is none"));
+    let policy = POLICIES.iter().find(|entry| entry.0 == params.policy);
+    let evict = EVICTS.iter().find(|entry| entry.0 == params.evict);
+    if params.flags & !(GVOTE_FLAG_REPLAY | GVOTE_FLAG_ACCOUNT_ERROR) != 0 {
+        return Err(unknown("flags", params.flags));
+    }
+    let has = |flag: u32| params.flags & flag != 0;
+    // 0 is none; whatever else is out of bounds is to be refused, not taken for none
+    let optional = |x: f32| if x == 0.0 { None } else { Some(x) };
+    let settings = Params {
+        policy: policy.ok_or_else(|| unknown("policy", params.policy))?.1,
+        evict: evict.ok_or_else(|| unknown("evict", params.evict))?.1,
+        replay: has(GVOTE_FLAG_REPLAY),
+        target_kl: optional(params.target_kl),
+        lost_mass: params.lost_mass,
+        ratio: optional(params.ratio),
+        max_cells: (params.max_cells > 0).then_some(params.max_cells as usize),
+        min_cells: params.min_cells as usize,
+        sinks: params.sinks as usize,
+        recent: params.recent as usize,
+        window: params.window as usize,
+        samples: params.samples as usize,
+        draft: params.draft as usize,
+        span: Span { back: params.span_back as usize, forward: params.span_forward as usize },
+        pool: params.pool as usize,
+        head_mix: params.head_mix,
+        p_nuc: params.p_nuc,
+        seed: params.seed,
+        exact: false,
+    };
+    Ok((settings, has(GVOTE_FLAG_ACCOUNT_ERROR)))
+}

@@ -1,0 +1,95 @@
+//! A vote, and its report as C has it.
+
+use std::ops::ControlFlow;
+
+use super::handle::{Core, Failure};
+use super::header::*;
+use super::{params, ptr};
+use crate::policy::Bound;
+use crate::sys::llama_context;
+use crate::vote::{CompressReport, Stage};
+
+pub(super) fn vote(
+    core: &mut Core,
+    ctx: *mut llama_context,
+    seq: i32,
+    is_rehearsal: bool,
+    report: *mut gvote_report,
+) -> Result<(), Failure> {
+    let ctx = ptr::context(ctx)?;
+    let is_known = params::is_known_size::<gvote_report>;
+    if !report.is_null() {
+        // before anything happens
+        ptr::sized_bytes(report, "gvote_report", is_known)?;
+    }
+    let told = core.progress;
+    let progress = |stage: Stage| match told {
+        // SAFETY: the app's own callback and data.
+        Some((callback, data)) if !unsafe { callback(stage_number(stage), data) } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let done = core.guest.compress(ctx, seq, is_rehearsal, &progress)?;
+    let verb = if is_rehearsal { "would keep" } else { "keeps" };
+    let (before, after) = (done.cells_before, done.cells_after);
+    core.tell(
+        GVOTE_LOG_INFO,
+        &format!(
+            "sequence {seq} {verb} {after} of {before} cells ({:?}, {:.3} s)",
+            done.bound,
+            done.time().as_secs_f64()
+        ),
+    );
+    if !report.is_null() {
+        ptr::write_sized(report, "gvote_report", &of(&done), is_known)?;
+    }
+    Ok(())
+}
+
+fn stage_number(stage: Stage) -> gvote_stage {
+    match stage {
+        Stage::Replay => GVOTE_STAGE_REPLAY,
+        Stage::Probe => GVOTE_STAGE_PROBE,
+        Stage::Score => GVOTE_STAGE_SCORE,
+        Stage::Draft => GVOTE_STAGE_DRAFT,
+        Stage::Try => GVOTE_STAGE_TRY,
+        Stage::Compact => GVOTE_STAGE_COMPACT,
+    }
+}
+
+fn of(done: &CompressReport) -> gvote_report {
+    let mut tried = [gvote_try::default(); GVOTE_MAX_TRIED as usize];
+    for (to, &(cells, kl)) in tried.iter_mut().zip(&done.tried) {
+        *to = gvote_try { cells: cells as u32, kl };
+    }
+    gvote_report {
+        size: size_of::<gvote_report>(),
+        policy: params::policy_number(done.policy),
+        bound: match done.bound {
+            Bound::All => GVOTE_BOUND_ALL,
+            Bound::Trial => GVOTE_BOUND_TRIAL,
+            Bound::LostMass => GVOTE_BOUND_LOST_MASS,
+            Bound::Blind => GVOTE_BOUND_BLIND,
+            Bound::Budget => GVOTE_BOUND_BUDGET,
+            Bound::Ratio => GVOTE_BOUND_RATIO,
+            Bound::MaxCells => GVOTE_BOUND_MAX_CELLS,
+            Bound::MinCells => GVOTE_BOUND_MIN_CELLS,
+            Bound::Forced => GVOTE_BOUND_FORCED,
+        },
+        cells_before: done.cells_before as u32,
+        cells_after: done.cells_after as u32,
+        kv_bytes_before: done.kv_bytes_before as u64,
+        kv_bytes_after: done.kv_bytes_after as u64,
+        lost_mass: done.lost_mass.unwrap_or(f32::NAN),
+        rounding: done.rounding,
+        n_tried: done.tried.len().min(tried.len()) as u32,
+        tried,
+        reserved: 0,
+        compute_bytes: done.compute_bytes as u64,
+        replay_s: done.replay_time.as_secs_f64(),
+        probe_s: done.probe_time.as_secs_f64(),
+        score_s: done.score_time.as_secs_f64(),
+        select_s: done.select_time.as_secs_f64(),
+        trial_s: done.trial_time.as_secs_f64(),
+        compact_s: done.compact_time.as_secs_f64(),
+    }
+}

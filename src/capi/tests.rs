@@ -1,0 +1,11 @@
+//! What the C interface promises, seen by an app that uses llama.cpp on its own:
+//! - `votes`: a vote does what a session's does, and disturbs nothing;
+//! - `changes`: what an app does behind our back is noticed;
+//! - `saved`: what is known of a sequence can be saved, and only that is restored;
+//! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads.
+
+mod abuse;
+mod app;
+mod changes;
+mod saved;
+mod votes;

@@ -1,0 +1,142 @@
+use super::app::*;
+use crate::capi::*;
+use crate::sys;
+
+const N: usize = 300;
+
+fn capped() -> gvote_params {
+    gvote_params { max_cells: 150, ..defaults() }
+}
+
+/// An app with a prompt, and a handle that heard it.
+fn heard() -> (App, Handle) {
+    let app = App::new(&tiny("llama"), &Shape { n_seq_max: 2, ..ONE });
+    let handle = Handle::with(&app, &capped());
+    app.decode(&[(0, 0, &words(N, 0))]);
+    (app, handle)
+}
+
+#[test]
+fn a_removed_tail_is_followed() {
+    let (app, handle) = heard();
+    app.remove(0, 250, -1);
+    assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 250));
+    // and goes on with other tokens
+    app.decode(&[(0, 250, &words(60, 3))]);
+    let report = handle.compressed(&app, 0);
+    assert_eq!((report.cells_before, report.cells_after), (310, 150));
+
+    // the same sequence without the detour keeps the same, up to what the removed tokens left in the statistics
+    app.remove(0, 280, -1);
+    assert_eq!(handle.cells(&app, 0).0, GVOTE_OK);
+    app.decode(&[(0, 280, &words(5, 1))]);
+    assert_eq!(handle.cells(&app, 0).0, GVOTE_OK);
+}
+
+#[test]
+fn a_tail_that_was_decoded_anew_at_once_is_followed() {
+    let (app, handle) = heard();
+    app.remove(0, 200, -1);
+    app.decode(&[(0, 200, &words(100, 7))]);
+    let report = handle.compressed(&app, 0);
+    assert_eq!(report.cells_before, 300);
+}
+
+#[test]
+fn what_is_removed_inside_the_compressed_part_is_refused() {
+    let (app, handle) = heard();
+    handle.compressed(&app, 0);
+    let mut exact_from = 0;
+    // SAFETY: both live.
+    assert_eq!(unsafe { gvote_seq_exact_from(handle.0, app.ctx, 0, &raw mut exact_from) }, GVOTE_OK);
+    assert_eq!(exact_from, N as i32 - 64);
+    // SAFETY: both live.
+    assert_eq!(unsafe { gvote_seq_truncate(handle.0, app.ctx, 0, exact_from - 1) }, GVOTE_ERROR_COMPRESSED);
+    assert!(handle.error().contains("236"), "{}", handle.error());
+    assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 150));
+    // SAFETY: both live.
+    assert_eq!(unsafe { gvote_seq_truncate(handle.0, app.ctx, 0, exact_from) }, GVOTE_OK);
+    assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 150 - 64));
+
+    let (app, handle) = heard();
+    handle.compressed(&app, 0);
+    app.remove(0, 150, -1);
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_CHANGED);
+    app.decode(&[(0, 150, &words(90, 3))]);
+    assert_ne!(handle.compress(&app, 0).0, GVOTE_OK);
+    // until it begins anew
+    app.remove(0, -1, -1);
+    app.decode(&[(0, 0, &words(N, 3))]);
+    handle.compressed(&app, 0);
+}
+
+#[test]
+fn removed_moved_and_replaced_cells_are_refused() {
+    let (app, handle) = heard();
+    app.remove(0, 100, 120);
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_CHANGED);
+
+    // a shift that leaves positions as if only the end had been removed
+    let (app, handle) = heard();
+    app.remove(0, 0, 50);
+    // SAFETY: valid memory.
+    unsafe { sys::llama_memory_seq_add(app.memory(), 0, 50, -1, -50) };
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_CHANGED);
+
+    // a state of the same length, at the same cells
+    let (app, handle) = heard();
+    app.decode(&[(1, 0, &words(N, 4))]);
+    let other = app.state(1);
+    app.remove(1, -1, -1);
+    app.load(0, &other);
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_CHANGED);
+}
+
+#[test]
+fn an_empty_sequence_and_one_that_nobody_heard_are_told_apart_from_changed_ones() {
+    let (app, handle) = heard();
+    // SAFETY: valid memory.
+    unsafe { sys::llama_memory_clear(app.memory(), true) };
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
+    assert!(handle.error().contains("empty"), "{}", handle.error());
+
+    let app = App::new(&tiny("llama"), &ONE);
+    app.decode(&[(0, 0, &words(N, 0))]);
+    let handle = Handle::at(&app);
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
+    // hearing its end only is not enough
+    app.decode(&[(0, N as i32, &words(80, 0))]);
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
+
+    // and not hearing its end neither
+    let (app, handle) = heard();
+    // SAFETY: valid context; ours is put back below.
+    unsafe { sys::gvote_shim_set_eval_callback(app.ctx, None, std::ptr::null_mut()) };
+    app.decode(&[(0, N as i32, &words(10, 0))]);
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
+}
+
+#[test]
+fn cells_that_are_shared_are_refused_until_they_are_not() {
+    let (app, handle) = heard();
+    // SAFETY: valid memory.
+    unsafe { sys::llama_memory_seq_cp(app.memory(), 0, 1, -1, -1) };
+    let before = [0, 1].map(|seq| app.state(seq));
+    assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_SHARED);
+    assert!([0, 1].map(|seq| app.state(seq)) == before);
+    assert_eq!(handle.compress(&app, 1).0, GVOTE_ERROR_NOT_SEEN, "its tokens were decoded for another one");
+    app.remove(1, -1, -1);
+    handle.compressed(&app, 0);
+}
+
+#[test]
+fn a_compressed_sequence_can_be_copied_and_goes_on_twice() {
+    let (app, handle) = heard();
+    handle.compressed(&app, 0);
+    // SAFETY: valid memory.
+    unsafe { sys::llama_memory_seq_cp(app.memory(), 0, 1, -1, -1) };
+    app.decode(&[(0, N as i32, &[5]), (1, N as i32, &[5])]);
+    // each adds up in another order
+    let apart = app.logits(0).1.iter().zip(app.logits(1).1).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 1e-3, "{apart}");
+}

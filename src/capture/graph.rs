@@ -1,0 +1,275 @@
+//! The nodes of a graph in work that tell something, and what becomes of them.
+
+use half::f16;
+
+use super::node::Node;
+use super::record::Record;
+use super::watch::Watch;
+use super::{CaptureError, Inner, LogitScale, Mode};
+use crate::cache;
+use crate::llama::{Pos, SeqId};
+use crate::sys;
+
+/// The attention op of a layer, by its operands.
+pub(super) struct Attention<'a> {
+    pub q: Node<'a>,
+    pub layer: usize,
+}
+
+/// A row of q that is wanted, and where it goes.
+struct Wanted {
+    row: usize,
+    seq: SeqId,
+    slot: usize,
+    pos: Pos,
+}
+
+impl Watch for Inner {
+    type Error = CaptureError;
+
+    fn ask(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        match node.0.op {
+            sys::GGML_OP_SET_ROWS => {
+                self.note_rows(node)?;
+                Ok(false)
+            }
+            sys::GGML_OP_SOFT_MAX => {
+                self.note_scale(node)?;
+                Ok(false)
+            }
+            sys::GGML_OP_FLASH_ATTN_EXT | sys::GGML_OP_MUL_MAT => {
+                let Some(attention) = self.attention(node) else {
+                    return Ok(false);
+                };
+                if node.0.op == sys::GGML_OP_FLASH_ATTN_EXT {
+                    self.note_flash_scale(node, attention.layer)?;
+                }
+                if matches!(self.mode, Mode::Probe(_)) && attention.q.is_in_host_memory() {
+                    self.take_path(&attention)?;
+                    return Ok(false);
+                }
+                Ok(self.wants_queries())
+            }
+            sys::GGML_OP_MUL | sys::GGML_OP_ADD | sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => {
+                let wanted = match self.mode {
+                    Mode::Prompt => true,
+                    Mode::Probe(_) => !node.is_in_host_memory(),
+                    Mode::Replay(..) => false,
+                };
+                Ok(wanted && self.hidden_layer(node).is_some())
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn read(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        if let Some(layer) = self.hidden_layer(node) {
+            self.on_hidden(node, layer)?;
+        } else if let Some(attention) = self.attention(node) {
+            self.on_queries(&attention)?;
+            // Nobody wants the logits of a probe: what follows the last attention need not run.
+            let is_probe = matches!(self.mode, Mode::Probe(_));
+            return Ok(!(is_probe && attention.layer + 1 == self.layers.len()));
+        }
+        Ok(true)
+    }
+
+    fn panicked(text: String) -> CaptureError {
+        CaptureError::Panic(text)
+    }
+}
+
+impl Inner {
+    fn hidden_layer(&self, node: &Node) -> Option<usize> {
+        self.by_il.get(&node.layer_after("attn_norm")?).copied()
+    }
+
+    fn attention<'a>(&self, node: &Node<'a>) -> Option<Attention<'a>> {
+        let (k, q) = match node.0.op {
+            sys::GGML_OP_FLASH_ATTN_EXT => (node.src(1)?, node.src(0)?),
+            sys::GGML_OP_MUL_MAT if node.name().to_bytes().starts_with(b"kq-") => (node.src(0)?, node.src(1)?),
+            _ => return None,
+        };
+        let layer = *self.by_tensor.get(&k.storage())?;
+        Some(Attention { q, layer })
+    }
+
+    /// Whether the ubatch holds tokens whose queries are of use.
+    fn wants_queries(&self) -> bool {
+        match &self.mode {
+            Mode::Probe(_) => true,
+            Mode::Prompt => self.rows_known && self.records.values().any(|record| !record.rows.is_empty()),
+            Mode::Replay(seq, _) => {
+                self.rows_known && self.records.get(seq).is_some_and(|record| !record.rows.is_empty())
+            }
+        }
+    }
+
+    /// K is about to be stored: the row indices say which cells, and so which sequences and positions, the ubatch's tokens
+    /// have.
+    fn note_rows(&mut self, node: &Node) -> Result<(), CaptureError> {
+        // SET_ROWS keeps the destination in src[2]; its result is a view of it
+        if self.rows_known || matches!(self.mode, Mode::Probe(_)) || !self.by_tensor.contains_key(&node.storage()) {
+            return Ok(());
+        }
+        let idxs = node.src(1).ok_or_else(|| node.shape_error())?;
+        if idxs.0.type_ != sys::GGML_TYPE_I64 {
+            return Err(idxs.shape_error());
+        }
+        let mut bytes = vec![0u8; idxs.0.ne[0] as usize * size_of::<i64>()];
+        idxs.get(0, &mut bytes);
+        let cells: Vec<i64> = bytes
+            .chunks_exact(size_of::<i64>())
+            .map(|b| i64::from_le_bytes(b.try_into().expect("chunks of eight")))
+            .collect();
+        if let Mode::Prompt = self.mode
+            && self.follows_all
+        {
+            // SAFETY: the context is decoding, and its layout was accepted.
+            for seq in unsafe { cache::owners(self.ctx, &cells) } {
+                self.records.entry(seq).or_insert_with(|| Record::new(&self.layers, self.window));
+            }
+        }
+        self.rows_known = true;
+        for (seq, record) in &mut self.records {
+            // SAFETY: as above.
+            let rows = unsafe { cache::rows(self.ctx, *seq, &cells) };
+            let own = rows.iter().enumerate().filter(|(_, row)| row.pos >= 0);
+            record.rows = own.map(|(i, row)| (i, row.pos)).collect();
+            if let Mode::Prompt = self.mode {
+                if self.follows_all {
+                    record.list(&cells, &rows);
+                }
+                record.add_moments(0, &self.pending, self.n_embd, self.skip);
+            }
+        }
+        Ok(())
+    }
+
+    fn note_flash_scale(&mut self, node: &Node, layer: usize) -> Result<(), CaptureError> {
+        if node.src(4).is_some() {
+            return Err(CaptureError::Attention("learned attention sinks"));
+        }
+        let (scale, softcap) = (node.param(0), node.param(2));
+        self.layers[layer].scale = if softcap > 0.0 {
+            LogitScale { pre: scale / softcap, post: softcap, softcap: true }
+        } else {
+            LogitScale { pre: 1.0, post: scale, softcap: false }
+        };
+        Ok(())
+    }
+
+    fn note_scale(&mut self, node: &Node) -> Result<(), CaptureError> {
+        let Some(&layer) = node.layer_after("kq_soft_max").and_then(|il| self.by_il.get(&il)) else {
+            return Ok(());
+        };
+        if node.src(2).is_some() {
+            return Err(CaptureError::Attention("learned attention sinks"));
+        }
+        let (scale, softcap) = (node.param(0), self.softcap);
+        // without flash attention llama.cpp caps the bare product and scales afterwards
+        self.layers[layer].scale = if softcap > 0.0 {
+            LogitScale { pre: 1.0 / softcap, post: softcap * scale, softcap: true }
+        } else {
+            LogitScale { pre: 1.0, post: scale, softcap: false }
+        };
+        Ok(())
+    }
+
+    pub(super) fn on_hidden(&mut self, node: &Node, layer: usize) -> Result<(), CaptureError> {
+        let [n_embd, n_tokens, ..] = node.0.ne;
+        // SAFETY: plain query of a valid tensor.
+        let contiguous = unsafe { sys::ggml_is_contiguous(node.0) };
+        if node.0.type_ != sys::GGML_TYPE_F32 || n_embd as usize != self.n_embd || !contiguous {
+            return Err(node.shape_error());
+        }
+        let n_tokens = n_tokens as usize;
+        if let Mode::Probe(_) = self.mode {
+            self.inject(node, layer, n_tokens);
+            return Ok(());
+        }
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let data = node.floats(&mut scratch);
+        if layer == 0 {
+            self.rows_known = false;
+            self.pending.clear();
+            self.pending.extend_from_slice(data);
+        } else if self.rows_known {
+            for record in self.records.values_mut() {
+                record.add_moments(layer, data, self.n_embd, self.skip);
+            }
+        }
+        self.scratch = scratch;
+        Ok(())
+    }
+
+    /// The rows of q that are wanted of this ubatch.
+    fn wanted(&self, n_tokens: usize) -> Vec<Wanted> {
+        match &self.mode {
+            Mode::Probe(probe) => {
+                (0..n_tokens).map(|row| Wanted { row, seq: 0, slot: probe.done + row, pos: 0 }).collect()
+            }
+            Mode::Replay(seq, _) => {
+                let rows = self.records.get(seq).map_or(&[][..], |record| &record.rows);
+                rows.iter().enumerate().map(|(slot, &(row, pos))| Wanted { row, seq: *seq, slot, pos }).collect()
+            }
+            Mode::Prompt => {
+                let of_record = |(seq, record): (&SeqId, &Record)| {
+                    let newest = record.rows.iter().map(|row| row.1).max().unwrap_or(-1);
+                    let oldest = (newest - self.window as Pos + 1).max(0);
+                    let (seq, window) = (*seq, self.window);
+                    let in_window = record.rows.iter().filter(move |row| row.1 >= oldest);
+                    in_window.map(move |&(row, pos)| Wanted { row, seq, slot: pos as usize % window, pos }).collect()
+                };
+                self.records.iter().flat_map(|entry| -> Vec<Wanted> { of_record(entry) }).collect()
+            }
+        }
+    }
+
+    pub(super) fn on_queries(&mut self, attention: &Attention) -> Result<(), CaptureError> {
+        let (q, layer) = (attention.q, attention.layer);
+        let n_q = self.layers[layer].n_q;
+        let n_head = self.layers[layer].n_head;
+        let head_size = n_q / n_head;
+        let [d, n_tok, heads, n_stream] = q.0.ne;
+        if q.0.type_ != sys::GGML_TYPE_F32
+            || d as usize != head_size
+            || heads as usize != n_head
+            || q.0.nb[0] != size_of::<f32>()
+        {
+            return Err(q.shape_error());
+        }
+        let n_tokens = (n_tok * n_stream) as usize;
+        let wanted = self.wanted(n_tokens);
+        let token_at = |row: usize| row % n_tok as usize * q.0.nb[1] + row / n_tok as usize * q.0.nb[3];
+        let Some(first) = wanted.iter().map(|w| token_at(w.row)).min() else { return Ok(()) };
+        let last = wanted.iter().map(|w| token_at(w.row)).max().unwrap_or(first);
+        // one transfer: a device answers many small ones slowly
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.resize(last - first + (n_head - 1) * q.0.nb[2] + head_size * size_of::<f32>(), 0);
+        q.get(first, &mut scratch);
+        if let Mode::Replay(_, queries) = &mut self.mode {
+            queries[layer].data.resize(wanted.len() * n_q, f16::ZERO);
+            queries[layer].pos = wanted.iter().map(|w| w.pos).collect();
+        }
+        for Wanted { row, seq, slot, pos } in wanted {
+            let out = match &mut self.mode {
+                Mode::Probe(probe) => &mut probe.queries[layer],
+                Mode::Replay(_, queries) => &mut queries[layer].data,
+                Mode::Prompt => match self.records.get_mut(&seq) {
+                    Some(record) => record.window_at(layer, slot, pos),
+                    None => continue,
+                },
+            };
+            let out = &mut out[slot * n_q..][..n_q];
+            for (h, out) in out.chunks_exact_mut(head_size).enumerate() {
+                let bytes = &scratch[token_at(row) - first + h * q.0.nb[2]..];
+                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(size_of::<f32>())) {
+                    *x = f16::from_f32(f32::from_le_bytes(b.try_into().expect("chunks of four")));
+                }
+            }
+        }
+        self.scratch = scratch;
+        Ok(())
+    }
+}

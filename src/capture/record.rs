@@ -1,0 +1,120 @@
+//! What is captured of one sequence.
+
+use half::f16;
+
+use super::moments::Moments;
+use super::{Layer, Queries};
+use crate::llama::{Pos, Token};
+use crate::sys;
+
+/// A token that was decoded, and where it went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// Cell, in the sequence's stream or over all of them: whatever llama.cpp counts in its graph.
+    pub cell: i64,
+    pub pos: Pos,
+    /// -1 where embeddings came in.
+    pub token: Token,
+}
+
+/// What is captured of one sequence in one layer.
+#[derive(Clone)]
+pub(super) struct LayerRecord {
+    pub moments: Moments,
+    /// Floats of one token's queries.
+    pub n_q: usize,
+    /// `[window][n_q]`; position p lives in slot p mod window.
+    pub window_q: Vec<f16>,
+    pub window_pos: Vec<Pos>,
+}
+
+/// What is captured of one sequence.
+#[derive(Clone)]
+pub(super) struct Record {
+    pub layers: Vec<LayerRecord>,
+    /// The tokens of the ubatch in work that belong to the sequence: place in the ubatch, and position.
+    pub rows: Vec<(usize, Pos)>,
+    /// Tokens since they were last asked for.
+    seen: Vec<Seen>,
+}
+
+impl Record {
+    pub fn new(layers: &[Layer], window: usize) -> Self {
+        let layers = layers.iter().map(|layer| LayerRecord {
+            moments: Moments::default(),
+            n_q: layer.n_q,
+            window_q: vec![f16::ZERO; window * layer.n_q],
+            window_pos: vec![-1; window],
+        });
+        Self { layers: layers.collect(), rows: Vec::new(), seen: Vec::new() }
+    }
+
+    pub fn of(layers: Vec<LayerRecord>) -> Self {
+        Self { layers, rows: Vec::new(), seen: Vec::new() }
+    }
+
+    pub fn forget_from(&mut self, p0: Pos) {
+        for layer in &mut self.layers {
+            for pos in layer.window_pos.iter_mut().filter(|p| **p >= p0) {
+                *pos = -1;
+            }
+        }
+    }
+
+    /// Notes the tokens of a ubatch. A token at position 0 begins the sequence anew.
+    pub fn list(&mut self, cells: &[i64], rows: &[sys::gvote_shim_row]) {
+        let rows = cells.iter().zip(rows).filter(|(_, row)| row.pos >= 0);
+        let first = self.seen.len();
+        self.seen.extend(rows.map(|(&cell, row)| Seen { cell, pos: row.pos, token: row.token }));
+        if let Some(oldest) = self.seen[first..].iter().map(|seen| seen.pos).min() {
+            self.forget_from(oldest);
+            if oldest == 0 {
+                for layer in &mut self.layers {
+                    layer.moments = Moments::default();
+                }
+            }
+        }
+    }
+
+    pub fn take_seen(&mut self) -> Vec<Seen> {
+        std::mem::take(&mut self.seen)
+    }
+
+    /// `data` `[n_tokens][n_embd]`: the hidden states of the ubatch in work.
+    pub fn add_moments(&mut self, layer: usize, data: &[f32], n_embd: usize, skip: usize) {
+        let kept = self.rows.iter().filter(|(_, pos)| *pos >= skip as Pos);
+        let kept = kept.map(|(row, _)| &data[row * n_embd..][..n_embd]);
+        self.layers[layer].moments.merge(n_embd, kept);
+    }
+
+    /// The window's queries, of which those at `slot` are about to become those of `pos`.
+    pub fn window_at(&mut self, layer: usize, slot: usize, pos: Pos) -> &mut Vec<f16> {
+        let layer = &mut self.layers[layer];
+        layer.window_pos[slot] = pos;
+        &mut layer.window_q
+    }
+
+    /// The queries of a layer's window that ends at `pos_last`, if that one is there.
+    pub fn window(&self, layer: usize, window: usize, pos_last: Pos) -> Option<Queries> {
+        let layer = &self.layers[layer];
+        let mut out = Queries::default();
+        for pos in (pos_last - window as Pos + 1).max(0)..=pos_last {
+            let slot = pos as usize % window;
+            if layer.window_pos[slot] == pos {
+                out.data.extend_from_slice(&layer.window_q[slot * layer.n_q..][..layer.n_q]);
+                out.pos.push(pos);
+            }
+        }
+        (out.pos.last() == Some(&pos_last)).then_some(out)
+    }
+
+    pub fn statistics(&self, layer: usize) -> (Vec<f64>, Vec<f64>) {
+        let m = &self.layers[layer].moments;
+        (m.mean.clone(), m.m2.iter().map(|s| s / m.count.max(1.0)).collect())
+    }
+
+    /// Whether something is known of every layer.
+    pub fn has_moments(&self) -> bool {
+        self.layers.iter().all(|layer| layer.moments.count >= 1.0)
+    }
+}

@@ -1,0 +1,379 @@
+//! A guest in an app's context: the app decodes as it always did, we listen, and on request we vote.
+//!
+//! The app's sequences, positions, outputs and callbacks are its own. What we know of a sequence is what was decoded while we
+//! listened; before every vote the cells of the sequence are compared with it, one by one, so that what an app did without us
+//! (`llama_memory_seq_rm`, `seq_add`, a loaded state) is noticed: a removed tail is followed, anything else is refused.
+
+mod known;
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::ops::ControlFlow;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use self::known::Known;
+use crate::cache::{self, Cell, Layout};
+use crate::capture::CaptureError;
+use crate::capture::node::Node;
+use crate::llama::{Context, Pos, SeqId, Visit};
+use crate::policy::{self, PolicyError};
+use crate::sys;
+use crate::vote::{CompressReport, Saved, Sequence, Stage, Vote, VoteError, Voter};
+
+/// What can go wrong for a guest. The context is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    #[error(transparent)]
+    Vote(VoteError),
+    #[error("this model cannot be compressed: {0}")]
+    Unsupported(&'static str),
+    #[error("gvote is not attached to this context: call gvote_attach after the context was made, before the prompt")]
+    NotAttached,
+    #[error("nothing is known of sequence {seq}: {reason}")]
+    NotSeen { seq: SeqId, reason: &'static str },
+    #[error("sequence {seq} was changed without gvote: {reason}")]
+    Changed { seq: SeqId, reason: &'static str },
+    #[error("position {pos} lies inside the compressed part of the sequence, which is exact from {exact_from} on only")]
+    Compressed { pos: Pos, exact_from: Pos },
+    #[error("{0} cannot change while gvote is attached: detach first")]
+    Fixed(&'static str),
+    #[error("sequence {seq} is not one of this context (n_seq_max is {n_seq_max})")]
+    NoSequence { seq: SeqId, n_seq_max: usize },
+    #[error("layer {0} keeps no cells that gvote works on: the model has no such layer, or it uses a sliding window")]
+    NoLayer(i32),
+    #[error("layer {layer} has {n_head_kv} KV heads, and {head} is none of them")]
+    NoHead { layer: i32, head: u32, n_head_kv: u32 },
+    #[error("the forward pass could not be read: {0}")]
+    Deaf(String),
+}
+
+impl<E: Into<VoteError>> From<E> for GuestError {
+    fn from(error: E) -> Self {
+        Self::Vote(error.into())
+    }
+}
+
+/// An eval callback, and its data.
+pub type Callback = (unsafe extern "C" fn(*mut sys::ggml_tensor, bool, *mut c_void) -> bool, *mut c_void);
+
+/// A guest, and the context it is in.
+pub struct Guest {
+    policy: policy::Params,
+    account_error: bool,
+    cancel: Arc<AtomicBool>,
+    /// The app's own callback, called for every node that it asks for.
+    next: Option<Callback>,
+    home: Option<Home>,
+}
+
+// SAFETY: raw pointers are followed only in calls that name the context, or from inside a graph of it.
+unsafe impl Send for Guest {}
+
+/// What belongs to one context.
+struct Home {
+    ctx: Context,
+    voter: Voter,
+    known: BTreeMap<SeqId, Known>,
+    /// Why nothing is listened to any more.
+    deaf: Option<CaptureError>,
+    /// Who asked for the node in work: we, and the app's own callback.
+    asked: (bool, bool),
+}
+
+impl Guest {
+    /// # Errors
+    /// [`PolicyError`] for nonsense settings.
+    pub fn new(policy: policy::Params, account_error: bool) -> Result<Self, PolicyError> {
+        policy.validate()?;
+        Ok(Self { policy, account_error, cancel: Arc::default(), next: None, home: None })
+    }
+
+    /// Once true, a running or later vote answers with [`LlamaError::Cancelled`] until it is cleared.
+    pub fn cancel_flag(&self) -> Arc<AtomicBool> {
+        self.cancel.clone()
+    }
+
+    /// The settings of votes.
+    pub fn policy(&self) -> &policy::Params {
+        &self.policy
+    }
+
+    /// Whether the rounding of a quantized K cache is accounted for.
+    pub fn account_error(&self) -> bool {
+        self.account_error
+    }
+
+    /// Why nothing is listened to any more, if so.
+    pub fn deaf_reason(&self) -> Option<String> {
+        self.home.as_ref()?.deaf.as_ref().map(ToString::to_string)
+    }
+
+    /// The callback that is called beside ours.
+    pub fn set_next_callback(&mut self, next: Option<Callback>) {
+        self.next = next;
+    }
+
+    /// Changes the settings of later votes.
+    ///
+    /// # Errors
+    /// [`PolicyError`] for nonsense, [`GuestError::Fixed`] for the window and the sinks of a guest that is attached.
+    pub fn set_policy(&mut self, policy: policy::Params, account_error: bool) -> Result<(), GuestError> {
+        policy.validate()?;
+        if let Some(home) = &mut self.home {
+            for (changed, name) in
+                [(policy.window != self.policy.window, "window"), (policy.sinks != self.policy.sinks, "sinks")]
+            {
+                if changed {
+                    return Err(GuestError::Fixed(name));
+                }
+            }
+            home.voter.policy = policy.clone();
+            home.voter.account_error = account_error;
+        }
+        self.policy = policy;
+        self.account_error = account_error;
+        Ok(())
+    }
+
+    /// Moves into a context: from now on what it decodes is listened to, by `callback`, which calls [`Self::on_node`]. A
+    /// callback that the context has already is called beside ours. Another context that the guest was in is not touched.
+    ///
+    /// # Errors
+    /// [`GuestError::Unsupported`] and [`VoteError::Cache`], with the reason.
+    ///
+    /// # Safety
+    /// `ctx` is a valid context that nobody uses meanwhile, and outlives the stay: [`Self::detach`], or another `attach`.
+    pub unsafe fn attach(&mut self, ctx: NonNull<sys::llama_context>, callback: Callback) -> Result<(), GuestError> {
+        // SAFETY: passed on.
+        let ctx = unsafe { Context::lent(ctx, self.cancel.clone()) };
+        let present = eval_callback(&ctx);
+        if present == Some(callback) && self.home.as_ref().is_some_and(|home| home.is_in(&ctx)) {
+            return Ok(());
+        }
+        if let Some(reason) = ctx.model().unsupported() {
+            return Err(GuestError::Unsupported(reason));
+        }
+        let mut voter = Voter::new(&ctx, &self.policy, self.account_error)?;
+        voter.capture.follow_all();
+        if let Some(present) = present.filter(|present| *present != callback) {
+            self.next = Some(present);
+        }
+        // SAFETY: valid context; the caller's callback outlives its stay there.
+        unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
+        self.home = Some(Home { ctx, voter, known: BTreeMap::new(), deaf: None, asked: (false, false) });
+        Ok(())
+    }
+
+    /// Moves out, and gives the context back the callback that it had before. All that was known of its sequences is
+    /// forgotten.
+    ///
+    /// # Errors
+    /// [`GuestError::NotAttached`].
+    pub fn detach(&mut self, ctx: NonNull<sys::llama_context>, callback: Callback) -> Result<(), GuestError> {
+        let home = self.home_in(ctx)?;
+        let is_ours = eval_callback(&home.ctx) == Some(callback);
+        self.home = None;
+        if is_ours {
+            let (next, data) = self.next.take().map_or((None, std::ptr::null_mut()), |next| (Some(next.0), next.1));
+            // SAFETY: the context is the one that was attached, and what it had before is the app's own.
+            unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), next, data) };
+        }
+        Ok(())
+    }
+
+    fn home_in(&mut self, ctx: NonNull<sys::llama_context>) -> Result<&mut Home, GuestError> {
+        let home = self.home.as_mut().filter(|home| home.ctx.as_ptr() == ctx.as_ptr());
+        home.ok_or(GuestError::NotAttached)
+    }
+
+    /// A node of a graph in work, before (`ask`) and after it was computed. See [`crate::capture::watch`].
+    ///
+    /// # Safety
+    /// `t` is a node that ggml passes to an eval callback of the context.
+    pub unsafe fn on_node(&mut self, t: *mut sys::ggml_tensor, ask: bool) -> bool {
+        let asked = self.home.as_ref().map_or((false, true), |home| home.asked);
+        let ours = match &mut self.home {
+            // SAFETY: see above.
+            Some(home) if ask || asked.0 => home.on_node(&unsafe { Node::new(t) }, ask),
+            _ => !ask,
+        };
+        let theirs = match self.next {
+            // SAFETY: the app's own callback and data, called as ggml would.
+            Some((next, data)) if ask || asked.1 => unsafe { next(t, ask, data) },
+            _ => !ask,
+        };
+        if ask {
+            if let Some(home) = &mut self.home {
+                home.asked = (ours, theirs);
+            }
+            ours || theirs
+        } else {
+            ours && theirs
+        }
+    }
+
+    /// Lets the policy vote on a sequence and, unless it is a rehearsal, compacts it.
+    ///
+    /// # Errors
+    /// [`GuestError`]; the context is then as before.
+    pub fn compress(
+        &mut self,
+        ctx: NonNull<sys::llama_context>,
+        seq: SeqId,
+        is_rehearsal: bool,
+        progress: &dyn Fn(Stage) -> ControlFlow<()>,
+    ) -> Result<CompressReport, GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let Home { ctx, voter, known, .. } = home;
+        let mut visit = Visit::new(ctx)?;
+        // SAFETY: valid context, and our callbacks are in it.
+        unsafe { sys::gvote_shim_update(visit.as_ptr()) };
+        let cells = cache::cells(&visit, seq);
+        let known = Known::up_to_date(known, voter, seq, &cells)?;
+        let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
+        let (selection, mut report) = vote.choose(&cells)?;
+        if !is_rehearsal {
+            vote.compact(&cells, &selection, &mut report)?;
+            known.bind(&cache::cells(&visit, seq));
+        }
+        Ok(report)
+    }
+
+    /// The cells of a sequence, and what is known of it.
+    ///
+    /// # Errors
+    /// [`GuestError::NotAttached`], [`GuestError::NotSeen`], [`GuestError::Changed`].
+    pub fn sequence(
+        &mut self,
+        ctx: NonNull<sys::llama_context>,
+        seq: SeqId,
+    ) -> Result<(Vec<Cell>, &Sequence), GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let Home { ctx, voter, known, .. } = home;
+        let cells = cache::cells(ctx, seq);
+        let known = Known::up_to_date(known, voter, seq, &cells)?;
+        Ok((cells, &known.sequence))
+    }
+
+    /// The true position of what a KV head of a model's layer holds in each cell of a sequence.
+    ///
+    /// # Errors
+    /// [`GuestError::NoLayer`], [`GuestError::NoHead`], and those of [`Self::sequence`].
+    pub fn positions(
+        &mut self,
+        ctx: NonNull<sys::llama_context>,
+        seq: SeqId,
+        layer: i32,
+        head: u32,
+    ) -> Result<Vec<Pos>, GuestError> {
+        let first = self.home_in(ctx)?.first_head(layer, head)?;
+        let (cells, sequence) = self.sequence(ctx, seq)?;
+        Ok(sequence.positions(&cells, first + head as usize))
+    }
+
+    /// Removes what lies at `pos` and later from a sequence.
+    ///
+    /// # Errors
+    /// [`GuestError::Compressed`] inside the part whose cells hold different tokens in different heads, unless all of it goes;
+    /// those of [`Self::sequence`].
+    pub fn truncate(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, pos: Pos) -> Result<(), GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let Home { ctx, voter, known, .. } = home;
+        let pos = pos.max(0);
+        if pos > 0 {
+            let known = Known::up_to_date(known, voter, seq, &cache::cells(ctx, seq))?;
+            let exact_from = known.sequence.exact_from();
+            if pos < exact_from {
+                return Err(GuestError::Compressed { pos, exact_from });
+            }
+        }
+        ctx.remove(seq, pos, -1);
+        match Known::up_to_date(known, voter, seq, &cache::cells(ctx, seq)) {
+            Ok(_) | Err(GuestError::NotSeen { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What is known of a sequence, as bytes.
+    ///
+    /// # Errors
+    /// Those of [`Self::sequence`].
+    pub fn save(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Vec<u8>, GuestError> {
+        let (cells, sequence) = self.sequence(ctx, seq)?;
+        let sequence = sequence.clone();
+        Ok(sequence.save(&self.home_in(ctx)?.voter.capture, &cells))
+    }
+
+    /// Takes over what [`Self::save`] wrote, for a sequence whose cells llama.cpp has loaded already.
+    ///
+    /// # Errors
+    /// [`VoteError::Saved`] where the bytes are cut off, or not those of these cells; what is known is then as before.
+    pub fn load(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, data: &[u8]) -> Result<(), GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let Home { ctx, voter, known, .. } = home;
+        let layout = Layout::of(ctx, seq)?;
+        let saved = Saved::read(data, &layout, &voter.capture)?;
+        let cells = cache::cells(ctx, seq);
+        if !saved.fits(&cells) {
+            return Err(VoteError::Saved("the cells of the sequence are others: load llama.cpp's state first").into());
+        }
+        let sequence = saved.restore(seq, &mut voter.capture);
+        known.insert(seq, Known::of(sequence, &cells));
+        Ok(())
+    }
+}
+
+impl Home {
+    fn is_in(&self, ctx: &Context) -> bool {
+        self.ctx.as_ptr() == ctx.as_ptr()
+    }
+
+    fn check_sequence(&self, seq: SeqId) -> Result<(), GuestError> {
+        let n_seq_max = self.ctx.n_seq_max();
+        if seq < 0 || seq as usize >= n_seq_max {
+            return Err(GuestError::NoSequence { seq, n_seq_max });
+        }
+        match &self.deaf {
+            Some(error) => Err(GuestError::Deaf(error.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    /// The first head of a layer of the model, counted over the layers of the cache.
+    fn first_head(&self, layer: i32, head: u32) -> Result<usize, GuestError> {
+        let layers = &self.voter.layout.layers;
+        let i = layers.iter().position(|l| l.il == layer).ok_or(GuestError::NoLayer(layer))?;
+        let n_head_kv = layers[i].n_head_kv;
+        if head >= n_head_kv {
+            return Err(GuestError::NoHead { layer, head, n_head_kv });
+        }
+        Ok(self.voter.layout.n_head_kv().take(i).sum())
+    }
+
+    fn on_node(&mut self, node: &Node, ask: bool) -> bool {
+        if self.deaf.is_some() {
+            return !ask;
+        }
+        match self.voter.capture.on_node(node, ask) {
+            Ok(answer) => answer,
+            Err(error) => {
+                self.deaf = Some(error);
+                !ask
+            }
+        }
+    }
+}
+
+/// The eval callback that a context has.
+fn eval_callback(ctx: &Context) -> Option<Callback> {
+    let (mut callback, mut data) = (None, std::ptr::null_mut());
+    // SAFETY: valid context.
+    unsafe { sys::gvote_shim_get_eval_callback(ctx.as_ptr(), &raw mut callback, &raw mut data) };
+    callback.map(|callback| (callback, data))
+}

@@ -1,0 +1,43 @@
+//! A vote in a session.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use super::{SEQ, Session, SessionError};
+use crate::cache;
+use crate::compact::Mask;
+use crate::policy::{Kept, Kind};
+use crate::vote::{CompressReport, Stage, Vote};
+
+/// Who wants to know how far a vote is, cancels by the session's flag.
+const QUIET: &dyn Fn(Stage) -> ControlFlow<()> = &|_| ControlFlow::Continue(());
+
+impl Session {
+    /// Lets the policy vote and compacts the cache. The next-token logits stay.
+    ///
+    /// # Errors
+    /// [`SessionError`]; the cache is then as before.
+    pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
+        self.check_unmasked()?;
+        let Some(mut vote) = self.vote() else {
+            let bytes_per_cell = self.bytes_per_cell().unwrap_or(0);
+            return Ok(CompressReport::untouched(Kind::Full, self.cells_used(), bytes_per_cell));
+        };
+        let cells = cache::cells(vote.ctx, SEQ);
+        let (selection, mut report) = vote.choose(&cells)?;
+        if let Kept::Ragged { .. } = selection.kept {
+            let clock = Instant::now();
+            self.mask = Some(Mask::new(&self.ctx, SEQ, &selection)?);
+            report.compact_time = clock.elapsed();
+        } else {
+            vote.compact(&cells, &selection, &mut report)?;
+        }
+        Ok(report)
+    }
+
+    /// A vote on this session, unless its policy wants none.
+    pub(crate) fn vote(&mut self) -> Option<Vote<'_>> {
+        let Self { ctx, voter, sequence, .. } = self;
+        Some(Vote { ctx, voter: voter.as_mut()?, sequence, progress: QUIET })
+    }
+}

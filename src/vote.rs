@@ -1,0 +1,178 @@
+//! The vote on one sequence of a context: from what was captured to fewer cells.
+//!
+//! [`Voter`] is what a context needs for it, [`Sequence`] what is known of a sequence, and a vote in work brings both
+//! together with the context. A [`crate::Session`] has a context of its own; behind the C interface it is one of an app.
+
+mod choose;
+pub(crate) mod replay;
+mod report;
+mod sequence;
+mod trial;
+
+use std::ops::ControlFlow;
+
+pub use self::report::CompressReport;
+pub(crate) use self::sequence::Saved;
+pub use self::sequence::Sequence;
+use crate::cache::{CacheError, Layout};
+use crate::capture::{Capture, CaptureError};
+use crate::compact::CompactError;
+use crate::llama::{Batch, Context, LlamaError, Pos, SeqId, Token};
+use crate::policy::{self, PolicyError, Shape};
+use crate::score::{ScoreError, Scorer};
+
+/// Why there was no vote. The cache is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum VoteError {
+    #[error(transparent)]
+    Llama(LlamaError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error(transparent)]
+    Capture(CaptureError),
+    #[error(transparent)]
+    Score(#[from] ScoreError),
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    #[error(transparent)]
+    Compact(#[from] CompactError),
+    #[error(
+        "the layers of this model differ in their number of heads, which is not supported yet; --policy full runs it as it is"
+    )]
+    UnevenHeads,
+    #[error(
+        "a replay needs the whole context in the cache, and a part of it was dropped before: vote without --replay"
+    )]
+    ReplayCompressed,
+    #[error("the saved session does not fit: {0}")]
+    Saved(&'static str),
+}
+
+impl From<CaptureError> for VoteError {
+    fn from(error: CaptureError) -> Self {
+        match error {
+            // a caller who cancels should not need to know where it was noticed
+            CaptureError::Llama(error) => error.into(),
+            error => Self::Capture(error),
+        }
+    }
+}
+
+impl From<LlamaError> for VoteError {
+    fn from(error: LlamaError) -> Self {
+        Self::Llama(error)
+    }
+}
+
+/// The steps of a vote, in order; not every vote has all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Parts of the context are read again.
+    Replay,
+    /// Synthetic queries are made.
+    Probe,
+    /// Keys are scored.
+    Score,
+    /// The full cache drafts a continuation.
+    Draft,
+    /// A number of cells is tried.
+    Try,
+    /// Rows are moved and cells freed.
+    Compact,
+}
+
+/// What the votes of one context share.
+pub struct Voter {
+    pub(crate) layout: Layout,
+    pub(crate) capture: Capture,
+    scorer: Scorer,
+    pub(crate) policy: policy::Params,
+    pub(crate) account_error: bool,
+}
+
+impl Voter {
+    /// # Errors
+    /// [`VoteError::Cache`], [`VoteError::UnevenHeads`] for caches that cannot be compacted.
+    pub fn new(ctx: &Context, policy: &policy::Params, account_error: bool) -> Result<Self, VoteError> {
+        let layout = Layout::of(ctx, 0)?;
+        uniform_shape(&layout, 0)?;
+        let (window, skip) = (policy.window, policy.sinks);
+        Ok(Self {
+            capture: Capture::new(ctx, &layout, window, skip),
+            scorer: Scorer::new(ctx.n_threads_batch()),
+            policy: policy.clone(),
+            account_error,
+            layout,
+        })
+    }
+
+    /// Cells that a vote needs beside those of the sequence.
+    pub fn spare_cells(policy: &policy::Params) -> usize {
+        let replay = if policy.replay { replay::CELLS } else { 0 };
+        policy.samples.max(policy.draft).max(policy.window).max(replay)
+    }
+}
+
+/// A vote in work.
+pub(crate) struct Vote<'a> {
+    pub ctx: &'a mut Context,
+    pub voter: &'a mut Voter,
+    pub sequence: &'a mut Sequence,
+    /// Told what comes next; breaking cancels.
+    pub progress: &'a dyn Fn(Stage) -> ControlFlow<()>,
+}
+
+impl Vote<'_> {
+    fn enter(&mut self, stage: Stage) -> Result<(), VoteError> {
+        match (self.progress)(stage) {
+            ControlFlow::Continue(()) if !self.ctx.is_cancelled() => Ok(()),
+            _ => Err(LlamaError::Cancelled.into()),
+        }
+    }
+
+    /// Tokens computed at once.
+    fn chunk(&self) -> usize {
+        self.ctx.n_ubatch().min(self.ctx.n_batch())
+    }
+}
+
+/// Decodes `tokens` at the positions from `first` on, `at_once` in a batch, and gives `each(i, logits)` the next-token logits
+/// after `tokens[i]`, `[n_vocab]`, until it breaks.
+pub(crate) fn follow<E: From<LlamaError>>(
+    ctx: &mut Context,
+    seq: SeqId,
+    first: Pos,
+    tokens: &[Token],
+    at_once: usize,
+    mut decode: impl FnMut(&mut Context, &Batch) -> Result<(), E>,
+    mut each: impl FnMut(usize, &[f32]) -> ControlFlow<()>,
+) -> Result<(), E> {
+    let mut batch = Batch::new(at_once);
+    for (start, chunk) in (0..).step_by(at_once).zip(tokens.chunks(at_once)) {
+        batch.clear();
+        for (i, &token) in chunk.iter().enumerate() {
+            batch.add(token, first + (start + i) as Pos, seq, true)?;
+        }
+        decode(ctx, &batch)?;
+        for i in 0..chunk.len() {
+            if each(start + i, ctx.logits_at(i as i32)?).is_break() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The shape of a request of `n` cells; every layer must have the same heads.
+pub(crate) fn uniform_shape(layout: &Layout, n: usize) -> Result<Shape, VoteError> {
+    let first = &layout.layers[0];
+    if layout.layers.iter().any(|l| (l.n_head, l.n_head_kv) != (first.n_head, first.n_head_kv)) {
+        return Err(VoteError::UnevenHeads);
+    }
+    Ok(Shape {
+        n,
+        n_layer: layout.n_layer(),
+        n_head_kv: first.n_head_kv as usize,
+        group: (first.n_head / first.n_head_kv) as usize,
+    })
+}

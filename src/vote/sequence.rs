@@ -1,0 +1,192 @@
+//! What gvote knows of a sequence beside what llama.cpp's cache says.
+
+use super::VoteError;
+use crate::bytes::{Reader, put_numbers, put_part};
+use crate::cache::{Cell, Layout};
+use crate::capture::{Capture, Restored};
+use crate::llama::{Pos, SeqId, Token};
+use crate::policy::{Kept, Selection};
+
+/// What the bytes of a saved sequence begin with, and the version of what follows.
+const MAGIC: [u8; 8] = *b"gvote\0\0\x01";
+
+/// A sequence: what was read, and what its cells hold.
+#[derive(Clone, Debug, Default)]
+pub struct Sequence {
+    pub(crate) id: SeqId,
+    /// The position of the next token.
+    pub(crate) n_past: Pos,
+    /// The tokens so far, by position; -1 where embeddings came in.
+    pub(crate) tokens: Vec<Token>,
+    /// From this position on every cell holds one token, the same in all heads.
+    pub(crate) exact_from: Pos,
+    held: Held,
+}
+
+/// The true positions behind composite cells.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Held {
+    /// Cells it speaks of: the first ones of the sequence. Later ones hold what their label says.
+    n_cells: usize,
+    /// `[head][n_cells]`; empty where labels say it all.
+    pos: Vec<u32>,
+}
+
+impl Sequence {
+    /// An empty sequence with this id.
+    pub fn new(id: SeqId) -> Self {
+        Self { id, ..Self::default() }
+    }
+
+    /// A sequence of `n_past` tokens of which nothing else is known.
+    pub(crate) fn at(id: SeqId, n_past: Pos) -> Self {
+        Self { id, n_past, ..Self::default() }
+    }
+
+    /// Its id in the context.
+    pub fn id(&self) -> SeqId {
+        self.id
+    }
+
+    /// The position of the next token.
+    pub fn n_past(&self) -> Pos {
+        self.n_past
+    }
+
+    /// From this position on every cell holds one token, the same in all heads: up to here it may be truncated.
+    pub fn exact_from(&self) -> Pos {
+        self.exact_from
+    }
+
+    /// The true position of what a KV head of a layer holds in each of the sequence's cells, in the order of `cells`; `head`
+    /// counts over all layers.
+    pub fn positions(&self, cells: &[Cell], head: usize) -> Vec<Pos> {
+        (0..cells.len()).map(|c| self.held.at(cells, head, c) as Pos).collect()
+    }
+
+    /// Appends tokens that were decoded at the next positions.
+    pub(crate) fn extend(&mut self, tokens: &[Token]) {
+        self.tokens.extend_from_slice(tokens);
+        self.n_past += tokens.len() as Pos;
+    }
+
+    /// Forgets what lies at `pos` and later; `n_left` cells are left.
+    pub(crate) fn truncate(&mut self, pos: Pos, n_left: usize) {
+        self.n_past = self.n_past.min(pos.max(0));
+        self.tokens.truncate(self.n_past as usize);
+        self.exact_from = self.exact_from.min(self.n_past);
+        self.held.truncate(n_left);
+    }
+
+    /// Notes that `selection` of `cells` stays.
+    pub(super) fn compacted(&mut self, cells: &[Cell], selection: &Selection, n_heads: usize, recent: usize) {
+        if selection.kept != Kept::All {
+            self.held = self.held.after(cells, selection, n_heads);
+            self.exact_from = self.exact_from.max(self.n_past - recent as Pos);
+        }
+    }
+
+    /// All of it as bytes, with what was captured. `cells`: those of the sequence.
+    pub(crate) fn save(&self, capture: &Capture, cells: &[Cell]) -> Vec<u8> {
+        let mut out = MAGIC.to_vec();
+        out.extend_from_slice(&self.n_past.to_le_bytes());
+        out.extend_from_slice(&self.exact_from.to_le_bytes());
+        put_numbers(&mut out, cells.iter().map(|cell| cell.pos.to_le_bytes()));
+        put_numbers(&mut out, self.tokens.iter().map(|token| token.to_le_bytes()));
+        out.extend_from_slice(&(self.held.n_cells as u64).to_le_bytes());
+        put_numbers(&mut out, self.held.pos.iter().map(|pos| pos.to_le_bytes()));
+        put_part(&mut out, &capture.save(self.id));
+        out
+    }
+}
+
+impl Held {
+    fn at(&self, cells: &[Cell], head: usize, c: usize) -> u32 {
+        if c < self.n_cells && !self.pos.is_empty() { self.pos[head * self.n_cells + c] } else { cells[c].pos as u32 }
+    }
+
+    fn after(&self, cells: &[Cell], selection: &Selection, n_heads: usize) -> Self {
+        let same_for_all = matches!(selection.kept, Kept::Tokens(_));
+        if matches!(selection.kept, Kept::Ragged { .. }) || (same_for_all && self.pos.is_empty()) {
+            return self.clone();
+        }
+        let n_cells = selection.n_cells();
+        let mut pos = Vec::with_capacity(n_heads * n_cells);
+        for head in 0..n_heads {
+            let kept = selection.kept_by(head).unwrap_or_default();
+            pos.extend(kept.iter().map(|&place| self.at(cells, head, place as usize)));
+        }
+        Self { n_cells, pos }
+    }
+
+    fn truncate(&mut self, n_left: usize) {
+        if n_left >= self.n_cells {
+            return;
+        }
+        let lists = self.pos.chunks(self.n_cells.max(1));
+        self.pos = lists.flat_map(|list| &list[..n_left]).copied().collect();
+        self.n_cells = n_left;
+    }
+}
+
+/// A saved sequence that was read and found to be sound; whether it is that of the cells in the cache is seen when it is
+/// put in force.
+pub(crate) struct Saved {
+    sequence: Sequence,
+    labels: Vec<Pos>,
+    captured: Restored,
+}
+
+impl Saved {
+    /// Reads what [`Sequence::save`] wrote.
+    ///
+    /// # Errors
+    /// [`VoteError::Saved`] with the reason.
+    pub fn read(data: &[u8], layout: &Layout, capture: &Capture) -> Result<Self, VoteError> {
+        const CUT_OFF: VoteError = VoteError::Saved("it is cut off");
+        const NONSENSE: VoteError = VoteError::Saved("its numbers contradict each other");
+        let mut rest = Reader(data);
+        if rest.take() != Some(MAGIC) {
+            return Err(VoteError::Saved("these bytes were not written by this version of gvote"));
+        }
+        let n_past = Pos::from_le_bytes(rest.take().ok_or(CUT_OFF)?);
+        let exact_from = Pos::from_le_bytes(rest.take().ok_or(CUT_OFF)?);
+        let labels: Vec<Pos> = rest.numbers().ok_or(CUT_OFF)?.map(Pos::from_le_bytes).collect();
+        let tokens: Vec<Token> = rest.numbers().ok_or(CUT_OFF)?.map(Token::from_le_bytes).collect();
+        let n_cells = usize::try_from(u64::from_le_bytes(rest.take().ok_or(CUT_OFF)?)).map_err(|_| NONSENSE)?;
+        let pos: Vec<u32> = rest.numbers().ok_or(CUT_OFF)?.map(u32::from_le_bytes).collect();
+        let captured = rest.part().ok_or(CUT_OFF)?;
+
+        let n_heads: usize = layout.n_head_kv().sum();
+        let ascending = labels.windows(2).all(|w| w[0] < w[1]) && labels.first().is_none_or(|&first| first >= 0);
+        let consistent = rest.is_empty()
+            && ascending
+            && tokens.len() == usize::try_from(n_past).unwrap_or(usize::MAX)
+            && labels.last().is_none_or(|&last| last + 1 == n_past)
+            && labels.is_empty() == (n_past == 0)
+            && (0..=n_past).contains(&exact_from)
+            && pos.iter().all(|&pos| i64::from(pos) < i64::from(n_past));
+        if !consistent {
+            return Err(NONSENSE);
+        }
+        if !pos.is_empty() && (n_cells > labels.len() || n_cells.checked_mul(n_heads) != Some(pos.len())) {
+            return Err(VoteError::Saved("it was made with another model"));
+        }
+        let captured =
+            capture.read(captured).ok_or(VoteError::Saved("it was made with another model, --window or --policy"))?;
+        let held = if pos.is_empty() { Held::default() } else { Held { n_cells, pos } };
+        let sequence = Sequence { id: 0, n_past, tokens, exact_from, held };
+        Ok(Self { sequence, labels, captured })
+    }
+
+    /// Whether these are the cells that it speaks of.
+    pub fn fits(&self, cells: &[Cell]) -> bool {
+        cells.iter().map(|cell| cell.pos).eq(self.labels.iter().copied())
+    }
+
+    /// Puts it in force for the sequence `id`.
+    pub fn restore(self, id: SeqId, capture: &mut Capture) -> Sequence {
+        capture.restore(id, self.captured);
+        Sequence { id, ..self.sequence }
+    }
+}
