@@ -210,7 +210,8 @@ fn text(args: &TextArgs) -> Result<()> {
         for t in 0..args.texts {
             let start = t * room / args.texts.max(2);
             let (prompt, next) = tokens[start..start + needed].split_at(n);
-            let item = format!("{} {t} @{n}", file_name(&args.file));
+            // by where it starts: the t-th of four is another text than the t-th of eight
+            let item = format!("{} {start} @{n}", file_name(&args.file));
             steps.unless_cancelled(runner.continuation(&Continuation { item, prompt, next }))?;
             bar.inc(1);
         }

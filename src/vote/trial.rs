@@ -19,7 +19,7 @@ use crate::llama::{Batch, Context, Pos, Sampler, SamplerParams, SeqId, Token};
 use crate::policy::Ranking;
 
 /// Of the target, what the draft may use up: the text that comes after it, and a text that is not the model's own, drift
-/// further than the draft. Chosen on 38 requests so that at most one in five misses its target, and checked on 136 others: see
+/// further than the draft. Chosen on 38 requests so that at most one in five misses its target, and checked on others: see
 /// docs/results.md.
 const MARGIN: f64 = 0.15;
 
