@@ -2,6 +2,7 @@
 
 mod compress;
 mod follow;
+mod long;
 mod masked;
 mod report;
 mod state;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-pub use self::report::{GenerateReport, PrefillReport, Stop};
+pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
@@ -41,6 +42,12 @@ pub enum SessionError {
         "the prompt has {tokens} tokens and the context {room} free cells; raise -c (the model was trained for {trained})"
     )]
     PromptTooLong { tokens: usize, room: usize, trained: usize },
+    #[error(
+        "{n_ctx} cells are too few to go on in: {least} is the least with these --sinks and --recent (raise -c or lower them)"
+    )]
+    CacheTooSmall { n_ctx: usize, least: usize },
+    #[error("the cache is full, and the policy `full` drops nothing")]
+    Full,
     #[error("the prompt is empty")]
     Empty,
     #[error("position {0} lies inside the compressed part (exact from {1} on): start over, or prefill again")]
@@ -264,7 +271,7 @@ impl Session {
         }
         self.sequence.extend(tokens);
         self.keep_logits()?;
-        Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed() })
+        Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), squeezes: Squeezes::default() })
     }
 
     fn keep_logits(&mut self) -> Result<(), LlamaError> {
@@ -319,6 +326,7 @@ impl Session {
         }
         let start = Instant::now();
         let mut tokens = 0;
+        let mut squeezes = Squeezes::default();
         let mut free = self.room();
         let stop = loop {
             if n_predict >= 0 && tokens == n_predict as usize {
@@ -329,7 +337,13 @@ impl Session {
                 break Stop::EndOfGeneration;
             }
             if free == 0 {
-                break Stop::ContextFull;
+                match self.make_room(1, &[]) {
+                    Ok(squeeze) => squeezes.add(&squeeze),
+                    Err(SessionError::CacheTooSmall { .. } | SessionError::Full) => break Stop::ContextFull,
+                    Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
+                    Err(error) => return Err(error),
+                }
+                free = self.room();
             }
             let flow = on_token(token);
             match self.decode(token) {
@@ -344,7 +358,7 @@ impl Session {
                 break Stop::Cancelled;
             }
         };
-        Ok(GenerateReport { tokens, time: start.elapsed(), stop })
+        Ok(GenerateReport { tokens, time: start.elapsed(), stop, squeezes })
     }
 
     /// Forgets the tokens from position `pos` on. The next call must be a prefill.

@@ -4,12 +4,37 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::vote::CompressReport;
+
 /// What a prefill did.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct PrefillReport {
     pub tokens: usize,
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
+    pub squeezes: Squeezes,
+}
+
+/// What it took to stay within the cells that there are.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Squeezes {
+    /// How often cells were freed to go on.
+    pub count: usize,
+    /// The largest share of the attention mass that one of them gave up, as the policy estimates it; 0 to 1.
+    pub lost_mass: Option<f32>,
+    /// Of the time that is told beside this.
+    #[serde(serialize_with = "seconds")]
+    pub time: Duration,
+}
+
+impl Squeezes {
+    pub(super) fn add(&mut self, report: &CompressReport) {
+        self.count += 1;
+        self.time += report.time();
+        if let Some(lost) = report.lost_mass {
+            self.lost_mass = Some(self.lost_mass.map_or(lost, |most| most.max(lost)));
+        }
+    }
 }
 
 fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
@@ -37,4 +62,5 @@ pub struct GenerateReport {
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
     pub stop: Stop,
+    pub squeezes: Squeezes,
 }

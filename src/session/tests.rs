@@ -1,10 +1,12 @@
 //! Promises that need a look inside a session:
 //! - `replay`: what a second reading measures equals float64;
 //! - `failure`: whatever is cancelled or finds no room leaves no trace;
+//! - `long`: more tokens than cells;
 //! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
 
 mod blind;
 mod failure;
+mod long;
 mod replay;
 
 use std::ops::ControlFlow;

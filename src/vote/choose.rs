@@ -5,10 +5,10 @@ use std::time::Instant;
 use super::replay::Replayed;
 use super::trial::Trial;
 use super::{CompressReport, Stage, Vote, VoteError, Voter, uniform_shape};
-use crate::cache::{Cell, Layout};
+use crate::cache::{Cell, Layout, Parked};
 use crate::capture::{Capture, Queries};
 use crate::compact;
-use crate::llama::{Pos, SeqId, Token};
+use crate::llama::{Batch, Pos, SeqId, Token};
 use crate::policy::{self, Bound, Decision, HeadScores, Kept, Kind, Policy, Ranking, Selection};
 use crate::score::LayerQueries;
 
@@ -26,7 +26,7 @@ impl Vote<'_> {
             report.bound = Bound::Blind;
             return Ok((Selection { bound: Bound::Blind, ..Selection::all(cells.len()) }, report));
         }
-        let selection = match self.decide(cells, &mut report)? {
+        let selection = match self.decide(cells, &[], &mut report)? {
             Decision::Selection(selection) => selection,
             Decision::Ranking(ranking) => self.settle(ranking, &mut report)?,
         };
@@ -40,6 +40,71 @@ impl Vote<'_> {
         report.bound = selection.bound;
         report.ragged = selection.ragged;
         Ok((selection, report))
+    }
+
+    /// Says which `most` of the cells stay, because no more have room. `ahead`: text that is still to come, whose queries
+    /// vote in place of the observation window's; may be empty.
+    ///
+    /// # Errors
+    /// [`VoteError`]; the cache is then as before.
+    pub fn choose_most(
+        &mut self,
+        cells: &[Cell],
+        most: usize,
+        ahead: &[Token],
+    ) -> Result<(Selection, CompressReport), VoteError> {
+        self.voter.layout = Layout::of(self.ctx, self.sequence.id)?;
+        let bytes_per_cell = self.voter.layout.bytes_per_cell();
+        let mut report = CompressReport::untouched(self.voter.policy.policy, cells.len(), bytes_per_cell);
+        let n = cells.len();
+        let params = policy::Params {
+            ratio: Some(most.min(n) as f32 / n as f32),
+            max_cells: Some(most),
+            min_cells: 0,
+            replay: false,
+            ..self.voter.policy.clone()
+        };
+        let asked = std::mem::replace(&mut self.voter.policy, params);
+        let decision = self.decide(cells, ahead, &mut report);
+        self.voter.policy = asked;
+        let selection = match decision? {
+            Decision::Selection(selection) => selection,
+            Decision::Ranking(ranking) => ranking.keep(most, Bound::MaxCells),
+        };
+        report.cells_after = selection.n_cells();
+        report.kv_bytes_after = selection.n_cells() * bytes_per_cell;
+        report.lost_mass = selection.lost_mass;
+        report.bound = Bound::MaxCells;
+        Ok((selection, report))
+    }
+
+    /// Sees to it that the queries of the newest tokens are known, those of an answer too, which is decoded without the
+    /// capture: they are computed once more. The cache is as before afterwards.
+    ///
+    /// # Errors
+    /// [`VoteError`]; the cache is then as before.
+    pub fn observe_newest(&mut self) -> Result<(), VoteError> {
+        let chunk = self.chunk();
+        let Self { ctx, voter, sequence, .. } = self;
+        let (seq, n_past) = (sequence.id, sequence.n_past);
+        let known = voter.capture.window(seq, 0, n_past - 1).map_or(0, |queries| queries.pos.len());
+        let n = voter.policy.window.min((n_past - sequence.exact_from) as usize).min(sequence.tokens.len());
+        let tokens = &sequence.tokens[sequence.tokens.len() - n..];
+        if known >= n || tokens.iter().any(|&token| token < 0) {
+            return Ok(());
+        }
+        let first = n_past - n as Pos;
+        let mut parked = Parked::new(ctx, seq, n)?;
+        parked.hide_from(first);
+        let mut batch = Batch::new(chunk);
+        for (start, part) in (0..).step_by(chunk).zip(tokens.chunks(chunk)) {
+            batch.clear();
+            for (i, &token) in part.iter().enumerate() {
+                batch.add(token, first + (start + i) as Pos, seq, false)?;
+            }
+            voter.capture.decode(&mut parked, &batch)?;
+        }
+        Ok(())
     }
 
     /// Puts a choice in force.
@@ -62,11 +127,22 @@ impl Vote<'_> {
     }
 
     /// Shows the policy what it needs to see, and hears what it comes to.
-    pub fn decide(&mut self, cells: &[Cell], report: &mut CompressReport) -> Result<Decision, VoteError> {
+    ///
+    /// `ahead`: see [`Self::choose_most`].
+    pub fn decide(
+        &mut self,
+        cells: &[Cell],
+        ahead: &[Token],
+        report: &mut CompressReport,
+    ) -> Result<Decision, VoteError> {
         let shape = uniform_shape(&self.voter.layout, cells.len())?;
         let mut policy = policy::build(&self.voter.policy, shape)?;
         if !policy.needs().nothing() {
-            let reread = self.reread(cells, report)?;
+            let reread = match ahead {
+                [] => self.reread(cells, report)?,
+                ahead if policy.needs().observed => Some(self.read_ahead(cells, ahead)?),
+                _ => None,
+            };
             self.score(cells, reread.as_ref(), policy.as_mut(), report)?;
         }
         let clock = Instant::now();

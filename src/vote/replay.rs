@@ -53,6 +53,11 @@ impl Vote<'_> {
         self.reread_tokens(cells, tokens, &[])
     }
 
+    /// Reads tokens that are still to come, as if they came now. The cache is as before afterwards.
+    pub fn read_ahead(&mut self, cells: &[Cell], tokens: &[Token]) -> Result<Replayed, VoteError> {
+        self.read_chunks(cells.len(), tokens, 0..tokens.len(), &[])
+    }
+
     fn reread_tokens(
         &mut self,
         cells: &[Cell],
@@ -62,7 +67,8 @@ impl Vote<'_> {
         if !self.is_whole(cells) {
             return Err(VoteError::ReplayCompressed);
         }
-        self.reread_chunks(cells.len(), tokens, announcement)
+        let known = self.sequence.tokens.clone();
+        self.read_chunks(cells.len(), &known, tokens, announcement)
     }
 
     /// Whether every token is known and still in the cache.
@@ -71,11 +77,18 @@ impl Vote<'_> {
         cells.len() == tokens.len() && tokens.iter().all(|&token| token >= 0)
     }
 
-    fn reread_chunks(&mut self, n: usize, range: Range<usize>, announcement: &[Token]) -> Result<Replayed, VoteError> {
+    /// `n`: cells of the sequence. `range`: of `tokens`.
+    fn read_chunks(
+        &mut self,
+        n: usize,
+        tokens: &[Token],
+        range: Range<usize>,
+        announcement: &[Token],
+    ) -> Result<Replayed, VoteError> {
         let chunk = self.chunk();
         let Self { ctx, voter, sequence, .. } = self;
         let Voter { layout, capture, scorer, .. } = &mut **voter;
-        let (seq, n_past, tokens) = (sequence.id, sequence.n_past, &sequence.tokens);
+        let (seq, n_past) = (sequence.id, sequence.n_past);
         let heads: usize = layout.n_head_kv().sum();
         let mut out = Replayed { n, fourth_powers: vec![0.0; heads * n], mean: vec![0.0; heads * n] };
         // all of it must fit into one ubatch; in a very small one the text itself comes first

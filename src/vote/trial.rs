@@ -238,7 +238,7 @@ mod tests {
 
     fn ranking(session: &mut Session, cells: &[Cell]) -> Ranking {
         let mut report = CompressReport::untouched(Kind::Gvote, cells.len(), 0);
-        match session.vote().unwrap().decide(cells, &mut report).unwrap() {
+        match session.vote().unwrap().decide(cells, &[], &mut report).unwrap() {
             Decision::Ranking(ranking) => ranking,
             Decision::Selection(_) => panic!("the default settings want a trial"),
         }

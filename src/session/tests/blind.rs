@@ -98,7 +98,7 @@ fn the_first_words_of_an_open_turn_vote() {
         }
         let cells = cache::cells(&session.ctx, SEQ);
         let mut report = CompressReport::untouched(policy.policy, cells.len(), 0);
-        match session.vote().unwrap().decide(&cells, &mut report).unwrap() {
+        match session.vote().unwrap().decide(&cells, &[], &mut report).unwrap() {
             policy::Decision::Selection(selection) => selection.kept,
             policy::Decision::Ranking(_) => panic!("a share was asked for"),
         }

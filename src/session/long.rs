@@ -1,0 +1,121 @@
+//! More tokens than cells: whenever the next ones have no room, the policy votes, and the cells it can spare are freed.
+//!
+//! While a prompt is read, its own end is known already: that is where a question stands. So the last tokens of the prompt are
+//! read ahead, as if they came now, and their queries vote in place of those of whatever happens to be the newest text. While
+//! an answer is written, the newest tokens vote, as after a prompt.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use super::{PrefillReport, SEQ, Session, SessionError, Squeezes};
+use crate::cache;
+use crate::llama::{Batch, LlamaError, Pos, Token};
+use crate::vote::CompressReport;
+
+/// Of all cells, what is freed at once: each time costs a vote, and cells that are free hold nothing.
+const FREED: f64 = 0.25;
+
+impl Session {
+    /// Like [`Session::prefill`], for prompts of any length: where the cells run out, those that the policy can spare are
+    /// freed before the next ubatch, and positions go on counting. A prompt that fits is read as by `prefill`.
+    ///
+    /// # Errors
+    /// Those of `prefill`, and [`SessionError::CacheTooSmall`] where the cells that always stay leave none. The session is
+    /// then as before, unless cells were freed already: then it holds what was read so far, and the next call must be
+    /// another prefill, or [`Session::clear`].
+    pub fn prefill_long(
+        &mut self,
+        tokens: &[Token],
+        mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<PrefillReport, SessionError> {
+        if tokens.len() <= self.room() || self.voter.is_none() {
+            return self.prefill(tokens, progress);
+        }
+        self.check_unmasked()?;
+        self.most_cells(1)?;
+        let start = Instant::now();
+        let window = self.policy.window;
+        let (first, mut squeezes) = (self.n_past(), Squeezes::default());
+        let mut done = 0;
+        while done < tokens.len() {
+            let part = &tokens[done..];
+            let part = &part[..part.len().min(self.step())];
+            let ahead = &tokens[done..][(tokens.len() - done).saturating_sub(window)..];
+            let read = self.read_part(part, done + part.len() == tokens.len(), ahead, &mut squeezes);
+            let read = read.and_then(|()| match progress(done + part.len(), tokens.len()) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(LlamaError::Cancelled.into()),
+            });
+            if let Err(error) = read {
+                self.forget_since(first, squeezes.count > 0);
+                return Err(error);
+            }
+            done += part.len();
+        }
+        self.keep_logits()?;
+        Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), squeezes })
+    }
+
+    fn read_part(
+        &mut self,
+        part: &[Token],
+        is_last: bool,
+        ahead: &[Token],
+        squeezes: &mut Squeezes,
+    ) -> Result<(), SessionError> {
+        if self.room() < part.len() {
+            squeezes.add(&self.make_room(part.len(), ahead)?);
+        }
+        let mut batch = Batch::new(part.len());
+        for (i, &token) in part.iter().enumerate() {
+            batch.add(token, self.n_past() + i as Pos, SEQ, is_last && i + 1 == part.len())?;
+        }
+        if let Err(error) = self.decode_batch(&batch, true) {
+            self.remove_from(self.n_past());
+            return Err(error);
+        }
+        self.sequence.extend(part);
+        Ok(())
+    }
+
+    /// After a failure: back to position `first`, where nothing that was before it is gone.
+    fn forget_since(&mut self, first: Pos, is_squeezed: bool) {
+        if !is_squeezed {
+            self.remove_from(first);
+            self.sequence.truncate(first, self.cells_used());
+        } else {
+            self.logits.clear();
+        }
+    }
+
+    /// Frees cells until at least `needed` are free. `ahead`: the end of the text that is being read, if it is known.
+    ///
+    /// # Errors
+    /// [`SessionError::CacheTooSmall`], [`SessionError::Full`], and those of a vote; the cache is then as before.
+    pub(super) fn make_room(&mut self, needed: usize, ahead: &[Token]) -> Result<CompressReport, SessionError> {
+        self.check_unmasked()?;
+        let most = self.most_cells(needed)?;
+        let Some(mut vote) = self.vote() else { return Err(SessionError::Full) };
+        vote.observe_newest()?;
+        let cells = cache::cells(vote.ctx, SEQ);
+        let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
+        vote.compact(&cells, &selection, &mut report)?;
+        Ok(report)
+    }
+
+    /// Tokens read at once where not all have room.
+    fn step(&self) -> usize {
+        self.chunk.min((FREED * self.n_ctx as f64) as usize).max(1)
+    }
+
+    /// Cells that stay when `needed` have to be freed.
+    fn most_cells(&self, needed: usize) -> Result<usize, SessionError> {
+        let least = self.policy.sinks + self.policy.recent + 1;
+        let most = self.n_ctx.saturating_sub(needed.max((FREED * self.n_ctx as f64) as usize));
+        if most < least {
+            let least = (least as f64 / (1.0 - FREED)).ceil() as usize;
+            return Err(SessionError::CacheTooSmall { n_ctx: self.n_ctx, least });
+        }
+        Ok(most)
+    }
+}
