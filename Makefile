@@ -8,7 +8,7 @@ PROFILE  ?= release
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test bench bench-peers results doc stage install uninstall setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers results doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ run: setup ## install what is needed, build, and ask a question about a long doc
 
 test: setup ## run the whole test suite
 	cargo test
+
+fuzz: ## fuzz the reader of model files for 10 minutes (needs Rust nightly and cargo-fuzz)
+	mkdir -p fuzz/target
+	rustc --edition 2024 -o fuzz/target/seeds fuzz/seeds.rs
+	fuzz/target/seeds fuzz/corpus/gguf
+	cargo +nightly fuzz run gguf -- -max_total_time=600 -rss_limit_mb=1024
 
 bench: setup ## measure what a vote costs (long); for what it keeps see gvote eval
 	cargo bench --bench cost
@@ -39,7 +45,7 @@ doc: ## build the documentation of the library
 stage: ## build what install copies, in target/stage
 	scripts/stage "$(STAGE)" --profile "$(PROFILE)"
 
-install: stage ## install program, libraries and headers under PREFIX; SUDO=sudo copies as root, and builds as you
+install: stage ## install program, manual pages, completions, libraries and headers under PREFIX; SUDO=sudo copies as root, and builds as you
 	@$(MAKE) --no-print-directory uninstall
 	$(SUDO) install -d "$(DESTDIR)$(PREFIX)"
 	$(SUDO) cp -dR --preserve=mode,timestamps "$(STAGE)/." "$(DESTDIR)$(PREFIX)/"

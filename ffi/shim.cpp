@@ -1,5 +1,8 @@
 #include "shim.hpp"
 
+#include "llama-ext.h"
+
+
 struct gvote_shim_table {
     llama_kv_cells cells;
 };
@@ -212,6 +215,24 @@ void gvote_shim_table_commit(llama_context * ctx, llama_seq_id seq, gvote_shim_t
     cells_of(*kv, seq) = std::move(table->cells);
     head_of(*kv, seq) = 0;
     delete table;
+}
+
+const char * gvote_shim_memory(llama_context * ctx, gvote_shim_memory_use * host, gvote_shim_memory_use * device) {
+    return guarded([&]() -> const char * {
+        *host   = {};
+        *device = {};
+        for (const auto & [buft, use] : llama_get_memory_breakdown(ctx)) {
+            // buffers of repacked weights are of the CPU too, though the host must not read them
+            const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+            const auto type = dev == nullptr ? GGML_BACKEND_DEVICE_TYPE_CPU : ggml_backend_dev_type(dev);
+            const bool is_gpu = type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+            gvote_shim_memory_use * sum = is_gpu && !ggml_backend_buft_is_host(buft) ? device : host;
+            sum->model   += use.model;
+            sum->cache   += use.context;
+            sum->compute += use.compute;
+        }
+        return nullptr;
+    });
 }
 
 void gvote_shim_set_eval_callback(llama_context * ctx, ggml_backend_sched_eval_callback cb, void * user_data) {

@@ -8,6 +8,7 @@
 #include "llama.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -114,6 +115,17 @@ void gvote_shim_table_free(struct gvote_shim_table * table);
 
 // Puts the table in force and frees it. Freed cells are found again by the next batch.
 void gvote_shim_table_commit(struct llama_context * ctx, llama_seq_id seq, struct gvote_shim_table * table);
+
+// Bytes of one kind of memory.
+struct gvote_shim_memory_use {
+    size_t model;
+    size_t cache;
+    size_t compute;
+};
+
+// What a context and its model take, or would take if the model was loaded with no_alloc.
+const char * gvote_shim_memory(
+        struct llama_context * ctx, struct gvote_shim_memory_use * host, struct gvote_shim_memory_use * device);
 
 // Installs, replaces or (NULL) removes the eval callback of a living context.
 void gvote_shim_set_eval_callback(

@@ -9,7 +9,7 @@ use crate::sys;
 
 /// Why a context's cache cannot be worked on.
 #[derive(Debug, thiserror::Error)]
-#[error("the KV cache of this context cannot be compressed: {0}")]
+#[error("the KV cache of this context cannot be compressed: {0}; --policy full runs it as it is")]
 pub struct CacheError(pub(crate) String);
 
 /// The attention cache of a context as one sequence sees it (the base cache, where a sliding-window cache lives beside it).

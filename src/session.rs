@@ -71,6 +71,20 @@ pub struct SessionParams {
     pub account_error: bool,
 }
 
+impl SessionParams {
+    /// The context that a session with `n_ctx` cells of its own asks llama.cpp for.
+    pub fn with_spare_cells(&self, n_ctx: usize) -> ContextParams {
+        let mut context = self.context.clone();
+        context.n_ctx = n_ctx as u32;
+        if self.policy.policy != Kind::Full {
+            context.n_ctx = context.n_ctx.saturating_add(Voter::spare_cells(&self.policy) as u32);
+        }
+        context.n_batch = context.n_batch.clamp(1, context.n_ctx);
+        context.n_ubatch = context.n_ubatch.clamp(1, context.n_batch);
+        context
+    }
+}
+
 /// One sequence in one context.
 pub struct Session {
     ctx: Context,
@@ -101,13 +115,7 @@ impl Session {
             0 => model.n_ctx_train(),
             n => n as usize,
         };
-        let mut context = params.context.clone();
-        context.n_ctx = n_ctx as u32;
-        if compresses {
-            context.n_ctx = context.n_ctx.saturating_add(Voter::spare_cells(&params.policy) as u32);
-        }
-        context.n_batch = context.n_batch.clamp(1, context.n_ctx);
-        context.n_ubatch = context.n_ubatch.clamp(1, context.n_batch);
+        let context = params.with_spare_cells(n_ctx);
         let ctx = Context::new(model, &context)?;
         let voter = if compresses {
             let mut voter = Voter::new(&ctx, &params.policy, params.account_error)?;

@@ -1,11 +1,15 @@
 //! What a model file says of itself, and what becomes of files that lie.
 
-use std::collections::BTreeMap;
+#[path = "common/gguf.rs"]
+mod file;
+
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use file::Value::{self, *};
+use file::handwritten;
 use gvote::gguf::{self, GgufError, ModelInfo, Support};
 use gvote::llama::CacheType;
 use rand::{RngExt, SeedableRng};
@@ -82,68 +86,10 @@ fn read_at_once(path: &Path) -> Result<ModelInfo, GgufError> {
     result
 }
 
-fn string(text: &str) -> Vec<u8> {
-    [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
-}
-
-/// A value of a handwritten file.
-#[derive(Clone, Copy)]
-enum Value<'a> {
-    U32(u32),
-    F32(f32),
-    Bool(bool),
-    Text(&'a str),
-    Array(&'a [u32]),
-}
-use Value::*;
-
-impl Value<'_> {
-    fn encode(&self) -> Vec<u8> {
-        let kind = |kind: u32, bytes: &[u8]| [&kind.to_le_bytes()[..], bytes].concat();
-        match self {
-            U32(n) => kind(4, &n.to_le_bytes()),
-            F32(x) => kind(6, &x.to_le_bytes()),
-            Bool(b) => kind(7, &[u8::from(*b)]),
-            Text(text) => kind(8, &string(text)),
-            Array(values) => {
-                let items: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                kind(9, &[&4_u32.to_le_bytes()[..], &(values.len() as u64).to_le_bytes(), &items].concat())
-            }
-        }
-    }
-}
-
-/// A GGUF with a tensor of this ggml type and 256 values, and room for its data.
-fn handwritten(entries: &[(&str, Value)], ggml_type: u32) -> Vec<u8> {
-    let mut file = b"GGUF\x03\0\0\0".to_vec();
-    file.extend([1, entries.len() as u64].map(u64::to_le_bytes).concat());
-    for (key, value) in entries {
-        file.extend(string(key));
-        file.extend(value.encode());
-    }
-    file.extend(string("output.weight"));
-    file.extend([&1_u32.to_le_bytes()[..], &256_u64.to_le_bytes(), &ggml_type.to_le_bytes(), &[0; 8]].concat());
-    file.resize(file.len().next_multiple_of(32) + 2048, 0);
-    file
-}
-
-/// A decoder of this architecture with 4 layers, 4 heads, 2 KV heads of 32 values. A key of `extra` that begins with a dot belongs
-/// to the architecture; it replaces one of those.
+/// See [`file::decoder`].
 fn decoder(lab: &Lab, name: &str, extra: &[(&str, Value)]) -> Result<ModelInfo, GgufError> {
-    let shape = [
-        ("general.architecture", Text(name)),
-        (".block_count", U32(4)),
-        (".embedding_length", U32(128)),
-        (".attention.head_count", U32(4)),
-        (".attention.head_count_kv", U32(2)),
-    ];
-    let mut entries = BTreeMap::new();
-    for (key, value) in shape.iter().chain(extra) {
-        let owner = if key.starts_with('.') { name } else { "" };
-        entries.insert(format!("{owner}{key}"), *value);
-    }
-    let entries: Vec<_> = entries.iter().map(|(key, value)| (key.as_str(), *value)).collect();
-    let file = handwritten(&entries, 0);
+    let entries = file::decoder(name, extra);
+    let file = handwritten(&file::borrowed(&entries), 0);
     lab.read(&file, file.len() as u64)
 }
 
@@ -168,7 +114,7 @@ fn smollm_says_what_it_is() {
     assert_eq!((info.n_layer, info.n_head, info.n_head_kv.as_slice()), (30, 9, &[3; 30][..]));
     assert_eq!((info.n_embd, info.n_embd_head_k, info.n_embd_head_v), (576, 64, 64));
     assert_eq!((info.n_ctx_train, info.n_split), (8192, 1));
-    assert!(info.has_chat_template);
+    assert!(info.chat_template.as_ref().unwrap().contains("<|im_start|>"));
     assert_eq!(info.sliding_window, None);
     assert_eq!(info.support(), Support::Composite);
     assert_eq!(info.kv_bytes_per_cell(F16, F16), 23_040);
@@ -457,13 +403,6 @@ fn layers_may_differ() {
     // layers that read another layer's keys
     let info = decoder(&lab, "gemma4", &[(".attention.shared_kv_layers", U32(2))]).unwrap();
     assert_eq!(info.kv_bytes_per_cell(F16, F16), 2 * 256);
-}
-
-#[test]
-fn a_split_model_is_read_from_its_first_file() {
-    let lab = Lab::new();
-    let info = decoder(&lab, "llama", &[("split.count", U32(3))]).unwrap();
-    assert_eq!((info.n_split, info.support()), (3, Support::Composite));
 }
 
 #[test]

@@ -31,7 +31,7 @@ impl ModelArgs {
 }
 
 /// llama.cpp's numbers for `auto` and `all`.
-fn gpu_layers(text: &str) -> Result<i32, String> {
+pub fn gpu_layers(text: &str) -> Result<i32, String> {
     match text {
         "auto" => Ok(-1),
         "all" => Ok(-2),
@@ -103,7 +103,7 @@ impl ContextArgs {
     }
 }
 
-fn flash_attention() -> impl TypedValueParser<Value = FlashAttention> {
+pub fn flash_attention() -> impl TypedValueParser<Value = FlashAttention> {
     let values = [
         PossibleValue::new("on").aliases(["enabled", "true", "1"]),
         PossibleValue::new("off").aliases(["disabled", "false", "0"]),

@@ -131,7 +131,7 @@ impl Conversation {
         let (saved, cache): (Saved, _) = chat_file::read(path)?;
         let model = self.session.model();
         if (&saved.model, saved.n_vocab) != (&model.description(), model.n_vocab()) {
-            bail!("it was saved with another model ({}); start with that one", saved.model);
+            bail!("it was saved with another model ({}); start with that one (-m)", saved.model);
         }
         if cache.is_empty() {
             self.session.clear();

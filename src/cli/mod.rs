@@ -7,11 +7,15 @@ mod chat_file;
 mod conversation;
 mod eval;
 mod input;
+mod inspect;
 mod interrupt;
+mod manual;
+mod plan;
 mod prompt;
 mod report;
 mod run;
 mod shorthand;
+mod table;
 mod turn;
 mod words;
 
@@ -41,6 +45,10 @@ enum Command {
     Chat(chat::ChatArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
+    Inspect(inspect::InspectArgs),
+    Plan(plan::PlanArgs),
+    Completions(manual::CompletionsArgs),
+    Man(manual::ManArgs),
 }
 
 /// Errors with an exit status of their own.
@@ -60,7 +68,7 @@ const STATUS_CANCELLED: u8 = 128 + 2;
 
 /// Runs the program on a command line, its own name first.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    let command = shorthand::describe(Cli::command());
+    let command = described();
     let args = shorthand::expand(&command, args);
     let parsed = command.try_get_matches_from(args).and_then(|m| Cli::from_arg_matches(&m));
     let cli = match parsed {
@@ -73,7 +81,16 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Chat(args) => chat::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Completions(args) => manual::completions(described(), &args),
+        Command::Man(args) => manual::man(described(), &args),
     }
+}
+
+/// The command line with all that its help says.
+fn described() -> clap::Command {
+    shorthand::describe(Cli::command())
 }
 
 /// Prints an error as one line and chooses the exit status. A closed pipe (`gvote ... | head`) is no error.
@@ -103,7 +120,7 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 /// clap explains itself over several lines; here they become one.
 fn usage_error(error: &clap::Error) -> anyhow::Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Exit::Usage("name a command: gvote run, gvote chat, gvote bench, gvote eval; see gvote --help".into())
+        return Exit::Usage("name a command: gvote run, chat, eval, bench, inspect, plan; see gvote --help".into())
             .into();
     }
     let text = error.render().to_string();

@@ -87,9 +87,10 @@ pub fn read_file(path: &Path) -> Result<String> {
     } else {
         (path.display().to_string(), std::fs::read(path))
     };
-    let bytes = bytes.with_context(|| format!("cannot read the prompt from {name}"))?;
-    let mut text =
-        String::from_utf8(bytes).map_err(|e| e.utf8_error()).with_context(|| format!("{name} is not UTF-8 text"))?;
+    let bytes = bytes.with_context(|| format!("cannot read the prompt from {name} (-f)"))?;
+    let mut text = String::from_utf8(bytes)
+        .map_err(|e| e.utf8_error())
+        .with_context(|| format!("{name} (-f) is not UTF-8 text"))?;
     if text.ends_with('\n') {
         text.pop();
     }

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use gvote::gguf::{self, Support};
 use gvote::llama::{Model, Pieces, Sampler, Token};
 use gvote::policy::Kind;
@@ -135,7 +135,8 @@ impl Steps {
 
 /// Says what is wrong with a file before llama.cpp is asked, which tells less.
 fn check_model_file(path: &Path, policy: Kind) -> Result<()> {
-    let info = gguf::read(path)?;
+    // the error begins with the path
+    let info = gguf::read(path).map_err(|e| anyhow!("-m {e}"))?;
     if let Support::Refused(reason) = info.support()
         && policy != Kind::Full
     {

@@ -96,8 +96,8 @@ pub enum TaskError {
         line: usize,
         what: String,
     },
-    #[error("{0}: no source files")]
+    #[error("{0}: no source files (--code)")]
     NoCode(PathBuf),
-    #[error("{path}: {rows} problems are too few for {shots} worked examples and one to score")]
+    #[error("{path}: {rows} problems (--gsm8k) are too few for {shots} worked examples and one to score")]
     TooFew { path: PathBuf, rows: usize, shots: usize },
 }

@@ -65,7 +65,7 @@ mod tests {
     fn what_cannot_be_read_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let message = read(folder.path()).unwrap_err().to_string();
-        assert_eq!(message, format!("{}: no source files", folder.path().display()));
+        assert_eq!(message, format!("{}: no source files (--code)", folder.path().display()));
         assert!(read(Path::new("/nowhere")).unwrap_err().to_string().starts_with("/nowhere: "));
     }
 }

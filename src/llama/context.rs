@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Batch, LlamaError, Model, Pos, SeqId, log};
+use super::{Batch, LlamaError, Model, Pos, SeqId, TensorType, log};
 use crate::sys;
 
 /// Whether attention runs as one fused kernel (`-fa`).
@@ -57,6 +57,17 @@ impl CacheType {
 
     pub(crate) fn raw(self) -> sys::ggml_type {
         self.entry().2
+    }
+
+    /// How ggml stores it.
+    pub fn stored(self) -> TensorType {
+        TensorType::of(self.raw()).expect("a cache type is a tensor type")
+    }
+
+    /// All types, the most exact first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q5_1, Self::Q5_0, Self::Q4_1, Self::Iq4Nl, Self::Q4_0]
+            .into_iter()
     }
 
     /// Whether the type stores blocks with a scale.

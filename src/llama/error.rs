@@ -3,11 +3,13 @@ use std::path::PathBuf;
 /// What can go wrong between us and llama.cpp. One readable line each, with what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum LlamaError {
-    #[error("{path}: llama.cpp cannot load this model{reason}")]
+    #[error("{path}: llama.cpp cannot load this model{reason}; gvote inspect tells what the file holds")]
     Load { path: PathBuf, reason: String },
     #[error("the path {0:?} holds a NUL byte")]
     PathNul(PathBuf),
-    #[error("llama.cpp cannot create a context{reason}")]
+    #[error(
+        "llama.cpp cannot create a context{reason}; lower -c or -ub, or take other types with -ctk and -ctv (see gvote plan)"
+    )]
     Context { reason: String },
     #[error(
         "no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--target-kl, --max-cells)"

@@ -8,19 +8,23 @@ mod context;
 mod device;
 mod error;
 pub mod log;
+mod memory;
 mod model;
 mod sampler;
 mod template;
+mod tensor_type;
 
 pub use batch::Batch;
 pub(crate) use context::Visit;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
 pub use device::{Device, devices};
 pub use error::LlamaError;
+pub use memory::{Buffers, Memory, Simulation};
 pub(crate) use model::Special;
 pub use model::{Model, ModelParams, Pieces, Token};
 pub use sampler::{Sampler, SamplerParams};
 pub use template::{ChatTemplate, Message, Role, TemplateError};
+pub use tensor_type::TensorType;
 
 use std::sync::Once;
 

@@ -52,6 +52,16 @@ impl Model {
     /// # Errors
     /// [`LlamaError::Load`] with llama.cpp's own reason. `progress` (0..1) returning false cancels.
     pub fn load(path: &Path, params: &ModelParams, mut progress: impl FnMut(f32) -> bool) -> Result<Self, LlamaError> {
+        Self::load_with(path, params, false, &mut progress)
+    }
+
+    /// `no_alloc`: with metadata and vocabulary, but without weights. Such a model must never compute.
+    pub(super) fn load_with(
+        path: &Path,
+        params: &ModelParams,
+        no_alloc: bool,
+        mut progress: impl FnMut(f32) -> bool,
+    ) -> Result<Self, LlamaError> {
         super::init();
         log::clear_reason();
         let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| LlamaError::PathNul(path.into()))?;
@@ -67,6 +77,10 @@ impl Model {
         // SAFETY: returns a plain struct.
         let mut raw = unsafe { sys::llama_model_default_params() };
         raw.n_gpu_layers = params.n_gpu_layers;
+        if no_alloc {
+            raw.no_alloc = true;
+            raw.load_mode = sys::LLAMA_LOAD_MODE_NONE; // as llama.cpp's own memory fit does: nothing is mapped either
+        }
         raw.progress_callback = callback_of(&progress);
         raw.progress_callback_user_data = (&raw mut progress).cast();
         // SAFETY: the path and the closure outlive the call.

@@ -10,5 +10,6 @@ mod paper;
 mod probe;
 mod scorer;
 mod shapes;
+mod sizes;
 mod subset;
 pub(crate) mod tiny;

@@ -1,7 +1,7 @@
 //! Tiny random models in GGUF files of our own, for shapes that the real models do not have.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -84,6 +84,7 @@ pub const SPECS: [Spec; 7] = [
 /// A model and the weights it was made of, by tensor name; matrices are `[n_out][n_in]`.
 pub struct Tiny {
     pub spec: Spec,
+    pub path: PathBuf,
     pub model: Model,
     pub weights: HashMap<String, Vec<f32>>,
 }
@@ -132,7 +133,7 @@ impl Tiny {
         }
         std::fs::write(&path, file.bytes()).expect("a temporary folder can be written");
         let model = Model::load(&path, &ModelParams::default(), |_| true).expect("llama.cpp loads it");
-        Self { spec, model, weights }
+        Self { spec, path, model, weights }
     }
 
     /// W_Q h + b, normalised, rotated to `pos`, scaled: the query of one head, in float64.

@@ -43,6 +43,23 @@ pub fn gvote(command: &str, args: &[&str]) -> Command {
     program
 }
 
+/// The program with nothing but these arguments.
+pub fn bare(args: &[&str]) -> Command {
+    let mut program = Command::new(PROGRAM);
+    program.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    program
+}
+
+/// A model that need not be there.
+pub fn optional(name: &str) -> Option<PathBuf> {
+    let path = model().with_file_name(name);
+    if !path.exists() {
+        eprintln!("skipped: {} is not there (make setup)", path.display());
+        return None;
+    }
+    Some(path)
+}
+
 /// What a finished program left.
 pub struct Done {
     pub status: i32,

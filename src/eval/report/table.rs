@@ -82,7 +82,8 @@ pub fn sections(report: &Report) -> Vec<Section> {
     let runs = Section {
         kind: Kind::Runs,
         title: "Runs",
-        lead: "The commands that measured all this. An absolute path is given by its last part.",
+        lead: "The commands that measured all this. An absolute path is given by its last part; {1,2} stands for one command \
+               with each.",
         runs: report.runs.iter().map(|r| Commands { about: r.about(), commands: r.commands.clone() }).collect(),
         tables: configurations(report),
     };

@@ -120,7 +120,7 @@ fn gsm8k_examples_come_from_the_end_and_are_not_scored() {
     assert_eq!(gsm8k::load(&path, 0, 9).unwrap().len(), 3);
     let message = gsm8k::load(&path, 3, 1).unwrap_err().to_string();
     assert!(
-        message.ends_with("test.jsonl: 3 problems are too few for 3 worked examples and one to score"),
+        message.ends_with("test.jsonl: 3 problems (--gsm8k) are too few for 3 worked examples and one to score"),
         "{message}"
     );
 }

@@ -1,0 +1,69 @@
+//! What llama.cpp allocates, and what it would.
+
+use std::path::Path;
+
+use super::{Context, ContextParams, LlamaError, Model, ModelParams};
+use crate::sys;
+
+/// Bytes of buffers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffers {
+    /// The weights. On the host they are mapped from the file, as far as they are not repacked.
+    pub weights: usize,
+    /// The KV cache, with the window's where there is one.
+    pub cache: usize,
+    /// What a batch computes in.
+    pub compute: usize,
+}
+
+impl Buffers {
+    pub fn total(&self) -> usize {
+        self.weights + self.cache + self.compute
+    }
+}
+
+/// The buffers of a model and one context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// In the machine's memory.
+    pub host: Buffers,
+    /// In that of accelerators, all of them together.
+    pub device: Buffers,
+}
+
+impl Context {
+    /// The buffers that llama.cpp holds for this context and its model.
+    pub fn buffers(&self) -> Memory {
+        // SAFETY: valid context; plain structs that the shim fills.
+        let (host, device) = unsafe {
+            let (mut host, mut device) = std::mem::zeroed();
+            sys::gvote_shim_memory(self.as_ptr(), &raw mut host, &raw mut device);
+            (host, device)
+        };
+        let buffers =
+            |raw: sys::gvote_shim_memory_use| Buffers { weights: raw.model, cache: raw.cache, compute: raw.compute };
+        Memory { host: buffers(host), device: buffers(device) }
+    }
+}
+
+/// A model without its weights: llama.cpp works out which buffers it would make, and makes none of them.
+pub struct Simulation(Model);
+
+impl Simulation {
+    /// Takes the time of reading the metadata and the vocabulary.
+    ///
+    /// # Errors
+    /// [`LlamaError::Load`] with llama.cpp's own reason.
+    pub fn load(path: &Path, params: &ModelParams) -> Result<Self, LlamaError> {
+        Model::load_with(path, params, true, |_| true).map(Self)
+    }
+
+    /// What a model loaded for real and a context of these parameters would hold.
+    ///
+    /// # Errors
+    /// As [`Context::new`].
+    pub fn memory(&self, params: &ContextParams) -> Result<Memory, LlamaError> {
+        // the context has no buffers behind it: it must not leave this function
+        Context::new(&self.0, params).map(|context| context.buffers())
+    }
+}
