@@ -16,19 +16,16 @@ use installed::{make, prefix, run, source};
 /// Tests run side by side, and threads that wait for one another's core are slow.
 const ONE_THREAD: &str = "1";
 
-/// A document whose facts are far apart, and what to ask about two of them.
+/// What a document says among sentences without a meaning, far apart.
 const FACTS: [&str; 4] = [
-    "The harbour is called Lindal.",
-    "The ferry is called Juniper.",
-    "The lighthouse is called Tallow.",
-    "The inn is called Heron.",
+    "The harbour of Lindal was built by the engineer Ada Moss.",
+    "The ferry is called Juniper and leaves at noon.",
+    "The lighthouse on the pier is painted green.",
+    "The inn beside the pier is famous for its plum cake.",
 ];
-const QUESTIONS: [(&str, &str); 4] = [
-    ("What is the harbour called?", "Lindal"),
-    ("What is the ferry called?", "Juniper"),
-    ("What is the lighthouse called?", "Tallow"),
-    ("What is the inn called?", "Heron"),
-];
+/// What a model of 135 million weights can answer about it, and a word of the answer.
+const FERRY: (&str, &str) = ("What is the ferry called?", "Juniper");
+const LIGHTHOUSE: (&str, &str) = ("Which colour is the lighthouse painted?", "green");
 
 fn document() -> &'static Path {
     static FILE: OnceLock<tempfile::NamedTempFile> = OnceLock::new();
@@ -68,11 +65,11 @@ fn answers(command: &mut Command) -> (String, Vec<(u32, u32)>) {
     // nothing but the installed tree may serve it
     let command = command.env_remove("LD_LIBRARY_PATH").env("OMP_THREAD_LIMIT", ONE_THREAD);
     let output = command.output().unwrap();
-    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{command:?}\n{stdout}{stderr}");
     let cells = stderr.lines().filter_map(|line| line.split_once("cells: ")?.1.split_once(" -> "));
     let cells = cells.map(|(before, after)| (before.parse().unwrap(), after.parse().unwrap())).collect();
-    (stdout, cells)
+    (stdout.into_owned(), cells)
 }
 
 #[track_caller]
@@ -83,7 +80,7 @@ fn is_smaller(&(before, after): &(u32, u32)) {
 #[test]
 fn an_example_in_c_is_built_with_pkg_config() {
     let dir = tempfile::tempdir().unwrap();
-    let (question, word) = QUESTIONS[1];
+    let (question, word) = FERRY;
     let (answer, cells) =
         answers(Command::new(built("simple.c", dir.path())).arg(model()).arg(document()).arg(question));
     assert!(answer.contains(word), "{answer}");
@@ -94,13 +91,16 @@ fn an_example_in_c_is_built_with_pkg_config() {
 #[test]
 fn four_sequences_share_a_cache() {
     let dir = tempfile::tempdir().unwrap();
-    let questions = QUESTIONS.map(|(question, _)| question);
+    let asked = [FERRY, LIGHTHOUSE, LIGHTHOUSE, FERRY];
+    let questions = asked.map(|(question, _)| question);
     let (answer, cells) =
         answers(Command::new(built("batched.c", dir.path())).arg(model()).arg(document()).args(questions));
-    for (line, (_, word)) in answer.lines().zip(QUESTIONS) {
-        assert!(line.contains(word), "{word}: {answer}");
+    for (i, (_, word)) in asked.iter().enumerate() {
+        let begin = answer.find(&format!("{i}: ")).unwrap();
+        let end = answer.find(&format!("\n{}: ", i + 1)).unwrap_or(answer.len());
+        assert!(answer[begin..end].contains(word), "{word}: {answer}");
     }
-    assert_eq!((answer.lines().count(), cells.len()), (4, 4));
+    assert_eq!(cells.len(), 4);
     cells.iter().for_each(is_smaller);
 }
 
@@ -121,11 +121,11 @@ fn an_example_in_cpp_is_built_with_cmake_and_votes_every_turn() {
     run(Command::new("cmake").arg("--build").arg(&build));
 
     let turns = dir.path().join("turns");
-    fs::write(&turns, format!("{}\n{}\n", QUESTIONS[1].0, QUESTIONS[2].0)).unwrap();
+    fs::write(&turns, format!("{}\n{}\n", FERRY.0, LIGHTHOUSE.0)).unwrap();
     let mut program = Command::new(build.join("chat"));
     let (answer, cells) = answers(program.arg(model()).arg(document()).stdin(fs::File::open(&turns).unwrap()));
     let lines: Vec<&str> = answer.lines().collect();
-    assert!(lines[0].contains(QUESTIONS[1].1), "{answer}");
+    assert!(lines[0].contains(FERRY.1), "{answer}");
     assert!(lines.len() == 2 && !lines[1].is_empty(), "{answer}");
     is_smaller(&cells[0]);
     // the second turn begins with what the first one left, and its own words
@@ -134,7 +134,7 @@ fn an_example_in_cpp_is_built_with_cmake_and_votes_every_turn() {
 
 #[test]
 fn an_example_in_python_needs_no_compiler() {
-    let (question, word) = QUESTIONS[1];
+    let (question, word) = FERRY;
     let library = prefix().join("lib/libgvote.so");
     let mut program = Command::new("python3");
     program.arg(source("ffi/examples/simple.py")).arg(library).arg(model()).arg(document()).arg(question);

@@ -28,6 +28,11 @@ static void die(const char * what, const char * why) {
     exit(1);
 }
 
+static void quiet(enum ggml_log_level level, const char * text, void * data) {
+    (void) data;
+    (void) (level == GGML_LOG_LEVEL_ERROR && fputs(text, stderr));
+}
+
 static void make_prompt(const struct llama_model * model, const char * document, const char * question, struct sequence * s) {
     static char message[N_DOCUMENT + 1024];
     static char text[2*sizeof(message)];
@@ -37,9 +42,7 @@ static void make_prompt(const struct llama_model * model, const char * document,
     const bool is_made = n > 0 && (size_t) n <= sizeof(text);
     s->prompt = is_made ? malloc(((size_t) n + 8)*sizeof(llama_token)) : NULL; /* a token has a character at least */
     s->n_prompt = s->prompt == NULL ? -1 : llama_tokenize(llama_model_get_vocab(model), text, n, s->prompt, n + 8, true, true);
-    if (s->n_prompt <= 0) {
-        die("cannot make a prompt of", question);
-    }
+    if (s->n_prompt <= 0) { die("cannot make a prompt of", question); }
 }
 
 static void add(struct llama_batch * batch, llama_token token, llama_pos pos, llama_seq_id seq, bool is_output) {
@@ -79,11 +82,10 @@ int main(int argc, char ** argv) {
     document[fread(document, 1, sizeof(document) - 1, file)] = '\0';
     fclose(file);
 
+    llama_log_set(quiet, NULL);
     llama_backend_init();
     struct llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
-    if (model == NULL) {
-        die("cannot load", argv[1]);
-    }
+    if (model == NULL) { die("cannot load", argv[1]); }
     int32_t n_cells = 256; /* a vote borrows free cells */
     for (int s = 0; s < N_SEQ; ++s) {
         make_prompt(model, document, argv[3 + s], &seqs[s]);
@@ -116,9 +118,7 @@ int main(int argc, char ** argv) {
         batch.n_tokens = 0;
 
         gvote_report report = { .size = sizeof(report) };
-        if (gvote_compress(g, ctx, s, &report) != GVOTE_OK) {
-            die("gvote", gvote_last_error(g));
-        }
+        if (gvote_compress(g, ctx, s, &report) != GVOTE_OK) { die("gvote", gvote_last_error(g)); }
         fprintf(stderr, "sequence %d, cells: %u -> %u\n", s, report.cells_before, report.cells_after);
     }
 
