@@ -49,11 +49,11 @@ fn pkg_config(args: &[&str]) -> Vec<String> {
 }
 
 /// Compiles an example as its first lines say.
-fn built(name: &str, dir: &Path) -> PathBuf {
+fn built(code: &Path, dir: &Path) -> PathBuf {
     let program = dir.join("program");
     run(Command::new("gcc")
         .args(["-std=c11", "-Wall", "-Wextra", "-Werror"])
-        .arg(source("ffi/examples").join(name))
+        .arg(code)
         .arg("-o")
         .arg(&program)
         .args(pkg_config(&["--cflags", "--libs"])));
@@ -81,11 +81,26 @@ fn is_smaller(&(before, after): &(u32, u32)) {
 fn an_example_in_c_is_built_with_pkg_config() {
     let dir = tempfile::tempdir().unwrap();
     let (question, word) = FERRY;
-    let (answer, cells) =
-        answers(Command::new(built("simple.c", dir.path())).arg(model()).arg(document()).arg(question));
+    let (answer, cells) = answers(
+        Command::new(built(&source("ffi/examples/simple.c"), dir.path())).arg(model()).arg(document()).arg(question),
+    );
     assert!(answer.contains(word), "{answer}");
     assert_eq!(cells.len(), 1);
     is_smaller(&cells[0]);
+}
+
+#[test]
+fn the_program_of_the_guide_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let guide = fs::read_to_string(source("docs/c-api.md")).unwrap();
+    let code = guide.split_once("```c\n").unwrap().1.split_once("```").unwrap().0;
+    assert!(code.lines().count() <= 33, "a guide starts small");
+    fs::write(dir.path().join("guide.c"), code).unwrap();
+    let program = built(&dir.path().join("guide.c"), dir.path());
+    let (output, _) = answers(Command::new(program).arg(model()).stdin(fs::File::open(document()).unwrap()));
+    let (before, after) = output.trim_end().strip_suffix(" cells").unwrap().split_once(" -> ").unwrap();
+    let (before, after): (u32, u32) = (before.parse().unwrap(), after.parse().unwrap());
+    assert!(before > 150 && after > 0 && after <= before, "{output}");
 }
 
 #[test]
@@ -93,8 +108,9 @@ fn four_sequences_share_a_cache() {
     let dir = tempfile::tempdir().unwrap();
     let asked = [FERRY, LIGHTHOUSE, LIGHTHOUSE, FERRY];
     let questions = asked.map(|(question, _)| question);
-    let (answer, cells) =
-        answers(Command::new(built("batched.c", dir.path())).arg(model()).arg(document()).args(questions));
+    let (answer, cells) = answers(
+        Command::new(built(&source("ffi/examples/batched.c"), dir.path())).arg(model()).arg(document()).args(questions),
+    );
     for (i, (_, word)) in asked.iter().enumerate() {
         let begin = answer.find(&format!("{i}: ")).unwrap();
         let end = answer.find(&format!("\n{}: ", i + 1)).unwrap_or(answer.len());
