@@ -4,8 +4,11 @@ MODEL    ?= $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 DOC      ?= /usr/share/common-licenses/GFDL-1.3
 QUESTION ?= Answer in one sentence: what is the purpose of this License?
 PREFIX   ?= /usr/local
+PROFILE  ?= release
+# A tree that can be copied anywhere
+STAGE    ?= target/stage
 
-.PHONY: help run test fuzz bench bench-peers results doc install setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers results doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,18 +42,21 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 
-SHARE     = $(DESTDIR)$(PREFIX)/share
+stage: ## build what install copies, in target/stage
+	scripts/stage "$(STAGE)" --profile "$(PROFILE)"
 
-install: ## install the program, its manual pages and shell completions under PREFIX
-	env -u DESTDIR -u MAKEFLAGS cargo build --release # cmake would install llama.cpp's libraries there too
-	install -d "$(DESTDIR)$(PREFIX)/bin" "$(SHARE)/doc/gvote" "$(SHARE)/bash-completion/completions" \
-	    "$(SHARE)/zsh/site-functions" "$(SHARE)/fish/vendor_completions.d"
-	install -m 755 target/release/gvote "$(DESTDIR)$(PREFIX)/bin/"
-	install -m 644 README.md LICENSE "$(SHARE)/doc/gvote/"
-	target/release/gvote man --out "$(SHARE)/man/man1"
-	target/release/gvote completions bash > "$(SHARE)/bash-completion/completions/gvote"
-	target/release/gvote completions zsh > "$(SHARE)/zsh/site-functions/_gvote"
-	target/release/gvote completions fish > "$(SHARE)/fish/vendor_completions.d/gvote.fish"
+install: stage ## install program, manual pages, completions, libraries and headers under PREFIX; SUDO=sudo copies as root, and builds as you
+	@$(MAKE) --no-print-directory uninstall
+	$(SUDO) install -d "$(DESTDIR)$(PREFIX)"
+	$(SUDO) cp -dR --preserve=mode,timestamps "$(STAGE)/." "$(DESTDIR)$(PREFIX)/"
+
+uninstall: ## remove what install has put under PREFIX
+	@if cd "$(DESTDIR)$(PREFIX)/share/doc/gvote" 2>/dev/null && cd ../../..; then \
+	    $(SUDO) xargs -d '\n' rm -f <share/doc/gvote/files; \
+	    for dir in lib/gvote include/gvote lib/cmake/gvote share/doc/gvote; do \
+	        [ ! -d "$$dir" ] || $(SUDO) rmdir "$$dir"; \
+	    done; \
+	fi
 
 setup: ## install prerequisites, fetch sources and the default model
 	@scripts/install-prerequisites

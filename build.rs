@@ -17,11 +17,11 @@ fn main() {
     for file in ["build.rs", "ffi", "vendor/Cargo.toml", "vendor/Cargo.lock"] {
         println!("cargo:rerun-if-changed={file}");
     }
-    for var in ["LLAMA_CPP_DIR", "GVOTE_NATIVE", "GVOTE_SHARED", "CUDA_PATH"] {
+    for var in ["LLAMA_CPP_DIR", "LLAMA_LIB_DIR", "GVOTE_NATIVE", "GVOTE_SHARED", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={var}");
     }
     let source = find_llama();
-    let libraries = build_llama(&source);
+    let libraries = built_llama().unwrap_or_else(|| build_llama(&source));
     compile_shim(&source);
     generate_bindings(&source);
     link(&libraries);
@@ -72,6 +72,19 @@ fn pinned_llama() -> PathBuf {
         .and_then(|package| package["manifest_path"].as_str())
         .expect("vendor/Cargo.toml depends on the package");
     Path::new(manifest).with_file_name("llama.cpp")
+}
+
+/// Shared libraries named by the environment, which somebody built from the checkout that it names too.
+fn built_llama() -> Option<PathBuf> {
+    let dir = PathBuf::from(env::var_os("LLAMA_LIB_DIR")?);
+    if env::var_os("LLAMA_CPP_DIR").is_none() {
+        fail("LLAMA_LIB_DIR needs LLAMA_CPP_DIR beside it: the source that those libraries were built from");
+    }
+    let file = format!("{}llama{}", env::consts::DLL_PREFIX, env::consts::DLL_SUFFIX);
+    match fs::canonicalize(&dir) {
+        Ok(dir) if dir.join(&file).is_file() => Some(dir),
+        _ => fail(&format!("there is no {file} in LLAMA_LIB_DIR={}", dir.display())),
+    }
 }
 
 /// What ggml's cmake turns on for x86 where it does not build for this very CPU.
@@ -147,7 +160,7 @@ fn build_llama(source: &Path) -> PathBuf {
 
 /// llama.cpp as shared libraries, which can be exchanged for others of the same version without building gvote again.
 fn is_shared() -> bool {
-    env::var("GVOTE_SHARED").is_ok_and(|v| v == "1")
+    env::var_os("LLAMA_LIB_DIR").is_some() || env::var("GVOTE_SHARED").is_ok_and(|v| v == "1")
 }
 
 fn enabled_backends()
@@ -228,9 +241,21 @@ fn link(libraries: &Path) {
     }
     println!("cargo:rustc-link-lib={kind}=ggml-base");
     if is_shared() {
-        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", libraries.display());
+        // for other programs than these cargo finds what lies in its target folder
+        println!("cargo:rustc-link-arg-bins=-Wl,-rpath,{}", libraries.display());
+        if env::var_os("LLAMA_LIB_DIR").is_some() {
+            println!("cargo:rustc-link-arg-tests=-Wl,-rpath,{}", libraries.display());
+            println!("cargo:rustc-cdylib-link-arg=-Wl,-rpath,{}", libraries.display());
+        }
     }
-    if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "macos") {
+    let os = env::var("CARGO_CFG_TARGET_OS").expect("cargo sets it");
+    if os == "linux" {
+        // an installed library finds llama.cpp in a folder beside it, wherever both are put
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-rpath,$ORIGIN/gvote");
+        let major = env::var("CARGO_PKG_VERSION_MAJOR").expect("cargo sets it");
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libgvote.so.{major}");
+    }
+    if os == "macos" {
         println!("cargo:rustc-link-lib=c++");
         for framework in ["Accelerate", "Foundation", "Metal", "MetalKit"] {
             println!("cargo:rustc-link-lib=framework={framework}");
