@@ -309,8 +309,10 @@ impl Session {
         Ok(())
     }
 
-    /// Generates up to `n_predict` tokens (negative: until the model ends or the cache is full). `on_token` gets each token
-    /// before it is decoded; the last one, if it ends the generation, is not passed on and not decoded.
+    /// Generates up to `n_predict` tokens (negative: until the model ends, or has come as far as it was trained for).
+    /// `on_token` gets each token before it is decoded; the last one, if it ends the generation, is not passed on and not
+    /// decoded. Where the cells run out, those that the policy can spare are freed; under the policy `full`, and where too
+    /// few can be spared, that is the end.
     ///
     /// # Errors
     /// [`LlamaError::NoLogits`] without a prompt; whatever decoding fails with. A full cache and a cancelled run are no
@@ -335,6 +337,9 @@ impl Session {
             let token = sampler.sample(&self.logits);
             if self.model().is_eog(token) {
                 break Stop::EndOfGeneration;
+            }
+            if n_predict < 0 && self.n_past() as usize >= self.model().n_ctx_train() {
+                break Stop::ContextFull;
             }
             if free == 0 {
                 match self.make_room(1, &[]) {

@@ -243,9 +243,23 @@ fn bad_files_fail_with_one_line() {
 }
 
 #[test]
-fn a_prompt_longer_than_the_context_is_refused() {
+fn a_prompt_longer_than_the_context_is_read_in_the_cells_there_are() {
     let document = document(CHARS);
-    let done = run(&["-f", document.path().to_str().unwrap(), "-c", "200"]);
+    let report = json(&["-f", document.path().to_str().unwrap(), "-c", "300", "-n", "8", "--temp", "0"]);
+    let squeezes = &report["prefill"]["squeezes"];
+    assert!(number(&report["prefill"]["tokens"]) > 300, "{report}");
+    assert!(number(&squeezes["count"]) > 0 && squeezes["lost_mass"].as_f64().unwrap() > 0.0, "{squeezes}");
+    assert!(number(&report["cache"]["cells"]) <= 300, "{report}");
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_refused_where_nothing_can_be_dropped() {
+    let document = document(CHARS);
+    let document = document.path().to_str().unwrap();
+    let done = run(&["-f", document, "-c", "80"]);
+    assert_eq!(done.status, 1);
+    assert!(done.stderr.contains("raise -c") && done.stderr.contains("--recent"), "{}", done.stderr);
+    let done = run(&["-f", document, "-c", "200", "--policy", "full"]);
     assert_eq!(done.status, 1);
     assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
     assert!(done.stderr.contains("raise -c"), "{}", done.stderr);

@@ -218,7 +218,9 @@ fn a_prompt_that_does_not_fit_loses_nothing() {
 
 #[test]
 fn a_full_cache_ends_a_generation_cleanly() {
-    let mut session = Session::new(&model(), &params(256)).unwrap();
+    let mut params = params(256);
+    params.policy = Params::new(Kind::Full);
+    let mut session = Session::new(&model(), &params).unwrap();
     prefill(&mut session, &tokens(250)).unwrap();
     let (answer, stop) = generate(&mut session, -1);
     assert_eq!((answer.len(), stop), (6, Stop::ContextFull));

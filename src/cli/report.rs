@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use gvote::Session;
 use gvote::policy::{Bound, Kind, Params};
-use gvote::session::{CompressReport, GenerateReport, PrefillReport, Stop};
+use gvote::session::{CompressReport, GenerateReport, PrefillReport, Squeezes, Stop};
 use serde::Serialize;
 
 use super::turn::print;
@@ -30,6 +30,7 @@ pub struct Prefill {
     pub tokens: usize,
     pub seconds: f64,
     pub tokens_per_second: Option<f64>,
+    pub squeezes: Squeezes,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -38,6 +39,7 @@ pub struct Decode {
     pub seconds: f64,
     pub tokens_per_second: Option<f64>,
     pub stop: Stop,
+    pub squeezes: Squeezes,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -147,6 +149,7 @@ impl TurnReport {
                 tokens: prefill.tokens,
                 seconds: prefill.time.as_secs_f64(),
                 tokens_per_second: rate(prefill.tokens, prefill.time),
+                squeezes: prefill.squeezes,
             },
             vote: vote.map(|report| Vote::new(report, prefill.time)),
             decode: Decode {
@@ -154,6 +157,7 @@ impl TurnReport {
                 seconds: decode.time.as_secs_f64(),
                 tokens_per_second: rate(decode.tokens, decode.time),
                 stop: decode.stop,
+                squeezes: decode.squeezes,
             },
             cache: Cache::of(session),
             policy: session.policy().clone(),
@@ -163,6 +167,9 @@ impl TurnReport {
     /// The report as aligned lines on stderr.
     pub fn print(&self) {
         line("prompt", &in_time(self.prefill.tokens, self.prefill.seconds, self.prefill.tokens_per_second));
+        if self.prefill.squeezes.count > 0 {
+            line("", &squeezed(&self.prefill.squeezes, self.cache.size));
+        }
         match &self.vote {
             Some(vote) => {
                 line("cache", &vote.cells(&self.policy));
@@ -175,6 +182,9 @@ impl TurnReport {
         let decode = &self.decode;
         let answer = in_time(decode.tokens, decode.seconds, decode.tokens_per_second);
         line("answer", &format!("{answer}, {}", stop_in_words(decode.stop)));
+        if decode.squeezes.count > 0 {
+            line("", &squeezed(&decode.squeezes, self.cache.size));
+        }
     }
 
     /// The report in one line, for the end of a turn.
@@ -299,6 +309,14 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
 fn rate(tokens: usize, time: Duration) -> Option<f64> {
     let rate = tokens as f64 / time.as_secs_f64();
     (tokens > 0 && rate.is_finite()).then_some(rate)
+}
+
+fn squeezed(squeezes: &Squeezes, size: usize) -> String {
+    let lost = squeezes
+        .lost_mass
+        .map_or_else(String::new, |lost| format!(", each giving up at most {:.1} % of the attention", 100.0 * lost));
+    let times = plural(squeezes.count, "time");
+    format!("more than {} cells: squeezed {times} in {:.2} s of it{lost}", count(size), squeezes.time.as_secs_f64())
 }
 
 fn in_time(tokens: usize, seconds: f64, rate: Option<f64>) -> String {

@@ -10,7 +10,7 @@ use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs};
 use super::prompt::{PromptArgs, tokenize_start};
 use super::report::{Record, TurnReport, print_json};
 use super::turn::{Answer, Steps};
-use super::words::note;
+use super::words::{count, note};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -58,12 +58,20 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let model = steps.load_model(&args.model, policy)?;
     let prompt = Prompt::new(args, &model, text)?;
 
+    let trained = model.n_ctx_train();
+    if prompt.tokens.len() > trained {
+        note(&format!(
+            "the prompt has {} tokens and the model was trained for {}; past them it may talk nonsense",
+            count(prompt.tokens.len()),
+            count(trained)
+        ));
+    }
     let n_ctx = cells_needed(&model, prompt.tokens.len(), args.prompt.predict);
     let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
     let sampling = args.sampling.params();
     let mut sampler = Sampler::new(&model, &sampling);
 
-    let prefill = steps.prefill(&mut session, &prompt.tokens)?;
+    let prefill = steps.prefill_long(&mut session, &prompt.tokens)?;
     let vote = steps.compress(&mut session)?;
     let mut shown = Answer::new(&args.output);
     if prompt.is_raw && !args.no_display_prompt {
