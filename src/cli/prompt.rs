@@ -30,7 +30,7 @@ pub struct PromptArgs {
     #[arg(long, value_name = "NAME")]
     chat_template: Option<TemplateName>,
 
-    /// Most tokens to answer with; negative = until the model ends or the context is full
+    /// Most tokens to answer with; negative = until the model ends, or has come as far as it was trained for
     #[arg(short = 'n', long, visible_alias = "n-predict", value_name = "N", default_value_t = -1)]
     pub predict: i32,
 }

@@ -22,7 +22,6 @@ use super::words::{count, note};
 const REDRAWS: u8 = 10;
 /// Steps of the bar while a model loads: llama.cpp tells a fraction.
 const LOAD_STEPS: f32 = 1000.0;
-const READING: &str = "reading {bar:30} {human_pos}/{human_len} tokens in {elapsed}";
 
 /// Runs the steps, shows their progress, and stops them on Ctrl-C.
 pub struct Steps {
@@ -63,19 +62,21 @@ impl Steps {
     }
 
     pub fn prefill(&self, session: &mut Session, tokens: &[Token]) -> Result<PrefillReport> {
-        let bar = self.bar(tokens.len() as u64, READING);
-        let report = session.prefill(tokens, |done, _| {
-            bar.set_position(done as u64);
-            ControlFlow::Continue(())
-        });
-        bar.finish_and_clear();
-        self.unless_cancelled(report)
+        self.reading(tokens.len(), |progress| session.prefill(tokens, progress))
     }
 
     /// The same for a prompt that may have more tokens than the cache has cells.
     pub fn prefill_long(&self, session: &mut Session, tokens: &[Token]) -> Result<PrefillReport> {
-        let bar = self.bar(tokens.len() as u64, READING);
-        let report = session.prefill_long(tokens, |done, _| {
+        self.reading(tokens.len(), |progress| session.prefill_long(tokens, progress))
+    }
+
+    fn reading(
+        &self,
+        tokens: usize,
+        read: impl FnOnce(&mut dyn FnMut(usize, usize) -> ControlFlow<()>) -> Result<PrefillReport, SessionError>,
+    ) -> Result<PrefillReport> {
+        let bar = self.bar(tokens as u64, "reading {bar:30} {human_pos}/{human_len} tokens in {elapsed}");
+        let report = read(&mut |done, _| {
             bar.set_position(done as u64);
             ControlFlow::Continue(())
         });

@@ -49,7 +49,7 @@ pub enum Stop {
     EndOfGeneration,
     /// As many tokens as asked for.
     Limit,
-    /// No free cell is left.
+    /// No free cell is left and none can be spared, or the model has come as far as it was trained for.
     ContextFull,
     /// The caller, or the cancel flag, said so.
     Cancelled,

@@ -9,7 +9,7 @@ use crate::cache::{Cell, Layout, Parked};
 use crate::capture::{Capture, Queries};
 use crate::compact;
 use crate::llama::{Batch, Pos, SeqId, Token};
-use crate::policy::{self, Bound, Decision, HeadScores, Kept, Kind, Policy, Ranking, Selection};
+use crate::policy::{self, Bound, Decision, HeadScores, Kind, Policy, Ranking, Selection};
 use crate::score::LayerQueries;
 
 impl Vote<'_> {
@@ -30,15 +30,7 @@ impl Vote<'_> {
             Decision::Selection(selection) => selection,
             Decision::Ranking(ranking) => self.settle(ranking, &mut report)?,
         };
-        report.cells_after = selection.n_cells();
-        report.kv_bytes_after = match selection.kept {
-            // a mask frees nothing
-            Kept::Ragged { .. } => report.kv_bytes_before,
-            _ => selection.n_cells() * bytes_per_cell,
-        };
-        report.lost_mass = selection.lost_mass;
-        report.bound = selection.bound;
-        report.ragged = selection.ragged;
+        report.note(&selection, bytes_per_cell);
         Ok((selection, report))
     }
 
@@ -71,9 +63,7 @@ impl Vote<'_> {
             Decision::Selection(selection) => selection,
             Decision::Ranking(ranking) => ranking.keep(most, Bound::MaxCells),
         };
-        report.cells_after = selection.n_cells();
-        report.kv_bytes_after = selection.n_cells() * bytes_per_cell;
-        report.lost_mass = selection.lost_mass;
+        report.note(&selection, bytes_per_cell);
         report.bound = Bound::MaxCells;
         Ok((selection, report))
     }

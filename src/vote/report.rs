@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::policy::{Bound, Kind, Ragged};
+use crate::policy::{Bound, Kept, Kind, Ragged, Selection};
 
 /// What a compression did, or why it left the cache alone.
 #[derive(Clone, Debug, Serialize)]
@@ -59,6 +59,19 @@ fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Erro
 }
 
 impl CompressReport {
+    /// Notes what stays. `bytes_per_cell`: of K and V.
+    pub(super) fn note(&mut self, selection: &Selection, bytes_per_cell: usize) {
+        self.cells_after = selection.n_cells();
+        self.kv_bytes_after = match selection.kept {
+            // a mask frees nothing
+            Kept::Ragged { .. } => self.kv_bytes_before,
+            _ => selection.n_cells() * bytes_per_cell,
+        };
+        self.lost_mass = selection.lost_mass;
+        self.bound = selection.bound;
+        self.ragged = selection.ragged;
+    }
+
     pub(crate) fn untouched(policy: Kind, n: usize, bytes_per_cell: usize) -> Self {
         Self {
             policy,
