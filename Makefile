@@ -8,10 +8,10 @@ PROFILE  ?= release
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test fuzz bench bench-peers results doc stage install uninstall setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers bench-memory results doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: setup ## install what is needed, build, and ask a question about a long document
 	cargo build --release
@@ -38,6 +38,10 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	cargo build --release
 	scripts/build-peers
 	scripts/bench-peers -m "$(MODEL)" -f "$(DOC)"
+
+bench-memory: setup ## compare a cache smaller than the prompt with one that holds it all (about 40 minutes)
+	cargo build --release
+	scripts/bench-memory -m "$(MODEL)"
 
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
