@@ -1,8 +1,10 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
 mod compress;
+mod file;
 mod follow;
 mod long;
+mod marks;
 mod masked;
 mod report;
 mod state;
@@ -14,10 +16,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+pub use self::file::FileError;
+use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
 use crate::cache::{self, Layout};
+use crate::capture::Captured;
 use crate::compact::{Mask, MaskError};
-use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
+use crate::llama::{Batch, CacheType, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
 use crate::policy::{self, Kind, PolicyError};
 pub use crate::vote::CompressReport;
 use crate::vote::{Sequence, VoteError, Voter};
@@ -50,7 +55,7 @@ pub enum SessionError {
     Full,
     #[error("the prompt is empty")]
     Empty,
-    #[error("position {0} lies inside the compressed part (exact from {1} on): start over, or prefill again")]
+    #[error("position {0} lies inside the compressed part (exact from {1} on): start over and read the text again")]
     Compressed(Pos, Pos),
     #[error("{0} cannot change in a living session")]
     Fixed(&'static str),
@@ -104,6 +109,10 @@ pub struct Session {
     /// Cells that the caller asked for; the context has some more for votes.
     n_ctx: usize,
     chunk: usize,
+    /// Types of K and V.
+    types: [CacheType; 2],
+    /// Ascending by position.
+    marks: Vec<Mark>,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
     logits: Vec<f32>,
 }
@@ -139,6 +148,8 @@ impl Session {
             policy: params.policy.clone(),
             n_ctx,
             chunk: context.n_ubatch as usize,
+            types: [context.type_k, context.type_v],
+            marks: Vec::new(),
             logits: Vec::new(),
         })
     }
@@ -250,6 +261,7 @@ impl Session {
         self.check_room(tokens.len())?;
         let start = Instant::now();
         let first = self.n_past();
+        let captured = self.captured();
         let mut batch = Batch::new(self.chunk);
         let mut done = 0;
         for chunk in tokens.chunks(self.chunk) {
@@ -265,7 +277,8 @@ impl Session {
                 ControlFlow::Break(()) => Err(LlamaError::Cancelled.into()),
             });
             if let Err(error) = decoded {
-                self.remove_from(first);
+                self.ctx.remove(SEQ, first, -1);
+                self.set_back(captured);
                 return Err(error);
             }
         }
@@ -279,6 +292,18 @@ impl Session {
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         Ok(())
+    }
+
+    /// What was captured so far, for [`Self::set_back`].
+    fn captured(&self) -> Option<Captured> {
+        Some(self.voter.as_ref()?.capture.captured(SEQ))
+    }
+
+    /// Nothing was captured since.
+    fn set_back(&mut self, captured: Option<Captured>) {
+        if let (Some(voter), Some(captured)) = (&mut self.voter, captured) {
+            voter.capture.set_back(SEQ, captured);
+        }
     }
 
     fn remove_from(&mut self, pos: Pos) {
@@ -366,7 +391,8 @@ impl Session {
         Ok(GenerateReport { tokens, time: start.elapsed(), stop, squeezes })
     }
 
-    /// Forgets the tokens from position `pos` on. The next call must be a prefill.
+    /// Forgets the tokens from position `pos` on. The next call must be a prefill, unless the place was marked: see
+    /// [`Session::mark`].
     ///
     /// # Errors
     /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads.
@@ -378,6 +404,7 @@ impl Session {
             self.remove_from(pos);
             self.sequence.truncate(pos, self.cells_used());
             self.logits.clear();
+            self.recall(pos);
         }
         if self.n_past() == 0 {
             self.clear();
@@ -393,6 +420,7 @@ impl Session {
         }
         self.mask = None;
         self.sequence = Sequence::new(SEQ);
+        self.marks.clear();
         self.logits.clear();
     }
 }

@@ -1,5 +1,7 @@
 use std::ffi::c_void;
+use std::io::{self, Read, Write};
 use std::ops::{Deref, DerefMut};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -119,6 +121,26 @@ impl Default for ContextParams {
             type_k: CacheType::F16,
             type_v: CacheType::F16,
         }
+    }
+}
+
+/// Why llama.cpp refuses a state; its log would say which.
+const UNFIT: &str = ": another model, other cache types or flash attention, or too few cells";
+
+/// What a C function reads from or writes to, and how that went.
+struct Stream<T> {
+    inner: T,
+    result: io::Result<()>,
+}
+
+impl<T> Stream<T> {
+    /// False once something has failed.
+    fn run(&mut self, step: impl FnOnce(&mut T) -> io::Result<()>) -> bool {
+        // a panic must not meet the C++ that called
+        let inner = &mut self.inner;
+        let outcome = catch_unwind(AssertUnwindSafe(|| step(inner)));
+        self.result = outcome.unwrap_or_else(|_| Err(io::Error::other("panic")));
+        self.result.is_ok()
     }
 }
 
@@ -353,15 +375,63 @@ impl Context {
         (pos >= 0).then_some(pos)
     }
 
+    /// Bytes of the state of one sequence.
+    pub(crate) fn sequence_size(&self, seq: SeqId) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::llama_state_seq_get_size(self.as_ptr(), seq) }
+    }
+
     /// The state of one sequence as llama.cpp serialises it.
     pub fn save_sequence(&mut self, seq: SeqId) -> Vec<u8> {
         // SAFETY: the buffer has the size llama.cpp asked for.
         unsafe {
-            let mut data = vec![0u8; sys::llama_state_seq_get_size(self.as_ptr(), seq)];
+            let mut data = vec![0u8; self.sequence_size(seq)];
             let n = sys::llama_state_seq_get_data(self.as_ptr(), data.as_mut_ptr(), data.len(), seq);
             data.truncate(n);
             data
         }
+    }
+
+    /// The state of one sequence, piece by piece: see [`Self::read_sequence`]. No buffer holds all of it.
+    ///
+    /// # Errors
+    /// Those of `out`, and when memory runs out.
+    pub(crate) fn write_sequence(&mut self, seq: SeqId, out: &mut dyn Write) -> io::Result<()> {
+        unsafe extern "C" fn write(data: *const c_void, size: usize, stream: *mut c_void) -> bool {
+            // SAFETY: the stream below, which nobody else uses meanwhile; as many bytes as it says.
+            let (stream, data) = unsafe {
+                (&mut *stream.cast::<Stream<&mut dyn Write>>(), std::slice::from_raw_parts(data.cast::<u8>(), size))
+            };
+            stream.run(|out| out.write_all(data))
+        }
+        let mut stream = Stream { inner: out, result: Ok(()) };
+        // SAFETY: valid context; the stream outlives the call.
+        let failed = unsafe { sys::gvote_shim_state_write(self.as_ptr(), seq, Some(write), (&raw mut stream).cast()) };
+        stream.result?;
+        if failed.is_null() { Ok(()) } else { Err(io::ErrorKind::OutOfMemory.into()) }
+    }
+
+    /// Replaces a sequence by what [`Self::write_sequence`] wrote. After an error the sequence is empty.
+    ///
+    /// # Errors
+    /// [`LlamaError::State`] when llama.cpp refuses it, or when the bytes end too early.
+    pub(crate) fn read_sequence(&mut self, seq: SeqId, from: &mut dyn Read) -> Result<(), LlamaError> {
+        unsafe extern "C" fn read(data: *mut c_void, size: usize, stream: *mut c_void) -> bool {
+            // SAFETY: the stream below, which nobody else uses meanwhile; room for as many bytes as it says, which may be
+            // uninitialised, but are written and not read.
+            unsafe {
+                let stream = &mut *stream.cast::<Stream<&mut dyn Read>>();
+                data.cast::<u8>().write_bytes(0, size);
+                stream.run(|from| from.read_exact(std::slice::from_raw_parts_mut(data.cast(), size)))
+            }
+        }
+        let mut stream = Stream { inner: from, result: Ok(()) };
+        // SAFETY: valid context; the stream outlives the call.
+        let failed = unsafe { sys::gvote_shim_state_read(self.as_ptr(), seq, Some(read), (&raw mut stream).cast()) };
+        if stream.result.is_err() {
+            return Err(LlamaError::State(": it is cut off"));
+        }
+        if failed.is_null() { Ok(()) } else { Err(LlamaError::State(UNFIT)) }
     }
 
     /// Replaces a sequence by a saved one.
@@ -372,7 +442,7 @@ impl Context {
         // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
         let n = unsafe { sys::llama_state_seq_set_data(self.as_ptr(), data.as_ptr(), data.len(), seq) };
         if n == 0 {
-            return Err(LlamaError::State(": another model, other cache types, or too few cells"));
+            return Err(LlamaError::State(UNFIT));
         }
         Ok(())
     }

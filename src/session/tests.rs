@@ -2,9 +2,11 @@
 //! - `replay`: what a second reading measures equals float64;
 //! - `failure`: whatever is cancelled or finds no room leaves no trace;
 //! - `long`: more tokens than cells;
+//! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
 //! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
 
 mod blind;
+mod disk;
 mod failure;
 mod long;
 mod replay;

@@ -38,11 +38,6 @@ impl Sequence {
         Self { id, ..Self::default() }
     }
 
-    /// A sequence of `n_past` tokens of which nothing else is known.
-    pub(crate) fn at(id: SeqId, n_past: Pos) -> Self {
-        Self { id, n_past, ..Self::default() }
-    }
-
     /// Its id in the context.
     pub fn id(&self) -> SeqId {
         self.id
@@ -51,6 +46,11 @@ impl Sequence {
     /// The position of the next token.
     pub fn n_past(&self) -> Pos {
         self.n_past
+    }
+
+    /// The tokens so far, by position; -1 where embeddings came in.
+    pub fn tokens(&self) -> &[Token] {
+        &self.tokens
     }
 
     /// From this position on every cell holds one token, the same in all heads: up to here it may be truncated.
