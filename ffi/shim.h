@@ -62,6 +62,10 @@ uint32_t gvote_shim_cells(struct llama_context * ctx, llama_seq_id seq, struct g
 // Cells of the sequence's stream that no sequence uses.
 uint32_t gvote_shim_cells_free(struct llama_context * ctx, llama_seq_id seq);
 
+// The first position at which a sequence can be cut off, as far as a window cache goes: whoever is decoded there sees a whole
+// window. 0 without a window cache.
+llama_pos gvote_shim_cut_from(struct llama_context * ctx, llama_seq_id seq);
+
 // What `seq` holds in each of the cells; `index` counts over all streams.
 void gvote_shim_rows(
         struct llama_context * ctx, llama_seq_id seq, const int64_t * index, uint32_t n, struct gvote_shim_row * out);

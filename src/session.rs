@@ -10,6 +10,7 @@ mod report;
 mod state;
 #[cfg(test)]
 mod tests;
+mod undo;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -20,7 +21,6 @@ pub use self::file::FileError;
 use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
 use crate::cache::{self, Layout};
-use crate::capture::Captured;
 use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, CacheType, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
 use crate::policy::{self, Kind, PolicyError};
@@ -55,7 +55,9 @@ pub enum SessionError {
     Full,
     #[error("the prompt is empty")]
     Empty,
-    #[error("position {0} lies inside the compressed part (exact from {1} on): start over and read the text again")]
+    #[error(
+        "position {0} lies inside the compressed part, or before what the sliding window holds (exact from {1} on): start over and read the text again"
+    )]
     Compressed(Pos, Pos),
     #[error("{0} cannot change in a living session")]
     Fixed(&'static str),
@@ -261,7 +263,7 @@ impl Session {
         self.check_room(tokens.len())?;
         let start = Instant::now();
         let first = self.n_past();
-        let captured = self.captured();
+        let before = self.before();
         let mut batch = Batch::new(self.chunk);
         let mut done = 0;
         for chunk in tokens.chunks(self.chunk) {
@@ -277,8 +279,7 @@ impl Session {
                 ControlFlow::Break(()) => Err(LlamaError::Cancelled.into()),
             });
             if let Err(error) = decoded {
-                self.ctx.remove(SEQ, first, -1);
-                self.set_back(captured);
+                self.undo(before);
                 return Err(error);
             }
         }
@@ -292,18 +293,6 @@ impl Session {
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         Ok(())
-    }
-
-    /// What was captured so far, for [`Self::set_back`].
-    fn captured(&self) -> Option<Captured> {
-        Some(self.voter.as_ref()?.capture.captured(SEQ))
-    }
-
-    /// Nothing was captured since.
-    fn set_back(&mut self, captured: Option<Captured>) {
-        if let (Some(voter), Some(captured)) = (&mut self.voter, captured) {
-            voter.capture.set_back(SEQ, captured);
-        }
     }
 
     fn remove_from(&mut self, pos: Pos) {
@@ -391,14 +380,21 @@ impl Session {
         Ok(GenerateReport { tokens, time: start.elapsed(), stop, squeezes })
     }
 
+    /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can.
+    pub fn exact_from(&self) -> Pos {
+        cache::cut_from(&self.ctx, SEQ).max(self.sequence.exact_from).min(self.n_past())
+    }
+
     /// Forgets the tokens from position `pos` on. The next call must be a prefill, unless the place was marked: see
     /// [`Session::mark`].
     ///
     /// # Errors
-    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads.
+    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads, and where a sliding
+    /// window would miss tokens that it dropped since.
     pub fn truncate(&mut self, pos: Pos) -> Result<(), SessionError> {
-        if pos < self.sequence.exact_from && pos > 0 {
-            return Err(SessionError::Compressed(pos, self.sequence.exact_from));
+        let exact_from = self.exact_from();
+        if pos < exact_from && pos > 0 {
+            return Err(SessionError::Compressed(pos, exact_from));
         }
         if pos < self.n_past() {
             self.remove_from(pos);

@@ -375,6 +375,26 @@ impl Context {
         (pos >= 0).then_some(pos)
     }
 
+    /// Of the state of one sequence the part in a window cache.
+    pub(crate) fn save_window(&mut self, seq: SeqId) -> Vec<u8> {
+        const FLAGS: sys::llama_state_seq_flags = sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+        // SAFETY: the buffer has the size llama.cpp asked for.
+        unsafe {
+            let mut data = vec![0u8; sys::llama_state_seq_get_size_ext(self.as_ptr(), seq, FLAGS)];
+            let n = sys::llama_state_seq_get_data_ext(self.as_ptr(), data.as_mut_ptr(), data.len(), seq, FLAGS);
+            data.truncate(n);
+            data
+        }
+    }
+
+    /// Brings that part back; the other cache stays as it is.
+    pub(crate) fn load_window(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
+        const FLAGS: sys::llama_state_seq_flags = sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+        // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
+        let n = unsafe { sys::llama_state_seq_set_data_ext(self.as_ptr(), data.as_ptr(), data.len(), seq, FLAGS) };
+        if n == 0 { Err(LlamaError::State(UNFIT)) } else { Ok(()) }
+    }
+
     /// Bytes of the state of one sequence.
     pub(crate) fn sequence_size(&self, seq: SeqId) -> usize {
         // SAFETY: valid context.
