@@ -51,6 +51,8 @@ pub enum FileError {
     Setting { flag: &'static str, found: String, here: String },
     #[error("it holds {found} cells and there are {here}: start with -c {found} or more")]
     Cells { found: usize, here: usize },
+    #[error("its note makes no sense: {0}")]
+    Note(String),
     #[error(transparent)]
     Session(#[from] SessionError),
 }
@@ -114,13 +116,17 @@ impl Session {
         Ok(out.inner.flush()?)
     }
 
-    /// Replaces this session by a saved one, and answers with the note.
+    /// Replaces this session by a saved one, and answers with what `read_note` makes of the note.
     ///
     /// Takes as much memory as the cells take that are in use now, until it is known that the file fits.
     ///
     /// # Errors
     /// [`FileError`], with what to do; the session is then as before.
-    pub fn load_from(&mut self, path: &Path) -> Result<Vec<u8>, FileError> {
+    pub fn load_from<T>(
+        &mut self,
+        path: &Path,
+        read_note: impl FnOnce(&[u8]) -> Result<T, String>,
+    ) -> Result<T, FileError> {
         let mut file = File::open(path)?;
         let len = checked_len(&mut file)?;
         let mut from = BufReader::new(file).take(len);
@@ -129,7 +135,7 @@ impl Session {
         let made = part(&mut from, MADE_MAX)?;
         let made: Made = serde_json::from_slice(&made).map_err(|_| FileError::Damaged)?;
         self.check_made(&made)?;
-        let note = part(&mut from, len)?;
+        let note = read_note(&part(&mut from, len)?).map_err(FileError::Note)?;
         self.read(&mut from)?;
         Ok(note)
     }

@@ -4,8 +4,11 @@ use super::Session;
 use crate::capture::Captured;
 use crate::llama::Pos;
 
-/// Places that are remembered: a chat comes back to where a turn began, or to where its answer did.
-const MARKS: usize = 2;
+/// Places that are remembered: a chat comes back to where a turn began, or to where its answer did, and to those of the turn
+/// before when it gives one up.
+const MARKS: usize = 4;
+/// Those of one turn are saved.
+pub(super) const SAVED_MARKS: usize = 2;
 
 /// A place, and what else a session was there.
 pub(super) struct Mark {
@@ -18,7 +21,8 @@ pub(super) struct Mark {
 
 impl Session {
     /// Remembers this place: [`Session::truncate`] comes back to it with the next-token logits and the statistics that there
-    /// are now, as if what follows had never been. The two places that were marked last are remembered.
+    /// are now, as if what follows had never been. The four places that were marked last are remembered, and the last two of them
+    /// saved.
     pub fn mark(&mut self) {
         let pos = self.n_past();
         self.marks.retain(|mark| mark.pos != pos);

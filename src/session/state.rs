@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 
-use super::marks::Mark;
+use super::marks::{Mark, SAVED_MARKS};
 use super::{SEQ, Session, SessionError};
 use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache;
@@ -46,7 +46,7 @@ impl Session {
             Some(voter) => put_part(&mut out, &self.sequence.save(&voter.capture, &cache::cells(&self.ctx, SEQ))),
             None => put_numbers(&mut out, self.sequence.tokens.iter().map(|token| token.to_le_bytes())),
         }
-        for mark in &self.marks {
+        for mark in &self.marks[self.marks.len().saturating_sub(SAVED_MARKS)..] {
             out.extend_from_slice(&mark.pos.to_le_bytes());
             put_logits(&mut out, &mark.logits);
             if let (Some(voter), Some(captured)) = (&self.voter, &mark.captured) {

@@ -33,11 +33,11 @@ fn chat_with_and_without_saving(arch: &str, setup: Setup, turns: usize, policy: 
         assert_eq!((always.n_past(), always.cells_used()), (never.n_past(), never.cells_used()), "{name}");
         always.save_to(&path, b"").unwrap();
         always = open(arch, setup, N_CTX, policy.clone());
-        assert!(always.load_from(&path).unwrap().is_empty(), "{name}");
+        assert!(always.load_from(&path, keep).unwrap().is_empty(), "{name}");
         // the answer again; of a window no more is saved than the next token sees
         if i % 10 == 9 && !has_window(arch) {
             let [again, expected] = [&mut always, &mut never].map(|session| {
-                let pos = session.marks[1].pos;
+                let pos = session.marks.last().unwrap().pos;
                 session.truncate(pos).unwrap();
                 answer(session, 6)
             });
@@ -78,6 +78,11 @@ fn so_it_does_with_every_cache_type_beside_a_window_and_under_the_full_policy() 
     chat_with_and_without_saving("qwen3", F16, 10, &Params::new(Kind::Full));
 }
 
+/// Takes any note.
+fn keep(note: &[u8]) -> Result<Vec<u8>, String> {
+    Ok(note.to_vec())
+}
+
 /// A session with a past, and its file.
 fn saved(folder: &Path) -> (Session, PathBuf) {
     let path = folder.join("chat");
@@ -93,7 +98,7 @@ fn saved(folder: &Path) -> (Session, PathBuf) {
 /// Tries to load a file; all of the session is as before.
 fn refused(session: &mut Session, path: &Path) -> FileError {
     let before = session.save();
-    let error = session.load_from(path).unwrap_err();
+    let error = session.load_from(path, keep).unwrap_err();
     assert!(session.save() == before, "{error}");
     error
 }
@@ -102,12 +107,23 @@ fn refused(session: &mut Session, path: &Path) -> FileError {
 fn a_file_keeps_the_note_and_may_be_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let (mut session, path) = saved(folder.path());
-    assert_eq!(session.load_from(&path).unwrap(), b"a note");
+    assert_eq!(session.load_from(&path, keep).unwrap(), b"a note");
     for note in [&b"another"[..], b""] {
         session.save_to(&path, note).unwrap();
-        assert_eq!(session.load_from(&path).unwrap(), note);
+        assert_eq!(session.load_from(&path, keep).unwrap(), note);
     }
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
+}
+
+#[test]
+fn a_note_that_its_reader_refuses_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut session, path) = saved(folder.path());
+    read(&mut session, &words(10, 5));
+    let before = session.save();
+    let error = session.load_from(&path, |_| Err::<(), _>("it is in Latin".into())).unwrap_err();
+    assert!(error.to_string().contains("Latin"), "{error}");
+    assert!(session.save() == before);
 }
 
 #[test]
@@ -116,7 +132,7 @@ fn a_session_without_tokens_is_saved_too_and_empties_the_one_it_replaces() {
     let path = folder.path().join("empty");
     open("llama", F16, N_CTX, quick()).save_to(&path, b"nothing yet").unwrap();
     let (mut session, _) = saved(folder.path());
-    assert_eq!(session.load_from(&path).unwrap(), b"nothing yet");
+    assert_eq!(session.load_from(&path, keep).unwrap(), b"nothing yet");
     assert_eq!((session.n_past(), session.cells_used()), (0, 0));
     assert!(session.logits().is_empty());
 }
@@ -153,7 +169,7 @@ fn a_file_that_is_cut_off_is_refused_wherever_that_is() {
     fs::write(&path, [&whole[..], &[0]].concat()).unwrap();
     assert!(matches!(refused(&mut session, &path), FileError::Damaged), "longer than it was");
     fs::write(&path, &whole).unwrap();
-    session.load_from(&path).unwrap();
+    session.load_from(&path, keep).unwrap();
 }
 
 #[test]
