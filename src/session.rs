@@ -356,7 +356,9 @@ impl Session {
                 break Stop::ContextFull;
             }
             if free == 0 {
-                match self.make_room(1, &[]) {
+                let captured = self.captured();
+                let made = self.make_room(1, &[]).inspect_err(|_| self.set_back(captured));
+                match made {
                     Ok(squeeze) => squeezes.add(&squeeze),
                     Err(SessionError::CacheTooSmall { .. } | SessionError::Full) => break Stop::ContextFull,
                     Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,

@@ -232,6 +232,22 @@ mod piped {
     }
 
     #[test]
+    fn quantized_caches_are_voted_on_saved_and_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("talk").to_str().unwrap().to_owned();
+        for cache_type in ["q8_0", "q4_0"] {
+            let args = ["-ctk", cache_type, "-ctv", cache_type, "--max-cells", "300"];
+            let turns = about_document(&args, &[&format!("/save {file}"), "Who?", "/regen"]).ok().json();
+            let [first, next, again] = &turns[..] else { panic!("{turns:?}") };
+            assert!(number(&first["cache"]["cells"]) <= 306, "{cache_type}: {first}");
+            assert_eq!(again["answer"], next["answer"], "{cache_type}");
+            let loaded = talk(&[&args[..], &["-c", "2048"]].concat(), &[&format!("/load {file}"), "Who?"]).ok().json();
+            assert_eq!(loaded[0]["answer"], next["answer"], "{cache_type}");
+            assert_eq!(loaded[0]["cache"], next["cache"], "{cache_type}");
+        }
+    }
+
+    #[test]
     fn save_without_a_name_takes_that_of_the_session() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("talk").to_str().unwrap().to_owned();

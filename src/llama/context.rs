@@ -159,8 +159,32 @@ struct Abort {
     cancel: Arc<AtomicBool>,
     /// The rest of the graph in work is not needed: see [`Context::end_graph`].
     end_graph: AtomicBool,
+    /// Tests count who asks, and have one of them find the flag set.
+    #[cfg(test)]
+    asked: Asked,
     /// The abort callback of the app that lends the context, and its data.
     of_app: Option<(unsafe extern "C" fn(*mut c_void) -> bool, *mut c_void)>,
+}
+
+#[cfg(test)]
+#[derive(Default)]
+struct Asked {
+    times: std::sync::atomic::AtomicUsize,
+    /// The flag is set when it was asked for so often; 0: never.
+    cancel_at: std::sync::atomic::AtomicUsize,
+}
+
+impl Abort {
+    fn is_cancelled(&self) -> bool {
+        #[cfg(test)]
+        {
+            let times = self.asked.times.fetch_add(1, Ordering::Relaxed) + 1;
+            if times == self.asked.cancel_at.load(Ordering::Relaxed) {
+                self.cancel.store(true, Ordering::Relaxed);
+            }
+        }
+        self.cancel.load(Ordering::Relaxed)
+    }
 }
 
 // SAFETY: a context may move between threads; it is used by one at a time (&mut).
@@ -219,7 +243,15 @@ impl Context {
 
     /// Whether the caller wants out.
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.abort.cancel.load(Ordering::Relaxed)
+        self.abort.is_cancelled()
+    }
+
+    /// From now on the flag is set when it is asked for the `n`-th time; 0: never. Answers how often it was since the last call.
+    #[cfg(test)]
+    pub(crate) fn cancel_at(&self, n: usize) -> usize {
+        self.abort.cancel.store(false, Ordering::Relaxed);
+        self.abort.asked.cancel_at.store(n, Ordering::Relaxed);
+        self.abort.asked.times.swap(0, Ordering::Relaxed)
     }
 
     pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
@@ -373,6 +405,20 @@ impl Context {
         // SAFETY: valid memory.
         let pos = unsafe { sys::llama_memory_seq_pos_max(self.memory(), seq) };
         (pos >= 0).then_some(pos)
+    }
+
+    /// The state of one sequence, for [`Self::load_sequence`].
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub(crate) fn copy_sequence(&mut self, seq: SeqId) -> Result<Vec<u8>, LlamaError> {
+        let mut data = Vec::new();
+        data.try_reserve_exact(self.sequence_size(seq)).map_err(|_| LlamaError::Memory)?;
+        data.resize(data.capacity(), 0);
+        // SAFETY: the buffer's true size is passed.
+        let n = unsafe { sys::llama_state_seq_get_data(self.as_ptr(), data.as_mut_ptr(), data.len(), seq) };
+        data.truncate(n);
+        Ok(data)
     }
 
     /// Of the state of one sequence the part in a window cache.
@@ -530,5 +576,5 @@ unsafe extern "C" fn should_abort(flags: *mut c_void) -> bool {
         // SAFETY: the app's own callback with the app's own data, as it would be called without us.
         flags.of_app.is_some_and(|(callback, data)| unsafe { callback(data) })
     };
-    flags.cancel.load(Ordering::Relaxed) || flags.end_graph.load(Ordering::Relaxed) || app_wants_out()
+    flags.is_cancelled() || flags.end_graph.load(Ordering::Relaxed) || app_wants_out()
 }

@@ -78,7 +78,7 @@ impl Session {
             return Err(CUT_OFF);
         }
         let Head { saved, tokens, logits, marks } = self.read_head(&head)?;
-        let before = (self.n_past() > 0).then(|| self.ctx.save_sequence(SEQ));
+        let before = (self.n_past() > 0).then(|| self.ctx.copy_sequence(SEQ)).transpose()?;
         if let Err(error) = self.read_cells(from, saved.as_ref()) {
             self.ctx.remove(SEQ, -1, -1);
             if let Some(before) = before {

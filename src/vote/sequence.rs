@@ -53,7 +53,8 @@ impl Sequence {
         &self.tokens
     }
 
-    /// From this position on every cell holds one token, the same in all heads: up to here it may be truncated.
+    /// From this position on every cell holds one token, the same in all heads: up to here it may be truncated. Or the next
+    /// position, where nothing is left of the one before this.
     pub fn exact_from(&self) -> Pos {
         self.exact_from
     }
@@ -83,6 +84,15 @@ impl Sequence {
         if selection.kept != Kept::All {
             self.held = self.held.after(cells, selection, n_heads);
             self.exact_from = self.exact_from.max(self.n_past - recent as Pos);
+        }
+    }
+
+    /// After a compaction to `cells`: where it is cut, the position before must be there, because llama.cpp wants the next one
+    /// to follow upon the last.
+    pub(super) fn bound(&mut self, cells: &[Cell]) {
+        let before = self.exact_from - 1;
+        if before >= 0 && cells.binary_search_by_key(&before, |cell| cell.pos).is_err() {
+            self.exact_from += 1;
         }
     }
 

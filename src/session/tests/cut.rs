@@ -1,6 +1,7 @@
 //! Cutting off: exact, or refused.
 
 use super::*;
+use crate::policy::{Evict, Span};
 use crate::tests::fixture::{F16, F16_FLASH, Q8_0};
 
 fn apart(a: &Session, b: &Session) -> f32 {
@@ -34,6 +35,26 @@ fn a_marked_place_is_come_back_to_as_if_what_followed_had_never_been() {
         }
         assert!(detour.save() == straight.save(), "{setup:?}");
     }
+}
+
+/// Often no head keeps the last one of those tokens that need not stay.
+#[test]
+fn at_the_first_place_where_a_session_can_be_cut_it_goes_on() {
+    const N: usize = 250;
+    let policy = Params { evict: Evict::Cells, span: Span { back: 0, forward: 0 }, max_cells: Some(80), ..quick() };
+    let mut moved = 0;
+    for kind in 0..6 {
+        let mut session = open("llama", F16, N_CTX, policy.clone());
+        read(&mut session, &words(N, kind));
+        session.compress().unwrap();
+        let exact_from = session.exact_from();
+        assert!(session.truncate(exact_from - 1).is_err());
+        session.truncate(exact_from).unwrap();
+        read(&mut session, &words(20, 2));
+        assert_eq!(session.n_past(), exact_from + 20);
+        moved += usize::from(exact_from as usize > N - policy.recent);
+    }
+    assert!(moved > 0);
 }
 
 #[test]
