@@ -181,7 +181,7 @@ fn compile_shim(source: &Path) {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
-        .files(["ffi/shim.cpp", "ffi/park.cpp", "ffi/visit.cpp"])
+        .files(["ffi/shim.cpp", "ffi/park.cpp", "ffi/state.cpp", "ffi/visit.cpp"])
         .includes(include_dirs(source))
         // llama.cpp's own headers warn
         .warnings(false)

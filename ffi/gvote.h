@@ -323,8 +323,9 @@ GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32
  * Errors: GVOTE_ERROR_NOT_ATTACHED, GVOTE_ERROR_NO_SEQUENCE, GVOTE_ERROR_NOT_SEEN, GVOTE_ERROR_CHANGED. */
 GVOTE_API gvote_status gvote_seq_cells(gvote_t * g, struct llama_context * ctx, int32_t seq, uint32_t * n_cells);
 
-/* The first position from which on every cell holds one token, the same in all heads; 0 for a sequence that was never
- * compressed. Errors as gvote_seq_cells(). */
+/* The first position from which on every cell holds one token, the same in all heads, and a sliding window, if there is one,
+ * would miss nothing: where the sequence can be cut. 0 for a sequence that was never compressed, without a window. Errors as
+ * gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_seq_exact_from(gvote_t * g, struct llama_context * ctx, int32_t seq, int32_t * pos);
 
 /* The positions of the tokens whose key and value one KV head of one layer of the model holds, ascending: one for each cell,

@@ -103,6 +103,21 @@ uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
     return cells.size() - cells.get_used();
 }
 
+llama_pos gvote_shim_cut_from(llama_context * ctx, llama_seq_id seq) {
+    const llama_kv_cache * kv = llama_get_memory(ctx) == nullptr ? nullptr : window_cache(ctx);
+    if (kv == nullptr) {
+        return 0;
+    }
+    const llama_kv_cells & cells = kv->get_cells(seq);
+    const auto & by_pos = cells.seq_pos_get(seq);
+    llama_pos whole_from = cells.seq_pos_max(seq) + 1;
+    for (auto cell = by_pos.rbegin(); cell != by_pos.rend() && cell->first >= whole_from - 1; ++cell) {
+        whole_from = cell->first;
+    }
+    // a token sees itself and those before it, n_swa in all: see is_masked_swa()
+    return whole_from == 0 ? 0 : whole_from + (llama_pos) ctx->get_model().hparams.n_swa - 1;
+}
+
 void gvote_shim_rows(
         llama_context * ctx, llama_seq_id seq, const int64_t * index, uint32_t n, gvote_shim_row * out) {
     llama_kv_cache * kv = base_cache(ctx);

@@ -62,6 +62,10 @@ uint32_t gvote_shim_cells(struct llama_context * ctx, llama_seq_id seq, struct g
 // Cells of the sequence's stream that no sequence uses.
 uint32_t gvote_shim_cells_free(struct llama_context * ctx, llama_seq_id seq);
 
+// The first position at which a sequence can be cut off, as far as a window cache goes: whoever is decoded there sees a whole
+// window. 0 without a window cache.
+llama_pos gvote_shim_cut_from(struct llama_context * ctx, llama_seq_id seq);
+
 // What `seq` holds in each of the cells; `index` counts over all streams.
 void gvote_shim_rows(
         struct llama_context * ctx, llama_seq_id seq, const int64_t * index, uint32_t n, struct gvote_shim_row * out);
@@ -115,6 +119,21 @@ void gvote_shim_table_free(struct gvote_shim_table * table);
 
 // Puts the table in force and frees it. Freed cells are found again by the next batch.
 void gvote_shim_table_commit(struct llama_context * ctx, llama_seq_id seq, struct gvote_shim_table * table);
+
+// Take or give the next bytes of a state; false ends the work with an error.
+typedef bool (*gvote_shim_write)(const void * data, size_t size, void * user_data);
+typedef bool (*gvote_shim_read)(void * data, size_t size, void * user_data);
+
+// llama.cpp's state of a sequence, piece by piece instead of through a buffer of its whole size.
+const char * gvote_shim_state_write(
+        struct llama_context * ctx, llama_seq_id seq, gvote_shim_write write, void * user_data);
+
+// Replaces a sequence by what gvote_shim_state_write() wrote. After an error the sequence is empty.
+const char * gvote_shim_state_read(
+        struct llama_context * ctx, llama_seq_id seq, gvote_shim_read read, void * user_data);
+
+// The i-th tensor of a model in the order of its file, and its name; NULL behind the last one.
+const struct ggml_tensor * gvote_shim_model_tensor(const struct llama_model * model, uint32_t i, const char ** name);
 
 // Bytes of one kind of memory.
 struct gvote_shim_memory_use {

@@ -118,6 +118,13 @@ pub(crate) unsafe fn owners(ctx: *mut sys::llama_context, cells: &[i64]) -> Vec<
     }
 }
 
+/// The first position at which `seq` can be cut off and still be followed by what sees a whole sliding window; 0 where there
+/// is no window.
+pub(crate) fn cut_from(ctx: &Context, seq: SeqId) -> Pos {
+    // SAFETY: valid context; the sequence is one of it.
+    unsafe { sys::gvote_shim_cut_from(ctx.as_ptr(), seq) }
+}
+
 /// Cells of the stream of `seq` that no sequence uses.
 pub fn cells_free(ctx: &Context, seq: SeqId) -> usize {
     // SAFETY: called with an accepted layout's context.

@@ -213,7 +213,7 @@ pub unsafe extern "C" fn gvote_seq_exact_from(
     pos: *mut i32,
 ) -> gvote_status {
     call(g, |core| {
-        let exact_from = core.guest.sequence(ptr::context(ctx)?, seq)?.1.exact_from();
+        let exact_from = core.guest.exact_from(ptr::context(ctx)?, seq)?;
         ptr::write(pos, exact_from)
     })
 }

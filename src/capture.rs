@@ -35,7 +35,7 @@ use self::node::Node;
 use self::probe::Probe;
 use self::record::Record;
 pub(crate) use self::record::Seen;
-pub(crate) use self::state::Restored;
+pub(crate) use self::state::{Captured, Restored};
 use self::watch::Watch;
 use crate::cache::{CacheError, Layout};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};

@@ -35,7 +35,9 @@ pub enum GuestError {
     NotSeen { seq: SeqId, reason: &'static str },
     #[error("sequence {seq} was changed without gvote: {reason}")]
     Changed { seq: SeqId, reason: &'static str },
-    #[error("position {pos} lies inside the compressed part of the sequence, which is exact from {exact_from} on only")]
+    #[error(
+        "position {pos} lies inside the compressed part of the sequence, or before what its sliding window holds: it is exact from {exact_from} on only"
+    )]
     Compressed { pos: Pos, exact_from: Pos },
     #[error("{0} cannot change while gvote is attached: detach first")]
     Fixed(&'static str),
@@ -259,6 +261,16 @@ impl Guest {
         Ok((cells, &known.sequence))
     }
 
+    /// The position from which on a sequence can be cut exactly.
+    ///
+    /// # Errors
+    /// Those of [`Self::sequence`].
+    pub fn exact_from(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Pos, GuestError> {
+        let known = self.sequence(ctx, seq)?.1;
+        let (exact_from, n_past) = (known.exact_from(), known.n_past());
+        Ok(cache::cut_from(&self.home_in(ctx)?.ctx, seq).max(exact_from).min(n_past))
+    }
+
     /// The true position of what a KV head of a model's layer holds in each cell of a sequence.
     ///
     /// # Errors
@@ -287,7 +299,8 @@ impl Guest {
         let pos = pos.max(0);
         if pos > 0 {
             let known = Known::up_to_date(known, voter, seq, &cache::cells(ctx, seq))?;
-            let exact_from = known.sequence.exact_from();
+            let n_past = known.sequence.n_past();
+            let exact_from = cache::cut_from(ctx, seq).max(known.sequence.exact_from()).min(n_past);
             if pos < exact_from {
                 return Err(GuestError::Compressed { pos, exact_from });
             }

@@ -1,23 +1,28 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
 mod compress;
+mod file;
 mod follow;
 mod long;
+mod marks;
 mod masked;
 mod report;
 mod state;
 #[cfg(test)]
 mod tests;
+mod undo;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+pub use self::file::FileError;
+use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
-use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
+use crate::llama::{Batch, CacheType, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
 use crate::policy::{self, Kind, PolicyError};
 pub use crate::vote::CompressReport;
 use crate::vote::{Sequence, VoteError, Voter};
@@ -50,7 +55,9 @@ pub enum SessionError {
     Full,
     #[error("the prompt is empty")]
     Empty,
-    #[error("position {0} lies inside the compressed part (exact from {1} on): start over, or prefill again")]
+    #[error(
+        "position {0} lies inside the compressed part, or before what the sliding window holds (exact from {1} on): start over and read the text again"
+    )]
     Compressed(Pos, Pos),
     #[error("{0} cannot change in a living session")]
     Fixed(&'static str),
@@ -106,6 +113,10 @@ pub struct Session {
     /// Of those, the ones that may be used now.
     limit: usize,
     chunk: usize,
+    /// Types of K and V.
+    types: [CacheType; 2],
+    /// Ascending by position.
+    marks: Vec<Mark>,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
     logits: Vec<f32>,
 }
@@ -142,6 +153,8 @@ impl Session {
             n_ctx,
             limit: n_ctx,
             chunk: context.n_ubatch as usize,
+            types: [context.type_k, context.type_v],
+            marks: Vec::new(),
             logits: Vec::new(),
         })
     }
@@ -258,6 +271,7 @@ impl Session {
         self.check_room(tokens.len())?;
         let start = Instant::now();
         let first = self.n_past();
+        let before = self.before();
         let mut batch = Batch::new(self.chunk);
         let mut done = 0;
         for chunk in tokens.chunks(self.chunk) {
@@ -273,7 +287,7 @@ impl Session {
                 ControlFlow::Break(()) => Err(LlamaError::Cancelled.into()),
             });
             if let Err(error) = decoded {
-                self.remove_from(first);
+                self.undo(before);
                 return Err(error);
             }
         }
@@ -350,7 +364,9 @@ impl Session {
                 break Stop::ContextFull;
             }
             if free == 0 {
-                match self.make_room(1, &[]) {
+                let captured = self.captured();
+                let made = self.make_room(1, &[]).inspect_err(|_| self.set_back(captured));
+                match made {
                     Ok(squeeze) => squeezes.add(&squeeze),
                     Err(SessionError::CacheTooSmall { .. } | SessionError::Full) => break Stop::ContextFull,
                     Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
@@ -374,18 +390,27 @@ impl Session {
         Ok(GenerateReport { tokens, time: start.elapsed(), stop, squeezes })
     }
 
-    /// Forgets the tokens from position `pos` on. The next call must be a prefill.
+    /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can.
+    pub fn exact_from(&self) -> Pos {
+        cache::cut_from(&self.ctx, SEQ).max(self.sequence.exact_from).min(self.n_past())
+    }
+
+    /// Forgets the tokens from position `pos` on. The next call must be a prefill, unless the place was marked: see
+    /// [`Session::mark`].
     ///
     /// # Errors
-    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads.
+    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads, and where a sliding
+    /// window would miss tokens that it dropped since.
     pub fn truncate(&mut self, pos: Pos) -> Result<(), SessionError> {
-        if pos < self.sequence.exact_from && pos > 0 {
-            return Err(SessionError::Compressed(pos, self.sequence.exact_from));
+        let exact_from = self.exact_from();
+        if pos < exact_from && pos > 0 {
+            return Err(SessionError::Compressed(pos, exact_from));
         }
         if pos < self.n_past() {
             self.remove_from(pos);
             self.sequence.truncate(pos, self.cells_used());
             self.logits.clear();
+            self.recall(pos);
         }
         if self.n_past() == 0 {
             self.clear();
@@ -401,6 +426,7 @@ impl Session {
         }
         self.mask = None;
         self.sequence = Sequence::new(SEQ);
+        self.marks.clear();
         self.logits.clear();
     }
 }

@@ -105,7 +105,8 @@ mod piped {
 
     #[test]
     fn a_message_that_is_too_long_changes_nothing() {
-        let done = talk(&["-c", "300"], &["Hi!", &text(CHARS).replace('\n', " "), "Name a colour."]);
+        let done =
+            talk(&["-c", "300", "--policy", "full"], &["Hi!", &text(CHARS).replace('\n', " "), "Name a colour."]);
         assert_eq!(done.status, 1, "a script learns of it");
         assert!(done.stderr.contains("/clear") && done.stderr.contains("raise -c"), "{}", done.stderr);
         let records = done.json();
@@ -120,7 +121,7 @@ mod piped {
         let records = done.json();
         let [first, again, refused] = &records[..] else { panic!("{}", done.stdout) };
         assert_eq!(again["answer"], first["answer"], "greedily it is the same");
-        assert_eq!(number(&again["prefill"]["tokens"]), 1);
+        assert_eq!(number(&again["prefill"]["tokens"]), 0, "nothing is read again");
         assert_eq!(again["cache"], first["cache"]);
         assert!(refused["error"].as_str().unwrap().contains("no answer"));
         assert_eq!(done.status, 1);
@@ -157,7 +158,7 @@ mod piped {
             (&[][..], &bad, "damaged"),
             (&[], &none, "No such file"),
             (&["--window", "16"], &good, "--window"),
-            (&["-ctk", "q8_0"], &good, "cache type"),
+            (&["-ctk", "q8_0", "-fa", "on"], &good, "start with -ctk f16"),
         ] {
             let done = talk(args, &["Hello.", &format!("/load {file}"), "Name a colour."]);
             assert_eq!(done.status, 1);
@@ -165,6 +166,125 @@ mod piped {
             let turns = done.json();
             assert_eq!(number(&turns[1]["cache"]["tokens"]), turns.iter().map(tokens_in_turn).sum::<u64>());
         }
+    }
+
+    #[test]
+    fn a_message_longer_than_the_cache_is_read_and_answered() {
+        let turns = talk(&["-c", "300"], &["Hi!", &text(CHARS).replace('\n', " "), "Name a colour."]).ok().json();
+        let [_, long, last] = &turns[..] else { panic!("{turns:?}") };
+        assert!(number(&long["prefill"]["squeezes"]["count"]) > 0, "{long}");
+        assert_eq!(number(&last["cache"]["tokens"]), turns.iter().map(tokens_in_turn).sum::<u64>());
+        assert!(number(&last["cache"]["cells"]) <= 300, "{last}");
+    }
+
+    /// Tokens are drawn, not only the likeliest taken.
+    const DRAWN: [&str; 8] = ["-s", "7", "--temp", "0.9", "--repeat-penalty", "1.1", "-n", "8"];
+
+    #[test]
+    fn a_session_goes_on_where_it_ended_as_if_it_never_had() {
+        let document = document(CHARS);
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("talk").to_str().unwrap().to_owned();
+        let first = ["-f", document.path().to_str().unwrap()];
+        let lines = ["Who wrote it?", "Hm.", "And why?", "Name a colour.", "Another one."];
+        let args = [&["-c", "2048", "--json", "--lost-mass", "0.1"], &DRAWN[..]].concat();
+        let run = |args: &[&str], lines: &[&str]| finish_with(&mut gvote("chat", args), &lines.join("\n")).ok().json();
+
+        let expected = run(&[&args[..], &first].concat(), &lines);
+        let args = [&args[..], &["--session", &file]].concat();
+        let mut got = run(&[&args[..], &first].concat(), &[]);
+        for line in lines {
+            got.extend(run(&args, &[line]));
+        }
+        assert_eq!(expected.len(), 6);
+        assert!(number(&expected[0]["vote"]["cells_after"]) < number(&expected[0]["vote"]["cells_before"]));
+        for (got, expected) in got.iter().zip(&expected) {
+            for part in ["answer", "cache"] {
+                assert_eq!(got[part], expected[part]);
+            }
+        }
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn a_session_that_cannot_be_used_ends_the_chat_before_it_begins() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let (good, bad) = (path("good"), path("bad"));
+        let session = |file: &str, args: &[&str]| talk(&[&["--session", file], args].concat(), &["Hi!"]);
+        session(&good, &["-sys", "Be brief."]).ok();
+        let mut bytes = fs::read(&good).unwrap();
+        bytes.pop();
+        fs::write(&bad, &bytes).unwrap();
+        for (file, args, why) in [
+            (&*bad, &[][..], "damaged or cut off"),
+            (&good, &["-sys", "Be a pirate."], "-sys"),
+            (&good, &["--sinks", "8"], "start with --sinks 4"),
+            ("/nowhere/at/all", &[], "cannot save to /nowhere/at/all: No such file"),
+        ] {
+            let done = session(file, args);
+            assert_eq!((done.status, &done.stdout[..]), (1, ""), "{}", done.stderr);
+            assert!(done.stderr.contains(why), "{why}: {}", done.stderr);
+        }
+        assert!(fs::read(&bad).unwrap() == bytes, "left as it is");
+        let turn = &session(&good, &["-sys", "Be brief."]).ok().json()[0];
+        assert!(number(&turn["cache"]["tokens"]) > tokens_in_turn(turn), "the right ones are gone on with");
+    }
+
+    #[test]
+    fn quantized_caches_are_voted_on_saved_and_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("talk").to_str().unwrap().to_owned();
+        for cache_type in ["q8_0", "q4_0"] {
+            let args = ["-ctk", cache_type, "-ctv", cache_type, "--max-cells", "300"];
+            let turns = about_document(&args, &[&format!("/save {file}"), "Who?", "/regen"]).ok().json();
+            let [first, next, again] = &turns[..] else { panic!("{turns:?}") };
+            assert!(number(&first["cache"]["cells"]) <= 306, "{cache_type}: {first}");
+            assert_eq!(again["answer"], next["answer"], "{cache_type}");
+            let loaded = talk(&[&args[..], &["-c", "2048"]].concat(), &[&format!("/load {file}"), "Who?"]).ok().json();
+            assert_eq!(loaded[0]["answer"], next["answer"], "{cache_type}");
+            assert_eq!(loaded[0]["cache"], next["cache"], "{cache_type}");
+        }
+    }
+
+    #[test]
+    fn save_without_a_name_takes_that_of_the_session() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("talk").to_str().unwrap().to_owned();
+        let done = talk(&["--session", &file], &["Hi!", "/save"]).ok();
+        assert!(done.stderr.contains(&format!("saved to {file}")), "{}", done.stderr);
+        assert!(talk(&[], &["/save"]).stderr.contains("name of a file"));
+    }
+
+    #[test]
+    fn an_edited_message_leaves_no_trace_of_the_first() {
+        let args = &["-s", "3"];
+        let edited = talk(args, &["Hi!", "Name a colour.", "/edit Name an animal.", "Why?"]).ok().json();
+        let straight = talk(args, &["Hi!", "Name an animal.", "Why?"]).ok().json();
+        for (got, expected) in edited[2..].iter().zip(&straight[1..]) {
+            for part in ["answer", "cache"] {
+                assert_eq!(got[part], expected[part]);
+            }
+        }
+        // the first message, too
+        let again = talk(args, &["Hi!", "/edit Name an animal."]).ok().json();
+        let straight = talk(args, &["Name an animal."]).ok().json();
+        assert_eq!(again[1]["answer"], straight[0]["answer"]);
+        let done = talk(args, &["/edit Hi!"]);
+        assert!(done.status == 1 && done.stderr.contains("no message"), "{}", done.stderr);
+    }
+
+    #[test]
+    fn what_was_compressed_meanwhile_is_read_again_for_an_edit() {
+        let capped = ["--max-cells", "200"];
+        let edit = format!("/edit {}", long_line(400));
+        let done = about_document(&capped, &[&long_line(600), &edit, "/regen"]).ok();
+        assert!(done.stderr.contains("is read again"), "{}", done.stderr);
+        let turns = done.json();
+        let [first, long, edited, again] = &turns[..] else { panic!("{turns:?}") };
+        assert!(number(&edited["prefill"]["tokens"]) > number(&first["prefill"]["tokens"]), "all of it");
+        assert!(number(&edited["cache"]["tokens"]) < number(&long["cache"]["tokens"]), "and nothing else");
+        assert_eq!(again["answer"], edited["answer"]);
     }
 
     #[test]

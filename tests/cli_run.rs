@@ -334,3 +334,17 @@ fn the_help_teaches() {
     assert!(overview.contains("run") && overview.contains("chat") && overview.contains("Exit status"));
     assert!(help(&["--version"]).starts_with("gvote "));
 }
+
+/// The shell's limit on the address space: a cache of 30 GiB, and less than that to have.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_cache_that_memory_does_not_hold_is_refused_with_what_to_do() {
+    let limited = "ulimit -v 4000000; exec \"$@\"";
+    let mut program = std::process::Command::new("sh");
+    program
+        .args(["-c", limited, "sh", cli::PROGRAM, "run", "-t", "1", "-p", "Hi!", "-c", "1400000", "-m"])
+        .arg(model());
+    let done = finish(program.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()));
+    assert_eq!((done.status, &done.stdout[..]), (1, ""), "{}", done.stderr);
+    assert!(done.stderr.contains("lower -c"), "{}", done.stderr);
+}

@@ -1,6 +1,7 @@
 //! What the C interface promises, seen by an app that uses llama.cpp on its own:
 //! - `votes`: a vote does what a session's does, and disturbs nothing;
 //! - `changes`: what an app does behind our back is noticed;
+//! - `walk`: whatever an app does in whatever order, no sequence meets the cells of another;
 //! - `saved`: what is known of a sequence can be saved, and only that is restored;
 //! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads.
 
@@ -9,3 +10,4 @@ mod app;
 mod changes;
 mod saved;
 mod votes;
+mod walk;

@@ -13,19 +13,37 @@ pub struct Restored {
     scales: Vec<LogitScale>,
 }
 
+/// What was captured of a sequence up to some moment, put aside.
+#[derive(Clone)]
+pub(crate) struct Captured(Record);
+
+impl From<Restored> for Captured {
+    fn from(restored: Restored) -> Self {
+        Self(restored.record)
+    }
+}
+
 impl Capture {
+    /// What is captured of a sequence now, for [`Self::set_back`].
+    pub(crate) fn captured(&self, seq: SeqId) -> Captured {
+        let record = self.inner.records.get(&seq).cloned();
+        Captured(record.unwrap_or_else(|| Record::new(&self.inner.layers, self.inner.window)))
+    }
+
+    /// Forgets what was captured of a sequence since.
+    pub(crate) fn set_back(&mut self, seq: SeqId, captured: Captured) {
+        self.inner.records.insert(seq, captured.0);
+    }
+
     /// What was captured of a sequence, as bytes: per layer the moments and the window's queries.
     pub fn save(&self, seq: SeqId) -> Vec<u8> {
+        self.encode(&self.captured(seq))
+    }
+
+    /// The same of what was put aside.
+    pub(crate) fn encode(&self, captured: &Captured) -> Vec<u8> {
         let mut out = Vec::new();
-        let blank;
-        let record = match self.inner.records.get(&seq) {
-            Some(record) => record,
-            None => {
-                blank = Record::new(&self.inner.layers, self.inner.window);
-                &blank
-            }
-        };
-        for (layer, shape) in record.layers.iter().zip(&self.inner.layers) {
+        for (layer, shape) in captured.0.layers.iter().zip(&self.inner.layers) {
             let n = layer.moments.mean.len() as u64;
             out.extend_from_slice(&n.to_le_bytes());
             out.extend_from_slice(&layer.moments.count.to_le_bytes());

@@ -45,8 +45,8 @@ const CTX_SIZE_MAX: i64 = i32::MAX as i64;
 #[derive(Args)]
 #[command(next_help_heading = "Context and KV cache")]
 pub struct ContextArgs {
-    /// Cells of the KV cache. 0: `run` and `bench` take what they need, `chat` what the model was trained for. `run` reads
-    /// prompts of more tokens than that too: cells are freed on the way
+    /// Cells of the KV cache. 0: `run` and `bench` take what they need, `chat` what the model was trained for. Prompts of
+    /// more tokens than that are read too: cells are freed on the way
     #[arg(short, long, value_name = "N", default_value_t = 0,
           value_parser = clap::value_parser!(u32).range(..=CTX_SIZE_MAX))]
     pub ctx_size: u32,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use gvote::llama::{Message, Role, Sampler};
+use gvote::llama::{Message, Role};
 use gvote::session::Stop;
 
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs, share};
@@ -23,6 +23,7 @@ Examples:
   gvote chat -m model.gguf
   gvote chat -m model.gguf -sys 'Answer in one sentence.' -f report.txt -p 'Who wrote this?'
   gvote chat -m model.gguf --max-cells 1024 -c 2048
+  gvote chat -m model.gguf --session talk.gvote
   printf 'Hi!\\nAnd in French?\\n' | gvote chat -m model.gguf --json
 
 A line that ends in \\ goes on in the next one; a line of \"\"\" begins and ends a block.
@@ -38,6 +39,10 @@ pub struct ChatArgs {
     /// End after one answer; with -p or -f nothing is asked
     #[arg(long, help_heading = "Prompt")]
     single_turn: bool,
+
+    /// Go on with the conversation in this file, if it is there; it is saved there at the end, and by /save
+    #[arg(long, value_name = "FILE", help_heading = "Prompt")]
+    session: Option<PathBuf>,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -57,12 +62,13 @@ pub struct ChatArgs {
 }
 
 /// Name, what may follow it, what it does.
-const COMMANDS: [(&str, &str, &str); 8] = [
+const COMMANDS: [(&str, &str, &str); 9] = [
     ("/stats", "", "tokens, cells, bytes and times so far"),
     ("/regen", "", "answer the last message again"),
+    ("/edit", "TEXT", "say this instead of the last message"),
     ("/system", "[TEXT]", "set the system message, or none, and start over"),
     ("/clear", "", "forget the conversation"),
-    ("/save", "FILE", "save the conversation and its cache"),
+    ("/save", "[FILE]", "save the conversation and its cache, without a name to the file of --session"),
     ("/load", "FILE", "go on with a saved conversation"),
     ("/help", "", "this list"),
     ("/exit", "", "end the chat (as does Ctrl-D)"),
@@ -99,22 +105,28 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     steps.interrupt.end();
 
     let sampling = args.sampling.params();
-    let sampler = Sampler::new(&model, &sampling);
     let revote_share = f64::from(args.revote_share);
     let mut chat = Chat {
         args,
         steps,
-        conversation: Conversation::new(session, sampler, template, args.prompt.predict, revote_share),
         seed: sampling.seed,
+        conversation: Conversation::new(session, sampling, template, args.prompt.predict, revote_share),
         last: None,
         is_interactive: on_terminal,
         failed: 0,
     };
     chat.conversation.set_system(args.prompt.system());
+    chat.take_up_session()?;
     if on_terminal {
         chat.greet();
     }
-    chat.talk(first)?;
+    let talked = chat.talk(first);
+    let kept = chat.keep_session();
+    if let (Err(_), Err(error)) = (&talked, &kept) {
+        // the first one decides how the program ends
+        print_error(error);
+    }
+    talked.and(kept)?;
     chat.conclude()
 }
 
@@ -127,6 +139,39 @@ impl Chat<'_> {
             count(session.n_ctx()),
             session.policy().policy,
         ));
+    }
+
+    /// Goes on with the file of `--session`. Where there is none yet, it is made at once: whoever cannot write it should know
+    /// before the conversation, not after it.
+    fn take_up_session(&mut self) -> Result<()> {
+        let Some(path) = &self.args.session else { return Ok(()) };
+        if !path.exists() {
+            return self.conversation.save(path);
+        }
+        let asked = self.conversation.system().cloned();
+        let messages = self.conversation.load(path)?;
+        if asked.is_some() && asked.as_ref() != self.conversation.system() {
+            bail!(
+                "the conversation in {} has another system message: leave -sys out, or name another file",
+                path.display()
+            );
+        }
+        if messages > 0 {
+            self.tell_loaded(messages);
+        }
+        Ok(())
+    }
+
+    fn keep_session(&mut self) -> Result<()> {
+        match &self.args.session {
+            Some(path) if !self.conversation.is_in(path) => self.conversation.save(path),
+            _ => Ok(()),
+        }
+    }
+
+    fn tell_loaded(&self, messages: usize) {
+        let cache = Cache::of(self.conversation.session()).in_words();
+        note(&format!("loaded {}, {cache}", plural(messages, "message")));
     }
 
     fn talk(&mut self, first: Option<String>) -> Result<()> {
@@ -235,8 +280,18 @@ impl Chat<'_> {
             "/regen" => {
                 self.turn(|conversation, steps, answer| conversation.regenerate(steps, |piece| answer.show(piece)))?
             }
+            "/edit" => {
+                if rest.is_empty() {
+                    bail!("{name} needs the text to say instead of the last message");
+                }
+                let text = rest.to_owned();
+                self.turn(|conversation, steps, answer| conversation.edit(text, steps, |piece| answer.show(piece)))?
+            }
             "/save" => {
-                let path = file_name(name, rest)?;
+                let path = match &self.args.session {
+                    Some(path) if rest.is_empty() => path.clone(),
+                    _ => file_name(name, rest)?,
+                };
                 self.conversation.save(&path)?;
                 note(&format!("saved to {}", path.display()));
             }
@@ -244,8 +299,7 @@ impl Chat<'_> {
                 let path = file_name(name, rest)?;
                 let messages = self.conversation.load(&path)?;
                 self.last = None;
-                let cache = Cache::of(self.conversation.session()).in_words();
-                note(&format!("loaded {}, {cache}", plural(messages, "message")));
+                self.tell_loaded(messages);
             }
             _ => bail!("{name} is no command; /help lists them"),
         }

@@ -1,68 +1,90 @@
 //! A conversation, and the cache that holds it.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use gvote::Session;
-use gvote::llama::{ChatTemplate, Message, Pos, Role, Sampler, Token};
-use gvote::policy::{Kind, Params};
+use gvote::llama::{ChatTemplate, Message, Pos, Role, Sampler, SamplerParams};
+use gvote::policy::Kind;
 use gvote::session::{CompressReport, PrefillReport};
 use serde::{Deserialize, Serialize};
 
-use super::chat_file;
 use super::prompt::{tokenize_more, tokenize_start};
 use super::report::{Totals, TurnReport};
 use super::turn::Steps;
+use super::words::note;
 
 /// Above this share of the context every turn votes: what a vote frees may be what the next message needs.
 const NEARLY_FULL: f64 = 0.75;
 
 pub struct Conversation {
     session: Session,
-    sampler: Sampler,
+    sampling: SamplerParams,
     template: ChatTemplate,
     predict: i32,
     revote_share: f64,
     state: State,
+    /// The file that says what this is, where nothing has changed since.
+    file: Option<PathBuf>,
     pub totals: Totals,
 }
 
-/// What a conversation is beside its cache.
+/// What a conversation is beside its cache: the note in the file of a saved one.
 #[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct State {
     messages: Vec<Message>,
     /// The text whose tokens the cache holds. Empty when the cache is.
     rendered: String,
-    /// Where the answer to the last message begins.
-    prompt_end: Option<PromptEnd>,
+    /// The newest turn, if the cache holds it.
+    turn: Option<Turn>,
     /// Cells that the last vote left; None before the first.
     cells_after_vote: Option<usize>,
+    /// Answers made so far.
+    drawn: u32,
+}
+
+/// Places in a turn; the session has marked them.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Turn {
+    /// Where what was said begins.
+    start: Place,
+    /// Where the answer begins.
+    answer: Place,
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
-struct PromptEnd {
-    /// Of the token before the answer.
+struct Place {
     pos: Pos,
-    token: Token,
-}
-
-/// The head of a saved conversation.
-#[derive(Serialize, Deserialize)]
-struct Saved {
-    model: String,
-    n_vocab: usize,
-    policy: Params,
-    state: State,
+    /// Bytes of the rendered text before it.
+    text: usize,
 }
 
 impl Conversation {
-    pub fn new(session: Session, sampler: Sampler, template: ChatTemplate, predict: i32, revote_share: f64) -> Self {
-        Self { session, sampler, template, predict, revote_share, state: State::default(), totals: Totals::default() }
+    pub fn new(
+        session: Session,
+        sampling: SamplerParams,
+        template: ChatTemplate,
+        predict: i32,
+        revote_share: f64,
+    ) -> Self {
+        let (state, totals) = (State::default(), Totals::default());
+        Self { session, sampling, template, predict, revote_share, state, file: None, totals }
     }
 
     pub fn session(&self) -> &Session {
         &self.session
+    }
+
+    /// The system message, if there is one.
+    pub fn system(&self) -> Option<&Message> {
+        self.state.messages.first().filter(|message| message.role == Role::System)
+    }
+
+    /// Whether the conversation is in this file as it is now.
+    pub fn is_in(&self, path: &Path) -> bool {
+        self.file.as_deref() == Some(path)
     }
 
     /// Says something and lets the model answer.
@@ -70,13 +92,15 @@ impl Conversation {
     /// # Errors
     /// Whatever goes wrong; the conversation is then as before.
     pub fn ask(&mut self, text: String, steps: &Steps, show: impl FnMut(&str) -> io::Result<()>) -> Result<TurnReport> {
-        let before = self.checkpoint();
-        self.state.messages.push(Message::new(Role::User, text));
-        let report = self.read(steps).and_then(|(prefill, vote)| self.answer(prefill, vote, steps, show));
-        report.inspect_err(|_| self.roll_back(before))
+        self.attempt(|conversation| {
+            conversation.state.messages.push(Message::new(Role::User, text));
+            let (prefill, vote) = conversation.read(steps)?;
+            conversation.answer(prefill, vote, steps, show)
+        })
     }
 
-    /// Makes the last answer again.
+    /// Makes the last answer again: from where it began, if the cache still holds that exactly, else the conversation is read
+    /// again.
     ///
     /// # Errors
     /// Whatever goes wrong; the conversation is then as before.
@@ -84,38 +108,58 @@ impl Conversation {
         if self.state.messages.last().is_none_or(|m| m.role != Role::Assistant) {
             bail!("there is no answer to make again");
         }
-        let before = self.checkpoint();
-        self.state.messages.pop();
-        let prefill = match self.state.prompt_end {
-            Some(end) if !self.state.rendered.is_empty() => self.rewind(end, steps).map(|p| (p, None)),
-            _ => self.read(steps),
+        self.attempt(|conversation| {
+            conversation.state.messages.pop();
+            let place = conversation.state.turn.map(|turn| turn.answer);
+            let is_back = conversation.go_back(place) && !conversation.session.logits().is_empty();
+            let (prefill, vote) = if is_back { Default::default() } else { conversation.read(steps)? };
+            conversation.answer(prefill, vote, steps, show)
+        })
+    }
+
+    /// Says something else in place of the last message, and lets the model answer: from where that message began, if the cache
+    /// still holds that exactly, else the conversation is read again.
+    ///
+    /// # Errors
+    /// Whatever goes wrong; the conversation is then as before.
+    pub fn edit(
+        &mut self,
+        text: String,
+        steps: &Steps,
+        show: impl FnMut(&str) -> io::Result<()>,
+    ) -> Result<TurnReport> {
+        let Some(last) = self.state.messages.iter().rposition(|message| message.role == Role::User) else {
+            bail!("there is no message to replace");
         };
-        let report = prefill.and_then(|(prefill, vote)| self.answer(prefill, vote, steps, show));
-        report.inspect_err(|_| self.roll_back(before))
+        self.attempt(|conversation| {
+            conversation.state.messages.truncate(last);
+            conversation.go_back(conversation.state.turn.map(|turn| turn.start));
+            conversation.state.messages.push(Message::new(Role::User, text));
+            let (prefill, vote) = conversation.read(steps)?;
+            conversation.answer(prefill, vote, steps, show)
+        })
     }
 
     /// Forgets everything but the system message.
     pub fn clear(&mut self) {
         self.state.messages.retain(|m| m.role == Role::System);
+        self.file = None;
         self.forget_cache();
     }
 
     /// Sets the system message, or none, and starts over.
     pub fn set_system(&mut self, message: Option<Message>) {
         self.state.messages = message.into_iter().collect();
+        self.file = None;
         self.forget_cache();
     }
 
     /// Saves the conversation with its cache.
     pub fn save(&mut self, path: &Path) -> Result<()> {
-        let head = Saved {
-            model: self.session.model().description(),
-            n_vocab: self.session.model().n_vocab(),
-            policy: self.session.policy().clone(),
-            state: self.state.clone(),
-        };
-        let cache = if self.session.n_past() == 0 { Vec::new() } else { self.session.save() };
-        chat_file::write(path, &head, &cache).with_context(|| format!("cannot save to {}", path.display()))
+        let state = serde_json::to_vec(&self.state)?;
+        self.session.save_to(path, &state).with_context(|| format!("cannot save to {}", path.display()))?;
+        self.file = Some(path.into());
+        Ok(())
     }
 
     /// Goes on with a saved conversation. Answers how many messages it has.
@@ -123,23 +167,45 @@ impl Conversation {
     /// # Errors
     /// When the file is damaged or does not fit this model or these flags; the conversation is then as before.
     pub fn load(&mut self, path: &Path) -> Result<usize> {
-        self.try_load(path).with_context(|| format!("cannot load {}", path.display()))?;
+        let read = |note: &[u8]| serde_json::from_slice(note).map_err(|error| error.to_string());
+        self.state = self.session.load_from(path, read).with_context(|| format!("cannot load {}", path.display()))?;
+        self.file = Some(path.into());
         Ok(self.state.messages.len())
     }
 
-    fn try_load(&mut self, path: &Path) -> Result<()> {
-        let (saved, cache): (Saved, _) = chat_file::read(path)?;
-        let model = self.session.model();
-        if (&saved.model, saved.n_vocab) != (&model.description(), model.n_vocab()) {
-            bail!("it was saved with another model ({}); start with that one (-m)", saved.model);
+    /// Does something of which nothing stays if it fails. What the cache can no longer give back then is read again with the
+    /// next message.
+    fn attempt(&mut self, work: impl FnOnce(&mut Self) -> Result<TurnReport>) -> Result<TurnReport> {
+        let (state, n_past) = (self.state.clone(), self.session.n_past());
+        let report = work(self);
+        if report.is_ok() {
+            self.file = None;
+            return report;
         }
-        if cache.is_empty() {
-            self.session.clear();
+        let extends = self.state.rendered.starts_with(&state.rendered) && self.session.n_past() >= n_past;
+        let cells_after_vote = self.state.cells_after_vote;
+        self.state = state;
+        if extends && self.session.truncate(n_past).is_ok() {
+            self.state.cells_after_vote = cells_after_vote;
         } else {
-            self.session.load(&cache)?;
+            self.forget_cache();
         }
-        self.state = saved.state;
-        Ok(())
+        report
+    }
+
+    /// Takes everything from a place on out of the cache, or else all of it; false: all of it.
+    fn go_back(&mut self, place: Option<Place>) -> bool {
+        if let Some(place) = place
+            && self.session.truncate(place.pos).is_ok()
+        {
+            self.state.rendered.truncate(place.text);
+            return true;
+        }
+        if !self.state.rendered.is_empty() {
+            note("what is to be replaced was compressed since, or is no longer whole: the conversation is read again");
+        }
+        self.forget_cache();
+        false
     }
 
     /// Brings the cache up to date with the messages, and votes where it is time to.
@@ -149,22 +215,29 @@ impl Conversation {
             // some templates rewrite what was said before
             self.forget_cache();
         }
-        let rest = &text[self.state.rendered.len()..];
-        let tokens = if self.state.rendered.is_empty() {
+        let start = self.place();
+        let rest = &text[start.text..];
+        let tokens = if start.text == 0 {
             tokenize_start(self.session.model(), rest)?
         } else {
             tokenize_more(self.session.model(), rest)?
         };
-        let prefill = steps.prefill(&mut self.session, &tokens)?;
+        let prefill = steps.prefill_long(&mut self.session, &tokens)?;
         self.state.rendered = text;
-        self.state.prompt_end = tokens.last().map(|&token| PromptEnd { pos: self.session.n_past() - 1, token });
         let vote = self.vote_is_due().then(|| steps.compress(&mut self.session)).transpose()?;
         if let Some(vote) = &vote
             && !self.session.policy().leaves_alone(vote.cells_before)
         {
             self.state.cells_after_vote = Some(vote.cells_after);
         }
+        self.state.turn = Some(Turn { start, answer: self.place() });
         Ok((prefill, vote))
+    }
+
+    /// This place, to which the session can come back.
+    fn place(&mut self) -> Place {
+        self.session.mark();
+        Place { pos: self.session.n_past(), text: self.state.rendered.len() }
     }
 
     fn vote_is_due(&self) -> bool {
@@ -177,14 +250,6 @@ impl Conversation {
         policy.policy != Kind::Full && (grown || over_cap || nearly_full)
     }
 
-    /// Takes the last answer out of the cache.
-    fn rewind(&mut self, end: PromptEnd, steps: &Steps) -> Result<PrefillReport> {
-        self.state.rendered = self.template.render(&self.state.messages, true)?;
-        // the last token of the prompt is read again for its logits
-        self.session.truncate(end.pos)?;
-        steps.prefill(&mut self.session, &[end.token])
-    }
-
     fn answer(
         &mut self,
         prefill: PrefillReport,
@@ -192,7 +257,9 @@ impl Conversation {
         steps: &Steps,
         show: impl FnMut(&str) -> io::Result<()>,
     ) -> Result<TurnReport> {
-        let answer = steps.answer(&mut self.session, &mut self.sampler, self.predict, show)?;
+        let mut sampler = self.sampler();
+        self.state.drawn += 1;
+        let answer = steps.answer(&mut self.session, &mut sampler, self.predict, show)?;
         self.state.rendered.push_str(&answer.0);
         self.state.messages.push(Message::new(Role::Assistant, &answer.0));
         let report = TurnReport::new(&self.session, prefill, vote, answer);
@@ -200,26 +267,21 @@ impl Conversation {
         Ok(report)
     }
 
+    /// A sampler for the next answer. What it draws depends on the seed, on how many answers there were, and on the newest
+    /// tokens, so that a conversation that was saved goes on as one that never was.
+    fn sampler(&self) -> Sampler {
+        let seed = self.sampling.seed.wrapping_add(self.state.drawn);
+        let mut sampler = Sampler::new(self.session.model(), &SamplerParams { seed, ..self.sampling.clone() });
+        for &token in self.session.sequence().tokens() {
+            sampler.accept(token);
+        }
+        sampler
+    }
+
     fn forget_cache(&mut self) {
         self.session.clear();
         self.state.rendered.clear();
-        self.state.prompt_end = None;
+        self.state.turn = None;
         self.state.cells_after_vote = None;
-    }
-
-    fn checkpoint(&self) -> (State, Pos) {
-        (self.state.clone(), self.session.n_past())
-    }
-
-    /// Back to a checkpoint. What the cache can no longer give back is read again with the next message.
-    fn roll_back(&mut self, (state, n_past): (State, Pos)) {
-        let extends = self.state.rendered.starts_with(&state.rendered) && self.session.n_past() >= n_past;
-        let cells_after_vote = self.state.cells_after_vote;
-        self.state = state;
-        if extends && self.session.truncate(n_past).is_ok() {
-            self.state.cells_after_vote = cells_after_vote;
-        } else {
-            self.forget_cache();
-        }
     }
 }

@@ -3,7 +3,6 @@
 mod args;
 mod bench;
 mod chat;
-mod chat_file;
 mod conversation;
 mod eval;
 mod input;

@@ -61,22 +61,10 @@ impl Steps {
         Ok(session)
     }
 
-    pub fn prefill(&self, session: &mut Session, tokens: &[Token]) -> Result<PrefillReport> {
-        self.reading(tokens.len(), |progress| session.prefill(tokens, progress))
-    }
-
-    /// The same for a prompt that may have more tokens than the cache has cells.
+    /// Reads a prompt, which may have more tokens than the cache has cells.
     pub fn prefill_long(&self, session: &mut Session, tokens: &[Token]) -> Result<PrefillReport> {
-        self.reading(tokens.len(), |progress| session.prefill_long(tokens, progress))
-    }
-
-    fn reading(
-        &self,
-        tokens: usize,
-        read: impl FnOnce(&mut dyn FnMut(usize, usize) -> ControlFlow<()>) -> Result<PrefillReport, SessionError>,
-    ) -> Result<PrefillReport> {
-        let bar = self.bar(tokens as u64, "reading {bar:30} {human_pos}/{human_len} tokens in {elapsed}");
-        let report = read(&mut |done, _| {
+        let bar = self.bar(tokens.len() as u64, "reading {bar:30} {human_pos}/{human_len} tokens in {elapsed}");
+        let report = session.prefill_long(tokens, |done, _| {
             bar.set_position(done as u64);
             ControlFlow::Continue(())
         });

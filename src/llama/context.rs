@@ -1,5 +1,7 @@
 use std::ffi::c_void;
+use std::io::{self, Read, Write};
 use std::ops::{Deref, DerefMut};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -122,6 +124,26 @@ impl Default for ContextParams {
     }
 }
 
+/// Why llama.cpp refuses a state; its log would say which.
+const UNFIT: &str = ": another model, other cache types or flash attention, or too few cells";
+
+/// What a C function reads from or writes to, and how that went.
+struct Stream<T> {
+    inner: T,
+    result: io::Result<()>,
+}
+
+impl<T> Stream<T> {
+    /// False once something has failed.
+    fn run(&mut self, step: impl FnOnce(&mut T) -> io::Result<()>) -> bool {
+        // a panic must not meet the C++ that called
+        let inner = &mut self.inner;
+        let outcome = catch_unwind(AssertUnwindSafe(|| step(inner)));
+        self.result = outcome.unwrap_or_else(|_| Err(io::Error::other("panic")));
+        self.result.is_ok()
+    }
+}
+
 /// A living context: a model, a KV cache, and the logits of the last decoded batch. Its own, or one that an app lends.
 pub struct Context {
     ptr: NonNull<sys::llama_context>,
@@ -137,8 +159,32 @@ struct Abort {
     cancel: Arc<AtomicBool>,
     /// The rest of the graph in work is not needed: see [`Context::end_graph`].
     end_graph: AtomicBool,
+    /// Tests count who asks, and have one of them find the flag set.
+    #[cfg(test)]
+    asked: Asked,
     /// The abort callback of the app that lends the context, and its data.
     of_app: Option<(unsafe extern "C" fn(*mut c_void) -> bool, *mut c_void)>,
+}
+
+#[cfg(test)]
+#[derive(Default)]
+struct Asked {
+    times: std::sync::atomic::AtomicUsize,
+    /// The flag is set when it was asked for so often; 0: never.
+    cancel_at: std::sync::atomic::AtomicUsize,
+}
+
+impl Abort {
+    fn is_cancelled(&self) -> bool {
+        #[cfg(test)]
+        {
+            let times = self.asked.times.fetch_add(1, Ordering::Relaxed) + 1;
+            if times == self.asked.cancel_at.load(Ordering::Relaxed) {
+                self.cancel.store(true, Ordering::Relaxed);
+            }
+        }
+        self.cancel.load(Ordering::Relaxed)
+    }
 }
 
 // SAFETY: a context may move between threads; it is used by one at a time (&mut).
@@ -197,7 +243,15 @@ impl Context {
 
     /// Whether the caller wants out.
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.abort.cancel.load(Ordering::Relaxed)
+        self.abort.is_cancelled()
+    }
+
+    /// From now on the flag is set when it is asked for the `n`-th time; 0: never. Answers how often it was since the last call.
+    #[cfg(test)]
+    pub(crate) fn cancel_at(&self, n: usize) -> usize {
+        self.abort.cancel.store(false, Ordering::Relaxed);
+        self.abort.asked.cancel_at.store(n, Ordering::Relaxed);
+        self.abort.asked.times.swap(0, Ordering::Relaxed)
     }
 
     pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
@@ -353,15 +407,97 @@ impl Context {
         (pos >= 0).then_some(pos)
     }
 
+    /// The state of one sequence, for [`Self::load_sequence`].
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub(crate) fn copy_sequence(&mut self, seq: SeqId) -> Result<Vec<u8>, LlamaError> {
+        let mut data = Vec::new();
+        data.try_reserve_exact(self.sequence_size(seq)).map_err(|_| LlamaError::Memory)?;
+        data.resize(data.capacity(), 0);
+        // SAFETY: the buffer's true size is passed.
+        let n = unsafe { sys::llama_state_seq_get_data(self.as_ptr(), data.as_mut_ptr(), data.len(), seq) };
+        data.truncate(n);
+        Ok(data)
+    }
+
+    /// Of the state of one sequence the part in a window cache.
+    pub(crate) fn save_window(&mut self, seq: SeqId) -> Vec<u8> {
+        const FLAGS: sys::llama_state_seq_flags = sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+        // SAFETY: the buffer has the size llama.cpp asked for.
+        unsafe {
+            let mut data = vec![0u8; sys::llama_state_seq_get_size_ext(self.as_ptr(), seq, FLAGS)];
+            let n = sys::llama_state_seq_get_data_ext(self.as_ptr(), data.as_mut_ptr(), data.len(), seq, FLAGS);
+            data.truncate(n);
+            data
+        }
+    }
+
+    /// Brings that part back; the other cache stays as it is.
+    pub(crate) fn load_window(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
+        const FLAGS: sys::llama_state_seq_flags = sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+        // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
+        let n = unsafe { sys::llama_state_seq_set_data_ext(self.as_ptr(), data.as_ptr(), data.len(), seq, FLAGS) };
+        if n == 0 { Err(LlamaError::State(UNFIT)) } else { Ok(()) }
+    }
+
+    /// Bytes of the state of one sequence.
+    pub(crate) fn sequence_size(&self, seq: SeqId) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::llama_state_seq_get_size(self.as_ptr(), seq) }
+    }
+
     /// The state of one sequence as llama.cpp serialises it.
     pub fn save_sequence(&mut self, seq: SeqId) -> Vec<u8> {
         // SAFETY: the buffer has the size llama.cpp asked for.
         unsafe {
-            let mut data = vec![0u8; sys::llama_state_seq_get_size(self.as_ptr(), seq)];
+            let mut data = vec![0u8; self.sequence_size(seq)];
             let n = sys::llama_state_seq_get_data(self.as_ptr(), data.as_mut_ptr(), data.len(), seq);
             data.truncate(n);
             data
         }
+    }
+
+    /// The state of one sequence, piece by piece: see [`Self::read_sequence`]. No buffer holds all of it.
+    ///
+    /// # Errors
+    /// Those of `out`, and when memory runs out.
+    pub(crate) fn write_sequence(&mut self, seq: SeqId, out: &mut dyn Write) -> io::Result<()> {
+        unsafe extern "C" fn write(data: *const c_void, size: usize, stream: *mut c_void) -> bool {
+            // SAFETY: the stream below, which nobody else uses meanwhile; as many bytes as it says.
+            let (stream, data) = unsafe {
+                (&mut *stream.cast::<Stream<&mut dyn Write>>(), std::slice::from_raw_parts(data.cast::<u8>(), size))
+            };
+            stream.run(|out| out.write_all(data))
+        }
+        let mut stream = Stream { inner: out, result: Ok(()) };
+        // SAFETY: valid context; the stream outlives the call.
+        let failed = unsafe { sys::gvote_shim_state_write(self.as_ptr(), seq, Some(write), (&raw mut stream).cast()) };
+        stream.result?;
+        if failed.is_null() { Ok(()) } else { Err(io::ErrorKind::OutOfMemory.into()) }
+    }
+
+    /// Replaces a sequence by what [`Self::write_sequence`] wrote. After an error the sequence is empty.
+    ///
+    /// # Errors
+    /// [`LlamaError::State`] when llama.cpp refuses it, or when the bytes end too early.
+    pub(crate) fn read_sequence(&mut self, seq: SeqId, from: &mut dyn Read) -> Result<(), LlamaError> {
+        unsafe extern "C" fn read(data: *mut c_void, size: usize, stream: *mut c_void) -> bool {
+            // SAFETY: the stream below, which nobody else uses meanwhile; room for as many bytes as it says, which may be
+            // uninitialised, but are written and not read.
+            unsafe {
+                let stream = &mut *stream.cast::<Stream<&mut dyn Read>>();
+                data.cast::<u8>().write_bytes(0, size);
+                stream.run(|from| from.read_exact(std::slice::from_raw_parts_mut(data.cast(), size)))
+            }
+        }
+        let mut stream = Stream { inner: from, result: Ok(()) };
+        // SAFETY: valid context; the stream outlives the call.
+        let failed = unsafe { sys::gvote_shim_state_read(self.as_ptr(), seq, Some(read), (&raw mut stream).cast()) };
+        if stream.result.is_err() {
+            return Err(LlamaError::State(": it is cut off"));
+        }
+        if failed.is_null() { Ok(()) } else { Err(LlamaError::State(UNFIT)) }
     }
 
     /// Replaces a sequence by a saved one.
@@ -372,7 +508,7 @@ impl Context {
         // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
         let n = unsafe { sys::llama_state_seq_set_data(self.as_ptr(), data.as_ptr(), data.len(), seq) };
         if n == 0 {
-            return Err(LlamaError::State(": another model, other cache types, or too few cells"));
+            return Err(LlamaError::State(UNFIT));
         }
         Ok(())
     }
@@ -440,5 +576,5 @@ unsafe extern "C" fn should_abort(flags: *mut c_void) -> bool {
         // SAFETY: the app's own callback with the app's own data, as it would be called without us.
         flags.of_app.is_some_and(|(callback, data)| unsafe { callback(data) })
     };
-    flags.cancel.load(Ordering::Relaxed) || flags.end_graph.load(Ordering::Relaxed) || app_wants_out()
+    flags.is_cancelled() || flags.end_graph.load(Ordering::Relaxed) || app_wants_out()
 }

@@ -7,6 +7,7 @@ mod batch;
 mod context;
 mod device;
 mod error;
+mod fingerprint;
 pub mod log;
 mod memory;
 mod model;

@@ -19,6 +19,16 @@ impl Session {
     /// [`SessionError`]; the cache is then as before.
     pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
         self.check_unmasked()?;
+        // newest tokens that were not observed yet may be read once more
+        let captured = self.captured();
+        let report = self.compress_now();
+        if report.is_err() {
+            self.set_back(captured);
+        }
+        report
+    }
+
+    fn compress_now(&mut self) -> Result<CompressReport, SessionError> {
         let Some(mut vote) = self.vote() else {
             let bytes_per_cell = self.bytes_per_cell().unwrap_or(0);
             return Ok(CompressReport::untouched(Kind::Full, self.cells_used(), bytes_per_cell));

@@ -1,65 +1,139 @@
-//! A session as bytes: llama.cpp's state of the sequence, and what gvote knows beside it.
+//! A session as bytes: what gvote knows, and behind it llama.cpp's state of the sequence.
 
+use std::io::{self, Read, Write};
+
+use super::marks::{Mark, SAVED_MARKS};
 use super::{SEQ, Session, SessionError};
 use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache;
-use crate::llama::Pos;
+use crate::llama::{Pos, Token};
 use crate::vote::{Saved, Sequence};
 
+const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
+const OTHER_MODEL: SessionError = SessionError::Saved("it was made with another model, --window or --policy");
+const OTHER_POLICY: SessionError = SessionError::Saved("either it was made with --policy full, or this session was");
+
+/// What was read of a saved session before the cells are touched.
+struct Head {
+    /// Under the policy `full` there is no more to know than the tokens.
+    saved: Option<Saved>,
+    tokens: Vec<Token>,
+    logits: Vec<f32>,
+    marks: Vec<Mark>,
+}
+
 impl Session {
-    /// The whole session as bytes: llama.cpp's state of the sequence, and what gvote knows beside it.
+    /// The whole session as bytes, in memory; [`Session::save_to`] writes a file.
     pub fn save(&mut self) -> Vec<u8> {
-        let known = match &self.voter {
-            Some(voter) => self.sequence.save(&voter.capture, &cache::cells(&self.ctx, SEQ)),
-            None => Vec::new(),
-        };
-        let state = self.ctx.save_sequence(SEQ);
-        let mut out = Vec::with_capacity(state.len() + known.len() + 4 * self.logits.len() + 64);
-        out.extend_from_slice(&self.n_past().to_le_bytes());
-        put_numbers(&mut out, self.logits.iter().map(|x| x.to_le_bytes()));
-        put_part(&mut out, &known);
-        put_part(&mut out, &state);
+        let mut out = Vec::with_capacity(self.ctx.sequence_size(SEQ));
+        self.write(&mut out).expect("a vector takes all that memory holds");
         out
     }
 
-    /// Replaces this session by a saved one.
+    /// Writes the whole session. Of the cells there is never a copy in memory.
+    pub(super) fn write(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        let head = self.head();
+        out.write_all(&(head.len() as u64).to_le_bytes())?;
+        out.write_all(&head)?;
+        self.ctx.write_sequence(SEQ, out)
+    }
+
+    fn head(&self) -> Vec<u8> {
+        let put_logits = |out: &mut Vec<u8>, logits: &[f32]| put_numbers(out, logits.iter().map(|x| x.to_le_bytes()));
+        let mut out = vec![u8::from(self.voter.is_some())];
+        put_logits(&mut out, &self.logits);
+        match &self.voter {
+            Some(voter) => put_part(&mut out, &self.sequence.save(&voter.capture, &cache::cells(&self.ctx, SEQ))),
+            None => put_numbers(&mut out, self.sequence.tokens.iter().map(|token| token.to_le_bytes())),
+        }
+        for mark in &self.marks[self.marks.len().saturating_sub(SAVED_MARKS)..] {
+            out.extend_from_slice(&mark.pos.to_le_bytes());
+            put_logits(&mut out, &mark.logits);
+            if let (Some(voter), Some(captured)) = (&self.voter, &mark.captured) {
+                put_part(&mut out, &voter.capture.encode(captured));
+            }
+        }
+        out
+    }
+
+    /// Replaces this session by one that [`Session::save`] wrote.
     ///
     /// # Errors
     /// [`SessionError::Saved`] or [`LlamaError::State`](crate::llama::LlamaError::State) when the bytes are cut off or belong
     /// to another model, other cache types or a larger context; the session is then as before.
     pub fn load(&mut self, data: &[u8]) -> Result<(), SessionError> {
-        const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
-        let mut rest = Reader(data);
-        let n_past = Pos::from_le_bytes(rest.take().ok_or(CUT_OFF)?);
-        let logits: Vec<f32> = rest.numbers().ok_or(CUT_OFF)?.map(f32::from_le_bytes).collect();
-        let known = rest.part().ok_or(CUT_OFF)?;
-        let state = rest.part().ok_or(CUT_OFF)?;
-        if !rest.is_empty() || (logits.len() != self.model().n_vocab() && !logits.is_empty()) {
-            return Err(SessionError::Saved("it was made with another model"));
+        self.read(&mut &*data)
+    }
+
+    /// Replaces this session by what [`Session::write`] wrote, all of `from`. For the case that it does not fit, the cells that
+    /// are in use now are copied first.
+    pub(super) fn read(&mut self, from: &mut dyn Read) -> Result<(), SessionError> {
+        let mut len = [0; size_of::<u64>()];
+        from.read_exact(&mut len).map_err(|_| CUT_OFF)?;
+        let len = u64::from_le_bytes(len);
+        let mut head = Vec::new();
+        // grows with what is really there
+        from.take(len).read_to_end(&mut head).map_err(|_| CUT_OFF)?;
+        if head.len() as u64 != len {
+            return Err(CUT_OFF);
         }
-        let saved = match &self.voter {
-            Some(voter) => Some(Saved::read(known, &voter.layout, &voter.capture)?),
-            None => None,
-        };
-        let before = self.ctx.save_sequence(SEQ);
-        if let Err(error) = self.load_cells(state, saved.as_ref()) {
+        let Head { saved, tokens, logits, marks } = self.read_head(&head)?;
+        let before = (self.n_past() > 0).then(|| self.ctx.copy_sequence(SEQ)).transpose()?;
+        if let Err(error) = self.read_cells(from, saved.as_ref()) {
             self.ctx.remove(SEQ, -1, -1);
-            if self.n_past() > 0 {
+            if let Some(before) = before {
                 self.ctx.load_sequence(SEQ, &before)?;
             }
             return Err(error);
         }
-        self.sequence = match (&mut self.voter, saved) {
-            (Some(voter), Some(saved)) => saved.restore(SEQ, &mut voter.capture),
-            _ => Sequence::at(SEQ, n_past),
-        };
+        self.sequence = Sequence::new(SEQ);
+        match (&mut self.voter, saved) {
+            (Some(voter), Some(saved)) => self.sequence = saved.restore(SEQ, &mut voter.capture),
+            _ => self.sequence.extend(&tokens),
+        }
         self.mask = None;
         self.logits = logits;
+        self.marks = marks;
         Ok(())
     }
 
-    fn load_cells(&mut self, state: &[u8], saved: Option<&Saved>) -> Result<(), SessionError> {
-        self.ctx.load_sequence(SEQ, state)?;
+    fn read_head(&self, head: &[u8]) -> Result<Head, SessionError> {
+        let n_vocab = self.model().n_vocab();
+        let floats = |rest: &mut Reader| -> Result<Vec<f32>, SessionError> {
+            let floats: Vec<f32> = rest.numbers().ok_or(CUT_OFF)?.map(f32::from_le_bytes).collect();
+            if floats.is_empty() || floats.len() == n_vocab { Ok(floats) } else { Err(OTHER_MODEL) }
+        };
+        let mut rest = Reader(head);
+        if rest.take() != Some([u8::from(self.voter.is_some())]) {
+            return Err(OTHER_POLICY);
+        }
+        let logits = floats(&mut rest)?;
+        let (mut saved, mut tokens) = (None, Vec::new());
+        match &self.voter {
+            Some(voter) => saved = Some(Saved::read(rest.part().ok_or(CUT_OFF)?, &voter.layout, &voter.capture)?),
+            None => tokens = rest.numbers().ok_or(CUT_OFF)?.map(Token::from_le_bytes).collect(),
+        }
+        let mut marks = Vec::new();
+        while !rest.is_empty() {
+            let pos = Pos::from_le_bytes(rest.take().ok_or(CUT_OFF)?);
+            let logits = floats(&mut rest)?;
+            let captured = match &self.voter {
+                Some(voter) => {
+                    let captured = voter.capture.read(rest.part().ok_or(CUT_OFF)?).ok_or(OTHER_MODEL)?;
+                    Some(captured.into())
+                }
+                None => None,
+            };
+            marks.push(Mark { pos, logits, captured });
+        }
+        Ok(Head { saved, tokens, logits, marks })
+    }
+
+    fn read_cells(&mut self, from: &mut dyn Read, saved: Option<&Saved>) -> Result<(), SessionError> {
+        self.ctx.read_sequence(SEQ, from)?;
+        if !matches!(from.read(&mut [0]), Ok(0)) {
+            return Err(SessionError::Saved("it is longer than it should be"));
+        }
         let Some(saved) = saved else { return Ok(()) };
         let cells = cache::cells(&self.ctx, SEQ);
         if cells.len() > self.n_ctx {

@@ -2,19 +2,26 @@
 //! - `replay`: what a second reading measures equals float64;
 //! - `failure`: whatever is cancelled or finds no room leaves no trace;
 //! - `long`: more tokens than cells;
+//! - `walk`: whatever is done in whatever order, the cache holds what it must;
+//! - `cut`: what is cut off leaves no trace, or is refused;
+//! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
 //! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
 
 mod blind;
+mod cut;
+mod disk;
 mod failure;
 mod long;
 mod replay;
+mod walk;
 
 use std::ops::ControlFlow;
 
 use super::*;
-use crate::llama::FlashAttention;
+use crate::llama::{FlashAttention, SamplerParams};
 use crate::policy::Params;
 use crate::tests::fixture::{self, Setup};
+use crate::tests::tiny::{self, N_VOCAB};
 
 fn session(setup: Setup, n_ctx: usize, n_ubatch: u32, policy: Params) -> Session {
     let flash_attn = if setup.flash { FlashAttention::On } else { FlashAttention::Off };
@@ -40,4 +47,43 @@ fn after(n: usize, setup: Setup, n_ctx: usize, n_ubatch: u32, policy: Params) ->
     let mut session = session(setup, n_ctx, n_ubatch, policy);
     read(&mut session, &fixture::tokens(&fixture::model(), n));
     session
+}
+
+/// Cells of a session with a tiny model.
+const N_CTX: usize = 320;
+
+/// A session with a tiny random model, which takes no time.
+fn open(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> Session {
+    let flash_attn = if setup.flash { FlashAttention::On } else { FlashAttention::Off };
+    let context = ContextParams {
+        n_ctx: n_ctx as u32,
+        n_ubatch: 64,
+        n_threads: 1,
+        n_threads_batch: 1,
+        flash_attn,
+        type_k: setup.k,
+        type_v: setup.v,
+        ..ContextParams::default()
+    };
+    Session::new(&tiny::model(arch), &SessionParams { context, policy, account_error: false }).unwrap()
+}
+
+/// The cap is what every vote of a long chat comes down to; without a trial it is fast.
+fn quick() -> Params {
+    Params { target_kl: None, lost_mass: 0.1, max_cells: Some(200), ..Params::default() }
+}
+
+fn words(n: usize, kind: usize) -> Vec<Token> {
+    (0..n).map(|i| ((7 * i + (3 + kind) * i * i / 5 + 11 * kind) % N_VOCAB) as Token).collect()
+}
+
+fn answer(session: &mut Session, n: i32) -> Vec<Token> {
+    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
+    let mut tokens = Vec::new();
+    let each = |token| {
+        tokens.push(token);
+        ControlFlow::Continue(())
+    };
+    session.generate(&mut sampler, n, each).unwrap();
+    tokens
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -80,6 +81,20 @@ pub const SPECS: [Spec; 7] = [
     },
     Spec { arch: "gemma2", rope: Rope::Neox, softcap: true, scaled: true, ..LLAMA },
 ];
+
+/// A random model of an architecture, made once. There is no file behind it any more.
+pub fn model(arch: &str) -> Model {
+    static MODELS: Mutex<Vec<(String, Model)>> = Mutex::new(Vec::new());
+    let mut models = MODELS.lock().unwrap();
+    if let Some((_, model)) = models.iter().find(|(name, _)| name == arch) {
+        return model.clone();
+    }
+    let spec = SPECS.into_iter().find(|spec| spec.arch == arch).expect("a known architecture");
+    let dir = tempfile::tempdir().expect("a temporary folder can be made");
+    let model = Tiny::new(dir.path(), spec).model;
+    models.push((arch.into(), model.clone()));
+    model
+}
 
 /// A model and the weights it was made of, by tensor name; matrices are `[n_out][n_in]`.
 pub struct Tiny {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::replay::Replayed;
 use super::trial::Trial;
 use super::{CompressReport, Stage, Vote, VoteError, Voter, uniform_shape};
-use crate::cache::{Cell, Layout, Parked};
+use crate::cache::{self, Cell, Layout, Parked};
 use crate::capture::{Capture, Queries};
 use crate::compact;
 use crate::llama::{Batch, Pos, SeqId, Token};
@@ -113,6 +113,7 @@ impl Vote<'_> {
         report.compact_time = clock.elapsed();
         let n_heads = self.voter.layout.n_head_kv().sum();
         self.sequence.compacted(cells, selection, n_heads, self.voter.policy.recent);
+        self.sequence.bound(&cache::cells(self.ctx, self.sequence.id));
         Ok(())
     }
 

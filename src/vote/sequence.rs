@@ -38,11 +38,6 @@ impl Sequence {
         Self { id, ..Self::default() }
     }
 
-    /// A sequence of `n_past` tokens of which nothing else is known.
-    pub(crate) fn at(id: SeqId, n_past: Pos) -> Self {
-        Self { id, n_past, ..Self::default() }
-    }
-
     /// Its id in the context.
     pub fn id(&self) -> SeqId {
         self.id
@@ -53,7 +48,13 @@ impl Sequence {
         self.n_past
     }
 
-    /// From this position on every cell holds one token, the same in all heads: up to here it may be truncated.
+    /// The tokens so far, by position; -1 where embeddings came in.
+    pub fn tokens(&self) -> &[Token] {
+        &self.tokens
+    }
+
+    /// From this position on every cell holds one token, the same in all heads: up to here it may be truncated. Or the next
+    /// position, where nothing is left of the one before this.
     pub fn exact_from(&self) -> Pos {
         self.exact_from
     }
@@ -83,6 +84,15 @@ impl Sequence {
         if selection.kept != Kept::All {
             self.held = self.held.after(cells, selection, n_heads);
             self.exact_from = self.exact_from.max(self.n_past - recent as Pos);
+        }
+    }
+
+    /// After a compaction to `cells`: where it is cut, the position before must be there, because llama.cpp wants the next one
+    /// to follow upon the last.
+    pub(super) fn bound(&mut self, cells: &[Cell]) {
+        let before = self.exact_from - 1;
+        if before >= 0 && cells.binary_search_by_key(&before, |cell| cell.pos).is_err() {
+            self.exact_from += 1;
         }
     }
 

@@ -2,26 +2,13 @@
 
 use std::ffi::CStr;
 use std::ptr;
-use std::sync::OnceLock;
 
 use crate::capi::handle::gvote_t;
 use crate::capi::*;
 use crate::llama::{Batch, Model, Pos, SeqId, Token};
 use crate::sys;
-use crate::tests::tiny::{N_VOCAB, SPECS, Tiny};
-
-/// A tiny random model, made once.
-pub fn tiny(arch: &str) -> Model {
-    static MODELS: OnceLock<Vec<Tiny>> = OnceLock::new();
-    let models = MODELS.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap();
-        ["llama", "gemma2"]
-            .map(|arch| SPECS.into_iter().find(|spec| spec.arch == arch).unwrap())
-            .map(|spec| Tiny::new(dir.path(), spec))
-            .into()
-    });
-    models.iter().find(|tiny| tiny.spec.arch == arch).unwrap().model.clone()
-}
+use crate::tests::tiny::N_VOCAB;
+pub use crate::tests::tiny::model as tiny;
 
 /// Some tokens of a tiny model, others for every `kind`.
 pub fn words(n: usize, kind: i32) -> Vec<Token> {

@@ -140,3 +140,34 @@ fn a_compressed_sequence_can_be_copied_and_goes_on_twice() {
     let apart = app.logits(0).1.iter().zip(app.logits(1).1).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(apart < 1e-3, "{apart}");
 }
+
+#[test]
+fn a_window_that_has_moved_on_is_not_cut_into() {
+    let app = App::with(&tiny("gemma2"), &ONE, |params| params.swa_full = false);
+    let handle = Handle::with(&app, &capped());
+    for first in (0..600).step_by(100) {
+        app.decode(&[(0, first, &words(100, first))]);
+    }
+    let mut exact_from = 0;
+    // SAFETY: both live.
+    unsafe {
+        assert_eq!(gvote_seq_exact_from(handle.0, app.ctx, 0, &raw mut exact_from), GVOTE_OK);
+        assert!(exact_from > 300 && exact_from < 600, "{exact_from}");
+        assert_eq!(gvote_seq_truncate(handle.0, app.ctx, 0, exact_from - 1), GVOTE_ERROR_COMPRESSED);
+        assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 600));
+        assert_eq!(gvote_seq_truncate(handle.0, app.ctx, 0, exact_from), GVOTE_OK);
+    }
+    assert_eq!(handle.cells(&app, 0), (GVOTE_OK, exact_from as u32));
+    // what follows sees what it would have seen
+    let straight = App::with(&tiny("gemma2"), &ONE, |params| params.swa_full = false);
+    for first in (0..exact_from).step_by(100) {
+        let n = 100.min(exact_from - first) as usize;
+        straight.decode(&[(0, first, &words(100, first)[..n])]);
+    }
+    let [got, expected] = [&app, &straight].map(|app| {
+        app.decode(&[(0, exact_from, &words(20, 9))]);
+        app.logits(19).1
+    });
+    let apart = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 0.02, "{apart}");
+}

@@ -5,7 +5,7 @@ use std::thread;
 
 use super::*;
 use crate::policy::{Decision, HeadScores, Policy, Ranking};
-use crate::tests::fixture::F16;
+use crate::tests::fixture::{F16, Q8_0};
 use crate::vote::uniform_shape;
 
 const N: usize = 160;
@@ -99,6 +99,95 @@ fn a_cancelled_replay_leaves_no_trace() {
     let mut session = after(N, F16, 448, 64, replaying());
     cancel_at_many_moments(&mut session, replay);
     assert!(vote(&mut session) == undisturbed, "a later vote is not changed by it");
+}
+
+/// Cancels `work` whenever llama.cpp or a vote asks whether to go on, or at so many of those moments that it takes no long time.
+fn cancel_whenever_it_can_be(
+    session: &mut Session,
+    name: &str,
+    work: impl Fn(&mut Session) -> Result<(), SessionError>,
+) {
+    const MOMENTS: usize = 100;
+    let before = session.save();
+    session.ctx.cancel_at(0);
+    work(session).unwrap();
+    let after = session.save();
+    assert!(after != before, "{name} does something");
+    let times = session.ctx.cancel_at(0);
+    assert!(times > 10, "{name} can be cancelled {times} times");
+    session.load(&before).unwrap();
+    for at in (1..=times).step_by(times.div_ceil(MOMENTS)) {
+        session.ctx.cancel_at(at);
+        let error = work(session).expect_err(name);
+        assert!(matches!(error, SessionError::Llama(LlamaError::Cancelled)), "{name}: {error}");
+        session.ctx.cancel_at(0);
+        assert!(session.save() == before, "{name}, cancelled at {at} of {times}");
+    }
+    work(session).unwrap();
+    assert!(session.save() == after, "{name} is not changed by having been cancelled");
+}
+
+#[test]
+fn a_vote_cancelled_at_any_moment_leaves_no_trace() {
+    let trial = Params { target_kl: Some(1e-4), draft: 8, window: 16, recent: 16, ..Params::default() };
+    for (name, policy) in [
+        ("a vote without a trial", Params { target_kl: None, ..trial.clone() }),
+        ("a vote with a trial", trial.clone()),
+        ("the paper's vote", Params { policy: Kind::GvotePaper, ..trial.clone() }),
+    ] {
+        for setup in [F16, Q8_0] {
+            let mut session = open("llama", setup, N_CTX, policy.clone());
+            read(&mut session, &words(200, 1));
+            // what was answered is observed first
+            answer(&mut session, 20);
+            let compress = |session: &mut Session| session.compress().map(|_| ());
+            cancel_whenever_it_can_be(&mut session, &format!("{name}, {setup:?}"), compress);
+        }
+    }
+}
+
+#[test]
+fn a_prefill_or_a_step_cancelled_at_any_moment_leaves_no_trace() {
+    let mut session = open("llama", F16, N_CTX, quick());
+    read(&mut session, &words(100, 1));
+    cancel_whenever_it_can_be(&mut session, "a prefill", |session| {
+        session.prefill(&words(150, 2), |_, _| ControlFlow::Continue(())).map(|_| ())
+    });
+    cancel_whenever_it_can_be(&mut session, "a step", |session| session.decode(5));
+}
+
+/// Where an answer needs room: either no cell was freed, or they all were.
+#[test]
+fn an_answer_cancelled_while_room_is_made_is_whole() {
+    let mut session = open("llama", F16, N_CTX, quick());
+    read(&mut session, &words(N_CTX - 20, 1));
+    assert_eq!(answer(&mut session, 20).len(), 20);
+    assert_eq!(session.room(), 0);
+    let before = session.save();
+    session.ctx.cancel_at(0);
+    assert_eq!(generate(&mut session, 1), Stop::Limit);
+    let times = session.ctx.cancel_at(0);
+    let after = session.save();
+    let mut freed = 0;
+    for at in 1..=times {
+        session.load(&before).unwrap();
+        session.ctx.cancel_at(at);
+        assert_eq!(generate(&mut session, 1), Stop::Cancelled, "at {at} of {times}");
+        session.ctx.cancel_at(0);
+        if session.room() == 0 {
+            assert!(session.save() == before, "cancelled at {at} of {times}");
+        } else {
+            freed += 1;
+        }
+        assert_eq!(generate(&mut session, 1), Stop::Limit);
+        assert!(session.save() == after, "cancelled at {at} of {times}");
+    }
+    assert!(freed > 0 && freed < times, "{freed} of {times}");
+}
+
+fn generate(session: &mut Session, n: i32) -> Stop {
+    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
+    session.generate(&mut sampler, n, |_| ControlFlow::Continue(())).unwrap().stop
 }
 
 #[test]

@@ -1,0 +1,398 @@
+//! Random walks of an app with three sequences, in one stream and in three: a vote, a plan or a cut on one of them leaves the
+//! others as they are, byte by byte; cells that two share are refused; and what is known of a sequence is what it holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::app::*;
+use crate::cache::{self, Layout};
+use crate::capi::*;
+use crate::llama::{Context, Pos, SeqId, Token};
+use crate::sys;
+use crate::tests::fixture::row;
+
+const N_SEQ: usize = 3;
+/// Of a sequence; three of them and what a vote needs fit into the cache.
+const MOST: usize = 180;
+const N_CTX: u32 = 768;
+const SINKS: u32 = 4;
+const RECENT: u32 = 16;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Decode(usize, usize),
+    /// One more token for all that have some, in one batch.
+    Together,
+    Compress(usize),
+    Plan(usize),
+    /// To a place, in thousandths of what there is; by gvote, or behind its back.
+    Truncate(usize, usize),
+    Remove(usize, usize),
+    /// By gvote, to the first place where it can be.
+    TruncateMost(usize),
+    /// `llama_memory_seq_cp()` into another, emptied sequence.
+    Copy(usize, usize),
+    Clear(usize),
+    /// Both states, into the emptied sequence.
+    SaveAndLoad(usize),
+    /// The same, but gvote is not told.
+    Reload(usize),
+}
+use Step::*;
+
+fn step() -> impl Strategy<Value = Step> {
+    let seq = || 0..N_SEQ;
+    let share = || 0..1000usize;
+    prop_oneof![
+        6 => (seq(), 1..110usize).prop_map(|(seq, n)| Decode(seq, n)),
+        2 => Just(Together),
+        6 => seq().prop_map(Compress),
+        1 => seq().prop_map(Plan),
+        3 => (seq(), share()).prop_map(|(seq, to)| Truncate(seq, to)),
+        2 => (seq(), share()).prop_map(|(seq, to)| Remove(seq, to)),
+        1 => seq().prop_map(TruncateMost),
+        2 => (seq(), 1..N_SEQ).prop_map(|(seq, by)| Copy(seq, (seq + by) % N_SEQ)),
+        1 => seq().prop_map(Clear),
+        2 => seq().prop_map(SaveAndLoad),
+        1 => seq().prop_map(Reload),
+    ]
+}
+
+/// The simple model of a sequence.
+#[derive(Clone, Default)]
+struct Expected {
+    n_past: Pos,
+    /// A name of its own for every cell, by label; shared cells have the same in two sequences.
+    cells: BTreeMap<Pos, usize>,
+    /// gvote has heard all of it.
+    known: bool,
+    /// Its newest token was not cut off since: that is the one that asks.
+    asks: bool,
+    exact_from: Pos,
+    /// By head.
+    held: Vec<BTreeSet<Pos>>,
+    /// Keys by head and position.
+    keys: BTreeMap<(usize, Pos), Vec<f32>>,
+}
+
+struct Walk {
+    app: App,
+    handle: Handle,
+    unified: bool,
+    expected: Vec<Expected>,
+    /// Names of cells, and kinds of words.
+    drawn: usize,
+}
+
+impl Walk {
+    fn new(unified: bool, flash: bool, evict: gvote_evict) -> Self {
+        let app = App::new(&tiny("llama"), &Shape { n_ctx: N_CTX, n_seq_max: N_SEQ as u32, unified, flash });
+        let params = gvote_params {
+            target_kl: 0.0,
+            max_cells: 60,
+            sinks: SINKS,
+            recent: RECENT,
+            window: RECENT,
+            samples: 8,
+            draft: 8,
+            evict,
+            ..defaults()
+        };
+        let handle = Handle::with(&app, &params);
+        Self { app, handle, unified, expected: vec![Expected { known: true, ..Expected::default() }; N_SEQ], drawn: 0 }
+    }
+
+    fn draw(&mut self, n: usize) -> Vec<Token> {
+        self.drawn += 1;
+        words(n, self.drawn as i32)
+    }
+
+    /// New cells at the next positions.
+    fn grow(&mut self, seq: usize, n: usize) {
+        let expected = &mut self.expected[seq];
+        for _ in 0..n {
+            self.drawn += 1;
+            expected.cells.insert(expected.n_past, self.drawn);
+            expected.n_past += 1;
+            expected.asks = true;
+        }
+    }
+
+    fn is_shared(&self, seq: usize) -> bool {
+        let others = self.expected.iter().enumerate().filter(|(other, _)| *other != seq);
+        let names: BTreeSet<_> = others.flat_map(|(_, other)| other.cells.values()).collect();
+        self.expected[seq].cells.values().any(|name| names.contains(name))
+    }
+
+    /// Does something to one sequence that leaves the others as they are, and itself too where it fails.
+    fn alone(&mut self, seq: usize, work: impl FnOnce(&mut Self) -> gvote_status) -> gvote_status {
+        let states = |walk: &Self| (0..N_SEQ).map(|seq| walk.app.state(seq as SeqId)).collect::<Vec<_>>();
+        let before = states(self);
+        let status = work(self);
+        for (other, (now, before)) in states(self).iter().zip(&before).enumerate() {
+            assert!(now == before || (other == seq && status == GVOTE_OK), "sequence {other} was changed");
+        }
+        status
+    }
+
+    fn cut(&mut self, seq: usize, pos: Pos) {
+        let expected = &mut self.expected[seq];
+        expected.asks &= pos >= expected.n_past;
+        expected.cells.retain(|&label, _| label < pos);
+        expected.n_past = expected.n_past.min(pos);
+        expected.held.iter_mut().for_each(|held| held.retain(|&at| at < pos));
+        expected.keys.retain(|&(_, at), _| at < pos);
+        if pos == 0 {
+            *expected = Expected { known: true, ..Expected::default() };
+        }
+    }
+
+    fn place(&self, seq: usize, share: usize) -> Pos {
+        (share * self.expected[seq].n_past as usize / 1000) as Pos
+    }
+
+    fn clear(&mut self, seq: usize) {
+        self.app.remove(seq as SeqId, -1, -1);
+        self.cut(seq, 0);
+        // gvote notices when it looks
+        assert_eq!(self.handle.cells(&self.app, seq as SeqId).0, GVOTE_ERROR_NOT_SEEN);
+    }
+
+    fn take(&mut self, step: &Step) {
+        match *step {
+            Decode(seq, n) => {
+                let n = n.min(MOST.saturating_sub(self.expected[seq].cells.len()));
+                if n > 0 {
+                    let tokens = self.draw(n);
+                    self.app.decode(&[(seq as SeqId, self.expected[seq].n_past, &tokens)]);
+                    self.grow(seq, n);
+                }
+            }
+            Together => {
+                let fits = |expected: &Expected| expected.n_past > 0 && expected.cells.len() < MOST;
+                let seqs: Vec<usize> = (0..N_SEQ).filter(|&seq| fits(&self.expected[seq])).collect();
+                let token = self.draw(1);
+                let parts: Vec<_> =
+                    seqs.iter().map(|&seq| (seq as SeqId, self.expected[seq].n_past, &token[..])).collect();
+                if !parts.is_empty() {
+                    self.app.decode(&parts);
+                    seqs.into_iter().for_each(|seq| self.grow(seq, 1));
+                }
+            }
+            Compress(seq) => {
+                let (is_shared, before) = (self.is_shared(seq), self.expected[seq].clone());
+                let mut after = 0;
+                let status = self.alone(seq, |walk| {
+                    let (status, report) = walk.handle.compress(&walk.app, seq as SeqId);
+                    after = report.cells_after as usize;
+                    status
+                });
+                if before.n_past == 0 {
+                    assert_eq!(status, GVOTE_ERROR_NOT_SEEN);
+                } else if !before.known {
+                    let refusals = [GVOTE_ERROR_NOT_SEEN, GVOTE_ERROR_CHANGED];
+                    assert!(refusals.contains(&status), "{status}: {}", self.handle.error());
+                } else if !before.asks {
+                    assert!([GVOTE_OK, GVOTE_ERROR_NOT_SEEN, GVOTE_ERROR_SHARED].contains(&status), "{status}");
+                    if status == GVOTE_OK && after < before.cells.len() {
+                        self.relabel(seq);
+                    }
+                } else if is_shared && after < before.cells.len() && status != GVOTE_OK {
+                    assert_eq!(status, GVOTE_ERROR_SHARED, "{}", self.handle.error());
+                } else {
+                    assert_eq!(status, GVOTE_OK, "{}", self.handle.error());
+                    if after < before.cells.len() {
+                        assert!(!is_shared, "cells of another sequence were rewritten");
+                        self.relabel(seq);
+                    }
+                }
+            }
+            Plan(seq) => {
+                let mut plan = GVOTE_OK;
+                self.alone(seq, |walk| {
+                    plan = walk.handle.plan(&walk.app, seq as SeqId).0;
+                    // not even itself
+                    GVOTE_ERROR_CHANGED
+                });
+                let Expected { known, asks, n_past, .. } = self.expected[seq];
+                assert!(
+                    (plan == GVOTE_OK) == (known && n_past > 0) || (!asks && plan == GVOTE_ERROR_NOT_SEEN),
+                    "{plan}"
+                );
+            }
+            Truncate(seq, _) | TruncateMost(seq) => {
+                let before = self.expected[seq].clone();
+                let pos = if let Truncate(_, to) = *step { self.place(seq, to) } else { before.exact_from };
+                let status = self.alone(seq, |walk| {
+                    // SAFETY: both live.
+                    unsafe { gvote_seq_truncate(walk.handle.0, walk.app.ctx, seq as SeqId, pos) }
+                });
+                let fits = pos == 0 || (before.known && pos >= before.exact_from);
+                assert_eq!(status == GVOTE_OK, fits, "{status} at {pos} of {}", before.n_past);
+                if status == GVOTE_OK {
+                    self.cut(seq, pos);
+                }
+            }
+            Remove(seq, to) => {
+                let pos = self.place(seq, to);
+                self.app.remove(seq as SeqId, pos, -1);
+                let inside = pos < self.expected[seq].exact_from;
+                self.cut(seq, pos);
+                let expected = &mut self.expected[seq];
+                expected.known &= !inside;
+                if !expected.known && pos > 0 {
+                    // the app goes on behind what is left
+                    expected.n_past = expected.cells.last_key_value().map_or(0, |(label, _)| label + 1);
+                    if expected.cells.is_empty() {
+                        self.clear(seq);
+                    }
+                }
+            }
+            Copy(from, to) => {
+                self.clear(to);
+                if self.expected[from].n_past == 0 {
+                    return;
+                }
+                // SAFETY: valid memory.
+                unsafe { sys::llama_memory_seq_cp(self.app.memory(), from as SeqId, to as SeqId, -1, -1) };
+                let mut copy = Expected {
+                    known: false,
+                    exact_from: 0,
+                    held: Vec::new(),
+                    keys: BTreeMap::new(),
+                    ..self.expected[from].clone()
+                };
+                if !self.unified {
+                    // another stream has cells of its own
+                    copy.cells.values_mut().for_each(|name| {
+                        self.drawn += 1;
+                        *name = self.drawn;
+                    });
+                    // SAFETY: valid context; the copy is put off until then.
+                    unsafe { sys::gvote_shim_update(self.app.ctx) };
+                }
+                self.expected[to] = copy;
+            }
+            Clear(seq) => self.clear(seq),
+            SaveAndLoad(seq) | Reload(seq) => {
+                let before = self.expected[seq].clone();
+                if before.n_past == 0 || !before.known || self.is_shared(seq) {
+                    return;
+                }
+                let (state, known) = (self.app.state(seq as SeqId), self.handle.save(&self.app, seq as SeqId));
+                self.app.remove(seq as SeqId, -1, -1);
+                self.app.load(seq as SeqId, &state);
+                if let Reload(_) = step {
+                    // of a sequence that was loaded before nobody knew the tokens anyway: it is the same again
+                    if self.handle.cells(&self.app, seq as SeqId).0 != GVOTE_OK {
+                        let unknown = Expected { held: Vec::new(), keys: BTreeMap::new(), ..before };
+                        self.expected[seq] = Expected { known: false, exact_from: 0, ..unknown };
+                    }
+                    return;
+                }
+                assert_eq!(self.handle.load(&self.app, seq as SeqId, &known), GVOTE_OK, "{}", self.handle.error());
+                assert!(self.app.state(seq as SeqId) == state);
+                assert!(self.handle.save(&self.app, seq as SeqId) == known);
+            }
+        }
+    }
+
+    /// After a compaction: other cells, of which only the newest hold what they say.
+    fn relabel(&mut self, seq: usize) {
+        let cells = self.cells(seq);
+        let expected = &mut self.expected[seq];
+        expected.exact_from = expected.exact_from.max(expected.n_past - RECENT as Pos);
+        if expected.exact_from > 0 && !cells.iter().any(|cell| cell.pos == expected.exact_from - 1) {
+            expected.exact_from += 1;
+        }
+        expected.cells.clear();
+        for cell in cells {
+            self.drawn += 1;
+            expected.cells.insert(cell.pos, self.drawn);
+        }
+    }
+
+    fn context(&self) -> Context {
+        // SAFETY: a valid context, used here alone.
+        unsafe { Context::lent(std::ptr::NonNull::new(self.app.ctx).unwrap(), Default::default()) }
+    }
+
+    fn cells(&self, seq: usize) -> Vec<cache::Cell> {
+        cache::cells(&self.context(), seq as SeqId)
+    }
+
+    fn check(&mut self) {
+        for seq in 0..N_SEQ {
+            let cells = self.cells(seq);
+            let labels: Vec<Pos> = self.expected[seq].cells.keys().copied().collect();
+            assert!(cells.iter().map(|cell| cell.pos).eq(labels), "sequence {seq} has other cells");
+            if self.unified {
+                let is_shared = self.is_shared(seq);
+                assert_eq!(cells.iter().any(|cell| cell.shared), is_shared, "sequence {seq}");
+            }
+            if self.expected[seq].known && !cells.is_empty() {
+                self.check_known(seq, &cells);
+            }
+        }
+    }
+
+    fn check_known(&mut self, seq: usize, cells: &[cache::Cell]) {
+        assert_eq!(
+            self.handle.cells(&self.app, seq as SeqId),
+            (GVOTE_OK, cells.len() as u32),
+            "{}",
+            self.handle.error()
+        );
+        let ctx = self.context();
+        let layout = Layout::of(&ctx, seq as SeqId).unwrap();
+        let heads: Vec<_> = layout.n_head_kv().enumerate().flat_map(|(il, n)| (0..n).map(move |kv| (il, kv))).collect();
+        let positions: Vec<_> = heads
+            .iter()
+            .map(|&(il, kv)| self.handle.positions(&self.app, seq as SeqId, il as i32, kv as u32))
+            .collect();
+        let Expected { n_past, exact_from, held, keys, .. } = &mut self.expected[seq];
+        held.resize(heads.len(), BTreeSet::new());
+        for (head, (positions, held)) in positions.iter().zip(held).enumerate() {
+            assert!(positions.windows(2).all(|pair| pair[0] < pair[1]), "{positions:?}");
+            let now: BTreeSet<Pos> = positions.iter().copied().collect();
+            assert!((*exact_from..*n_past).all(|pos| now.contains(&pos)));
+            for (&pos, cell) in positions.iter().zip(cells) {
+                assert!(pos <= cell.pos);
+                if !self.unified {
+                    // the fixture reads the first stream alone
+                    continue;
+                }
+                let (il, kv) = heads[head];
+                let key = row(&layout, il, false, kv, cell);
+                match keys.get(&(head, pos)) {
+                    Some(expected) => {
+                        assert!(held.contains(&pos), "{pos} was dropped and is back");
+                        assert!(*expected == key, "sequence {seq}, head {head}: this is not what came in at {pos}");
+                    }
+                    None => drop(keys.insert((head, pos), key)),
+                }
+            }
+            *held = now;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 4, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_sequence_meets_the_cells_of_another(
+        unified in any::<bool>(),
+        flash in any::<bool>(),
+        evict in prop::sample::select(vec![GVOTE_EVICT_COMPOSITE, GVOTE_EVICT_CELLS]),
+        steps in vec(step(), 1..30),
+    ) {
+        let mut walk = Walk::new(unified, flash, evict);
+        for step in &steps {
+            walk.take(step);
+            walk.check();
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! A session on disk.
+//!
+//! | bytes | content |
+//! | --- | --- |
+//! | 8 | magic |
+//! | 4 | version |
+//! | 8 + n | length and text of what it was made with, JSON |
+//! | 8 + n | length and bytes of the caller's note |
+//! | 8 + n | length and bytes of what gvote knows |
+//! | ... | llama.cpp's state of the sequence |
+//! | 32 | BLAKE3 of all before |
+//!
+//! Numbers are little-endian. Cells are written and read piece by piece. A file is read twice: nothing of it is used before
+//! its last byte was seen.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{SEQ, Session, SessionError};
+use crate::bytes::put_part;
+use crate::cache::Layout;
+use crate::policy::Kind;
+
+const MAGIC: [u8; 8] = *b"gvotesn\0";
+const VERSION: u32 = 1;
+const LLAMA: &str = concat!("llama.cpp ", env!("GVOTE_LLAMA_VERSION"), ", ggml ", env!("GVOTE_GGML_VERSION"));
+/// Longest text about what a file was made with.
+const MADE_MAX: u64 = 1 << 16;
+
+/// Why a session was not saved, or not loaded. A running session is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("it is not a session saved by gvote")]
+    Foreign,
+    #[error(
+        "it has version {found} of the format, and this gvote reads version {VERSION}: load it with the gvote that saved it"
+    )]
+    Version { found: u32 },
+    #[error("the file is damaged or cut off: it cannot be used, start a new one")]
+    Damaged,
+    #[error("it was saved with {found}, and this gvote has {LLAMA}: load it with the gvote that saved it")]
+    Llama { found: String },
+    #[error("it was saved with another model ({found}): start with that one (-m)")]
+    Model { found: String },
+    #[error("it was saved with {flag} {found}, and this session has {flag} {here}: start with {flag} {found}")]
+    Setting { flag: &'static str, found: String, here: String },
+    #[error("it holds {found} cells and there are {here}: start with -c {found} or more")]
+    Cells { found: usize, here: usize },
+    #[error("its note makes no sense: {0}")]
+    Note(String),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+/// What a session was made with; whatever it is loaded into must agree.
+#[derive(Serialize, Deserialize)]
+struct Made {
+    llama: String,
+    /// For people.
+    model: String,
+    fingerprint: String,
+    type_k: String,
+    type_v: String,
+    /// Absent where the layout of the cache is not known.
+    flash_attn: Option<bool>,
+    /// Whether it keeps what votes need.
+    votes: bool,
+    policy: Kind,
+    window: usize,
+    sinks: usize,
+    cells: usize,
+}
+
+impl Session {
+    /// Saves the session, with a note of the caller's own, to a file that is there whole or not at all: one that it replaces
+    /// stays until then. Readable by its owner alone, unless the file that it replaces says otherwise.
+    ///
+    /// Takes no memory worth mentioning beside what there is.
+    ///
+    /// # Errors
+    /// [`FileError::Io`]; [`FileError::Session`] for a session behind a mask ([`policy::Params::exact`](crate::policy::Params)).
+    pub fn save_to(&mut self, path: &Path, note: &[u8]) -> Result<(), FileError> {
+        self.check_unmasked()?;
+        if path.file_name().is_none() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "that is no file name").into());
+        }
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // the error of a folder that is not there would name the temporary file
+        fs::metadata(folder)?;
+        let mut file = tempfile::Builder::new().prefix(".gvote-").suffix(".tmp").tempfile_in(folder)?;
+        self.write_file(file.as_file_mut(), note)?;
+        if let Ok(replaced) = fs::metadata(path) {
+            file.as_file().set_permissions(replaced.permissions())?;
+        }
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        sync_folder(folder)?;
+        Ok(())
+    }
+
+    fn write_file(&mut self, file: &mut File, note: &[u8]) -> Result<(), FileError> {
+        let mut head = MAGIC.to_vec();
+        head.extend_from_slice(&VERSION.to_le_bytes());
+        put_part(&mut head, &serde_json::to_vec(&self.made()).map_err(io::Error::from)?);
+        put_part(&mut head, note);
+        let mut out = Hashing { inner: BufWriter::new(file), hash: blake3::Hasher::new() };
+        out.write_all(&head)?;
+        self.write(&mut out)?;
+        let checksum = out.hash.finalize();
+        out.inner.write_all(checksum.as_bytes())?;
+        Ok(out.inner.flush()?)
+    }
+
+    /// Replaces this session by a saved one, and answers with what `read_note` makes of the note.
+    ///
+    /// Takes as much memory as the cells take that are in use now, until it is known that the file fits.
+    ///
+    /// # Errors
+    /// [`FileError`], with what to do; the session is then as before.
+    pub fn load_from<T>(
+        &mut self,
+        path: &Path,
+        read_note: impl FnOnce(&[u8]) -> Result<T, String>,
+    ) -> Result<T, FileError> {
+        let mut file = File::open(path)?;
+        let len = checked_len(&mut file)?;
+        let mut from = BufReader::new(file).take(len);
+        // the checksum has vouched for what follows
+        let _ = numbers::<{ MAGIC.len() + size_of::<u32>() }>(&mut from)?;
+        let made = part(&mut from, MADE_MAX)?;
+        let made: Made = serde_json::from_slice(&made).map_err(|_| FileError::Damaged)?;
+        self.check_made(&made)?;
+        let note = read_note(&part(&mut from, len)?).map_err(FileError::Note)?;
+        self.read(&mut from)?;
+        Ok(note)
+    }
+
+    fn made(&self) -> Made {
+        let [type_k, type_v] = self.types.map(|cache_type| cache_type.name().to_owned());
+        Made {
+            llama: LLAMA.into(),
+            model: self.model().description(),
+            fingerprint: self.model().fingerprint(),
+            type_k,
+            type_v,
+            flash_attn: Layout::of(&self.ctx, SEQ).ok().map(|layout| !layout.info.v_trans),
+            votes: self.voter.is_some(),
+            policy: self.policy.policy,
+            window: self.policy.window,
+            sinks: self.policy.sinks,
+            cells: self.cells_used(),
+        }
+    }
+
+    fn check_made(&self, found: &Made) -> Result<(), FileError> {
+        let here = self.made();
+        if found.llama != here.llama {
+            return Err(FileError::Llama { found: found.llama.clone() });
+        }
+        if found.fingerprint != here.fingerprint {
+            return Err(FileError::Model { found: found.model.clone() });
+        }
+        let on_off =
+            |flash_attn: Option<bool>| flash_attn.map_or("auto", |on| if on { "on" } else { "off" }).to_owned();
+        for (flag, found, here) in [
+            ("-ctk", found.type_k.clone(), here.type_k),
+            ("-ctv", found.type_v.clone(), here.type_v),
+            ("-fa", on_off(found.flash_attn), on_off(here.flash_attn)),
+        ] {
+            if found != here {
+                return Err(FileError::Setting { flag, found, here });
+            }
+        }
+        if found.votes != here.votes {
+            let [found, here] = [found.policy, here.policy].map(|kind| kind.to_string());
+            return Err(FileError::Setting { flag: "--policy", found, here });
+        }
+        for (flag, found, here) in [("--window", found.window, here.window), ("--sinks", found.sinks, here.sinks)] {
+            if found != here {
+                let [found, here] = [found, here].map(|n| n.to_string());
+                return Err(FileError::Setting { flag, found, here });
+            }
+        }
+        if found.cells > self.n_ctx {
+            return Err(FileError::Cells { found: found.cells, here: self.n_ctx });
+        }
+        Ok(())
+    }
+}
+
+/// Bytes before the checksum, if that is right. The file is at its beginning again.
+fn checked_len(file: &mut File) -> Result<u64, FileError> {
+    let len = file.metadata()?.len().saturating_sub(blake3::OUT_LEN as u64);
+    let mut from = BufReader::new(&mut *file);
+    let magic: [u8; MAGIC.len()] = match numbers(&mut from) {
+        Err(FileError::Damaged) => return Err(FileError::Foreign),
+        magic => magic?,
+    };
+    if magic != MAGIC {
+        return Err(FileError::Foreign);
+    }
+    let version: [u8; size_of::<u32>()] = numbers(&mut from)?;
+    let found = u32::from_le_bytes(version);
+    if found != VERSION {
+        return Err(FileError::Version { found });
+    }
+    let rest = len.checked_sub((MAGIC.len() + version.len()) as u64).ok_or(FileError::Damaged)?;
+    let mut hash = blake3::Hasher::new();
+    hash.update(&magic).update(&version);
+    hash.update_reader((&mut from).take(rest))?;
+    if numbers::<{ blake3::OUT_LEN }>(&mut from)? != *hash.finalize().as_bytes() {
+        return Err(FileError::Damaged);
+    }
+    file.seek(SeekFrom::Start(0))?;
+    Ok(len)
+}
+
+/// The next `N` bytes.
+fn numbers<const N: usize>(from: &mut impl Read) -> Result<[u8; N], FileError> {
+    let mut bytes = [0; N];
+    match from.read_exact(&mut bytes) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(FileError::Damaged),
+        read => Ok(read.map(|()| bytes)?),
+    }
+}
+
+/// A part that `put_part` wrote.
+fn part(from: &mut impl Read, most: u64) -> Result<Vec<u8>, FileError> {
+    let len = u64::from_le_bytes(numbers(from)?);
+    let mut part = Vec::new();
+    if len > most || from.take(len).read_to_end(&mut part)? as u64 != len {
+        return Err(FileError::Damaged);
+    }
+    Ok(part)
+}
+
+/// Passes bytes on, and adds them to the checksum.
+struct Hashing<W> {
+    inner: W,
+    hash: blake3::Hasher,
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(bytes)?;
+        self.hash.update(&bytes[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// A rename is lasting once the folder is on disk.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    match File::open(folder).and_then(|folder| folder.sync_all()) {
+        // not every file system can do it
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput || cfg!(not(unix)) => Ok(()),
+        synced => synced,
+    }
+}

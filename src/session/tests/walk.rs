@@ -1,0 +1,337 @@
+//! Random walks: whatever is done in whatever order, the cache holds what a simple model of it says, and a session that is
+//! saved and loaded on the way is the one that never was, byte by byte.
+
+use std::collections::{BTreeSet, HashMap};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::*;
+use crate::tests::fixture::{F16, F16_FLASH, Q8_0, row};
+
+/// Small, so that it is full again and again.
+const N_CTX: usize = 192;
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// Of so many tokens; more than there are cells, at times.
+    Prefill(usize),
+    Decode(usize),
+    Answer(i32),
+    Compress,
+    Mark,
+    /// To a place, in thousandths of what there is.
+    Truncate(usize),
+    /// To the first place where it can be.
+    TruncateMost,
+    /// To one of the marks.
+    Back(usize),
+    SaveAndLoad,
+    /// Save, go on, and load what was saved.
+    Return(usize),
+    /// A file that is cut off, in thousandths.
+    BadLoad(usize),
+    /// A prefill of so many tokens, and a vote, that are cancelled when the flag is asked for the n-th time.
+    CancelledPrefill(usize, usize),
+    CancelledCompress(usize),
+}
+use Step::*;
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (1..90usize).prop_map(Prefill),
+        1 => (150..260usize).prop_map(Prefill),
+        2 => (1..4usize).prop_map(Decode),
+        1 => (1..12i32).prop_map(Answer),
+        4 => Just(Compress),
+        1 => Just(Mark),
+        3 => (0..1000usize).prop_map(Truncate),
+        1 => Just(TruncateMost),
+        1 => (0..4usize).prop_map(Back),
+        2 => Just(SaveAndLoad),
+        1 => (1..40usize).prop_map(Return),
+        1 => (0..1000usize).prop_map(BadLoad),
+        1 => (1..80usize, 1..1500usize).prop_map(|(n, at)| CancelledPrefill(n, at)),
+        1 => (1..1500usize).prop_map(CancelledCompress),
+    ]
+}
+
+/// Ways to hold and to choose; without a trial most of the time, which takes longer than all the rest.
+fn ways() -> impl Strategy<Value = (&'static str, Setup, Params)> {
+    let small = Params { window: 16, recent: 16, samples: 8, max_cells: Some(60), ..quick() };
+    let setups = prop::sample::select(vec![F16, F16_FLASH, Q8_0]);
+    let policies = prop::sample::select(vec![
+        small.clone(),
+        Params { evict: policy::Evict::Cells, ..small.clone() },
+        Params { target_kl: Some(1e-4), draft: 8, max_cells: None, ..small.clone() },
+        Params { ratio: Some(0.6), max_cells: None, policy: Kind::SnapKv, ..small.clone() },
+        Params { policy: Kind::StreamingLlm, ..small },
+    ]);
+    let archs = prop::sample::select(vec!["llama", "llama", "gemma2"]);
+    (archs, setups, policies)
+}
+
+/// What a head holds: rows of K and V by layer, head and position, as they were when they came in.
+type Rows = HashMap<(usize, usize, Pos), [Vec<f32>; 2]>;
+
+/// The simple model.
+#[derive(Default)]
+struct Expected {
+    tokens: Vec<Token>,
+    rows: Rows,
+    /// By head: what it held after the last step.
+    held: Vec<BTreeSet<Pos>>,
+}
+
+struct Walk {
+    arch: &'static str,
+    setup: Setup,
+    policy: Params,
+    /// Saved and loaded on the way, and never.
+    saved: Session,
+    never: Session,
+    expected: Expected,
+    /// Tokens come from a counter, so that every one is another.
+    drawn: usize,
+}
+
+impl Walk {
+    fn new((arch, setup, policy): (&'static str, Setup, Params)) -> Self {
+        let [saved, never] = [(); 2].map(|()| {
+            let mut session = open(arch, setup, N_CTX, policy.clone());
+            // how the model scales its attention is learned once, and no trace of a sequence
+            read(&mut session, &[1]);
+            session.clear();
+            session
+        });
+        Self { arch, setup, policy, saved, never, expected: Expected::default(), drawn: 0 }
+    }
+
+    fn draw(&mut self, n: usize) -> Vec<Token> {
+        self.drawn += 1;
+        words(n, self.drawn)
+    }
+
+    /// Does the same with both, which must come to the same.
+    fn both<T: PartialEq + std::fmt::Debug>(&mut self, work: impl Fn(&mut Session) -> T) -> T {
+        let one = work(&mut self.saved);
+        assert_eq!(work(&mut self.never), one);
+        one
+    }
+
+    /// Something that fails, or is taken back: nothing has changed.
+    fn without_trace(&mut self, work: impl FnOnce(&mut Session)) {
+        let before = self.saved.save();
+        work(&mut self.saved);
+        assert!(self.saved.save() == before);
+        self.realign();
+    }
+
+    /// Both from the same bytes where that matters: a window's cells come to lie elsewhere, and sums add up in another order.
+    fn realign(&mut self) {
+        // marks of earlier turns are not saved
+        let more = self.never.marks.len().saturating_sub(self.saved.marks.len());
+        self.never.marks.drain(..more);
+        if has_window(self.arch) {
+            let bytes = self.saved.save();
+            [self.saved, self.never] = [(); 2].map(|()| self.opened(&bytes));
+        }
+    }
+
+    fn opened(&self, bytes: &[u8]) -> Session {
+        let mut session = open(self.arch, self.setup, N_CTX, self.policy.clone());
+        session.load(bytes).unwrap();
+        session
+    }
+
+    /// Does something that is cancelled when the flag is asked for the n-th time, or done before that.
+    fn cancelled(&mut self, at: usize, work: impl Fn(&mut Session) -> Result<(), SessionError>) -> bool {
+        let before = self.saved.save();
+        self.saved.ctx.cancel_at(at);
+        let done = work(&mut self.saved);
+        self.saved.ctx.cancel_at(0);
+        match done {
+            Ok(()) => {
+                work(&mut self.never).unwrap();
+                true
+            }
+            Err(SessionError::Llama(LlamaError::Cancelled)) => {
+                assert!(self.saved.save() == before, "cancelled at {at}");
+                self.realign();
+                false
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn take(&mut self, step: &Step) {
+        match *step {
+            Prefill(n) => {
+                let tokens = self.draw(n);
+                self.both(|session| session.prefill_long(&tokens, ON).unwrap().tokens);
+                self.expected.tokens.extend(&tokens);
+            }
+            Decode(n) => {
+                for token in self.draw(n.min(self.saved.room())) {
+                    self.both(|session| session.decode(token).unwrap());
+                    self.expected.tokens.push(token);
+                }
+            }
+            Answer(n) => {
+                if !self.saved.logits().is_empty() {
+                    let tokens = self.both(|session| answer(session, n));
+                    self.expected.tokens.extend(&tokens);
+                }
+            }
+            Compress => {
+                if self.can_vote() {
+                    self.both(|session| session.compress().unwrap().cells_after);
+                }
+            }
+            Mark => self.both(Session::mark),
+            Truncate(share) => {
+                let pos = (share * self.expected.tokens.len() / 1000) as Pos;
+                self.truncate(pos);
+            }
+            TruncateMost => {
+                let pos = self.saved.exact_from().max(self.never.exact_from());
+                assert!(self.truncate(pos));
+            }
+            Back(i) => {
+                let Some(mark) = self.saved.marks.iter().rev().nth(i) else { return };
+                let (pos, logits, elsewhere) = (mark.pos, mark.logits.clone(), mark.pos < self.saved.n_past());
+                if self.truncate(pos) && elsewhere {
+                    assert!(pos == 0 || self.saved.logits() == logits);
+                }
+            }
+            SaveAndLoad => {
+                let bytes = self.saved.save();
+                self.saved = self.opened(&bytes);
+                self.realign();
+            }
+            Return(n) => {
+                let tokens = self.draw(n);
+                self.without_trace(|session| {
+                    let bytes = session.save();
+                    session.prefill_long(&tokens, ON).unwrap();
+                    session.compress().unwrap();
+                    session.load(&bytes).unwrap();
+                });
+            }
+            BadLoad(share) => self.without_trace(|session| {
+                let mut bytes = session.save();
+                bytes.truncate(share * bytes.len() / 1000);
+                assert!(session.load(&bytes).is_err());
+            }),
+            CancelledPrefill(n, at) => {
+                let tokens = self.draw(n.min(self.saved.room()));
+                if !tokens.is_empty() && self.cancelled(at, |session| session.prefill(&tokens, ON).map(|_| ())) {
+                    self.expected.tokens.extend(&tokens);
+                }
+            }
+            CancelledCompress(at) => {
+                if self.can_vote() {
+                    self.cancelled(at, |session| session.compress().map(|_| ()));
+                }
+            }
+        }
+    }
+
+    /// Behind what a vote left there must be a token that asks.
+    fn can_vote(&self) -> bool {
+        self.saved.n_past() > self.saved.sequence().exact_from()
+    }
+
+    /// Exact or refused.
+    fn truncate(&mut self, pos: Pos) -> bool {
+        let fits = pos == 0 || pos >= self.saved.exact_from();
+        let done = self.both(|session| session.truncate(pos).is_ok());
+        assert_eq!(done, fits);
+        if done {
+            self.expected.tokens.truncate(pos as usize);
+            self.expected.rows.retain(|&(_, _, at), _| at < pos);
+            self.expected.held.iter_mut().for_each(|held| held.retain(|&at| at < pos));
+        }
+        done
+    }
+
+    /// Compares both sessions with each other and with the model.
+    fn check(&mut self) {
+        assert!(self.saved.save() == self.never.save(), "the saved session is another");
+        assert!(self.saved.logits() == self.never.logits());
+        let (session, Expected { tokens, rows, held }) = (&self.saved, &mut self.expected);
+        let n_past = tokens.len() as Pos;
+        assert_eq!((session.n_past(), session.sequence().tokens()), (n_past, &tokens[..]));
+        let cells = cache::cells(&session.ctx, SEQ);
+        assert!(cells.len() <= N_CTX);
+        assert_eq!(cells.last().map_or(0, |cell| cell.pos + 1), n_past);
+
+        let layout = Layout::of(&session.ctx, SEQ).unwrap();
+        let heads: Vec<_> =
+            layout.n_head_kv().enumerate().flat_map(|(layer, n)| (0..n).map(move |kv| (layer, kv))).collect();
+        held.resize(heads.len(), BTreeSet::new());
+        let mut highest = vec![-1; cells.len()];
+        for (head, (&(layer, kv), held)) in heads.iter().zip(held).enumerate() {
+            let positions = session.sequence().positions(&cells, head);
+            assert!(positions.windows(2).all(|pair| pair[0] < pair[1]), "{positions:?}");
+            let now: BTreeSet<Pos> = positions.iter().copied().collect();
+            for exact in session.sequence().exact_from()..n_past {
+                assert!(now.contains(&exact), "{exact} of {n_past} is gone");
+            }
+            for ((&pos, cell), highest) in positions.iter().zip(&cells).zip(&mut highest) {
+                let got = [false, true].map(|is_v| row(&layout, layer, is_v, kv, cell));
+                match rows.get(&(layer, kv, pos)) {
+                    Some(expected) => {
+                        assert!(held.contains(&pos), "{pos} was dropped and is back");
+                        assert!(*expected == got, "layer {layer}, head {kv}: this is not what came in at {pos}");
+                    }
+                    None => drop(rows.insert((layer, kv, pos), got)),
+                }
+                *highest = pos.max(*highest);
+            }
+            *held = now;
+        }
+        // what is cut off by the labels leaves nothing newer behind
+        assert!(
+            highest.iter().zip(&cells).all(|(&pos, cell)| pos <= cell.pos),
+            "a label is older than what its cell holds"
+        );
+    }
+
+    /// In the first layer a key depends on its token and position alone: these are those of a session that dropped nothing.
+    fn check_keys(&self) {
+        let tokens = &self.expected.tokens;
+        let mut full = open(self.arch, self.setup, tokens.len() + 1, Params::new(Kind::Full));
+        if !tokens.is_empty() {
+            read(&mut full, tokens);
+        }
+        let layout = Layout::of(&full.ctx, SEQ).unwrap();
+        let cells = cache::cells(&full.ctx, SEQ);
+        for (&(layer, kv, pos), [key, _]) in self.expected.rows.iter().filter(|((layer, ..), _)| *layer == 0) {
+            let expected = row(&layout, layer, false, kv, &cells[pos as usize]);
+            let apart = key.iter().zip(expected).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+            assert!(apart < 0.1, "head {kv} holds another key at {pos}: {apart}");
+        }
+    }
+}
+
+fn has_window(arch: &str) -> bool {
+    arch == "gemma2"
+}
+
+/// What is told of progress goes on.
+const ON: fn(usize, usize) -> ControlFlow<()> = |_, _| ControlFlow::Continue(());
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 4, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_cache_holds_what_a_simple_model_says(way in ways(), steps in vec(step(), 1..24)) {
+        let mut walk = Walk::new(way);
+        for step in &steps {
+            walk.take(step);
+            walk.check();
+        }
+        walk.check_keys();
+    }
+}
