@@ -104,7 +104,7 @@ impl Explanation {
         self.layers.len() * self.n_head_kv
     }
 
-    /// The `most` passages that were kept by most heads, the best first, apart from each other and from what always stays.
+    /// The `most` passages that were kept by most heads, the best first, at least one passage apart, and apart from what always stays.
     pub fn passages(&self, most: usize) -> Vec<Passage> {
         let end = self.kept_by.len().saturating_sub(self.policy.recent);
         let starts = self.policy.sinks..(end + 1).saturating_sub(PASSAGE);
@@ -121,7 +121,7 @@ impl Explanation {
             if best.len() == most {
                 break;
             }
-            if best.iter().all(|other| passage.end <= other.start || other.end <= passage.start) {
+            if best.iter().all(|other| passage.end + PASSAGE <= other.start || other.end + PASSAGE <= passage.start) {
                 best.push(passage);
             }
         }

@@ -20,7 +20,7 @@ pub fn render(template: &'static str, parts: &[(&'static str, &'static str)], co
 }
 
 /// 4312 -> 4,312
-fn count(n: usize) -> String {
+pub fn count(n: usize) -> String {
     let digits = n.to_string();
     let groups = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy);
     groups.collect::<Vec<_>>().join(",")

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use gvote::Session;
 use gvote::explain::{About, Explanation};
 use gvote::policy::{Kind, Params};
 use serde::Serialize;
@@ -90,7 +91,7 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     }
     if let Some(path) = args.page() {
         let about = About {
-            model: session.model().description(),
+            model: model_name(args, &session),
             command: env::args().collect(),
             lines: lines.into_iter().map(|(label, text)| (label.to_owned(), text)).collect(),
             prefill: time,
@@ -111,6 +112,12 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
         print_json(&Record { model, policy, prefill: &prefill, vote: &vote, explanation: &explanation })?;
     }
     Ok(())
+}
+
+/// Its file, and what it is.
+fn model_name(args: &ExplainArgs, session: &Session) -> String {
+    let file = args.model.model.file_name().unwrap_or_default();
+    format!("{}: {}", file.to_string_lossy(), session.model().description())
 }
 
 /// What `--json` prints.

@@ -131,7 +131,7 @@ fn by_layer(explanation: &Explanation) -> Vec<Panel> {
     let needs = format!(
         "A cell holds one row for every head, so all heads hold the same number, {}. The dots say how many each would need by \
          itself to give up no more than the mean{lost}: where they lie above the line, the head gives up more than the mean.",
-        report.cells_after
+        page::count(report.cells_after)
     );
     let given_up = "What each head really gives up with the cells it holds.".to_owned();
     let agreement = overlap(explanation).map_or_else(String::new, |(overlap, chance)| {
@@ -171,7 +171,7 @@ fn steps(explanation: &Explanation, prefill: Duration) -> Vec<Step> {
         ("compaction", report.compact_time),
     ];
     let all: f64 = steps.iter().map(|(_, time)| time.as_secs_f64()).sum();
-    let steps = steps.into_iter().filter(|(_, time)| !time.is_zero()).map(|(name, time)| Step {
+    let steps = steps.into_iter().filter(|(_, time)| time.as_millis() > 0).map(|(name, time)| Step {
         name,
         seconds: time.as_secs_f64(),
         percent: percent(time.as_secs_f64() / all),

@@ -26,10 +26,10 @@
   });
   const keeps = (head, p) => sums[head][p + 1] > sums[head][p];
 
-  // Attention is shown on a scale of ratios: from a tenth of an even share to what the fewest tokens get.
+  // Attention is shown on a scale of ratios: from a fifth of an even share to what one token in a thousand exceeds.
   const lane = (title, colour, values) => {
-    const low = 0.1 / n, high = values.reduce((a, b) => Math.max(a, b), 10 * low);
-    return { title, colour, part: (p) => Math.max(0, Math.log(values[p] / low) / Math.log(high / low)) };
+    const low = 0.2 / n, high = Math.max(10 * low, [...values].sort((a, b) => a - b)[Math.floor(0.999 * (n - 1))]);
+    return { title, colour, part: (p) => Math.max(0, Math.min(1, Math.log(values[p] / low) / Math.log(high / low))) };
   };
   const lanes = [{ title: "heads that kept it", colour: "--kept", part: (p) => by[p] / heads }];
   if (data.real.length) lanes.push(lane("real queries look at (log)", "--second", data.real));
