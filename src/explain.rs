@@ -12,11 +12,11 @@ use serde::Serialize;
 
 pub use self::bits::Bits;
 pub use self::html::About;
+use crate::Session;
 use crate::cache;
 use crate::llama::{Pos, Token};
 use crate::policy::{HeadOpinion, Params};
 use crate::vote::{CompressReport, Notes};
-use crate::Session;
 
 /// What a vote kept, and why.
 ///

@@ -123,8 +123,10 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 /// clap explains itself over several lines; here they become one.
 fn usage_error(error: &clap::Error) -> anyhow::Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Exit::Usage("name a command: gvote run, chat, explain, eval, bench, inspect, plan; see gvote --help".into())
-            .into();
+        return Exit::Usage(
+            "name a command: gvote run, chat, explain, eval, bench, inspect, plan; see gvote --help".into(),
+        )
+        .into();
     }
     let text = error.render().to_string();
     let mut line = String::new();

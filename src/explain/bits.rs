@@ -59,6 +59,9 @@ mod tests {
         let bits = Bits::new(10, [vec![0, 9], vec![], vec![8, 1]].into_iter());
         assert_eq!(bits.to_base64(), STANDARD.encode([0b1, 0b10, 0, 0, 0b10, 0b1]));
         assert_eq!(bits.n_rows(), 3);
-        assert_eq!((0..3).map(|row| bits.row(row).collect()).collect::<Vec<Vec<_>>>(), [vec![0, 9], vec![], vec![1, 8]]);
+        assert_eq!(
+            (0..3).map(|row| bits.row(row).collect()).collect::<Vec<Vec<_>>>(),
+            [vec![0, 9], vec![], vec![1, 8]]
+        );
     }
 }

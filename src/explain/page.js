@@ -147,7 +147,7 @@
   const percent = (values, p) => (100 * values[p]).toFixed(3) + " %";
   function tell(p, head) {
     const name = document.createElement("bdi");
-    name.textContent = "“" + tokens[p].textContent + "”";
+    name.textContent = "“" + tokens[p].textContent.replace("\n", "") + "”";
     let line = ` held by ${count(by[p])} of ${count(heads)} heads`;
     if (head >= 0) {
       const [layer, h] = [layers[Math.floor(head / heads_per_layer)], head % heads_per_layer];

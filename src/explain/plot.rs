@@ -13,7 +13,7 @@ const CHOSEN: RGBColor = COLOURS[0];
 const REFUSED: RGBColor = COLOURS[1];
 const RADIUS: i32 = 5;
 /// The smallest KL that the axis of a trial shows, as a share of the bar: what is below lies on the edge.
-const LEAST_KL: f64 = 0.02;
+const LEAST_KL: f64 = 0.1;
 /// Layers between two names on an axis, at least so many that the names do not touch.
 const MOST_NAMES: usize = 10;
 /// Who would have kept it: both, real, synthetic queries, neither.
@@ -102,9 +102,7 @@ pub fn needs(explanation: &Explanation, caption: String) -> Option<Panel> {
         Ok(())
     });
     let keys = vec![
-        key("what every head holds", |area| {
-            area.draw(&dashed([(0, 8), (24, 8)], DASH, CHOSEN.stroke_width(2)))
-        }),
+        key("what every head holds", |area| area.draw(&dashed([(0, 8), (24, 8)], DASH, CHOSEN.stroke_width(2)))),
         key("a head would need", |area| area.draw(&Circle::new((12, 8), 2, GREY.filled()))),
         key("mean of the layer", |area| area.draw(&PathElement::new(vec![(4, 8), (20, 8)], INK.stroke_width(2)))),
     ];
@@ -147,9 +145,9 @@ pub fn agreement(explanation: &Explanation, caption: String) -> Option<Panel> {
         let labels = Labels { x: "layer", y: "of what is kept, %", left: 64 };
         let chart = chart(area, layers(explanation), y, &labels)?;
         for (layer, heads) in all.chunks(explanation.n_head_kv).enumerate() {
-            let sum = heads.iter().fold([0; 4], |sum, a| {
-                [sum[0] + a.both, sum[1] + a.real, sum[2] + a.synthetic, sum[3] + a.neither]
-            });
+            let sum = heads
+                .iter()
+                .fold([0; 4], |sum, a| [sum[0] + a.both, sum[1] + a.real, sum[2] + a.synthetic, sum[3] + a.neither]);
             let whole = f64::from(sum.iter().sum::<u32>().max(1));
             let mut low = 0.0;
             for (count, (_, colour)) in sum.into_iter().zip(AGREEMENT) {
@@ -160,15 +158,15 @@ pub fn agreement(explanation: &Explanation, caption: String) -> Option<Panel> {
         }
         Ok(())
     });
-    let keys = AGREEMENT.map(|(name, colour)| {
-        key(name, |area| area.draw(&Rectangle::new([(4, 4), (20, 12)], colour.filled())))
-    });
+    let keys = AGREEMENT
+        .map(|(name, colour)| key(name, |area| area.draw(&Rectangle::new([(4, 4), (20, 12)], colour.filled()))));
     Some(Panel { title: "Real and synthetic queries", svg: drawing, keys: keys.into(), caption })
 }
 
 /// One place a layer, some of them named.
 fn layers(explanation: &Explanation) -> Axis {
-    let step = [1, 2, 5, 10, 20, 50].into_iter().find(|step| explanation.layers.len() <= step * MOST_NAMES).unwrap_or(100);
+    let step =
+        [1, 2, 5, 10, 20, 50].into_iter().find(|step| explanation.layers.len() <= step * MOST_NAMES).unwrap_or(100);
     let name = |(place, layer): (usize, &i32)| if place % step == 0 { layer.to_string() } else { String::new() };
     Axis::names(explanation.layers.iter().enumerate().map(name))
 }

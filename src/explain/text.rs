@@ -63,9 +63,10 @@ mod tests {
     #[test]
     fn what_is_invisible_or_turns_the_text_becomes_visible() {
         assert_eq!(of(&[b"\x1b[2J\0\x7f\r\n\tx"]), ["␛[2J␀␡␍\n\tx"]);
-        assert_eq!(of(&["a\u{202e}b\u{2066}\u{feff}\u{85}\u{2028}".as_bytes()]), [
-            "a\\u{202e}b\\u{2066}\\u{feff}\\u{85}\\u{2028}"
-        ]);
+        assert_eq!(
+            of(&["a\u{202e}b\u{2066}\u{feff}\u{85}\u{2028}".as_bytes()]),
+            ["a\\u{202e}b\\u{2066}\\u{feff}\\u{85}\\u{2028}"]
+        );
         assert_eq!(of(&["שלום مرحبا 👩\u{200d}🚀".as_bytes()]), ["שלום مرحبا 👩\u{200d}🚀"]);
     }
 }

@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::{WIDTH, Axis, Area, Drawn, INK, Key, LETTER, Labels, Look, Palette, Panel, chart, svg};
+use super::{Area, Axis, Drawn, INK, Key, LETTER, Labels, Look, Palette, Panel, WIDTH, chart, svg};
 use crate::eval::report::TaskTable;
 
 /// Pixels of a bar where there are few to a task and where there are more, of the gap between two tasks, and of all that is above and below the bars.

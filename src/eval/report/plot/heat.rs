@@ -3,7 +3,7 @@
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::{WIDTH, Axis, Chart, Drawn, FONT, Labels, Palette, Panel, chart, svg};
+use super::{Axis, Chart, Drawn, FONT, Labels, Palette, Panel, WIDTH, chart, svg};
 use crate::eval::report::{Needle, NeedleMap, TaskTable};
 
 /// Pixels of a row of the map, and of all that is above and below the rows.

@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::{WIDTH, Axis, Chart, DASH, Drawn, GREY, Key, Labels, Palette, Panel, chart, dashed, key, marker, svg};
+use super::{Axis, Chart, DASH, Drawn, GREY, Key, Labels, Palette, Panel, WIDTH, chart, dashed, key, marker, svg};
 use crate::eval::report::table::tokens;
 use crate::eval::report::{FULL, FidelityTable, TaskTable};
 use crate::policy::Kind;

@@ -2,7 +2,10 @@
 
 use plotters::prelude::*;
 
-use super::{WIDTH, Axis, Area, DASH, Drawn, GREY, INK, Key, Labels, Look, Palette, Panel, chart, dashed, hollow, key, marker, svg};
+use super::{
+    Area, Axis, DASH, Drawn, GREY, INK, Key, Labels, Look, Palette, Panel, WIDTH, chart, dashed, hollow, key, marker,
+    svg,
+};
 use crate::eval::report::table::target;
 use crate::eval::report::{AdaptivityTable, FULL};
 

@@ -1,0 +1,237 @@
+//! Draws the pictures of the README: an easy and a hard request about the same document, from real votes.
+//!
+//! ```text
+//! cargo run --release --example gallery -- MODEL.gguf DOCUMENT OUT_FOLDER EASY_QUESTION HARD_QUESTION
+//! ```
+
+use std::error::Error;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use gvote::explain::Explanation;
+use gvote::llama::{ChatTemplate, ContextParams, Message, Model, ModelParams, Role};
+use gvote::{Session, SessionParams};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// Pixels.
+const WIDTH: u32 = 900;
+const MARGIN: i32 = 16;
+const INK: RGBColor = RGBColor(0x1a, 0x1a, 0x1a);
+const DIM: RGBColor = RGBColor(0x5c, 0x5c, 0x5c);
+const GRID: RGBColor = RGBColor(0xdd, 0xdd, 0xdd);
+/// Easy and hard: two of Okabe and Ito's colours.
+const COLOURS: [RGBColor; 2] = [RGBColor(0x00, 0x72, 0xb2), RGBColor(0xd5, 0x5e, 0x00)];
+const NAMES: [&str; 2] = ["easy", "hard"];
+
+struct Request {
+    question: String,
+    vote: Explanation,
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, document, out, easy, hard] = &args[..] else {
+        return Err("usage: gallery MODEL.gguf DOCUMENT OUT_FOLDER EASY_QUESTION HARD_QUESTION".into());
+    };
+    let model = Model::load(Path::new(model), &ModelParams::default(), |_| true)?;
+    let document = fs::read_to_string(document)?;
+    let requests = [easy, hard].map(|question| explain(&model, &document, question));
+    let [easy, hard] = requests;
+    let requests = [easy?, hard?];
+    fs::create_dir_all(out)?;
+    for (name, draw) in [("trial", trial as fn(&Area, &[Request; 2]) -> _), ("layers", layers), ("text", text)] {
+        let path = Path::new(out).join(name).with_extension("svg");
+        let height = if name == "layers" { 560 } else { 400 };
+        {
+            let area = SVGBackend::new(&path, (WIDTH, height)).into_drawing_area();
+            area.fill(&WHITE)?;
+            draw(&area, &requests)?;
+            area.present()?;
+        }
+        println!("{}: {} bytes", path.display(), fs::metadata(&path)?.len());
+    }
+    Ok(())
+}
+
+/// Reads the document and the question, and lets the default policy vote.
+fn explain(model: &Model, document: &str, question: &str) -> Result<Request> {
+    let text = format!("{}\n\n{question}", document.trim_end());
+    let prompt = ChatTemplate::of(model).render(&[Message::new(Role::User, text)], true)?;
+    let tokens = model.tokenize(&prompt, true, true)?;
+    let context = ContextParams { n_ctx: tokens.len() as u32, ..Default::default() };
+    let mut session = Session::new(model, &SessionParams { context, ..Default::default() })?;
+    session.prefill(&tokens, |_, _| ControlFlow::Continue(()))?;
+    let vote = session.explain()?;
+    let report = &vote.report;
+    println!("{question}: {} -> {} cells, {:?}", report.cells_before, report.cells_after, report.tried);
+    Ok(Request { question: question.to_owned(), vote })
+}
+
+fn words(size: i32, colour: RGBColor) -> TextStyle<'static> {
+    // plotters counts the height of a line, not of its letters
+    ("sans-serif", size * 5 / 4).into_font().color(&colour)
+}
+
+/// Name, question and result of a request, at the top of its half.
+fn title(area: &Area, place: usize, request: &Request) -> Result<()> {
+    let report = &request.vote.report;
+    area.draw(&Text::new(
+        format!("{}: “{}”", NAMES[place], request.question),
+        (MARGIN, 14),
+        words(14, COLOURS[place]),
+    ))?;
+    area.draw(&Text::new(
+        format!("{} of {} cells kept ({:.0} %)", report.cells_after, report.cells_before, 100.0 * report.share()),
+        (MARGIN, 34),
+        words(13, DIM),
+    ))?;
+    Ok(())
+}
+
+/// What the trials measured: one bar, two requests, two numbers of cells.
+fn trial(area: &Area, requests: &[Request; 2]) -> Result<()> {
+    let halves = area.split_evenly((1, 2));
+    let bar = f64::from(requests[0].vote.bar.ok_or("the vote made no trial")?);
+    let tried = |request: &Request| -> Vec<(f64, f64)> {
+        let before = request.vote.report.cells_before as f64;
+        let all = request.vote.report.tried.iter().map(|&(cells, kl)| (100.0 * cells as f64 / before, f64::from(kl)));
+        all.collect()
+    };
+    let most = requests.iter().flat_map(tried).map(|(_, kl)| kl).fold(2.0 * bar, f64::max);
+    for (place, (half, request)) in halves.iter().zip(requests).enumerate() {
+        title(half, place, request)?;
+        let mut chart = ChartBuilder::on(half)
+            .margin(MARGIN)
+            .margin_top(64)
+            .x_label_area_size(44)
+            .y_label_area_size(60)
+            .build_cartesian_2d(0.0..100.0, (bar / 10.0..2.0 * most).log_scale())?;
+        chart
+            .configure_mesh()
+            .bold_line_style(GRID)
+            .light_line_style(TRANSPARENT)
+            .axis_style(INK)
+            .label_style(words(12, INK))
+            .x_desc("cells tried, %")
+            .y_desc("KL to the full cache, nats a token")
+            .y_labels(5)
+            .draw()?;
+        chart.draw_series(DashedLineSeries::new([(0.0, bar), (100.0, bar)], 6, 4, DIM.stroke_width(2)))?;
+        let chosen = 100.0 * request.vote.report.share();
+        chart.draw_series(AreaSeries::new(
+            [(0.0, 2.0 * most), (chosen, 2.0 * most)],
+            bar / 10.0,
+            COLOURS[place].mix(0.15),
+        ))?;
+        for (x, kl) in tried(request) {
+            let at = (x, kl.max(bar / 10.0));
+            let style = if kl <= bar { COLOURS[place].filled() } else { COLOURS[place].stroke_width(2) };
+            chart.plotting_area().draw(&Circle::new(at, 6, style))?;
+        }
+    }
+    Ok(())
+}
+
+/// Columns of the text, and the height of a full layer in rows.
+const COLUMNS: usize = 120;
+const OVERLAP: f64 = 1.6;
+
+/// One ridge a layer: the share of its heads that kept each part of the text.
+fn layers(area: &Area, requests: &[Request; 2]) -> Result<()> {
+    for (place, (half, request)) in area.split_evenly((1, 2)).iter().zip(requests).enumerate() {
+        title(half, place, request)?;
+        let vote = &request.vote;
+        let (n, n_layer) = (vote.tokens.len(), vote.layers.len());
+        let mut chart = ChartBuilder::on(half)
+            .margin(MARGIN)
+            .margin_top(64)
+            .x_label_area_size(44)
+            .y_label_area_size(44)
+            .build_cartesian_2d(0.0..n as f64, n_layer as f64..-OVERLAP)?;
+        chart
+            .configure_mesh()
+            .disable_mesh()
+            .axis_style(INK)
+            .label_style(words(12, INK))
+            .x_desc("token of the prompt")
+            .y_desc("layer")
+            .y_labels(6)
+            .y_label_formatter(&|y| if *y < 0.0 { String::new() } else { format!("{y:.0}") })
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .x_labels(6)
+            .draw()?;
+        for layer in 0..n_layer {
+            let mut kept = vec![0_u32; COLUMNS];
+            for head in layer * vote.n_head_kv..(layer + 1) * vote.n_head_kv {
+                vote.kept.row(head).for_each(|position| kept[position * COLUMNS / n] += 1);
+            }
+            let base = layer as f64 + 1.0;
+            let whole = (n * vote.n_head_kv) as f64 / COLUMNS as f64;
+            let ridge: Vec<(f64, f64)> = kept
+                .iter()
+                .enumerate()
+                .map(|(column, &kept)| {
+                    let x = (column as f64 + 0.5) * n as f64 / COLUMNS as f64;
+                    (x, base - OVERLAP * (f64::from(kept) / whole).min(1.0))
+                })
+                .collect();
+            let edges =
+                [(0.0, ridge[0].1)].into_iter().chain(ridge.iter().copied()).chain([(n as f64, ridge[COLUMNS - 1].1)]);
+            chart.draw_series(AreaSeries::new(edges, base, COLOURS[place].mix(0.55)).border_style(WHITE))?;
+        }
+    }
+    Ok(())
+}
+
+/// Letters of a line of the excerpt, its lines, and their size in pixels.
+const LETTERS: usize = 54;
+const LINES: usize = 14;
+const LETTER: f64 = 7.2;
+const LINE: i32 = 22;
+
+/// The same passage, shaded by how many heads kept each token: the one that the easy request kept most of.
+fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
+    let start = busiest(&requests[0].vote);
+    for (place, (half, request)) in area.split_evenly((1, 2)).iter().zip(requests).enumerate() {
+        title(half, place, request)?;
+        let vote = &request.vote;
+        let heads = vote.n_heads() as f64;
+        let (mut line, mut column) = (0, 0);
+        for (token, &kept_by) in vote.texts[start..].iter().zip(&vote.kept_by[start..]) {
+            let shade = COLOURS[place].mix(0.75 * f64::from(kept_by) / heads);
+            for part in token.split_inclusive('\n') {
+                let shown = part.trim_end_matches('\n');
+                let letters = shown.chars().count();
+                if column + letters > LETTERS {
+                    (line, column) = (line + 1, 0);
+                }
+                if line >= LINES {
+                    break;
+                }
+                let (x, y) = (MARGIN + (column as f64 * LETTER) as i32, 64 + line * LINE as usize as i32);
+                let end = MARGIN + ((column + letters) as f64 * LETTER) as i32;
+                if letters > 0 {
+                    half.draw(&Rectangle::new([(x, y), (end, y + LINE - 3)], shade.filled()))?;
+                    let style = ("monospace", 15).into_font().color(&INK);
+                    half.draw(&Text::new(shown.to_owned(), (x, y + 2), style))?;
+                }
+                column += letters;
+                if part.ends_with('\n') {
+                    (line, column) = (line + 1, 0);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where the passage begins that the vote kept most of, apart from the first and last tokens.
+fn busiest(vote: &Explanation) -> usize {
+    const BEFORE: usize = 60;
+    vote.passages(1).first().map_or(0, |passage| passage.start.saturating_sub(BEFORE))
+}
