@@ -8,7 +8,7 @@ PROFILE  ?= release
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test fuzz bench bench-peers results doc stage install uninstall setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers results gallery doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	cargo build --release
 	scripts/build-peers
 	scripts/bench-peers -m "$(MODEL)" -f "$(DOC)"
+
+gallery: setup ## draw the pictures of docs/gallery from two real votes
+	cargo run --release --example gallery -- "$(MODEL)" "$(GALLERY_DOC)" docs/gallery "$(EASY)" "$(HARD)"
 
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps

@@ -119,15 +119,14 @@ fn trial(area: &Area, requests: &[Request; 2]) -> Result<()> {
             .label_style(words(12, INK))
             .x_desc("cells tried, %")
             .y_desc("KL to the full cache, nats a token")
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .x_labels(6)
             .y_labels(5)
             .draw()?;
         chart.draw_series(DashedLineSeries::new([(0.0, bar), (100.0, bar)], 6, 4, DIM.stroke_width(2)))?;
         let chosen = 100.0 * request.vote.report.share();
-        chart.draw_series(AreaSeries::new(
-            [(0.0, 2.0 * most), (chosen, 2.0 * most)],
-            bar / 10.0,
-            COLOURS[place].mix(0.15),
-        ))?;
+        let kept = [(0.0, bar / 10.0), (chosen, 2.0 * most)];
+        chart.draw_series([Rectangle::new(kept, COLOURS[place].mix(0.15).filled())])?;
         for (x, kl) in tried(request) {
             let at = (x, kl.max(bar / 10.0));
             let style = if kl <= bar { COLOURS[place].filled() } else { COLOURS[place].stroke_width(2) };
@@ -137,11 +136,11 @@ fn trial(area: &Area, requests: &[Request; 2]) -> Result<()> {
     Ok(())
 }
 
-/// Columns of the text, and the height of a full layer in rows.
+/// Columns of the text, and of the height of a layer what a column takes that all its heads kept.
 const COLUMNS: usize = 120;
-const OVERLAP: f64 = 1.6;
+const FULL: f64 = 0.9;
 
-/// One ridge a layer: the share of its heads that kept each part of the text.
+/// One strip a layer: the share of its heads that kept each part of the text.
 fn layers(area: &Area, requests: &[Request; 2]) -> Result<()> {
     for (place, (half, request)) in area.split_evenly((1, 2)).iter().zip(requests).enumerate() {
         title(half, place, request)?;
@@ -152,7 +151,7 @@ fn layers(area: &Area, requests: &[Request; 2]) -> Result<()> {
             .margin_top(64)
             .x_label_area_size(44)
             .y_label_area_size(44)
-            .build_cartesian_2d(0.0..n as f64, n_layer as f64..-OVERLAP)?;
+            .build_cartesian_2d(0.0..n as f64, n_layer as f64..0.0)?;
         chart
             .configure_mesh()
             .disable_mesh()
@@ -161,7 +160,7 @@ fn layers(area: &Area, requests: &[Request; 2]) -> Result<()> {
             .x_desc("token of the prompt")
             .y_desc("layer")
             .y_labels(6)
-            .y_label_formatter(&|y| if *y < 0.0 { String::new() } else { format!("{y:.0}") })
+            .y_label_formatter(&|y| format!("{y:.0}"))
             .x_label_formatter(&|x| format!("{x:.0}"))
             .x_labels(6)
             .draw()?;
@@ -177,12 +176,11 @@ fn layers(area: &Area, requests: &[Request; 2]) -> Result<()> {
                 .enumerate()
                 .map(|(column, &kept)| {
                     let x = (column as f64 + 0.5) * n as f64 / COLUMNS as f64;
-                    (x, base - OVERLAP * (f64::from(kept) / whole).min(1.0))
+                    (x, base - FULL * (f64::from(kept) / whole).min(1.0))
                 })
                 .collect();
-            let edges =
-                [(0.0, ridge[0].1)].into_iter().chain(ridge.iter().copied()).chain([(n as f64, ridge[COLUMNS - 1].1)]);
-            chart.draw_series(AreaSeries::new(edges, base, COLOURS[place].mix(0.55)).border_style(WHITE))?;
+            let outline = [&[(ridge[0].0, base)][..], &ridge, &[(ridge[COLUMNS - 1].0, base)]].concat();
+            chart.draw_series([Polygon::new(outline, COLOURS[place].filled())])?;
         }
     }
     Ok(())
@@ -190,7 +188,7 @@ fn layers(area: &Area, requests: &[Request; 2]) -> Result<()> {
 
 /// Letters of a line of the excerpt, its lines, and their size in pixels.
 const LETTERS: usize = 54;
-const LINES: usize = 14;
+const LINES: i32 = 14;
 const LETTER: f64 = 7.2;
 const LINE: i32 = 22;
 
@@ -213,12 +211,14 @@ fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
                 if line >= LINES {
                     break;
                 }
-                let (x, y) = (MARGIN + (column as f64 * LETTER) as i32, 64 + line * LINE as usize as i32);
+                let (x, y) = (MARGIN + (column as f64 * LETTER) as i32, 64 + line * LINE);
                 let end = MARGIN + ((column + letters) as f64 * LETTER) as i32;
                 if letters > 0 {
                     half.draw(&Rectangle::new([(x, y), (end, y + LINE - 3)], shade.filled()))?;
-                    let style = ("monospace", 15).into_font().color(&INK);
-                    half.draw(&Text::new(shown.to_owned(), (x, y + 2), style))?;
+                    words_of(shown).try_for_each(|(at, word)| {
+                        let style = ("monospace", 15).into_font().color(&INK);
+                        half.draw(&Text::new(word, (x + (at as f64 * LETTER) as i32, y + 2), style))
+                    })?;
                 }
                 column += letters;
                 if part.ends_with('\n') {
@@ -228,6 +228,23 @@ fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The words of a text, each with its place in it: an image has no spaces.
+fn words_of(text: &str) -> impl Iterator<Item = (usize, String)> {
+    let mut words: Vec<(usize, String)> = Vec::new();
+    let mut is_inside = false;
+    for (at, c) in text.chars().enumerate() {
+        if c == ' ' {
+            is_inside = false;
+        } else if is_inside {
+            words.last_mut().expect("a word has begun").1.push(c);
+        } else {
+            words.push((at, c.to_string()));
+            is_inside = true;
+        }
+    }
+    words.into_iter()
 }
 
 /// Where the passage begins that the vote kept most of, apart from the first and last tokens.
