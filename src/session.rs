@@ -106,6 +106,8 @@ pub struct Session {
     policy: policy::Params,
     /// Cells that the caller asked for; the context has some more for votes.
     n_ctx: usize,
+    /// Of those, the ones that may be used now.
+    limit: usize,
     chunk: usize,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
     logits: Vec<f32>,
@@ -141,6 +143,7 @@ impl Session {
             mask: None,
             policy: params.policy.clone(),
             n_ctx,
+            limit: n_ctx,
             chunk: context.n_ubatch as usize,
             logits: Vec::new(),
         })
@@ -169,6 +172,11 @@ impl Session {
     /// Cells that the session may use (`-c`).
     pub fn n_ctx(&self) -> usize {
         self.n_ctx
+    }
+
+    /// From now on uses at most `n` of its cells, as if it had been made with so many; what it holds stays.
+    pub fn limit_cells(&mut self, n: usize) {
+        self.limit = n.min(self.n_ctx);
     }
 
     /// Cells in use.
@@ -234,7 +242,7 @@ impl Session {
     }
 
     fn room(&self) -> usize {
-        self.n_ctx.saturating_sub(self.cells_used())
+        self.limit.saturating_sub(self.cells_used())
     }
 
     fn check_room(&self, tokens: usize) -> Result<(), SessionError> {

@@ -38,7 +38,11 @@ A run that was stopped goes on where it was when it is started again with the sa
 
 const CONFIGS: &str = "\
 A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, target-kl, draft, \
-lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, replay, evict, exact, seed, key-error.
+lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, replay, evict, exact, seed, key-error, \
+ctx-size.
+
+ctx-size=N reads the prompt in N cells, as `gvote run -c N` does with a longer prompt: cells are freed on the way, and the \
+policy's own budget applies to what is left. ratio=1 keeps all of that.
 
 exact=true, for adakv and gvote-paper, keeps a different number of tokens in every head, as their papers have it. No cache of \
 llama.cpp can: nothing is freed, what a head drops is masked while decoding (needs -fa off), and the cells of a record are the \

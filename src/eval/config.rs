@@ -13,6 +13,8 @@ pub struct Config {
     pub params: Params,
     /// Account for the rounding of a quantized K cache in the vote.
     pub account_error: bool,
+    /// Read the prompt in so few cells, as [`crate::Session::prefill_long`] does, before the policy's own vote.
+    pub ctx_size: Option<usize>,
 }
 
 /// What is wrong with a configuration's text.
@@ -24,12 +26,15 @@ pub enum ConfigError {
     Key(String),
     #[error("{0}={1}: {2}")]
     Value(String, String, String),
+    #[error("ctx-size={0}, but the policy `full` frees no cells; choose another policy")]
+    FullCtxSize(usize),
     #[error(transparent)]
     Policy(#[from] PolicyError),
 }
 
 const KEYS: &str = "policy, preset, target-kl, draft, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
-                    (back-forward), pool, head-mix, replay, evict, exact, seed, key-error";
+                    (back-forward), pool, head-mix, replay, evict, exact, seed, key-error, \
+                    ctx-size";
 
 /// Fields of [`Params`] that say how many cells are kept, and not which.
 const BUDGET: &[&str] = &["target_kl", "draft", "lost_mass", "ratio", "max_cells", "min_cells"];
@@ -90,6 +95,7 @@ impl Config {
         if self.account_error {
             parts.push("key-error=true".into());
         }
+        parts.extend(self.ctx_size.map(|n| format!("ctx-size={n}")));
         parts.join(",")
     }
 
@@ -99,12 +105,12 @@ impl Config {
             Ok(preset) => Params::default().with_preset(preset),
             Err(_) => Params::new(Kind::from_str(name)?),
         };
-        Ok(Self { name: name.into(), params, account_error: false })
+        Ok(Self { name: name.into(), params, account_error: false, ctx_size: None })
     }
 
     /// The full cache: what everything is compared with.
     pub fn full() -> Self {
-        Self { name: Kind::Full.name().into(), params: Params::new(Kind::Full), account_error: false }
+        Self { name: Kind::Full.name().into(), params: Params::new(Kind::Full), account_error: false, ctx_size: None }
     }
 
     pub fn is_full(&self) -> bool {
@@ -138,6 +144,7 @@ impl Config {
             "exact" => p.exact = parse(key, value)?,
             "seed" => p.seed = parse(key, value)?,
             "key-error" => self.account_error = parse(key, value)?,
+            "ctx-size" => self.ctx_size = Some(parse(key, value)?),
             _ => return Err(ConfigError::Key(key.into())),
         }
         Ok(())
@@ -161,12 +168,15 @@ impl FromStr for Config {
             Some((_, value)) => Kind::from_str(value)?,
             None => Kind::Gvote,
         };
-        let mut config = Self { name: name.into(), params: Params::new(kind), account_error: false };
+        let mut config = Self { name: name.into(), params: Params::new(kind), account_error: false, ctx_size: None };
         for (key, value) in &pairs {
             config.set(key, value)?;
         }
         config.params.validate()?;
-        Ok(config)
+        match config.ctx_size {
+            Some(n) if config.is_full() => Err(ConfigError::FullCtxSize(n)),
+            _ => Ok(config),
+        }
     }
 }
 
@@ -211,7 +221,7 @@ mod tests {
         assert_eq!([settings("full"), settings("a:lost-mass=0.05")], ["policy=full", "policy=gvote,lost-mass=0.05"]);
         assert_eq!(settings("balanced"), "policy=gvote,target-kl=0.02");
         assert_eq!(settings("a:seed=7,ratio=0.3,head-mix=0.5"), "policy=gvote,head-mix=0.5,ratio=0.3");
-        let given = "policy=snapkv,evict=cells,max-cells=900,span=2-32,key-error=true";
+        let given = "policy=snapkv,evict=cells,max-cells=900,span=2-32,key-error=true,ctx-size=2048";
         assert_eq!(settings(&format!("a:{given}")), given);
         assert_eq!(settings(&format!("a:{}", settings("safe"))), settings("safe"));
     }
@@ -226,6 +236,7 @@ mod tests {
             ("x:policy=snapkv,exact=true", "adakv or gvote-paper"),
             ("x:policy=gvote-paper,exact=true,ratio=0.5", "--ratio"),
             ("x:policy=adakv,evict=cells", "--evict"),
+            ("x:policy=full,ctx-size=2048", "ctx-size=2048"),
             ("nobody", "nobody"),
         ] {
             let error = text.parse::<Config>().unwrap_err().to_string();

@@ -31,6 +31,8 @@ pub enum EvalError {
     Mixed(&'static str),
     #[error("the model has nothing to say to {0}")]
     NoAnswer(String),
+    #[error("{0}: ctx-size leaves no full cache to search for C* in; leave it out, or use max-cells")]
+    CtxSize(String),
 }
 
 /// A piece of text to continue.
@@ -53,9 +55,16 @@ pub struct Runner {
     cache_type: String,
 }
 
-/// What follows a saved full cache.
-struct Reference {
+/// What every configuration starts from.
+struct Prompt {
+    tokens: Vec<Token>,
+    /// The session that holds all of them.
     saved: Vec<u8>,
+}
+
+/// What follows a prompt in the full cache.
+struct Reference {
+    prompt: Prompt,
     tokens: Vec<Token>,
     /// What is expected after the tokens before this one is not compared.
     from: usize,
@@ -170,17 +179,32 @@ impl Runner {
         Ok(())
     }
 
-    /// Brings back the full cache and compresses it. Returns what a trial tried.
-    fn compress(&mut self, saved: &[u8], config: &Config, run: &mut Run) -> Result<Vec<(usize, f32)>, EvalError> {
-        self.session.load(saved)?;
-        run.tokens = self.session.cells_used();
-        run.cells = run.tokens;
+    /// Starts over with a prompt, all of which stays.
+    fn read_prompt(&mut self, tokens: Vec<Token>) -> Result<Prompt, EvalError> {
+        self.session.limit_cells(usize::MAX);
+        self.session.clear();
+        self.prefill(&tokens)?;
+        Ok(Prompt { tokens, saved: self.session.save() })
+    }
+
+    /// Brings back the full cache, or reads the prompt anew in as few cells as a configuration has, and compresses it. Returns
+    /// what a trial tried.
+    fn compress(&mut self, prompt: &Prompt, config: &Config, run: &mut Run) -> Result<Vec<(usize, f32)>, EvalError> {
+        (run.tokens, run.cells) = (prompt.tokens.len(), prompt.tokens.len());
+        self.session.limit_cells(config.ctx_size.unwrap_or(usize::MAX));
         if config.is_full() {
+            self.session.load(&prompt.saved)?;
             return Ok(Vec::new());
         }
         let mut params = config.params.clone();
         params.seed = run.seed;
         self.session.set_policy(params, config.account_error)?;
+        if config.ctx_size.is_some() {
+            self.session.clear();
+            self.session.prefill_long(&prompt.tokens, |_, _| ControlFlow::Continue(()))?;
+        } else {
+            self.session.load(&prompt.saved)?;
+        }
         let report = self.session.compress()?;
         (run.cells, run.ragged) = (report.cells_after, report.ragged);
         Ok(report.tried)
@@ -195,18 +219,16 @@ impl Runner {
         if missing.is_empty() {
             return Ok(0);
         }
-        let (context, rest) = self.tokens_of(sample)?;
-        self.session.clear();
-        self.prefill(&context)?;
+        let (mut context, rest) = self.tokens_of(sample)?;
         if !blind {
-            self.prefill(&rest)?;
+            context.extend(&rest);
         }
-        let saved = self.session.save();
+        let prompt = self.read_prompt(context)?;
         let added = missing.len();
         for (config, mut run) in missing {
-            self.compress(&saved, &config, &mut run)?;
+            self.compress(&prompt, &config, &mut run)?;
             if blind {
-                self.prefill(&rest)?;
+                self.session.prefill_long(&rest, |_, _| ControlFlow::Continue(()))?;
             }
             let answer = self.answer(sample.max_tokens)?;
             let answer = self.session.model().detokenize(&answer, false);
@@ -268,10 +290,8 @@ impl Runner {
         if missing.is_empty() {
             return Ok(0);
         }
-        self.session.clear();
-        self.prefill(text.prompt)?;
-        let saved = self.session.save();
-        let reference = self.reference(saved, text.next.to_vec(), 0)?;
+        let prompt = self.read_prompt(text.prompt.to_vec())?;
+        let reference = self.reference(prompt, text.next.to_vec(), 0)?;
         let added = missing.len();
         for (config, mut run) in missing {
             let (distance, _) = self.drift(&reference, &config, &mut run)?;
@@ -289,15 +309,15 @@ impl Runner {
     }
 
     /// What the full cache expects after `tokens[from..]`, but the last.
-    fn reference(&mut self, saved: Vec<u8>, tokens: Vec<Token>, from: usize) -> Result<Reference, EvalError> {
-        self.session.load(&saved)?;
+    fn reference(&mut self, prompt: Prompt, tokens: Vec<Token>, from: usize) -> Result<Reference, EvalError> {
+        self.session.load(&prompt.saved)?;
         let mut full = Vec::with_capacity(tokens.len());
         self.session.follow(&tokens[..tokens.len() - 1], |i, logits| {
             if i >= from {
                 full.push(logits.to_vec());
             }
         })?;
-        Ok(Reference { saved, tokens, from, full })
+        Ok(Reference { prompt, tokens, from, full })
     }
 
     /// How far a compressed cache drifts from the full one, and what a trial tried before.
@@ -307,8 +327,10 @@ impl Runner {
         config: &Config,
         run: &mut Run,
     ) -> Result<(Distance, Vec<(usize, f32)>), EvalError> {
-        let Reference { saved, tokens, from, full } = reference;
-        let tried = self.compress(saved, config, run)?;
+        let Reference { prompt, tokens, from, full } = reference;
+        let tried = self.compress(prompt, config, run)?;
+        // the continuation is not what is measured: it always has room
+        self.session.limit_cells(usize::MAX);
         let mut distance = Distance::default();
         self.session.follow(&tokens[..tokens.len() - 1], |i, logits| {
             if i >= *from {

@@ -9,8 +9,10 @@
 //!    - **passages**: `a[j] = max(nz(s)[j - forward ..= j + back])`, so that a hit at `i` lifts `i - back ..= i + forward`,
 //!      plus `head_mix` times the mean of `a[j]` over all heads. The tokens that answer follow the token that is attended
 //!      to, and are read out one by one: this finds needles.
-//!    - **single entries**: `b[j] = nz(s v)[j] + nz(m v)[j]` with the length `v` of the value vector: what an entry adds to
-//!      the output of attention. This keeps the text's distribution.
+//!    - **single entries**: `b[j] = (nz(s v)[j] + nz(m v)[j]) (1 - cos[j])` with the length `v` of the value vector, so
+//!      what an entry adds to the output of attention, and the cosine of its key to the mean key of the head: of keys that
+//!      are like all others many are left, of one that is not there is no other (KeyDiff, arXiv 2504.15364). This keeps the
+//!      text's distribution.
 //! 4. The first `sinks` and the last `recent` rank before all others. Then the two opinions take turns: the best passage
 //!    entry that is left, the best single entry that is left, and so on; equal scores, older first.
 //! 5. `C`: as the caller finds it by trial ([`Decision::Ranking`]); or the smallest count for which the mean over heads of
@@ -106,8 +108,10 @@ impl Gvote {
         padded.clear();
         padded.resize(row.len(), 0.0);
         rank::normalise(row, padded);
-        // halved, so that the sum of the two is at most 1
-        single.iter_mut().zip(&*padded).for_each(|(b, s)| *b = 0.5 * (*b + s));
+        // a quarter, so that the sum of the two, times a number of at most 2, is at most 1
+        for ((b, s), cosine) in single.iter_mut().zip(&*padded).zip(scores.key_similarity) {
+            *b = 0.25 * (*b + s) * rank::clean(1.0 - cosine);
+        }
 
         rank::normalise(observed, row);
         rank::spread(row, params.span, padded);
@@ -178,7 +182,8 @@ impl Policy for Gvote {
     }
 
     fn needs(&self) -> Needs {
-        Needs { future: !self.params.replay, observed: !self.params.replay, value_norm: true, ..Needs::default() }
+        let asks = !self.params.replay;
+        Needs { future: asks, observed: asks, key_similarity: asks, value_norm: true, ..Needs::default() }
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
@@ -192,6 +197,7 @@ impl Policy for Gvote {
         } else {
             assert_eq!(scores.future.len(), n, "future scores of head {head}");
             assert_eq!(scores.observed.len(), n, "observed scores of head {head}");
+            assert_eq!(scores.key_similarity.len(), n, "key similarities of head {head}");
             self.score_queries(scores);
         }
         self.seen += 1;

@@ -3,6 +3,7 @@
 use super::device::Device;
 use super::graph::{Builder, LayerGraph, Target, Tensor, read};
 use super::{CellScores, ScoreError};
+use crate::llama::Pos;
 use crate::policy::Needs;
 use crate::sys;
 
@@ -85,15 +86,8 @@ impl LayerGraph<'_> {
                 }
             }
             if needs.key_similarity {
-                let mut b = Builder::new(48)?;
-                let (dots, length) = self.likeness(&mut b, kv);
-                b.compute(device)?;
                 score.key_similarity.resize(n_kv, 0.0);
-                read(&mut score.key_similarity, dots);
-                let mut squared = [0.0];
-                read(&mut squared, length);
-                let length = squared[0].sqrt().max(NORM_EPSILON);
-                score.key_similarity.iter_mut().for_each(|x| *x /= length);
+                self.compare_keys(device, kv, &mut score.key_similarity)?;
             }
         }
         Ok(())
@@ -124,22 +118,52 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// Products of one KV head's keys, each of length 1, with their sum, and the squared length of the sum. `[1, n_kv]`, `[1]`
-    fn likeness(&self, b: &mut Builder, kv: usize) -> (Tensor, Tensor) {
-        let owned = self.view.pos.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 }).collect();
-        let owned = b.input([self.view.n_kv, 1, 1], owned);
-        let k = self.k_view(b, kv);
-        // SAFETY: shapes as noted; every tensor belongs to this context.
-        unsafe {
-            let keys = self.as_floats(b, k, self.view.n_kv);
-            let unit = sys::ggml_l2_norm(b.ctx, keys, NORM_EPSILON); // [d, n_kv]
-            let across = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, unit)); // [n_kv, d]
-            let sum = sys::ggml_mul_mat(b.ctx, across, owned); // [d, 1]
-            let dots = sys::ggml_mul_mat(b.ctx, unit, sum); // [n_kv, 1]
-            let squared = sys::ggml_sqr(b.ctx, sum);
-            let length = sys::ggml_sum_rows(b.ctx, squared); // [1]
-            (b.output(dots), b.output(length))
+    /// The cosine of each of one KV head's keys to their mean direction.
+    fn compare_keys(&self, device: &mut Device, kv: usize, out: &mut [f32]) -> Result<(), ScoreError> {
+        let at_once = self.cells_at_once;
+        let mut direction = vec![0.0; self.layer.n_embd_head_k as usize];
+        let mut part = direction.clone();
+        for (i, cells) in self.view.pos.chunks(at_once).enumerate() {
+            let mut b = Builder::new(48)?;
+            let sum = self.sum_of_keys(&mut b, kv, i * at_once, cells);
+            b.compute(device)?;
+            read(&mut part, sum);
+            direction.iter_mut().zip(&part).for_each(|(sum, x)| *sum += x);
         }
+        let length = direction.iter().map(|x| x * x).sum::<f32>().sqrt().max(NORM_EPSILON);
+        direction.iter_mut().for_each(|x| *x /= length);
+        for (i, out) in out.chunks_mut(at_once).enumerate() {
+            let mut b = Builder::new(48)?;
+            let unit = self.unit_keys(&mut b, kv, i * at_once, out.len());
+            let direction = b.input([direction.len(), 1, 1], direction.clone());
+            // SAFETY: shapes [d, n] and [d, 1] give [n, 1].
+            let cosines = unsafe { sys::ggml_mul_mat(b.ctx, unit, direction) };
+            let cosines = b.output(cosines);
+            b.compute(device)?;
+            read(out, cosines);
+        }
+        Ok(())
+    }
+
+    /// The sum of one KV head's keys, each of length 1, in the cells from `first` on; `positions` below 0 are left out. `[d]`
+    fn sum_of_keys(&self, b: &mut Builder, kv: usize, first: usize, positions: &[Pos]) -> Tensor {
+        let owned = positions.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 }).collect();
+        let owned = b.input([positions.len(), 1, 1], owned);
+        let unit = self.unit_keys(b, kv, first, positions.len());
+        // SAFETY: shapes [n, d] and [n, 1] give [d, 1].
+        unsafe {
+            let across = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, unit));
+            let sum = sys::ggml_mul_mat(b.ctx, across, owned);
+            b.output(sum)
+        }
+    }
+
+    /// One KV head's keys in `n` cells from `first` on, each scaled to length 1. `[d, n]`
+    fn unit_keys(&self, b: &mut Builder, kv: usize, first: usize, n: usize) -> Tensor {
+        let rows = self.k_rows(b, kv, first, n);
+        let keys = self.as_floats(b, rows, n);
+        // SAFETY: a tensor of this context.
+        unsafe { sys::ggml_l2_norm(b.ctx, keys, NORM_EPSILON) }
     }
 
     /// The `n` rows of a matrix of any type as f32. `[d, n]`

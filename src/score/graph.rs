@@ -375,12 +375,17 @@ impl LayerGraph<'_> {
 
     /// K of one KV head. `[d, n_kv]`
     pub(super) fn k_view(&self, b: &Builder, kv: usize) -> Tensor {
+        self.k_rows(b, kv, 0, self.view.n_kv)
+    }
+
+    /// The part of K that belongs to one KV head, in `n` cells from `first` on. `[d, n]` of K's type
+    pub(super) fn k_rows(&self, b: &Builder, kv: usize, first: usize, n: usize) -> Tensor {
         let d = i64::from(self.layer.n_embd_head_k);
-        // SAFETY: the view stays inside K's storage: n_kv cells of one stream, one head of each row.
+        // SAFETY: the view stays inside K's storage: cells of one stream, one head of each row.
         unsafe {
             let k = self.layer.k;
-            let offset = self.stream * (*k).nb[2] + kv * sys::ggml_row_size((*k).type_, d);
-            sys::ggml_view_2d(b.ctx, k, d, self.view.n_kv as i64, (*k).nb[1], offset)
+            let offset = self.stream * (*k).nb[2] + first * (*k).nb[1] + kv * sys::ggml_row_size((*k).type_, d);
+            sys::ggml_view_2d(b.ctx, k, d, n as i64, (*k).nb[1], offset)
         }
     }
 

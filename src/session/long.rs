@@ -105,16 +105,16 @@ impl Session {
 
     /// Tokens read at once where not all have room.
     fn step(&self) -> usize {
-        self.chunk.min((FREED * self.n_ctx as f64) as usize).max(1)
+        self.chunk.min((FREED * self.limit as f64) as usize).max(1)
     }
 
     /// Cells that stay when `needed` have to be freed.
     fn most_cells(&self, needed: usize) -> Result<usize, SessionError> {
         let least = self.policy.sinks + self.policy.recent + 1;
-        let most = self.n_ctx.saturating_sub(needed.max((FREED * self.n_ctx as f64) as usize));
+        let most = self.limit.saturating_sub(needed.max((FREED * self.limit as f64) as usize));
         if most < least {
             let least = (least as f64 / (1.0 - FREED)).ceil() as usize;
-            return Err(SessionError::CacheTooSmall { n_ctx: self.n_ctx, least });
+            return Err(SessionError::CacheTooSmall { n_ctx: self.limit, least });
         }
         Ok(most)
     }

@@ -10,7 +10,9 @@ use crate::llama::Pos;
 use crate::policy::{HeadScores, Needs};
 use crate::score::{LayerQueries, ScoreError, Scorer};
 
-const N: usize = 150;
+/// Tokens of a short request, and of one with more cells than the scorer compares at once.
+const SHORT: usize = 150;
+const LONG: usize = 1100;
 /// Synthetic queries: more than one chunk. The current one comes on top.
 const SAMPLES: usize = 20;
 const SCALE: LogitScale = LogitScale { pre: 1.0, post: 0.125, softcap: false };
@@ -21,7 +23,8 @@ fn queries(layout: &Layout, layer: usize) -> Queries {
     let n_q = (l.n_head * l.n_embd_head_k) as usize;
     Queries {
         data: (0..(SAMPLES + 1) * n_q).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect(),
-        pos: vec![N as Pos; SAMPLES + 1],
+        // every cell is seen
+        pos: vec![LONG as Pos; SAMPLES + 1],
     }
 }
 
@@ -66,9 +69,9 @@ fn assert_close(got: &[f32], expected: &[f64], tolerance: f64, what: &str) {
 #[test]
 fn baseline_measures_equal_float64() {
     let model = model();
-    let tokens = tokens(&model, N);
-    for (setup, tolerance) in [(F16, 2e-3), (F16_FLASH, 2e-3), (Q8_0, 3e-2)] {
-        let mut ctx = context(&model, setup, 512, 64);
+    for (setup, n, tolerance) in [(F16, SHORT, 2e-3), (F16_FLASH, LONG, 2e-3), (Q8_0, SHORT, 3e-2)] {
+        let tokens = tokens(&model, n);
+        let mut ctx = context(&model, setup, n as u32 + 64, 64);
         // another sequence in between: its cells must count for nothing
         decode(&mut ctx, &tokens[..50], 0, 0);
         decode(&mut ctx, &tokens[50..70], 0, 1);

@@ -50,6 +50,9 @@ impl Runner {
         for config in self.configs.iter().filter(|config| !config.is_full()) {
             let searched = Params { ratio: Some(1.0), ..config.ranking() };
             searched.validate().map_err(SessionError::from)?;
+            if config.ctx_size.is_some() {
+                return Err(EvalError::CtxSize(config.name.clone()));
+            }
         }
         let blind = matches!(request.next, Next::Answer { blind: true, .. });
         let mut missing: Vec<(Config, Run, Vec<f64>)> = Vec::new();
@@ -93,20 +96,22 @@ impl Runner {
 
     /// Prefills what is to be compressed, and follows the full cache from there.
     fn read(&mut self, request: &Request) -> Result<Reference, EvalError> {
-        self.session.clear();
         match request.next {
             Next::Text { prompt, next } => {
-                self.prefill(prompt)?;
-                let saved = self.session.save();
-                self.reference(saved, next.to_vec(), 0)
+                let prompt = self.read_prompt(prompt.to_vec())?;
+                self.reference(prompt, next.to_vec(), 0)
             }
             Next::Answer { sample, blind, limit } => {
-                let (context, question) = self.tokens_of(sample)?;
-                self.prefill(&context)?;
-                let before_question = blind.then(|| self.session.save());
-                self.prefill(&question)?;
-                let saved = before_question.unwrap_or_else(|| self.session.save());
-                let mut tokens = if blind { question } else { Vec::new() };
+                let (mut context, question) = self.tokens_of(sample)?;
+                if !blind {
+                    context.extend(&question);
+                }
+                let prompt = self.read_prompt(context)?;
+                let mut tokens = Vec::new();
+                if blind {
+                    self.prefill(&question)?;
+                    tokens = question;
+                }
                 let from = tokens.len().saturating_sub(1);
                 let limit = i32::try_from(limit).unwrap_or(i32::MAX);
                 tokens.extend(self.answer(sample.max_tokens.min(limit))?);
@@ -114,7 +119,7 @@ impl Runner {
                     return Err(EvalError::NoAnswer(request.item.clone()));
                 }
                 tokens.push(self.greedy().sample(self.session.logits()));
-                self.reference(saved, tokens, from)
+                self.reference(prompt, tokens, from)
             }
         }
     }
@@ -134,7 +139,8 @@ impl Runner {
                 return Ok(kl);
             }
             let params = Params { ratio: Some(cells as f32 / n as f32), ..ranking.params.clone() };
-            let config = Config { name: String::new(), params, account_error: ranking.account_error };
+            let account_error = ranking.account_error;
+            let config = Config { name: String::new(), params, account_error, ctx_size: None };
             let kl = self.drift(reference, &config, &mut run.clone())?.0.mean_kl();
             ranking.curve.insert(cells, kl);
             Ok(kl)

@@ -14,6 +14,7 @@ fn hits(n: usize, hits: &[usize]) -> Request {
             each: future.clone(),
             future,
             value_norm: vec![1.0; n],
+            key_similarity: vec![0.0; n],
             ..Head::default()
         }],
     }

@@ -8,8 +8,16 @@ fn ranking(params: &Params) -> Ranking {
     let request = Request::random(&SHAPE, 1, 9);
     let mut policy = build(params, SHAPE).unwrap();
     for (index, head) in request.heads.iter().enumerate() {
-        let (future, observed, value_norm) = (&head.future[..], &head.observed[..], &head.value_norm[..]);
-        policy.observe(index, &HeadScores { future, observed, value_norm, ..HeadScores::NONE });
+        policy.observe(
+            index,
+            &HeadScores {
+                future: &head.future,
+                observed: &head.observed,
+                value_norm: &head.value_norm,
+                key_similarity: &head.key_similarity,
+                ..HeadScores::NONE
+            },
+        );
     }
     match policy.decide() {
         Decision::Ranking(ranking) => ranking,

@@ -78,7 +78,8 @@ fn gvote_head(params: &Params, n: usize, head: &Head) -> ([Vec<f64>; 2], Vec<f64
         }
     }
     let long = |x: &[f64]| nz(&x.iter().zip(&head.value_norm).map(|(x, &v)| x * f64::from(v)).collect::<Vec<_>>());
-    let single = long(&s).iter().zip(long(&m)).map(|(s, m)| s + m).collect();
+    let looked_at = long(&s).into_iter().zip(long(&m)).map(|(s, m)| s + m);
+    let single = looked_at.zip(&head.key_similarity).map(|(b, &cosine)| b * (1.0 - f64::from(cosine))).collect();
     let s = nz(&s);
     let mut passages = vec![0.0_f64; n];
     for (hit, &height) in s.iter().enumerate() {
@@ -105,7 +106,7 @@ pub fn gvote_composite(params: &Params, shape: &Shape, request: &Request) -> Ran
     let mix = f64::from(params.head_mix);
     let mixed = |[passages, single]: [Vec<f64>; 2]| {
         let passages = passages.iter().enumerate().map(|(j, &a)| stored(a) + mix * mean(&all, j)).collect();
-        [passages, single.iter().map(|&b| stored(b / 2.0)).collect()]
+        [passages, single.iter().map(|&b| stored(b / 4.0)).collect()]
     };
     Ranked { opinions: own.into_iter().map(mixed).collect(), mass }
 }

@@ -23,8 +23,16 @@ fn ranking(session: &Session) -> Ranking {
     let mut policy: Box<dyn Policy + Send> = policy::build(&session.policy, shape).unwrap();
     let scores: Vec<f32> = (0..n).map(|j| ((37 * j) % 101) as f32).collect();
     for head in 0..shape.heads() {
-        policy
-            .observe(head, &HeadScores { future: &scores, observed: &scores, value_norm: &scores, ..HeadScores::NONE });
+        policy.observe(
+            head,
+            &HeadScores {
+                future: &scores,
+                observed: &scores,
+                value_norm: &scores,
+                key_similarity: &scores,
+                ..HeadScores::NONE
+            },
+        );
     }
     match policy.decide() {
         Decision::Ranking(ranking) => ranking,
@@ -101,7 +109,7 @@ fn a_trial_or_replay_without_a_free_cell_leaves_no_trace() {
             let mut session = session(F16, 192, 64, Params::default());
             let size = session.ctx.n_ctx();
             // as if no cells had been set aside
-            session.n_ctx = size;
+            session.limit = size;
             read(&mut session, &fixture::tokens(&fixture::model(), size - free));
             let before = session.save();
             let error = work(&mut session).unwrap_err();
