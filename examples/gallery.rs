@@ -192,7 +192,7 @@ const LINES: i32 = 14;
 const LETTER: f64 = 7.2;
 const LINE: i32 = 22;
 
-/// The same passage, shaded by how many heads kept each token: the one that the easy request kept most of.
+/// The same passage, shaded by how many heads kept each token: one where the easy request was choosy.
 fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
     let start = busiest(&requests[0].vote);
     for (place, (half, request)) in area.split_evenly((1, 2)).iter().zip(requests).enumerate() {
@@ -203,11 +203,12 @@ fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
         for (token, &kept_by) in vote.texts[start..].iter().zip(&vote.kept_by[start..]) {
             let shade = COLOURS[place].mix(0.75 * f64::from(kept_by) / heads);
             for part in token.split_inclusive('\n') {
-                let shown = part.trim_end_matches('\n');
-                let letters = shown.chars().count();
-                if column + letters > LETTERS {
+                let mut shown = part.trim_end_matches('\n');
+                if column + shown.chars().count() > LETTERS {
                     (line, column) = (line + 1, 0);
+                    shown = shown.trim_start();
                 }
+                let letters = shown.chars().count();
                 if line >= LINES {
                     break;
                 }
@@ -247,8 +248,16 @@ fn words_of(text: &str) -> impl Iterator<Item = (usize, String)> {
     words.into_iter()
 }
 
-/// Where the passage begins that the vote kept most of, apart from the first and last tokens.
+/// The start of the line from which on some tokens are kept by many heads and others by few.
 fn busiest(vote: &Explanation) -> usize {
-    const BEFORE: usize = 60;
-    vote.passages(1).first().map_or(0, |passage| passage.start.saturating_sub(BEFORE))
+    /// Tokens that the picture has room for.
+    const SHOWN: usize = 160;
+    let spread = |start: &usize| {
+        let kept: Vec<f64> = vote.kept_by[*start..start + SHOWN].iter().map(|&kept_by| f64::from(kept_by)).collect();
+        let mean = kept.iter().sum::<f64>() / SHOWN as f64;
+        kept.iter().map(|kept| (kept - mean) * (kept - mean)).sum::<f64>()
+    };
+    let is_line = |start: &usize| vote.texts[start - 1].ends_with('\n');
+    let starts = (1..vote.texts.len().saturating_sub(SHOWN)).filter(is_line);
+    starts.max_by(|a, b| spread(a).total_cmp(&spread(b))).unwrap_or(0)
 }

@@ -4,17 +4,22 @@ use super::*;
 
 const SHAPE: Shape = Shape { n: 300, n_layer: 2, n_head_kv: 2, group: 1 };
 
+fn scores(head: &Head) -> HeadScores<'_> {
+    HeadScores {
+        future: &head.future,
+        observed: &head.observed,
+        value_norm: &head.value_norm,
+        key_similarity: &head.key_similarity,
+        ..HeadScores::NONE
+    }
+}
+
 /// A choice, its ranking, and what is said of it.
 fn explained(params: &Params, request: &Request) -> (Selection, Ranking, Vec<HeadOpinion>) {
     let mut policy = build(params, SHAPE).unwrap();
     let mut opinions = Opinions::new(params, SHAPE);
     for (index, head) in request.heads.iter().enumerate() {
-        let scores = HeadScores {
-            future: &head.future,
-            observed: &head.observed,
-            value_norm: &head.value_norm,
-            ..HeadScores::NONE
-        };
+        let scores = scores(head);
         policy.observe(index, &scores);
         opinions.observe(&scores);
     }
@@ -102,8 +107,7 @@ fn explaining_decides_the_same() {
         let observed = || {
             let mut policy = build(&params, SHAPE).unwrap();
             for (index, head) in request.heads.iter().enumerate() {
-                let (future, observed, value_norm) = (&head.future[..], &head.observed[..], &head.value_norm[..]);
-                policy.observe(index, &HeadScores { future, observed, value_norm, ..HeadScores::NONE });
+                policy.observe(index, &scores(head));
             }
             policy
         };
