@@ -30,7 +30,7 @@
 //!
 //! # Rooms
 //! Data flows one way: [`capture`] -> [`score`] -> [`policy`] -> [`compact`]; [`vote`] brings them together, and [`session`]
-//! is the loop around it.
+//! is the loop around it; [`explain`] shows what it kept.
 //! A *cell* is a slot of the cache, a *position* a token's logical place: cell i need not hold position i, and a
 //! *composite cell* holds for every layer and KV head a token of that head's own choice.
 

@@ -5,7 +5,8 @@ use crate::explain::Explanation;
 use crate::vote::Notes;
 
 impl Session {
-    /// [`Session::compress`], with what went into the choice. Takes some 12 bytes more for each head and cell meanwhile.
+    /// [`Session::compress`], with what went into the choice. Takes some 12 bytes more for each head and cell meanwhile. A
+    /// mask ([`crate::policy::Params::exact`]) drops nothing from the cache, so that everything is told to be kept.
     ///
     /// # Errors
     /// Those of `compress`, and [`SessionError::NoVote`] under the policy `full`; the cache is then as before.
