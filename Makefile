@@ -3,6 +3,9 @@ MODEL    ?= $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 # A real document that every Debian machine has: about 5,000 tokens
 DOC      ?= /usr/share/common-licenses/GFDL-1.3
 QUESTION ?= Answer in one sentence: what is the purpose of this License?
+# The requests of the gallery
+EASY     ?= What must you do to convey a modified version?
+HARD     ?= Summarise it in three points.
 PREFIX   ?= /usr/local
 PROFILE  ?= release
 # A tree that can be copied anywhere
@@ -40,7 +43,8 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	scripts/bench-peers -m "$(MODEL)" -f "$(DOC)"
 
 gallery: setup ## draw the pictures of docs/gallery from two real votes
-	cargo run --release --example gallery -- "$(MODEL)" "$(GALLERY_DOC)" docs/gallery "$(EASY)" "$(HARD)"
+	cargo run --release --example gallery -- "$(MODEL)" docs/gallery \
+	    /usr/share/common-licenses/GPL-3 "$(EASY)" /usr/share/common-licenses/Artistic "$(HARD)"
 
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps

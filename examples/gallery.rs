@@ -1,7 +1,7 @@
-//! Draws the pictures of the README: an easy and a hard request about the same document, from real votes.
+//! Draws the pictures of the README: an easy and a hard request, from real votes.
 //!
 //! ```text
-//! cargo run --release --example gallery -- MODEL.gguf DOCUMENT OUT_FOLDER EASY_QUESTION HARD_QUESTION
+//! cargo run --release --example gallery -- MODEL.gguf OUT_FOLDER EASY_DOCUMENT QUESTION HARD_DOCUMENT QUESTION
 //! ```
 
 use std::error::Error;
@@ -35,14 +35,11 @@ struct Request {
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [model, document, out, easy, hard] = &args[..] else {
-        return Err("usage: gallery MODEL.gguf DOCUMENT OUT_FOLDER EASY_QUESTION HARD_QUESTION".into());
+    let [model, out, easy, easy_question, hard, hard_question] = &args[..] else {
+        return Err("usage: gallery MODEL.gguf OUT_FOLDER EASY_DOCUMENT QUESTION HARD_DOCUMENT QUESTION".into());
     };
     let model = Model::load(Path::new(model), &ModelParams::default(), |_| true)?;
-    let document = fs::read_to_string(document)?;
-    let requests = [easy, hard].map(|question| explain(&model, &document, question));
-    let [easy, hard] = requests;
-    let requests = [easy?, hard?];
+    let requests = [explain(&model, easy, easy_question)?, explain(&model, hard, hard_question)?];
     fs::create_dir_all(out)?;
     for (name, draw) in [("trial", trial as fn(&Area, &[Request; 2]) -> _), ("layers", layers), ("text", text)] {
         let path = Path::new(out).join(name).with_extension("svg");
@@ -60,7 +57,7 @@ fn main() -> Result<()> {
 
 /// Reads the document and the question, and lets the default policy vote.
 fn explain(model: &Model, document: &str, question: &str) -> Result<Request> {
-    let text = format!("{}\n\n{question}", document.trim_end());
+    let text = format!("{}\n\n{question}", fs::read_to_string(document)?.trim_end());
     let prompt = ChatTemplate::of(model).render(&[Message::new(Role::User, text)], true)?;
     let tokens = model.tokenize(&prompt, true, true)?;
     let context = ContextParams { n_ctx: tokens.len() as u32, ..Default::default() };
@@ -86,7 +83,7 @@ fn title(area: &Area, place: usize, request: &Request) -> Result<()> {
         words(14, COLOURS[place]),
     ))?;
     area.draw(&Text::new(
-        format!("{} of {} cells kept ({:.0} %)", report.cells_after, report.cells_before, 100.0 * report.share()),
+        format!("{} of {} cells kept: {:.0} %", report.cells_after, report.cells_before, 100.0 * report.share()),
         (MARGIN, 34),
         words(13, DIM),
     ))?;
@@ -192,13 +189,12 @@ const LINES: i32 = 14;
 const LETTER: f64 = 7.2;
 const LINE: i32 = 22;
 
-/// The same passage, shaded by how many heads kept each token: one where the easy request was choosy.
+/// A passage of each, shaded by how many heads kept each token: one where the vote was choosy.
 fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
-    let start = busiest(&requests[0].vote);
     for (place, (half, request)) in area.split_evenly((1, 2)).iter().zip(requests).enumerate() {
         title(half, place, request)?;
         let vote = &request.vote;
-        let heads = vote.n_heads() as f64;
+        let (start, heads) = (choosy(vote), vote.n_heads() as f64);
         let (mut line, mut column) = (0, 0);
         for (token, &kept_by) in vote.texts[start..].iter().zip(&vote.kept_by[start..]) {
             let shade = COLOURS[place].mix(0.75 * f64::from(kept_by) / heads);
@@ -222,7 +218,8 @@ fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
                     })?;
                 }
                 column += letters;
-                if part.ends_with('\n') {
+                // there is no room for empty lines
+                if part.ends_with('\n') && column > 0 {
                     (line, column) = (line + 1, 0);
                 }
             }
@@ -249,7 +246,7 @@ fn words_of(text: &str) -> impl Iterator<Item = (usize, String)> {
 }
 
 /// The start of the line from which on some tokens are kept by many heads and others by few.
-fn busiest(vote: &Explanation) -> usize {
+fn choosy(vote: &Explanation) -> usize {
     /// Tokens that the picture has room for.
     const SHOWN: usize = 160;
     let spread = |start: &usize| {
@@ -258,6 +255,8 @@ fn busiest(vote: &Explanation) -> usize {
         kept.iter().map(|kept| (kept - mean) * (kept - mean)).sum::<f64>()
     };
     let is_line = |start: &usize| vote.texts[start - 1].ends_with('\n');
-    let starts = (1..vote.texts.len().saturating_sub(SHOWN)).filter(is_line);
+    // the first and last tenth are the chat's markup, the title, and what is kept for being new
+    let n = vote.texts.len();
+    let starts = (n / 10..(n - n / 10).saturating_sub(SHOWN)).filter(is_line);
     starts.max_by(|a, b| spread(a).total_cmp(&spread(b))).unwrap_or(0)
 }
