@@ -23,7 +23,7 @@ use crate::policy::Ranking;
 /// docs/results.md.
 const MARGIN: f64 = 0.15;
 
-/// Halvings of the range in which the count lies, on a scale of ratios: from a tenth to all of the cells, four leave a step
+/// Halvings of the range in which the count lies, on a scale of ratios: from a twelfth to all of the cells, four leave a step
 /// of 15 %.
 const HALVINGS: usize = 4;
 

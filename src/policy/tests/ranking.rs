@@ -86,8 +86,8 @@ fn a_trial_may_settle_on_what_the_bounds_allow() {
     let good = Params::default;
     for (params, expected) in [
         (good(), (68, 300)),
-        // a tenth of the cells is more than what is forced
-        (Params { sinks: 0, recent: 8, window: 8, ..good() }, (30, 300)),
+        // a twelfth of the cells is more than what is forced
+        (Params { sinks: 0, recent: 8, window: 8, ..good() }, (25, 300)),
         (Params { min_cells: 100, ..good() }, (100, 300)),
         (Params { min_cells: 500, ..good() }, (300, 300)),
         (Params { max_cells: Some(200), ..good() }, (68, 200)),
