@@ -238,8 +238,8 @@ impl Plan {
         });
         out += &table(["kept", "cells", "KV in use", "free cells"], rows, 1);
         for line in [
-            "The share cannot be known beforehand: the defaults kept 19 % on tasks of RULER at 4,096 tokens",
-            "and 53 to 76 % of plain text (docs/results.md). Free cells hold further text, and decoding reads",
+            "The share cannot be known beforehand: the defaults kept 18 % on tasks of RULER at 4,096 tokens",
+            "and 53 to 75 % of plain text (docs/results.md). Free cells hold further text, and decoding reads",
             "less; the buffer stays as large as -c makes it, and it has cells for the whole prompt.",
         ] {
             out += &labelled("", line);
