@@ -3,12 +3,15 @@ MODEL    ?= $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 # A real document that every Debian machine has: about 5,000 tokens
 DOC      ?= /usr/share/common-licenses/GFDL-1.3
 QUESTION ?= Answer in one sentence: what is the purpose of this License?
+# The requests of the gallery
+EASY     ?= What must you do to convey a modified version?
+HARD     ?= Summarise it in three points.
 PREFIX   ?= /usr/local
 PROFILE  ?= release
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test fuzz bench bench-peers bench-memory results doc stage install uninstall setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers bench-memory results gallery doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +45,10 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 bench-memory: setup ## compare a cache smaller than the prompt with one that holds it all (about 40 minutes)
 	cargo build --release
 	scripts/bench-memory -m "$(MODEL)"
+
+gallery: setup ## draw the pictures of docs/gallery from two real votes
+	cargo run --release --example gallery -- "$(MODEL)" docs/gallery \
+	    /usr/share/common-licenses/GPL-3 "$(EASY)" /usr/share/common-licenses/Artistic "$(HARD)"
 
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps

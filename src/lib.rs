@@ -30,7 +30,7 @@
 //!
 //! # Rooms
 //! Data flows one way: [`capture`] -> [`score`] -> [`policy`] -> [`compact`]; [`vote`] brings them together, and [`session`]
-//! is the loop around it.
+//! is the loop around it; [`explain`] shows what it kept.
 //! A *cell* is a slot of the cache, a *position* a token's logical place: cell i need not hold position i, and a
 //! *composite cell* holds for every layer and KV head a token of that head's own choice.
 
@@ -41,9 +41,12 @@ pub mod capture;
 pub mod compact;
 mod divergence;
 pub mod eval;
+pub mod explain;
 pub mod gguf;
 mod guest;
 pub mod llama;
+mod page;
+mod plot;
 pub mod policy;
 pub mod score;
 pub mod session;

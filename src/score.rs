@@ -41,11 +41,13 @@ use crate::sys;
 /// What can go wrong while scoring.
 #[derive(Debug, thiserror::Error)]
 pub enum ScoreError {
-    #[error("out of memory while scoring: {0}")]
+    #[error("out of memory while scoring: {0}; lower -tb, -c or --samples")]
     Memory(&'static str),
-    #[error("the back end that holds the KV cache cannot be started a second time for scoring")]
+    #[error(
+        "the back end that holds the KV cache cannot be started a second time for scoring; --policy full runs the model as it is"
+    )]
     Backend,
-    #[error("the scoring graph failed (ggml status {0})")]
+    #[error("the scoring graph failed (ggml status {0}); --policy full runs the model as it is")]
     Compute(i32),
 }
 

@@ -1,6 +1,7 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
 mod compress;
+mod explain;
 mod file;
 mod follow;
 mod long;
@@ -53,6 +54,8 @@ pub enum SessionError {
     CacheTooSmall { n_ctx: usize, least: usize },
     #[error("the cache is full, and the policy `full` drops nothing")]
     Full,
+    #[error("the policy `full` does not vote, so there is nothing to explain: choose another --policy")]
+    NoVote,
     #[error("the prompt is empty")]
     Empty,
     #[error(
@@ -200,6 +203,11 @@ impl Session {
     /// Bytes of K and V in one cell, where the cache's layout is known.
     pub fn bytes_per_cell(&self) -> Option<usize> {
         Layout::of(&self.ctx, SEQ).ok().map(|l| l.bytes_per_cell())
+    }
+
+    /// What is known of the cache, where it can be compressed.
+    pub(crate) fn layout(&self) -> Option<&Layout> {
+        self.voter.as_ref().map(|voter| &voter.layout)
     }
 
     /// A flag that stops a running call when set: it answers with [`LlamaError::Cancelled`], or [`Stop::Cancelled`].

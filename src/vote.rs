@@ -4,6 +4,7 @@
 //! together with the context. A [`crate::Session`] has a context of its own; behind the C interface it is one of an app.
 
 mod choose;
+mod notes;
 pub(crate) mod replay;
 mod report;
 mod sequence;
@@ -11,6 +12,7 @@ mod trial;
 
 use std::ops::ControlFlow;
 
+pub(crate) use self::notes::Notes;
 pub use self::report::CompressReport;
 pub(crate) use self::sequence::Saved;
 pub use self::sequence::Sequence;
@@ -88,6 +90,8 @@ pub struct Voter {
     scorer: Scorer,
     pub(crate) policy: policy::Params,
     pub(crate) account_error: bool,
+    /// Where the next vote is to be explained.
+    pub(crate) notes: Option<Notes>,
 }
 
 impl Voter {
@@ -102,6 +106,7 @@ impl Voter {
             scorer: Scorer::new(ctx.n_threads_batch()),
             policy: policy.clone(),
             account_error,
+            notes: None,
             layout,
         })
     }

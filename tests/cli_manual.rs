@@ -8,7 +8,7 @@ use std::process::Command;
 
 use cli::{bare, finish};
 
-const COMMANDS: [&str; 8] = ["run", "chat", "eval", "bench", "inspect", "plan", "completions", "man"];
+const COMMANDS: [&str; 9] = ["run", "chat", "explain", "eval", "bench", "inspect", "plan", "completions", "man"];
 
 fn output(args: &[&str]) -> String {
     finish(&mut bare(args)).ok().stdout

@@ -12,7 +12,7 @@ use gvote::session::Stop;
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs, share};
 use super::conversation::Conversation;
 use super::input::{Entry, Input};
-use super::prompt::PromptArgs;
+use super::prompt::{LengthArgs, PromptArgs};
 use super::report::{Cache, Record, TurnReport, print_json};
 use super::turn::{Answer, Steps, is_too_long};
 use super::words::{count, line, note, plural};
@@ -35,6 +35,8 @@ A line that ends in \\ goes on in the next one; a line of \"\"\" begins and ends
 pub struct ChatArgs {
     #[command(flatten)]
     prompt: PromptArgs,
+    #[command(flatten)]
+    length: LengthArgs,
 
     /// End after one answer; with -p or -f nothing is asked
     #[arg(long, help_heading = "Prompt")]
@@ -110,7 +112,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
         args,
         steps,
         seed: sampling.seed,
-        conversation: Conversation::new(session, sampling, template, args.prompt.predict, revote_share),
+        conversation: Conversation::new(session, sampling, template, args.length.predict, revote_share),
         last: None,
         is_interactive: on_terminal,
         failed: 0,

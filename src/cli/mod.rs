@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod conversation;
 mod eval;
+mod explain;
 mod input;
 mod inspect;
 mod interrupt;
@@ -42,6 +43,7 @@ struct Cli {
 enum Command {
     Run(run::RunArgs),
     Chat(chat::ChatArgs),
+    Explain(explain::ExplainArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
     Inspect(inspect::InspectArgs),
@@ -78,6 +80,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
@@ -119,8 +122,10 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 /// clap explains itself over several lines; here they become one.
 fn usage_error(error: &clap::Error) -> anyhow::Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Exit::Usage("name a command: gvote run, chat, eval, bench, inspect, plan; see gvote --help".into())
-            .into();
+        return Exit::Usage(
+            "name a command: gvote run, chat, explain, eval, bench, inspect, plan; see gvote --help".into(),
+        )
+        .into();
     }
     let text = error.render().to_string();
     let mut line = String::new();

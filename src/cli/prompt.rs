@@ -7,6 +7,9 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use gvote::llama::{ChatTemplate, Message, Model, Role, Token};
 
+use super::Exit;
+use super::words::{count, note};
+
 #[derive(Args)]
 #[command(next_help_heading = "Prompt")]
 pub struct PromptArgs {
@@ -29,10 +32,74 @@ pub struct PromptArgs {
     /// Use this chat template instead of the model's own
     #[arg(long, value_name = "NAME")]
     chat_template: Option<TemplateName>,
+}
 
+#[derive(Args)]
+#[command(next_help_heading = "Prompt")]
+pub struct LengthArgs {
     /// Most tokens to answer with; negative = until the model ends, or has come as far as it was trained for
     #[arg(short = 'n', long, visible_alias = "n-predict", value_name = "N", default_value_t = -1)]
     pub predict: i32,
+}
+
+/// The prompt of a single request.
+#[derive(Args)]
+#[command(next_help_heading = "Prompt")]
+pub struct RequestArgs {
+    #[command(flatten)]
+    prompt: PromptArgs,
+
+    /// Take the prompt as it is, without the chat template
+    #[arg(long, conflicts_with_all = ["chat_template", "system_prompt"])]
+    raw: bool,
+}
+
+/// The prompt as the model gets it.
+pub struct Request {
+    pub text: String,
+    pub tokens: Vec<Token>,
+    pub is_raw: bool,
+}
+
+impl RequestArgs {
+    /// What is asked.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] where there is nothing.
+    pub fn text(&self) -> Result<String> {
+        let text = self.prompt.text_or_stdin()?.filter(|t| !t.is_empty());
+        text.ok_or_else(|| Exit::Usage("there is no prompt: give -p TEXT, -f FILE, or pipe one in".into()).into())
+    }
+
+    /// [`Self::text`] in the words of the model.
+    pub fn request(&self, model: &Model, text: String) -> Result<Request> {
+        let template = self.prompt.template(model);
+        if template.is_fallback() && !self.raw {
+            let unused = self.prompt.system().map_or("", |_| ", without the system message");
+            note(&format!(
+                "this model has no chat template: the prompt is taken as it is{unused}; \
+                 --chat-template chatml changes that"
+            ));
+        }
+        let is_raw = self.raw || template.is_fallback();
+        let text = if is_raw {
+            text
+        } else {
+            let user = Message::new(Role::User, text);
+            let messages: Vec<_> = self.prompt.system().into_iter().chain([user]).collect();
+            template.render(&messages, true)?
+        };
+        let tokens = tokenize_start(model, &text)?;
+        let trained = model.n_ctx_train();
+        if tokens.len() > trained {
+            note(&format!(
+                "the prompt has {} tokens and the model was trained for {}; past them it may talk nonsense",
+                count(tokens.len()),
+                count(trained)
+            ));
+        }
+        Ok(Request { text, tokens, is_raw })
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]

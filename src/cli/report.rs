@@ -145,12 +145,7 @@ impl TurnReport {
     ) -> Self {
         Self {
             answer,
-            prefill: Prefill {
-                tokens: prefill.tokens,
-                seconds: prefill.time.as_secs_f64(),
-                tokens_per_second: rate(prefill.tokens, prefill.time),
-                squeezes: prefill.squeezes,
-            },
+            prefill: Prefill::new(prefill),
             vote: vote.map(|report| Vote::new(report, prefill.time)),
             decode: Decode {
                 tokens: decode.tokens,
@@ -166,19 +161,12 @@ impl TurnReport {
 
     /// The report as aligned lines on stderr.
     pub fn print(&self) {
-        line("prompt", &in_time(self.prefill.tokens, self.prefill.seconds, self.prefill.tokens_per_second));
-        if self.prefill.squeezes.count > 0 {
-            line("", &squeezed(&self.prefill.squeezes, self.cache.size));
-        }
-        match &self.vote {
-            Some(vote) => {
-                line("cache", &vote.cells(&self.policy));
-                if !vote.was_skipped(&self.policy) {
-                    line("vote", &vote.times());
-                }
-            }
-            None => line("cache", &self.cache.in_words()),
-        }
+        let prefill = self.prefill.lines(self.cache.size);
+        let cache = match &self.vote {
+            Some(vote) => vote.lines(&self.policy),
+            None => vec![("cache", self.cache.in_words())],
+        };
+        prefill.into_iter().chain(cache).for_each(|(label, text)| line(label, &text));
         let decode = &self.decode;
         let answer = in_time(decode.tokens, decode.seconds, decode.tokens_per_second);
         line("answer", &format!("{answer}, {}", stop_in_words(decode.stop)));
@@ -204,8 +192,28 @@ impl TurnReport {
     }
 }
 
+impl Prefill {
+    pub fn new(report: PrefillReport) -> Self {
+        Self {
+            tokens: report.tokens,
+            seconds: report.time.as_secs_f64(),
+            tokens_per_second: rate(report.tokens, report.time),
+            squeezes: report.squeezes,
+        }
+    }
+
+    /// Labels and lines. `size`: cells that there are.
+    pub fn lines(&self, size: usize) -> Vec<(&'static str, String)> {
+        let mut lines = vec![("prompt", in_time(self.tokens, self.seconds, self.tokens_per_second))];
+        if self.squeezes.count > 0 {
+            lines.push(("", squeezed(&self.squeezes, size)));
+        }
+        lines
+    }
+}
+
 impl Vote {
-    fn new(report: CompressReport, prefill: Duration) -> Self {
+    pub fn new(report: CompressReport, prefill: Duration) -> Self {
         let share_of_prefill = report.time().as_secs_f64() / prefill.as_secs_f64();
         Self {
             share_kept: report.share(),
@@ -219,6 +227,15 @@ impl Vote {
     /// Nobody was asked: the policy keeps everything, or the cache is small.
     fn was_skipped(&self, policy: &Params) -> bool {
         policy.leaves_alone(self.report.cells_before)
+    }
+
+    /// Labels and lines.
+    pub fn lines(&self, policy: &Params) -> Vec<(&'static str, String)> {
+        let mut lines = vec![("cache", self.cells(policy))];
+        if !self.was_skipped(policy) {
+            lines.push(("vote", self.times()));
+        }
+        lines
     }
 
     fn cells(&self, policy: &Params) -> String {

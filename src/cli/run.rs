@@ -2,15 +2,15 @@
 
 use anyhow::Result;
 use clap::Args;
-use gvote::llama::{Message, Model, Role, Sampler, Token};
+use gvote::llama::{Model, Sampler};
 use gvote::session::Stop;
 
 use super::Exit;
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs};
-use super::prompt::{PromptArgs, tokenize_start};
+use super::prompt::{LengthArgs, RequestArgs};
 use super::report::{Record, TurnReport, print_json};
 use super::turn::{Answer, Steps};
-use super::words::{count, note};
+use super::words::note;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -27,11 +27,9 @@ The answer goes to stdout, all else to stderr. A model with a chat template gets
 #[command(after_help = EXAMPLES, allow_negative_numbers = true)]
 pub struct RunArgs {
     #[command(flatten)]
-    prompt: PromptArgs,
-
-    /// Take the prompt as it is, without the chat template
-    #[arg(long, help_heading = "Prompt", conflicts_with_all = ["chat_template", "system_prompt"])]
-    raw: bool,
+    request: RequestArgs,
+    #[command(flatten)]
+    length: LengthArgs,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -52,21 +50,11 @@ pub struct RunArgs {
 pub fn run(args: &RunArgs) -> Result<()> {
     let policy = args.policy.params()?.policy;
     let steps = Steps::new(&args.output)?;
-    let text = args.prompt.text_or_stdin()?.filter(|t| !t.is_empty());
-    let text = text.ok_or_else(|| Exit::Usage("there is no prompt: give -p TEXT, -f FILE, or pipe one in".into()))?;
+    let text = args.request.text()?;
     steps.interrupt.begin();
     let model = steps.load_model(&args.model, policy)?;
-    let prompt = Prompt::new(args, &model, text)?;
-
-    let trained = model.n_ctx_train();
-    if prompt.tokens.len() > trained {
-        note(&format!(
-            "the prompt has {} tokens and the model was trained for {}; past them it may talk nonsense",
-            count(prompt.tokens.len()),
-            count(trained)
-        ));
-    }
-    let n_ctx = cells_needed(&model, prompt.tokens.len(), args.prompt.predict);
+    let prompt = args.request.request(&model, text)?;
+    let n_ctx = cells_needed(&model, prompt.tokens.len(), args.length.predict);
     let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
     let sampling = args.sampling.params();
     let mut sampler = Sampler::new(&model, &sampling);
@@ -77,7 +65,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if prompt.is_raw && !args.no_display_prompt {
         shown.show(&prompt.text)?;
     }
-    let answer = steps.answer(&mut session, &mut sampler, args.prompt.predict, |piece| shown.show(piece))?;
+    let answer = steps.answer(&mut session, &mut sampler, args.length.predict, |piece| shown.show(piece))?;
     let report = TurnReport::new(&session, prefill, Some(vote), answer);
 
     if args.output.json {
@@ -90,38 +78,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if report.decode.stop == Stop::Cancelled { Err(Exit::Cancelled.into()) } else { Ok(()) }
 }
 
-/// The prompt as the model gets it.
-struct Prompt {
-    text: String,
-    tokens: Vec<Token>,
-    is_raw: bool,
-}
-
-impl Prompt {
-    fn new(args: &RunArgs, model: &Model, text: String) -> Result<Self> {
-        let template = args.prompt.template(model);
-        if template.is_fallback() && !args.raw {
-            let unused = args.prompt.system().map_or("", |_| ", without the system message");
-            note(&format!(
-                "this model has no chat template: the prompt is taken as it is{unused}; \
-                 --chat-template chatml changes that"
-            ));
-        }
-        let is_raw = args.raw || template.is_fallback();
-        let text = if is_raw {
-            text
-        } else {
-            let user = Message::new(Role::User, text);
-            let messages: Vec<_> = args.prompt.system().into_iter().chain([user]).collect();
-            template.render(&messages, true)?
-        };
-        let tokens = tokenize_start(model, &text)?;
-        Ok(Self { text, tokens, is_raw })
-    }
-}
-
 /// Cells for a prompt and its answer, as far as the model was trained for.
-fn cells_needed(model: &Model, prompt: usize, predict: i32) -> usize {
+pub fn cells_needed(model: &Model, prompt: usize, predict: i32) -> usize {
     let trained = model.n_ctx_train();
     usize::try_from(predict).map_or(trained, |n| (prompt + n).min(trained))
 }

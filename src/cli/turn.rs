@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
+use gvote::explain::Explanation;
 use gvote::gguf::{self, Support};
 use gvote::llama::{Model, Pieces, Sampler, Token};
 use gvote::policy::Kind;
@@ -77,6 +78,14 @@ impl Steps {
         let report = session.compress();
         bar.finish_and_clear();
         self.unless_cancelled(report)
+    }
+
+    /// The same, and what went into it.
+    pub fn explain(&self, session: &mut Session) -> Result<Explanation> {
+        let bar = self.bar(0, "voting {elapsed}");
+        let explanation = session.explain();
+        bar.finish_and_clear();
+        self.unless_cancelled(explanation)
     }
 
     /// Generates an answer and hands its text to `show` as it comes. The text returned is what the cache holds.

@@ -15,9 +15,9 @@ pub enum LlamaError {
         "no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--target-kl, --max-cells)"
     )]
     NoCells { needed: usize, free: usize, size: usize },
-    #[error("llama.cpp could not decode the batch (status {0})")]
+    #[error("llama.cpp could not decode the batch (status {0}); -v shows its log, a lower -ub takes less memory")]
     Decode(i32),
-    #[error("out of memory")]
+    #[error("out of memory: lower -c or -ub")]
     Memory,
     #[error("cancelled")]
     Cancelled,

@@ -230,15 +230,18 @@ impl Policy for Gvote {
 
     /// Where the count would be found by trial, the bound on the lost mass stands in: there is no model here to try it on.
     fn select(self: Box<Self>) -> Selection {
-        let ranking = self.ranking();
-        match ranking.params().ratio {
-            Some(_) => ranking.fixed(),
-            None => ranking.by_lost_mass(),
-        }
+        self.ranking().by_rule()
     }
 
     fn decide(self: Box<Self>) -> Decision {
         if self.params.tries() { Decision::Ranking(self.ranking()) } else { Decision::Selection(self.select()) }
+    }
+
+    fn explain(self: Box<Self>) -> (Decision, Option<Ranking>) {
+        let (tries, ranking) = (self.params.tries(), self.ranking());
+        let decision =
+            if tries { Decision::Ranking(ranking.clone()) } else { Decision::Selection(ranking.clone().by_rule()) };
+        (decision, Some(ranking))
     }
 }
 

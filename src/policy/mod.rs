@@ -28,6 +28,7 @@ mod full;
 mod gvote;
 mod gvote_paper;
 mod keydiff;
+mod opinions;
 mod params;
 mod rank;
 mod ranking;
@@ -38,6 +39,8 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use opinions::Opinions;
+pub use opinions::{Agreement, HeadOpinion};
 pub use params::{DEFAULT_RATIO, Evict, Params, PolicyError, Preset, Span};
 pub use ranking::Ranking;
 
@@ -222,6 +225,14 @@ pub trait Policy {
     /// As [`select`](Policy::select).
     fn decide(self: Box<Self>) -> Decision {
         Decision::Selection(self.select())
+    }
+
+    /// [`decide`](Policy::decide), and a copy of the ranking behind it where there is one.
+    ///
+    /// # Panics
+    /// As [`select`](Policy::select).
+    fn explain(self: Box<Self>) -> (Decision, Option<Ranking>) {
+        (self.decide(), None)
     }
 }
 

@@ -25,10 +25,6 @@ impl Ranking {
         Self { params, forced, lists, order, curve }
     }
 
-    pub(super) fn params(&self) -> &Params {
-        &self.params
-    }
-
     /// Entries there are.
     pub fn n(&self) -> usize {
         self.forced.n
@@ -43,6 +39,11 @@ impl Ranking {
     pub fn of_head(&self, head: usize) -> &[u32] {
         let list = if self.lists == 1 { 0 } else { head };
         &self.order[list * self.n()..][..self.n()]
+    }
+
+    /// `[n + 1]` the mean share of the mass that is lost at each count, 0 to 1.
+    pub fn curve(&self) -> &[f64] {
+        &self.curve
     }
 
     /// The fewest and the most cells that the bounds allow a trial to settle on.
@@ -73,8 +74,11 @@ impl Ranking {
         self.keep(count, Bound::LostMass)
     }
 
-    /// The share that was asked for.
-    pub(super) fn fixed(self) -> Selection {
+    /// The share that was asked for, or what the lost mass allows.
+    pub(super) fn by_rule(self) -> Selection {
+        if self.params.ratio.is_none() {
+            return self.by_lost_mass();
+        }
         let count = self.params.fixed_cells(self.n());
         self.keep(count, Bound::Ratio)
     }

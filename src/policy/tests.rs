@@ -3,6 +3,7 @@
 //! - `adakv`: the one whose heads share a budget, and unequal budgets in general;
 //! - `properties`: what holds for any request, and agreement with the float64 `reference`;
 //! - `examples`: small requests whose answer one can work out by hand;
+//! - `opinions`: what is said of a selection where it is explained;
 //! - `ranking`: the order of entries that a trial works on, and where it may be cut;
 //! - `replay`: what a second reading of the context keeps;
 //! - `settings`: what may be set, and what is said when it may not.
@@ -10,6 +11,7 @@
 mod adakv;
 mod baselines;
 mod examples;
+mod opinions;
 mod properties;
 mod ranking;
 mod reference;

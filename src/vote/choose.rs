@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::replay::Replayed;
 use super::trial::Trial;
-use super::{CompressReport, Stage, Vote, VoteError, Voter, uniform_shape};
+use super::{CompressReport, Notes, Stage, Vote, VoteError, Voter, uniform_shape};
 use crate::cache::{self, Cell, Layout, Parked};
 use crate::capture::{Capture, Queries};
 use crate::compact;
@@ -31,6 +31,10 @@ impl Vote<'_> {
             Decision::Ranking(ranking) => self.settle(ranking, &mut report)?,
         };
         report.note(&selection, bytes_per_cell);
+        let n_heads = self.voter.layout.n_head_kv().sum();
+        if let Some(notes) = &mut self.voter.notes {
+            notes.selected(&selection, self.sequence, cells, n_heads);
+        }
         Ok((selection, report))
     }
 
@@ -134,10 +138,19 @@ impl Vote<'_> {
                 ahead if policy.needs().observed => Some(self.read_ahead(cells, ahead)?),
                 _ => None,
             };
+            let params = &self.voter.policy;
+            self.voter.notes.iter_mut().for_each(|notes| notes.begin(params, shape));
             self.score(cells, reread.as_ref(), policy.as_mut(), report)?;
         }
         let clock = Instant::now();
-        let decision = policy.decide();
+        let decision = match &mut self.voter.notes {
+            Some(notes) => {
+                let (decision, ranking) = policy.explain();
+                notes.ranked(ranking);
+                decision
+            }
+            None => policy.decide(),
+        };
         report.select_time = clock.elapsed();
         Ok(decision)
     }
@@ -205,7 +218,7 @@ impl Vote<'_> {
 
         self.enter(Stage::Score)?;
         let clock = Instant::now();
-        let Voter { layout, capture, scorer, policy: params, account_error, .. } = &mut *self.voter;
+        let Voter { layout, capture, scorer, policy: params, account_error, notes, .. } = &mut *self.voter;
         let is_replay = params.replay;
         scorer.score(
             layout,
@@ -213,17 +226,20 @@ impl Vote<'_> {
             needs,
             *account_error,
             |il| layer_queries(capture, seq, il, pos_last, std::mem::take(&mut future[il])),
-            |head, scores| match reread {
-                Some(reread) if is_replay => policy.observe(
-                    head,
-                    &HeadScores {
+            |head, scores| {
+                let scores = match reread {
+                    Some(reread) if is_replay => HeadScores {
                         replayed: reread.mean_of(head),
                         fourth_powers: reread.fourth_powers_of(head),
                         ..*scores
                     },
-                ),
-                Some(reread) => policy.observe(head, &HeadScores { observed: reread.mean_of(head), ..*scores }),
-                None => policy.observe(head, scores),
+                    Some(reread) => HeadScores { observed: reread.mean_of(head), ..*scores },
+                    None => *scores,
+                };
+                if let Some(opinions) = notes.as_mut().and_then(Notes::opinions) {
+                    opinions.observe(&scores);
+                }
+                policy.observe(head, &scores);
             },
         )?;
         report.score_time = clock.elapsed();

@@ -86,10 +86,14 @@ impl Vote<'_> {
         if draft.tokens.is_empty() {
             return Ok(None);
         }
+        let bar = MARGIN * f64::from(target);
+        if let Some(notes) = &mut self.voter.notes {
+            (notes.draft, notes.bar) = (draft.tokens.clone(), Some(bar as f32));
+        }
         let Vote { ctx, voter, sequence, progress } = self;
         let reordered = Reordered::new(ctx, sequence.id, ranking)?;
         let mut vote = Vote { ctx: reordered.ctx, voter, sequence, progress };
-        vote.search(ranking, &draft, MARGIN * f64::from(target)).map(Some)
+        vote.search(ranking, &draft, bar).map(Some)
     }
 
     fn draft(&mut self) -> Result<Draft, VoteError> {

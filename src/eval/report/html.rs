@@ -2,16 +2,16 @@
 
 use std::collections::BTreeSet;
 
+use minijinja::context;
 use minijinja::value::Serde;
-use minijinja::{Environment, context};
 use serde::Serialize;
 
-use super::plot::{Key, Palette, Panel, bars, heat, pareto, scatter};
+use super::plot::{Palette, Panel, bars, heat, pareto, scatter};
 use super::table::{Kind, Section, sections};
 use super::{FULL, FidelityTable, Report, TaskTable};
+use crate::page;
+use crate::plot::Key;
 
-/// The extension turns escaping on.
-const NAME: &str = "page.html";
 const PAGE: &str = include_str!("page.html");
 
 const FIDELITY: &str = "Lower and further left is better: less drift from the full cache with fewer cells. On a linear axis \
@@ -51,9 +51,8 @@ pub fn render(report: &Report) -> String {
     parts.sort_by_key(|part| part.section.kind == Kind::Runs);
     let models: BTreeSet<&str> = models(report).collect();
     let models = models.into_iter().collect::<Vec<_>>().join(", ");
-    let env = Environment::new();
     let context = context! { parts => Serde(parts), records => report.records, models => models, ramp => heat::ramp() };
-    env.render_named_str(NAME, PAGE, context).expect("the page renders whatever the records say")
+    page::render(PAGE, &[], context)
 }
 
 fn models(report: &Report) -> impl Iterator<Item = &str> {

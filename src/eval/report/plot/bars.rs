@@ -2,8 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::axis::Axis;
-use super::{Area, Drawn, INK, Key, LETTER, Labels, Look, Palette, Panel, chart, svg};
+use super::{Area, Axis, Drawn, INK, Key, LETTER, Labels, Look, Palette, Panel, WIDTH, chart, svg};
 use crate::eval::report::TaskTable;
 
 /// Pixels of a bar where there are few to a task and where there are more, of the gap between two tasks, and of all that is above and below the bars.
@@ -46,7 +45,7 @@ pub fn panel(table: &TaskTable, palette: Palette) -> Panel {
         }
         Ok(())
     };
-    Panel::new(&table.suite, &table.place, svg((super::WIDTH, height), draw))
+    Panel::new(&table.suite, &table.place, svg((WIDTH, height), draw))
 }
 
 /// Configurations with their bars.

@@ -3,8 +3,7 @@
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::axis::Axis;
-use super::{Chart, Drawn, FONT, Labels, Palette, Panel, chart, svg};
+use super::{Axis, Chart, Drawn, FONT, Labels, Palette, Panel, WIDTH, chart, svg};
 use crate::eval::report::{Needle, NeedleMap, TaskTable};
 
 /// Pixels of a row of the map, and of all that is above and below the rows.
@@ -36,7 +35,7 @@ fn draw(needle: &Needle, map: &NeedleMap) -> String {
     let x = Axis::names(needle.lengths.iter().cloned());
     let y = Axis::names(needle.depths.iter().map(|depth| format!("{depth} %"))).reversed();
     let labels = Labels { x: "length of the context", y: "depth of the needle", left: 72 };
-    svg((super::WIDTH, FRAME + ROW * needle.depths.len() as u32), |area| {
+    svg((WIDTH, FRAME + ROW * needle.depths.len() as u32), |area| {
         let chart = chart(area, x, y, &labels)?;
         for (row, scores) in map.scores.iter().enumerate() {
             for (column, score) in scores.iter().enumerate() {

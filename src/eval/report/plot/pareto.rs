@@ -2,8 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::axis::Axis;
-use super::{Chart, DASH, Drawn, GREY, Key, Labels, Palette, Panel, chart, dashed, key, marker, svg};
+use super::{Axis, Chart, DASH, Drawn, GREY, Key, Labels, Palette, Panel, WIDTH, chart, dashed, key, marker, svg};
 use crate::eval::report::table::tokens;
 use crate::eval::report::{FULL, FidelityTable, TaskTable};
 use crate::policy::Kind;
@@ -89,7 +88,7 @@ fn draw(points: &[Point], full: Option<f64>, y: Axis, unit: &str, palette: Palet
     let most = points.iter().map(|p| p.share).fold(0.0, f64::max);
     let x = Axis::linear(0.0, most.clamp(1.0, 100.0));
     let labels = Labels { x: "cells kept, %", y: unit, left: 64 };
-    svg((super::WIDTH, HEIGHT), |area| {
+    svg((WIDTH, HEIGHT), |area| {
         let mut chart = chart(area, x, y, &labels)?;
         draw_full(&mut chart, full)?;
         for policy in joined(points.iter().map(|p| p.config).collect(), palette) {

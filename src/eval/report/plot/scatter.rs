@@ -2,8 +2,10 @@
 
 use plotters::prelude::*;
 
-use super::axis::Axis;
-use super::{Area, DASH, Drawn, GREY, INK, Key, Labels, Look, Palette, Panel, chart, dashed, hollow, key, marker, svg};
+use super::{
+    Area, Axis, DASH, Drawn, GREY, INK, Key, Labels, Look, Palette, Panel, WIDTH, chart, dashed, hollow, key, marker,
+    svg,
+};
 use crate::eval::report::table::target;
 use crate::eval::report::{AdaptivityTable, FULL};
 
@@ -26,7 +28,7 @@ pub fn panel(table: &AdaptivityTable, palette: Palette) -> Panel {
         }
         Ok(())
     };
-    Panel::new(&format!("KL at most {}", target(table.target)), &table.place, svg((super::WIDTH, HEIGHT), draw))
+    Panel::new(&format!("KL at most {}", target(table.target)), &table.place, svg((WIDTH, HEIGHT), draw))
 }
 
 /// What the plots show.

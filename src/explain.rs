@@ -1,0 +1,135 @@
+//! What a vote kept of a prompt, and why: for a page, a terminal, or another program.
+//!
+//! [`crate::Session::explain`] makes an [`Explanation`]. Which tokens stayed is read off the cache after the vote; the scores
+//! are those that the policy saw.
+
+mod bits;
+mod html;
+mod plot;
+mod text;
+
+use serde::Serialize;
+
+pub use self::bits::Bits;
+pub use self::html::About;
+use crate::Session;
+use crate::cache;
+use crate::llama::{Pos, Token};
+use crate::policy::{HeadOpinion, Params};
+use crate::vote::{CompressReport, Notes};
+
+/// What a vote kept, and why.
+///
+/// *Position*: of a token in the text, from 0. *Head*: a KV head, counted over all layers of the cache, layer-major.
+#[derive(Debug, Clone, Serialize)]
+pub struct Explanation {
+    #[serde(skip)]
+    pub report: CompressReport,
+    #[serde(skip)]
+    pub policy: Params,
+    /// `[position]` the tokens.
+    pub tokens: Vec<Token>,
+    /// `[position]` their text, as it can be shown: see the module's escapes.
+    pub texts: Vec<String>,
+    /// The numbers that the model gives to the layers of the cache; a sliding-window model has others beside them.
+    pub layers: Vec<i32>,
+    /// KV heads of each layer.
+    pub n_head_kv: usize,
+    /// `[head][position]` what is in the cache after the vote.
+    pub kept: Bits,
+    /// `[position]` heads that hold the token.
+    pub kept_by: Vec<u32>,
+    /// `[head]` how the vote looks from each head; empty where nothing was weighed or all stays.
+    pub heads: Vec<HeadOpinion>,
+    /// `[n + 1]` mean share of the attention mass that is given up by each number of cells; empty where the policy has none.
+    pub curve: Vec<f64>,
+    /// The mean KL beyond that of rounding that a trial let pass, in nats a token.
+    pub bar: Option<f32>,
+    /// The continuation on which the trial compared, as it can be shown.
+    pub draft: Vec<String>,
+    /// `[position]` what the last real queries look at, mean over the heads; sums to at most 1. Empty where they did not
+    /// vote.
+    pub real: Vec<f64>,
+    /// `[position]` what synthetic queries and the current one look at, or the repeated text of a replay.
+    pub synthetic: Vec<f64>,
+}
+
+/// Tokens of a passage.
+const PASSAGE: usize = 24;
+
+/// A passage of the text.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Passage {
+    /// The position of its first token, and that behind its last one.
+    pub start: usize,
+    pub end: usize,
+    /// Mean share of the heads that keep its tokens, 0 to 1.
+    pub share: f64,
+}
+
+impl Explanation {
+    pub(crate) fn new(session: &Session, report: CompressReport, notes: Notes) -> Self {
+        let (sequence, layout) = (session.sequence(), session.layout());
+        let layers: Vec<i32> = layout.iter().flat_map(|layout| &layout.layers).map(|layer| layer.il).collect();
+        let n_heads: usize = layout.iter().flat_map(|layout| layout.n_head_kv()).sum();
+        let cells = cache::cells(session.context(), sequence.id());
+        let n = sequence.n_past() as usize;
+        let kept: Vec<Vec<Pos>> = (0..n_heads).map(|head| sequence.positions(&cells, head)).collect();
+        let mut kept_by = vec![0; n];
+        kept.iter().flatten().for_each(|&pos| kept_by[pos as usize] += 1);
+        let shown = |tokens: &[Token]| {
+            let pieces: Vec<Vec<u8>> = tokens.iter().map(|&token| session.model().piece(token, true)).collect();
+            text::shown(&pieces)
+        };
+        Self {
+            report,
+            policy: session.policy().clone(),
+            texts: shown(&sequence.tokens),
+            tokens: sequence.tokens.clone(),
+            n_head_kv: n_heads / layers.len().max(1),
+            layers,
+            kept: Bits::new(n, kept.into_iter()),
+            kept_by,
+            heads: notes.heads,
+            curve: notes.curve,
+            bar: notes.bar,
+            draft: shown(&notes.draft),
+            real: notes.real,
+            synthetic: notes.synthetic,
+        }
+    }
+
+    /// KV heads of all layers.
+    pub fn n_heads(&self) -> usize {
+        self.layers.len() * self.n_head_kv
+    }
+
+    /// The `most` passages that were kept by most heads, the best first, at least one passage apart, and apart from what always stays.
+    pub fn passages(&self, most: usize) -> Vec<Passage> {
+        let end = self.kept_by.len().saturating_sub(self.policy.recent);
+        let starts = self.policy.sinks..(end + 1).saturating_sub(PASSAGE);
+        let share = |start: usize| {
+            let kept: u32 = self.kept_by[start..start + PASSAGE].iter().sum();
+            f64::from(kept) / (PASSAGE * self.n_heads()) as f64
+        };
+        let mut all: Vec<_> =
+            starts.map(|start| Passage { start, end: start + PASSAGE, share: share(start) }).collect();
+        // of equal ones the first
+        all.sort_by(|a, b| b.share.total_cmp(&a.share));
+        let mut best: Vec<Passage> = Vec::new();
+        for passage in all {
+            if best.len() == most {
+                break;
+            }
+            if best.iter().all(|other| passage.end + PASSAGE <= other.start || other.end + PASSAGE <= passage.start) {
+                best.push(passage);
+            }
+        }
+        best
+    }
+
+    /// One page without external resources. `about`: what the vote does not know.
+    pub fn to_html(&self, about: &About) -> String {
+        html::render(self, about)
+    }
+}
