@@ -8,10 +8,10 @@ PROFILE  ?= release
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test fuzz bench bench-peers results doc stage install uninstall setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers completion bench-completion results doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: setup ## install what is needed, build, and ask a question about a long document
 	cargo build --release
@@ -38,6 +38,12 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	cargo build --release
 	scripts/build-peers
 	scripts/bench-peers -m "$(MODEL)" -f "$(DOC)"
+
+completion: setup stage ## build llama.cpp's own llama-completion, as it is and with GVote, in target/completion
+	scripts/build-completion "$(STAGE)"
+
+bench-completion: completion ## compare both: cells and speed, in turns
+	scripts/bench-completion -m "$(MODEL)" -f "$(DOC)" -p "$(QUESTION)"
 
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
