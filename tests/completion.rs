@@ -36,7 +36,7 @@ fn programs() -> &'static Path {
 /// The program with the document, a question, and a context with room for more than both.
 fn completion(name: &str, flags: &[&str]) -> (Command, tempfile::NamedTempFile) {
     let prompt = tempfile::NamedTempFile::new().unwrap();
-    fs::write(&prompt, format!("{}\n\n{}", fs::read_to_string(document()).unwrap(), FERRY.0)).unwrap();
+    fs::write(&prompt, format!("{}\n\n{}", fs::read_to_string(document()).unwrap(), LIGHTHOUSE.0)).unwrap();
     let mut command = Command::new(programs().join(name));
     command.arg("-m").arg(model()).arg("-f").arg(prompt.path());
     command.args(["-c", "2048", "-n", "24", "-t", "1", "-fa", "off", "--temp", "0", "--no-display-prompt"]).args(flags);
@@ -72,32 +72,30 @@ fn ten_lines_are_enough() {
 #[test]
 fn it_answers_from_fewer_cells() {
     let (without, with) = (answer(PLAIN, &[]), answer(WITH_GVOTE, &[]));
-    assert!(without.stdout.contains(FERRY.1), "{}", without.stdout);
-    assert!(with.stdout.contains(FERRY.1), "{}", with.stdout);
+    assert!(without.stdout.contains(LIGHTHOUSE.1), "{}", without.stdout);
+    assert!(with.stdout.contains(LIGHTHOUSE.1), "{}", with.stdout);
     assert!(!without.stderr.contains("gvote"), "{}", without.stderr);
     let votes = votes(&with);
     assert_eq!(votes.len(), 1, "{}", with.stderr);
     let (before, after) = votes[0];
-    assert!(before > 600 && after > 64 && f64::from(after) < 0.9 * f64::from(before), "{before} -> {after}");
+    assert!(before > 600 && after > 64 && after < before, "{before} -> {after}");
 }
 
 #[test]
 fn every_turn_of_a_chat_is_voted_on() {
     let (mut command, _prompt) = completion(WITH_GVOTE, &[]);
-    let done = finish_with(&mut command, &format!("{}\n", LIGHTHOUSE.0)).ok();
+    let done = finish_with(&mut command, &format!("{}\n", FERRY.0)).ok();
     let votes = votes(&done);
     assert_eq!(votes.len(), 2, "{}", done.stderr);
-    // the second turn begins with what the first one left
-    assert!(votes[1].0 > votes[0].1 && votes[1].0 < votes[0].0, "{votes:?}");
-    assert!(done.stdout.contains(FERRY.1), "{}", done.stdout);
+    // the second turn begins with what the first one left, and adds a short answer and a question
+    let new = votes[1].0 - votes[0].1;
+    assert!((10..100).contains(&new), "{votes:?}");
+    assert!(done.stdout.contains(LIGHTHOUSE.1), "{}", done.stdout);
 }
 
 #[test]
 fn a_context_shift_behind_its_back_ends_the_votes_and_nothing_else() {
-    let tokens = {
-        let (before, _) = votes(&answer(WITH_GVOTE, &["-n", "1"]))[0];
-        before
-    };
+    let (tokens, _) = votes(&answer(WITH_GVOTE, &["-n", "1"]))[0];
     // an answer that does not fit: positions run out, however few cells there are
     let (n_ctx, n_predict) = ((tokens + 40).next_multiple_of(256).to_string(), "300");
     let flags = ["-c", &n_ctx, "-n", n_predict, "--ignore-eos", "--keep", "4"];
@@ -105,11 +103,12 @@ fn a_context_shift_behind_its_back_ends_the_votes_and_nothing_else() {
     assert!(stopped.stderr.contains("context full and context shift is disabled"), "{}", stopped.stderr);
 
     let (mut command, _prompt) = completion(WITH_GVOTE, &[&flags[..], &["--context-shift"]].concat());
-    let done = finish_with(&mut command, &format!("{}\n", LIGHTHOUSE.0)).ok();
+    let done = finish_with(&mut command, &format!("{}\n", FERRY.0)).ok();
     assert_eq!(votes(&done).len(), 1, "{}", done.stderr);
-    assert!(done.stderr.contains("gvote: nothing is known of sequence 0: "), "{}", done.stderr);
-    let (first, second) =
-        done.stdout.split_once(LIGHTHOUSE.0).unwrap_or_else(|| done.stdout.split_once("\n> ").unwrap());
+    // it depends on the vote which of the two it says
+    let refusals = ["gvote: nothing is known of sequence 0: ", "gvote: sequence 0 was changed without gvote: "];
+    assert!(refusals.iter().any(|refusal| done.stderr.contains(refusal)), "{}", done.stderr);
+    let (first, second) = done.stdout.split_once("\n> ").unwrap();
     assert!(first.len() > stopped.stdout.len(), "it went on after the shift: {}", done.stdout);
     assert!(second.split_whitespace().count() > 20, "and answered again: {}", done.stdout);
 }
