@@ -11,10 +11,11 @@ PROFILE  ?= release
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test fuzz bench bench-peers bench-memory results gallery doc stage install uninstall setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers bench-memory completion bench-completion results gallery doc stage install \
+        uninstall setup fmt lint clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: setup ## install what is needed, build, and ask a question about a long document
 	cargo build --release
@@ -45,6 +46,12 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 bench-memory: setup ## compare a cache smaller than the prompt with one that holds it all (about 40 minutes)
 	cargo build --release
 	scripts/bench-memory -m "$(MODEL)"
+
+completion: setup stage ## build llama.cpp's own llama-completion, as it is and with GVote, in target/completion
+	scripts/build-completion "$(STAGE)"
+
+bench-completion: completion ## compare both: cells and speed, in turns
+	scripts/bench-completion -m "$(MODEL)" -f "$(DOC)" -p "$(QUESTION)"
 
 gallery: setup ## draw the pictures of docs/gallery from two real votes
 	cargo run --release --example gallery -- "$(MODEL)" docs/gallery \

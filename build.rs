@@ -21,13 +21,13 @@ fn main() {
         println!("cargo:rerun-if-env-changed={var}");
     }
     let source = find_llama();
-    let libraries = built_llama().unwrap_or_else(|| build_llama(&source));
-    compile_shim(&source);
-    generate_bindings(&source);
-    link(&libraries);
     let [llama, ggml] = [("CMakeLists.txt", "LLAMA"), ("ggml/CMakeLists.txt", "GGML")].map(|(file, prefix)| {
         version_of(&source.join(file), prefix).unwrap_or_else(|| fail(&format!("{file} of llama.cpp names no version")))
     });
+    let libraries = built_llama(&llama).unwrap_or_else(|| build_llama(&source));
+    compile_shim(&source);
+    generate_bindings(&source);
+    link(&libraries);
     println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={llama}");
     println!("cargo:rustc-env=GVOTE_GGML_VERSION={ggml}");
 }
@@ -74,17 +74,22 @@ fn pinned_llama() -> PathBuf {
     Path::new(manifest).with_file_name("llama.cpp")
 }
 
-/// Shared libraries named by the environment, which somebody built from the checkout that it names too.
-fn built_llama() -> Option<PathBuf> {
+/// Shared libraries named by the environment, which somebody built from the checkout that it names too, of that version.
+fn built_llama(version: &str) -> Option<PathBuf> {
     let dir = PathBuf::from(env::var_os("LLAMA_LIB_DIR")?);
     if env::var_os("LLAMA_CPP_DIR").is_none() {
         fail("LLAMA_LIB_DIR needs LLAMA_CPP_DIR beside it: the source that those libraries were built from");
     }
     let file = format!("{}llama{}", env::consts::DLL_PREFIX, env::consts::DLL_SUFFIX);
-    match fs::canonicalize(&dir) {
-        Ok(dir) if dir.join(&file).is_file() => Some(dir),
-        _ => fail(&format!("there is no {file} in LLAMA_LIB_DIR={}", dir.display())),
+    let Ok(library) = fs::canonicalize(dir.join(&file)) else {
+        fail(&format!("there is no {file} in LLAMA_LIB_DIR={}", dir.display()));
+    };
+    // on Linux the file that the link leads to is libllama.so.0.8.0; where no version is named, gvote_new() compares
+    let named = library.to_string_lossy().rsplit_once(".so.").map(|(_, version)| version.to_owned());
+    if let Some(named) = named.filter(|named| named != version) {
+        fail(&format!("{} is llama.cpp {named}, but the source in LLAMA_CPP_DIR is {version}", library.display()));
     }
+    fs::canonicalize(dir).ok()
 }
 
 /// What ggml's cmake turns on for x86 where it does not build for this very CPU.

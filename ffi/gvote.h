@@ -21,7 +21,8 @@
  *
  *   Errors     A function that can fail returns a gvote_status. GVOTE_OK is 0. After any other status the context, its cache,
  *              its outputs and the handle are as they were before the call, and gvote_last_error() tells more. No C++ exception
- *              and no panic crosses this interface. A NULL where none is allowed is GVOTE_ERROR_NULL.
+ *              and no panic crosses this interface. A NULL where none is allowed is GVOTE_ERROR_NULL, what is no handle
+ *              GVOTE_ERROR_HANDLE, and every call may answer GVOTE_ERROR_INTERNAL; the functions below name the rest.
  *   Threads    Different handles are independent. One handle, and the context it is attached to, is used by one thread at a
  *              time; a second call meanwhile answers GVOTE_ERROR_BUSY and does nothing. gvote_cancel() and
  *              gvote_cancel_clear() alone may be called at any time from any thread.
@@ -87,7 +88,7 @@ typedef enum gvote_status {
     GVOTE_ERROR_NOT_SEEN        = 9,  /* the sequence is empty, or was not decoded while gvote was attached */
     GVOTE_ERROR_CHANGED         = 10, /* its cells were moved, removed or replaced without gvote */
     GVOTE_ERROR_SHARED          = 11, /* its cells are shared with another sequence: compress before llama_memory_seq_cp() */
-    GVOTE_ERROR_COMPRESSED      = 12, /* the position lies inside the compressed part */
+    GVOTE_ERROR_COMPRESSED      = 12, /* the position, or what GVOTE_FLAG_REPLAY would read, lies inside the compressed part */
     GVOTE_ERROR_NO_CELLS        = 13, /* a vote needs more free cells than there are */
     GVOTE_ERROR_MEMORY          = 14, /* out of memory */
     GVOTE_ERROR_CANCELLED       = 15, /* gvote_cancel(), the progress callback or the context's abort callback said so */
@@ -255,7 +256,8 @@ static inline gvote_params gvote_params_default(void) {
  * another version than gvote was built for. */
 GVOTE_API gvote_t * gvote_new(const gvote_params * params, gvote_status * status);
 
-/* Frees a handle; NULL is fine. It does not touch a context: free the context before, or gvote_detach() from it. */
+/* Frees a handle; NULL is fine. It does not touch a context: free the context before, or gvote_detach() from it. Not while
+ * another call with the handle runs: nothing is freed then. */
 GVOTE_API void gvote_free(gvote_t * g);
 
 /* What went wrong last with this handle, or "" after a success. Lives until the next call with the handle. With NULL: the last
@@ -269,10 +271,12 @@ GVOTE_API gvote_status gvote_set_params(gvote_t * g, const gvote_params * params
 /* The settings in force, as far as the `size` that the caller sets in `params` reaches. Errors: GVOTE_ERROR_SIZE. */
 GVOTE_API gvote_status gvote_get_params(gvote_t * g, gvote_params * params);
 
-/* Who gets a line about each vote, and warnings. NULL: nobody, as in the beginning. `user_data` is passed on. */
+/* Who gets a line about each vote, and warnings, in the thread that votes or decodes. NULL: nobody, as in the beginning.
+ * `user_data` is passed on, and belongs to the app. */
 GVOTE_API gvote_status gvote_set_log_callback(gvote_t * g, gvote_log_callback callback, void * user_data);
 
-/* Who is told of the steps of a vote. NULL: nobody, as in the beginning. `user_data` is passed on. */
+/* Who is told of the steps of a vote, in the thread that votes. NULL: nobody, as in the beginning. `user_data` is passed on, and
+ * belongs to the app. */
 GVOTE_API gvote_status gvote_set_progress_callback(gvote_t * g, gvote_progress_callback callback, void * user_data);
 
 /* Stops a running vote, and every later one until gvote_cancel_clear(): they answer GVOTE_ERROR_CANCELLED. What was decoded by
@@ -302,8 +306,9 @@ GVOTE_API gvote_status gvote_detach(gvote_t * g, struct llama_context * ctx);
  * if both do; nodes are ignored until gvote_attach() has named the context. Called by ggml, in the thread that decodes. */
 GVOTE_API bool gvote_cb_eval(struct ggml_tensor * t, bool ask, void * user_data);
 
-/* Calls another eval callback beside gvote's, for every node that it asks for. NULL: none. A callback that gvote_attach() finds
- * in the context is set like this by itself. */
+/* Calls another eval callback beside gvote's, for every node that it asks for, in the thread that decodes. NULL: none.
+ * `user_data` is passed on, and belongs to the app. A callback that gvote_attach() finds in the context is set like this by
+ * itself. */
 GVOTE_API gvote_status gvote_set_next_callback(gvote_t * g, gvote_eval_callback callback, void * user_data);
 
 /* ---- votes --------------------------------------------------------------------------------------------------------------- */
@@ -311,10 +316,12 @@ GVOTE_API gvote_status gvote_set_next_callback(gvote_t * g, gvote_eval_callback 
 /* Finds out which cells the sequence `seq` needs, keeps those and frees the others. Call it between two calls of
  * llama_decode(). Decoding goes on at the next position as if nothing had happened. It can be called again later on, for what
  * was decoded meanwhile. `report` may be NULL; its `size` must be set.
- * Errors: GVOTE_ERROR_SIZE, and from GVOTE_ERROR_UNSUPPORTED on all but GVOTE_ERROR_COMPRESSED and GVOTE_ERROR_STATE. */
+ * Errors: GVOTE_ERROR_SIZE, and from GVOTE_ERROR_UNSUPPORTED on all but GVOTE_ERROR_STATE; GVOTE_ERROR_COMPRESSED where
+ * GVOTE_FLAG_REPLAY is set and the sequence was compressed before. */
 GVOTE_API gvote_status gvote_compress(gvote_t * g, struct llama_context * ctx, int32_t seq, gvote_report * report);
 
-/* The same, but changes nothing: `report` says what gvote_compress() would do. Costs as much. `report` may be NULL. */
+/* The same, but changes nothing: `report` says what gvote_compress() would do. Costs as much. `report` may be NULL.
+ * Errors as gvote_compress(). */
 GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32_t seq, gvote_report * report);
 
 /* ---- sequences ----------------------------------------------------------------------------------------------------------- */

@@ -61,6 +61,11 @@ public:
     void attach(llama_context * ctx) { check(gvote_attach(get(), ctx)); }
     void detach(llama_context * ctx) { check(gvote_detach(get(), ctx)); }
 
+    // An eval callback of the app's own, called beside gvote's; nullptr: none.
+    void set_next_callback(gvote_eval_callback callback, void * user_data) {
+        check(gvote_set_next_callback(get(), callback, user_data));
+    }
+
     gvote_report compress(llama_context * ctx, std::int32_t seq) { return vote(gvote_compress, ctx, seq); }
     gvote_report plan(llama_context * ctx, std::int32_t seq) { return vote(gvote_plan, ctx, seq); }
 

@@ -2,63 +2,20 @@
 
 #[path = "common/cli.rs"]
 mod cli;
+#[path = "common/harbour.rs"]
+mod harbour;
 #[path = "common/installed.rs"]
 mod installed;
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 
 use cli::model;
-use installed::{make, prefix, run, source};
+use harbour::{FERRY, LIGHTHOUSE, document};
+use installed::{built_with_cmake, built_with_pkg_config, guide_program, make, prefix, run, source};
 
 /// Tests run side by side, and threads that wait for one another's core are slow.
 const ONE_THREAD: &str = "1";
-
-/// What a document says among sentences without a meaning, far apart.
-const FACTS: [&str; 4] = [
-    "The harbour of Lindal was built by the engineer Ada Moss.",
-    "The ferry is called Juniper and leaves at noon.",
-    "The lighthouse on the pier is painted green.",
-    "The inn beside the pier is famous for its plum cake.",
-];
-/// What a model of 135 million weights can answer about it, and a word of the answer.
-const FERRY: (&str, &str) = ("What is the ferry called?", "Juniper");
-const LIGHTHOUSE: (&str, &str) = ("Which colour is the lighthouse painted?", "green");
-
-fn document() -> &'static Path {
-    static FILE: OnceLock<tempfile::NamedTempFile> = OnceLock::new();
-    FILE.get_or_init(|| {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let filler = cli::text(3200);
-        let mut sentences: Vec<&str> = filler.split_inclusive(". ").collect();
-        for (i, fact) in FACTS.iter().enumerate() {
-            sentences.insert((i + 1) * sentences.len() / 5, fact);
-        }
-        fs::write(&file, sentences.join(" ")).unwrap();
-        file
-    })
-    .path()
-}
-
-fn pkg_config(args: &[&str]) -> Vec<String> {
-    let output =
-        run(Command::new("pkg-config").args(args).arg("gvote").env("PKG_CONFIG_PATH", prefix().join("lib/pkgconfig")));
-    output.split_whitespace().map(Into::into).collect()
-}
-
-/// Compiles an example as its first lines say.
-fn built(code: &Path, dir: &Path) -> PathBuf {
-    let program = dir.join("program");
-    run(Command::new("gcc")
-        .args(["-std=c11", "-Wall", "-Wextra", "-Werror"])
-        .arg(code)
-        .arg("-o")
-        .arg(&program)
-        .args(pkg_config(&["--cflags", "--libs"])));
-    program
-}
 
 /// What a program printed: stdout, and the numbers of its lines `cells: before -> after`.
 fn answers(command: &mut Command) -> (String, Vec<(u32, u32)>) {
@@ -82,7 +39,10 @@ fn an_example_in_c_is_built_with_pkg_config() {
     let dir = tempfile::tempdir().unwrap();
     let (question, word) = FERRY;
     let (answer, cells) = answers(
-        Command::new(built(&source("ffi/examples/simple.c"), dir.path())).arg(model()).arg(document()).arg(question),
+        Command::new(built_with_pkg_config(prefix(), &source("ffi/examples/simple.c"), dir.path()))
+            .arg(model())
+            .arg(document())
+            .arg(question),
     );
     assert!(answer.contains(word), "{answer}");
     assert_eq!(cells.len(), 1);
@@ -92,11 +52,9 @@ fn an_example_in_c_is_built_with_pkg_config() {
 #[test]
 fn the_program_of_the_guide_runs() {
     let dir = tempfile::tempdir().unwrap();
-    let guide = fs::read_to_string(source("docs/c-api.md")).unwrap();
-    let code = guide.split_once("```c\n").unwrap().1.split_once("```").unwrap().0;
-    assert!(code.lines().count() <= 33, "a guide starts small");
-    fs::write(dir.path().join("guide.c"), code).unwrap();
-    let program = built(&dir.path().join("guide.c"), dir.path());
+    let code = guide_program(dir.path());
+    assert!(fs::read_to_string(&code).unwrap().lines().count() <= 33, "a guide starts small");
+    let program = built_with_pkg_config(prefix(), &code, dir.path());
     let (output, _) = answers(Command::new(program).arg(model()).stdin(fs::File::open(document()).unwrap()));
     let (before, after) = output.trim_end().strip_suffix(" cells").unwrap().split_once(" -> ").unwrap();
     let (before, after): (u32, u32) = (before.parse().unwrap(), after.parse().unwrap());
@@ -109,7 +67,10 @@ fn four_sequences_share_a_cache() {
     let asked = [FERRY, LIGHTHOUSE, LIGHTHOUSE, FERRY];
     let questions = asked.map(|(question, _)| question);
     let (answer, cells) = answers(
-        Command::new(built(&source("ffi/examples/batched.c"), dir.path())).arg(model()).arg(document()).args(questions),
+        Command::new(built_with_pkg_config(prefix(), &source("ffi/examples/batched.c"), dir.path()))
+            .arg(model())
+            .arg(document())
+            .args(questions),
     );
     for (i, (_, word)) in asked.iter().enumerate() {
         let begin = answer.find(&format!("{i}: ")).unwrap();
@@ -123,23 +84,11 @@ fn four_sequences_share_a_cache() {
 #[test]
 fn an_example_in_cpp_is_built_with_cmake_and_votes_every_turn() {
     let dir = tempfile::tempdir().unwrap();
-    let list = "cmake_minimum_required(VERSION 3.16)\nproject(chat CXX)\nset(CMAKE_CXX_STANDARD 17)\n\
-        find_package(gvote 0.1 REQUIRED)\nadd_executable(chat chat.cpp)\ntarget_link_libraries(chat PRIVATE gvote::gvote)\n";
-    fs::write(dir.path().join("CMakeLists.txt"), list).unwrap();
-    fs::copy(source("ffi/examples/chat.cpp"), dir.path().join("chat.cpp")).unwrap();
-    let build = dir.path().join("build");
-    run(Command::new("cmake")
-        .arg("-S")
-        .arg(dir.path())
-        .arg("-B")
-        .arg(&build)
-        .arg(format!("-DCMAKE_PREFIX_PATH={}", prefix().display())));
-    run(Command::new("cmake").arg("--build").arg(&build));
-
+    let program = built_with_cmake(prefix(), &source("ffi/examples/chat.cpp"), "gvote::gvote", dir.path());
     let turns = dir.path().join("turns");
     fs::write(&turns, format!("{}\n{}\n", FERRY.0, LIGHTHOUSE.0)).unwrap();
-    let mut program = Command::new(build.join("chat"));
-    let (answer, cells) = answers(program.arg(model()).arg(document()).stdin(fs::File::open(&turns).unwrap()));
+    let (answer, cells) =
+        answers(Command::new(program).arg(model()).arg(document()).stdin(fs::File::open(&turns).unwrap()));
     let lines: Vec<&str> = answer.lines().collect();
     assert!(lines[0].contains(FERRY.1), "{answer}");
     assert!(lines.len() == 2 && !lines[1].is_empty(), "{answer}");
@@ -162,21 +111,10 @@ fn an_example_in_python_needs_no_compiler() {
 #[test]
 fn the_static_library_links_through_cmakes_other_target() {
     let dir = tempfile::tempdir().unwrap();
-    let list = "cmake_minimum_required(VERSION 3.16)\nproject(version C)\nfind_package(gvote REQUIRED)\n\
-        add_executable(version version.c)\ntarget_link_libraries(version PRIVATE gvote::gvote_static)\n";
     let code = "#include <gvote.h>\n#include <stdio.h>\nint main(void) { gvote_t * g = gvote_new(NULL, NULL); \
         printf(\"%d %s\\n\", g != NULL, gvote_version()); gvote_free(g); return 0; }\n";
-    fs::write(dir.path().join("CMakeLists.txt"), list).unwrap();
     fs::write(dir.path().join("version.c"), code).unwrap();
-    let build = dir.path().join("build");
-    run(Command::new("cmake")
-        .arg("-S")
-        .arg(dir.path())
-        .arg("-B")
-        .arg(&build)
-        .arg(format!("-DCMAKE_PREFIX_PATH={}", prefix().display())));
-    run(Command::new("cmake").arg("--build").arg(&build));
-    let program = build.join("version");
+    let program = built_with_cmake(prefix(), &dir.path().join("version.c"), "gvote::gvote_static", dir.path());
     assert_eq!(run(&mut Command::new(&program)), format!("1 {}\n", env!("CARGO_PKG_VERSION")));
     let needs = run(Command::new("readelf").arg("-d").arg(&program));
     assert!(!needs.contains("libgvote.so") && needs.contains("libllama.so"), "{needs}");

@@ -38,7 +38,13 @@ int main(int argc, char ** argv) {
         REQUIRE(ctx != nullptr);
         REQUIRE(status_of([&] { g.compress(ctx, 0); }) == GVOTE_ERROR_NOT_ATTACHED);
         g.attach(ctx);
+        int nodes = 0; // an app's own callback
+        g.set_next_callback([](ggml_tensor *, bool, void * data) { return ++*static_cast<int *>(data) > 0; }, &nodes);
         REQUIRE(llama_decode(ctx, llama_batch_get_one(tokens, N)) == 0);
+        REQUIRE(nodes > 0);
+        g.set_next_callback(nullptr, nullptr);
+        const gvote_report plan = g.plan(ctx, 0);
+        REQUIRE(plan.cells_before == static_cast<uint32_t>(N) && g.cells(ctx, 0) == plan.cells_before);
 
         g.on_progress([](gvote_stage) -> bool { throw std::runtime_error("no more"); });
         REQUIRE(status_of([&] { g.compress(ctx, 0); }) == GVOTE_ERROR_CANCELLED);
@@ -46,6 +52,14 @@ int main(int argc, char ** argv) {
 
         const gvote_report report = g.compress(ctx, 0);
         REQUIRE(report.cells_after <= 150 && report.cells_after == g.cells(ctx, 0));
+        REQUIRE(report.cells_after == plan.cells_after);
+        g.cancel();
+        REQUIRE(status_of([&] { g.compress(ctx, 0); }) == GVOTE_ERROR_CANCELLED);
+        g.cancel_clear();
+        REQUIRE(status_of([&] { g.set_params(gvote_params{}); }) == GVOTE_ERROR_SIZE);
+        params.max_cells = 0;
+        g.set_params(params);
+        REQUIRE(g.params().max_cells == 0);
         REQUIRE(line.find("keeps") != std::string::npos);
         REQUIRE(g.positions(ctx, 0, 3, 2).size() == report.cells_after);
         REQUIRE(g.exact_from(ctx, 0) == N - 64);

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 pub fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
@@ -19,12 +19,21 @@ pub fn source(name: &str) -> PathBuf {
 /// `make` with the goal and the place that are named.
 pub fn make(goal: &str, destdir: &Path, prefix: &str) {
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    make_from(scratch.parent().expect("it lies in the target folder"), &[], goal, destdir, prefix);
+}
+
+/// The same in a target folder of its own, with these variables for cargo.
+pub fn make_from(target: &Path, env: &[(&str, &Path)], goal: &str, destdir: &Path, prefix: &str) {
+    // all share the folder that is put together before it is copied
+    static STAGE: Mutex<()> = Mutex::new(());
+    let _stage = STAGE.lock().unwrap_or_else(|e| e.into_inner());
     run(Command::new("make")
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .env("CARGO_TARGET_DIR", scratch.parent().expect("it lies in the target folder"))
+        .env("CARGO_TARGET_DIR", target)
+        .envs(env.iter().copied())
         .arg(goal)
         .arg("PROFILE=dev")
-        .arg(format!("STAGE={}", scratch.join("stage").display()))
+        .arg(format!("STAGE={}", Path::new(env!("CARGO_TARGET_TMPDIR")).join("stage").display()))
         .arg(format!("DESTDIR={}", destdir.display()))
         .arg(format!("PREFIX={prefix}")));
 }
@@ -39,4 +48,54 @@ pub fn prefix() -> &'static Path {
         dir
     });
     Box::leak(dir.path().join("moved").into_boxed_path())
+}
+
+/// Compiles a program in C as the guide says.
+pub fn built_with_pkg_config(prefix: &Path, code: &Path, dir: &Path) -> PathBuf {
+    let flags = run(Command::new("pkg-config")
+        .args(["--cflags", "--libs", "gvote"])
+        .env("PKG_CONFIG_PATH", prefix.join("lib/pkgconfig")));
+    let program = dir.join("program");
+    run(Command::new("gcc")
+        .args(["-std=c11", "-Wall", "-Wextra", "-Werror"])
+        .arg(code)
+        .arg("-o")
+        .arg(&program)
+        .args(flags.split_whitespace()));
+    program
+}
+
+/// Builds a program of one file, in C or C++, as a CMake project that links one of gvote's targets.
+pub fn built_with_cmake(prefix: &Path, code: &Path, target: &str, dir: &Path) -> PathBuf {
+    // an app in C needs no C++ compiler
+    let language = if code.extension().is_some_and(|ending| ending == "c") { "C" } else { "CXX" };
+    let list = format!(
+        "cmake_minimum_required(VERSION 3.16)\nproject(app {language})\nset(CMAKE_CXX_STANDARD 17)\n\
+        find_package(gvote 0.1 REQUIRED)\nadd_executable(app {})\ntarget_link_libraries(app PRIVATE {target})\n",
+        code.display()
+    );
+    std::fs::write(dir.join("CMakeLists.txt"), list).unwrap();
+    let build = dir.join("build");
+    run(Command::new("cmake")
+        .arg("-S")
+        .arg(dir)
+        .arg("-B")
+        .arg(&build)
+        .arg(format!("-DCMAKE_PREFIX_PATH={}", prefix.display())));
+    run(Command::new("cmake").arg("--build").arg(&build));
+    build.join("app")
+}
+
+/// The program that the guide begins with, as a file in `dir`.
+pub fn guide_program(dir: &Path) -> PathBuf {
+    let guide = std::fs::read_to_string(source("docs/c-api.md")).unwrap();
+    let code = guide.split_once("```c\n").unwrap().1.split_once("```").unwrap().0;
+    let file = dir.join("guide.c");
+    std::fs::write(&file, code).unwrap();
+    file
+}
+
+/// The source of llama.cpp that gvote is built from.
+pub fn llama_source() -> PathBuf {
+    run(&mut Command::new(source("scripts/find-llama"))).trim_end().into()
 }
