@@ -324,12 +324,13 @@ GVOTE_API gvote_status gvote_compress(gvote_t * g, struct llama_context * ctx, i
  * Errors as gvote_compress(). */
 GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32_t seq, gvote_report * report);
 
-/* Makes room for a text longer than the cache. Call it before every llama_decode(): it sees to it that `needed` cells (the tokens
- * of the next batch) are free in the stream of the sequence `seq`, and beside them those that a later vote needs. Where they
- * are, nothing happens, and the report has cells_after == cells_before. Where they are not, the policy ranks the cells of the
- * sequence, and so many of them are freed: as many as needed, but a quarter of those that the sequence can have at least, so
- * that not every batch costs a vote. The sequence can have its own cells and the free ones; with kv_unified those that no
- * sequence uses are free, and no other sequence gives any. How many cells an answer needs plays no part: there is no trial.
+/* Makes room for a text longer than the cache. Call it before every llama_decode(): it sees to it that `needed` cells (the
+ * tokens of the next batch) are free in the stream of the sequence `seq`, and beside them those that a later vote needs. Where
+ * they are, nothing happens, and the report has cells_after == cells_before. Where they are not, the policy ranks the cells of
+ * the sequence and the last ones are freed: until `needed` of those that the sequence can have are free, and a quarter of them
+ * at least, so that not every batch costs a vote. The sequence can have its own cells and the free ones; with kv_unified those
+ * that no sequence uses are free, and no other sequence gives any. How many cells an answer needs plays no part: there is no
+ * trial.
  *
  * `ahead` is the text that is still to come, the next batch included, or its end: a prompt's question stands there. Its last
  * `window` tokens are read as if they came now, and their queries vote in place of those of the newest tokens. It may be NULL
