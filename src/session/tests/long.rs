@@ -154,3 +154,27 @@ fn a_reading_that_fails_before_anything_was_freed_leaves_no_trace() {
         assert!(session.save() == straight.save(), "{arch}");
     }
 }
+
+/// Learned positions end somewhere, and llama.cpp would end the process there.
+#[test]
+fn a_table_of_positions_is_not_left() {
+    const TABLE: usize = 1024;
+    let mut session = open("starcoder", F16, N_CTX, quick());
+    assert_eq!(session.model().n_positions(), Some(TABLE));
+    assert_eq!(tiny::model("llama").n_positions(), None);
+    let error = session.prefill_long(&words(TABLE + 76, 1), |_, _| ControlFlow::Continue(())).unwrap_err();
+    assert!(matches!(error, SessionError::Llama(LlamaError::NoPositions { n: TABLE, .. })), "{error}");
+    assert!(session.n_past() as usize <= TABLE && session.cells_used() <= N_CTX);
+    session.clear();
+    read_long(&mut session, &words(900, 1));
+    let (tokens, stop) = greedy(&mut session, 400);
+    assert_eq!(stop, Stop::ContextFull);
+    assert!(tokens.len() <= TABLE - 900 + 1 && session.n_past() as usize <= TABLE, "{}", tokens.len());
+    // a vote's own tokens come behind the newest one
+    let before = session.save();
+    match session.compress() {
+        Ok(_) => {}
+        Err(SessionError::Llama(LlamaError::NoPositions { .. })) => assert!(session.save() == before),
+        Err(error) => panic!("{error}"),
+    }
+}
