@@ -11,8 +11,8 @@ PROFILE  ?= release
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test fuzz bench bench-peers bench-memory completion bench-completion results gallery doc stage install \
-        uninstall setup fmt lint clean
+.PHONY: help run test fuzz bench bench-peers bench-memory soak completion bench-completion results gallery doc stage \
+        install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 bench-memory: setup ## compare a cache smaller than the prompt with one that holds it all (about 40 minutes)
 	cargo build --release
 	scripts/bench-memory -m "$(MODEL)"
+
+soak: setup ## generate 100,000 tokens in 2,048 cells: memory and speed must stay (about an hour)
+	cargo bench --bench soak -- -m "$(MODEL)"
 
 completion: setup stage ## build llama.cpp's own llama-completion, as it is and with GVote, in target/completion
 	scripts/build-completion "$(STAGE)"

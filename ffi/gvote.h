@@ -89,7 +89,7 @@ typedef enum gvote_status {
     GVOTE_ERROR_CHANGED         = 10, /* its cells were moved, removed or replaced without gvote */
     GVOTE_ERROR_SHARED          = 11, /* its cells are shared with another sequence: compress before llama_memory_seq_cp() */
     GVOTE_ERROR_COMPRESSED      = 12, /* the position, or what GVOTE_FLAG_REPLAY would read, lies inside the compressed part */
-    GVOTE_ERROR_NO_CELLS        = 13, /* a vote needs more free cells than there are */
+    GVOTE_ERROR_NO_CELLS        = 13, /* a vote needs more free cells than there are, or they cannot be freed */
     GVOTE_ERROR_MEMORY          = 14, /* out of memory */
     GVOTE_ERROR_CANCELLED       = 15, /* gvote_cancel(), the progress callback or the context's abort callback said so */
     GVOTE_ERROR_DECODE          = 16, /* llama.cpp could not compute what the vote asked for */
@@ -216,8 +216,8 @@ typedef struct gvote_report {
 /* An eval callback, as in llama_context_params.cb_eval (ggml_backend_sched_eval_callback). */
 typedef bool (*gvote_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data);
 
-/* Told of a step that begins; called from inside gvote_compress() and gvote_plan(). Returning false cancels. It must not call
- * gvote with the same handle, gvote_cancel() aside. */
+/* Told of a step that begins; called from inside gvote_compress(), gvote_plan() and gvote_make_room(). Returning false cancels.
+ * It must not call gvote with the same handle, gvote_cancel() aside. */
 typedef bool (*gvote_progress_callback)(gvote_stage stage, void * user_data);
 
 /* Gets lines of text without a newline; `text` lives for the call. */
@@ -323,6 +323,32 @@ GVOTE_API gvote_status gvote_compress(gvote_t * g, struct llama_context * ctx, i
 /* The same, but changes nothing: `report` says what gvote_compress() would do. Costs as much. `report` may be NULL.
  * Errors as gvote_compress(). */
 GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32_t seq, gvote_report * report);
+
+/* Makes room for a text longer than the cache. Call it before every llama_decode(): it sees to it that `needed` cells (the
+ * tokens of the next batch) are free in the stream of the sequence `seq`, and beside them those that a later vote needs. Where
+ * they are, nothing happens, and the report has cells_after == cells_before. Where they are not, the policy ranks the cells of
+ * the sequence and the last ones are freed: until `needed` of those that the sequence can have are free, and a quarter of them
+ * at least, so that not every batch costs a vote. The sequence can have its own cells and the free ones; with kv_unified those
+ * that no sequence uses are free, and no other sequence gives any. How many cells an answer needs plays no part: there is no
+ * trial.
+ *
+ * `ahead` is the text that is still to come, the next batch included, or its end: a prompt's question stands there. Its last
+ * `window` tokens are read as if they came now, and their queries vote in place of those of the newest tokens. It may be NULL
+ * where `n_ahead` is 0: while an answer is written nothing is known of what comes. Read during the call only. `report` may be
+ * NULL; its `size` must be set.
+ * Errors: GVOTE_ERROR_NO_CELLS where so many cannot be freed because sinks and recent tokens always stay, where the policy is
+ * GVOTE_POLICY_FULL, or where the cells for the vote itself are in use already; GVOTE_ERROR_SHARED where the sequence shares
+ * cells; GVOTE_ERROR_DECODE where `ahead` has what is no token; GVOTE_ERROR_SIZE; the others as gvote_compress(), but for
+ * GVOTE_ERROR_COMPRESSED: it may be called again and again. A sequence that nothing is known of, or that was changed, is
+ * noticed when cells have to be freed. */
+GVOTE_API gvote_status gvote_make_room(
+        gvote_t              * g,
+        struct llama_context * ctx,
+        int32_t                seq,
+        uint32_t               needed,
+        const int32_t        * ahead,
+        size_t                 n_ahead,
+        gvote_report         * report);
 
 /* ---- sequences ----------------------------------------------------------------------------------------------------------- */
 

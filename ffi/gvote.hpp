@@ -69,6 +69,19 @@ public:
     gvote_report compress(llama_context * ctx, std::int32_t seq) { return vote(gvote_compress, ctx, seq); }
     gvote_report plan(llama_context * ctx, std::int32_t seq) { return vote(gvote_plan, ctx, seq); }
 
+    // `ahead`: the text that is still to come, or its end.
+    gvote_report make_room(
+            llama_context      * ctx,
+            std::int32_t         seq,
+            std::uint32_t        needed,
+            const std::int32_t * ahead   = nullptr,
+            std::size_t          n_ahead = 0) {
+        const auto call = [=](gvote_t * g, llama_context * c, std::int32_t s, gvote_report * report) {
+            return gvote_make_room(g, c, s, needed, ahead, n_ahead, report);
+        };
+        return vote(call, ctx, seq);
+    }
+
     std::uint32_t cells(llama_context * ctx, std::int32_t seq) const {
         std::uint32_t n = 0;
         check(gvote_seq_cells(get(), ctx, seq, &n));

@@ -193,6 +193,22 @@ pub unsafe extern "C" fn gvote_plan(
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn gvote_make_room(
+    g: *mut gvote_t,
+    ctx: *mut llama_context,
+    seq: i32,
+    needed: u32,
+    ahead: *const i32,
+    n_ahead: usize,
+    report: *mut gvote_report,
+) -> gvote_status {
+    call(g, |core| {
+        let ahead = ptr::last_tokens(ahead, n_ahead, core.guest.policy().window)?;
+        report::make_room(core, ctx, seq, needed, &ahead, report)
+    })
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_seq_cells(
     g: *mut gvote_t,
     ctx: *mut llama_context,

@@ -17,10 +17,11 @@ use self::known::Known;
 use crate::cache::{self, Cell, Layout};
 use crate::capture::CaptureError;
 use crate::capture::node::Node;
-use crate::llama::{Context, Pos, SeqId, Visit};
-use crate::policy::{self, PolicyError};
+use crate::compact::CompactError;
+use crate::llama::{Context, Pos, SeqId, Token, Visit};
+use crate::policy::{self, Kind, PolicyError};
 use crate::sys;
-use crate::vote::{CompressReport, Saved, Sequence, Stage, Vote, VoteError, Voter};
+use crate::vote::{CompressReport, Saved, Sequence, Stage, Vote, VoteError, Voter, room};
 
 /// What can go wrong for a guest. The context is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,12 @@ pub enum GuestError {
     NoHead { layer: i32, head: u32, n_head_kv: u32 },
     #[error("the forward pass could not be read: {0}")]
     Deaf(String),
+    #[error(
+        "{needed} cells cannot be freed: of the {limit} that sequence {seq} can have, at least {least} stay (sinks and recent); decode fewer tokens at once, make the context larger, or keep fewer"
+    )]
+    TooFew { seq: SeqId, needed: usize, limit: usize, least: usize },
+    #[error("the cache is full, and the policy full drops nothing")]
+    Full,
 }
 
 impl<E: Into<VoteError>> From<E> for GuestError {
@@ -241,6 +248,49 @@ impl Guest {
             vote.compact(&cells, &selection, &mut report)?;
             known.bind(&cache::cells(&visit, seq));
         }
+        Ok(report)
+    }
+
+    /// Sees to it that `needed` cells are free in the stream of a sequence, beside those that a later vote needs. Where there
+    /// are fewer, the policy votes, and the sequence alone gives cells. `ahead`: the end of the text that is still to come, at
+    /// most `window` tokens; may be empty.
+    ///
+    /// # Errors
+    /// [`GuestError`]; the context is then as before.
+    pub fn make_room(
+        &mut self,
+        ctx: NonNull<sys::llama_context>,
+        seq: SeqId,
+        needed: usize,
+        ahead: &[Token],
+        progress: &dyn Fn(Stage) -> ControlFlow<()>,
+    ) -> Result<CompressReport, GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let Home { ctx, voter, known, .. } = home;
+        let cells = cache::cells(ctx, seq);
+        let (free, spare) = (cache::cells_free(ctx, seq), Voter::spare_cells(&voter.policy));
+        if free >= needed.saturating_add(spare) {
+            return Ok(CompressReport::untouched(voter.policy.policy, cells.len(), voter.layout.bytes_per_cell()));
+        }
+        if voter.policy.policy == Kind::Full {
+            return Err(GuestError::Full);
+        }
+        let limit = (cells.len() + free).saturating_sub(spare);
+        let too_few = || GuestError::TooFew { seq, needed, limit, least: room::least_cells(&voter.policy) };
+        let most = room::most_cells(&voter.policy, limit, needed).ok_or_else(too_few)?;
+        let known = Known::up_to_date(known, voter, seq, &cells)?;
+        if cells.iter().any(|cell| cell.shared) {
+            // a vote would be in vain
+            return Err(CompactError::Shared.into());
+        }
+        let mut visit = Visit::new(ctx)?;
+        // SAFETY: valid context, and our callbacks are in it.
+        unsafe { sys::gvote_shim_update(visit.as_ptr()) };
+        let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
+        let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
+        vote.compact(&cells, &selection, &mut report)?;
+        known.bind(&cache::cells(&visit, seq));
         Ok(report)
     }
 

@@ -342,7 +342,7 @@ impl Session {
     /// Generates up to `n_predict` tokens (negative: until the model ends, or has come as far as it was trained for).
     /// `on_token` gets each token before it is decoded; the last one, if it ends the generation, is not passed on and not
     /// decoded. Where the cells run out, those that the policy can spare are freed; under the policy `full`, and where too
-    /// few can be spared, that is the end.
+    /// few can be spared, that is the end, and so is that of a model's table of positions.
     ///
     /// # Errors
     /// [`LlamaError::NoLogits`] without a prompt; whatever decoding fails with. A full cache and a cancelled run are no
@@ -376,7 +376,11 @@ impl Session {
                 let made = self.make_room(1, &[]).inspect_err(|_| self.set_back(captured));
                 match made {
                     Ok(squeeze) => squeezes.add(&squeeze),
-                    Err(SessionError::CacheTooSmall { .. } | SessionError::Full) => break Stop::ContextFull,
+                    Err(
+                        SessionError::CacheTooSmall { .. }
+                        | SessionError::Full
+                        | SessionError::Llama(LlamaError::NoPositions { .. }),
+                    ) => break Stop::ContextFull,
                     Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
                     Err(error) => return Err(error),
                 }
@@ -385,7 +389,9 @@ impl Session {
             let flow = on_token(token);
             match self.decode(token) {
                 Ok(()) => {}
-                Err(SessionError::Llama(LlamaError::NoCells { .. })) => break Stop::ContextFull,
+                Err(SessionError::Llama(LlamaError::NoCells { .. } | LlamaError::NoPositions { .. })) => {
+                    break Stop::ContextFull;
+                }
                 Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
                 Err(error) => return Err(error),
             }

@@ -7,6 +7,7 @@ mod choose;
 mod notes;
 pub(crate) mod replay;
 mod report;
+pub(crate) mod room;
 mod sequence;
 mod trial;
 

@@ -36,6 +36,17 @@ fn number(value: &Value) -> u64 {
 }
 
 #[test]
+fn an_answer_that_may_go_past_the_trained_context_is_announced() {
+    let args = ["-p", "Say hello.", "-c", "256", "--temp", "0"];
+    let note = "that the model was trained for";
+    let done = run(&[&args[..], &["-n", "9000"]].concat()).ok();
+    assert!(done.stderr.contains("an answer of 9,000 tokens may go past the 8,192 that"), "{}", done.stderr);
+    for n in ["8", "-1"] {
+        assert!(!run(&[&args[..], &["-n", n]].concat()).ok().stderr.contains(note), "-n {n}");
+    }
+}
+
+#[test]
 fn answers_on_stdout_and_reports_on_stderr() {
     let document = document(CHARS);
     let file = document.path().to_str().unwrap();

@@ -62,6 +62,22 @@ fn the_program_of_the_guide_runs() {
 }
 
 #[test]
+fn an_example_reads_a_document_longer_than_its_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let code = source("ffi/examples/long.c");
+    assert!(fs::read_to_string(&code).unwrap().lines().count() <= 60, "an example is read at a glance");
+    let (question, word) = LIGHTHOUSE;
+    let (answer, cells) = answers(
+        Command::new(built_with_pkg_config(prefix(), &code, dir.path())).arg(model()).arg(document()).arg(question),
+    );
+    assert!(answer.contains(word), "{answer}");
+    assert!(cells.len() >= 3, "{cells:?}");
+    for (before, after) in cells {
+        assert!(before <= 512 && after > 64 && f64::from(after) < 0.8 * 512.0, "{before} -> {after}");
+    }
+}
+
+#[test]
 fn four_sequences_share_a_cache() {
     let dir = tempfile::tempdir().unwrap();
     let asked = [FERRY, LIGHTHOUSE, LIGHTHOUSE, FERRY];

@@ -1,4 +1,5 @@
 //! What a bench program needs beside its measurements: the model, the data, statistics.
+#![allow(dead_code)] // each bench program uses its own part of it
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

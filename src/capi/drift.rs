@@ -23,6 +23,7 @@ macro_rules! same {
     (@fn (_, _, _, _)) => { unsafe extern "C" fn(_, _, _, _) -> _ };
     (@fn (_, _, _, _, _)) => { unsafe extern "C" fn(_, _, _, _, _) -> _ };
     (@fn (_, _, _, _, _, _)) => { unsafe extern "C" fn(_, _, _, _, _, _) -> _ };
+    (@fn (_, _, _, _, _, _, _)) => { unsafe extern "C" fn(_, _, _, _, _, _, _) -> _ };
     (@fn (_, _, _, _, _, _, _, _)) => { unsafe extern "C" fn(_, _, _, _, _, _, _, _) -> _ };
 }
 
@@ -46,6 +47,7 @@ same! {
     gvote_set_next_callback(_, _, _);
     gvote_compress(_, _, _, _);
     gvote_plan(_, _, _, _);
+    gvote_make_room(_, _, _, _, _, _, _);
     gvote_seq_cells(_, _, _, _);
     gvote_seq_exact_from(_, _, _, _);
     gvote_seq_positions(_, _, _, _, _, _, _, _);

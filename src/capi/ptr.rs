@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 
 use super::handle::Failure;
 use super::header::GVOTE_ERROR_NULL;
+use crate::llama::Token;
 use crate::sys::llama_context;
 
 pub(super) fn null(what: &str) -> Failure {
@@ -108,4 +109,19 @@ pub(super) fn bytes<'a>(data: *const c_void, size: usize) -> Result<&'a [u8], Fa
     }
     // SAFETY: the caller says that the buffer has as many bytes.
     Ok(unsafe { std::slice::from_raw_parts(data.cast(), size) })
+}
+
+/// The last of a caller's tokens, `most` of them or all.
+pub(super) fn last_tokens(tokens: *const Token, n: usize, most: usize) -> Result<Vec<Token>, Failure> {
+    if n == 0 {
+        return Ok(Vec::new());
+    }
+    if tokens.is_null() {
+        return Err(null("ahead"));
+    }
+    if n > isize::MAX as usize / size_of::<Token>() {
+        return Err(Failure::new(super::header::GVOTE_ERROR_SIZE, format!("no text has {n} tokens")));
+    }
+    // SAFETY: the caller says that there are as many tokens.
+    Ok((n - n.min(most)..n).map(|i| unsafe { tokens.add(i).read_unaligned() }).collect())
 }

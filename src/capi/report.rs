@@ -1,13 +1,19 @@
 //! A vote, and its report as C has it.
 
 use std::ops::ControlFlow;
+use std::ptr::NonNull;
 
 use super::handle::{Core, Failure};
 use super::header::*;
 use super::{params, ptr};
+use crate::guest::{Guest, GuestError};
+use crate::llama::Token;
 use crate::policy::Bound;
 use crate::sys::llama_context;
 use crate::vote::{CompressReport, Stage};
+
+/// Told of each step of a vote.
+type Progress<'a> = &'a dyn Fn(Stage) -> ControlFlow<()>;
 
 pub(super) fn vote(
     core: &mut Core,
@@ -15,6 +21,32 @@ pub(super) fn vote(
     seq: i32,
     is_rehearsal: bool,
     report: *mut gvote_report,
+) -> Result<(), Failure> {
+    let verb = if is_rehearsal { "would keep" } else { "keeps" };
+    told(core, ctx, seq, verb, report, |guest, ctx, progress| guest.compress(ctx, seq, is_rehearsal, progress))
+}
+
+pub(super) fn make_room(
+    core: &mut Core,
+    ctx: *mut llama_context,
+    seq: i32,
+    needed: u32,
+    ahead: &[Token],
+    report: *mut gvote_report,
+) -> Result<(), Failure> {
+    told(core, ctx, seq, "keeps", report, |guest, ctx, progress| {
+        guest.make_room(ctx, seq, needed as usize, ahead, progress)
+    })
+}
+
+/// Lets a guest vote, with the app's callback for progress, and fills the app's report.
+fn told(
+    core: &mut Core,
+    ctx: *mut llama_context,
+    seq: i32,
+    verb: &str,
+    report: *mut gvote_report,
+    work: impl FnOnce(&mut Guest, NonNull<llama_context>, Progress) -> Result<CompressReport, GuestError>,
 ) -> Result<(), Failure> {
     let ctx = ptr::context(ctx)?;
     let is_known = params::is_known_size::<gvote_report>;
@@ -28,8 +60,7 @@ pub(super) fn vote(
         Some((callback, data)) if !unsafe { callback(stage_number(stage), data) } => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     };
-    let done = core.guest.compress(ctx, seq, is_rehearsal, &progress)?;
-    let verb = if is_rehearsal { "would keep" } else { "keeps" };
+    let done = work(&mut core.guest, ctx, &progress)?;
     let (before, after) = (done.cells_before, done.cells_after);
     core.tell(
         GVOTE_LOG_INFO,

@@ -1,6 +1,7 @@
 //! What the C interface promises, seen by an app that uses llama.cpp on its own:
 //! - `votes`: a vote does what a session's does, and disturbs nothing;
 //! - `changes`: what an app does behind our back is noticed;
+//! - `room`: more tokens than cells, read as a session reads them;
 //! - `walk`: whatever an app does in whatever order, no sequence meets the cells of another;
 //! - `saved`: what is known of a sequence can be saved, and only that is restored;
 //! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads.
@@ -8,6 +9,7 @@
 mod abuse;
 mod app;
 mod changes;
+mod room;
 mod saved;
 mod votes;
 mod walk;

@@ -37,7 +37,8 @@ pub struct PromptArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Prompt")]
 pub struct LengthArgs {
-    /// Most tokens to answer with; negative = until the model ends, or has come as far as it was trained for
+    /// Most tokens to answer with, also past what the model was trained for (a note says so); negative = until the model ends,
+    /// or has come as far as it was trained for
     #[arg(short = 'n', long, visible_alias = "n-predict", value_name = "N", default_value_t = -1)]
     pub predict: i32,
 }

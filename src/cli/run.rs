@@ -10,7 +10,7 @@ use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs};
 use super::prompt::{LengthArgs, RequestArgs};
 use super::report::{Record, TurnReport, print_json};
 use super::turn::{Answer, Steps};
-use super::words::note;
+use super::words::{count, note};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -55,6 +55,15 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let model = steps.load_model(&args.model, policy)?;
     let prompt = args.request.request(&model, text)?;
     let n_ctx = cells_needed(&model, prompt.tokens.len(), args.length.predict);
+    let (trained, predict) = (model.n_ctx_train(), usize::try_from(args.length.predict).unwrap_or(0));
+    // what is past them already has a note of its own
+    if (prompt.tokens.len() + 1..=prompt.tokens.len() + predict).contains(&(trained + 1)) {
+        note(&format!(
+            "an answer of {} tokens may go past the {} that the model was trained for; there it may talk nonsense",
+            count(predict),
+            count(trained)
+        ));
+    }
     let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
     let sampling = args.sampling.params();
     let mut sampler = Sampler::new(&model, &sampling);

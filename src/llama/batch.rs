@@ -54,6 +54,12 @@ impl Batch {
         Ok(())
     }
 
+    /// The largest position.
+    pub(super) fn last_pos(&self) -> Option<Pos> {
+        // SAFETY: the array has an entry for every token.
+        (0..self.len()).map(|i| unsafe { *self.raw.pos.add(i) }).max()
+    }
+
     pub(crate) fn raw(&self) -> sys::llama_batch {
         self.raw
     }

@@ -148,6 +148,8 @@ impl<T> Stream<T> {
 pub struct Context {
     ptr: NonNull<sys::llama_context>,
     model: Model,
+    /// See [`Model::n_positions`].
+    n_positions: Option<usize>,
     abort: Box<Abort>,
     is_guest: bool,
 }
@@ -219,7 +221,7 @@ impl Context {
         let ptr = unsafe { sys::llama_init_from_model(model.as_ptr(), raw) };
         let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context { reason: log::take_reason() })?;
         let abort = Box::<Abort>::default();
-        let context = Self { ptr, model: model.clone(), abort, is_guest: false };
+        let context = Self { ptr, model: model.clone(), n_positions: model.n_positions(), abort, is_guest: false };
         context.listen();
         Ok(context)
     }
@@ -231,7 +233,8 @@ impl Context {
     pub(crate) unsafe fn lent(ptr: NonNull<sys::llama_context>, cancel: Arc<AtomicBool>) -> Self {
         // SAFETY: the model of a valid context is valid, and its owner keeps it as long.
         let model = unsafe { Model::lent(NonNull::new_unchecked(sys::llama_get_model(ptr.as_ptr()).cast_mut())) };
-        Self { ptr, model, abort: Box::new(Abort { cancel, ..Abort::default() }), is_guest: true }
+        let n_positions = model.n_positions();
+        Self { ptr, model, n_positions, abort: Box::new(Abort { cancel, ..Abort::default() }), is_guest: true }
     }
 
     /// Lets llama.cpp ask our flags.
@@ -318,10 +321,16 @@ impl Context {
     /// Decodes a batch. The cache holds its tokens afterwards, or, on an error, none of them.
     ///
     /// # Errors
-    /// [`LlamaError::NoCells`], [`LlamaError::Cancelled`] or [`LlamaError::Decode`].
+    /// [`LlamaError::NoCells`], [`LlamaError::NoPositions`], [`LlamaError::Cancelled`] or [`LlamaError::Decode`].
     pub fn decode(&mut self, batch: &Batch) -> Result<(), LlamaError> {
         if self.is_cancelled() {
             return Err(LlamaError::Cancelled);
+        }
+        // llama.cpp would end the process
+        if let Some(n) = self.n_positions
+            && let Some(pos) = batch.last_pos().filter(|&pos| pos as usize >= n)
+        {
+            return Err(LlamaError::NoPositions { pos, n });
         }
         self.abort.end_graph.store(false, Ordering::Relaxed);
         // SAFETY: the batch's arrays hold n_tokens entries.

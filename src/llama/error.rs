@@ -15,6 +15,10 @@ pub enum LlamaError {
         "no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--target-kl, --max-cells)"
     )]
     NoCells { needed: usize, free: usize, size: usize },
+    #[error(
+        "position {pos} lies past the end of this model's table of {n} positions: shorten the prompt, or lower -n (a vote needs some positions behind the text)"
+    )]
+    NoPositions { pos: i32, n: usize },
     #[error("llama.cpp could not decode the batch (status {0}); -v shows its log, a lower -ub takes less memory")]
     Decode(i32),
     #[error("out of memory: lower -c or -ub")]

@@ -119,6 +119,22 @@ impl Model {
         unsafe { sys::llama_model_n_ctx_train(self.as_ptr()) as usize }
     }
 
+    /// Positions that a token can have: as many as the model learned vectors for (GPT-2, StarCoder); none where they are
+    /// computed, and go on past what it was trained for.
+    pub fn n_positions(&self) -> Option<usize> {
+        for i in 0.. {
+            let mut name = std::ptr::null();
+            // SAFETY: the name is set where a tensor is answered; both belong to the model.
+            unsafe {
+                let tensor = sys::gvote_shim_model_tensor(self.as_ptr(), i, &raw mut name).as_ref()?;
+                if CStr::from_ptr(name) == c"position_embd.weight" {
+                    return Some(tensor.ne[1] as usize);
+                }
+            }
+        }
+        None
+    }
+
     /// Width of the hidden state.
     pub fn n_embd(&self) -> usize {
         // SAFETY: valid model.

@@ -10,10 +10,7 @@ use std::time::Instant;
 use super::{PrefillReport, SEQ, Session, SessionError, Squeezes};
 use crate::cache;
 use crate::llama::{Batch, LlamaError, Pos, Token};
-use crate::vote::CompressReport;
-
-/// Of all cells, what is freed at once: each time costs a vote, and cells that are free hold nothing.
-const FREED: f64 = 0.25;
+use crate::vote::{CompressReport, room};
 
 impl Session {
     /// Like [`Session::prefill`], for prompts of any length: where the cells run out, those that the policy can spare are
@@ -35,7 +32,7 @@ impl Session {
         self.most_cells(1)?;
         let start = Instant::now();
         let window = self.policy.window;
-        let (first, mut squeezes) = (self.n_past(), Squeezes::default());
+        let (first, before, mut squeezes) = (self.n_past(), self.before(), Squeezes::default());
         let mut done = 0;
         while done < tokens.len() {
             let part = &tokens[done..];
@@ -47,7 +44,13 @@ impl Session {
                 ControlFlow::Break(()) => Err(LlamaError::Cancelled.into()),
             });
             if let Err(error) = read {
-                self.forget_since(first, squeezes.count > 0);
+                if squeezes.count == 0 {
+                    self.undo(before);
+                    self.sequence.truncate(first, self.cells_used());
+                } else {
+                    // what was freed does not come back
+                    self.logits.clear();
+                }
                 return Err(error);
             }
             done += part.len();
@@ -78,16 +81,6 @@ impl Session {
         Ok(())
     }
 
-    /// After a failure: back to position `first`, where nothing that was before it is gone.
-    fn forget_since(&mut self, first: Pos, is_squeezed: bool) {
-        if !is_squeezed {
-            self.remove_from(first);
-            self.sequence.truncate(first, self.cells_used());
-        } else {
-            self.logits.clear();
-        }
-    }
-
     /// Frees cells until at least `needed` are free. `ahead`: the end of the text that is being read, if it is known.
     ///
     /// # Errors
@@ -105,17 +98,12 @@ impl Session {
 
     /// Tokens read at once where not all have room.
     fn step(&self) -> usize {
-        self.chunk.min((FREED * self.limit as f64) as usize).max(1)
+        self.chunk.min(room::freed_at_once(self.limit)).max(1)
     }
 
     /// Cells that stay when `needed` have to be freed.
     fn most_cells(&self, needed: usize) -> Result<usize, SessionError> {
-        let least = self.policy.sinks + self.policy.recent + 1;
-        let most = self.limit.saturating_sub(needed.max((FREED * self.limit as f64) as usize));
-        if most < least {
-            let least = (least as f64 / (1.0 - FREED)).ceil() as usize;
-            return Err(SessionError::CacheTooSmall { n_ctx: self.limit, least });
-        }
-        Ok(most)
+        room::most_cells(&self.policy, self.limit, needed)
+            .ok_or_else(|| SessionError::CacheTooSmall { n_ctx: self.limit, least: room::least_limit(&self.policy) })
     }
 }

@@ -2,6 +2,7 @@
 //! - `replay`: what a second reading measures equals float64;
 //! - `failure`: whatever is cancelled or finds no room leaves no trace;
 //! - `long`: more tokens than cells;
+//! - `endless`: an answer without end takes no more cells and no more memory;
 //! - `walk`: whatever is done in whatever order, the cache holds what it must;
 //! - `cut`: what is cut off leaves no trace, or is refused;
 //! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
@@ -10,6 +11,7 @@
 mod blind;
 mod cut;
 mod disk;
+mod endless;
 mod failure;
 mod long;
 mod replay;

@@ -4,6 +4,7 @@ mod after;
 mod baselines;
 mod device;
 pub(crate) mod fixture;
+pub(crate) mod heap;
 mod identity;
 mod masked;
 mod paper;

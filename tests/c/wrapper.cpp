@@ -61,6 +61,8 @@ int main(int argc, char ** argv) {
         g.set_params(params);
         REQUIRE(g.params().max_cells == 0);
         REQUIRE(line.find("keeps") != std::string::npos);
+        REQUIRE(g.make_room(ctx, 0, 1).cells_after == report.cells_after); // there is room
+        REQUIRE(status_of([&] { g.make_room(ctx, 0, UINT32_MAX, tokens, N); }) == GVOTE_ERROR_NO_CELLS);
         REQUIRE(g.positions(ctx, 0, 3, 2).size() == report.cells_after);
         REQUIRE(g.exact_from(ctx, 0) == N - 64);
         g.load(ctx, 0, g.save(ctx, 0));

@@ -42,6 +42,9 @@ fn every_function_takes_null_for_an_answer() {
             gvote_compress(g, no_ctx, 0, ptr::null_mut()),
             gvote_plan(no_g, ctx, 0, ptr::null_mut()),
             gvote_plan(g, no_ctx, 0, ptr::null_mut()),
+            gvote_make_room(no_g, ctx, 0, 1, ptr::null(), 0, ptr::null_mut()),
+            gvote_make_room(g, no_ctx, 0, 1, ptr::null(), 0, ptr::null_mut()),
+            gvote_make_room(g, ctx, 0, 1, ptr::null(), 1, ptr::null_mut()),
             gvote_seq_cells(no_g, ctx, 0, ptr::null_mut()),
             gvote_seq_cells(g, no_ctx, 0, ptr::null_mut()),
             gvote_seq_cells(g, ctx, 0, ptr::null_mut()),
@@ -74,6 +77,7 @@ fn every_function_takes_null_for_an_answer() {
         assert_eq!(gvote_set_params(g, ptr::null()), GVOTE_OK);
         assert_eq!(gvote_seq_positions(g, ctx, 0, 0, 0, ptr::null_mut(), 0, ptr::null_mut()), GVOTE_OK);
         assert_eq!(gvote_plan(g, ctx, 0, ptr::null_mut()), GVOTE_OK);
+        assert_eq!(gvote_make_room(g, ctx, 0, 500, ptr::null(), 0, ptr::null_mut()), GVOTE_OK);
         let unnamed = gvote_new(ptr::null(), ptr::null_mut());
         assert!(!unnamed.is_null());
         gvote_free(unnamed);
@@ -177,6 +181,7 @@ fn calls_out_of_order_are_refused() {
     let handle = Handle::new(&defaults());
     app.decode(&[(0, 0, &words(N, 0))]);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_ATTACHED);
+    assert_eq!(handle.make_room(&app, 0, 500, &[]).0, GVOTE_ERROR_NOT_ATTACHED);
     assert!(handle.error().contains("gvote_attach"));
     // SAFETY: all live.
     unsafe {
@@ -187,6 +192,7 @@ fn calls_out_of_order_are_refused() {
     assert_eq!(handle.compress(&other, 0).0, GVOTE_ERROR_NOT_ATTACHED, "a context of another model");
     for seq in [-1, 1, 255, 256, i32::MAX, i32::MIN] {
         assert_eq!(handle.compress(&app, seq).0, GVOTE_ERROR_NO_SEQUENCE, "{seq}");
+        assert_eq!(handle.make_room(&app, seq, 500, &[]).0, GVOTE_ERROR_NO_SEQUENCE, "{seq}");
     }
     for (layer, head) in [(-1, 0), (3, 0), (0, 2), (0, u32::MAX)] {
         // SAFETY: all live.

@@ -164,6 +164,14 @@ impl Handle {
         (unsafe { gvote_compress(self.0, app.ctx, seq, &raw mut out) }, out)
     }
 
+    pub fn make_room(&self, app: &App, seq: SeqId, needed: usize, ahead: &[Token]) -> (gvote_status, gvote_report) {
+        let mut out = report();
+        // SAFETY: all live, and `ahead` has as many tokens as it says.
+        let status =
+            unsafe { gvote_make_room(self.0, app.ctx, seq, needed as u32, ahead.as_ptr(), ahead.len(), &raw mut out) };
+        (status, out)
+    }
+
     pub fn plan(&self, app: &App, seq: SeqId) -> (gvote_status, gvote_report) {
         let mut out = report();
         // SAFETY: both live.

@@ -131,3 +131,50 @@ fn the_full_policy_says_that_a_prompt_is_too_long() {
     let error = session.prefill_long(&tokens, |_, _| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, SessionError::PromptTooLong { tokens: 900, room: N_CTX, .. }), "{error}");
 }
+
+/// A message that does not get as far as freeing cells was never there: cells, statistics, window and logits.
+#[test]
+fn a_reading_that_fails_before_anything_was_freed_leaves_no_trace() {
+    for arch in ["llama", "gemma2"] {
+        let mut session = open(arch, F16, N_CTX, quick());
+        read(&mut session, &words(150, 1));
+        let (before, logits) = (session.save(), session.logits().to_vec());
+        for cancel_at in [64, 128] {
+            let flow = |done, _| if done >= cancel_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            let error = session.prefill_long(&words(600, 2), flow).unwrap_err();
+            assert!(matches!(error, SessionError::Llama(LlamaError::Cancelled)), "{error}");
+            assert!(session.save() == before && session.logits() == logits, "{arch}, cancelled at {cancel_at}");
+        }
+        // it goes on as if nothing had happened
+        let mut straight = open(arch, F16, N_CTX, quick());
+        read(&mut straight, &words(150, 1));
+        for session in [&mut session, &mut straight] {
+            read_long(session, &words(600, 2));
+        }
+        assert!(session.save() == straight.save(), "{arch}");
+    }
+}
+
+/// Learned positions end somewhere, and llama.cpp would end the process there.
+#[test]
+fn a_table_of_positions_is_not_left() {
+    const TABLE: usize = 1024;
+    let mut session = open("starcoder", F16, N_CTX, quick());
+    assert_eq!(session.model().n_positions(), Some(TABLE));
+    assert_eq!(tiny::model("llama").n_positions(), None);
+    let error = session.prefill_long(&words(TABLE + 76, 1), |_, _| ControlFlow::Continue(())).unwrap_err();
+    assert!(matches!(error, SessionError::Llama(LlamaError::NoPositions { n: TABLE, .. })), "{error}");
+    assert!(session.n_past() as usize <= TABLE && session.cells_used() <= N_CTX);
+    session.clear();
+    read_long(&mut session, &words(900, 1));
+    let (tokens, stop) = greedy(&mut session, 400);
+    assert_eq!(stop, Stop::ContextFull);
+    assert!(tokens.len() <= TABLE - 900 + 1 && session.n_past() as usize <= TABLE, "{}", tokens.len());
+    // a vote's own tokens come behind the newest one
+    let before = session.save();
+    match session.compress() {
+        Ok(_) => {}
+        Err(SessionError::Llama(LlamaError::NoPositions { .. })) => assert!(session.save() == before),
+        Err(error) => panic!("{error}"),
+    }
+}

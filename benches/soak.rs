@@ -1,0 +1,118 @@
+//! Generation without end in a fixed number of cells: `make soak`, or `cargo bench --bench soak -- --help`.
+//!
+//! Fails where memory grows or speed falls by more than is said here. The text itself is of no use: past what the model was trained
+//! for it is nonsense.
+
+mod common;
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Parser;
+use common::{Error, median};
+use gvote::llama::{ContextParams, Sampler, SamplerParams};
+use gvote::session::Stop;
+use gvote::{Session, SessionParams};
+
+/// What resident memory may grow by after the first part, bytes: the list of tokens has 4 for each and doubles, and the
+/// allocator keeps some.
+const GROWTH: f64 = 16e6;
+/// Of the speed of the first quarter, what the last one must have; a machine with other work is not steady.
+const STEADY: f64 = 0.85;
+/// Parts that a comparison needs.
+const PARTS: usize = 4;
+
+#[derive(Parser)]
+#[command(about, bin_name = "soak")]
+struct Cli {
+    /// Passed by `cargo bench`
+    #[arg(long, hide = true)]
+    bench: bool,
+    #[arg(short, long, default_value_os_t = common::default_model())]
+    model: PathBuf,
+    /// Tokens to generate
+    #[arg(short, default_value_t = 100_000)]
+    n: usize,
+    /// Cells to do it in
+    #[arg(short, default_value_t = 2048)]
+    cells: u32,
+    /// Tokens between two lines
+    #[arg(short, long, default_value_t = 5000, value_parser = clap::value_parser!(i32).range(1..))]
+    every: i32,
+    #[arg(short, long, default_value_t = std::thread::available_parallelism().map_or(2, |n| n.get() as i32))]
+    threads: i32,
+}
+
+/// Resident bytes.
+fn resident() -> Result<f64, Error> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).ok_or("/proc/self/status has no VmRSS")?;
+    let kilobytes: f64 = line.split_whitespace().nth(1).ok_or("VmRSS has no value")?.parse()?;
+    Ok(1024.0 * kilobytes)
+}
+
+fn main() -> Result<(), Error> {
+    let args = Cli::parse();
+    let parts = args.n / args.every as usize;
+    if parts < PARTS {
+        return Err(format!("{PARTS} parts are the least: raise -n or lower --every").into());
+    }
+    let model = common::load_model(&args.model)?;
+    let context = ContextParams {
+        n_ctx: args.cells,
+        n_threads: args.threads,
+        n_threads_batch: args.threads,
+        ..ContextParams::default()
+    };
+    let mut session = Session::new(&model, &SessionParams { context, ..SessionParams::default() })?;
+    let mut sampler = Sampler::new(&model, &SamplerParams { seed: 1, ..SamplerParams::default() });
+    // the model may end its text whenever it likes: then another begins
+    let start = model.tokenize("Once upon a time", true, false)?;
+    let again = model.tokenize("\n\nOnce upon a time", false, false)?;
+    session.prefill(&start, |_, _| ControlFlow::Continue(()))?;
+
+    println!("{}, {} cells, {} threads", model.description(), args.cells, args.threads);
+    println!("| tokens | tokens/s | freed | cells | RSS, MB |");
+    println!("| -----: | -------: | ----: | ----: | ------: |");
+    let (mut speeds, mut resident_at) = (Vec::new(), Vec::new());
+    for part in 1..=parts {
+        let clock = Instant::now();
+        let (mut left, mut freed) = (args.every, 0);
+        while left > 0 {
+            let report = session.generate(&mut sampler, left, |_| ControlFlow::Continue(()))?;
+            left -= report.tokens as i32;
+            freed += report.squeezes.count;
+            match report.stop {
+                Stop::Limit => {}
+                Stop::EndOfGeneration => {
+                    freed += session.prefill_long(&again, |_, _| ControlFlow::Continue(()))?.squeezes.count;
+                }
+                stop => return Err(format!("it ended: {stop:?}").into()),
+            }
+        }
+        speeds.push(f64::from(args.every) / clock.elapsed().as_secs_f64());
+        resident_at.push(resident()?);
+        println!(
+            "| {} | {:.1} | {freed} | {} | {:.1} |",
+            part * args.every as usize,
+            speeds[part - 1],
+            session.cells_used(),
+            resident_at[part - 1] / 1e6
+        );
+        if session.cells_used() > args.cells as usize {
+            return Err("more cells than there may be".into());
+        }
+    }
+    let quarter = parts / 4;
+    let (first, last) = (median(&speeds[..quarter]), median(&speeds[parts - quarter..]));
+    let grown = resident_at[parts - 1] - resident_at[0];
+    println!("speed of the last quarter / the first: {:.2}, memory grown by {:.1} MB", last / first, grown / 1e6);
+    if grown > GROWTH {
+        return Err(format!("memory grew by {:.1} MB, and {:.0} are allowed", grown / 1e6, GROWTH / 1e6).into());
+    }
+    if last < STEADY * first {
+        return Err(format!("the last quarter is slower: {last:.1} tokens/s after {first:.1}").into());
+    }
+    Ok(())
+}

@@ -1,0 +1,37 @@
+//! Generation without end.
+
+use super::*;
+use crate::session::Stop;
+use crate::tests::fixture::F16;
+use crate::tests::heap;
+
+/// Tokens of a part.
+const PART: usize = 1000;
+/// What the list of all tokens may grow by while the others come: it doubles.
+const TOKENS: isize = 4 * 8192;
+/// What else may differ between two moments; what is kept of one vote alone is more than that over a hundred of them.
+const SLACK: isize = 8 * 1024;
+
+/// Five times what the model was trained for, in few cells.
+#[test]
+fn an_answer_without_end_takes_no_more_cells_and_no_more_memory() {
+    const CELLS: usize = 160;
+    for (arch, kind) in [("llama", Kind::Gvote), ("gemma2", Kind::SnapKv)] {
+        let mut session = open(arch, F16, CELLS, Params { policy: kind, ..quick() });
+        let mut sampler = Sampler::new(session.model(), &SamplerParams { seed: 1, ..SamplerParams::default() });
+        read(&mut session, &words(100, 1));
+        let mut marks = Vec::new();
+        for part in 1..=5 {
+            let report = session.generate(&mut sampler, PART as i32, |_| ControlFlow::Continue(())).unwrap();
+            assert_eq!((report.tokens, report.stop), (PART, Stop::Limit), "{arch}");
+            // a quarter at once
+            assert!(report.squeezes.count.abs_diff(PART / (CELLS / 4)) <= 1, "{arch}, part {part}: {report:?}");
+            assert_eq!(session.n_past() as usize, 100 + part * PART);
+            assert!(session.cells_used() <= CELLS, "{arch}: {}", session.cells_used());
+            marks.push(heap::held());
+        }
+        let grown = marks[4] - marks[0];
+        assert!(grown <= TOKENS + SLACK, "{arch}: {grown} bytes, {marks:?}");
+        assert!(session.n_past() as usize > 4 * session.model().n_ctx_train());
+    }
+}

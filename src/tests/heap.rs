@@ -1,0 +1,40 @@
+//! The heap that a test's own thread holds.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+thread_local! {
+    static HELD: Cell<isize> = const { Cell::new(0) };
+}
+
+/// Bytes that this thread allocated and did not free, whoever else is at work.
+pub fn held() -> isize {
+    HELD.get()
+}
+
+struct Counting;
+
+impl Counting {
+    fn count(bytes: isize) {
+        // a thread that ends may have no counter any more
+        let _ = HELD.try_with(|held| held.set(held.get() + bytes));
+    }
+}
+
+// SAFETY: passes every call on to the system's allocator; the counter needs no memory of its own.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Self::count(layout.size() as isize);
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        Self::count(-(layout.size() as isize));
+        // SAFETY: as the caller promised.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
