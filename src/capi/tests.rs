@@ -2,10 +2,12 @@
 //! - `votes`: a vote does what a session's does, and disturbs nothing;
 //! - `changes`: what an app does behind our back is noticed;
 //! - `saved`: what is known of a sequence can be saved, and only that is restored;
-//! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads.
+//! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads;
+//! - `each`: the same for each function, one by one.
 
 mod abuse;
 mod app;
 mod changes;
+mod each;
 mod saved;
 mod votes;
