@@ -169,9 +169,12 @@ impl<'a> Parked<'a> {
     }
 
     /// Ends an experiment: what was hidden is back, what came in is gone.
-    pub fn reset(&mut self) {
-        // SAFETY: the sequence is parked.
-        unsafe { sys::gvote_shim_parked_reset(self.raw.as_ptr()) };
+    ///
+    /// # Errors
+    /// [`CacheError`] when memory runs out; then there can be no other one.
+    pub fn reset(&mut self) -> Result<(), CacheError> {
+        // SAFETY: the sequence is parked; the text is static.
+        unsafe { ok(sys::gvote_shim_parked_reset(self.raw.as_ptr())) }
     }
 }
 

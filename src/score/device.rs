@@ -28,11 +28,7 @@ impl Device {
         // SAFETY: the buffer type comes from a living buffer; results are checked.
         unsafe {
             let device = sys::ggml_backend_buft_get_device(buffer_type);
-            let backend = if device.is_null() {
-                sys::ggml_backend_cpu_init()
-            } else {
-                sys::ggml_backend_dev_init(device, std::ptr::null())
-            };
+            let backend = sys::gvote_shim_backend_init(device);
             if backend.is_null() {
                 return Err(ScoreError::Backend);
             }

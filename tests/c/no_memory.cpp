@@ -37,8 +37,8 @@ static std::vector<uint8_t> state_of(llama_context * ctx) {
     return data;
 }
 
-// All of the first places are tried, then one of many.
-static long next(long i) { return i < 200 ? i + 1 : i + i/10; }
+// All of the first places are tried, then many of the others.
+static long next(long i) { return i < 2000 ? i + 1 : i + i/200; }
 
 // Calls until it can be served; returns how often it was refused.
 template <typename F> static int survives(const char * name, gvote_t * g, llama_context * ctx, F && call) {
