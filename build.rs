@@ -101,10 +101,11 @@ fn built_llama() -> Option<PathBuf> {
 const X86_EXTENSIONS: &[&str] = &["SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"];
 
 /// Flags for C and C++ code that is watched by the sanitizers named by the environment, such as `address,undefined`. Checks make
-/// optimised code slow to compile; what is left unoptimised has the more to be checked.
+/// optimised code slow to compile; what is left unoptimised has the more to be checked. Assertions stay off, as in what is shipped.
 fn sanitizer_flags() -> Vec<String> {
     let Ok(kinds) = env::var("GVOTE_SANITIZE") else { return Vec::new() };
-    let flags = ["-O0", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"].map(Into::into);
+    let flags =
+        ["-O0", "-g1", "-DNDEBUG", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"].map(Into::into);
     [vec![format!("-fsanitize={kinds}")], flags.to_vec()].concat()
 }
 

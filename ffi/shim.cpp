@@ -158,12 +158,15 @@ ggml_backend_t gvote_shim_backend_init(ggml_backend_dev_t device) {
     return backend;
 }
 
-bool gvote_shim_alloc_graph(ggml_gallocr_t alloc, ggml_cgraph * graph) {
+bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, ggml_cgraph * graph) {
     bool done = false;
-    guarded([&]() -> const char * {
-        done = ggml_gallocr_reserve(alloc, graph) && ggml_gallocr_alloc_graph(alloc, graph);
+    const char * reason = guarded([&]() -> const char * {
+        done = ggml_gallocr_reserve(*alloc, graph) && ggml_gallocr_alloc_graph(*alloc, graph);
         return nullptr;
     });
+    if (reason != nullptr) {
+        *alloc = nullptr;
+    }
     return done;
 }
 

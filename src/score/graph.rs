@@ -158,7 +158,7 @@ impl Builder {
         // SAFETY: the graph is complete; inputs are allocated before they are set and sized as declared.
         unsafe {
             // planned anew each time: a plan for a graph of the same size would be taken over, though other tensors must stay
-            if !sys::gvote_shim_alloc_graph(device.alloc, self.graph) {
+            if !sys::gvote_shim_alloc_graph(device.allocator(), self.graph) {
                 return Err(ScoreError::Memory("compute buffer"));
             }
             for (t, data) in self.inputs.drain(..) {

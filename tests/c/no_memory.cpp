@@ -9,7 +9,7 @@
 #include <new>
 #include <vector>
 
-static constexpr int32_t N    = 200;
+static constexpr int32_t N     = 120;
 static constexpr long    NEVER = -1;
 
 static std::atomic<long> allocations_left{NEVER};
@@ -38,7 +38,7 @@ static std::vector<uint8_t> state_of(llama_context * ctx) {
 }
 
 // All of the first places are tried, then many of the others.
-static long next(long i) { return i < 2000 ? i + 1 : i + i/200; }
+static long next(long i) { return i < 1000 ? i + 1 : i + i/20; }
 
 // Calls until it can be served; returns how often it was refused.
 template <typename F> static int survives(const char * name, gvote_t * g, llama_context * ctx, F && call) {
@@ -69,8 +69,9 @@ int main(int argc, char ** argv) {
     llama_context * ctx = llama_init_from_model(model, context_params());
     REQUIRE(ctx != nullptr);
     gvote_params params = gvote_params_default();
-    params.max_cells = 150;
+    params.max_cells = 100;
     params.draft     = 4;
+    params.samples   = 4;
     gvote_t * g = gvote_new(&params, nullptr);
     REQUIRE(g != nullptr);
     REQUIRE(survives("attach", g, ctx, [&] { return gvote_attach(g, ctx); }) > 0);
@@ -80,7 +81,7 @@ int main(int argc, char ** argv) {
     REQUIRE(survives("compress", g, ctx, [&] { return gvote_compress(g, ctx, 0, nullptr); }) > 0);
     uint32_t cells = 0;
     REQUIRE_OK(g, gvote_seq_cells(g, ctx, 0, &cells));
-    REQUIRE(cells > 0 && cells <= 150);
+    REQUIRE(cells > 0 && cells <= 100);
     llama_token token = likeliest(ctx);
     REQUIRE(llama_decode(ctx, llama_batch_get_one(&token, 1)) == 0);
 
