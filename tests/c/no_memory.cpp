@@ -37,8 +37,13 @@ static std::vector<uint8_t> state_of(llama_context * ctx) {
     return data;
 }
 
-// All of the first places are tried, then many of the others.
-static long next(long i) { return i < 1000 ? i + 1 : i + i/20; }
+// All of the first places are tried, then many of the others; fewer where each call takes a second.
+#ifdef __SANITIZE_ADDRESS__
+static constexpr long DENSE = 40, SPARSE = 5;
+#else
+static constexpr long DENSE = 1000, SPARSE = 20;
+#endif
+static long next(long i) { return i < DENSE ? i + 1 : i + i/SPARSE; }
 
 // Calls until it can be served; returns how often it was refused.
 template <typename F> static int survives(const char * name, gvote_t * g, llama_context * ctx, F && call) {
