@@ -4,12 +4,17 @@
 mod cli;
 #[path = "common/installed.rs"]
 mod installed;
+#[allow(dead_code)] // it serves other tests too
+#[path = "../src/tests/tiny.rs"]
+mod tiny;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use cli::model;
+use gvote::llama;
 use installed::{prefix, run, source};
 
 /// Compiles a program with warnings as errors.
@@ -31,35 +36,46 @@ fn built(compiler: &str, standard: &str, name: &str, dir: &Path) -> PathBuf {
 }
 
 /// What a program prints that was given a model and a text.
-fn printed(program: &mut Command) -> String {
+fn printed(program: &mut Command, model: &Path) -> String {
     // tests run side by side
-    run(program.arg(model()).arg(source("src/tests/text.txt")).env("OMP_THREAD_LIMIT", "1"))
+    run(program.arg(model).arg(source("src/tests/text.txt")).env("OMP_THREAD_LIMIT", "1"))
 }
 
-fn keeps_its_promises(compiler: &str, standard: &str, name: &str) {
+fn keeps_its_promises(compiler: &str, standard: &str, name: &str, model: &Path) {
     let dir = tempfile::tempdir().unwrap();
     let program = built(compiler, standard, name, dir.path());
-    assert_eq!(printed(&mut Command::new(program)), "all kept\n");
+    assert_eq!(printed(&mut Command::new(program), model), "all kept\n");
+}
+
+/// A model that is quick to run.
+fn tiny_model() -> &'static Path {
+    static DIR: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let made = DIR.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = tiny::Tiny::new(dir.path(), tiny::SPECS[0]).path;
+        (dir, path)
+    });
+    &made.1
 }
 
 #[test]
 fn an_app_in_c_is_served() {
-    keeps_its_promises("gcc", "-std=c11", "promises.c");
+    keeps_its_promises("gcc", "-std=c11", "promises.c", &model());
 }
 
 #[test]
 fn an_app_in_cpp_is_served_by_the_wrapper() {
-    keeps_its_promises("g++", "-std=c++17", "wrapper.cpp");
+    keeps_its_promises("g++", "-std=c++17", "wrapper.cpp", &model());
 }
 
 #[test]
 fn contexts_in_threads_are_served_side_by_side() {
-    keeps_its_promises("gcc", "-std=c11", "threads.c");
+    keeps_its_promises("gcc", "-std=c11", "threads.c", tiny_model());
 }
 
 #[test]
 fn an_exception_in_llama_cpp_becomes_a_status_and_changes_nothing() {
-    keeps_its_promises("g++", "-std=c++17", "no_memory.cpp");
+    keeps_its_promises("g++", "-std=c++17", "no_memory.cpp", tiny_model());
 }
 
 /// What an app is told where `sources` stand in for parts of the llama.cpp that gvote was built for.
@@ -75,7 +91,7 @@ fn told_with(sources: &[(&str, String)]) -> String {
         .arg(&other)
         .arg(dir.path().join(sources[0].0))
         .args(["include", "src", "ggml/include", "ggml/src"].map(|part| format!("-I{}", llama.join(part).display()))));
-    printed(Command::new(program).env("LD_PRELOAD", other))
+    printed(Command::new(program).env("LD_PRELOAD", other), tiny_model())
 }
 
 #[test]
