@@ -8,11 +8,13 @@ EASY     ?= What must you do to convey a modified version?
 HARD     ?= Summarise it in three points.
 PREFIX   ?= /usr/local
 PROFILE  ?= release
+# Seconds of each fuzz target
+FUZZ_S   ?= 600
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test fuzz bench bench-peers bench-memory soak completion bench-completion results gallery doc stage \
-        install uninstall setup fmt lint clean
+.PHONY: help run test check-memory fuzz bench bench-peers bench-memory soak completion bench-completion results \
+        gallery doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,11 +26,15 @@ run: setup ## install what is needed, build, and ask a question about a long doc
 test: setup ## run the whole test suite
 	cargo test
 
-fuzz: ## fuzz the reader of model files for 10 minutes (needs Rust nightly and cargo-fuzz)
+check-memory: setup ## run the C and C++ test programs under sanitizers and valgrind; TOOLS="address thread valgrind" picks some
+	scripts/check-memory $(TOOLS)
+
+fuzz: ## fuzz the readers of model files, settings and saved states, 10 minutes each (needs Rust nightly and cargo-fuzz)
 	mkdir -p fuzz/target
 	rustc --edition 2024 -o fuzz/target/seeds fuzz/seeds.rs
 	fuzz/target/seeds fuzz/corpus/gguf
-	cargo +nightly fuzz run gguf -- -max_total_time=600 -rss_limit_mb=1024
+	cargo +nightly fuzz run gguf -- -max_total_time=$(FUZZ_S) -rss_limit_mb=1024
+	cargo +nightly fuzz run capi -- -max_total_time=$(FUZZ_S) -rss_limit_mb=1024
 
 bench: setup ## measure what a vote costs (long); for what it keeps see gvote eval
 	cargo bench --bench cost

@@ -17,7 +17,15 @@ fn main() {
     for file in ["build.rs", "ffi", "vendor/Cargo.toml", "vendor/Cargo.lock"] {
         println!("cargo:rerun-if-changed={file}");
     }
-    for var in ["LLAMA_CPP_DIR", "LLAMA_LIB_DIR", "GVOTE_NATIVE", "GVOTE_SHARED", "CUDA_PATH"] {
+    for var in [
+        "LLAMA_CPP_DIR",
+        "LLAMA_LIB_DIR",
+        "GVOTE_NATIVE",
+        "GVOTE_OPENMP",
+        "GVOTE_SANITIZE",
+        "GVOTE_SHARED",
+        "CUDA_PATH",
+    ] {
         println!("cargo:rerun-if-env-changed={var}");
     }
     let source = find_llama();
@@ -30,6 +38,8 @@ fn main() {
     link(&libraries);
     println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={llama}");
     println!("cargo:rustc-env=GVOTE_GGML_VERSION={ggml}");
+    // for tests that change parts of it
+    println!("cargo:rustc-env=GVOTE_LLAMA_SOURCE={}", source.display());
 }
 
 /// A checkout named by the environment, or one in vendor/, or the pin.
@@ -95,6 +105,15 @@ fn built_llama(version: &str) -> Option<PathBuf> {
 /// What ggml's cmake turns on for x86 where it does not build for this very CPU.
 const X86_EXTENSIONS: &[&str] = &["SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"];
 
+/// Flags for C and C++ code that is watched by the sanitizers named by the environment, such as `address,undefined`. Checks make
+/// optimised code slow to compile; what is left unoptimised has the more to be checked. Assertions stay off, as in what is shipped.
+fn sanitizer_flags() -> Vec<String> {
+    let Ok(kinds) = env::var("GVOTE_SANITIZE") else { return Vec::new() };
+    let flags =
+        ["-O0", "-g1", "-DNDEBUG", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"].map(Into::into);
+    [vec![format!("-fsanitize={kinds}")], flags.to_vec()].concat()
+}
+
 /// Builds libraries in a folder that all profiles share, and returns where they were installed.
 fn build_llama(source: &Path) -> PathBuf {
     if which("cmake").is_none() {
@@ -104,7 +123,8 @@ fn build_llama(source: &Path) -> PathBuf {
         Ok(compiler) if which(&compiler.path().to_string_lossy()).is_some() => compiler,
         _ => fail("a C++ compiler is missing; on Debian: apt-get install g++"),
     };
-    let native = env::var("GVOTE_NATIVE").map_or(true, |v| v != "0");
+    let native = is_on("GVOTE_NATIVE");
+    let openmp = is_on("GVOTE_OPENMP");
     let shared = is_shared();
 
     // OUT_DIR is <target>/<profile>/build/gvote-<hash>/out
@@ -116,6 +136,12 @@ fn build_llama(source: &Path) -> PathBuf {
     let mut name = format!("llama.cpp-{:08x}", hasher.finish() as u32);
     if !native {
         name += "-generic";
+    }
+    if !openmp {
+        name += "-no-openmp";
+    }
+    if let Ok(kinds) = env::var("GVOTE_SANITIZE") {
+        name = name + "-" + &kinds.replace(',', "-");
     }
     if shared {
         name += "-shared";
@@ -134,6 +160,10 @@ fn build_llama(source: &Path) -> PathBuf {
     if which("ninja").is_some() {
         config.generator("Ninja");
     }
+    for flag in sanitizer_flags() {
+        // of all profiles this one has no flags that contradict
+        config.profile("Debug").cflag(&flag).cxxflag(&flag);
+    }
     for part in ["COMMON", "TOOLS", "TESTS", "EXAMPLES", "SERVER", "APP"] {
         config.define(format!("LLAMA_BUILD_{part}"), "OFF");
     }
@@ -142,7 +172,7 @@ fn build_llama(source: &Path) -> PathBuf {
         .define("CMAKE_POSITION_INDEPENDENT_CODE", "ON")
         .define("CMAKE_INSTALL_LIBDIR", "lib")
         .define("GGML_NATIVE", if native { "ON" } else { "OFF" })
-        .define("GGML_OPENMP", "ON");
+        .define("GGML_OPENMP", if openmp { "ON" } else { "OFF" });
     if !native {
         for extension in X86_EXTENSIONS {
             config.define(format!("GGML_{extension}"), "OFF");
@@ -168,6 +198,11 @@ fn is_shared() -> bool {
     env::var_os("LLAMA_LIB_DIR").is_some() || env::var("GVOTE_SHARED").is_ok_and(|v| v == "1")
 }
 
+/// What is on unless the environment says 0.
+fn is_on(var: &str) -> bool {
+    env::var(var).map_or(true, |v| v != "0")
+}
+
 fn enabled_backends()
 -> impl Iterator<Item = &'static (&'static str, &'static str, &'static str, &'static [&'static str])> {
     BACKENDS.iter().filter(|(feature, ..)| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some())
@@ -186,6 +221,7 @@ fn compile_shim(source: &Path) {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
+        .flags(sanitizer_flags())
         .files(["ffi/shim.cpp", "ffi/park.cpp", "ffi/state.cpp", "ffi/visit.cpp"])
         .includes(include_dirs(source))
         // llama.cpp's own headers warn
@@ -267,7 +303,9 @@ fn link(libraries: &Path) {
         }
     } else {
         println!("cargo:rustc-link-lib=stdc++");
-        println!("cargo:rustc-link-lib=gomp");
+        if is_on("GVOTE_OPENMP") {
+            println!("cargo:rustc-link-lib=gomp");
+        }
     }
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         let cuda = env::var("CUDA_PATH").unwrap_or_else(|_| "/usr/local/cuda".into());

@@ -170,7 +170,7 @@ typedef struct gvote_params {
     uint32_t min_cells;    /* cells that stay at least */
     uint32_t sinks;        /* first tokens that always stay */
     uint32_t recent;       /* last tokens that always stay; at least `window` */
-    uint32_t window;       /* last real queries that vote; at least 1 */
+    uint32_t window;       /* last real queries that vote; 1 to 1024 */
     uint32_t samples;      /* synthetic queries; 1 to 256 */
     uint32_t draft;        /* policy gvote: most tokens of the trial's continuation; 1 to 256 */
     uint32_t span_back;    /* policy gvote: tokens before a hit that stay with it; up to 1024 */
@@ -212,6 +212,8 @@ typedef struct gvote_report {
     double    trial_s;
     double    compact_s;
 } gvote_report;
+
+/* None of the callbacks below may throw an exception, or leave by longjmp(): they are called from inside gvote. */
 
 /* An eval callback, as in llama_context_params.cb_eval (ggml_backend_sched_eval_callback). */
 typedef bool (*gvote_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data);
@@ -392,7 +394,8 @@ GVOTE_API gvote_status gvote_state_get(
 
 /* Takes over what gvote_state_get() wrote, after llama_state_seq_set_data() has loaded the sequence that it belongs to; the id
  * of the sequence may be another one. The bytes are checked; what is wrong is refused.
- * Errors: GVOTE_ERROR_STATE, GVOTE_ERROR_NOT_ATTACHED, GVOTE_ERROR_NO_SEQUENCE. */
+ * Errors: GVOTE_ERROR_STATE, GVOTE_ERROR_SIZE where no buffer has so many bytes, GVOTE_ERROR_NOT_ATTACHED,
+ * GVOTE_ERROR_NO_SEQUENCE. */
 GVOTE_API gvote_status gvote_state_set(
         gvote_t * g, struct llama_context * ctx, int32_t seq, const void * data, size_t size);
 

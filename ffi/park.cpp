@@ -9,9 +9,6 @@ namespace {
 // One cell of a window cache that made room, with its rows of all layers.
 struct evicted_cell {
     uint32_t             index;
-    llama_pos            pos;
-    llama_seq_id         seq;
-    llama_kv_cell_ext    ext;
     std::vector<uint8_t> rows;
 };
 
@@ -58,6 +55,7 @@ void write_rows(llama_kv_cache & kv, uint32_t stream, uint32_t index, const std:
 struct parked_cache {
     llama_kv_cache * kv;
     uint32_t head;
+    llama_kv_cells before; // what comes back in the end, whatever failed half-way
     std::vector<evicted_cell> evicted;
 
     void guard(llama_seq_id seq) {
@@ -88,17 +86,6 @@ struct parked_cache {
         head_of(*kv, seq) = head;
     }
 
-    void unguard(llama_seq_id seq) {
-        llama_kv_cells & cells = cells_of(*kv, seq);
-        for (uint32_t i = 0; i < cells.size(); ++i) {
-            for (const llama_seq_id owner : { PARKED, GUARD }) {
-                if (!cells.is_empty(i) && cells.seq_has(i, owner)) {
-                    cells.seq_rm(i, owner);
-                }
-            }
-        }
-    }
-
     // Frees cells that neither the newest token of their sequence nor a later one sees, oldest first, until `n` are free.
     void make_room(const llama_hparams & hparams, llama_seq_id seq, uint32_t n) {
         llama_kv_cells & cells = cells_of(*kv, seq);
@@ -123,7 +110,7 @@ struct parked_cache {
         evicted.reserve(count);
         for (const uint32_t i : outside) {
             evicted.push_back({
-                i, cells.pos_get(i), cells.seq_get(i), cells.ext_get(i), read_rows(*kv, kv->get_stream(seq), i) });
+                i, read_rows(*kv, kv->get_stream(seq), i) });
         }
         // nothing can fail any more
         for (const uint32_t i : outside) {
@@ -131,12 +118,11 @@ struct parked_cache {
         }
     }
 
+    // The cells themselves need no memory for it.
     void bring_back(llama_seq_id seq) {
-        llama_kv_cells & cells = cells_of(*kv, seq);
+        cells_of(*kv, seq) = std::move(before);
+        head_of(*kv, seq)  = head;
         for (const auto & cell : evicted) {
-            cells.pos_set(cell.index, cell.pos);
-            cells.ext_set(cell.index, cell.ext);
-            cells.seq_add(cell.index, cell.seq);
             write_rows(*kv, kv->get_stream(seq), cell.index, cell.rows);
         }
     }
@@ -151,7 +137,6 @@ struct gvote_shim_parked {
 
     void let_go() {
         for (auto & cache : caches) {
-            cache.unguard(seq);
             cache.bring_back(seq);
         }
     }
@@ -165,7 +150,7 @@ const char * gvote_shim_park(llama_context * ctx, llama_seq_id seq, uint32_t n_w
         parked->seq = seq;
         for (llama_kv_cache * kv : { base_cache(ctx), window_cache(ctx) }) {
             if (kv != nullptr) {
-                parked->caches.push_back({ kv, head_of(*kv, seq), {} });
+                parked->caches.push_back({ kv, head_of(*kv, seq), kv->get_cells(seq), {} });
             }
         }
         try {
@@ -193,8 +178,8 @@ void gvote_shim_parked_hide(gvote_shim_parked * parked, llama_pos p0, llama_pos 
     }
 }
 
-void gvote_shim_parked_reset(gvote_shim_parked * parked) {
-    guarded([&]() -> const char * {
+const char * gvote_shim_parked_reset(gvote_shim_parked * parked) {
+    return guarded([&]() -> const char * {
         // a batch that was given up may still be writing
         llama_synchronize(parked->ctx);
         for (auto & cache : parked->caches) {
@@ -205,7 +190,10 @@ void gvote_shim_parked_reset(gvote_shim_parked * parked) {
 }
 
 void gvote_shim_unpark(gvote_shim_parked * parked) {
-    gvote_shim_parked_reset(parked);
+    guarded([&]() -> const char * {
+        llama_synchronize(parked->ctx);
+        return nullptr;
+    });
     guarded([&]() -> const char * {
         parked->let_go();
         return nullptr;

@@ -1,5 +1,6 @@
 #include "shim.hpp"
 
+#include "ggml-cpu.h"
 #include "llama-ext.h"
 
 
@@ -158,6 +159,36 @@ int32_t gvote_shim_decode(llama_context * ctx, llama_batch batch) {
     int32_t status = GVOTE_SHIM_EXCEPTION;
     guarded([&]() -> const char * {
         status = llama_decode(ctx, batch);
+        return nullptr;
+    });
+    return status;
+}
+
+ggml_backend_t gvote_shim_backend_init(ggml_backend_dev_t device) {
+    ggml_backend_t backend = nullptr;
+    guarded([&]() -> const char * {
+        backend = device != nullptr ? ggml_backend_dev_init(device, nullptr) : ggml_backend_cpu_init();
+        return nullptr;
+    });
+    return backend;
+}
+
+bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, ggml_cgraph * graph) {
+    bool done = false;
+    const char * reason = guarded([&]() -> const char * {
+        done = ggml_gallocr_reserve(*alloc, graph) && ggml_gallocr_alloc_graph(*alloc, graph);
+        return nullptr;
+    });
+    if (reason != nullptr) {
+        *alloc = nullptr;
+    }
+    return done;
+}
+
+ggml_status gvote_shim_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    ggml_status status = GGML_STATUS_ALLOC_FAILED;
+    guarded([&]() -> const char * {
+        status = ggml_backend_graph_compute(backend, graph);
         return nullptr;
     });
     return status;

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
 #include "llama.h"
 
 #include <stdbool.h>
@@ -80,6 +82,19 @@ uint32_t gvote_shim_owners(struct llama_context * ctx, const int64_t * index, ui
 // llama_decode(), which lets exceptions through: GVOTE_SHIM_EXCEPTION for one.
 int32_t gvote_shim_decode(struct llama_context * ctx, struct llama_batch batch);
 
+// What follows does as the functions of ggml that are named, which let exceptions through: those become NULL, false, and
+// GGML_STATUS_ALLOC_FAILED.
+
+// ggml_backend_dev_init(), or ggml_backend_cpu_init() where `device` is NULL.
+ggml_backend_t gvote_shim_backend_init(ggml_backend_dev_t device);
+
+// ggml_gallocr_reserve() and ggml_gallocr_alloc_graph(). An exception leaves an allocator that holds what it has freed: it is
+// given up, and `alloc` is NULL then.
+bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, struct ggml_cgraph * graph);
+
+// ggml_backend_graph_compute().
+enum ggml_status gvote_shim_graph_compute(ggml_backend_t backend, struct ggml_cgraph * graph);
+
 // Applies what llama.cpp has put off until the next batch: shifts of positions, copies between streams.
 void gvote_shim_update(struct llama_context * ctx);
 
@@ -96,10 +111,10 @@ const char * gvote_shim_park(
 // Takes the cells at positions p0..p1 away from the sequence: in the attention cache, and in a window cache if `window`.
 void gvote_shim_parked_hide(struct gvote_shim_parked * parked, llama_pos p0, llama_pos p1, bool window);
 
-// Brings back what is hidden, and frees what came in.
-void gvote_shim_parked_reset(struct gvote_shim_parked * parked);
+// Brings back what is hidden, and frees what came in. After a failure there is no experiment any more: unpark.
+const char * gvote_shim_parked_reset(struct gvote_shim_parked * parked);
 
-// As reset, and lets go of the cells. Frees `parked`.
+// Brings back every cell as it was, also after a failure, and lets go of them. Frees `parked`.
 void gvote_shim_unpark(struct gvote_shim_parked * parked);
 
 // The cache's new table of cells, built aside. Commit cannot fail.

@@ -12,6 +12,16 @@ use crate::sys;
 #[error("the KV cache of this context cannot be compressed: {0}; --policy full runs it as it is")]
 pub struct CacheError(pub(crate) String);
 
+impl CacheError {
+    /// What the shim says where C++ has no memory left.
+    const OUT_OF_MEMORY: &str = "out of memory";
+
+    /// Whether there was too little memory to work on it.
+    pub(crate) fn is_memory(&self) -> bool {
+        self.0 == Self::OUT_OF_MEMORY
+    }
+}
+
 /// The attention cache of a context as one sequence sees it (the base cache, where a sliding-window cache lives beside it).
 #[derive(Clone)]
 pub struct Layout {
@@ -147,7 +157,7 @@ impl<'a> Parked<'a> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: called with an accepted layout's context; the result is freed in drop.
         unsafe { ok(sys::gvote_shim_park(ctx.as_ptr(), seq, room as u32, &raw mut raw))? };
-        let raw = NonNull::new(raw).ok_or_else(|| CacheError("out of memory".into()))?;
+        let raw = NonNull::new(raw).ok_or_else(|| CacheError(CacheError::OUT_OF_MEMORY.into()))?;
         Ok(Self { ctx, raw })
     }
 
@@ -166,9 +176,12 @@ impl<'a> Parked<'a> {
     }
 
     /// Ends an experiment: what was hidden is back, what came in is gone.
-    pub fn reset(&mut self) {
-        // SAFETY: the sequence is parked.
-        unsafe { sys::gvote_shim_parked_reset(self.raw.as_ptr()) };
+    ///
+    /// # Errors
+    /// [`CacheError`] when memory runs out; then there can be no other one.
+    pub fn reset(&mut self) -> Result<(), CacheError> {
+        // SAFETY: the sequence is parked; the text is static.
+        unsafe { ok(sys::gvote_shim_parked_reset(self.raw.as_ptr())) }
     }
 }
 

@@ -63,28 +63,34 @@ impl Moves<'_> {
 /// What [`Moves::from`] is for a head, over all layers.
 type Sources<'a> = &'a (dyn Fn(usize) -> Option<Cow<'a, [u32]>> + Sync);
 
-/// Puts the rows of `seq` into another order, head by head: the cell at place c (in the order of positions) gets the row
-/// from place `sources(head)[c]`. Nothing is lost: the inverse order brings everything back. Positions stay.
-///
-/// `sources` gives a permutation of all places for every head.
-///
-/// # Errors
-/// [`CompactError`] when the cells cannot be worked on; nothing has moved then.
-pub(crate) fn permute(
-    ctx: &mut Context,
-    seq: SeqId,
-    sources: &(dyn Fn(usize) -> Vec<u32> + Sync),
-) -> Result<(), CompactError> {
-    let layout = Layout::of(ctx, seq)?;
-    let cells = cache::cells(ctx, seq);
-    if cells.iter().any(|c| c.shared) {
-        return Err(CompactError::Shared);
+/// The rows of a sequence, to be put into another order and back.
+pub(crate) struct Reorder {
+    layout: Layout,
+    cells: Vec<Cell>,
+}
+
+impl Reorder {
+    /// # Errors
+    /// [`CompactError`] when the cells cannot be worked on.
+    pub fn of(ctx: &Context, seq: SeqId) -> Result<Self, CompactError> {
+        let layout = Layout::of(ctx, seq)?;
+        let cells = cache::cells(ctx, seq);
+        if cells.iter().any(|c| c.shared) {
+            return Err(CompactError::Shared);
+        }
+        Ok(Self { layout, cells })
     }
-    let to: Vec<u32> = cells.iter().map(|c| c.index).collect();
-    // SAFETY: valid context; llama.cpp may still be computing into the cache.
-    unsafe { sys::llama_synchronize(ctx.as_ptr()) };
-    move_rows(&layout, &cells, &to, &|head| Some(Cow::Owned(sources(head))), false, ctx.n_threads_batch());
-    Ok(())
+
+    /// Puts the rows into another order, head by head: the cell at place c (in the order of positions) gets the row from
+    /// place `sources(head)[c]`, a permutation of all places. Nothing is lost: the inverse order brings everything back.
+    /// Positions stay. The sequence has the cells that it had.
+    pub fn permute(&self, ctx: &mut Context, sources: &(dyn Fn(usize) -> Vec<u32> + Sync)) {
+        let to: Vec<u32> = self.cells.iter().map(|c| c.index).collect();
+        // SAFETY: valid context; llama.cpp may still be computing into the cache.
+        unsafe { sys::llama_synchronize(ctx.as_ptr()) };
+        let sources = |head| Some(Cow::Owned(sources(head)));
+        move_rows(&self.layout, &self.cells, &to, &sources, false, ctx.n_threads_batch());
+    }
 }
 
 /// Keeps what `selection` says of the cells of `seq`, frees the others, and leaves other sequences untouched.

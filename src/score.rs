@@ -36,7 +36,6 @@ use self::graph::{CellsView, Coarseness, LayerGraph, Target};
 use crate::cache::{Cell, Layout};
 use crate::capture::{LogitScale, Queries};
 use crate::policy::{HeadScores, Needs};
-use crate::sys;
 
 /// What can go wrong while scoring.
 #[derive(Debug, thiserror::Error)]
@@ -81,12 +80,7 @@ impl Scorer {
 
     /// Gives the compute memory back and says how many bytes it was.
     pub fn release(&mut self) -> usize {
-        // SAFETY: valid allocators.
-        self.threads
-            .iter_mut()
-            .flat_map(|devices| devices.drain(..))
-            .map(|d| unsafe { sys::ggml_gallocr_get_buffer_size(d.alloc, 0) })
-            .sum()
+        self.threads.iter_mut().flat_map(|devices| devices.drain(..)).map(|device| device.compute_bytes()).sum()
     }
 
     /// Computes the scores of every KV head, layer by layer, and hands them to `sink(head, scores)`, where `head` counts

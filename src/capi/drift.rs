@@ -14,7 +14,7 @@ macro_rules! same {
                 header::$name as same!(@fn $arguments),
             );
         };)+
-        const NAMES: &[&str] = &[$(stringify!($name)),+];
+        pub(super) const NAMES: &[&str] = &[$(stringify!($name)),+];
     };
     (@fn ()) => { unsafe extern "C" fn() -> _ };
     (@fn (_)) => { unsafe extern "C" fn(_) -> _ };

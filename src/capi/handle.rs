@@ -81,6 +81,10 @@ fn status_of(error: &GuestError) -> gvote_status {
         GuestError::TooFew { .. } | GuestError::Full => GVOTE_ERROR_NO_CELLS,
         GuestError::NoSequence { .. } | GuestError::NoLayer(_) | GuestError::NoHead { .. } => GVOTE_ERROR_NO_SEQUENCE,
         GuestError::Vote(error) => match error {
+            VoteError::Cache(error) | VoteError::Compact(CompactError::Cache(error)) if error.is_memory() => {
+                GVOTE_ERROR_MEMORY
+            }
+            VoteError::Capture(CaptureError::Cache(error)) if error.is_memory() => GVOTE_ERROR_MEMORY,
             VoteError::Llama(LlamaError::Cancelled) => GVOTE_ERROR_CANCELLED,
             VoteError::Llama(LlamaError::NoCells { .. }) | VoteError::Capture(CaptureError::NoCells { .. }) => {
                 GVOTE_ERROR_NO_CELLS

@@ -4,11 +4,13 @@
 //! - `room`: more tokens than cells, read as a session reads them;
 //! - `walk`: whatever an app does in whatever order, no sequence meets the cells of another;
 //! - `saved`: what is known of a sequence can be saved, and only that is restored;
-//! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads.
+//! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads;
+//! - `each`: the same for each function, one by one.
 
 mod abuse;
 mod app;
 mod changes;
+mod each;
 mod room;
 mod saved;
 mod votes;

@@ -38,7 +38,7 @@ impl PathBackend {
     fn new(n_threads: usize) -> Result<Self, CaptureError> {
         // SAFETY: checked below; freed in drop.
         unsafe {
-            let backend = sys::ggml_backend_cpu_init();
+            let backend = sys::gvote_shim_backend_init(std::ptr::null_mut());
             if backend.is_null() {
                 return Err(CaptureError::Memory);
             }
@@ -63,7 +63,7 @@ impl PathBackend {
             for node in nodes {
                 sys::ggml_graph_add_node(graph, *node);
             }
-            let status = sys::ggml_backend_graph_compute(self.0, graph);
+            let status = sys::gvote_shim_graph_compute(self.0, graph);
             sys::ggml_free(ctx);
             if status == sys::GGML_STATUS_SUCCESS { Ok(()) } else { Err(CaptureError::Memory) }
         }

@@ -85,6 +85,9 @@ impl Capture {
             let mut floats =
                 |n: usize| -> Option<Vec<f64>> { (0..n).map(|_| Some(f64::from_le_bytes(take(&mut rest)?))).collect() };
             let (mean, m2) = (floats(n)?, floats(n)?);
+            if !mean.iter().all(|x| x.is_finite()) || !m2.iter().all(|x| (0.0..f64::INFINITY).contains(x)) {
+                return None;
+            }
             let mut window_pos = Vec::with_capacity(inner.window);
             for slot in 0..inner.window {
                 let pos = Pos::from_le_bytes(take(&mut rest)?);
@@ -98,6 +101,9 @@ impl Capture {
                 window_q.push(f16::from_le_bytes(take(&mut rest)?));
             }
             let [pre, post, softcap] = [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(f32::from_le_bytes);
+            if !(pre.is_finite() && post.is_finite()) {
+                return None;
+            }
             layers.push(LayerRecord { moments: Moments { count, mean, m2 }, n_q: shape.n_q, window_q, window_pos });
             scales.push(LogitScale { pre, post, softcap: softcap != 0.0 });
         }

@@ -257,7 +257,8 @@ impl Context {
         self.abort.asked.times.swap(0, Ordering::Relaxed)
     }
 
-    pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
+    /// The context for `llama.h` and `gvote.h`; it stays ours.
+    pub fn as_ptr(&self) -> *mut sys::llama_context {
         self.ptr.as_ptr()
     }
 

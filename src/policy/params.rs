@@ -13,6 +13,8 @@ use super::{Kind, Shape};
 const WORTHWHILE: usize = 64;
 /// More synthetic queries than this change no ranking that 32 do not, and each costs a probe token.
 const MAX_SAMPLES: usize = 256;
+/// Each layer keeps its queries, so that a wider window would take gigabytes.
+const MAX_WINDOW: usize = 1024;
 /// A span longer than a page of text keeps whatever surrounds the first few hits and nothing else.
 const MAX_SPAN: usize = 1024;
 /// A pool wider than this is no smoothing any more.
@@ -46,7 +48,7 @@ pub struct Params {
     pub p_nuc: f32,
     /// Synthetic queries, `S`.
     pub samples: usize,
-    /// Real queries at the end of the prompt whose attention is observed.
+    /// Real queries at the end of the prompt whose attention is observed; 1 to 1024.
     pub window: usize,
     /// `gvote`: what a hit keeps around itself.
     pub span: Span,
@@ -144,6 +146,10 @@ impl Params {
     /// # Errors
     /// The first setting that is out of bounds; the message names the flag to change.
     pub fn validate(&self) -> Result<(), PolicyError> {
+        // a capture keeps it for whatever policy may come later
+        if !(1..=MAX_WINDOW).contains(&self.window) {
+            return Err(PolicyError::Window(self.window));
+        }
         if self.policy == Kind::Full {
             return match (self.max_cells, self.ratio) {
                 (Some(cap), _) => Err(PolicyError::FullWithCap(cap)),
@@ -171,9 +177,6 @@ impl Params {
         }
         if !(1..=MAX_SAMPLES).contains(&self.samples) {
             return Err(PolicyError::Samples(self.samples));
-        }
-        if self.window == 0 {
-            return Err(PolicyError::Window);
         }
         if self.span.back > MAX_SPAN || self.span.forward > MAX_SPAN {
             return Err(PolicyError::Span(self.span));
@@ -362,8 +365,8 @@ pub enum PolicyError {
     PNuc(f32),
     #[error("--samples is {0}, but must be 1 to {MAX_SAMPLES}")]
     Samples(usize),
-    #[error("--window is 0, but at least one real query must be observed")]
-    Window,
+    #[error("--window is {0}, but must be 1 to {MAX_WINDOW}")]
+    Window(usize),
     #[error("--span is {0}, but neither side may be above {MAX_SPAN}")]
     Span(Span),
     #[error("--span is {0:?}, but should read BACK,FORWARD, such as 2,32, or 0 for no spans")]

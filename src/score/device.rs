@@ -7,12 +7,13 @@ use crate::sys;
 pub(super) struct Device {
     buffer_type: sys::ggml_backend_buffer_type_t,
     pub(super) backend: sys::ggml_backend_t,
-    pub(super) alloc: sys::ggml_gallocr_t,
+    /// NULL before it is needed.
+    alloc: sys::ggml_gallocr_t,
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: both were made in `new`, freed once.
+        // SAFETY: ours, freed once; NULL is fine for an allocator.
         unsafe {
             sys::ggml_gallocr_free(self.alloc);
             sys::ggml_backend_free(self.backend);
@@ -28,11 +29,7 @@ impl Device {
         // SAFETY: the buffer type comes from a living buffer; results are checked.
         unsafe {
             let device = sys::ggml_backend_buft_get_device(buffer_type);
-            let backend = if device.is_null() {
-                sys::ggml_backend_cpu_init()
-            } else {
-                sys::ggml_backend_dev_init(device, std::ptr::null())
-            };
+            let backend = sys::gvote_shim_backend_init(device);
             if backend.is_null() {
                 return Err(ScoreError::Backend);
             }
@@ -40,9 +37,23 @@ impl Device {
                 // whole layers are shared out among threads instead: a barrier after each small node costs more than it gains
                 sys::ggml_backend_cpu_set_n_threads(backend, 1);
             }
-            let alloc = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(backend));
-            Ok(Self { buffer_type, backend, alloc })
+            Ok(Self { buffer_type, backend, alloc: std::ptr::null_mut() })
         }
+    }
+
+    /// The allocator of graphs; another one where the last was lost.
+    pub(super) fn allocator(&mut self) -> &mut sys::ggml_gallocr_t {
+        if self.alloc.is_null() {
+            // SAFETY: the back end lives.
+            self.alloc = unsafe { sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(self.backend)) };
+        }
+        &mut self.alloc
+    }
+
+    /// Bytes of its compute buffer.
+    pub(super) fn compute_bytes(&self) -> usize {
+        // SAFETY: a valid allocator, with one buffer.
+        if self.alloc.is_null() { 0 } else { unsafe { sys::ggml_gallocr_get_buffer_size(self.alloc, 0) } }
     }
 }
 

@@ -158,15 +158,15 @@ impl Builder {
         // SAFETY: the graph is complete; inputs are allocated before they are set and sized as declared.
         unsafe {
             // planned anew each time: a plan for a graph of the same size would be taken over, though other tensors must stay
-            let planned = sys::ggml_gallocr_reserve(device.alloc, self.graph);
-            if !planned || !sys::ggml_gallocr_alloc_graph(device.alloc, self.graph) {
+            if !sys::gvote_shim_alloc_graph(device.allocator(), self.graph) {
                 return Err(ScoreError::Memory("compute buffer"));
             }
             for (t, data) in self.inputs.drain(..) {
                 sys::ggml_backend_tensor_set(t, data.as_ptr().cast(), 0, std::mem::size_of_val(&data[..]));
             }
-            match sys::ggml_backend_graph_compute(device.backend, self.graph) {
+            match sys::gvote_shim_graph_compute(device.backend, self.graph) {
                 sys::GGML_STATUS_SUCCESS => Ok(()),
+                sys::GGML_STATUS_ALLOC_FAILED => Err(ScoreError::Memory("computing")),
                 status => Err(ScoreError::Compute(status)),
             }
         }

@@ -135,7 +135,7 @@ impl Vote<'_> {
                     }
                 },
             )?;
-            parked.reset();
+            parked.reset()?;
         }
         Ok(out)
     }

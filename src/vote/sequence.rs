@@ -182,6 +182,13 @@ impl Saved {
         if !pos.is_empty() && (n_cells > labels.len() || n_cells.checked_mul(n_heads) != Some(pos.len())) {
             return Err(VoteError::Saved("it was made with another model"));
         }
+        // a cell is labelled with the last position of those that its heads hold
+        let sound = |held: &[u32]| {
+            held.is_sorted_by(|a, b| a < b) && held.iter().zip(&labels).all(|(&pos, &label)| pos <= label as u32)
+        };
+        if !pos.chunks(n_cells.max(1)).all(sound) {
+            return Err(NONSENSE);
+        }
         let captured =
             capture.read(captured).ok_or(VoteError::Saved("it was made with another model, --window or --policy"))?;
         let held = if pos.is_empty() { Held::default() } else { Held { n_cells, pos } };

@@ -13,9 +13,9 @@ use std::ops::{ControlFlow, Range};
 
 use super::{Stage, Vote, VoteError, follow};
 use crate::cache::{self, Parked};
-use crate::compact;
+use crate::compact::Reorder;
 use crate::divergence::Likely;
-use crate::llama::{Batch, Context, Pos, Sampler, SamplerParams, SeqId, Token};
+use crate::llama::{Batch, Context, Pos, SeqId, Token};
 use crate::policy::Ranking;
 
 /// Of the target, what the draft may use up: the text that comes after it, and a text that is not the model's own, drift
@@ -54,22 +54,22 @@ struct Draft {
 /// The rows of a sequence in the order of a ranking. Dropping it puts them back.
 struct Reordered<'a> {
     ctx: &'a mut Context,
-    seq: SeqId,
+    rows: Reorder,
     ranking: &'a Ranking,
 }
 
 impl<'a> Reordered<'a> {
     fn new(ctx: &'a mut Context, seq: SeqId, ranking: &'a Ranking) -> Result<Self, VoteError> {
-        compact::permute(ctx, seq, &|head| by_rank(ranking, head))?;
-        Ok(Self { ctx, seq, ranking })
+        let rows = Reorder::of(ctx, seq)?;
+        rows.permute(ctx, &|head| by_rank(ranking, head));
+        Ok(Self { ctx, rows, ranking })
     }
 }
 
 impl Drop for Reordered<'_> {
     fn drop(&mut self) {
         let ranking = self.ranking;
-        let back = compact::permute(self.ctx, self.seq, &|head| inverse(&by_rank(ranking, head)));
-        debug_assert!(back.is_ok(), "the cells are those that were reordered: {back:?}");
+        self.rows.permute(self.ctx, &|head| inverse(&by_rank(ranking, head)));
     }
 }
 
@@ -112,19 +112,18 @@ impl Vote<'_> {
         let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
         let Some(&newest) = self.sequence.tokens.last().filter(|&&token| token >= 0) else { return Ok(Vec::new()) };
         let model = self.ctx.model().clone();
-        let mut sampler = Sampler::new(&model, &SamplerParams { temp: 0.0, ..SamplerParams::default() });
         let mut parked = Parked::new(self.ctx, seq, self.voter.policy.draft)?;
         let mut batch = Batch::new(1);
         let mut next = |parked: &mut Parked, token, pos| -> Result<Token, VoteError> {
             batch.clear();
             batch.add(token, pos, seq, true)?;
             parked.decode(&batch)?;
-            Ok(sampler.sample(parked.logits()?))
+            Ok(argmax(parked.logits()?))
         };
         // what follows the newest token is known to whoever decoded it; we have to ask again
         parked.hide_from(n_past - 1);
         let mut token = next(&mut parked, newest, n_past - 1)?;
-        parked.reset();
+        parked.reset()?;
         let mut tokens = Vec::new();
         while tokens.len() < self.voter.policy.draft && !model.is_eog(token) {
             tokens.push(token);
@@ -221,6 +220,12 @@ fn inverse(order: &[u32]) -> Vec<u32> {
     inverse
 }
 
+/// The first of the largest, as llama.cpp's greedy sampler has it; that one allocates, and throws where it cannot.
+fn argmax(logits: &[f32]) -> Token {
+    let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
+    best.unwrap_or(0) as Token
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -265,7 +270,7 @@ mod tests {
             session.load(&before).unwrap();
             let selection = ranking.clone().keep(count, Bound::Trial);
             assert_eq!(selection.n_cells(), count);
-            compact::compact(session.vote().unwrap().ctx, 0, &selection).unwrap();
+            crate::compact::compact(session.vote().unwrap().ctx, 0, &selection).unwrap();
             let mut real = 0.0;
             let each = |i: usize, logits: &[f32]| {
                 real += draft.expected[i].kl(logits) / draft.tokens.len() as f64;

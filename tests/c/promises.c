@@ -55,7 +55,10 @@ static void a_compression_frees_cells_and_keeps_outputs(gvote_t * g, struct llam
     REQUIRE(cells == report.cells_after);
     int32_t positions[N];
     uint32_t n = 0;
-    REQUIRE_OK(g, gvote_seq_positions(g, ctx, 0, 5, 1, positions, N, &n));
+    const struct llama_model * model = llama_get_model(ctx);
+    const int32_t  layer = llama_model_n_layer(model) - 1;
+    const uint32_t head  = (uint32_t) llama_model_n_head_kv(model) - 1;
+    REQUIRE_OK(g, gvote_seq_positions(g, ctx, 0, layer, head, positions, N, &n));
     REQUIRE(n == cells && positions[0] == 0 && positions[n - 1] == N - 1);
     for (uint32_t i = 1; i < n; ++i) {
         REQUIRE(positions[i - 1] < positions[i]);

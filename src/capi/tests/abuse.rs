@@ -85,22 +85,6 @@ fn every_function_takes_null_for_an_answer() {
 }
 
 #[test]
-fn what_is_no_handle_is_refused() {
-    for garbage in [[0u64; 64], [u64::MAX; 64], [0x5a5a_5a5a_5a5a_5a5a; 64]] {
-        let mut garbage = garbage;
-        let g = garbage.as_mut_ptr().cast::<gvote_t>();
-        // SAFETY: memory that is ours, whatever it is.
-        unsafe {
-            assert_eq!(gvote_cancel(g), GVOTE_ERROR_HANDLE);
-            assert_eq!(gvote_set_params(g, ptr::null()), GVOTE_ERROR_HANDLE);
-            gvote_free(g);
-            assert!(!gvote_cb_eval(ptr::null_mut(), true, g.cast()));
-        }
-        assert!(error_of(g).contains("handle"));
-    }
-}
-
-#[test]
 fn sizes_that_nobody_knows_are_refused_and_older_ones_are_not() {
     let ours = size_of::<gvote_params>();
     for size in [0, 1, 8, 15, 20, ours - 1, ours + 1, ours + 8, 0xfefe_fefe, usize::MAX] {
@@ -313,25 +297,6 @@ fn a_vote_is_cancelled_from_another_thread() {
         over.store(true, Ordering::Relaxed);
         assert!(cancelled > 0);
     });
-}
-
-unsafe extern "C" fn call_back(_: gvote_stage, data: *mut c_void) -> bool {
-    let (g, statuses) = unsafe { &mut *data.cast::<(*mut gvote_t, Vec<gvote_status>)>() };
-    // SAFETY: a living handle, which is at work.
-    statuses.push(unsafe { gvote_set_params(*g, ptr::null()) });
-    true
-}
-
-#[test]
-fn a_second_call_meanwhile_is_refused() {
-    let app = App::new(&tiny("llama"), &ONE);
-    let handle = Handle::with(&app, &trying());
-    app.decode(&[(0, 0, &words(N, 0))]);
-    let mut seen = (handle.0, Vec::<gvote_status>::new());
-    // SAFETY: all live.
-    unsafe { gvote_set_progress_callback(handle.0, Some(call_back), (&raw mut seen).cast()) };
-    assert_eq!(handle.plan(&app, 0).0, GVOTE_OK);
-    assert!(seen.1.len() > 3 && seen.1.iter().all(|&status| status == GVOTE_ERROR_BUSY), "{:?}", seen.1);
 }
 
 #[test]

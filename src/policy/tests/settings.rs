@@ -26,6 +26,8 @@ fn a_rejected_setting_names_its_flag() {
         (Params { samples: 0, ..good() }, "--samples"),
         (Params { samples: 257, ..good() }, "--samples"),
         (Params { window: 0, ..good() }, "--window"),
+        (Params { window: 1025, recent: 2048, ..good() }, "--window"),
+        (Params { window: 1 << 30, ..Params::new(Kind::Full) }, "--window"),
         (Params { span: Span { back: 2, forward: 9999 }, ..good() }, "--span"),
         (Params { sinks: usize::MAX, ..good() }, "--sinks"),
         (Params { recent: 63, ..good() }, "--recent"),
