@@ -18,10 +18,10 @@ use gvote::{Session, SessionParams};
 /// What resident memory may grow by after the first part, bytes: the list of tokens has 4 for each and doubles, and the
 /// allocator keeps some.
 const GROWTH: f64 = 16e6;
-/// Of the speed of the first quarter, what the last one must have; a machine with other work is not steady.
+/// Of the speed of the first quarter after the first part, what the last one must have; a machine with other work is not steady.
 const STEADY: f64 = 0.85;
-/// Parts that a comparison needs.
-const PARTS: usize = 4;
+/// Parts that a comparison needs: in the first one the cells fill up, and the rest has quarters.
+const PARTS: usize = 5;
 
 #[derive(Parser)]
 #[command(about, bin_name = "soak")]
@@ -104,8 +104,8 @@ fn main() -> Result<(), Error> {
             return Err("more cells than there may be".into());
         }
     }
-    let quarter = parts / 4;
-    let (first, last) = (median(&speeds[..quarter]), median(&speeds[parts - quarter..]));
+    let quarter = (parts - 1) / 4;
+    let (first, last) = (median(&speeds[1..=quarter]), median(&speeds[parts - quarter..]));
     let grown = resident_at[parts - 1] - resident_at[0];
     println!("speed of the last quarter / the first: {:.2}, memory grown by {:.1} MB", last / first, grown / 1e6);
     if grown > GROWTH {
