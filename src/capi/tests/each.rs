@@ -64,11 +64,18 @@ unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) ->
     }
 }
 
+/// Asks for a cell that is free, which an empty sequence may do too.
+unsafe fn make_room(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) -> Answer {
+    // SAFETY: as above.
+    ("gvote_make_room", unsafe { gvote_make_room(g, ctx, seq, 1, ptr::null(), 0, ptr::null_mut()) })
+}
+
 /// All that name a context.
 unsafe fn of_a_context(g: *mut gvote_t, ctx: *mut llama_context) -> Vec<Answer> {
     // SAFETY: as above.
     unsafe {
         let mut answers = of_a_sequence(g, ctx, 0).to_vec();
+        answers.push(make_room(g, ctx, 0));
         answers.push(("gvote_detach", gvote_detach(g, ctx)));
         answers
     }
@@ -164,7 +171,10 @@ fn each_refuses_sequences_that_there_are_not_or_that_are_empty() {
     app.decode(&[(0, 0, &words(N, 0))]);
     for seq in [-1, 2, 254, 255, 256, 1 << 16, i32::MAX, i32::MIN] {
         // SAFETY: all live.
-        all_are(&unsafe { of_a_sequence(handle.0, app.ctx, seq) }, GVOTE_ERROR_NO_SEQUENCE);
+        unsafe {
+            all_are(&of_a_sequence(handle.0, app.ctx, seq), GVOTE_ERROR_NO_SEQUENCE);
+            all_are(&[make_room(handle.0, app.ctx, seq)], GVOTE_ERROR_NO_SEQUENCE);
+        }
     }
     // SAFETY: all live.
     let (last, others) =
@@ -192,6 +202,8 @@ fn each_that_takes_a_size_refuses_wrong_ones() {
             let mut report = gvote_report { size, ..report() };
             assert_eq!(gvote_plan(handle.0, app.ctx, 0, &raw mut report), GVOTE_ERROR_SIZE, "{size}");
             assert_eq!(gvote_compress(handle.0, app.ctx, 0, &raw mut report), GVOTE_ERROR_SIZE, "{size}");
+            let status = gvote_make_room(handle.0, app.ctx, 0, 1, ptr::null(), 0, &raw mut report);
+            assert_eq!(status, GVOTE_ERROR_SIZE, "{size}");
         }
         for size in [0, 1, known.len() - 1] {
             let mut written = 99;
