@@ -56,6 +56,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let prompt = args.request.request(&model, text)?;
     let n_ctx = cells_needed(&model, prompt.tokens.len(), args.length.predict);
     let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
+    session.set_system_tokens(prompt.system);
     let sampling = args.sampling.params();
     let mut sampler = Sampler::new(&model, &sampling);
 

@@ -32,7 +32,7 @@ impl Session {
             return self.prefill(tokens, progress);
         }
         self.check_unmasked()?;
-        self.most_cells(1)?;
+        self.most_cells(1, self.protected_after(tokens))?;
         let start = Instant::now();
         let window = self.policy.window;
         let (first, mut squeezes) = (self.n_past(), Squeezes::default());
@@ -94,7 +94,7 @@ impl Session {
     /// [`SessionError::CacheTooSmall`], [`SessionError::Full`], and those of a vote; the cache is then as before.
     pub(super) fn make_room(&mut self, needed: usize, ahead: &[Token]) -> Result<CompressReport, SessionError> {
         self.check_unmasked()?;
-        let most = self.most_cells(needed)?;
+        let most = self.most_cells(needed, self.protected_after(&[]))?;
         let Some(mut vote) = self.vote() else { return Err(SessionError::Full) };
         vote.observe_newest()?;
         let cells = cache::cells(vote.ctx, SEQ);
@@ -108,13 +108,22 @@ impl Session {
         self.chunk.min((FREED * self.limit as f64) as usize).max(1)
     }
 
-    /// Cells that stay when `needed` have to be freed.
-    fn most_cells(&self, needed: usize) -> Result<usize, SessionError> {
-        let least = self.policy.sinks + self.policy.recent + 1;
+    /// Tokens that `protect` keeps beside sinks and recent ones, once `tokens` are read: at most so many in any head.
+    fn protected_after(&self, tokens: &[Token]) -> usize {
+        let Some(voter) = &self.voter else { return 0 };
+        let (model, read) = (self.model(), &self.sequence.tokens);
+        let between = self.policy.sinks as Pos..self.n_past() + tokens.len() as Pos - self.policy.recent as Pos;
+        let positions = voter.protected(model, 0, read).chain(voter.protected(model, self.n_past(), tokens));
+        positions.filter(|pos| between.contains(pos)).count()
+    }
+
+    /// Cells that stay when `needed` have to be freed, and so many are `protected`.
+    fn most_cells(&self, needed: usize, protected: usize) -> Result<usize, SessionError> {
+        let least = self.policy.sinks + self.policy.recent + protected + 1;
         let most = self.limit.saturating_sub(needed.max((FREED * self.limit as f64) as usize));
         if most < least {
             let least = (least as f64 / (1.0 - FREED)).ceil() as usize;
-            return Err(SessionError::CacheTooSmall { n_ctx: self.limit, least });
+            return Err(SessionError::CacheTooSmall { n_ctx: self.limit, least, protected });
         }
         Ok(most)
     }

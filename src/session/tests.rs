@@ -2,6 +2,7 @@
 //! - `replay`: what a second reading measures equals float64;
 //! - `failure`: whatever is cancelled or finds no room leaves no trace;
 //! - `long`: more tokens than cells;
+//! - `protect`: markers and the system message stay where that is asked for;
 //! - `walk`: whatever is done in whatever order, the cache holds what it must;
 //! - `cut`: what is cut off leaves no trace, or is refused;
 //! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
@@ -12,6 +13,7 @@ mod cut;
 mod disk;
 mod failure;
 mod long;
+mod protect;
 mod replay;
 mod walk;
 
