@@ -339,7 +339,7 @@ pub enum Bound {
     MaxCells,
     /// `--min-cells` raised it.
     MinCells,
-    /// The sinks and the recent window alone are more than the rule asked for.
+    /// The sinks, the recent window and what is protected alone are more than the rule asked for.
     Forced,
     /// Nothing could be dropped, or the prompt is too short to be worth it.
     All,
