@@ -277,8 +277,9 @@ impl Guest {
             return Err(GuestError::Full);
         }
         let limit = (cells.len() + free).saturating_sub(spare);
-        let too_few = || GuestError::TooFew { seq, needed, limit, least: room::least_cells(&voter.policy) };
-        let most = room::most_cells(&voter.policy, limit, needed).ok_or_else(too_few)?;
+        let least = room::least_cells(&voter.policy);
+        let too_few = || GuestError::TooFew { seq, needed, limit, least };
+        let most = room::most_cells(least, limit, needed).ok_or_else(too_few)?;
         let known = Known::up_to_date(known, voter, seq, &cells)?;
         if cells.iter().any(|cell| cell.shared) {
             // a vote would be in vain

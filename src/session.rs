@@ -49,9 +49,10 @@ pub enum SessionError {
     )]
     PromptTooLong { tokens: usize, room: usize, trained: usize },
     #[error(
-        "{n_ctx} cells are too few to go on in: {least} is the least with these --sinks and --recent (raise -c or lower them)"
+        "{n_ctx} cells are too few to go on in: {least} is the least with these --sinks and --recent{too} (raise -c or lower them)",
+        too = if *protected == 0 { String::new() } else { format!(" and the {protected} tokens of --protect") }
     )]
-    CacheTooSmall { n_ctx: usize, least: usize },
+    CacheTooSmall { n_ctx: usize, least: usize, protected: usize },
     #[error("the cache is full, and the policy `full` drops nothing")]
     Full,
     #[error("the policy `full` does not vote, so there is nothing to explain: choose another --policy")]
@@ -218,6 +219,14 @@ impl Session {
     /// The settings of the vote.
     pub fn policy(&self) -> &policy::Params {
         &self.policy
+    }
+
+    /// Says that the first `n` tokens are the system message, which stays under the setting `protect`; also of what is read
+    /// after [`Session::clear`]. A saved session does not carry it.
+    pub fn set_system_tokens(&mut self, n: usize) {
+        if let Some(voter) = &mut self.voter {
+            voter.system_end = n as Pos;
+        }
     }
 
     /// Changes the settings of later votes.

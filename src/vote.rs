@@ -5,6 +5,7 @@
 
 mod choose;
 mod notes;
+mod protect;
 pub(crate) mod replay;
 mod report;
 pub(crate) mod room;
@@ -91,6 +92,8 @@ pub struct Voter {
     scorer: Scorer,
     pub(crate) policy: policy::Params,
     pub(crate) account_error: bool,
+    /// Where the system message ends, which the setting `protect` keeps.
+    pub(crate) system_end: Pos,
     /// Where the next vote is to be explained.
     pub(crate) notes: Option<Notes>,
 }
@@ -107,6 +110,7 @@ impl Voter {
             scorer: Scorer::new(ctx.n_threads_batch()),
             policy: policy.clone(),
             account_error,
+            system_end: 0,
             notes: None,
             layout,
         })

@@ -57,6 +57,25 @@ mod piped {
     }
 
     #[test]
+    fn the_system_message_is_protected_where_that_is_asked_for_after_a_load_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("talk.gvote");
+        let session = ["--session", file.to_str().unwrap()];
+        let system = ["-sys", &long_line(300)];
+        let line = long_line(1500);
+        about_document(&[&session[..], &system, &["--protect"]].concat(), &["Go on."]).ok();
+        let again =
+            |more: &[&str]| talk(&[&session[..], &["-c", "2048", "--max-cells", "90"], more].concat(), &[&line]);
+        let refused = again(&["--protect"]);
+        assert!(
+            refused.stderr.contains("--max-cells is 90") && refused.stderr.contains("--protect"),
+            "{}",
+            refused.stderr
+        );
+        again(&[]).ok();
+    }
+
+    #[test]
     fn answers_are_plain_text_without_json() {
         let done = finish_with(&mut gvote("chat", &["-n", "6", "--temp", "0"]), "Hi!\nName a colour.\n").ok();
         assert_eq!(done.stdout.lines().count(), 2, "{}", done.stdout);

@@ -129,6 +129,28 @@ fn every_head_keeps_as_many_tokens_as_there_are_cells() {
 }
 
 #[test]
+fn the_system_message_and_the_markers_stay_where_that_is_asked_for() {
+    let system = "Answer like a pirate who misses his parrot.";
+    // positions before the document, and those of the markers, and whether all heads hold them
+    let held = |more: &[&str]| {
+        let json = on_document(&[&["-sys", system, "--ratio", "0.2"], more].concat());
+        let texts = strings(&json["texts"]);
+        let document = texts.iter().scan(String::new(), |read, text| {
+            read.push_str(text);
+            Some(read.contains("user\n"))
+        });
+        let before = document.take_while(|is_past| !is_past).count();
+        assert!(texts[..before].concat().contains(system), "{texts:?}");
+        let is_marker = |text: &str| text.starts_with("<|im_");
+        assert!(texts[before..].iter().any(|text| is_marker(text)));
+        let counts = numbers(&json["kept_by"]);
+        (0..texts.len()).filter(|&at| at < before || is_marker(texts[at])).all(|at| counts[at] as usize == HEADS)
+    };
+    assert!(held(&["--protect"]));
+    assert!(!held(&[]), "they would have stayed anyway");
+}
+
+#[test]
 fn what_the_heads_give_up_is_what_the_report_says() {
     let (json, _) = both();
     let (n, after) = (number(&json["vote"]["cells_before"]), number(&json["vote"]["cells_after"]));

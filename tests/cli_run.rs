@@ -189,6 +189,17 @@ fn the_system_message_and_the_template_reach_the_model() {
 }
 
 #[test]
+fn a_cap_below_what_is_protected_names_the_flag() {
+    let document = document(CHARS);
+    let args = ["-f", document.path().to_str().unwrap(), "-n", "1", "--temp", "0", "--max-cells", "75"];
+    let system = ["-sys", "Answer like a pirate who has been at sea for far too long and misses his parrot."];
+    let done = run(&[&args, &system[..], &["--protect"]].concat());
+    assert_eq!(done.status, 1, "{}", done.stderr);
+    assert!(done.stderr.contains("--max-cells is 75") && done.stderr.contains("--protect"), "{}", done.stderr);
+    run(&[&args, &system[..]].concat()).ok();
+}
+
+#[test]
 fn nonsense_flags_are_a_usage_error() {
     let cases: [(&[&str], &str); 16] = [
         (&["--polcy", "full"], "--policy"),

@@ -108,6 +108,7 @@ pub(super) fn read(from: *const gvote_params) -> Result<(Params, bool), Failure>
         head_mix: params.head_mix,
         p_nuc: params.p_nuc,
         seed: params.seed,
+        protect: false,
         exact: false,
     };
     Ok((settings, has(GVOTE_FLAG_ACCOUNT_ERROR)))

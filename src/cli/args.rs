@@ -177,6 +177,10 @@ pub struct VoteArgs {
     #[arg(long, value_name = "N", default_value_t = Params::default().recent)]
     recent: usize,
 
+    /// Keep the chat template's markers and the system message, too
+    #[arg(long)]
+    protect: bool,
+
     /// Keep this share of the cells instead of what the policy finds out [default: 0.5 where the policy has no rule]
     #[arg(long, value_name = "SHARE", conflicts_with_all = ["lost_mass", "target_kl"])]
     ratio: Option<f32>,
@@ -224,6 +228,7 @@ impl VoteArgs {
             ratio: self.ratio,
             sinks: self.sinks,
             recent: self.recent,
+            protect: self.protect,
             max_cells: self.max_cells,
             min_cells: self.min_cells,
             seed: self.gvote_seed,

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use gvote::Session;
-use gvote::llama::{ChatTemplate, Message, Pos, Role, Sampler, SamplerParams};
+use gvote::llama::{ChatTemplate, Message, Pos, Role, Sampler, SamplerParams, Token};
 use gvote::policy::Kind;
 use gvote::session::{CompressReport, PrefillReport};
 use serde::{Deserialize, Serialize};
 
-use super::prompt::{tokenize_more, tokenize_start};
+use super::prompt::{system_tokens, tokenize_more, tokenize_start};
 use super::report::{Totals, TurnReport};
 use super::turn::Steps;
 use super::words::note;
@@ -170,6 +170,8 @@ impl Conversation {
         let read = |note: &[u8]| serde_json::from_slice(note).map_err(|error| error.to_string());
         self.state = self.session.load_from(path, read).with_context(|| format!("cannot load {}", path.display()))?;
         self.file = Some(path.into());
+        let tokens = self.session.sequence().tokens().to_vec();
+        self.protect_system(&tokens)?;
         Ok(self.state.messages.len())
     }
 
@@ -218,7 +220,9 @@ impl Conversation {
         let start = self.place();
         let rest = &text[start.text..];
         let tokens = if start.text == 0 {
-            tokenize_start(self.session.model(), rest)?
+            let tokens = tokenize_start(self.session.model(), rest)?;
+            self.protect_system(&tokens)?;
+            tokens
         } else {
             tokenize_more(self.session.model(), rest)?
         };
@@ -232,6 +236,17 @@ impl Conversation {
         }
         self.state.turn = Some(Turn { start, answer: self.place() });
         Ok((prefill, vote))
+    }
+
+    /// Tells the session where the system message ends in a conversation that begins with `tokens`.
+    fn protect_system(&mut self, tokens: &[Token]) -> Result<()> {
+        let n = if self.session.policy().protect && !self.template.is_fallback() {
+            system_tokens(self.session.model(), &self.template, &self.state.messages, tokens)?
+        } else {
+            0
+        };
+        self.session.set_system_tokens(n);
+        Ok(())
     }
 
     /// This place, to which the session can come back.

@@ -79,6 +79,7 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     let request = args.request.request(&model, text)?;
     let n_ctx = cells_needed(&model, request.tokens.len(), 0);
     let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
+    session.set_system_tokens(request.system);
     let prefill = steps.prefill_long(&mut session, &request.tokens)?;
     let explanation = steps.explain(&mut session)?;
 

@@ -65,6 +65,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         ));
     }
     let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
+    session.set_system_tokens(prompt.system);
     let sampling = args.sampling.params();
     let mut sampler = Sampler::new(&model, &sampling);
 

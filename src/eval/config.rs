@@ -33,7 +33,7 @@ pub enum ConfigError {
 }
 
 const KEYS: &str = "policy, preset, target-kl, draft, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
-                    (back-forward), pool, head-mix, replay, evict, exact, seed, key-error, \
+                    (back-forward), pool, head-mix, protect, replay, evict, exact, seed, key-error, \
                     ctx-size";
 
 /// Fields of [`Params`] that say how many cells are kept, and not which.
@@ -139,6 +139,7 @@ impl Config {
             "span" => p.span = value.replace('-', ",").parse()?,
             "pool" => p.pool = parse(key, value)?,
             "head-mix" => p.head_mix = parse(key, value)?,
+            "protect" => p.protect = parse(key, value)?,
             "replay" => p.replay = parse(key, value)?,
             "evict" => p.evict = value.parse()?,
             "exact" => p.exact = parse(key, value)?,

@@ -15,7 +15,7 @@
 use super::fixed::FixedBudget;
 use super::rank::{self, Forced};
 use super::snapkv::Observed;
-use super::{Bound, HeadScores, Kind, Needs, Params, Policy, Ragged, Selection, Shape, Span};
+use super::{Bound, HeadScores, Kind, Needs, Params, Policy, Protected, Ragged, Selection, Shape, Span};
 
 /// The inverse of the paper's `α`: integers round the same everywhere.
 const SAFEGUARD: usize = 5;
@@ -38,8 +38,8 @@ pub(super) struct AdaKv {
 }
 
 impl AdaKv {
-    pub fn new(params: &Params, shape: Shape) -> Self {
-        let forced = Forced::new(params, shape.n);
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
+        let forced = Forced::new(params, shape.n, protected);
         let wanted = params.fixed_cells(shape.n);
         let (count, bound) = if params.exact {
             rank::bounded(wanted, Bound::Ratio, &forced, params)
@@ -50,15 +50,15 @@ impl AdaKv {
         };
         Self {
             observed: Observed::new(params, shape),
-            budget: FixedBudget::new(params, shape),
+            budget: FixedBudget::new(params, shape, protected),
             shape,
             span: params.span,
-            forced,
             exact: params.exact,
             // a cap below what is forced is no valid setting
             free: count - forced.count(),
             bound,
             layer: Vec::with_capacity(shape.n_head_kv * (forced.tail - forced.head)),
+            forced,
             counts: Vec::with_capacity(shape.heads()),
             lifted: Vec::new(),
         }
@@ -76,8 +76,10 @@ impl AdaKv {
         for &(_, head) in &self.layer[..all] {
             won[head as usize] += 1;
         }
-        let forced = self.forced.count();
-        self.counts.extend(safeguard(&won, self.free).iter().map(|count| (forced + count) as u32));
+        let first = self.counts.len();
+        let forced = |in_layer| self.forced.count_of(first + in_layer);
+        let shares = safeguard(&won, self.free);
+        self.counts.extend(shares.iter().enumerate().map(|(i, count)| (forced(i) + count) as u32));
         self.layer.clear();
     }
 }
@@ -97,7 +99,9 @@ impl Policy for AdaKv {
         rank::spread(pooled, self.span, &mut self.lifted);
         let in_layer = head % self.shape.n_head_kv;
         let key = |j: usize| (rank::key(rank::clean(self.lifted[j]), j), in_layer as u32);
-        self.layer.extend((self.forced.head..self.forced.tail).map(key));
+        let Forced { head: start, tail, .. } = self.forced;
+        let free = (start..tail).filter(|&j| !self.forced.contains(head, j));
+        self.layer.extend(free.map(key));
         if in_layer + 1 == self.shape.n_head_kv {
             self.share();
         }

@@ -7,7 +7,7 @@
 //! averages the rotation over the next 512 instead.
 
 use super::fixed::FixedBudget;
-use super::{HeadScores, Kind, Needs, Params, Policy, Selection, Shape, rank};
+use super::{HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape, rank};
 
 /// Keeps a value with a large norm in sight where the expected weight is next to nothing (the paper's ε).
 const EPSILON: f32 = 0.02;
@@ -18,8 +18,8 @@ pub(super) struct ExpectedAttention {
 }
 
 impl ExpectedAttention {
-    pub fn new(params: &Params, shape: Shape) -> Self {
-        Self { budget: FixedBudget::new(params, shape), score: Vec::with_capacity(shape.n) }
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
+        Self { budget: FixedBudget::new(params, shape, protected), score: Vec::with_capacity(shape.n) }
     }
 }
 

@@ -3,7 +3,7 @@
 //! `C` is a share of the entries (`--ratio`), or `--max-cells`; see [`Params::fixed_cells`].
 
 use super::rank::{self, Forced};
-use super::{Bound, Evict, Params, Selection, Shape};
+use super::{Bound, Evict, Params, Protected, Selection, Shape};
 
 /// Collects scores head by head. Takes 4 bytes for each head and entry.
 pub(super) struct FixedBudget {
@@ -23,12 +23,12 @@ pub(super) struct FixedBudget {
 }
 
 impl FixedBudget {
-    pub fn new(params: &Params, shape: Shape) -> Self {
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
         let per_token = if params.evict == Evict::Cells { shape.n } else { 0 };
         Self {
             params: params.clone(),
             shape,
-            forced: Forced::new(params, shape.n),
+            forced: Forced::new(params, shape.n, protected),
             seen: 0,
             ranking: Vec::new(),
             sum: vec![0.0; per_token],
@@ -51,7 +51,7 @@ impl FixedBudget {
         match self.params.evict {
             Evict::Composite => {
                 self.keys.clear();
-                rank::push_keys(&mut self.keys, &self.forced, |j| self.padded[j]);
+                rank::push_keys(&mut self.keys, &self.forced, head, |j| self.padded[j]);
                 self.keys.sort_unstable();
                 self.ranking.reserve_exact(self.shape.n);
                 self.ranking.extend(self.keys.iter().map(|&key| rank::entry(key)));
@@ -81,7 +81,7 @@ impl FixedBudget {
             Evict::Composite => rank::keep_heads(self.ranking, n, count),
             Evict::Cells => {
                 self.keys.clear();
-                rank::push_keys(&mut self.keys, &self.forced, |j| self.sum[j] as f32);
+                rank::push_keys(&mut self.keys, &self.forced, 0, |j| self.sum[j] as f32);
                 self.keys.sort_unstable();
                 rank::keep_tokens(self.keys.iter().map(|&key| rank::entry(key)).collect(), count)
             }

@@ -1,7 +1,7 @@
 //! `full`: every entry stays. The reference that all others are measured against, and what a prompt
 //! too short to compress gets.
 
-use super::{HeadScores, Needs, Params, Policy, Selection, Shape};
+use super::{HeadScores, Needs, Params, Policy, Protected, Selection, Shape};
 
 pub(super) struct Full {
     name: &'static str,
@@ -11,7 +11,7 @@ pub(super) struct Full {
 impl Full {
     /// Keeps the name of the policy that was asked for: a short prompt under `gvote` is still
     /// reported as `gvote`.
-    pub fn new(params: &Params, shape: Shape) -> Self {
+    pub fn new(params: &Params, shape: Shape, _protected: &Protected) -> Self {
         Self { name: params.policy.name(), n: shape.n }
     }
 }

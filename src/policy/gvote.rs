@@ -13,7 +13,7 @@
 //!      what an entry adds to the output of attention, and the cosine of its key to the mean key of the head: of keys that
 //!      are like all others many are left, of one that is not there is no other (KeyDiff, arXiv 2504.15364). This keeps the
 //!      text's distribution.
-//! 4. The first `sinks` and the last `recent` rank before all others. Then the two opinions take turns: the best passage
+//! 4. The first `sinks`, the last `recent` and protected entries rank before all others. Then the two opinions take turns: the best passage
 //!    entry that is left, the best single entry that is left, and so on; equal scores, older first.
 //! 5. `C`: as the caller finds it by trial ([`Decision::Ranking`]); or the smallest count for which the mean over heads of
 //!    the mass of `m` outside the head's own best `C` is at most `lost_mass`; or a fixed share. Then `min_cells` and
@@ -36,7 +36,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::rank::{self, Forced};
 use super::ranking::Ranking;
-use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Selection, Shape};
+use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
 
 /// `m`, `a` and `b` are stored as f16 times this. The largest, 1, becomes half of f16's range; what underflows
 /// is below 2e-12, which no count of entries turns into a loss. Every stored value is a multiple of
@@ -72,13 +72,13 @@ pub(super) struct Gvote {
 }
 
 impl Gvote {
-    pub fn new(params: &Params, shape: Shape) -> Self {
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
         let n = shape.n;
         let per_token = if params.evict == Evict::Cells { n } else { 0 };
         Self {
             params: params.clone(),
             shape,
-            forced: Forced::new(params, n),
+            forced: Forced::new(params, n, protected),
             seen: 0,
             score: Vec::new(),
             mass: Vec::new(),
@@ -137,13 +137,13 @@ impl Gvote {
         let common: Vec<f32> = self.passages_sum.iter().map(|sum| (weight * sum) as f32).collect();
 
         let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS);
-        let share = heads.div_ceil(threads) * n;
+        let share = heads.div_ceil(threads);
         let mut at_rank = vec![0.0; n];
         thread::scope(|scope| {
-            let work = self.score.chunks_mut(share).zip(self.mass.chunks(share));
+            let work = self.score.chunks_mut(share * n).zip(self.mass.chunks(share * n));
             let (common, forced) = (&common, &self.forced);
-            let running: Vec<_> =
-                work.map(|(score, mass)| scope.spawn(move || rank_some(score, mass, common, forced))).collect();
+            let start = |(first, (score, mass))| scope.spawn(move || rank_some(score, mass, common, forced, first));
+            let running: Vec<_> = (0..).step_by(share).zip(work).map(start).collect();
             for thread in running {
                 let part = thread.join().expect("a ranking thread panicked");
                 at_rank.iter_mut().zip(part).for_each(|(sum, mass)| *sum += mass);
@@ -161,7 +161,7 @@ impl Gvote {
         let mut order = vec![0; self.shape.n];
         let mut turns = Turns::new(&self.forced);
         let mean = |sum: &[f64], j: usize| (sum[j] / heads) as f32;
-        turns.take(|j| mean(&self.passages_sum, j), |j| mean(&self.single_sum, j), &mut order);
+        turns.take(0, |j| mean(&self.passages_sum, j), |j| mean(&self.single_sum, j), &mut order);
         let at_rank = order.iter().map(|&j| self.mass_sum[j as usize]).collect();
         let curve = rank::lost_curve(at_rank, heads);
         Ranking::new(self.params, self.forced, 1, order, curve)
@@ -250,16 +250,16 @@ fn add(sum: &mut [f64], row: &[f32]) {
 }
 
 /// Ranks some heads: `score` is `[head][n]` pairs of `a` and `b` and becomes `[head][n]` entries from
-/// best to worst. Returns `[n]` the `mass` at each rank, summed over these heads.
-fn rank_some(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced) -> Vec<f64> {
+/// best to worst; `first` is the number of the first of them. Returns `[n]` the `mass` at each rank, summed over these heads.
+fn rank_some(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced, first: usize) -> Vec<f64> {
     let n = forced.n;
     let mut at_rank = vec![0.0; n];
     let mut turns = Turns::new(forced);
     let mut order = vec![0; n];
     let mut row = vec![0.0_f32; n];
     let value = |bits: u32| f16::from_bits(bits as u16).to_f32();
-    for (score, mass) in score.chunks_mut(n).zip(mass.chunks(n)) {
-        turns.take(|j| value(score[j] >> 16) / SCALE + common[j], |j| value(score[j]), &mut order);
+    for (i, (score, mass)) in score.chunks_mut(n).zip(mass.chunks(n)).enumerate() {
+        turns.take(first + i, |j| value(score[j] >> 16) / SCALE + common[j], |j| value(score[j]), &mut order);
         score.copy_from_slice(&order);
         mass.convert_to_f32_slice(&mut row);
         for (sum, &entry) in at_rank.iter_mut().zip(&order) {
@@ -281,19 +281,19 @@ impl<'a> Turns<'a> {
         Self { forced, keys: [Vec::new(), Vec::new()], taken: Vec::new() }
     }
 
-    /// Fills `order` with the entries from best to worst: forced ones, then in turn the best of either score that is left.
-    fn take(&mut self, first: impl Fn(usize) -> f32, second: impl Fn(usize) -> f32, order: &mut [u32]) {
+    /// Fills `order` with the entries of a KV head from best to worst: forced ones, then in turn the best of either score that is left.
+    fn take(&mut self, head: usize, first: impl Fn(usize) -> f32, second: impl Fn(usize) -> f32, order: &mut [u32]) {
         let [ours, theirs] = &mut self.keys;
         ours.clear();
         theirs.clear();
-        rank::push_keys(ours, self.forced, first);
-        rank::push_keys(theirs, self.forced, second);
+        rank::push_keys(ours, self.forced, head, first);
+        rank::push_keys(theirs, self.forced, head, second);
         ours.sort_unstable();
         theirs.sort_unstable();
         self.taken.clear();
         self.taken.resize(order.len(), false);
 
-        let fixed = self.forced.count();
+        let fixed = self.forced.count_of(head);
         order.iter_mut().zip(&*ours).take(fixed).for_each(|(to, &key)| *to = rank::entry(key));
         let mut best = [&*ours, &*theirs].map(|keys| keys[fixed..].iter().map(|&key| rank::entry(key)));
         for (turn, to) in order[fixed..].iter_mut().enumerate() {

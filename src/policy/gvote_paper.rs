@@ -24,7 +24,7 @@
 use std::cmp::Reverse;
 
 use super::rank::{self, Forced};
-use super::{Bound, Evict, HeadScores, Kind, Needs, Params, Policy, Ragged, Selection, Shape};
+use super::{Bound, Evict, HeadScores, Kind, Needs, Params, Policy, Protected, Ragged, Selection, Shape};
 
 pub(super) struct GvotePaper {
     params: Params,
@@ -47,7 +47,7 @@ pub(super) struct GvotePaper {
 }
 
 impl GvotePaper {
-    pub fn new(params: &Params, shape: Shape) -> Self {
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
         let n = shape.n;
         let (per_head, per_token) = match params.evict {
             Evict::Composite => (shape.heads() * n, 0),
@@ -56,7 +56,7 @@ impl GvotePaper {
         Self {
             params: params.clone(),
             shape,
-            forced: Forced::new(params, n),
+            forced: Forced::new(params, n, protected),
             budget: Vec::with_capacity(shape.heads()),
             ranking: Vec::with_capacity(per_head),
             share: vec![0.0; n],
@@ -121,14 +121,14 @@ impl Policy for GvotePaper {
         for query_head in scores.each.chunks_exact(queries * n) {
             self.vote(query_head);
         }
-        let union = (0..n).filter(|&j| self.votes[j] > 0 || self.forced.contains(j)).count();
+        let union = (0..n).filter(|&j| self.votes[j] > 0 || self.forced.contains(head, j)).count();
         self.budget.push(union as u32);
 
         let total: f64 = self.sums.iter().sum();
         let share = |sum: f64| if total > 0.0 { sum / total } else { 0.0 };
         match self.params.evict {
             Evict::Composite => {
-                let order = rank_by_votes(&self.forced, &self.votes, &self.sums);
+                let order = rank_by_votes(&self.forced, head, &self.votes, &self.sums);
                 for (at_rank, &j) in self.share.iter_mut().zip(&order) {
                     *at_rank += share(self.sums[j as usize]);
                 }
@@ -148,7 +148,7 @@ impl Policy for GvotePaper {
         let (n, heads) = (self.shape.n, self.shape.heads());
         assert_eq!(self.budget.len(), heads, "heads observed before select");
         if self.params.evict == Evict::Cells {
-            self.ranking = rank_by_votes(&self.forced, &self.all_votes, &self.all_sums);
+            self.ranking = rank_by_votes(&self.forced, 0, &self.all_votes, &self.all_sums);
             self.share = self.ranking.iter().map(|&j| self.share[j as usize]).collect();
         }
         let total: u64 = self.budget.iter().map(|&b| u64::from(b)).sum();
@@ -190,12 +190,12 @@ fn nucleus(keys: &[u64], p: &[f32], p_nuc: f32) -> usize {
 }
 
 /// All entries, best first: forced, then by votes, then by summed probability, then the older.
-fn rank_by_votes<V: Copy + Ord>(forced: &Forced, votes: &[V], sums: &[f64]) -> Vec<u32> {
+fn rank_by_votes<V: Copy + Ord>(forced: &Forced, head: usize, votes: &[V], sums: &[f64]) -> Vec<u32> {
     let mut order: Vec<u32> = (0..forced.n as u32).collect();
     order.sort_unstable_by_key(|&entry| {
         let j = entry as usize;
         // Sums are finite and not negative: their bits sort like them.
-        Reverse((forced.contains(j), votes[j], sums[j].to_bits(), Reverse(entry)))
+        Reverse((forced.contains(head, j), votes[j], sums[j].to_bits(), Reverse(entry)))
     });
     order
 }

@@ -5,7 +5,7 @@
 //! similarity to it stay. Needs no query at all.
 
 use super::fixed::FixedBudget;
-use super::{HeadScores, Kind, Needs, Params, Policy, Selection, Shape};
+use super::{HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
 
 pub(super) struct KeyDiff {
     budget: FixedBudget,
@@ -13,8 +13,8 @@ pub(super) struct KeyDiff {
 }
 
 impl KeyDiff {
-    pub fn new(params: &Params, shape: Shape) -> Self {
-        Self { budget: FixedBudget::new(params, shape), score: Vec::with_capacity(shape.n) }
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
+        Self { budget: FixedBudget::new(params, shape, protected), score: Vec::with_capacity(shape.n) }
     }
 }
 

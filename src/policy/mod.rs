@@ -15,7 +15,7 @@
 //! [`build`], [`Policy::needs`], [`Policy::observe`] for head 0, 1, 2, ..., then [`Policy::select`].
 //!
 //! # Adding a policy
-//! Write one file with a type that has `new(&Params, Shape)` and implements [`Policy`], declare the
+//! Write one file with a type that has `new(&Params, Shape, &Protected)` and implements [`Policy`], declare the
 //! module, and add its line to `policies!` below.
 //!
 //! Source of the method: Tang, Liu, Xu, Huang, "Adaptive KV-Cache Compression without Manually
@@ -30,6 +30,7 @@ mod gvote_paper;
 mod keydiff;
 mod opinions;
 mod params;
+mod protected;
 mod rank;
 mod ranking;
 mod snapkv;
@@ -42,6 +43,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use opinions::Opinions;
 pub use opinions::{Agreement, HeadOpinion};
 pub use params::{DEFAULT_RATIO, Evict, Params, PolicyError, Preset, Span};
+pub use protected::Protected;
 pub use ranking::Ranking;
 
 /// Makes [`Kind`] and its dispatch out of one line a policy: variant, name, type, what it does.
@@ -67,8 +69,8 @@ macro_rules! policies {
                 match self { $(Kind::$kind => $about),+ }
             }
 
-            fn start(self, params: &Params, shape: Shape) -> Box<dyn Policy + Send> {
-                match self { $(Kind::$kind => Box::new(<$policy>::new(params, shape))),+ }
+            fn start(self, params: &Params, shape: Shape, protected: &Protected) -> Box<dyn Policy + Send> {
+                match self { $(Kind::$kind => Box::new(<$policy>::new(params, shape, protected))),+ }
             }
         }
     };
@@ -337,7 +339,7 @@ pub enum Bound {
     MaxCells,
     /// `--min-cells` raised it.
     MinCells,
-    /// The sinks and the recent window alone are more than the rule asked for.
+    /// The sinks, the recent window and what is protected alone are more than the rule asked for.
     Forced,
     /// Nothing could be dropped, or the prompt is too short to be worth it.
     All,
@@ -373,13 +375,35 @@ impl Ragged {
 /// [`Params::validate`]'s, and [`PolicyError::Shape`] for a request without layers, heads or
 /// query heads, or with more candidates than 32 bits can number.
 pub fn build(params: &Params, shape: Shape) -> Result<Box<dyn Policy + Send>, PolicyError> {
+    build_protecting(params, shape, &Protected::default())
+}
+
+/// [`build`] with entries that stay like sinks.
+///
+/// # Errors
+/// Those of `build`, and [`PolicyError::Protected`] where `max_cells` leaves no room for them.
+pub fn build_protecting(
+    params: &Params,
+    shape: Shape,
+    protected: &Protected,
+) -> Result<Box<dyn Policy + Send>, PolicyError> {
     params.validate()?;
     let countable = u32::try_from(shape.n).is_ok();
     if shape.heads() == 0 || shape.group == 0 || !countable {
         return Err(PolicyError::Shape(shape));
     }
     if params.leaves_alone(shape.n) {
-        return Ok(Box::new(full::Full::new(params, shape)));
+        return Ok(Box::new(full::Full::new(params, shape, protected)));
     }
-    Ok(params.policy.start(params, shape))
+    if let Some(cap) = params.max_cells
+        && cap < shape.n
+    {
+        let forced = rank::Forced::new(params, shape.n, protected).count();
+        if cap <= forced {
+            let (sinks, recent) = (params.sinks, params.recent);
+            let protected = forced.saturating_sub(sinks + recent);
+            return Err(PolicyError::Protected { cap, sinks, recent, protected, least: forced + 1 });
+        }
+    }
+    Ok(params.policy.start(params, shape, protected))
 }

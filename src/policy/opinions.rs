@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::rank::{self, Forced};
-use super::{HeadScores, Params, Ranking, Selection, Shape};
+use super::{HeadScores, Params, Protected, Ranking, Selection, Shape};
 
 /// The scores of all heads. Takes 8 bytes for each head and entry.
 pub(crate) struct Opinions {
@@ -45,8 +45,8 @@ pub struct Agreement {
 }
 
 impl Opinions {
-    pub fn new(params: &Params, shape: Shape) -> Self {
-        let forced = Forced::new(params, shape.n);
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
+        let forced = Forced::new(params, shape.n, protected);
         Self { params: params.clone(), shape, forced, mass: Vec::new(), real: Vec::new(), padded: Vec::new() }
     }
 
@@ -100,9 +100,9 @@ impl Opinions {
         kept.iter().for_each(|&entry| stays[entry as usize] = true);
         let lost: f64 = mass.iter().zip(&stays).filter(|(_, stays)| !**stays).map(|(mass, _)| f64::from(*mass)).sum();
         let agreement = (!real.is_empty()).then(|| {
-            let free = |entry: &usize| !self.forced.contains(*entry);
+            let free = |entry: &usize| !self.forced.contains(head, *entry);
             let count = (0..stays.len()).filter(free).filter(|&entry| stays[entry]).count();
-            let [by_real, by_synthetic] = [real, mass].map(|scores| self.best(scores, count));
+            let [by_real, by_synthetic] = [real, mass].map(|scores| self.best(head, scores, count));
             let mut agreement = Agreement::default();
             for entry in (0..stays.len()).filter(free) {
                 let (real, synthetic) = (by_real[entry], by_synthetic[entry]);
@@ -122,9 +122,9 @@ impl Opinions {
     }
 
     /// Whether each entry is among the best `count` of those that need not stay.
-    fn best(&self, scores: &[f32], count: usize) -> Vec<bool> {
-        let mut keys: Vec<u64> =
-            (self.forced.head..self.forced.tail).map(|entry| rank::key(rank::clean(scores[entry]), entry)).collect();
+    fn best(&self, head: usize, scores: &[f32], count: usize) -> Vec<bool> {
+        let free = (self.forced.head..self.forced.tail).filter(|&entry| !self.forced.contains(head, entry));
+        let mut keys: Vec<u64> = free.map(|entry| rank::key(rank::clean(scores[entry]), entry)).collect();
         keys.sort_unstable();
         let mut best = vec![false; scores.len()];
         keys.iter().take(count).for_each(|&key| best[rank::entry(key) as usize] = true);

@@ -57,6 +57,8 @@ pub struct Params {
     /// Last entries that always stay. At least `window`: the observed scores of the window's own
     /// tokens are cut out, so they would be lost.
     pub recent: usize,
+    /// Whether the chat template's markers and the system message always stay, too.
+    pub protect: bool,
     /// Share of the entries to keep, instead of the policy's own rule. The policies without such a rule take
     /// [`DEFAULT_RATIO`], or `max_cells` where only that is given.
     pub ratio: Option<f32>,
@@ -92,6 +94,7 @@ impl Default for Params {
             span: Span { back: 2, forward: 32 },
             sinks: 4,
             recent: 64,
+            protect: false,
             ratio: None,
             max_cells: None,
             min_cells: 0,
@@ -385,6 +388,11 @@ pub enum PolicyError {
          set --max-cells to {least} or more, or lower --sinks or --recent"
     )]
     MaxCells { cap: usize, sinks: usize, recent: usize, least: usize },
+    #[error(
+        "--max-cells is {cap}, but {sinks} sinks, {recent} recent tokens and {protected} more that --protect keeps \
+         always stay; set --max-cells to {least} or more, or leave out --protect"
+    )]
+    Protected { cap: usize, sinks: usize, recent: usize, protected: usize, least: usize },
     #[error("--min-cells is {min}, but must not be above --max-cells ({cap})")]
     MinCells { min: usize, cap: usize },
     #[error("--max-cells is {0}, but the policy `full` keeps everything; choose another --policy")]

@@ -1,31 +1,45 @@
 //! The arithmetic that policies share: cleaning, normalising, pooling, spans, ranking, the curve of
 //! the lost mass, and the bounds on `C`.
 
-use super::{Bound, Kept, Params, Span};
+use super::{Bound, Evict, Kept, Kind, Params, Protected, Span};
 
-/// What always stays: the first `sinks` and the last `recent` of `n` entries.
-#[derive(Debug, Clone, Copy)]
+/// What always stays: the first `sinks` and the last `recent` of `n` entries, and what is protected between them.
+#[derive(Debug, Clone)]
 pub(super) struct Forced {
     /// Entries below this index are sinks.
     pub head: usize,
     /// Entries from this index on are recent.
     pub tail: usize,
     pub n: usize,
+    protected: Protected,
 }
 
 impl Forced {
-    pub fn new(params: &Params, n: usize) -> Self {
+    pub fn new(params: &Params, n: usize, protected: &Protected) -> Self {
         // In a prompt shorter than both together, the two meet and everything stays.
         let tail = n.saturating_sub(params.recent);
-        Self { head: params.sinks.min(tail), tail, n }
+        let head = params.sinks.min(tail);
+        let is_for_all = params.evict == Evict::Cells || params.policy == Kind::StreamingLlm;
+        Self { head, tail, n, protected: protected.between(head, tail, is_for_all) }
     }
 
-    pub fn contains(&self, entry: usize) -> bool {
-        entry < self.head || entry >= self.tail
+    pub fn contains(&self, head: usize, entry: usize) -> bool {
+        entry < self.head || entry >= self.tail || self.protected(head).binary_search(&(entry as u32)).is_ok()
     }
 
+    /// The protected entries of a KV head between sinks and recent ones, ascending.
+    pub fn protected(&self, head: usize) -> &[u32] {
+        self.protected.of_head(head)
+    }
+
+    /// Entries that always stay in this KV head.
+    pub fn count_of(&self, head: usize) -> usize {
+        self.head + self.protected(head).len() + self.n - self.tail
+    }
+
+    /// The fewest cells that hold what always stays in every head.
     pub fn count(&self) -> usize {
-        self.head + self.n - self.tail
+        self.head + self.protected.most() + self.n - self.tail
     }
 }
 
@@ -104,11 +118,18 @@ pub(super) fn spread(score: &[f32], span: Span, padded: &mut Vec<f32>) {
     window_max(padded, forward + back + 1);
 }
 
-/// Appends the key of every entry, forced ones first.
-pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, score: impl Fn(usize) -> f32) {
+/// Appends the key of every entry of a KV head, in any order.
+pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, head: usize, score: impl Fn(usize) -> f32) {
     keys.extend((0..forced.head).map(forced_key));
     keys.extend((forced.tail..forced.n).map(forced_key));
-    keys.extend((forced.head..forced.tail).map(|j| key(score(j), j)));
+    let mut next = forced.head;
+    for &entry in forced.protected(head) {
+        let entry = entry as usize;
+        keys.extend((next..entry).map(|j| key(score(j), j)));
+        keys.push(forced_key(entry));
+        next = entry + 1;
+    }
+    keys.extend((next..forced.tail).map(|j| key(score(j), j)));
 }
 
 /// One number that sorts a head: ascending keys are descending scores, and among equal scores the
@@ -273,14 +294,14 @@ mod tests {
     #[test]
     fn the_cap_beats_every_other_bound() {
         let params = Params { sinks: 2, recent: 3, min_cells: 10, max_cells: Some(20), ..Params::default() };
-        let at = |wanted, n| bounded(wanted, Bound::LostMass, &Forced::new(&params, n), &params);
+        let at = |wanted, n| bounded(wanted, Bound::LostMass, &Forced::new(&params, n, &Protected::default()), &params);
         assert_eq!(at(15, 100), (15, Bound::LostMass));
         assert_eq!(at(7, 100), (10, Bound::MinCells));
         assert_eq!(at(1, 100), (10, Bound::MinCells));
         assert_eq!(at(21, 100), (20, Bound::MaxCells));
         assert_eq!(at(8, 9), (9, Bound::All));
         let params = Params { min_cells: 0, ..params };
-        let forced = Forced::new(&params, 100);
+        let forced = Forced::new(&params, 100, &Protected::default());
         assert_eq!(bounded(1, Bound::Budget, &forced, &params), (5, Bound::Forced));
     }
 
@@ -288,8 +309,8 @@ mod tests {
     fn forced_entries_meet_in_a_short_prompt() {
         let params = Params { sinks: 4, recent: 6, ..Params::default() };
         for n in 0..20 {
-            let forced = Forced::new(&params, n);
-            assert_eq!(forced.count(), (0..n).filter(|&j| forced.contains(j)).count(), "n {n}");
+            let forced = Forced::new(&params, n, &Protected::default());
+            assert_eq!(forced.count(), (0..n).filter(|&j| forced.contains(0, j)).count(), "n {n}");
             assert_eq!(forced.count(), n.min(10), "n {n}");
         }
     }

@@ -13,7 +13,7 @@ pub struct Ranking {
     params: Params,
     forced: Forced,
     lists: usize,
-    /// `[list][n]` entries from best to worst: sinks, recent ones, then the others.
+    /// `[list][n]` entries from best to worst: first those that always stay.
     order: Vec<u32>,
     /// `[n + 1]` mean share of the mass that is lost at each count.
     curve: Vec<f64>,
@@ -30,7 +30,7 @@ impl Ranking {
         self.forced.n
     }
 
-    /// Entries below the first number and from the second on stay at any count.
+    /// Entries below the first number and from the second on stay at any count; between them, those that are protected.
     pub fn forced(&self) -> (usize, usize) {
         (self.forced.head, self.forced.tail)
     }

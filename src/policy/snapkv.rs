@@ -5,7 +5,7 @@
 //! group's query heads, average-pooled over `pool` positions. The best `C` stay, the window itself always.
 
 use super::fixed::FixedBudget;
-use super::{HeadScores, Kind, Needs, Params, Policy, Selection, Shape, rank};
+use super::{HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape, rank};
 
 pub(super) struct SnapKv {
     budget: FixedBudget,
@@ -13,8 +13,8 @@ pub(super) struct SnapKv {
 }
 
 impl SnapKv {
-    pub fn new(params: &Params, shape: Shape) -> Self {
-        Self { budget: FixedBudget::new(params, shape), observed: Observed::new(params, shape) }
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
+        Self { budget: FixedBudget::new(params, shape, protected), observed: Observed::new(params, shape) }
     }
 }
 

@@ -5,16 +5,16 @@
 //! serves endless streams, not a prompt within the trained context.
 
 use super::rank::{self, Forced};
-use super::{Bound, HeadScores, Kept, Kind, Needs, Params, Policy, Selection, Shape};
+use super::{Bound, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
 
 pub(super) struct StreamingLlm {
     params: Params,
-    n: usize,
+    forced: Forced,
 }
 
 impl StreamingLlm {
-    pub fn new(params: &Params, shape: Shape) -> Self {
-        Self { params: params.clone(), n: shape.n }
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
+        Self { params: params.clone(), forced: Forced::new(params, shape.n, protected) }
     }
 }
 
@@ -30,14 +30,17 @@ impl Policy for StreamingLlm {
     fn observe(&mut self, _head: usize, _scores: &HeadScores<'_>) {}
 
     fn select(self: Box<Self>) -> Selection {
-        let n = self.n;
-        let forced = Forced::new(&self.params, n);
-        let (count, bound) = rank::bounded(self.params.fixed_cells(n), Bound::Ratio, &forced, &self.params);
+        let Self { params, forced } = *self;
+        let n = forced.n;
+        let (count, bound) = rank::bounded(params.fixed_cells(n), Bound::Ratio, &forced, &params);
         if bound == Bound::All {
             return Selection::all(n);
         }
-        let tail = n - (count - forced.head);
-        let kept = (0..forced.head as u32).chain(tail as u32..n as u32).collect();
-        Selection { n, kept: Kept::Tokens(kept), lost_mass: None, bound, ragged: None }
+        // the newest are the best
+        let mut keys = Vec::with_capacity(n);
+        rank::push_keys(&mut keys, &forced, 0, |j| j as f32);
+        keys.sort_unstable();
+        let kept = rank::keep_tokens(keys.into_iter().map(rank::entry).collect(), count);
+        Selection { n, kept, lost_mass: None, bound, ragged: None }
     }
 }

@@ -4,6 +4,7 @@
 //! - `properties`: what holds for any request, and agreement with the float64 `reference`;
 //! - `examples`: small requests whose answer one can work out by hand;
 //! - `opinions`: what is said of a selection where it is explained;
+//! - `protected`: what is protected stays, and costs only that much;
 //! - `ranking`: the order of entries that a trial works on, and where it may be cut;
 //! - `replay`: what a second reading of the context keeps;
 //! - `settings`: what may be set, and what is said when it may not.
@@ -13,6 +14,7 @@ mod baselines;
 mod examples;
 mod opinions;
 mod properties;
+mod protected;
 mod ranking;
 mod reference;
 mod replay;
@@ -73,7 +75,11 @@ impl Request {
 }
 
 fn select(params: &Params, shape: Shape, request: &Request) -> Selection {
-    let mut policy = build(params, shape).unwrap();
+    select_protecting(params, shape, request, &Protected::default())
+}
+
+fn select_protecting(params: &Params, shape: Shape, request: &Request, protected: &Protected) -> Selection {
+    let mut policy = build_protecting(params, shape, protected).unwrap();
     let needs = policy.needs();
     assert_eq!(policy.name(), params.policy.name());
     for (index, head) in request.heads.iter().enumerate() {

@@ -29,7 +29,7 @@ impl Session {
             return self.prefill(tokens, progress);
         }
         self.check_unmasked()?;
-        self.most_cells(1)?;
+        self.most_cells(1, self.protected_after(tokens))?;
         let start = Instant::now();
         let window = self.policy.window;
         let (first, before, mut squeezes) = (self.n_past(), self.before(), Squeezes::default());
@@ -87,7 +87,7 @@ impl Session {
     /// [`SessionError::CacheTooSmall`], [`SessionError::Full`], and those of a vote; the cache is then as before.
     pub(super) fn make_room(&mut self, needed: usize, ahead: &[Token]) -> Result<CompressReport, SessionError> {
         self.check_unmasked()?;
-        let most = self.most_cells(needed)?;
+        let most = self.most_cells(needed, self.protected_after(&[]))?;
         let Some(mut vote) = self.vote() else { return Err(SessionError::Full) };
         vote.observe_newest()?;
         let cells = cache::cells(vote.ctx, SEQ);
@@ -101,9 +101,20 @@ impl Session {
         self.chunk.min(room::freed_at_once(self.limit)).max(1)
     }
 
-    /// Cells that stay when `needed` have to be freed.
-    fn most_cells(&self, needed: usize) -> Result<usize, SessionError> {
-        room::most_cells(&self.policy, self.limit, needed)
-            .ok_or_else(|| SessionError::CacheTooSmall { n_ctx: self.limit, least: room::least_limit(&self.policy) })
+    /// Tokens that `protect` keeps beside sinks and recent ones, once `tokens` are read: at most so many in any head.
+    fn protected_after(&self, tokens: &[Token]) -> usize {
+        let Some(voter) = &self.voter else { return 0 };
+        let (model, read) = (self.model(), &self.sequence.tokens);
+        let between = self.policy.sinks as Pos..self.n_past() + tokens.len() as Pos - self.policy.recent as Pos;
+        let positions = voter.protected(model, 0, read).chain(voter.protected(model, self.n_past(), tokens));
+        positions.filter(|pos| between.contains(pos)).count()
+    }
+
+    /// Cells that stay when `needed` have to be freed, and so many are `protected`.
+    fn most_cells(&self, needed: usize, protected: usize) -> Result<usize, SessionError> {
+        let always = room::least_cells(&self.policy) + protected;
+        let too_small =
+            || SessionError::CacheTooSmall { n_ctx: self.limit, least: room::least_limit(always), protected };
+        room::most_cells(always, self.limit, needed).ok_or_else(too_small)
     }
 }

@@ -3,6 +3,7 @@
 //! - `failure`: whatever is cancelled or finds no room leaves no trace;
 //! - `long`: more tokens than cells;
 //! - `endless`: an answer without end takes no more cells and no more memory;
+//! - `protect`: markers and the system message stay where that is asked for;
 //! - `walk`: whatever is done in whatever order, the cache holds what it must;
 //! - `cut`: what is cut off leaves no trace, or is refused;
 //! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
@@ -14,6 +15,7 @@ mod disk;
 mod endless;
 mod failure;
 mod long;
+mod protect;
 mod replay;
 mod walk;
 

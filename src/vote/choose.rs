@@ -131,7 +131,8 @@ impl Vote<'_> {
         report: &mut CompressReport,
     ) -> Result<Decision, VoteError> {
         let shape = uniform_shape(&self.voter.layout, cells.len())?;
-        let mut policy = policy::build(&self.voter.policy, shape)?;
+        let protected = self.protected(cells);
+        let mut policy = policy::build_protecting(&self.voter.policy, shape, &protected)?;
         if !policy.needs().nothing() {
             let reread = match ahead {
                 [] => self.reread(cells, report)?,
@@ -139,7 +140,7 @@ impl Vote<'_> {
                 _ => None,
             };
             let params = &self.voter.policy;
-            self.voter.notes.iter_mut().for_each(|notes| notes.begin(params, shape));
+            self.voter.notes.iter_mut().for_each(|notes| notes.begin(params, shape, &protected));
             self.score(cells, reread.as_ref(), policy.as_mut(), report)?;
         }
         let clock = Instant::now();

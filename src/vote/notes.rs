@@ -3,7 +3,7 @@
 use super::Sequence;
 use crate::cache::Cell;
 use crate::llama::Token;
-use crate::policy::{HeadOpinion, Opinions, Params, Ranking, Selection, Shape};
+use crate::policy::{HeadOpinion, Opinions, Params, Protected, Ranking, Selection, Shape};
 
 /// The notes of one vote.
 #[derive(Default)]
@@ -26,8 +26,8 @@ pub(crate) struct Notes {
 
 impl Notes {
     /// A vote begins.
-    pub fn begin(&mut self, params: &Params, shape: Shape) {
-        self.opinions = Some(Opinions::new(params, shape));
+    pub fn begin(&mut self, params: &Params, shape: Shape, protected: &Protected) {
+        self.opinions = Some(Opinions::new(params, shape, protected));
     }
 
     /// Where scores are noted, once the vote has begun.

@@ -10,10 +10,10 @@ pub(crate) fn freed_at_once(limit: usize) -> usize {
     (FREED * limit as f64) as usize
 }
 
-/// How many of `limit` cells may stay, if `needed` of them have to be free; none where more than those always do.
-pub(crate) fn most_cells(policy: &Params, limit: usize, needed: usize) -> Option<usize> {
+/// How many of `limit` cells may stay, if `needed` of them have to be free; none where more than `always` do always.
+pub(crate) fn most_cells(always: usize, limit: usize, needed: usize) -> Option<usize> {
     let most = limit.saturating_sub(needed.max(freed_at_once(limit)));
-    (most > least_cells(policy)).then_some(most)
+    (most > always).then_some(most)
 }
 
 /// Cells that always stay.
@@ -22,6 +22,6 @@ pub(crate) fn least_cells(policy: &Params) -> usize {
 }
 
 /// The fewest cells with which [`most_cells`] has an answer for a few needed ones.
-pub(crate) fn least_limit(policy: &Params) -> usize {
-    ((least_cells(policy) + 1) as f64 / (1.0 - FREED)).ceil() as usize
+pub(crate) fn least_limit(always: usize) -> usize {
+    ((always + 1) as f64 / (1.0 - FREED)).ceil() as usize
 }

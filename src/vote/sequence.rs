@@ -65,6 +65,11 @@ impl Sequence {
         (0..cells.len()).map(|c| self.held.at(cells, head, c) as Pos).collect()
     }
 
+    /// Whether its heads hold different tokens.
+    pub(super) fn is_composite(&self) -> bool {
+        !self.held.pos.is_empty()
+    }
+
     /// Appends tokens that were decoded at the next positions.
     pub(crate) fn extend(&mut self, tokens: &[Token]) {
         self.tokens.extend_from_slice(tokens);

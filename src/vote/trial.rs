@@ -202,13 +202,13 @@ impl Vote<'_> {
     }
 }
 
-/// The entries of a head as the trial wants them: forced ones where they are, the others from best to worst between them.
+/// The entries of a head as the trial wants them: sinks and recent ones where they are, the others from best to worst between them.
 fn by_rank(ranking: &Ranking, head: usize) -> Vec<u32> {
     let (sinks, tail) = ranking.forced();
-    let n = ranking.n();
-    let forced = sinks + n - tail;
-    let mut order: Vec<u32> = (0..n as u32).collect();
-    order[sinks..tail].copy_from_slice(&ranking.of_head(head)[forced..]);
+    let mut order: Vec<u32> = (0..ranking.n() as u32).collect();
+    let between = |&&entry: &&u32| (sinks..tail).contains(&(entry as usize));
+    let ranked = ranking.of_head(head).iter().filter(between);
+    order[sinks..tail].iter_mut().zip(ranked).for_each(|(to, &entry)| *to = entry);
     order
 }
 

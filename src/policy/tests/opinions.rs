@@ -17,7 +17,7 @@ fn scores(head: &Head) -> HeadScores<'_> {
 /// A choice, its ranking, and what is said of it.
 fn explained(params: &Params, request: &Request) -> (Selection, Ranking, Vec<HeadOpinion>) {
     let mut policy = build(params, SHAPE).unwrap();
-    let mut opinions = Opinions::new(params, SHAPE);
+    let mut opinions = Opinions::new(params, SHAPE, &Protected::default());
     for (index, head) in request.heads.iter().enumerate() {
         let scores = scores(head);
         policy.observe(index, &scores);
@@ -91,7 +91,7 @@ fn agreement_counts_whom_each_kind_of_query_would_have_kept() {
 
 #[test]
 fn nothing_is_said_where_nothing_was_measured_or_all_stays() {
-    let opinions = Opinions::new(&Params::default(), SHAPE);
+    let opinions = Opinions::new(&Params::default(), SHAPE, &Protected::default());
     let params = Params { ratio: Some(0.5), ..Params::default() };
     let (selection, ranking, _) = explained(&params, &Request::random(&SHAPE, 1, 7));
     assert_eq!(opinions.on(&selection, Some(&ranking)), []);

@@ -125,7 +125,7 @@ proptest! {
             Evict::Composite => reference::gvote_composite(&params, &shape, &request),
             Evict::Cells => reference::gvote_cells(&params, &shape, &request),
         };
-        let turns: Vec<_> = (0..ranked.mass.len()).map(|list| ranked.turns(&params, list)).collect();
+        let turns: Vec<_> = (0..ranked.mass.len()).map(|list| ranked.turns(&params, list, &[])).collect();
         for (index, (opinions, turns)) in ranked.opinions.iter().zip(&turns).enumerate() {
             let kept = kept(&selection, index);
             let is_forced = |j: &usize| reference::forced(&params, shape.n, *j);

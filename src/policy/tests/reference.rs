@@ -16,10 +16,11 @@ pub struct Turns {
 }
 
 impl Ranked {
-    /// Forced entries, then the best of either opinion that is left, in turn; ties to the older.
-    pub fn turns(&self, params: &Params, list: usize) -> Turns {
+    /// Forced and protected entries, then the best of either opinion that is left, in turn; ties to the older.
+    pub fn turns(&self, params: &Params, list: usize, protected: &[u32]) -> Turns {
         let n = self.mass[list].len();
-        let mut order: Vec<usize> = (0..n).filter(|&j| forced(params, n, j)).collect();
+        let stays = |&j: &usize| forced(params, n, j) || protected.contains(&(j as u32));
+        let mut order: Vec<usize> = (0..n).filter(stays).collect();
         let own = self.opinions[list].each_ref().map(|score| best(score, n));
         let mut reached = vec![[0, 0]; order.len() + 1];
         for turn in 0..n - order.len() {
