@@ -13,11 +13,14 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use cli::{Done, finish, finish_with, model};
-use harbour::{FERRY, LIGHTHOUSE, document};
+use harbour::{FERRY, LIGHTHOUSE};
 use installed::{llama_source, make, run, source};
 
 /// What the guide promises.
 const MOST_ADDED_LINES: usize = 10;
+
+/// Of half as long a text such a small model may need everything.
+const LETTERS: usize = 6000;
 
 /// The folder with both programs. It stays between runs, and so does the tree that they are built with.
 fn programs() -> &'static Path {
@@ -36,7 +39,7 @@ fn programs() -> &'static Path {
 /// The program with the document, a question, and a context with room for more than both.
 fn completion(name: &str, flags: &[&str]) -> (Command, tempfile::NamedTempFile) {
     let prompt = tempfile::NamedTempFile::new().unwrap();
-    fs::write(&prompt, format!("{}\n\n{}", fs::read_to_string(document()).unwrap(), LIGHTHOUSE.0)).unwrap();
+    fs::write(&prompt, format!("{}\n\n{}", harbour::text(LETTERS), LIGHTHOUSE.0)).unwrap();
     let mut command = Command::new(programs().join(name));
     command.arg("-m").arg(model()).arg("-f").arg(prompt.path());
     command.args(["-c", "2048", "-n", "24", "-t", "1", "-fa", "off", "--temp", "0", "--no-display-prompt"]).args(flags);

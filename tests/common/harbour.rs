@@ -15,17 +15,23 @@ const FACTS: [&str; 4] = [
 pub const FERRY: (&str, &str) = ("What is the ferry called?", "Juniper");
 pub const LIGHTHOUSE: (&str, &str) = ("Which colour is the lighthouse painted?", "green");
 
+/// Some 800 tokens.
 pub fn document() -> &'static Path {
     static FILE: OnceLock<tempfile::NamedTempFile> = OnceLock::new();
     FILE.get_or_init(|| {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let filler = crate::cli::text(3200);
-        let mut sentences: Vec<&str> = filler.split_inclusive(". ").collect();
-        for (i, fact) in FACTS.iter().enumerate() {
-            sentences.insert((i + 1) * sentences.len() / 5, fact);
-        }
-        std::fs::write(&file, sentences.join(" ")).unwrap();
+        std::fs::write(&file, text(3200)).unwrap();
         file
     })
     .path()
+}
+
+/// The facts among so many letters.
+pub fn text(chars: usize) -> String {
+    let filler = crate::cli::text(chars);
+    let mut sentences: Vec<&str> = filler.split_inclusive(". ").collect();
+    for (i, fact) in FACTS.iter().enumerate() {
+        sentences.insert((i + 1) * sentences.len() / 5, fact);
+    }
+    sentences.join(" ")
 }
