@@ -258,3 +258,19 @@ fn nonsense_is_one_line() {
         assert!(stderr.contains(part) && stderr.trim_end().lines().count() == 1, "{stderr}");
     }
 }
+
+#[test]
+fn a_prompt_is_read_in_fewer_cells_than_it_has_tokens() {
+    let folder = tempfile::tempdir().unwrap();
+    let [runs, other] = ["runs.jsonl", "adaptivity.jsonl"].map(|name| folder.path().join(name));
+    let args = ["--needle", "--needle-words", "150", "--limit", "1", "--config", "small:ctx-size=192,ratio=1"];
+    finish(&mut eval("tasks", &args, &runs)).ok();
+    let measured = records(&runs);
+    assert_eq!(measured.len(), 1);
+    let number = |key: &str| measured[0][key].as_u64().unwrap();
+    assert!(number("tokens") > 192 && (68..=192).contains(&number("cells")), "{}", measured[0]);
+
+    // C* is searched in the full cache
+    let done = finish(&mut eval("adaptivity", &args, &other));
+    assert!(done.status == 1 && done.stderr.contains("small: ctx-size"), "{}", done.stderr);
+}
