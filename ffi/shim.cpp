@@ -294,6 +294,11 @@ void gvote_shim_get_eval_callback(llama_context * ctx, ggml_backend_sched_eval_c
     *user_data = ctx->get_cparams().cb_eval_user_data;
 }
 
+ggml_cgraph * gvote_shim_graph(llama_context * ctx) {
+    llm_graph_result * active = ctx->*member_of(llama_context_gf_res_prev_active{});
+    return active == nullptr ? nullptr : active->get_gf();
+}
+
 uint32_t gvote_shim_outputs_max(llama_context * ctx) {
     return ctx->get_cparams().n_outputs_max;
 }

@@ -185,6 +185,9 @@ void gvote_shim_get_eval_callback(
 // that does not. Looks at addresses only, before anything is followed or changed.
 const char * gvote_shim_check_layout(struct llama_context * ctx);
 
+// The graph that the context has in work: for eval callbacks.
+struct ggml_cgraph * gvote_shim_graph(struct llama_context * ctx);
+
 // Most rows of outputs that a batch may ask for.
 uint32_t gvote_shim_outputs_max(struct llama_context * ctx);
 

@@ -30,6 +30,7 @@ template <typename Name, auto Member> struct reveal {
     template struct reveal<owner##_##member, &owner::member>
 
 GVOTE_REVEAL(llama_kv_cache, v_heads);
+GVOTE_REVEAL(llama_context, gf_res_prev_active);
 
 // Owners of cells that no batch can have: llama.cpp numbers sequences up to LLAMA_MAX_SEQ and takes batches for n_seq_max of
 // them. A cell with two owners is never overwritten, even where it has left its sequence's window.

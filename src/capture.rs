@@ -2,19 +2,21 @@
 //!
 //! llama.cpp's eval callback sees every node of the graph. Of each layer that stores K and V in the cache we read
 //! - `attn_norm-<il>` `[n_embd, n_tokens]`: the hidden state that enters attention. Its mean and variance per channel
-//!   over the prompt are kept, streaming over ubatches;
+//!   over the prompt are kept, streaming over ubatches, and computed where the hidden state lies;
 //! - q at the attention op `[n_embd_head_k, n_tokens, n_head]`, rotated just as the cached K is: those of the newest
 //!   `window` positions are kept as f16, what ggml makes of them anyway before it multiplies with an f16 cache.
 //!
-//! The **probe pass** turns sampled hidden states into queries with the model's own weights: dummy tokens are decoded at the
-//! next positions while the sequence is parked, their `attn_norm` is overwritten, and q is read at the attention op.
-//! Biases, q-norms, RoPE and rotation all happen where they always do. Of llama.cpp's graph only the nodes between
-//! `attn_norm` and q are needed (a tenth of a layer's weights and none of its attention), so where they live in host
-//! memory we compute just those, in place, before llama.cpp computes anything, and end the graph; elsewhere the graph
-//! runs as it is.
+//! Every node that is read stops the graph, which a GPU notices. So most ubatches pass unread: of a long text every
+//! [`SHARE`]-th gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
+//! that is not known, as behind the C interface, a vote decodes the newest tokens once more.
 //!
-//! One capture serves all sequences of a context: which of them a token belongs to is known when K is stored, by the cells
-//! that the rows go to.
+//! The **probe pass** turns sampled hidden states into queries with the model's own weights: dummy tokens are decoded at the
+//! next positions while the sequence is parked. Of llama.cpp's graph only the nodes between `attn_norm` and q are needed (a
+//! tenth of a layer's weights and none of its attention): where each part of the graph begins, we put the samples in the place
+//! of `attn_norm`, compute just those nodes, in place, read q, and end the part. Biases, q-norms, RoPE and rotation all
+//! happen as they always do.
+//!
+//! One capture serves all sequences of a context: which of them a token belongs to is told by the cells that its K goes to.
 //!
 //! In a context of our own the callback is installed only around the decode calls that need it; a decoding step never meets
 //! it. In a context of an app it stays: see `src/guest.rs`.
@@ -37,6 +39,7 @@ use self::record::Record;
 pub(crate) use self::record::Seen;
 pub(crate) use self::state::{Captured, Restored};
 use self::watch::Watch;
+use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
@@ -58,10 +61,10 @@ pub enum CaptureError {
     Empty,
     #[error("the probe needs {needed} free cells and the cache has {free}: raise -c, or lower --samples")]
     NoCells { needed: usize, free: usize },
-    #[error("out of memory in the probe: lower --samples, or -c")]
-    Memory,
     #[error("internal error in the eval callback: {0}")]
     Panic(String),
+    #[error(transparent)]
+    Compute(#[from] ComputeError),
     #[error(transparent)]
     Cache(#[from] CacheError),
     #[error(transparent)]
@@ -92,12 +95,23 @@ struct Layer {
 }
 
 enum Mode {
-    /// Collect statistics and the window's queries of every sequence that is followed.
-    Prompt,
+    /// An app decodes: list its tokens, and collect statistics where they are due.
+    Listen,
+    /// Collect statistics and, where they are wanted, the window's queries of every sequence that is followed.
+    Prompt { wants_queries: bool },
     /// Overwrite hidden states by samples and collect the queries they become.
     Probe(Probe),
     /// Collect all queries of a sequence, layer by layer.
     Replay(SeqId, Vec<Queries>),
+}
+
+/// What is read of the ubatch in work.
+#[derive(Clone, Copy, Default)]
+struct Reads {
+    /// It was looked at, and K of the first layer is not stored yet.
+    begun: bool,
+    hidden: bool,
+    queries: bool,
 }
 
 /// Queries of one layer. `[n_query][n_head][n_embd_head_k]`
@@ -119,12 +133,9 @@ struct Inner {
     by_tensor: HashMap<*const sys::ggml_tensor, usize>,
     mode: Mode,
     records: BTreeMap<SeqId, Record>,
-    /// Follow every sequence that shows up, and keep a list of its tokens.
-    follows_all: bool,
-    /// Whether the cells of the ubatch in work are known: they are when K is stored.
-    rows_known: bool,
-    /// The first layer's hidden states, held back until then. `[n_tokens][n_embd]`
-    pending: Vec<f32>,
+    /// What is wanted of the ubatch in work.
+    reads: Reads,
+    devices: Devices,
     scratch: Vec<u8>,
 }
 
@@ -160,11 +171,10 @@ impl Capture {
                 by_il: layers.iter().enumerate().map(|(i, l)| (l.il, i)).collect(),
                 by_tensor: layout.layers.iter().enumerate().map(|(i, l)| (l.k.cast_const(), i)).collect(),
                 layers,
-                mode: Mode::Prompt,
+                mode: Mode::Listen,
                 records: BTreeMap::new(),
-                follows_all: false,
-                rows_known: false,
-                pending: Vec::new(),
+                reads: Reads::default(),
+                devices: Devices::new(ctx.n_threads_batch()),
                 scratch: Vec::new(),
             },
         }
@@ -176,22 +186,14 @@ impl Capture {
         records.entry(seq).or_insert_with(|| Record::new(layers, *window));
     }
 
-    /// Follows whatever sequence shows up, and lists its tokens for [`Self::take_seen`].
-    pub(crate) fn follow_all(&mut self) {
-        self.inner.follows_all = true;
-    }
-
     /// What was decoded since the last call, by sequence and in order.
     pub(crate) fn take_seen(&mut self) -> Vec<(SeqId, Vec<Seen>)> {
         self.inner.records.iter_mut().map(|(seq, record)| (*seq, record.take_seen())).collect()
     }
 
-    /// Forgets everything captured of a sequence.
-    pub fn reset(&mut self, seq: SeqId) {
+    /// Forgets everything captured of a sequence, and follows it no longer.
+    pub fn forget(&mut self, seq: SeqId) {
         self.inner.records.remove(&seq);
-        if !self.inner.follows_all {
-            self.follow(seq);
-        }
     }
 
     /// Forgets the queries of positions from `p0` on: they were removed from the cache.
@@ -201,13 +203,21 @@ impl Capture {
         }
     }
 
-    /// Decodes a batch with the capture on.
+    /// Decodes a batch of the sequences that are followed, and reads of it what is due. `wants_queries`: its end is an
+    /// observation window; then all of it is read.
     ///
     /// # Errors
     /// What decoding fails with, or [`CaptureError`] when the graph is not one we know.
-    pub fn decode(&mut self, ctx: &mut Context, batch: &Batch) -> Result<(), CaptureError> {
-        self.inner.mode = Mode::Prompt;
-        self.during(ctx, |ctx| ctx.decode(batch))
+    pub fn decode(&mut self, ctx: &mut Context, batch: &Batch, wants_queries: bool) -> Result<(), CaptureError> {
+        if !wants_queries && !self.inner.records.values().any(|record| record.is_due(batch.len())) {
+            ctx.decode(batch)?;
+            self.inner.records.values_mut().for_each(|record| record.count(batch.len()));
+            return Ok(());
+        }
+        self.inner.mode = Mode::Prompt { wants_queries };
+        let result = self.during(ctx, |ctx| ctx.decode(batch));
+        self.inner.mode = Mode::Listen;
+        result
     }
 
     /// Decodes a batch of one ubatch and gives back all queries of `seq` in it, layer by layer.
@@ -215,10 +225,9 @@ impl Capture {
     /// # Errors
     /// As [`Self::decode`].
     pub fn replay(&mut self, ctx: &mut Context, seq: SeqId, batch: &Batch) -> Result<Vec<Queries>, CaptureError> {
-        self.inner.rows_known = false;
         self.inner.mode = Mode::Replay(seq, vec![Queries::default(); self.inner.layers.len()]);
         let result = self.during(ctx, |ctx| ctx.decode(batch));
-        let mode = std::mem::replace(&mut self.inner.mode, Mode::Prompt);
+        let mode = std::mem::replace(&mut self.inner.mode, Mode::Listen);
         result?;
         match mode {
             Mode::Replay(_, queries) if queries.iter().all(|q| !q.pos.is_empty()) => Ok(queries),

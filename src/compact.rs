@@ -3,8 +3,9 @@
 //! 1. **Check** everything that could fail, and build the new table of cells aside (the shim).
 //! 2. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the
 //!    sequence owns. Where cells and positions ascend together, a source never lies before its destination, so ascending
-//!    copies need no temporary; otherwise one head's rows go through a buffer. A layer in memory that the host cannot
-//!    reach is fetched, worked on, and put back.
+//!    copies need no temporary; otherwise one head's rows go through a buffer. Where the host cannot reach the memory, a
+//!    small graph on the device that holds the layer does the same; its memory is taken before the first row moves. What no
+//!    graph can move (V stored transposed, without flash attention) is fetched, worked on, and put back.
 //! 3. **Commit** the table. Neither 2 nor 3 can fail, so a failed compaction leaves the cache as it was.
 //!
 //! Where all heads keep the same tokens (`--evict cells`) the result is that of `llama_memory_seq_rm` on the dropped
@@ -14,10 +15,14 @@
 //! labelled with the largest position it holds: labels ascend, the last one is the sequence's last position, and removing
 //! the cells from some position on never leaves a newer key behind.
 
+mod device;
+mod host;
 mod mask;
 
 use std::borrow::Cow;
 
+use self::device::Mover;
+use crate::backend::ComputeError;
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, Pos, SeqId};
 use crate::policy::{Kept, Selection};
@@ -39,6 +44,8 @@ pub enum CompactError {
     Shared,
     #[error("the sequence's newest cell must stay")]
     LastDropped,
+    #[error(transparent)]
+    Compute(#[from] ComputeError),
     #[error("the heads keep different numbers of tokens, which the cells of llama.cpp cannot: see `exact`")]
     Ragged,
 }
@@ -67,6 +74,7 @@ type Sources<'a> = &'a (dyn Fn(usize) -> Option<Cow<'a, [u32]>> + Sync);
 pub(crate) struct Reorder {
     layout: Layout,
     cells: Vec<Cell>,
+    mover: Mover,
 }
 
 impl Reorder {
@@ -78,18 +86,19 @@ impl Reorder {
         if cells.iter().any(|c| c.shared) {
             return Err(CompactError::Shared);
         }
-        Ok(Self { layout, cells })
+        let mover = Mover::new(&layout, cells.len())?;
+        Ok(Self { layout, cells, mover })
     }
 
     /// Puts the rows into another order, head by head: the cell at place c (in the order of positions) gets the row from
     /// place `sources(head)[c]`, a permutation of all places. Nothing is lost: the inverse order brings everything back.
     /// Positions stay. The sequence has the cells that it had.
-    pub fn permute(&self, ctx: &mut Context, sources: &(dyn Fn(usize) -> Vec<u32> + Sync)) {
+    pub fn permute(&mut self, ctx: &mut Context, sources: &(dyn Fn(usize) -> Vec<u32> + Sync)) {
         let to: Vec<u32> = self.cells.iter().map(|c| c.index).collect();
         // SAFETY: valid context; llama.cpp may still be computing into the cache.
         unsafe { sys::llama_synchronize(ctx.as_ptr()) };
         let sources = |head| Some(Cow::Owned(sources(head)));
-        move_rows(&self.layout, &self.cells, &to, &sources, false, ctx.n_threads_batch());
+        move_rows(&self.layout, &mut self.mover, &self.cells, &to, &sources, false, ctx.n_threads_batch());
     }
 }
 
@@ -113,6 +122,7 @@ pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(
     slots.sort_unstable();
     let to = &slots[..n_cells];
     let labels = labels(&layout, &cells, selection);
+    let mut mover = Mover::new(&layout, n_cells)?;
 
     let mut table = std::ptr::null_mut();
     // SAFETY: both arrays have n_cells entries; the table is committed or freed below.
@@ -132,7 +142,7 @@ pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(
     unsafe { sys::llama_synchronize(ctx.as_ptr()) };
     let ascending = cells.windows(2).all(|w| w[0].index < w[1].index);
     let kept = |head| selection.kept_by(head).map(Cow::Borrowed);
-    move_rows(&layout, &cells, to, &kept, ascending, ctx.n_threads_batch());
+    move_rows(&layout, &mut mover, &cells, to, &kept, ascending, ctx.n_threads_batch());
     // SAFETY: the table was built from the cells as they still are.
     unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table) };
     Ok(())
@@ -193,59 +203,16 @@ fn labels(layout: &Layout, cells: &[Cell], selection: &Selection) -> Vec<Pos> {
     last.into_iter().map(|l| cells[l as usize].pos).collect()
 }
 
-/// One stream of a K or V tensor, where the host can work on it.
-struct Storage<'a> {
-    tensor: &'a sys::ggml_tensor,
-    /// Of the stream, in the tensor.
-    offset: usize,
-    /// The stream's bytes, if the tensor itself cannot be reached.
-    copy: Option<Vec<u8>>,
-}
-
-impl<'a> Storage<'a> {
-    /// # Safety
-    /// `tensor` is a storage tensor of the cache, and nobody else uses the stream until this is put back.
-    unsafe fn fetch(tensor: *mut sys::ggml_tensor, stream: usize) -> Self {
-        // SAFETY: the stream is nb[2] bytes of a tensor that lives as long as the context.
-        unsafe {
-            let tensor: &sys::ggml_tensor = &*tensor;
-            let offset = stream * tensor.nb[2];
-            let copy = (!cache::is_host(tensor.buffer)).then(|| {
-                let mut bytes = vec![0; tensor.nb[2]];
-                sys::ggml_backend_tensor_get(tensor, bytes.as_mut_ptr().cast(), offset, bytes.len());
-                bytes
-            });
-            Self { tensor, offset, copy }
-        }
-    }
-
-    fn base(&mut self) -> *mut u8 {
-        match &mut self.copy {
-            Some(copy) => copy.as_mut_ptr(),
-            // SAFETY: host memory, and the stream lies inside the tensor.
-            None => unsafe { self.tensor.data.cast::<u8>().add(self.offset) },
-        }
-    }
-
-    fn put_back(self) {
-        if let Some(copy) = self.copy {
-            let tensor = std::ptr::from_ref(self.tensor).cast_mut();
-            // SAFETY: the range that was fetched.
-            unsafe { sys::ggml_backend_tensor_set(tensor, copy.as_ptr().cast(), self.offset, copy.len()) };
-        }
-    }
-}
-
-/// A block of equal rows in host memory: cell i starts at `base + i * stride`.
-#[derive(Clone, Copy)]
-struct Rows {
-    base: *mut u8,
-    stride: usize,
-    bytes: usize,
-}
-
 /// `ascending`: no cell receives a row before it has given its own.
-fn move_rows(layout: &Layout, cells: &[Cell], to: &[u32], sources: Sources, ascending: bool, n_threads: usize) {
+fn move_rows(
+    layout: &Layout,
+    mover: &mut Mover,
+    cells: &[Cell],
+    to: &[u32],
+    sources: Sources,
+    ascending: bool,
+    n_threads: usize,
+) {
     let first_head: Vec<usize> = layout
         .n_head_kv()
         .scan(0, |sum, n| {
@@ -254,113 +221,36 @@ fn move_rows(layout: &Layout, cells: &[Cell], to: &[u32], sources: Sources, asce
             Some(first)
         })
         .collect();
-    let move_layer = |il: usize| {
-        let mut buffer = Vec::new();
-        let layer = &layout.layers[il];
-        let stream = layout.info.stream as usize;
-        // SAFETY: the cache is idle and no other thread works on this layer.
-        let (mut k, mut v) = unsafe { (Storage::fetch(layer.k, stream), Storage::fetch(layer.v, stream)) };
-        for kv in 0..layer.n_head_kv as usize {
-            let moves = Moves { to, cells, from: sources(first_head[il] + kv) };
-            let mut gather = |rows: Rows| {
-                // SAFETY: rows of this layer and head only, see rows_of_head; no other thread works on this layer.
-                unsafe { gather(rows, &moves, ascending, &mut buffer) };
-            };
-            rows_of_head(layout, layer, kv, &mut k, &mut v, &mut gather);
-        }
-        k.put_back();
-        v.put_back();
+    let moves_of = |il: usize| -> Vec<Moves> {
+        let heads = first_head[il]..first_head[il] + layout.layers[il].n_head_kv as usize;
+        heads.map(|head| Moves { to, cells, from: sources(head) }).collect()
     };
+    if !layout.is_host() {
+        for (il, layer) in layout.layers.iter().enumerate() {
+            mover.move_layer(layout, layer, &moves_of(il), ascending);
+        }
+        return;
+    }
     let n_layer = layout.n_layer();
-    // transfers queue up on the device anyway, and one thread holds one layer's copy only
-    let n_threads = if layout.is_host() { n_threads.clamp(1, n_layer) } else { 1 };
+    let n_threads = n_threads.clamp(1, n_layer);
     let per_thread = n_layer.div_ceil(n_threads);
+    let move_layers = |first: usize| {
+        for il in first..(first + per_thread).min(n_layer) {
+            // SAFETY: the cache is idle and no other thread works on this layer.
+            unsafe { host::move_layer(layout, &layout.layers[il], &moves_of(il), ascending) };
+        }
+    };
     // raw pointers inside the layout: each thread follows those of its own layers only
-    let shared = Unshared(&move_layer);
+    let shared = Unshared(&move_layers);
     std::thread::scope(|scope| {
         for t in 1..n_threads {
             let shared = &shared;
-            scope.spawn(move || {
-                for il in t * per_thread..((t + 1) * per_thread).min(n_layer) {
-                    (shared.0)(il);
-                }
-            });
+            scope.spawn(move || (shared.0)(t * per_thread));
         }
-        for il in 0..per_thread.min(n_layer) {
-            move_layer(il);
-        }
+        move_layers(0);
     });
 }
 
 struct Unshared<'a, F>(&'a F);
 // SAFETY: the closure works on disjoint layers in different threads and reads everything else.
 unsafe impl<F> Sync for Unshared<'_, F> {}
-
-/// Calls `f` with the rows of one head: one block of K, and one of V, or one for each channel of a transposed V.
-fn rows_of_head(
-    layout: &Layout,
-    layer: &sys::gvote_shim_layer,
-    kv: usize,
-    k: &mut Storage,
-    v: &mut Storage,
-    f: &mut impl FnMut(Rows),
-) {
-    let (k_base, v_base) = (k.base(), v.base());
-    // SAFETY: offsets stay inside the streams of llama_kv_cache (see get_k and get_v).
-    unsafe {
-        let bytes = sys::ggml_row_size(k.tensor.type_, i64::from(layer.n_embd_head_k));
-        f(Rows { base: k_base.add(kv * bytes), stride: k.tensor.nb[1], bytes });
-
-        let d = layer.n_embd_head_v as usize;
-        if layout.info.v_trans {
-            let bytes = sys::ggml_type_size(v.tensor.type_);
-            for channel in kv * d..(kv + 1) * d {
-                f(Rows { base: v_base.add(channel * layout.n_cells() * bytes), stride: bytes, bytes });
-            }
-        } else {
-            let bytes = sys::ggml_row_size(v.tensor.type_, d as i64);
-            f(Rows { base: v_base.add(kv * bytes), stride: v.tensor.nb[1], bytes });
-        }
-    }
-}
-
-/// # Safety
-/// Every cell in `moves` has a row in `rows`, and nobody else touches them.
-unsafe fn gather(rows: Rows, moves: &Moves, ascending: bool, buffer: &mut Vec<u8>) {
-    // the sizes that transposed f16 and f32 values have become plain loads and stores
-    // SAFETY: passed on.
-    unsafe {
-        match rows.bytes {
-            2 => gather_sized::<2>(rows, moves, ascending, buffer),
-            4 => gather_sized::<4>(rows, moves, ascending, buffer),
-            _ => gather_sized::<0>(rows, moves, ascending, buffer),
-        }
-    }
-}
-
-/// # Safety
-/// See [`gather`]; `N` is the rows' size, or 0 for any.
-unsafe fn gather_sized<const N: usize>(rows: Rows, moves: &Moves, ascending: bool, buffer: &mut Vec<u8>) {
-    let bytes = if N == 0 { rows.bytes } else { N };
-    // SAFETY: cell indices are below the stream's size, so every row lies inside the tensor.
-    let row = |cell: usize| unsafe { rows.base.add(cell * rows.stride) };
-    if ascending {
-        for (c, &to) in moves.to.iter().enumerate() {
-            let from = moves.from(c);
-            if from != to as usize {
-                // SAFETY: different rows do not overlap.
-                unsafe { std::ptr::copy_nonoverlapping(row(from), row(to as usize), bytes) };
-            }
-        }
-        return;
-    }
-    buffer.clear();
-    for c in 0..moves.to.len() {
-        // SAFETY: one row.
-        buffer.extend_from_slice(unsafe { std::slice::from_raw_parts(row(moves.from(c)), bytes) });
-    }
-    for (kept, &to) in buffer.chunks_exact(bytes).zip(moves.to) {
-        // SAFETY: the buffer is ours, the row is the cache's.
-        unsafe { std::ptr::copy_nonoverlapping(kept.as_ptr(), row(to as usize), bytes) };
-    }
-}

@@ -164,8 +164,7 @@ impl Guest {
         if let Some(reason) = ctx.model().unsupported() {
             return Err(GuestError::Unsupported(reason));
         }
-        let mut voter = Voter::new(&ctx, &self.policy, self.account_error)?;
-        voter.capture.follow_all();
+        let voter = Voter::new(&ctx, &self.policy, self.account_error)?;
         if let Some(present) = present.filter(|present| *present != callback) {
             self.next = Some(present);
         }
@@ -243,6 +242,7 @@ impl Guest {
         let cells = cache::cells(&visit, seq);
         let known = Known::up_to_date(known, voter, seq, &cells)?;
         let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
+        vote.observe_newest()?;
         let (selection, mut report) = vote.choose(&cells)?;
         if !is_rehearsal {
             vote.compact(&cells, &selection, &mut report)?;
@@ -289,6 +289,7 @@ impl Guest {
         // SAFETY: valid context, and our callbacks are in it.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
+        vote.observe_newest()?;
         let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
         vote.compact(&cells, &selection, &mut report)?;
         known.bind(&cache::cells(&visit, seq));

@@ -28,27 +28,13 @@
 //! headers, viewed as strided f16 `[1, n_block, n_kv]`, and v/2 becomes one more small product, E_h = δ².
 
 mod baselines;
-mod device;
 mod graph;
 
-use self::device::{Device, device_for};
 use self::graph::{CellsView, Coarseness, LayerGraph, Target};
+use crate::backend::{ComputeError, Devices};
 use crate::cache::{Cell, Layout};
 use crate::capture::{LogitScale, Queries};
 use crate::policy::{HeadScores, Needs};
-
-/// What can go wrong while scoring.
-#[derive(Debug, thiserror::Error)]
-pub enum ScoreError {
-    #[error("out of memory while scoring: {0}; lower -tb, -c or --samples")]
-    Memory(&'static str),
-    #[error(
-        "the back end that holds the KV cache cannot be started a second time for scoring; --policy full runs the model as it is"
-    )]
-    Backend,
-    #[error("the scoring graph failed (ggml status {0}); --policy full runs the model as it is")]
-    Compute(i32),
-}
 
 /// Queries of one graph: bounds the transient memory to one `[n_kv, chunk]` block of f32 a thread.
 const HOST_CHUNK: usize = 17;
@@ -68,19 +54,20 @@ pub struct LayerQueries {
 
 /// Scores the keys of one context's cache.
 pub struct Scorer {
-    /// The back ends of each thread, one for each kind of memory that it met.
-    threads: Vec<Vec<Device>>,
+    /// The back ends of each thread.
+    threads: Vec<Devices>,
 }
 
 impl Scorer {
     /// A scorer that works on `n_threads` layers at once.
     pub fn new(n_threads: usize) -> Self {
-        Self { threads: (0..n_threads.max(1)).map(|_| Vec::new()).collect() }
+        // whole layers are shared out among threads: a barrier after each small node costs more than it gains
+        Self { threads: (0..n_threads.max(1)).map(|_| Devices::new(1)).collect() }
     }
 
     /// Gives the compute memory back and says how many bytes it was.
     pub fn release(&mut self) -> usize {
-        self.threads.iter_mut().flat_map(|devices| devices.drain(..)).map(|device| device.compute_bytes()).sum()
+        self.threads.iter_mut().map(Devices::release).sum()
     }
 
     /// Computes the scores of every KV head, layer by layer, and hands them to `sink(head, scores)`, where `head` counts
@@ -88,8 +75,8 @@ impl Scorer {
     /// `account_error`: raise logits by half their variance where K is quantized.
     ///
     /// # Errors
-    /// [`ScoreError`], or what `queries` fails with; the cache is only read.
-    pub fn score<E: From<ScoreError>>(
+    /// [`ComputeError`], or what `queries` fails with; the cache is only read.
+    pub fn score<E: From<ComputeError>>(
         &mut self,
         layout: &Layout,
         cells: &[Cell],
@@ -142,11 +129,15 @@ impl Scorer {
 
 /// Computes each graph on a thread of its own; the first on this one.
 fn compute_all(
-    threads: &mut [Vec<Device>],
+    threads: &mut [Devices],
     graphs: &[LayerGraph],
     needs: Needs,
-) -> Vec<Result<Vec<CellScores>, ScoreError>> {
-    let run = |devices: &mut Vec<Device>, graph: &LayerGraph| graph.compute(device_for(devices, graph.layer)?, needs);
+) -> Vec<Result<Vec<CellScores>, ComputeError>> {
+    let run = |devices: &mut Devices, graph: &LayerGraph| {
+        // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
+        let device = unsafe { devices.at((*graph.layer.k).buffer)? };
+        graph.compute(device, needs)
+    };
     std::thread::scope(|scope| {
         let mut work = threads.iter_mut().zip(graphs);
         let first = work.next();

@@ -297,8 +297,8 @@ impl Session {
                 let is_last = done + i + 1 == tokens.len();
                 batch.add(token, first + (done + i) as Pos, SEQ, is_last)?;
             }
-            let decoded = self.decode_batch(&batch, true);
             done += chunk.len();
+            let decoded = self.decode_batch(&batch, Some(tokens.len() - done));
             let decoded = decoded.and_then(|()| match progress(done, tokens.len()) {
                 ControlFlow::Continue(()) => Ok(()),
                 ControlFlow::Break(()) => Err(LlamaError::Cancelled.into()),
@@ -339,7 +339,7 @@ impl Session {
     pub fn decode(&mut self, token: Token) -> Result<(), SessionError> {
         let mut batch = Batch::new(1);
         batch.add(token, self.n_past(), SEQ, true)?;
-        if let Err(error) = self.decode_batch(&batch, false) {
+        if let Err(error) = self.decode_batch(&batch, None) {
             self.ctx.remove(SEQ, self.n_past(), -1);
             return Err(error);
         }
@@ -445,7 +445,8 @@ impl Session {
     pub fn clear(&mut self) {
         self.ctx.clear();
         if let Some(voter) = &mut self.voter {
-            voter.capture.reset(SEQ);
+            voter.capture.forget(SEQ);
+            voter.capture.follow(SEQ);
         }
         self.mask = None;
         self.sequence = Sequence::new(SEQ);

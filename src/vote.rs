@@ -18,12 +18,13 @@ pub(crate) use self::notes::Notes;
 pub use self::report::CompressReport;
 pub(crate) use self::sequence::Saved;
 pub use self::sequence::Sequence;
+use crate::backend::ComputeError;
 use crate::cache::{CacheError, Layout};
 use crate::capture::{Capture, CaptureError};
 use crate::compact::CompactError;
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId, Token};
 use crate::policy::{self, PolicyError, Shape};
-use crate::score::{ScoreError, Scorer};
+use crate::score::Scorer;
 
 /// Why there was no vote. The cache is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +36,7 @@ pub enum VoteError {
     #[error(transparent)]
     Capture(CaptureError),
     #[error(transparent)]
-    Score(#[from] ScoreError),
+    Compute(#[from] ComputeError),
     #[error(transparent)]
     Policy(#[from] PolicyError),
     #[error(transparent)]
@@ -57,6 +58,7 @@ impl From<CaptureError> for VoteError {
         match error {
             // a caller who cancels should not need to know where it was noticed
             CaptureError::Llama(error) => error.into(),
+            CaptureError::Compute(error) => Self::Compute(error),
             error => Self::Capture(error),
         }
     }

@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::header::*;
 use super::ptr;
+use crate::backend::ComputeError;
 use crate::capture::CaptureError;
 use crate::compact::CompactError;
 use crate::guest::{Guest, GuestError};
 use crate::llama::LlamaError;
-use crate::score::ScoreError;
 use crate::sys::ggml_tensor;
 use crate::vote::VoteError;
 
@@ -90,8 +90,8 @@ fn status_of(error: &GuestError) -> gvote_status {
                 GVOTE_ERROR_NO_CELLS
             }
             VoteError::Llama(LlamaError::Memory)
-            | VoteError::Capture(CaptureError::Memory)
-            | VoteError::Score(ScoreError::Memory(_)) => GVOTE_ERROR_MEMORY,
+            | VoteError::Compute(ComputeError::Memory(_))
+            | VoteError::Compact(CompactError::Compute(ComputeError::Memory(_))) => GVOTE_ERROR_MEMORY,
             VoteError::Capture(CaptureError::Empty) => GVOTE_ERROR_NOT_SEEN,
             VoteError::Capture(CaptureError::Panic(_)) => GVOTE_ERROR_INTERNAL,
             VoteError::Cache(_) | VoteError::UnevenHeads | VoteError::Capture(_) => GVOTE_ERROR_UNSUPPORTED,
@@ -99,7 +99,7 @@ fn status_of(error: &GuestError) -> gvote_status {
             VoteError::Compact(CompactError::Shared) => GVOTE_ERROR_SHARED,
             VoteError::ReplayCompressed => GVOTE_ERROR_COMPRESSED,
             VoteError::Saved(_) => GVOTE_ERROR_STATE,
-            VoteError::Llama(_) | VoteError::Score(_) => GVOTE_ERROR_DECODE,
+            VoteError::Llama(_) | VoteError::Compute(_) => GVOTE_ERROR_DECODE,
             VoteError::Compact(_) => GVOTE_ERROR_INTERNAL,
         },
     }

@@ -2,10 +2,11 @@
 
 use half::f16;
 
+use super::moments::Block;
 use super::node::Node;
 use super::record::Record;
 use super::watch::Watch;
-use super::{CaptureError, Inner, LogitScale, Mode};
+use super::{CaptureError, Inner, LogitScale, Mode, Reads};
 use crate::cache;
 use crate::llama::{Pos, SeqId};
 use crate::sys;
@@ -28,9 +29,15 @@ impl Watch for Inner {
     type Error = CaptureError;
 
     fn ask(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        if let Mode::Probe(_) = self.mode {
+            // the first node of a part of the graph: what the part needs from elsewhere is there
+            return Ok(true);
+        }
         match node.0.op {
             sys::GGML_OP_SET_ROWS => {
-                self.note_rows(node)?;
+                if self.stores_first_k(node) && !std::mem::take(&mut self.reads.begun) {
+                    self.begin(node)?;
+                }
                 Ok(false)
             }
             sys::GGML_OP_SOFT_MAX => {
@@ -44,32 +51,32 @@ impl Watch for Inner {
                 if node.0.op == sys::GGML_OP_FLASH_ATTN_EXT {
                     self.note_flash_scale(node, attention.layer)?;
                 }
-                if matches!(self.mode, Mode::Probe(_)) && attention.q.is_in_host_memory() {
-                    self.take_path(&attention)?;
-                    return Ok(false);
-                }
-                Ok(self.wants_queries())
+                Ok(self.reads.queries)
             }
             sys::GGML_OP_MUL | sys::GGML_OP_ADD | sys::GGML_OP_RMS_NORM | sys::GGML_OP_NORM => {
-                let wanted = match self.mode {
-                    Mode::Prompt => true,
-                    Mode::Probe(_) => !node.is_in_host_memory(),
-                    Mode::Replay(..) => false,
+                let Some(layer) = self.hidden_layer(node) else {
+                    return Ok(false);
                 };
-                Ok(wanted && self.hidden_layer(node).is_some())
+                if layer == 0 {
+                    let stored = nodes(self.ctx).find(|node| self.stores_first_k(node));
+                    self.begin(&stored.ok_or_else(|| node.shape_error())?)?;
+                    self.reads.begun = true;
+                }
+                Ok(self.reads.hidden)
             }
             _ => Ok(false),
         }
     }
 
     fn read(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        if let Mode::Probe(_) = self.mode {
+            self.take_paths(node)?;
+            return Ok(false);
+        }
         if let Some(layer) = self.hidden_layer(node) {
             self.on_hidden(node, layer)?;
         } else if let Some(attention) = self.attention(node) {
             self.on_queries(&attention)?;
-            // Nobody wants the logits of a probe: what follows the last attention need not run.
-            let is_probe = matches!(self.mode, Mode::Probe(_));
-            return Ok(!(is_probe && attention.layer + 1 == self.layers.len()));
         }
         Ok(true)
     }
@@ -79,12 +86,26 @@ impl Watch for Inner {
     }
 }
 
+/// The nodes of the graph that a context has in work.
+pub(super) fn nodes<'a>(ctx: *mut sys::llama_context) -> impl Iterator<Item = Node<'a>> {
+    // SAFETY: called from inside the graph, whose nodes live until it has been computed.
+    unsafe {
+        let graph = sys::gvote_shim_graph(ctx);
+        let n = if graph.is_null() { 0 } else { sys::ggml_graph_n_nodes(graph) };
+        (0..n).map(move |i| Node::new(sys::ggml_graph_node(graph, i)))
+    }
+}
+
 impl Inner {
+    fn stores_first_k(&self, node: &Node) -> bool {
+        node.0.op == sys::GGML_OP_SET_ROWS && self.by_tensor.get(&node.storage()) == Some(&0)
+    }
+
     fn hidden_layer(&self, node: &Node) -> Option<usize> {
         self.by_il.get(&node.layer_after("attn_norm")?).copied()
     }
 
-    fn attention<'a>(&self, node: &Node<'a>) -> Option<Attention<'a>> {
+    pub(super) fn attention<'a>(&self, node: &Node<'a>) -> Option<Attention<'a>> {
         let (k, q) = match node.0.op {
             sys::GGML_OP_FLASH_ATTN_EXT => (node.src(1)?, node.src(0)?),
             sys::GGML_OP_MUL_MAT if node.name().to_bytes().starts_with(b"kq-") => (node.src(0)?, node.src(1)?),
@@ -94,25 +115,11 @@ impl Inner {
         Some(Attention { q, layer })
     }
 
-    /// Whether the ubatch holds tokens whose queries are of use.
-    fn wants_queries(&self) -> bool {
-        match &self.mode {
-            Mode::Probe(_) => true,
-            Mode::Prompt => self.rows_known && self.records.values().any(|record| !record.rows.is_empty()),
-            Mode::Replay(seq, _) => {
-                self.rows_known && self.records.get(seq).is_some_and(|record| !record.rows.is_empty())
-            }
-        }
-    }
-
-    /// K is about to be stored: the row indices say which cells, and so which sequences and positions, the ubatch's tokens
-    /// have.
-    fn note_rows(&mut self, node: &Node) -> Result<(), CaptureError> {
+    /// Looks at a ubatch: the rows that K is about to be stored in say which cells, and so which sequences and positions, its
+    /// tokens have. Then what is read of it is known.
+    fn begin(&mut self, stored: &Node) -> Result<(), CaptureError> {
         // SET_ROWS keeps the destination in src[2]; its result is a view of it
-        if self.rows_known || matches!(self.mode, Mode::Probe(_)) || !self.by_tensor.contains_key(&node.storage()) {
-            return Ok(());
-        }
-        let idxs = node.src(1).ok_or_else(|| node.shape_error())?;
+        let idxs = stored.src(1).ok_or_else(|| stored.shape_error())?;
         if idxs.0.type_ != sys::GGML_TYPE_I64 {
             return Err(idxs.shape_error());
         }
@@ -122,27 +129,41 @@ impl Inner {
             .chunks_exact(size_of::<i64>())
             .map(|b| i64::from_le_bytes(b.try_into().expect("chunks of eight")))
             .collect();
-        if let Mode::Prompt = self.mode
-            && self.follows_all
-        {
+        if let Mode::Listen = self.mode {
             // SAFETY: the context is decoding, and its layout was accepted.
             for seq in unsafe { cache::owners(self.ctx, &cells) } {
                 self.records.entry(seq).or_insert_with(|| Record::new(&self.layers, self.window));
             }
         }
-        self.rows_known = true;
+        let mut reads = Reads::default();
         for (seq, record) in &mut self.records {
             // SAFETY: as above.
             let rows = unsafe { cache::rows(self.ctx, *seq, &cells) };
             let own = rows.iter().enumerate().filter(|(_, row)| row.pos >= 0);
             record.rows = own.map(|(i, row)| (i, row.pos)).collect();
-            if let Mode::Prompt = self.mode {
-                if self.follows_all {
+            if record.rows.is_empty() {
+                continue;
+            }
+            match self.mode {
+                Mode::Listen => {
                     record.list(&cells, &rows);
+                    // nobody can decode an embedding once more
+                    let embeds = rows.iter().any(|row| row.pos >= 0 && row.token < 0);
+                    reads.queries |= embeds;
+                    reads.hidden |= embeds || record.is_due(record.rows.len());
                 }
-                record.add_moments(0, &self.pending, self.n_embd, self.skip);
+                Mode::Prompt { wants_queries } => {
+                    reads.queries |= wants_queries;
+                    reads.hidden |= wants_queries || record.is_due(record.rows.len());
+                }
+                Mode::Replay(of, _) => reads.queries |= of == *seq,
+                Mode::Probe(_) => {}
+            }
+            if !matches!(self.mode, Mode::Replay(..)) {
+                record.count(record.rows.len());
             }
         }
+        self.reads = reads;
         Ok(())
     }
 
@@ -176,30 +197,31 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) fn on_hidden(&mut self, node: &Node, layer: usize) -> Result<(), CaptureError> {
-        let [n_embd, n_tokens, ..] = node.0.ne;
+    /// That a hidden state is what we take it for: `[n_embd, n_tokens]`, contiguous, f32.
+    pub(super) fn check_hidden(&self, node: &Node) -> Result<(), CaptureError> {
         // SAFETY: plain query of a valid tensor.
         let contiguous = unsafe { sys::ggml_is_contiguous(node.0) };
-        if node.0.type_ != sys::GGML_TYPE_F32 || n_embd as usize != self.n_embd || !contiguous {
-            return Err(node.shape_error());
-        }
-        let n_tokens = n_tokens as usize;
-        if let Mode::Probe(_) = self.mode {
-            self.inject(node, layer, n_tokens);
-            return Ok(());
-        }
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let data = node.floats(&mut scratch);
-        if layer == 0 {
-            self.rows_known = false;
-            self.pending.clear();
-            self.pending.extend_from_slice(data);
-        } else if self.rows_known {
-            for record in self.records.values_mut() {
-                record.add_moments(layer, data, self.n_embd, self.skip);
+        let is_known = node.0.type_ == sys::GGML_TYPE_F32 && node.0.ne[0] as usize == self.n_embd && contiguous;
+        if is_known { Ok(()) } else { Err(node.shape_error()) }
+    }
+
+    fn on_hidden(&mut self, node: &Node, layer: usize) -> Result<(), CaptureError> {
+        self.check_hidden(node)?;
+        for record in self.records.values_mut() {
+            let rows = record.counted(self.skip);
+            if rows.is_empty() {
+                continue;
             }
+            // SAFETY: the node has been computed, and stays as it is while ggml waits for us.
+            let block = unsafe {
+                if node.place().is_null() {
+                    Block::of(node.floats(), self.n_embd, &rows)
+                } else {
+                    Block::on(self.devices.at(node.buffer())?, node.0, &rows)?
+                }
+            };
+            record.layers[layer].moments.merge(&block);
         }
-        self.scratch = scratch;
         Ok(())
     }
 
@@ -213,7 +235,7 @@ impl Inner {
                 let rows = self.records.get(seq).map_or(&[][..], |record| &record.rows);
                 rows.iter().enumerate().map(|(slot, &(row, pos))| Wanted { row, seq: *seq, slot, pos }).collect()
             }
-            Mode::Prompt => {
+            Mode::Listen | Mode::Prompt { .. } => {
                 let of_record = |(seq, record): (&SeqId, &Record)| {
                     let newest = record.rows.iter().map(|row| row.1).max().unwrap_or(-1);
                     let oldest = (newest - self.window as Pos + 1).max(0);
@@ -256,7 +278,7 @@ impl Inner {
             let out = match &mut self.mode {
                 Mode::Probe(probe) => &mut probe.queries[layer],
                 Mode::Replay(_, queries) => &mut queries[layer].data,
-                Mode::Prompt => match self.records.get_mut(&seq) {
+                Mode::Listen | Mode::Prompt { .. } => match self.records.get_mut(&seq) {
                     Some(record) => record.window_at(layer, slot, pos),
                     None => continue,
                 },

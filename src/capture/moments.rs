@@ -1,5 +1,8 @@
 //! Streaming mean and variance (Chan, Golub & LeVeque 1979).
 
+use crate::backend::{Builder, ComputeError, Device, read};
+use crate::sys;
+
 /// Mean and variance of each channel, streaming.
 #[derive(Clone, Default)]
 pub(super) struct Moments {
@@ -9,39 +12,78 @@ pub(super) struct Moments {
     pub m2: Vec<f64>,
 }
 
-impl Moments {
-    /// Merges the rows of a block `[n_row][n_embd]`.
-    pub fn merge<'a>(&mut self, n_embd: usize, rows: impl Iterator<Item = &'a [f32]> + Clone) {
-        let count = rows.clone().count() as f64;
-        if count == 0.0 {
-            return;
-        }
-        // Two passes over a block that is in the CPU's cache, in f32; only the merge of blocks needs f64.
+/// The same of the rows of one block, in f32: only the merge of blocks needs f64.
+pub(super) struct Block {
+    count: usize,
+    mean: Vec<f32>,
+    m2: Vec<f32>,
+}
+
+impl Block {
+    /// Some `rows` of `data` `[n_row][n_embd]`.
+    pub fn of(data: &[f32], n_embd: usize, rows: &[u32]) -> Self {
+        let row = |i: &u32| &data[*i as usize * n_embd..][..n_embd];
         let mut mean = vec![0f32; n_embd];
-        for row in rows.clone() {
-            for (m, x) in mean.iter_mut().zip(row) {
-                *m += x;
-            }
+        for row in rows.iter().map(row) {
+            mean.iter_mut().zip(row).for_each(|(m, x)| *m += x);
         }
-        for m in &mut mean {
-            *m /= count as f32;
-        }
+        mean.iter_mut().for_each(|m| *m /= rows.len() as f32);
         let mut m2 = vec![0f32; n_embd];
-        for row in rows {
+        // two passes over a block that is in the CPU's cache
+        for row in rows.iter().map(row) {
             for ((s, x), m) in m2.iter_mut().zip(row).zip(&mean) {
                 let d = x - m;
                 *s += d * d;
             }
         }
-        if self.mean.is_empty() {
-            self.mean = vec![0.0; n_embd];
-            self.m2 = vec![0.0; n_embd];
+        Self { count: rows.len(), mean, m2 }
+    }
+
+    /// Some `rows` of a contiguous f32 tensor `[n_embd, n_row]` that has been computed, where it lies.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    ///
+    /// # Safety
+    /// The tensor lies on the device, and is not written meanwhile.
+    pub unsafe fn on(device: &mut Device, t: &sys::ggml_tensor, rows: &[u32]) -> Result<Self, ComputeError> {
+        let n_embd = t.ne[0] as usize;
+        let mut b = Builder::new(16)?;
+        let index = b.indices([rows.len(), 1, 1], rows.iter().copied());
+        // SAFETY: shapes as noted; every tensor belongs to the builder's context.
+        let (mean, m2) = unsafe {
+            let data = b.computed(t, [t.ne[0], t.ne[1]]);
+            let picked = sys::ggml_get_rows(b.ctx, data, index);
+            let channels = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, picked)); // [n, n_embd]
+            let mean = sys::ggml_mean(b.ctx, channels); // [1, n_embd]
+            let mean = b.output(mean);
+            let off = sys::ggml_sub(b.ctx, channels, mean);
+            let m2 = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr(b.ctx, off));
+            (mean, b.output(m2))
+        };
+        b.compute(device)?;
+        let mut out = Self { count: rows.len(), mean: vec![0.0; n_embd], m2: vec![0.0; n_embd] };
+        read(&mut out.mean, mean);
+        read(&mut out.m2, m2);
+        Ok(out)
+    }
+}
+
+impl Moments {
+    pub fn merge(&mut self, block: &Block) {
+        if block.count == 0 {
+            return;
         }
-        let total = self.count + count;
-        for c in 0..n_embd {
-            let delta = f64::from(mean[c]) - self.mean[c];
-            self.mean[c] += delta * count / total;
-            self.m2[c] += f64::from(m2[c]) + delta * delta * self.count * count / total;
+        if self.mean.is_empty() {
+            self.mean = vec![0.0; block.mean.len()];
+            self.m2 = self.mean.clone();
+        }
+        let (before, count) = (self.count, block.count as f64);
+        let total = before + count;
+        for ((mean, m2), (x, x2)) in self.mean.iter_mut().zip(&mut self.m2).zip(block.mean.iter().zip(&block.m2)) {
+            let delta = f64::from(*x) - *mean;
+            *mean += delta * count / total;
+            *m2 += f64::from(*x2) + delta * delta * before * count / total;
         }
         self.count = total;
     }

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 
 use super::CaptureError;
-use crate::cache;
+use crate::backend;
 use crate::sys;
 
 /// Most nodes between a hidden state and its query; the architectures of the pinned llama.cpp have about ten.
@@ -86,12 +86,16 @@ impl<'a> Node<'a> {
         f32::from_bits(self.0.op_params[i].cast_unsigned())
     }
 
-    pub fn is_in_host_memory(&self) -> bool {
-        // SAFETY: views keep their source's buffer.
-        unsafe {
-            let buffer = self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer);
-            cache::is_host(buffer)
-        }
+    /// The buffer that holds it; a view keeps its source's.
+    pub fn buffer(&self) -> sys::ggml_backend_buffer_t {
+        // SAFETY: view sources live as long as their views.
+        unsafe { self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer) }
+    }
+
+    /// Where it lies: see [`backend::place`].
+    pub fn place(&self) -> sys::ggml_backend_dev_t {
+        // SAFETY: the nodes of a graph in work have been allocated.
+        unsafe { backend::place(self.buffer()) }
     }
 
     pub fn shape_error(&self) -> CaptureError {
@@ -106,24 +110,15 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// All floats of a contiguous f32 tensor: in place if it lives in host memory, else copied to `scratch`.
-    pub fn floats<'b>(&self, scratch: &'b mut Vec<u8>) -> &'b [f32]
-    where
-        'a: 'b,
-    {
+    /// All floats of a contiguous f32 tensor in host memory.
+    ///
+    /// # Safety
+    /// It has been computed, and is not written to for `'a`.
+    pub unsafe fn floats(&self) -> &'a [f32] {
         // SAFETY: ggml allocates tensors aligned for their type and a computed node has data.
-        unsafe {
-            let n = sys::ggml_nelements(self.0) as usize;
-            if self.is_in_host_memory() {
-                return std::slice::from_raw_parts(self.0.data.cast(), n);
-            }
-            // a little more, so that the floats can start at an aligned byte
-            scratch.resize((n + 1) * size_of::<f32>(), 0);
-            let start = scratch.as_ptr().align_offset(align_of::<f32>());
-            self.get(0, &mut scratch[start..start + n * size_of::<f32>()]);
-            std::slice::from_raw_parts(scratch[start..].as_ptr().cast(), n)
-        }
+        unsafe { std::slice::from_raw_parts(self.0.data.cast(), sys::ggml_nelements(self.0) as usize) }
     }
+
     /// Changes all floats of a contiguous f32 tensor that has been computed: in place if it lives in host memory, else in
     /// `scratch` and back.
     pub fn change_floats(&self, scratch: &mut Vec<f32>, change: impl FnOnce(&mut [f32])) {
@@ -131,7 +126,7 @@ impl<'a> Node<'a> {
         // for the eval callback.
         unsafe {
             let n = sys::ggml_nelements(self.0) as usize;
-            if self.is_in_host_memory() {
+            if self.place().is_null() {
                 return change(std::slice::from_raw_parts_mut(self.0.data.cast(), n));
             }
             scratch.resize(n, 0.0);

@@ -28,10 +28,17 @@ pub(super) struct LayerRecord {
     pub window_pos: Vec<Pos>,
 }
 
+/// Of the tokens of a long text, one in so many gives the statistics: see docs/performance.md for what that costs and changes.
+pub(crate) const SHARE: usize = 8;
+/// Fewer tokens than this are not worth a graph that stops at every layer, unless nothing else is known.
+const FEW: usize = 16;
+
 /// What is captured of one sequence.
 #[derive(Clone)]
 pub(super) struct Record {
     pub layers: Vec<LayerRecord>,
+    /// Tokens so far, read or not.
+    n_tokens: usize,
     /// The tokens of the ubatch in work that belong to the sequence: place in the ubatch, and position.
     pub rows: Vec<(usize, Pos)>,
     /// Tokens since they were last asked for.
@@ -46,11 +53,24 @@ impl Record {
             window_q: vec![f16::ZERO; window * layer.n_q],
             window_pos: vec![-1; window],
         });
-        Self { layers: layers.collect(), rows: Vec::new(), seen: Vec::new() }
+        Self { layers: layers.collect(), n_tokens: 0, rows: Vec::new(), seen: Vec::new() }
     }
 
+    /// As it was saved, which leaves the number of tokens out: as if one more ubatch were due.
     pub fn of(layers: Vec<LayerRecord>) -> Self {
-        Self { layers, rows: Vec::new(), seen: Vec::new() }
+        let n_tokens = layers.first().map_or(0, |layer| SHARE * layer.moments.count as usize);
+        Self { layers, n_tokens, rows: Vec::new(), seen: Vec::new() }
+    }
+
+    /// Whether the next `n` tokens should give statistics.
+    pub fn is_due(&self, n: usize) -> bool {
+        let read = self.layers.first().map_or(0.0, |layer| layer.moments.count) as usize;
+        read == 0 || (n >= FEW && SHARE * read <= self.n_tokens)
+    }
+
+    /// Notes that `n` more tokens were decoded.
+    pub fn count(&mut self, n: usize) {
+        self.n_tokens += n;
     }
 
     pub fn forget_from(&mut self, p0: Pos) {
@@ -69,6 +89,7 @@ impl Record {
         if let Some(oldest) = self.seen[first..].iter().map(|seen| seen.pos).min() {
             self.forget_from(oldest);
             if oldest == 0 {
+                self.n_tokens = 0;
                 for layer in &mut self.layers {
                     layer.moments = Moments::default();
                 }
@@ -80,11 +101,9 @@ impl Record {
         std::mem::take(&mut self.seen)
     }
 
-    /// `data` `[n_tokens][n_embd]`: the hidden states of the ubatch in work.
-    pub fn add_moments(&mut self, layer: usize, data: &[f32], n_embd: usize, skip: usize) {
-        let kept = self.rows.iter().filter(|(_, pos)| *pos >= skip as Pos);
-        let kept = kept.map(|(row, _)| &data[row * n_embd..][..n_embd]);
-        self.layers[layer].moments.merge(n_embd, kept);
+    /// The tokens of the ubatch in work that the statistics are of: places in it.
+    pub fn counted(&self, skip: usize) -> Vec<u32> {
+        self.rows.iter().filter(|(_, pos)| *pos >= skip as Pos).map(|(row, _)| *row as u32).collect()
     }
 
     /// The window's queries, of which those at `slot` are about to become those of `pos`.

@@ -57,7 +57,7 @@ impl Known {
         }
         if cells.is_empty() {
             known.remove(&seq);
-            voter.capture.reset(seq);
+            voter.capture.forget(seq);
             return Err(GuestError::NotSeen { seq, reason: "it is empty" });
         }
         let not_seen = GuestError::NotSeen { seq, reason: "it was decoded before gvote_attach, copied, or loaded" };

@@ -159,8 +159,6 @@ pub struct Context {
 struct Abort {
     /// The caller wants out.
     cancel: Arc<AtomicBool>,
-    /// The rest of the graph in work is not needed: see [`Context::end_graph`].
-    end_graph: AtomicBool,
     /// Tests count who asks, and have one of them find the flag set.
     #[cfg(test)]
     asked: Asked,
@@ -277,13 +275,6 @@ impl Context {
         self.abort.cancel.clone()
     }
 
-    /// The flag that ends the graph in work early: set from inside the eval callback, it makes [`Self::decode`] come back
-    /// with [`LlamaError::Ended`]. Back ends other than the CPU finish the graph all the same. None in a context that is lent:
-    /// llama.cpp warns of an ended graph in the app's log.
-    pub(crate) fn end_graph(&self) -> Option<*const AtomicBool> {
-        (!self.is_guest).then_some(&raw const self.abort.end_graph)
-    }
-
     /// Cells of the KV cache, as allocated (llama.cpp rounds up).
     pub fn n_ctx(&self) -> usize {
         // SAFETY: valid context.
@@ -333,7 +324,6 @@ impl Context {
         {
             return Err(LlamaError::NoPositions { pos, n });
         }
-        self.abort.end_graph.store(false, Ordering::Relaxed);
         // SAFETY: the batch's arrays hold n_tokens entries.
         match unsafe { sys::gvote_shim_decode(self.as_ptr(), batch.raw()) } {
             0 => Ok(()),
@@ -350,9 +340,7 @@ impl Context {
                     let (pos, seq) = unsafe { (*raw.pos.add(i), **raw.seq_id.add(i)) };
                     self.remove(seq, pos, pos + 1);
                 }
-                let ended = self.abort.end_graph.swap(false, Ordering::Relaxed);
                 Err(match status {
-                    2 if ended && !self.is_cancelled() => LlamaError::Ended,
                     2 => LlamaError::Cancelled,
                     status => LlamaError::Decode(status),
                 })
@@ -586,5 +574,5 @@ unsafe extern "C" fn should_abort(flags: *mut c_void) -> bool {
         // SAFETY: the app's own callback with the app's own data, as it would be called without us.
         flags.of_app.is_some_and(|(callback, data)| unsafe { callback(data) })
     };
-    flags.is_cancelled() || flags.end_graph.load(Ordering::Relaxed) || app_wants_out()
+    flags.is_cancelled() || app_wants_out()
 }

@@ -25,8 +25,6 @@ pub enum LlamaError {
     Memory,
     #[error("cancelled")]
     Cancelled,
-    #[error("the graph was ended before its result")]
-    Ended,
     #[error("the text could not be tokenized: this model has no tokenizer of its own, or the text is too long")]
     Tokenize,
     #[error("the batch is full: it holds {0} tokens")]

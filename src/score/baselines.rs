@@ -1,8 +1,8 @@
 //! Measures of keys and values by themselves, and the weight under a Gaussian query.
 
-use super::device::Device;
-use super::graph::{Builder, LayerGraph, Target, Tensor, read};
-use super::{CellScores, ScoreError};
+use super::CellScores;
+use super::graph::{LayerGraph, Target};
+use crate::backend::{Builder, ComputeError, Device, Tensor, read};
 use crate::llama::Pos;
 use crate::policy::Needs;
 use crate::sys;
@@ -19,7 +19,7 @@ struct LogitSums {
 
 impl LayerGraph<'_> {
     /// [`crate::policy::HeadScores::expected`]: mean and variance of each key's logits over the synthetic queries.
-    pub(super) fn expect(&self, device: &mut Device, scores: &mut [CellScores]) -> Result<(), ScoreError> {
+    pub(super) fn expect(&self, device: &mut Device, scores: &mut [CellScores]) -> Result<(), ComputeError> {
         let n_kv = self.view.n_kv;
         let n_q = (self.layer.n_head * self.layer.n_embd_head_k) as usize;
         let n_head = self.layer.n_head as usize;
@@ -72,7 +72,7 @@ impl LayerGraph<'_> {
         device: &mut Device,
         scores: &mut [CellScores],
         needs: Needs,
-    ) -> Result<(), ScoreError> {
+    ) -> Result<(), ComputeError> {
         let n_kv = self.view.n_kv;
         for (kv, score) in scores.iter_mut().enumerate() {
             if needs.value_norm {
@@ -119,7 +119,7 @@ impl LayerGraph<'_> {
     }
 
     /// The cosine of each of one KV head's keys to their mean direction.
-    fn compare_keys(&self, device: &mut Device, kv: usize, out: &mut [f32]) -> Result<(), ScoreError> {
+    fn compare_keys(&self, device: &mut Device, kv: usize, out: &mut [f32]) -> Result<(), ComputeError> {
         let at_once = self.cells_at_once;
         let mut direction = vec![0.0; self.layer.n_embd_head_k as usize];
         let mut part = direction.clone();
@@ -168,7 +168,7 @@ impl LayerGraph<'_> {
 
     /// The `n` rows of a matrix of any type as f32. `[d, n]`
     fn as_floats(&self, b: &mut Builder, rows: Tensor, n: usize) -> Tensor {
-        let index = b.indices(n);
+        let index = b.indices([n, 1, 1], 0..n as u32);
         // SAFETY: one index for each row.
         unsafe { sys::ggml_get_rows(b.ctx, rows, index) }
     }

@@ -2,8 +2,8 @@
 
 use half::f16;
 
-use super::device::Device;
-use super::{CellScores, LayerQueries, ScoreError};
+use super::{CellScores, LayerQueries};
+use crate::backend::{Builder, ComputeError, Device, Tensor, read};
 use crate::cache::Cell;
 use crate::llama::Pos;
 use crate::policy::Needs;
@@ -75,110 +75,6 @@ impl CellsView {
     }
 }
 
-pub(super) type Tensor = *mut sys::ggml_tensor;
-
-/// A graph under construction, with the data its inputs get.
-pub(super) struct Builder {
-    pub(super) ctx: *mut sys::ggml_context,
-    graph: *mut sys::ggml_cgraph,
-    inputs: Vec<(Tensor, Vec<f32>)>,
-}
-
-impl Drop for Builder {
-    fn drop(&mut self) {
-        // SAFETY: made in `new`, freed once; the tensors' data belongs to the allocator.
-        unsafe { sys::ggml_free(self.ctx) };
-    }
-}
-
-impl Builder {
-    pub(super) fn new(n_nodes: usize) -> Result<Self, ScoreError> {
-        // SAFETY: a context for descriptions only; sizes come from ggml.
-        unsafe {
-            let ctx = sys::ggml_init(sys::ggml_init_params {
-                mem_size: n_nodes * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(n_nodes, false),
-                mem_buffer: std::ptr::null_mut(),
-                no_alloc: true,
-            });
-            if ctx.is_null() {
-                return Err(ScoreError::Memory("graph"));
-            }
-            let graph = sys::ggml_new_graph_custom(ctx, n_nodes, false);
-            Ok(Self { ctx, graph, inputs: Vec::new() })
-        }
-    }
-
-    pub(super) fn input(&mut self, ne: [usize; 3], data: Vec<f32>) -> Tensor {
-        debug_assert_eq!(data.len(), ne.iter().product::<usize>());
-        // SAFETY: the context has room for the tensor.
-        let t = unsafe {
-            let t = sys::ggml_new_tensor_3d(self.ctx, sys::GGML_TYPE_F32, ne[0] as i64, ne[1] as i64, ne[2] as i64);
-            sys::ggml_set_input(t);
-            t
-        };
-        self.inputs.push((t, data));
-        t
-    }
-
-    /// 0, 1, 2, ...: what picks every row.
-    pub(super) fn indices(&mut self, n: usize) -> Tensor {
-        // the same four bytes an element; nothing in the graph reads them as floats
-        let data = (0..n as u32).map(f32::from_bits).collect();
-        let t = self.input([n, 1, 1], data);
-        // SAFETY: a fresh tensor of this context.
-        unsafe { (*t).type_ = sys::GGML_TYPE_I32 };
-        t
-    }
-
-    /// Appends a node; ggml keeps the order of these calls.
-    pub(super) fn run(&mut self, t: Tensor) -> Tensor {
-        // SAFETY: the tensor belongs to this context.
-        unsafe { sys::ggml_build_forward_expand(self.graph, t) };
-        t
-    }
-
-    pub(super) fn output(&mut self, t: Tensor) -> Tensor {
-        // SAFETY: the tensor belongs to this context.
-        unsafe { sys::ggml_set_output(t) };
-        self.run(t)
-    }
-
-    /// `sum` plus one more of its shape; the first one becomes the sum.
-    fn sum(&mut self, sum: Tensor, more: Tensor) -> Tensor {
-        if sum.is_null() {
-            return self.output(more);
-        }
-        // SAFETY: same shapes; the sum is an output, so its memory stays ours.
-        let added = unsafe { sys::ggml_add_inplace(self.ctx, sum, more) };
-        self.run(added);
-        sum
-    }
-
-    pub(super) fn compute(&mut self, device: &mut Device) -> Result<(), ScoreError> {
-        // SAFETY: the graph is complete; inputs are allocated before they are set and sized as declared.
-        unsafe {
-            // planned anew each time: a plan for a graph of the same size would be taken over, though other tensors must stay
-            if !sys::gvote_shim_alloc_graph(device.allocator(), self.graph) {
-                return Err(ScoreError::Memory("compute buffer"));
-            }
-            for (t, data) in self.inputs.drain(..) {
-                sys::ggml_backend_tensor_set(t, data.as_ptr().cast(), 0, std::mem::size_of_val(&data[..]));
-            }
-            match sys::gvote_shim_graph_compute(device.backend, self.graph) {
-                sys::GGML_STATUS_SUCCESS => Ok(()),
-                sys::GGML_STATUS_ALLOC_FAILED => Err(ScoreError::Memory("computing")),
-                status => Err(ScoreError::Compute(status)),
-            }
-        }
-    }
-}
-
-/// Reads a contiguous f32 result of `out.len()` elements.
-pub(super) fn read(out: &mut [f32], t: Tensor) {
-    // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks the size.
-    unsafe { sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, size_of_val(out)) };
-}
-
 /// Which result a query counts for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
@@ -224,7 +120,7 @@ unsafe impl Sync for LayerGraph<'_> {}
 
 impl LayerGraph<'_> {
     /// The scores of each KV head.
-    pub fn compute(&self, device: &mut Device, needs: Needs) -> Result<Vec<CellScores>, ScoreError> {
+    pub fn compute(&self, device: &mut Device, needs: Needs) -> Result<Vec<CellScores>, ComputeError> {
         let mut scores: Vec<_> = (0..self.layer.n_head_kv).map(|_| CellScores::default()).collect();
         if needs.observed {
             self.add(device, &mut scores, Target::Observed, Needs { each: false, ..needs })?;
@@ -248,7 +144,7 @@ impl LayerGraph<'_> {
         scores: &mut [CellScores],
         target: Target,
         needs: Needs,
-    ) -> Result<(), ScoreError> {
+    ) -> Result<(), ComputeError> {
         let queries = match target {
             Target::Observed => &self.queries.observed,
             Target::Future => &self.queries.future,

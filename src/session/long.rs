@@ -38,7 +38,7 @@ impl Session {
             let part = &tokens[done..];
             let part = &part[..part.len().min(self.step())];
             let ahead = &tokens[done..][(tokens.len() - done).saturating_sub(window)..];
-            let read = self.read_part(part, done + part.len() == tokens.len(), ahead, &mut squeezes);
+            let read = self.read_part(part, tokens.len() - done - part.len(), ahead, &mut squeezes);
             let read = read.and_then(|()| match progress(done + part.len(), tokens.len()) {
                 ControlFlow::Continue(()) => Ok(()),
                 ControlFlow::Break(()) => Err(LlamaError::Cancelled.into()),
@@ -59,10 +59,11 @@ impl Session {
         Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), squeezes })
     }
 
+    /// `left`: tokens of the prompt that come after this part.
     fn read_part(
         &mut self,
         part: &[Token],
-        is_last: bool,
+        left: usize,
         ahead: &[Token],
         squeezes: &mut Squeezes,
     ) -> Result<(), SessionError> {
@@ -71,9 +72,9 @@ impl Session {
         }
         let mut batch = Batch::new(part.len());
         for (i, &token) in part.iter().enumerate() {
-            batch.add(token, self.n_past() + i as Pos, SEQ, is_last && i + 1 == part.len())?;
+            batch.add(token, self.n_past() + i as Pos, SEQ, left == 0 && i + 1 == part.len())?;
         }
-        if let Err(error) = self.decode_batch(&batch, true) {
+        if let Err(error) = self.decode_batch(&batch, Some(left)) {
             self.remove_from(self.n_past());
             return Err(error);
         }

@@ -17,11 +17,12 @@ impl From<MaskError> for SessionError {
 
 impl Session {
     /// Decodes a batch, with the capture on where `captures`. Behind a mask nothing is captured: it is the last vote's.
-    pub(super) fn decode_batch(&mut self, batch: &Batch, captures: bool) -> Result<(), SessionError> {
+    pub(super) fn decode_batch(&mut self, batch: &Batch, left: Option<usize>) -> Result<(), SessionError> {
         match (&mut self.mask, &mut self.voter) {
             (Some(mask), _) => Ok(mask.decode(&mut self.ctx, batch)?),
-            (None, Some(voter)) if captures => {
-                Ok(voter.capture.decode(&mut self.ctx, batch).map_err(VoteError::from)?)
+            (None, Some(voter)) if let Some(left) = left => {
+                let is_observed = left < self.policy.window;
+                Ok(voter.capture.decode(&mut self.ctx, batch, is_observed).map_err(VoteError::from)?)
             }
             _ => Ok(self.ctx.decode(batch)?),
         }

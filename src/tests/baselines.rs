@@ -8,7 +8,8 @@ use crate::cache::{self, Layout};
 use crate::capture::{LogitScale, Queries};
 use crate::llama::Pos;
 use crate::policy::{HeadScores, Needs};
-use crate::score::{LayerQueries, ScoreError, Scorer};
+use crate::backend::ComputeError;
+use crate::score::{LayerQueries, Scorer};
 
 /// Tokens of a short request, and of one with more cells than the scorer compares at once.
 const SHORT: usize = 150;
@@ -44,7 +45,7 @@ fn measure(ctx: &crate::llama::Context, layout: &Layout) -> Vec<Measured> {
             false,
             |il| {
                 let observed = Queries::default();
-                Ok::<_, ScoreError>(LayerQueries { observed, future: queries(layout, il), scale: SCALE })
+                Ok::<_, ComputeError>(LayerQueries { observed, future: queries(layout, il), scale: SCALE })
             },
             |_, s: &HeadScores| {
                 out.push(Measured {

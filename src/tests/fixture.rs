@@ -86,7 +86,7 @@ pub fn captured(ctx: &mut Context, tokens: &[Token]) -> Capture {
     for (i, &token) in tokens.iter().enumerate() {
         batch.add(token, i as Pos, 0, i + 1 == tokens.len()).expect("the batch has room");
     }
-    capture.decode(ctx, &batch).expect("decodes");
+    capture.decode(ctx, &batch, true).expect("decodes");
     capture
 }
 

@@ -4,7 +4,8 @@ use super::fixture::*;
 use crate::cache::Layout;
 use crate::llama::Pos;
 use crate::policy::{self, HeadScores, Kind, Needs, Params, Shape};
-use crate::score::{LayerQueries, ScoreError, Scorer};
+use crate::backend::ComputeError;
+use crate::score::{LayerQueries, Scorer};
 
 const N: usize = 300;
 
@@ -57,7 +58,7 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
                 let n_q = observed.data.len() / observed.pos.len();
                 future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
                 future.pos.push(last);
-                Ok::<_, ScoreError>(LayerQueries { observed, future, scale: capture.logit_scale(il) })
+                Ok::<_, ComputeError>(LayerQueries { observed, future, scale: capture.logit_scale(il) })
             },
             |head, s: &HeadScores| {
                 policy.observe(head, s);

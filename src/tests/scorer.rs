@@ -8,7 +8,8 @@ use crate::cache::{self, Layout};
 use crate::capture::{LogitScale, Queries};
 use crate::llama::{Context, Pos};
 use crate::policy::{HeadScores, Needs};
-use crate::score::{LayerQueries, ScoreError, Scorer};
+use crate::backend::ComputeError;
+use crate::score::{LayerQueries, Scorer};
 
 const N: usize = 200;
 const SCALE: LogitScale = LogitScale { pre: 1.0, post: 0.125, softcap: false };
@@ -38,7 +39,7 @@ fn run(ctx: &Context, layout: &Layout, scale: LogitScale, account_error: bool) -
             Needs { future: true, observed: true, each: true, ..Needs::default() },
             account_error,
             |il| {
-                Ok::<_, ScoreError>(LayerQueries {
+                Ok::<_, ComputeError>(LayerQueries {
                     observed: random_queries(layout, il, &observed_pos()),
                     future: random_queries(layout, il, &[N as Pos; 5]),
                     scale,

@@ -72,8 +72,8 @@ impl Vote<'_> {
         Ok((selection, report))
     }
 
-    /// Sees to it that the queries of the newest tokens are known, those of an answer too, which is decoded without the
-    /// capture: they are computed once more. The cache is as before afterwards.
+    /// Sees to it that the queries of the newest tokens are known, those of an answer or of an app's prompt too, of which none
+    /// were read: they are computed once more. The cache is as before afterwards.
     ///
     /// # Errors
     /// [`VoteError`]; the cache is then as before.
@@ -82,11 +82,13 @@ impl Vote<'_> {
         let Self { ctx, voter, sequence, .. } = self;
         let (seq, n_past) = (sequence.id, sequence.n_past);
         let known = voter.capture.window(seq, 0, n_past - 1).map_or(0, |queries| queries.pos.len());
-        let n = voter.policy.window.min((n_past - sequence.exact_from) as usize).min(sequence.tokens.len());
-        let tokens = &sequence.tokens[sequence.tokens.len() - n..];
-        if known >= n || tokens.iter().any(|&token| token < 0) {
+        let most = voter.policy.window.min((n_past - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
+        // embeddings cannot be decoded once more
+        let n = sequence.tokens.iter().rev().take(most).take_while(|token| **token >= 0).count();
+        if known >= n {
             return Ok(());
         }
+        let tokens = &sequence.tokens[sequence.tokens.len() - n..];
         let first = n_past - n as Pos;
         let mut parked = Parked::new(ctx, seq, n)?;
         parked.hide_from(first);
@@ -96,7 +98,7 @@ impl Vote<'_> {
             for (i, &token) in part.iter().enumerate() {
                 batch.add(token, first + (start + i) as Pos, seq, false)?;
             }
-            voter.capture.decode(&mut parked, &batch)?;
+            voter.capture.decode(&mut parked, &batch, true)?;
         }
         Ok(())
     }

@@ -60,7 +60,7 @@ struct Reordered<'a> {
 
 impl<'a> Reordered<'a> {
     fn new(ctx: &'a mut Context, seq: SeqId, ranking: &'a Ranking) -> Result<Self, VoteError> {
-        let rows = Reorder::of(ctx, seq)?;
+        let mut rows = Reorder::of(ctx, seq)?;
         rows.permute(ctx, &|head| by_rank(ranking, head));
         Ok(Self { ctx, rows, ranking })
     }

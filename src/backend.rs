@@ -1,0 +1,19 @@
+//! ggml back ends of our own, beside those that llama.cpp decodes with: what is computed about a tensor is computed where the
+//! tensor lies, so that only results cross the bus, or the wire.
+
+mod device;
+mod graph;
+
+pub(crate) use self::device::{Device, Devices, place};
+pub(crate) use self::graph::{Builder, Tensor, read, recompute};
+
+/// Why something could not be computed.
+#[derive(Debug, thiserror::Error)]
+pub enum ComputeError {
+    #[error("out of memory ({0}): lower -ub, -c or --samples")]
+    Memory(&'static str),
+    #[error("the back end that holds the KV cache cannot be started a second time; --policy full runs the model as it is")]
+    Backend,
+    #[error("a graph of gvote's own failed (ggml status {0}); --policy full runs the model as it is")]
+    Failed(i32),
+}

@@ -1,0 +1,148 @@
+//! Small graphs that are built, computed and forgotten.
+
+use super::{ComputeError, Device};
+use crate::sys;
+
+pub(crate) type Tensor = *mut sys::ggml_tensor;
+
+/// A graph under construction, with the data its inputs get.
+pub(crate) struct Builder {
+    pub(crate) ctx: *mut sys::ggml_context,
+    graph: *mut sys::ggml_cgraph,
+    inputs: Vec<(Tensor, Vec<f32>)>,
+}
+
+impl Drop for Builder {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, freed once; the tensors' data belongs to the allocator.
+        unsafe { sys::ggml_free(self.ctx) };
+    }
+}
+
+impl Builder {
+    /// A graph of at most `n_nodes` tensors.
+    pub fn new(n_nodes: usize) -> Result<Self, ComputeError> {
+        // SAFETY: a context for descriptions only; sizes come from ggml.
+        unsafe {
+            let ctx = sys::ggml_init(sys::ggml_init_params {
+                mem_size: n_nodes * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(n_nodes, false),
+                mem_buffer: std::ptr::null_mut(),
+                no_alloc: true,
+            });
+            if ctx.is_null() {
+                return Err(ComputeError::Memory("graph"));
+            }
+            let graph = sys::ggml_new_graph_custom(ctx, n_nodes, false);
+            Ok(Self { ctx, graph, inputs: Vec::new() })
+        }
+    }
+
+    pub fn input(&mut self, ne: [usize; 3], data: Vec<f32>) -> Tensor {
+        debug_assert_eq!(data.len(), ne.iter().product::<usize>());
+        // SAFETY: the context has room for the tensor.
+        let t = unsafe {
+            let t = sys::ggml_new_tensor_3d(self.ctx, sys::GGML_TYPE_F32, ne[0] as i64, ne[1] as i64, ne[2] as i64);
+            sys::ggml_set_input(t);
+            t
+        };
+        self.inputs.push((t, data));
+        t
+    }
+
+    /// Numbers of rows.
+    pub fn indices(&mut self, ne: [usize; 3], rows: impl IntoIterator<Item = u32>) -> Tensor {
+        // the same four bytes an element; nothing in the graph reads them as floats
+        let t = self.input(ne, rows.into_iter().map(f32::from_bits).collect());
+        // SAFETY: a fresh tensor of this context.
+        unsafe { (*t).type_ = sys::GGML_TYPE_I32 };
+        t
+    }
+
+    /// What another graph has computed, as a matrix `[ne0, ne1]` to begin with: this one does not compute it again.
+    ///
+    /// # Safety
+    /// `t` is contiguous, has been computed, and stays as it is until this graph has been.
+    pub unsafe fn computed(&self, t: &sys::ggml_tensor, ne: [i64; 2]) -> Tensor {
+        // SAFETY: see above; the context has room for the tensor.
+        unsafe {
+            let leaf = sys::ggml_new_tensor_2d(self.ctx, t.type_, ne[0], ne[1]);
+            (*leaf).buffer = t.view_src.as_ref().map_or(t.buffer, |src| src.buffer);
+            (*leaf).data = t.data;
+            leaf
+        }
+    }
+
+    /// Appends a node; ggml keeps the order of these calls.
+    pub fn run(&mut self, t: Tensor) -> Tensor {
+        // SAFETY: the tensor belongs to this context.
+        unsafe { sys::ggml_build_forward_expand(self.graph, t) };
+        t
+    }
+
+    pub fn output(&mut self, t: Tensor) -> Tensor {
+        // SAFETY: the tensor belongs to this context.
+        unsafe { sys::ggml_set_output(t) };
+        self.run(t)
+    }
+
+    /// `sum` plus one more of its shape; the first one becomes the sum.
+    pub fn sum(&mut self, sum: Tensor, more: Tensor) -> Tensor {
+        if sum.is_null() {
+            return self.output(more);
+        }
+        // SAFETY: same shapes; the sum is an output, so its memory stays ours.
+        let added = unsafe { sys::ggml_add_inplace(self.ctx, sum, more) };
+        self.run(added);
+        sum
+    }
+
+    /// Takes the memory that the graph needs, so that [`Self::compute`] of this graph, or a smaller one, finds it there.
+    pub fn reserve(&mut self, device: &mut Device) -> Result<(), ComputeError> {
+        // planned anew each time: a plan for a graph of the same size would be taken over, though other tensors must stay
+        // SAFETY: the graph is complete.
+        let done = unsafe { sys::gvote_shim_alloc_graph(device.allocator(), self.graph) };
+        if done { Ok(()) } else { Err(ComputeError::Memory("compute buffer")) }
+    }
+
+    pub fn compute(&mut self, device: &mut Device) -> Result<(), ComputeError> {
+        self.reserve(device)?;
+        // SAFETY: inputs are allocated before they are set and sized as declared.
+        unsafe {
+            for (t, data) in self.inputs.drain(..) {
+                sys::ggml_backend_tensor_set(t, data.as_ptr().cast(), 0, std::mem::size_of_val(&data[..]));
+            }
+        }
+        self.run_on(device)
+    }
+
+    fn run_on(&self, device: &Device) -> Result<(), ComputeError> {
+        // SAFETY: every tensor of the graph has memory.
+        match unsafe { sys::gvote_shim_graph_compute(device.backend(), self.graph) } {
+            sys::GGML_STATUS_SUCCESS => Ok(()),
+            sys::GGML_STATUS_ALLOC_FAILED => Err(ComputeError::Memory("computing")),
+            status => Err(ComputeError::Failed(status)),
+        }
+    }
+}
+
+/// Computes nodes of another graph, in this order and where they are.
+///
+/// # Errors
+/// [`ComputeError`].
+///
+/// # Safety
+/// The nodes lie on the device, have memory, and all that they need has been computed.
+pub(crate) unsafe fn recompute(device: &Device, nodes: &[Tensor]) -> Result<(), ComputeError> {
+    let b = Builder::new(nodes.len())?;
+    for &node in nodes {
+        // SAFETY: the node lives, and the graph has room.
+        unsafe { sys::ggml_graph_add_node(b.graph, node) };
+    }
+    b.run_on(device)
+}
+
+/// Reads a contiguous f32 result of `out.len()` elements.
+pub(crate) fn read(out: &mut [f32], t: Tensor) {
+    // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks the size.
+    unsafe { sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, size_of_val(out)) };
+}

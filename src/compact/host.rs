@@ -1,0 +1,146 @@
+//! Rows in memory that the host can work on, or has fetched.
+
+use super::Moves;
+use crate::backend;
+use crate::cache::Layout;
+use crate::sys;
+
+/// Moves the rows of one layer. `moves`: of each of its heads. `ascending`: no cell receives a row before it has given its own.
+///
+/// # Safety
+/// The cache is idle, and no other thread works on this layer.
+pub(super) unsafe fn move_layer(layout: &Layout, layer: &sys::gvote_shim_layer, moves: &[Moves], ascending: bool) {
+    let stream = layout.info.stream as usize;
+    let mut buffer = Vec::new();
+    // SAFETY: see above.
+    let (mut k, mut v) = unsafe { (Storage::fetch(layer.k, stream), Storage::fetch(layer.v, stream)) };
+    for (kv, moves) in moves.iter().enumerate() {
+        let mut gather = |rows: Rows| {
+            // SAFETY: rows of this layer and head only, see rows_of_head.
+            unsafe { gather(rows, moves, ascending, &mut buffer) };
+        };
+        rows_of_head(layout, layer, kv, &mut k, &mut v, &mut gather);
+    }
+    k.put_back();
+    v.put_back();
+}
+
+/// One stream of a K or V tensor, where the host can work on it.
+struct Storage<'a> {
+    tensor: &'a sys::ggml_tensor,
+    /// Of the stream, in the tensor.
+    offset: usize,
+    /// The stream's bytes, if the tensor itself cannot be reached.
+    copy: Option<Vec<u8>>,
+}
+
+impl<'a> Storage<'a> {
+    /// # Safety
+    /// `tensor` is a storage tensor of the cache, and nobody else uses the stream until this is put back.
+    unsafe fn fetch(tensor: *mut sys::ggml_tensor, stream: usize) -> Self {
+        // SAFETY: the stream is nb[2] bytes of a tensor that lives as long as the context.
+        unsafe {
+            let tensor: &sys::ggml_tensor = &*tensor;
+            let offset = stream * tensor.nb[2];
+            let copy = (!backend::place(tensor.buffer).is_null()).then(|| {
+                let mut bytes = vec![0; tensor.nb[2]];
+                sys::ggml_backend_tensor_get(tensor, bytes.as_mut_ptr().cast(), offset, bytes.len());
+                bytes
+            });
+            Self { tensor, offset, copy }
+        }
+    }
+
+    fn base(&mut self) -> *mut u8 {
+        match &mut self.copy {
+            Some(copy) => copy.as_mut_ptr(),
+            // SAFETY: host memory, and the stream lies inside the tensor.
+            None => unsafe { self.tensor.data.cast::<u8>().add(self.offset) },
+        }
+    }
+
+    fn put_back(self) {
+        if let Some(copy) = self.copy {
+            let tensor = std::ptr::from_ref(self.tensor).cast_mut();
+            // SAFETY: the range that was fetched.
+            unsafe { sys::ggml_backend_tensor_set(tensor, copy.as_ptr().cast(), self.offset, copy.len()) };
+        }
+    }
+}
+
+/// A block of equal rows in host memory: cell i starts at `base + i * stride`.
+#[derive(Clone, Copy)]
+struct Rows {
+    base: *mut u8,
+    stride: usize,
+    bytes: usize,
+}
+
+/// Calls `f` with the rows of one head: one block of K, and one of V, or one for each channel of a transposed V.
+fn rows_of_head(
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    kv: usize,
+    k: &mut Storage,
+    v: &mut Storage,
+    f: &mut impl FnMut(Rows),
+) {
+    let (k_base, v_base) = (k.base(), v.base());
+    // SAFETY: offsets stay inside the streams of llama_kv_cache (see get_k and get_v).
+    unsafe {
+        let bytes = sys::ggml_row_size(k.tensor.type_, i64::from(layer.n_embd_head_k));
+        f(Rows { base: k_base.add(kv * bytes), stride: k.tensor.nb[1], bytes });
+
+        let d = layer.n_embd_head_v as usize;
+        if layout.info.v_trans {
+            let bytes = sys::ggml_type_size(v.tensor.type_);
+            for channel in kv * d..(kv + 1) * d {
+                f(Rows { base: v_base.add(channel * layout.n_cells() * bytes), stride: bytes, bytes });
+            }
+        } else {
+            let bytes = sys::ggml_row_size(v.tensor.type_, d as i64);
+            f(Rows { base: v_base.add(kv * bytes), stride: v.tensor.nb[1], bytes });
+        }
+    }
+}
+
+/// # Safety
+/// Every cell in `moves` has a row in `rows`, and nobody else touches them.
+unsafe fn gather(rows: Rows, moves: &Moves, ascending: bool, buffer: &mut Vec<u8>) {
+    // the sizes that transposed f16 and f32 values have become plain loads and stores
+    // SAFETY: passed on.
+    unsafe {
+        match rows.bytes {
+            2 => gather_sized::<2>(rows, moves, ascending, buffer),
+            4 => gather_sized::<4>(rows, moves, ascending, buffer),
+            _ => gather_sized::<0>(rows, moves, ascending, buffer),
+        }
+    }
+}
+
+/// # Safety
+/// See [`gather`]; `N` is the rows' size, or 0 for any.
+unsafe fn gather_sized<const N: usize>(rows: Rows, moves: &Moves, ascending: bool, buffer: &mut Vec<u8>) {
+    let bytes = if N == 0 { rows.bytes } else { N };
+    // SAFETY: cell indices are below the stream's size, so every row lies inside the tensor.
+    let row = |cell: usize| unsafe { rows.base.add(cell * rows.stride) };
+    if ascending {
+        for (c, &to) in moves.to.iter().enumerate() {
+            let from = moves.from(c);
+            if from != to as usize {
+                // SAFETY: different rows do not overlap.
+                unsafe { std::ptr::copy_nonoverlapping(row(from), row(to as usize), bytes) };
+            }
+        }
+        return;
+    }
+    buffer.clear();
+    for c in 0..moves.to.len() {
+        // SAFETY: one row.
+        buffer.extend_from_slice(unsafe { std::slice::from_raw_parts(row(moves.from(c)), bytes) });
+    }
+    for (kept, &to) in buffer.chunks_exact(bytes).zip(moves.to) {
+        // SAFETY: the buffer is ours, the row is the cache's.
+        unsafe { std::ptr::copy_nonoverlapping(kept.as_ptr(), row(to as usize), bytes) };
+    }
+}
