@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use common::{DATA, Error, median, prefill};
-use gvote::llama::{Batch, Context, ContextParams, FlashAttention, Model, Token};
+use gvote::llama::{Batch, CacheType, Context, ContextParams, FlashAttention, LlamaError, Model, Token};
 use gvote::policy::{Kind, Params};
 use gvote::session::CompressReport;
-use gvote::{Session, SessionParams};
+use gvote::{Session, SessionError, SessionParams};
+use serde::Serialize;
 
 #[derive(Parser)]
 #[command(about, bin_name = "cost")]
@@ -23,8 +24,11 @@ struct Cli {
     /// Passed by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
-    #[arg(short, long, default_value_os_t = common::default_model())]
-    model: PathBuf,
+    #[command(flatten)]
+    model: common::ModelArgs,
+    /// A text to read [default: WikiText-2, and random tokens where the model has no tokenizer]
+    #[arg(short, long)]
+    file: Option<PathBuf>,
     /// Prompt lengths, tokens
     #[arg(short, value_delimiter = ',', default_value = "4096,8192")]
     prompt: Vec<usize>,
@@ -42,6 +46,24 @@ struct Cli {
     /// on, off, or the faster of the two for prefill and for decoding (best)
     #[arg(long, default_value = "best")]
     flash_attn: String,
+    /// Most tokens computed at once
+    #[arg(long, default_value_t = ContextParams::default().n_ubatch)]
+    ubatch_size: u32,
+    /// Type of the K cache
+    #[arg(long, default_value = "f16")]
+    cache_type_k: CacheType,
+    /// Type of the V cache
+    #[arg(long, default_value = "f16")]
+    cache_type_v: CacheType,
+    /// Share of the cells that a vote keeps at most: of random weights a vote may keep all
+    #[arg(long)]
+    cap: Option<f64>,
+    /// What the memory that holds the cache can move, GB/s: how near to it the steps come
+    #[arg(long)]
+    bandwidth: Option<f64>,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
 }
 
 /// Counts the heap that Rust code holds, and its peak.
@@ -108,18 +130,21 @@ impl Bench<'_> {
             n_ctx: (n + (self.args.rounds + 1) * self.args.n + 64) as u32,
             n_threads: self.args.threads,
             n_threads_batch: self.args.threads,
+            n_ubatch: self.args.ubatch_size,
             flash_attn: flash,
+            type_k: self.args.cache_type_k,
+            type_v: self.args.cache_type_v,
             ..ContextParams::default()
         }
     }
 
-    fn session(&self, kind: Kind, n: usize, flash: FlashAttention) -> Result<Session, Error> {
-        let params = SessionParams {
-            context: self.context_params(n, flash),
-            policy: Params::new(kind),
-            ..SessionParams::default()
-        };
-        Ok(Session::new(&self.model, &params)?)
+    fn session(&self, kind: Kind, n: usize, flash: FlashAttention) -> Result<Session, SessionError> {
+        let mut policy = Params::new(kind);
+        if kind != Kind::Full {
+            policy.max_cells = self.args.cap.map(|share| (share * n as f64) as usize);
+        }
+        let params = SessionParams { context: self.context_params(n, flash), policy, ..SessionParams::default() };
+        Session::new(&self.model, &params)
     }
 
     fn prompt(&self, n: usize) -> &[Token] {
@@ -154,23 +179,43 @@ impl Bench<'_> {
         }
         let mut seconds = Vec::new();
         for flash in [FlashAttention::Off, FlashAttention::On] {
-            let mut session = self.session(Kind::Full, n, flash)?;
+            let mut session = match self.session(Kind::Full, n, flash) {
+                Ok(session) => session,
+                // its buffers do not fit, or the cache's types need the other setting
+                Err(SessionError::Llama(error @ (LlamaError::Context { .. } | LlamaError::QuantizedV(_)))) => {
+                    eprintln!("{n:>6}  flash attention {flash:?} is left out: {error}");
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            self.warm_up(n, flash)?;
             let read = prefill(&mut session, self.prompt(n))?;
             let wrote = self.decode(&mut session)?;
-            println!(
-                "{n:>6}  flash attention {flash:?}: prefill {:.0} t/s, decode {:.1} t/s",
-                n as f64 / read,
-                self.args.n as f64 / wrote
-            );
+            let out = self.table(n, "choice", flash);
+            out.row("prefill", &[n as f64 / read], "t/s", None)?;
+            out.row("decode", &[self.args.n as f64 / wrote], "t/s", None)?;
             seconds.push((flash, read, wrote));
         }
+        if seconds.is_empty() {
+            return Err(format!("no context for {n} tokens can be made: see above").into());
+        }
         let best = |key: fn(&(FlashAttention, f64, f64)) -> f64| {
-            seconds.iter().min_by(|a, b| key(a).total_cmp(&key(b))).map_or(FlashAttention::Off, |s| s.0)
+            seconds.iter().min_by(|a, b| key(a).total_cmp(&key(b))).map_or(FlashAttention::Auto, |s| s.0)
         };
         Ok((best(|s| s.1), best(|s| s.2)))
     }
 
+    /// The first run of a kernel loads it: reads, votes and decodes once.
+    fn warm_up(&self, n: usize, flash: FlashAttention) -> Result<(), Error> {
+        let n = n.min(2 * self.args.ubatch_size as usize);
+        let mut session = self.session(Kind::Gvote, n, flash)?;
+        prefill(&mut session, self.prompt(n))?;
+        session.compress()?;
+        self.decode(&mut session).map(drop)
+    }
+
     fn prefill_and_vote(&self, n: usize, flash: FlashAttention) -> Result<(), Error> {
+        self.warm_up(n, flash)?;
         let (mut off, mut on, mut votes) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.args.repetitions {
             off.push(prefill(&mut self.session(Kind::Full, n, flash)?, self.prompt(n))?);
@@ -179,27 +224,43 @@ impl Bench<'_> {
             votes.push(self.compress(&mut session)?);
         }
         let ratio: Vec<f64> = on.iter().zip(&off).map(|(on, off)| on / off).collect();
-        println!("{n:>6}  flash attention {flash:?}, median of {} (min .. max)", self.args.repetitions);
-        row("prefill, capture off", &off, "s", None);
-        row("prefill, capture on / off", &ratio, "", Some(1.03));
+        let out = self.table(n, "prefill", flash);
+        out.row("prefill, capture off", &off, "s", None)?;
+        out.row("prefill speed, capture off", &off.iter().map(|s| n as f64 / s).collect::<Vec<_>>(), "t/s", None)?;
+        out.row("prefill, capture on / off", &ratio, "", Some(1.03))?;
         let part = |f: fn(&CompressReport) -> f64| votes.iter().map(|v| f(&v.report)).collect::<Vec<f64>>();
-        row("probe", &part(|r| 1e3 * r.probe_time.as_secs_f64()), "ms", None);
-        row("score", &part(|r| 1e3 * r.score_time.as_secs_f64()), "ms", None);
-        row("select", &part(|r| 1e3 * r.select_time.as_secs_f64()), "ms", None);
-        row("trial", &part(|r| 1e3 * r.trial_time.as_secs_f64()), "ms", None);
-        row("compact", &part(|r| 1e3 * r.compact_time.as_secs_f64()), "ms", None);
+        out.row("cells after", &part(|r| r.cells_after as f64), "", None)?;
+        out.row("probe", &part(|r| 1e3 * r.probe_time.as_secs_f64()), "ms", None)?;
+        out.row("score", &part(|r| 1e3 * r.score_time.as_secs_f64()), "ms", None)?;
+        out.row("select", &part(|r| 1e3 * r.select_time.as_secs_f64()), "ms", None)?;
+        out.row("trial", &part(|r| 1e3 * r.trial_time.as_secs_f64()), "ms", None)?;
+        out.row("compact", &part(|r| 1e3 * r.compact_time.as_secs_f64()), "ms", None)?;
         let share = |time: fn(&CompressReport) -> Duration| {
             let shares = votes.iter().zip(&off).map(|(v, off)| 100.0 * time(&v.report).as_secs_f64() / off);
             shares.collect::<Vec<f64>>()
         };
-        row("vote and compaction / prefill", &share(|r| r.time() - r.trial_time), "%", Some(2.0));
-        row("trial / prefill", &share(|r| r.trial_time), "%", None);
+        let voted = share(|r| r.time() - r.trial_time);
+        out.row("vote and compaction / prefill", &voted, "%", Some(2.0))?;
+        let all: Vec<f64> = voted.iter().zip(&ratio).map(|(voted, ratio)| voted + 100.0 * (ratio - 1.0)).collect();
+        out.row("capture, vote and compaction / prefill", &all, "%", Some(5.0))?;
+        out.row("trial / prefill", &share(|r| r.trial_time), "%", None)?;
+
+        // the least that must be moved: every key and value is read, what stays is read and written
+        let bytes =
+            |f: fn(&CompressReport) -> usize| median(&votes.iter().map(|v| f(&v.report) as f64).collect::<Vec<_>>());
+        out.moved("score: K and V read once", bytes(|r| r.kv_bytes_before), &part(|r| r.score_time.as_secs_f64()))?;
+        out.moved(
+            "compact: rows read and written",
+            bytes(|r| 2 * r.kv_bytes_after),
+            &part(|r| r.compact_time.as_secs_f64()),
+        )?;
+
         let of_kv = |bytes: f64, v: &Compression| 100.0 * bytes / v.report.kv_bytes_before as f64;
         let counted: Vec<f64> = votes.iter().map(|v| of_kv(v.counted, v)).collect();
-        row("transient heap and compute / KV", &counted, "%", Some(5.0));
+        out.row("transient heap and compute / KV", &counted, "%", Some(5.0))?;
         let resident: Vec<f64> = votes.iter().filter_map(|v| Some(of_kv(v.resident?, v))).collect();
         if !resident.is_empty() {
-            row("growth of resident memory / KV", &resident, "%", None);
+            out.row("growth of resident memory / KV", &resident, "%", None)?;
         }
         Ok(())
     }
@@ -208,6 +269,7 @@ impl Bench<'_> {
         let mut compressed = self.session(Kind::Gvote, n, flash)?;
         prefill(&mut compressed, self.prompt(n))?;
         let cells = compressed.compress()?.cells_after;
+        let bytes_per_cell = compressed.bytes_per_cell().unwrap_or(0);
         let mut short = self.session(Kind::Full, n, flash)?;
         prefill(&mut short, self.prompt(cells))?;
         let mut full = self.session(Kind::Full, n, flash)?;
@@ -222,15 +284,26 @@ impl Bench<'_> {
         }
         let rate = |i: usize| seconds[i].iter().map(|s| self.args.n as f64 / s).collect::<Vec<f64>>();
         let ratio = |i: usize, j: usize| seconds[i].iter().zip(&seconds[j]).map(|(a, b)| a / b).collect::<Vec<f64>>();
-        println!("{n:>6}  decoding, flash attention {flash:?}, median of {} (min .. max)", self.args.rounds);
-        row(&format!("compressed to {cells} cells"), &rate(0), "t/s", None);
-        row(&format!("full cache of {cells} tokens"), &rate(1), "t/s", None);
-        row(&format!("full cache of {n} tokens"), &rate(2), "t/s", None);
-        row(&format!("llama.cpp alone, {n} tokens"), &rate(3), "t/s", None);
-        row("time compressed / full of as many cells", &ratio(0, 1), "", Some(1.03));
-        row("time --policy full / llama.cpp alone", &ratio(2, 3), "", Some(1.01));
-        row("speedup by compression", &ratio(2, 0), "", None);
+        let out = self.table(n, "decode", flash);
+        out.row(&format!("compressed to {cells} cells"), &rate(0), "t/s", None)?;
+        out.row(&format!("full cache of {cells} tokens"), &rate(1), "t/s", None)?;
+        out.row(&format!("full cache of {n} tokens"), &rate(2), "t/s", None)?;
+        out.row(&format!("llama.cpp alone, {n} tokens"), &rate(3), "t/s", None)?;
+        out.row("time compressed / full of as many cells", &ratio(0, 1), "", Some(1.03))?;
+        out.row("time --policy full / llama.cpp alone", &ratio(2, 3), "", Some(1.01))?;
+        out.row("speedup by compression", &ratio(2, 0), "", None)?;
+        let a_token = |i: usize| seconds[i].iter().map(|s| s / self.args.n as f64).collect::<Vec<f64>>();
+        let read = |cells: usize| self.model.size() as f64 + (cells * bytes_per_cell) as f64;
+        out.moved("compressed: weights and KV read once", read(cells), &a_token(0))?;
+        out.moved("full: weights and KV read once", read(n), &a_token(2))?;
         Ok(())
+    }
+
+    fn table(&self, prompt: usize, part: &'static str, flash: FlashAttention) -> Table<'_> {
+        if !self.args.json {
+            println!("{prompt:>6}  {part}, flash attention {flash:?}: median (min .. max)");
+        }
+        Table { args: self.args, prompt, part, flash_attn: flash == FlashAttention::On }
     }
 }
 
@@ -271,32 +344,94 @@ impl Plain {
     }
 }
 
-/// Prints a median with its range, and whether it holds the target.
-fn row(name: &str, values: &[f64], unit: &str, target: Option<f64>) {
-    let min = values.iter().copied().fold(f64::INFINITY, f64::min);
-    let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let middle = median(values);
-    let verdict = match target {
-        Some(t) if middle <= t => format!("   target {t}: holds"),
-        Some(t) => format!("   target {t}: MISSED"),
-        None => String::new(),
+/// Where the figures of a measurement go.
+struct Table<'a> {
+    args: &'a Cli,
+    prompt: usize,
+    part: &'static str,
+    flash_attn: bool,
+}
+
+/// A figure with what it is of.
+#[derive(Serialize)]
+struct Figure<'a> {
+    prompt: usize,
+    part: &'a str,
+    flash_attn: bool,
+    name: &'a str,
+    median: f64,
+    min: f64,
+    max: f64,
+    unit: &'a str,
+    target: Option<f64>,
+}
+
+impl Table<'_> {
+    /// Prints a median with its range, and whether it holds the target.
+    fn row(&self, name: &str, values: &[f64], unit: &str, target: Option<f64>) -> Result<(), Error> {
+        let min = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let median = median(values);
+        if self.args.json {
+            let Self { prompt, part, flash_attn, .. } = *self;
+            let figure = Figure { prompt, part, flash_attn, name, median, min, max, unit, target };
+            println!("{}", serde_json::to_string(&figure)?);
+            return Ok(());
+        }
+        let verdict = match target {
+            Some(t) if median <= t => format!("   target {t}: holds"),
+            Some(t) => format!("   target {t}: MISSED"),
+            None => String::new(),
+        };
+        println!("        {name:42} {median:>9.3} {unit:4} ({min:.3} .. {max:.3}){verdict}");
+        Ok(())
+    }
+
+    /// The same of bytes that had to be moved in each of some times, and their share of what the memory could.
+    fn moved(&self, name: &str, bytes: f64, seconds: &[f64]) -> Result<(), Error> {
+        let rates: Vec<f64> = seconds.iter().map(|s| bytes / s / 1e9).collect();
+        self.row(&format!("{name}, {:.3} GB", bytes / 1e9), &rates, "GB/s", None)?;
+        if let Some(most) = self.args.bandwidth {
+            let shares: Vec<f64> = rates.iter().map(|rate| 100.0 * rate / most).collect();
+            self.row(&format!("{name}, of {most} GB/s"), &shares, "%", None)?;
+        }
+        Ok(())
+    }
+}
+
+/// Tokens to read: of a text, or random ones for a model that reads none; none where the text is missing.
+fn tokens(args: &Cli, model: &Model) -> Result<Option<Vec<Token>>, Error> {
+    let n = args.prompt.iter().copied().max().unwrap_or(0).max(args.n);
+    if let Err(LlamaError::Tokenize) = model.tokenize("", false, false) {
+        return Ok(Some(common::random_tokens(model, n)));
+    }
+    let wikitext = PathBuf::from(DATA).join("wikitext2/wiki.test.raw");
+    let path = args.file.as_ref().unwrap_or(&wikitext);
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(_) if args.file.is_none() => return Ok(None),
+        Err(error) => return Err(format!("{}: {error}", path.display()).into()),
     };
-    println!("        {name:42} {middle:>9.3} {unit:4} ({min:.3} .. {max:.3}){verdict}");
+    let tokens = model.tokenize(&text, true, false)?;
+    if tokens.len() < n {
+        return Err(format!("{} has {} tokens, and {n} are to be read", path.display(), tokens.len()).into());
+    }
+    Ok(Some(tokens))
 }
 
 fn main() -> Result<(), Error> {
-    let args = Cli::parse();
-    let path = PathBuf::from(DATA).join("wikitext2/wiki.test.raw");
-    let Ok(text) = std::fs::read_to_string(&path) else {
-        println!("skipped: {} is missing", path.display());
+    let args = Cli::parse_from(common::arguments());
+    let model = args.model.load()?;
+    let Some(tokens) = tokens(&args, &model)? else {
+        println!("skipped: WikiText-2 is missing; give a text with -f");
         return Ok(());
     };
-    let model = common::load_model(&args.model)?;
-    let tokens = model.tokenize(&text, true, false)?;
     let bench = Bench { args: &args, model, tokens };
     // pages the weights in
-    bench.session(Kind::Full, 64, FlashAttention::Off)?.prefill(bench.prompt(64), |_, _| ControlFlow::Continue(()))?;
-    println!("{}, {} threads", bench.model.description(), args.threads);
+    bench.session(Kind::Full, 64, FlashAttention::Auto)?.prefill(bench.prompt(64), |_, _| ControlFlow::Continue(()))?;
+    if !args.json {
+        println!("{}, {} threads", bench.model.description(), args.threads);
+    }
     for &n in &args.prompt {
         let (for_prefill, for_decode) = bench.choose_flash(n)?;
         bench.prefill_and_vote(n, for_prefill)?;

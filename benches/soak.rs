@@ -6,12 +6,11 @@
 mod common;
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
 use common::{Error, median};
-use gvote::llama::{ContextParams, Sampler, SamplerParams};
+use gvote::llama::{ContextParams, LlamaError, Sampler, SamplerParams};
 use gvote::session::Stop;
 use gvote::{Session, SessionParams};
 
@@ -29,8 +28,8 @@ struct Cli {
     /// Passed by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
-    #[arg(short, long, default_value_os_t = common::default_model())]
-    model: PathBuf,
+    #[command(flatten)]
+    model: common::ModelArgs,
     /// Tokens to generate
     #[arg(short, default_value_t = 100_000)]
     n: usize,
@@ -53,12 +52,12 @@ fn resident() -> Result<f64, Error> {
 }
 
 fn main() -> Result<(), Error> {
-    let args = Cli::parse();
+    let args = Cli::parse_from(common::arguments());
     let parts = args.n / args.every as usize;
     if parts < PARTS {
         return Err(format!("{PARTS} parts are the least: raise -n or lower --every").into());
     }
-    let model = common::load_model(&args.model)?;
+    let model = args.model.load()?;
     let context = ContextParams {
         n_ctx: args.cells,
         n_threads: args.threads,
@@ -68,8 +67,12 @@ fn main() -> Result<(), Error> {
     let mut session = Session::new(&model, &SessionParams { context, ..SessionParams::default() })?;
     let mut sampler = Sampler::new(&model, &SamplerParams { seed: 1, ..SamplerParams::default() });
     // the model may end its text whenever it likes: then another begins
-    let start = model.tokenize("Once upon a time", true, false)?;
-    let again = model.tokenize("\n\nOnce upon a time", false, false)?;
+    let read = |text: &str, add_special: bool| match model.tokenize(text, add_special, false) {
+        Err(LlamaError::Tokenize) => Ok(common::random_tokens(&model, text.len())),
+        tokens => tokens,
+    };
+    let start = read("Once upon a time", true)?;
+    let again = read("\n\nOnce upon a time", false)?;
     session.prefill(&start, |_, _| ControlFlow::Continue(()))?;
 
     println!("{}, {} cells, {} threads", model.description(), args.cells, args.threads);

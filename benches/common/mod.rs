@@ -2,10 +2,13 @@
 #![allow(dead_code)] // each bench program uses its own part of it
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use clap::Args;
 use gvote::Session;
 use gvote::llama::{Model, ModelParams, Token};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 pub type Error = Box<dyn std::error::Error>;
 
@@ -18,8 +21,37 @@ pub fn default_model() -> PathBuf {
     cache.join("gvote/models/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
-pub fn load_model(path: &Path) -> Result<Model, Error> {
-    Ok(Model::load(path, &ModelParams::default(), |_| true)?)
+#[derive(Args)]
+pub struct ModelArgs {
+    #[arg(short, long, default_value_os_t = default_model())]
+    pub model: PathBuf,
+    /// Layers to keep on the GPU, where there is one; -1: as many as fit
+    #[arg(long, default_value_t = ModelParams::default().n_gpu_layers, allow_negative_numbers = true)]
+    n_gpu_layers: i32,
+}
+
+impl ModelArgs {
+    pub fn load(&self) -> Result<Model, Error> {
+        Ok(Model::load(&self.model, &ModelParams { n_gpu_layers: self.n_gpu_layers }, |_| true)?)
+    }
+}
+
+/// The command line, with llama.cpp's flags of several letters as clap reads them.
+pub fn arguments() -> impl Iterator<Item = String> {
+    std::env::args().map(|arg| match arg.as_str() {
+        "-ngl" => "--n-gpu-layers".into(),
+        "-fa" => "--flash-attn".into(),
+        "-ctk" => "--cache-type-k".into(),
+        "-ctv" => "--cache-type-v".into(),
+        "-ub" => "--ubatch-size".into(),
+        _ => arg,
+    })
+}
+
+/// `n` tokens of the whole vocabulary, the same in every run.
+pub fn random_tokens(model: &Model, n: usize) -> Vec<Token> {
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    (0..n).map(|_| rng.random_range(0..model.n_vocab() as Token)).collect()
 }
 
 pub fn prefill(session: &mut Session, tokens: &[Token]) -> Result<f64, Error> {
