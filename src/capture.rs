@@ -97,8 +97,11 @@ struct Layer {
 enum Mode {
     /// An app decodes: list its tokens, and collect statistics where they are due.
     Listen,
-    /// Collect statistics and, where they are wanted, the window's queries of every sequence that is followed.
+    /// Collect statistics where they are due and, where they are wanted, the window's queries of every sequence that is
+    /// followed.
     Prompt { wants_queries: bool },
+    /// The same of tokens that are decoded once more, for their queries.
+    Again,
     /// Overwrite hidden states by samples and collect the queries they become.
     Probe(Probe),
     /// Collect all queries of a sequence, layer by layer.
@@ -203,21 +206,38 @@ impl Capture {
         }
     }
 
-    /// Decodes a batch of the sequences that are followed, and reads of it what is due. `wants_queries`: its end is an
-    /// observation window; then all of it is read.
+    /// Decodes a batch of the sequences that are followed, and reads of it what is due. `wants_queries`: its end belongs to an
+    /// observation window.
     ///
     /// # Errors
     /// What decoding fails with, or [`CaptureError`] when the graph is not one we know.
     pub fn decode(&mut self, ctx: &mut Context, batch: &Batch, wants_queries: bool) -> Result<(), CaptureError> {
         if !wants_queries && !self.inner.records.values().any(|record| record.is_due(batch.len())) {
             ctx.decode(batch)?;
-            self.inner.records.values_mut().for_each(|record| record.count(batch.len()));
+            self.pass(batch.len());
             return Ok(());
         }
-        self.inner.mode = Mode::Prompt { wants_queries };
+        self.decode_as(Mode::Prompt { wants_queries }, ctx, batch)
+    }
+
+    /// Decodes tokens once more, for their queries.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_again(&mut self, ctx: &mut Context, batch: &Batch) -> Result<(), CaptureError> {
+        self.decode_as(Mode::Again, ctx, batch)
+    }
+
+    fn decode_as(&mut self, mode: Mode, ctx: &mut Context, batch: &Batch) -> Result<(), CaptureError> {
+        self.inner.mode = mode;
         let result = self.during(ctx, |ctx| ctx.decode(batch));
         self.inner.mode = Mode::Listen;
         result
+    }
+
+    /// Notes that `n` tokens of the sequences that are followed were decoded unread.
+    pub fn pass(&mut self, n: usize) {
+        self.inner.records.values_mut().for_each(|record| record.count(n));
     }
 
     /// Decodes a batch of one ubatch and gives back all queries of `seq` in it, layer by layer.

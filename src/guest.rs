@@ -241,14 +241,23 @@ impl Guest {
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let cells = cache::cells(&visit, seq);
         let known = Known::up_to_date(known, voter, seq, &cells)?;
+        let captured = voter.capture.captured(seq);
         let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
-        vote.observe_newest()?;
-        let (selection, mut report) = vote.choose(&cells)?;
-        if !is_rehearsal {
-            vote.compact(&cells, &selection, &mut report)?;
+        let mut done = || {
+            vote.observe_newest()?;
+            let (selection, mut report) = vote.choose(&cells)?;
+            if !is_rehearsal {
+                vote.compact(&cells, &selection, &mut report)?;
+            }
+            Ok(report)
+        };
+        let done: Result<_, VoteError> = done();
+        if done.is_err() {
+            voter.capture.set_back(seq, captured);
+        } else if !is_rehearsal {
             known.bind(&cache::cells(&visit, seq));
         }
-        Ok(report)
+        Ok(done?)
     }
 
     /// Sees to it that `needed` cells are free in the stream of a sequence, beside those that a later vote needs. Where there
@@ -288,12 +297,20 @@ impl Guest {
         let mut visit = Visit::new(ctx)?;
         // SAFETY: valid context, and our callbacks are in it.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
+        let captured = voter.capture.captured(seq);
         let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
-        vote.observe_newest()?;
-        let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
-        vote.compact(&cells, &selection, &mut report)?;
-        known.bind(&cache::cells(&visit, seq));
-        Ok(report)
+        let mut done = || {
+            vote.observe_newest()?;
+            let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
+            vote.compact(&cells, &selection, &mut report)?;
+            Ok(report)
+        };
+        let done: Result<_, VoteError> = done();
+        match done {
+            Ok(_) => known.bind(&cache::cells(&visit, seq)),
+            Err(_) => voter.capture.set_back(seq, captured),
+        }
+        Ok(done?)
     }
 
     /// The cells of a sequence, and what is known of it.

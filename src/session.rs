@@ -344,6 +344,9 @@ impl Session {
             return Err(error);
         }
         self.sequence.extend(&[token]);
+        if let Some(voter) = &mut self.voter {
+            voter.capture.pass(1);
+        }
         self.keep_logits()?;
         Ok(())
     }

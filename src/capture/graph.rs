@@ -152,14 +152,14 @@ impl Inner {
                     reads.queries |= embeds;
                     reads.hidden |= embeds || record.is_due(record.rows.len());
                 }
-                Mode::Prompt { wants_queries } => {
-                    reads.queries |= wants_queries;
-                    reads.hidden |= wants_queries || record.is_due(record.rows.len());
+                Mode::Prompt { .. } | Mode::Again => {
+                    reads.queries |= !matches!(self.mode, Mode::Prompt { wants_queries: false });
+                    reads.hidden |= record.is_due(record.rows.len());
                 }
                 Mode::Replay(of, _) => reads.queries |= of == *seq,
                 Mode::Probe(_) => {}
             }
-            if !matches!(self.mode, Mode::Replay(..)) {
+            if matches!(self.mode, Mode::Listen | Mode::Prompt { .. }) {
                 record.count(record.rows.len());
             }
         }
@@ -235,7 +235,7 @@ impl Inner {
                 let rows = self.records.get(seq).map_or(&[][..], |record| &record.rows);
                 rows.iter().enumerate().map(|(slot, &(row, pos))| Wanted { row, seq: *seq, slot, pos }).collect()
             }
-            Mode::Listen | Mode::Prompt { .. } => {
+            Mode::Listen | Mode::Prompt { .. } | Mode::Again => {
                 let of_record = |(seq, record): (&SeqId, &Record)| {
                     let newest = record.rows.iter().map(|row| row.1).max().unwrap_or(-1);
                     let oldest = (newest - self.window as Pos + 1).max(0);
@@ -278,7 +278,7 @@ impl Inner {
             let out = match &mut self.mode {
                 Mode::Probe(probe) => &mut probe.queries[layer],
                 Mode::Replay(_, queries) => &mut queries[layer].data,
-                Mode::Listen | Mode::Prompt { .. } => match self.records.get_mut(&seq) {
+                Mode::Listen | Mode::Prompt { .. } | Mode::Again => match self.records.get_mut(&seq) {
                     Some(record) => record.window_at(layer, slot, pos),
                     None => continue,
                 },

@@ -28,8 +28,10 @@ pub(super) struct LayerRecord {
     pub window_pos: Vec<Pos>,
 }
 
-/// Of the tokens of a long text, one in so many gives the statistics: see docs/performance.md for what that costs and changes.
-pub(crate) const SHARE: usize = 8;
+/// The first so many tokens give the statistics, and of those that follow one in [`SHARE`]: see docs/performance.md for what
+/// that costs and changes.
+const FIRST: usize = 256;
+pub(super) const SHARE: usize = 8;
 /// Fewer tokens than this are not worth a graph that stops at every layer, unless nothing else is known.
 const FEW: usize = 16;
 
@@ -38,7 +40,7 @@ const FEW: usize = 16;
 pub(super) struct Record {
     pub layers: Vec<LayerRecord>,
     /// Tokens so far, read or not.
-    n_tokens: usize,
+    pub n_tokens: usize,
     /// The tokens of the ubatch in work that belong to the sequence: place in the ubatch, and position.
     pub rows: Vec<(usize, Pos)>,
     /// Tokens since they were last asked for.
@@ -56,16 +58,14 @@ impl Record {
         Self { layers: layers.collect(), n_tokens: 0, rows: Vec::new(), seen: Vec::new() }
     }
 
-    /// As it was saved, which leaves the number of tokens out: as if one more ubatch were due.
-    pub fn of(layers: Vec<LayerRecord>) -> Self {
-        let n_tokens = layers.first().map_or(0, |layer| SHARE * layer.moments.count as usize);
+    pub fn of(layers: Vec<LayerRecord>, n_tokens: usize) -> Self {
         Self { layers, n_tokens, rows: Vec::new(), seen: Vec::new() }
     }
 
     /// Whether the next `n` tokens should give statistics.
     pub fn is_due(&self, n: usize) -> bool {
         let read = self.layers.first().map_or(0.0, |layer| layer.moments.count) as usize;
-        read == 0 || (n >= FEW && SHARE * read <= self.n_tokens)
+        read == 0 || (n >= FEW && (read < FIRST || SHARE * read <= self.n_tokens))
     }
 
     /// Notes that `n` more tokens were decoded.

@@ -35,14 +35,14 @@ impl Capture {
         self.inner.records.insert(seq, captured.0);
     }
 
-    /// What was captured of a sequence, as bytes: per layer the moments and the window's queries.
+    /// What was captured of a sequence, as bytes: the number of tokens, and per layer the moments and the window's queries.
     pub fn save(&self, seq: SeqId) -> Vec<u8> {
         self.encode(&self.captured(seq))
     }
 
     /// The same of what was put aside.
     pub(crate) fn encode(&self, captured: &Captured) -> Vec<u8> {
-        let mut out = Vec::new();
+        let mut out = (captured.0.n_tokens as u64).to_le_bytes().to_vec();
         for (layer, shape) in captured.0.layers.iter().zip(&self.inner.layers) {
             let n = layer.moments.mean.len() as u64;
             out.extend_from_slice(&n.to_le_bytes());
@@ -73,6 +73,7 @@ impl Capture {
         }
         let inner = &self.inner;
         let mut rest = data;
+        let n_tokens = usize::try_from(u64::from_le_bytes(take(&mut rest)?)).ok()?;
         let mut layers = Vec::with_capacity(inner.layers.len());
         let mut scales = Vec::with_capacity(inner.layers.len());
         for shape in &inner.layers {
@@ -107,7 +108,7 @@ impl Capture {
             layers.push(LayerRecord { moments: Moments { count, mean, m2 }, n_q: shape.n_q, window_q, window_pos });
             scales.push(LogitScale { pre, post, softcap: softcap != 0.0 });
         }
-        rest.is_empty().then(|| Restored { record: Record::of(layers), scales })
+        rest.is_empty().then(|| Restored { record: Record::of(layers, n_tokens), scales })
     }
 
     /// Replaces what is known of a sequence.

@@ -98,7 +98,7 @@ impl Vote<'_> {
             for (i, &token) in part.iter().enumerate() {
                 batch.add(token, first + (start + i) as Pos, seq, false)?;
             }
-            voter.capture.decode(&mut parked, &batch, true)?;
+            voter.capture.decode_again(&mut parked, &batch)?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use crate::llama::{Pos, SeqId, Token};
 use crate::policy::{Kept, Selection};
 
 /// What the bytes of a saved sequence begin with, and the version of what follows.
-const MAGIC: [u8; 8] = *b"gvote\0\0\x01";
+const MAGIC: [u8; 8] = *b"gvote\0\0\x02";
 
 /// A sequence: what was read, and what its cells hold.
 #[derive(Clone, Debug, Default)]
