@@ -5,7 +5,7 @@ mod device;
 mod graph;
 
 pub(crate) use self::device::{Device, Devices, place};
-pub(crate) use self::graph::{Builder, Tensor, read, recompute};
+pub(crate) use self::graph::{Builder, Tensor, read, read_at, recompute};
 
 /// Why something could not be computed.
 #[derive(Debug, thiserror::Error)]

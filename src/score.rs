@@ -11,8 +11,9 @@
 //! out = mean over the queries of p            [n_kv]
 //! ```
 //!
-//! Only `out` leaves the back end (and p of the synthetic queries, where a policy asks for it). One query head at a time
-//! and one chunk of queries at a time keep the transient memory at one `[n_kv, chunk]` block of f32.
+//! Only `out` leaves the back end (and p of the synthetic queries, where a policy asks for it). On the host one query head
+//! and one chunk of queries at a time keep the transient memory at one `[n_kv, chunk]` block of f32; on a device, where the
+//! start of a kernel is dear, all heads are one node and a chunk is as large as a share of the cache allows.
 //!
 //! # Coarse keys
 //! A quantized K is known only up to its rounding. Within a block b of 32 values with scale δ_b the error of each value is
@@ -30,18 +31,19 @@
 mod baselines;
 mod graph;
 
-use self::graph::{CellsView, Coarseness, LayerGraph, Target};
+use self::graph::{CellsView, Coarseness, Grain, LayerGraph, Target};
 use crate::backend::{ComputeError, Devices};
 use crate::cache::{Cell, Layout};
 use crate::capture::{LogitScale, Queries};
 use crate::policy::{HeadScores, Needs};
 
-/// Queries of one graph: bounds the transient memory to one `[n_kv, chunk]` block of f32 a thread.
-const HOST_CHUNK: usize = 17;
-/// On a device starting a kernel costs more than memory.
-const DEVICE_CHUNK: usize = 128;
-/// Cells whose values one graph turns into f32, on the host.
-const HOST_CELLS: usize = 1024;
+/// On the host one query head and few queries at a time: bounds the transient memory to one `[n_kv, queries]` block of f32 a
+/// thread.
+const HOST_GRAIN: Grain = Grain { queries: 17, heads: 1, kv_heads: 1, cells: 1024 };
+/// On a device starting a kernel costs more than what it does: as much at once as fits into this share of the bytes of K and
+/// V, or into [`DEVICE_LEAST`].
+const DEVICE_SHARE: f64 = 0.04;
+const DEVICE_LEAST: usize = 32 << 20;
 
 /// The queries of a vote for one layer of the cache.
 pub struct LayerQueries {
@@ -89,11 +91,21 @@ impl Scorer {
         let view = CellsView::new(cells);
         let mut head = 0;
         let mut gathered = Gathered::default();
-        // a device computes one graph after another anyway, and large ones better than small ones
-        let (n_threads, chunk, cells_at_once) = match layout.is_host() {
-            true => (self.threads.len(), HOST_CHUNK, HOST_CELLS),
-            false => (1, DEVICE_CHUNK, view.n_kv.max(1)),
+        let mut hand_over = |layers: Vec<Vec<CellScores>>| {
+            for scores in layers.iter().flatten() {
+                if in_order {
+                    sink(head, &scores.as_head());
+                } else {
+                    sink(head, &gathered.fill(scores, cells, view.n_kv));
+                }
+                head += 1;
+            }
         };
+        // a device computes one graph after another anyway
+        let is_host = layout.is_host();
+        let n_threads = if is_host { self.threads.len() } else { 1 };
+        let room = ((DEVICE_SHARE * (view.n_kv * layout.bytes_per_cell()) as f64) as usize).max(DEVICE_LEAST);
+        let mut computed = Vec::new();
         for (batch, layers) in layout.layers.chunks(n_threads).enumerate() {
             let mut graphs = Vec::with_capacity(layers.len());
             for (i, layer) in layers.iter().enumerate() {
@@ -106,45 +118,37 @@ impl Scorer {
                     view: &view,
                     coarseness: account_error.then(|| Coarseness::of(type_)).flatten(),
                     queries,
-                    chunk,
-                    cells_at_once,
+                    grain: if is_host { HOST_GRAIN } else { Grain::on_device(layer, view.n_kv, room) },
                     v_trans: layout.info.v_trans,
                     n_cells: layout.n_cells(),
                 });
             }
-            for scores in compute_all(&mut self.threads, &graphs, needs) {
-                for scores in scores? {
-                    if in_order {
-                        sink(head, &scores.as_head());
-                    } else {
-                        sink(head, &gathered.fill(&scores, cells, view.n_kv));
-                    }
-                    head += 1;
-                }
-            }
+            let before = std::mem::take(&mut computed);
+            computed = compute_all(&mut self.threads, &graphs, needs, || hand_over(before))?;
         }
+        hand_over(computed);
         Ok(())
     }
 }
 
-/// Computes each graph on a thread of its own; the first on this one.
+/// Computes each graph on a thread of its own, and does something else meanwhile.
 fn compute_all(
     threads: &mut [Devices],
     graphs: &[LayerGraph],
     needs: Needs,
-) -> Vec<Result<Vec<CellScores>, ComputeError>> {
+    meanwhile: impl FnOnce(),
+) -> Result<Vec<Vec<CellScores>>, ComputeError> {
     let run = |devices: &mut Devices, graph: &LayerGraph| {
         // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
         let device = unsafe { devices.at((*graph.layer.k).buffer)? };
         graph.compute(device, needs)
     };
     std::thread::scope(|scope| {
-        let mut work = threads.iter_mut().zip(graphs);
-        let first = work.next();
-        let others: Vec<_> = work.map(|(devices, graph)| scope.spawn(move || run(devices, graph))).collect();
-        let first = first.map(|(devices, graph)| run(devices, graph));
+        let work = threads.iter_mut().zip(graphs);
+        let running: Vec<_> = work.map(|(devices, graph)| scope.spawn(move || run(devices, graph))).collect();
+        meanwhile();
         // ggml aborts rather than unwinds, and this crate's code in a graph does not panic
-        first.into_iter().chain(others.into_iter().map(|t| t.join().expect("no panic in a graph"))).collect()
+        running.into_iter().map(|thread| thread.join().expect("no panic in a graph")).collect()
     })
 }
 

@@ -143,6 +143,14 @@ pub(crate) unsafe fn recompute(device: &Device, nodes: &[Tensor]) -> Result<(), 
 
 /// Reads a contiguous f32 result of `out.len()` elements.
 pub(crate) fn read(out: &mut [f32], t: Tensor) {
+    read_at(out, t, 0);
+}
+
+/// Reads `out.len()` elements of a contiguous f32 result, from the `first` on.
+pub(crate) fn read_at(out: &mut [f32], t: Tensor, first: usize) {
     // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks the size.
-    unsafe { sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, size_of_val(out)) };
+    unsafe {
+        let offset = first * size_of::<f32>();
+        sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), offset, size_of_val(out));
+    }
 }

@@ -48,12 +48,18 @@ impl Block {
     /// The tensor lies on the device, and is not written meanwhile.
     pub unsafe fn on(device: &mut Device, t: &sys::ggml_tensor, rows: &[u32]) -> Result<Self, ComputeError> {
         let n_embd = t.ne[0] as usize;
+        let is_range = rows.windows(2).all(|w| w[0] + 1 == w[1]);
         let mut b = Builder::new(16)?;
-        let index = b.indices([rows.len(), 1, 1], rows.iter().copied());
         // SAFETY: shapes as noted; every tensor belongs to the builder's context.
         let (mean, m2) = unsafe {
             let data = b.computed(t, [t.ne[0], t.ne[1]]);
-            let picked = sys::ggml_get_rows(b.ctx, data, index);
+            let picked = if is_range {
+                let first = rows.first().map_or(0, |&row| row as usize);
+                sys::ggml_view_2d(b.ctx, data, t.ne[0], rows.len() as i64, t.nb[1], first * t.nb[1])
+            } else {
+                let index = b.indices([rows.len(), 1, 1], rows.iter().copied());
+                sys::ggml_get_rows(b.ctx, data, index)
+            };
             let channels = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, picked)); // [n, n_embd]
             let mean = sys::ggml_mean(b.ctx, channels); // [1, n_embd]
             let mean = b.output(mean);

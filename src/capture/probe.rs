@@ -1,5 +1,7 @@
 //! The probe pass: sampled hidden states become queries. See the module above.
 
+use std::thread;
+
 use half::f16;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -20,11 +22,35 @@ pub(super) struct Probe {
     moments: Vec<Moments>,
     /// Tokens of earlier ubatches.
     pub(super) done: usize,
+    /// Hidden states of the ubatch in work. `[layer][n_tokens][n_embd]`
+    samples: Vec<Vec<f32>>,
     /// Layers whose queries of the ubatch in work are there.
     taken: Vec<bool>,
     /// `[layer][sample][n_q]`
     pub(super) queries: Vec<Vec<f16>>,
-    scratch: Vec<f32>,
+}
+
+impl Probe {
+    /// Draws the samples of a ubatch, a share of the layers in each thread.
+    fn draw(&mut self, first: usize, n: usize, n_threads: usize) {
+        (self.done, self.taken) = (first, vec![false; self.moments.len()]);
+        let Self { moments, samples, seed, .. } = self;
+        let share = moments.len().div_ceil(n_threads);
+        thread::scope(|scope| {
+            for (part, (moments, samples)) in moments.chunks(share).zip(samples.chunks_mut(share)).enumerate() {
+                let seed = *seed;
+                scope.spawn(move || {
+                    for (layer, (moments, out)) in (part * share..).zip(moments.iter().zip(samples)) {
+                        let n_embd = moments.mean.len();
+                        out.resize(n * n_embd, 0.0);
+                        for (i, out) in out.chunks_exact_mut(n_embd).enumerate() {
+                            sample(moments, layer, first + i, seed, out);
+                        }
+                    }
+                });
+            }
+        });
+    }
 }
 
 impl Capture {
@@ -53,9 +79,9 @@ impl Capture {
             seed,
             moments: record.layers.iter().map(|layer| layer.moments.clone()).collect(),
             done: 0,
+            samples: vec![Vec::new(); self.inner.layers.len()],
             taken: Vec::new(),
             queries: self.inner.layers.iter().map(|l| vec![f16::ZERO; n * l.n_q]).collect(),
-            scratch: Vec::new(),
         });
         let result = self.probe_in_chunks(ctx, seq, pos, n);
         let mode = std::mem::replace(&mut self.inner.mode, Mode::Listen);
@@ -82,9 +108,8 @@ impl Capture {
                 // the token does not matter: its hidden state is overwritten in every layer
                 batch.add(0, pos + 1 + i as Pos, seq, false)?;
             }
-            let n_layer = self.inner.layers.len();
             if let Mode::Probe(probe) = &mut self.inner.mode {
-                (probe.done, probe.taken) = (start, vec![false; n_layer]);
+                probe.draw(start, batch.len(), parked.n_threads_batch());
             }
             self.during(&mut parked, |ctx| ctx.decode(&batch))?;
             if let Mode::Probe(probe) = &self.inner.mode
@@ -124,28 +149,22 @@ impl Inner {
         path.collect(attention.q)?;
         let hidden = path.hidden.ok_or(CaptureError::NoHidden(il))?;
         self.check_hidden(&hidden)?;
-        self.inject(&hidden, attention.layer);
+        self.inject(&hidden, attention.layer)?;
         // SAFETY: llama.cpp has allocated its graph and set its inputs, and lets nobody else compute before we return.
         unsafe { recompute(self.devices.at(attention.q.buffer())?, &path.nodes)? };
         self.on_queries(attention)
     }
 
-    fn inject(&mut self, hidden: &Node, layer: usize) {
-        let Mode::Probe(probe) = &mut self.mode else { return };
-        let n_tokens = hidden.0.ne[1] as usize;
-        probe.scratch.resize(n_tokens * self.n_embd, 0.0);
-        for (i, out) in probe.scratch.chunks_exact_mut(self.n_embd).enumerate() {
-            sample(&probe.moments[layer], layer, probe.done + i, probe.seed, out);
+    fn inject(&self, hidden: &Node, layer: usize) -> Result<(), CaptureError> {
+        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
+        let samples = &probe.samples[layer];
+        if samples.len() != hidden.0.ne[1] as usize * self.n_embd {
+            return Err(hidden.shape_error());
         }
-        // SAFETY: the tensor holds n_tokens * n_embd contiguous floats, as was checked.
-        unsafe {
-            sys::ggml_backend_tensor_set(
-                std::ptr::from_ref(hidden.0).cast_mut(),
-                probe.scratch.as_ptr().cast(),
-                0,
-                probe.scratch.len() * size_of::<f32>(),
-            );
-        }
+        let tensor = std::ptr::from_ref(hidden.0).cast_mut();
+        // SAFETY: the tensor holds as many contiguous floats.
+        unsafe { sys::ggml_backend_tensor_set(tensor, samples.as_ptr().cast(), 0, size_of_val(&samples[..])) };
+        Ok(())
     }
 }
 

@@ -31,7 +31,7 @@ pub(super) struct LayerRecord {
 /// The first so many tokens give the statistics, and of those that follow one in [`SHARE`]: see docs/performance.md for what
 /// that costs and changes.
 const FIRST: usize = 256;
-pub(super) const SHARE: usize = 8;
+pub(super) const SHARE: usize = 16;
 /// Fewer tokens than this are not worth a graph that stops at every layer, unless nothing else is known.
 const FEW: usize = 16;
 

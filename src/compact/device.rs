@@ -20,7 +20,14 @@ impl Mover {
     /// [`ComputeError`].
     pub fn new(layout: &Layout, n: usize) -> Result<Self, ComputeError> {
         let mut mover = Self { devices: Devices::new(1) };
+        let mut reserved = Vec::new();
         for layer in layout.layers.iter().filter(|layer| moves_on_device(layout, layer)) {
+            // SAFETY: the storage tensors live as long as the context, which the caller holds.
+            let shape = unsafe { (backend::place((*layer.k).buffer), (*layer.k).nb[1], (*layer.v).nb[1], layer.n_head_kv) };
+            if reserved.contains(&shape) {
+                continue;
+            }
+            reserved.push(shape);
             let mut b = Builder::new(NODES)?;
             let from = b.indices([n, layer.n_head_kv as usize, 1], std::iter::repeat_n(0, n * layer.n_head_kv as usize));
             let to = b.indices([n, 1, 1], std::iter::repeat_n(0, n));

@@ -31,12 +31,12 @@ impl LayerGraph<'_> {
         let mut sums: Vec<_> =
             (0..n_head).map(|_| LogitSums { sum: vec![0.0; n_kv], squares: vec![0.0; n_kv] }).collect();
         let mut row = vec![0.0f32; n_kv];
-        for (pos, data) in pos.chunks(self.chunk).zip(data.chunks(self.chunk * n_q)) {
+        for (pos, data) in pos.chunks(self.grain.queries).zip(data.chunks(self.grain.queries * n_q)) {
             let mut b = Builder::new(n_head * 16 + self.layer.n_head_kv as usize * 8 + 40)?;
-            let set = self.query_set(&mut b, Target::Future, pos, data, 1.0);
+            let set = self.query_set(&mut b, Target::Future, pos, data, 1.0, 1);
             let mut outputs = Vec::with_capacity(n_head);
             for kv in 0..self.layer.n_head_kv as usize {
-                let k = self.k_view(&b, kv);
+                let k = self.k_rows(&b, kv, 1, 0, n_kv);
                 for head in kv * group..(kv + 1) * group {
                     let (kq, scale) = self.logits(&mut b, &set, k, std::ptr::null_mut(), head);
                     // SAFETY: shapes [n_kv, n] and [1, n] give [n_kv, 1].
@@ -74,28 +74,40 @@ impl LayerGraph<'_> {
         needs: Needs,
     ) -> Result<(), ComputeError> {
         let n_kv = self.view.n_kv;
-        for (kv, score) in scores.iter_mut().enumerate() {
+        for (i, scores) in scores.chunks_mut(self.grain.kv_heads).enumerate() {
+            let heads = Heads { first: i * self.grain.kv_heads, n: scores.len() };
             if needs.value_norm {
-                score.value_norm.resize(n_kv, 0.0);
-                for (i, norms) in score.value_norm.chunks_mut(self.cells_at_once).enumerate() {
-                    let mut b = Builder::new(48)?;
-                    let squared = self.squared_norms(&mut b, kv, i * self.cells_at_once, norms.len());
-                    b.compute(device)?;
-                    read(norms, squared);
-                    norms.iter_mut().for_each(|x| *x = x.sqrt());
-                }
+                scores.iter_mut().for_each(|score| score.value_norm.resize(n_kv, 0.0));
+                self.measure_values(device, heads, scores)?;
             }
             if needs.key_similarity {
-                score.key_similarity.resize(n_kv, 0.0);
-                self.compare_keys(device, kv, &mut score.key_similarity)?;
+                scores.iter_mut().for_each(|score| score.key_similarity.resize(n_kv, 0.0));
+                self.compare_keys(device, heads, scores)?;
             }
         }
         Ok(())
     }
 
-    /// Squared lengths of one KV head's values in `n` cells from `first` on. `[1, n]`
-    fn squared_norms(&self, b: &mut Builder, kv: usize, first: usize, n: usize) -> Tensor {
-        let d = i64::from(self.layer.n_embd_head_v);
+    /// Lengths of the values.
+    fn measure_values(&self, device: &mut Device, heads: Heads, scores: &mut [CellScores]) -> Result<(), ComputeError> {
+        let mut norms = Vec::new();
+        for first in (0..self.view.n_kv).step_by(self.grain.cells) {
+            let n = self.grain.cells.min(self.view.n_kv - first);
+            let mut b = Builder::new(48)?;
+            let squared = self.squared_norms(&mut b, heads, first, n);
+            b.compute(device)?;
+            norms.resize(n * heads.n, 0.0);
+            read(&mut norms, squared);
+            for (score, norms) in scores.iter_mut().zip(norms.chunks(n)) {
+                score.value_norm[first..first + n].iter_mut().zip(norms).for_each(|(to, x)| *to = x.sqrt());
+            }
+        }
+        Ok(())
+    }
+
+    /// Squared lengths of the values in `n` cells from `first` on. `[1, n, heads]`
+    fn squared_norms(&self, b: &mut Builder, heads: Heads, first: usize, n: usize) -> Tensor {
+        let (d, n_heads) = (i64::from(self.layer.n_embd_head_v), heads.n as i64);
         // SAFETY: the views stay inside V's storage, as in compact.rs.
         unsafe {
             let v = self.layer.v;
@@ -103,54 +115,65 @@ impl LayerGraph<'_> {
             let values = if self.v_trans {
                 let element = sys::ggml_type_size((*v).type_);
                 let channel = element * self.n_cells;
-                let offset = stream + kv * d as usize * channel + first * element;
-                let view = sys::ggml_view_2d(b.ctx, v, n as i64, d, channel, offset);
-                let floats = sys::ggml_cast(b.ctx, view, sys::GGML_TYPE_F32); // [n, d]
+                let head = d as usize * channel;
+                let offset = stream + heads.first * head + first * element;
+                let view = sys::ggml_view_3d(b.ctx, v, n as i64, d, n_heads, channel, head, offset);
+                let floats = sys::ggml_cast(b.ctx, view, sys::GGML_TYPE_F32); // [n, d, heads]
                 sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, floats))
             } else {
-                let offset = stream + first * (*v).nb[1] + kv * sys::ggml_row_size((*v).type_, d);
-                let view = sys::ggml_view_2d(b.ctx, v, d, n as i64, (*v).nb[1], offset);
-                self.as_floats(b, view, n)
-            }; // [d, n]
+                let head = sys::ggml_row_size((*v).type_, d);
+                let offset = stream + first * (*v).nb[1] + heads.first * head;
+                let view = sys::ggml_view_3d(b.ctx, v, d, n as i64, n_heads, (*v).nb[1], head, offset);
+                self.as_floats(b, view)
+            }; // [d, n, heads]
             let squared = sys::ggml_sqr(b.ctx, values);
             let sums = sys::ggml_sum_rows(b.ctx, squared);
             b.output(sums)
         }
     }
 
-    /// The cosine of each of one KV head's keys to their mean direction.
-    fn compare_keys(&self, device: &mut Device, kv: usize, out: &mut [f32]) -> Result<(), ComputeError> {
-        let at_once = self.cells_at_once;
-        let mut direction = vec![0.0; self.layer.n_embd_head_k as usize];
-        let mut part = direction.clone();
-        for (i, cells) in self.view.pos.chunks(at_once).enumerate() {
+    /// The cosine of each key to the mean direction of its head's.
+    fn compare_keys(&self, device: &mut Device, heads: Heads, scores: &mut [CellScores]) -> Result<(), ComputeError> {
+        let d = self.layer.n_embd_head_k as usize;
+        let mut directions = vec![0.0; d * heads.n];
+        let mut part = directions.clone();
+        for (i, cells) in self.view.pos.chunks(self.grain.cells).enumerate() {
             let mut b = Builder::new(48)?;
-            let sum = self.sum_of_keys(&mut b, kv, i * at_once, cells);
+            let sum = self.sum_of_keys(&mut b, heads, i * self.grain.cells, cells);
             b.compute(device)?;
             read(&mut part, sum);
-            direction.iter_mut().zip(&part).for_each(|(sum, x)| *sum += x);
+            directions.iter_mut().zip(&part).for_each(|(sum, x)| *sum += x);
         }
-        let length = direction.iter().map(|x| x * x).sum::<f32>().sqrt().max(NORM_EPSILON);
-        direction.iter_mut().for_each(|x| *x /= length);
-        for (i, out) in out.chunks_mut(at_once).enumerate() {
+        for direction in directions.chunks_mut(d) {
+            let length = direction.iter().map(|x| x * x).sum::<f32>().sqrt().max(NORM_EPSILON);
+            direction.iter_mut().for_each(|x| *x /= length);
+        }
+        let mut cosines = Vec::new();
+        for first in (0..self.view.n_kv).step_by(self.grain.cells) {
+            let n = self.grain.cells.min(self.view.n_kv - first);
             let mut b = Builder::new(48)?;
-            let unit = self.unit_keys(&mut b, kv, i * at_once, out.len());
-            let direction = b.input([direction.len(), 1, 1], direction.clone());
-            // SAFETY: shapes [d, n] and [d, 1] give [n, 1].
-            let cosines = unsafe { sys::ggml_mul_mat(b.ctx, unit, direction) };
-            let cosines = b.output(cosines);
+            let unit = self.unit_keys(&mut b, heads, first, n);
+            let directions = b.input([d, 1, heads.n], directions.clone());
+            // SAFETY: shapes [d, n, heads] and [d, 1, heads] give [n, 1, heads].
+            let product = unsafe { sys::ggml_mul_mat(b.ctx, unit, directions) };
+            let product = b.output(product);
             b.compute(device)?;
-            read(out, cosines);
+            cosines.resize(n * heads.n, 0.0);
+            read(&mut cosines, product);
+            for (score, cosines) in scores.iter_mut().zip(cosines.chunks(n)) {
+                score.key_similarity[first..first + n].copy_from_slice(cosines);
+            }
         }
         Ok(())
     }
 
-    /// The sum of one KV head's keys, each of length 1, in the cells from `first` on; `positions` below 0 are left out. `[d]`
-    fn sum_of_keys(&self, b: &mut Builder, kv: usize, first: usize, positions: &[Pos]) -> Tensor {
-        let owned = positions.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 }).collect();
-        let owned = b.input([positions.len(), 1, 1], owned);
-        let unit = self.unit_keys(b, kv, first, positions.len());
-        // SAFETY: shapes [n, d] and [n, 1] give [d, 1].
+    /// The sums of the keys, each of length 1, in the cells from `first` on; `positions` below 0 are left out. `[d, 1, heads]`
+    fn sum_of_keys(&self, b: &mut Builder, heads: Heads, first: usize, positions: &[Pos]) -> Tensor {
+        let owned = positions.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 });
+        let owned = owned.cycle().take(positions.len() * heads.n).collect();
+        let owned = b.input([positions.len(), 1, heads.n], owned);
+        let unit = self.unit_keys(b, heads, first, positions.len());
+        // SAFETY: shapes [n, d, heads] and [n, 1, heads] give [d, 1, heads].
         unsafe {
             let across = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, unit));
             let sum = sys::ggml_mul_mat(b.ctx, across, owned);
@@ -158,20 +181,31 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// One KV head's keys in `n` cells from `first` on, each scaled to length 1. `[d, n]`
-    fn unit_keys(&self, b: &mut Builder, kv: usize, first: usize, n: usize) -> Tensor {
-        let rows = self.k_rows(b, kv, first, n);
-        let keys = self.as_floats(b, rows, n);
+    /// The keys in `n` cells from `first` on, each scaled to length 1. `[d, n, heads]`
+    fn unit_keys(&self, b: &mut Builder, heads: Heads, first: usize, n: usize) -> Tensor {
+        let rows = self.k_rows(b, heads.first, heads.n, first, n);
+        let keys = self.as_floats(b, rows);
         // SAFETY: a tensor of this context.
         unsafe { sys::ggml_l2_norm(b.ctx, keys, NORM_EPSILON) }
     }
 
-    /// The `n` rows of a matrix of any type as f32. `[d, n]`
-    fn as_floats(&self, b: &mut Builder, rows: Tensor, n: usize) -> Tensor {
-        let index = b.indices([n, 1, 1], 0..n as u32);
+    /// A view `[d, n, heads]` of K or V as f32.
+    fn as_floats(&self, b: &mut Builder, view: Tensor) -> Tensor {
         // SAFETY: one index for each row.
-        unsafe { sys::ggml_get_rows(b.ctx, rows, index) }
+        unsafe {
+            let [_, n, heads, _] = (*view).ne.map(|n| n as usize);
+            let rows = (0..n as u32).cycle().take(n * heads);
+            let index = b.indices([n, heads, 1], rows);
+            sys::ggml_get_rows(b.ctx, view, index)
+        }
     }
+}
+
+/// Some KV heads of a layer.
+#[derive(Clone, Copy)]
+struct Heads {
+    first: usize,
+    n: usize,
 }
 
 /// Adds one query head's weights exp(mean + variance / 2), normalised, divided by `group`.

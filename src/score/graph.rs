@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::{CellScores, LayerQueries};
-use crate::backend::{Builder, ComputeError, Device, Tensor, read};
+use crate::backend::{Builder, ComputeError, Device, Tensor, read, read_at};
 use crate::cache::Cell;
 use crate::llama::Pos;
 use crate::policy::Needs;
@@ -82,21 +82,39 @@ pub(super) enum Target {
     Future,
 }
 
-/// What one KV head gives for one set of queries: weighted sums over its query heads and the set `[n_kv]`, and the
-/// probabilities of each query head `[n_kv, n]`.
-struct HeadOutputs {
-    mean: Tensor,
-    fourth_powers: Tensor,
-    each: Vec<Tensor>,
-}
-
 /// A chunk of queries in one layer's graph.
 pub(super) struct QuerySet {
+    /// Query heads at once: 1, or whole groups.
+    heads: usize,
     q: Tensor,    // [d, n, n_head]
     mask: Tensor, // [n_kv - first, n], NULL if every query sees every cell
     first: usize,
-    pub(super) weights: Tensor, // [1, n]
+    pub(super) weights: Tensor, // [1, n * heads of a group, KV heads]
     errors: Tensor,             // [n_block, n, n_head], NULL without coarseness
+}
+
+/// How much one graph does at once.
+#[derive(Clone, Copy)]
+pub(super) struct Grain {
+    /// Queries.
+    pub queries: usize,
+    /// Query heads in one node: 1, or whole groups of them.
+    pub heads: usize,
+    /// KV heads whose keys and values are measured in one node.
+    pub kv_heads: usize,
+    /// Cells whose keys and values are measured.
+    pub cells: usize,
+}
+
+impl Grain {
+    /// All heads at once, and as much else as fits into `room` bytes.
+    pub fn on_device(layer: &sys::gvote_shim_layer, n_kv: usize, room: usize) -> Self {
+        let (heads, kv_heads) = (layer.n_head as usize, layer.n_head_kv as usize);
+        let query = heads * n_kv.max(1) * size_of::<f32>();
+        // as f32, of length 1, and transposed
+        let cell = 3 * kv_heads * layer.n_embd_head_k.max(layer.n_embd_head_v) as usize * size_of::<f32>();
+        Self { queries: (room / query).max(1), heads, kv_heads, cells: (room / cell).max(1) }
+    }
 }
 
 /// The scoring of one layer.
@@ -106,10 +124,7 @@ pub(super) struct LayerGraph<'a> {
     pub view: &'a CellsView,
     pub queries: LayerQueries,
     pub coarseness: Option<Coarseness>,
-    /// Queries of one graph.
-    pub chunk: usize,
-    /// Cells whose values one graph measures.
-    pub cells_at_once: usize,
+    pub grain: Grain,
     /// V is stored transposed, in rows of so many cells.
     pub v_trans: bool,
     pub n_cells: usize,
@@ -163,60 +178,77 @@ impl LayerGraph<'_> {
                 score.fourth_powers.resize(n_kv, 0.0);
             }
         }
-        for (i, (pos, data)) in queries.pos.chunks(self.chunk).zip(queries.data.chunks(self.chunk * n_q)).enumerate() {
+        for (i, (pos, data)) in queries.pos.chunks(self.grain.queries).zip(queries.data.chunks(self.grain.queries * n_q)).enumerate() {
             // a query head's chain has at most 16 nodes and views; inputs and K views come on top
             let mut b = Builder::new(self.layer.n_head as usize * 16 + self.layer.n_head_kv as usize * 8 + 40)?;
-            let set = self.query_set(&mut b, target, pos, data, weight);
-            let outputs: Vec<_> =
-                (0..self.layer.n_head_kv as usize).map(|kv| self.add_head(&mut b, &set, kv, group, needs)).collect();
+            let set = self.query_set(&mut b, target, pos, data, weight, self.grain.heads);
+            let heads_out = self.grain.heads.div_ceil(group);
+            let outputs: Vec<_> = (0..self.layer.n_head_kv as usize)
+                .step_by(heads_out)
+                .map(|kv| self.add_heads(&mut b, &set, kv, group, needs))
+                .collect();
             b.compute(device)?;
 
-            row.resize(n_kv, 0.0);
-            for (score, outputs) in scores.iter_mut().zip(outputs) {
+            row.resize(heads_out * n_kv, 0.0);
+            for (scores, outputs) in scores.chunks_mut(heads_out).zip(outputs) {
                 read(&mut row, outputs.mean);
-                score.target(target).iter_mut().zip(&row).for_each(|(to, x)| *to += x);
+                for (score, row) in scores.iter_mut().zip(row.chunks(n_kv)) {
+                    score.target(target).iter_mut().zip(row).for_each(|(to, x)| *to += x);
+                }
                 if needs.fourth_powers {
                     read(&mut row, outputs.fourth_powers);
-                    score.fourth_powers.iter_mut().zip(&row).for_each(|(to, x)| *to += x / weight);
+                    for (score, row) in scores.iter_mut().zip(row.chunks(n_kv)) {
+                        score.fourth_powers.iter_mut().zip(row).for_each(|(to, x)| *to += x / weight);
+                    }
                 }
-                for (member, p) in outputs.each.into_iter().enumerate() {
-                    let first = (member * n_query + i * self.chunk) * n_kv;
-                    read(&mut score.each[first..first + pos.len() * n_kv], p);
+                let block = pos.len() * n_kv;
+                for (head, (p, at)) in outputs.each.into_iter().enumerate() {
+                    let first = (head % group * n_query + i * self.grain.queries) * n_kv;
+                    read_at(&mut scores[head / group].each[first..first + block], p, at * block);
                 }
             }
         }
         Ok(())
     }
 
-    /// The results of one KV head for one set of queries.
-    fn add_head(&self, b: &mut Builder, set: &QuerySet, kv: usize, group: usize, needs: Needs) -> HeadOutputs {
-        let k = self.k_view(b, kv);
-        let errors = self.error_view(b, kv);
-        let mut out = HeadOutputs { mean: std::ptr::null_mut(), fourth_powers: std::ptr::null_mut(), each: Vec::new() };
-        for head in kv * group..(kv + 1) * group {
+    /// The results of the KV head `kv`, or of as many from it on as the grain has, for one set of queries.
+    fn add_heads(&self, b: &mut Builder, set: &QuerySet, kv: usize, group: usize, needs: Needs) -> Outputs {
+        let kv_heads = set.heads.div_ceil(group);
+        let k = self.k_rows(b, kv, kv_heads, 0, self.view.n_kv);
+        let errors = self.error_view(b, kv, kv_heads);
+        let mut out = Outputs::default();
+        for head in (kv * group..(kv + kv_heads) * group).step_by(set.heads) {
             let p = self.probabilities(b, set, k, errors, head);
             if needs.each {
                 // p is a view: the memory that must stay is its source's
                 // SAFETY: the source belongs to this context.
                 unsafe { sys::ggml_set_output((*p).view_src) };
-                out.each.push(b.output(p));
+                b.output(p);
+                out.each.extend((0..set.heads).map(|at| (p, at)));
             }
-            // SAFETY: shapes [n_kv, n] and [1, n] give [n_kv, 1].
-            let mean = unsafe { sys::ggml_out_prod(b.ctx, p, set.weights) };
+            let mean = self.sum_over_queries(b, p, set, kv_heads);
             out.mean = b.sum(out.mean, mean);
             if needs.fourth_powers {
-                // SAFETY: as above; p is read for the last time.
-                let powers = unsafe {
-                    let squares = sys::ggml_sqr_inplace(b.ctx, p);
-                    sys::ggml_out_prod(b.ctx, sys::ggml_sqr_inplace(b.ctx, squares), set.weights)
-                };
+                // SAFETY: p is read for the last time.
+                let powers = unsafe { sys::ggml_sqr_inplace(b.ctx, sys::ggml_sqr_inplace(b.ctx, p)) };
+                let powers = self.sum_over_queries(b, powers, set, kv_heads);
                 out.fourth_powers = b.sum(out.fourth_powers, powers);
             }
         }
         out
     }
 
-    /// `data`: `[n_query][n_head][d]`
+    /// The weighted sum of `p` `[n_kv, n_query, heads]` over the queries and the heads of each group. `[n_kv, 1, kv_heads]`
+    fn sum_over_queries(&self, b: &Builder, p: Tensor, set: &QuerySet, kv_heads: usize) -> Tensor {
+        // SAFETY: p is contiguous; shapes [n_kv, n, heads] and [1, n, heads] give [n_kv, 1, heads].
+        unsafe {
+            let [n_kv, n_query, heads, _] = (*p).ne;
+            let n = n_query * heads / kv_heads as i64;
+            sys::ggml_out_prod(b.ctx, sys::ggml_reshape_3d(b.ctx, p, n_kv, n, kv_heads as i64), set.weights)
+        }
+    }
+
+    /// `data`: `[n_query][n_head][d]`; `heads`: query heads at once.
     pub(super) fn query_set(
         &self,
         b: &mut Builder,
@@ -224,6 +256,7 @@ impl LayerGraph<'_> {
         pos: &[Pos],
         data: &[f16],
         weight: f32,
+        heads: usize,
     ) -> QuerySet {
         let n = pos.len();
         let d = self.layer.n_embd_head_k as usize;
@@ -256,7 +289,10 @@ impl LayerGraph<'_> {
             Target::Future => self.view.mask(&vec![Pos::MAX; n]),
         };
         let first = mask.first;
+        let kv_heads = heads.div_ceil(n_head / self.layer.n_head_kv as usize);
+        let n_weights = n * heads / kv_heads;
         QuerySet {
+            heads,
             q: b.input([d, n, n_head], q),
             mask: if first < self.view.n_kv {
                 b.input([self.view.n_kv - first, n, 1], mask.data)
@@ -264,59 +300,58 @@ impl LayerGraph<'_> {
                 std::ptr::null_mut()
             },
             first,
-            weights: b.input([1, n, 1], vec![weight; n]),
+            weights: b.input([1, n_weights, kv_heads], vec![weight; n_weights * kv_heads]),
             errors,
         }
     }
 
-    /// K of one KV head. `[d, n_kv]`
-    pub(super) fn k_view(&self, b: &Builder, kv: usize) -> Tensor {
-        self.k_rows(b, kv, 0, self.view.n_kv)
-    }
-
-    /// The part of K that belongs to one KV head, in `n` cells from `first` on. `[d, n]` of K's type
-    pub(super) fn k_rows(&self, b: &Builder, kv: usize, first: usize, n: usize) -> Tensor {
+    /// The part of K that belongs to `kv_heads` heads from `kv` on, in `n` cells from `first` on. `[d, n, kv_heads]` of K's type
+    pub(super) fn k_rows(&self, b: &Builder, kv: usize, kv_heads: usize, first: usize, n: usize) -> Tensor {
         let d = i64::from(self.layer.n_embd_head_k);
-        // SAFETY: the view stays inside K's storage: cells of one stream, one head of each row.
+        // SAFETY: the view stays inside K's storage: cells of one stream, some heads of each row.
         unsafe {
             let k = self.layer.k;
-            let offset = self.stream * (*k).nb[2] + first * (*k).nb[1] + kv * sys::ggml_row_size((*k).type_, d);
-            sys::ggml_view_2d(b.ctx, k, d, n as i64, (*k).nb[1], offset)
+            let head = sys::ggml_row_size((*k).type_, d);
+            let offset = self.stream * (*k).nb[2] + first * (*k).nb[1] + kv * head;
+            sys::ggml_view_3d(b.ctx, k, d, n as i64, kv_heads as i64, (*k).nb[1], head, offset)
         }
     }
 
-    /// Squared block scales of one KV head. `[n_block, n_kv]` f32, or NULL where K is not quantized.
-    fn error_view(&self, b: &mut Builder, kv: usize) -> Tensor {
+    /// Squared block scales of `kv_heads` heads from `kv` on. `[n_block, n_kv, kv_heads]` f32, or NULL where K is not quantized.
+    fn error_view(&self, b: &mut Builder, kv: usize, kv_heads: usize) -> Tensor {
         let Some(c) = &self.coarseness else {
             return std::ptr::null_mut();
         };
         let n_block = self.layer.n_embd_head_k as usize / c.block_size;
-        // SAFETY: as in k_view; the scale is the first f16 of each block, so every element lies inside the storage.
+        // SAFETY: as in k_rows; the scale is the first f16 of each block, so every element lies inside the storage.
         // ggml has no view that changes the type; the description alone is changed, the bytes are read as they are.
         unsafe {
             let k = self.layer.k;
             let row = (*k).nb[1];
-            let offset = self.stream * (*k).nb[2] + kv * n_block * c.block_bytes;
+            let head = n_block * c.block_bytes;
+            let offset = self.stream * (*k).nb[2] + kv * head;
             let view = sys::ggml_view_2d(b.ctx, k, c.block_size as i64, 1, row, offset);
             (*view).type_ = sys::GGML_TYPE_F16;
-            (*view).ne = [1, n_block as i64, self.view.n_kv as i64, 1];
-            (*view).nb = [size_of::<f16>(), c.block_bytes, row, row * self.view.n_kv];
+            (*view).ne = [1, n_block as i64, self.view.n_kv as i64, kv_heads as i64];
+            (*view).nb = [size_of::<f16>(), c.block_bytes, row, head];
             let scales = sys::ggml_cast(b.ctx, view, sys::GGML_TYPE_F32);
-            let scales = sys::ggml_reshape_2d(b.ctx, scales, n_block as i64, self.view.n_kv as i64);
+            let n_kv = self.view.n_kv as i64;
+            let scales = sys::ggml_reshape_3d(b.ctx, scales, n_block as i64, n_kv, kv_heads as i64);
             let squared = sys::ggml_sqr(b.ctx, scales);
             b.run(squared)
         }
     }
 
-    /// Softmax of one query head's logits over all cells. `[n_kv, n_query]`
+    /// Softmax over all cells of the logits of as many query heads as the set has at once. `[n_kv, n_query, heads]`
     fn probabilities(&self, b: &mut Builder, set: &QuerySet, k: Tensor, errors: Tensor, head: usize) -> Tensor {
         let (kq, scale) = self.logits(b, set, k, errors, head);
-        // SAFETY: a contiguous matrix of this context.
+        // SAFETY: a contiguous tensor of this context.
         let p = unsafe { sys::ggml_soft_max_ext_inplace(b.ctx, kq, std::ptr::null_mut(), scale, 0.0) };
         b.run(p)
     }
 
-    /// One query head's logits, still to be multiplied by the scale. `[n_kv, n_query]`
+    /// The logits of as many query heads as the set has at once, from `head` on, still to be multiplied by the scale.
+    /// `[n_kv, n_query, heads]`
     pub(super) fn logits(
         &self,
         b: &mut Builder,
@@ -325,17 +360,23 @@ impl LayerGraph<'_> {
         errors: Tensor,
         head: usize,
     ) -> (Tensor, f32) {
-        let ctx = b.ctx;
-        let head_of = |t: Tensor| {
-            // SAFETY: one matrix of a contiguous 3d input.
-            unsafe { sys::ggml_view_2d(ctx, t, (*t).ne[0], (*t).ne[1], (*t).nb[1], head * (*t).nb[2]) }
+        let (ctx, heads) = (b.ctx, set.heads);
+        let heads_of = |t: Tensor| {
+            // SAFETY: some matrices of a contiguous 3d input.
+            unsafe {
+                let [ne0, ne1, ..] = (*t).ne;
+                let [_, nb1, nb2, _] = (*t).nb;
+                sys::ggml_view_3d(ctx, t, ne0, ne1, heads as i64, nb1, nb2, head * nb2)
+            }
         };
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
-            let kq = sys::ggml_mul_mat(b.ctx, k, head_of(set.q)); // [n_kv, n]
+            let kq = sys::ggml_mul_mat(b.ctx, k, heads_of(set.q)); // [n_kv, n, heads]
+            // as attention does
+            sys::ggml_mul_mat_set_prec(kq, sys::GGML_PREC_F32);
             let mut kq = b.run(kq);
             if !errors.is_null() {
-                let error = sys::ggml_mul_mat(b.ctx, errors, head_of(set.errors)); // [n_kv, n]
+                let error = sys::ggml_mul_mat(b.ctx, errors, heads_of(set.errors)); // [n_kv, n, heads]
                 kq = sys::ggml_add_inplace(b.ctx, kq, error);
                 b.run(kq);
             }
@@ -349,12 +390,28 @@ impl LayerGraph<'_> {
             }
             if !set.mask.is_null() {
                 // only the newest cells can be hidden from a query: the rest of the block is not touched
+                let [_, nb1, nb2, _] = (*kq).nb;
+                let [n_newest, n, ..] = (*set.mask).ne;
                 let offset = set.first * size_of::<f32>();
-                let nb = (*kq).nb;
-                kq = sys::ggml_acc_inplace(b.ctx, kq, set.mask, nb[1], nb[2], nb[3], offset);
-                b.run(kq);
+                let newest = sys::ggml_view_3d(b.ctx, kq, n_newest, n, heads as i64, nb1, nb2, offset);
+                let masked = sys::ggml_add_inplace(b.ctx, newest, set.mask);
+                b.run(masked);
             }
             (kq, scale)
         }
+    }
+}
+
+/// What some KV heads give for one set of queries. Weighted sums over their query heads and the set `[n_kv, 1, kv_heads]`, and
+/// where the probabilities of each query head are: the tensor, and the block in it.
+struct Outputs {
+    mean: Tensor,
+    fourth_powers: Tensor,
+    each: Vec<(Tensor, usize)>,
+}
+
+impl Default for Outputs {
+    fn default() -> Self {
+        Self { mean: std::ptr::null_mut(), fourth_powers: std::ptr::null_mut(), each: Vec::new() }
     }
 }
