@@ -221,18 +221,28 @@ fn move_rows(
             Some(first)
         })
         .collect();
+    let n_head_kv: Vec<usize> = layout.n_head_kv().collect();
     let moves_of = |il: usize| -> Vec<Moves> {
-        let heads = first_head[il]..first_head[il] + layout.layers[il].n_head_kv as usize;
+        let heads = first_head[il]..first_head[il] + n_head_kv[il];
         heads.map(|head| Moves { to, cells, from: sources(head) }).collect()
     };
+    let moves_of = &moves_of;
+    let n_layer = layout.n_layer();
+    let n_threads = n_threads.clamp(1, n_layer);
     if !layout.is_host() {
-        for (il, layer) in layout.layers.iter().enumerate() {
-            mover.move_layer(layout, layer, &moves_of(il), ascending);
+        // the device works on one layer after another, but the lists of rows take the host longer
+        for (i, layers) in layout.layers.chunks(n_threads).enumerate() {
+            let moves: Vec<Vec<Moves>> = std::thread::scope(|scope| {
+                let layers = i * n_threads..i * n_threads + layers.len();
+                let running: Vec<_> = layers.map(|il| scope.spawn(move || moves_of(il))).collect();
+                running.into_iter().map(|thread| thread.join().expect("a list of rows does not panic")).collect()
+            });
+            for (layer, moves) in layers.iter().zip(&moves) {
+                mover.move_layer(layout, layer, moves, ascending);
+            }
         }
         return;
     }
-    let n_layer = layout.n_layer();
-    let n_threads = n_threads.clamp(1, n_layer);
     let per_thread = n_layer.div_ceil(n_threads);
     let move_layers = |first: usize| {
         for il in first..(first + per_thread).min(n_layer) {

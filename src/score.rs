@@ -72,8 +72,8 @@ impl Scorer {
         self.threads.iter_mut().map(Devices::release).sum()
     }
 
-    /// Computes the scores of every KV head, layer by layer, and hands them to `sink(head, scores)`, where `head` counts
-    /// over all layers and scores are indexed by the place in `cells`. `queries` gives those of the i-th layer.
+    /// Computes the scores of every KV head, layer by layer, and hands those of a layer to `sink(first, heads)`, where `first`
+    /// counts heads over all layers and scores are indexed by the place in `cells`. `queries` gives those of the i-th layer.
     /// `account_error`: raise logits by half their variance where K is quantized.
     ///
     /// # Errors
@@ -85,20 +85,21 @@ impl Scorer {
         needs: Needs,
         account_error: bool,
         mut queries: impl FnMut(usize) -> Result<LayerQueries, E>,
-        mut sink: impl FnMut(usize, &HeadScores),
+        mut sink: impl FnMut(usize, &[HeadScores]),
     ) -> Result<(), E> {
         let in_order = cells.iter().enumerate().all(|(i, c)| c.index as usize == i);
         let view = CellsView::new(cells);
         let mut head = 0;
-        let mut gathered = Gathered::default();
+        let mut gathered: Vec<Gathered> = Vec::new();
         let mut hand_over = |layers: Vec<Vec<CellScores>>| {
-            for scores in layers.iter().flatten() {
-                if in_order {
-                    sink(head, &scores.as_head());
-                } else {
-                    sink(head, &gathered.fill(scores, cells, view.n_kv));
+            for scores in &layers {
+                if !in_order {
+                    gathered.resize_with(scores.len(), Gathered::default);
+                    gathered.iter_mut().zip(scores).for_each(|(to, scores)| to.fill(scores, cells, view.n_kv));
                 }
-                head += 1;
+                let heads = |i: usize| if in_order { scores[i].as_head() } else { gathered[i].0.as_head() };
+                sink(head, &(0..scores.len()).map(heads).collect::<Vec<_>>());
+                head += scores.len();
             }
         };
         // a device computes one graph after another anyway
@@ -191,7 +192,7 @@ impl CellScores {
 struct Gathered(CellScores);
 
 impl Gathered {
-    fn fill(&mut self, from: &CellScores, cells: &[Cell], n_kv: usize) -> HeadScores<'_> {
+    fn fill(&mut self, from: &CellScores, cells: &[Cell], n_kv: usize) {
         let gather = |out: &mut Vec<f32>, data: &[f32]| {
             out.clear();
             for row in data.chunks_exact(n_kv) {
@@ -205,6 +206,5 @@ impl Gathered {
         gather(&mut self.0.value_norm, &from.value_norm);
         gather(&mut self.0.key_similarity, &from.key_similarity);
         gather(&mut self.0.fourth_powers, &from.fourth_powers);
-        self.0.as_head()
     }
 }

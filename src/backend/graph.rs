@@ -1,25 +1,50 @@
 //! Small graphs that are built, computed and forgotten.
 
+use std::ffi::c_void;
+
+use half::f16;
+
 use super::{ComputeError, Device};
 use crate::sys;
 
 pub(crate) type Tensor = *mut sys::ggml_tensor;
 
 /// A graph under construction, with the data its inputs get.
-pub(crate) struct Builder {
+pub(crate) struct Builder<'a> {
     pub(crate) ctx: *mut sys::ggml_context,
     graph: *mut sys::ggml_cgraph,
-    inputs: Vec<(Tensor, Vec<f32>)>,
+    inputs: Vec<(Tensor, Input<'a>)>,
 }
 
-impl Drop for Builder {
+/// What an input gets.
+enum Input<'a> {
+    Floats(Vec<f32>),
+    Halves(&'a [f16]),
+    Rows(Vec<u32>),
+}
+
+impl Input<'_> {
+    /// # Safety
+    /// The tensor has memory for as many elements of this kind.
+    unsafe fn set(&self, t: Tensor) {
+        let (data, bytes): (*const c_void, usize) = match self {
+            Self::Floats(data) => (data.as_ptr().cast(), size_of_val(&data[..])),
+            Self::Halves(data) => (data.as_ptr().cast(), size_of_val(*data)),
+            Self::Rows(data) => (data.as_ptr().cast(), size_of_val(&data[..])),
+        };
+        // SAFETY: see above.
+        unsafe { sys::ggml_backend_tensor_set(t, data, 0, bytes) };
+    }
+}
+
+impl Drop for Builder<'_> {
     fn drop(&mut self) {
         // SAFETY: made in `new`, freed once; the tensors' data belongs to the allocator.
         unsafe { sys::ggml_free(self.ctx) };
     }
 }
 
-impl Builder {
+impl<'a> Builder<'a> {
     /// A graph of at most `n_nodes` tensors.
     pub fn new(n_nodes: usize) -> Result<Self, ComputeError> {
         // SAFETY: a context for descriptions only; sizes come from ggml.
@@ -39,22 +64,28 @@ impl Builder {
 
     pub fn input(&mut self, ne: [usize; 3], data: Vec<f32>) -> Tensor {
         debug_assert_eq!(data.len(), ne.iter().product::<usize>());
+        self.add_input(sys::GGML_TYPE_F32, ne, Input::Floats(data))
+    }
+
+    pub fn halves(&mut self, ne: [usize; 3], data: &'a [f16]) -> Tensor {
+        debug_assert_eq!(data.len(), ne.iter().product::<usize>());
+        self.add_input(sys::GGML_TYPE_F16, ne, Input::Halves(data))
+    }
+
+    /// Numbers of rows.
+    pub fn rows(&mut self, ne: [usize; 3], data: Vec<u32>) -> Tensor {
+        debug_assert_eq!(data.len(), ne.iter().product::<usize>());
+        self.add_input(sys::GGML_TYPE_I32, ne, Input::Rows(data))
+    }
+
+    fn add_input(&mut self, type_: sys::ggml_type, ne: [usize; 3], data: Input<'a>) -> Tensor {
         // SAFETY: the context has room for the tensor.
         let t = unsafe {
-            let t = sys::ggml_new_tensor_3d(self.ctx, sys::GGML_TYPE_F32, ne[0] as i64, ne[1] as i64, ne[2] as i64);
+            let t = sys::ggml_new_tensor_3d(self.ctx, type_, ne[0] as i64, ne[1] as i64, ne[2] as i64);
             sys::ggml_set_input(t);
             t
         };
         self.inputs.push((t, data));
-        t
-    }
-
-    /// Numbers of rows.
-    pub fn indices(&mut self, ne: [usize; 3], rows: impl IntoIterator<Item = u32>) -> Tensor {
-        // the same four bytes an element; nothing in the graph reads them as floats
-        let t = self.input(ne, rows.into_iter().map(f32::from_bits).collect());
-        // SAFETY: a fresh tensor of this context.
-        unsafe { (*t).type_ = sys::GGML_TYPE_I32 };
         t
     }
 
@@ -109,7 +140,7 @@ impl Builder {
         // SAFETY: inputs are allocated before they are set and sized as declared.
         unsafe {
             for (t, data) in self.inputs.drain(..) {
-                sys::ggml_backend_tensor_set(t, data.as_ptr().cast(), 0, std::mem::size_of_val(&data[..]));
+                data.set(t);
             }
         }
         self.run_on(device)

@@ -1,6 +1,7 @@
 //! The nodes of a graph in work that tell something, and what becomes of them.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use super::moments::Block;
 use super::node::Node;
@@ -274,6 +275,7 @@ impl Inner {
             queries[layer].data.resize(wanted.len() * n_q, f16::ZERO);
             queries[layer].pos = wanted.iter().map(|w| w.pos).collect();
         }
+        let mut floats = Vec::with_capacity(head_size);
         for Wanted { row, seq, slot, pos } in wanted {
             let out = match &mut self.mode {
                 Mode::Probe(probe) => &mut probe.queries[layer],
@@ -286,9 +288,10 @@ impl Inner {
             let out = &mut out[slot * n_q..][..n_q];
             for (h, out) in out.chunks_exact_mut(head_size).enumerate() {
                 let bytes = &scratch[token_at(row) - first + h * q.0.nb[2]..];
-                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(size_of::<f32>())) {
-                    *x = f16::from_f32(f32::from_le_bytes(b.try_into().expect("chunks of four")));
-                }
+                let four = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("chunks of four"));
+                floats.clear();
+                floats.extend(bytes.chunks_exact(size_of::<f32>()).take(head_size).map(four));
+                out.convert_from_f32_slice(&floats);
             }
         }
         self.scratch = scratch;

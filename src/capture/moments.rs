@@ -57,7 +57,7 @@ impl Block {
                 let first = rows.first().map_or(0, |&row| row as usize);
                 sys::ggml_view_2d(b.ctx, data, t.ne[0], rows.len() as i64, t.nb[1], first * t.nb[1])
             } else {
-                let index = b.indices([rows.len(), 1, 1], rows.iter().copied());
+                let index = b.rows([rows.len(), 1, 1], rows.to_vec());
                 sys::ggml_get_rows(b.ctx, data, index)
             };
             let channels = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, picked)); // [n, n_embd]

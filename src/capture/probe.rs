@@ -155,9 +155,9 @@ impl Inner {
         self.on_queries(attention)
     }
 
-    fn inject(&self, hidden: &Node, layer: usize) -> Result<(), CaptureError> {
-        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
-        let samples = &probe.samples[layer];
+    fn inject(&mut self, hidden: &Node, layer: usize) -> Result<(), CaptureError> {
+        let Mode::Probe(probe) = &mut self.mode else { return Ok(()) };
+        let samples = std::mem::take(&mut probe.samples[layer]);
         if samples.len() != hidden.0.ne[1] as usize * self.n_embd {
             return Err(hidden.shape_error());
         }

@@ -32,8 +32,6 @@ pub(super) struct LayerRecord {
 /// that costs and changes.
 const FIRST: usize = 256;
 pub(super) const SHARE: usize = 16;
-/// Fewer tokens than this are not worth a graph that stops at every layer, unless nothing else is known.
-const FEW: usize = 16;
 
 /// What is captured of one sequence.
 #[derive(Clone)]
@@ -62,10 +60,16 @@ impl Record {
         Self { layers, n_tokens, rows: Vec::new(), seen: Vec::new() }
     }
 
-    /// Whether the next `n` tokens should give statistics.
+    /// Whether nothing was captured or counted so far.
+    pub fn is_new(&self) -> bool {
+        self.n_tokens == 0 && !self.has_moments()
+    }
+
+    /// Whether the next `n` tokens should give statistics. A single one is a step of an answer, and not worth a graph that
+    /// stops at every layer unless nothing else is known.
     pub fn is_due(&self, n: usize) -> bool {
         let read = self.layers.first().map_or(0.0, |layer| layer.moments.count) as usize;
-        read == 0 || (n >= FEW && (read < FIRST || SHARE * read <= self.n_tokens))
+        read == 0 || (n > 1 && (read < FIRST || SHARE * read <= self.n_tokens))
     }
 
     /// Notes that `n` more tokens were decoded.

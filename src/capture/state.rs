@@ -13,26 +13,26 @@ pub struct Restored {
     scales: Vec<LogitScale>,
 }
 
-/// What was captured of a sequence up to some moment, put aside.
+/// What was captured of a sequence up to some moment, put aside; None if nothing was.
 #[derive(Clone)]
-pub(crate) struct Captured(Record);
+pub(crate) struct Captured(Option<Record>);
 
 impl From<Restored> for Captured {
     fn from(restored: Restored) -> Self {
-        Self(restored.record)
+        Self(Some(restored.record))
     }
 }
 
 impl Capture {
     /// What is captured of a sequence now, for [`Self::set_back`].
     pub(crate) fn captured(&self, seq: SeqId) -> Captured {
-        let record = self.inner.records.get(&seq).cloned();
-        Captured(record.unwrap_or_else(|| Record::new(&self.inner.layers, self.inner.window)))
+        Captured(self.inner.records.get(&seq).filter(|record| !record.is_new()).cloned())
     }
 
     /// Forgets what was captured of a sequence since.
     pub(crate) fn set_back(&mut self, seq: SeqId, captured: Captured) {
-        self.inner.records.insert(seq, captured.0);
+        let record = captured.0.unwrap_or_else(|| Record::new(&self.inner.layers, self.inner.window));
+        self.inner.records.insert(seq, record);
     }
 
     /// What was captured of a sequence, as bytes: the number of tokens, and per layer the moments and the window's queries.
@@ -42,8 +42,16 @@ impl Capture {
 
     /// The same of what was put aside.
     pub(crate) fn encode(&self, captured: &Captured) -> Vec<u8> {
-        let mut out = (captured.0.n_tokens as u64).to_le_bytes().to_vec();
-        for (layer, shape) in captured.0.layers.iter().zip(&self.inner.layers) {
+        let new;
+        let record = match &captured.0 {
+            Some(record) => record,
+            None => {
+                new = Record::new(&self.inner.layers, self.inner.window);
+                &new
+            }
+        };
+        let mut out = (record.n_tokens as u64).to_le_bytes().to_vec();
+        for (layer, shape) in record.layers.iter().zip(&self.inner.layers) {
             let n = layer.moments.mean.len() as u64;
             out.extend_from_slice(&n.to_le_bytes());
             out.extend_from_slice(&layer.moments.count.to_le_bytes());

@@ -29,8 +29,8 @@ impl Mover {
             }
             reserved.push(shape);
             let mut b = Builder::new(NODES)?;
-            let from = b.indices([n, layer.n_head_kv as usize, 1], std::iter::repeat_n(0, n * layer.n_head_kv as usize));
-            let to = b.indices([n, 1, 1], std::iter::repeat_n(0, n));
+            let from = b.rows([n, layer.n_head_kv as usize, 1], vec![0; n * layer.n_head_kv as usize]);
+            let to = b.rows([n, 1, 1], vec![0; n]);
             mover.describe(&mut b, layout, layer, from, to);
             // SAFETY: the storage tensors live as long as the context, which the caller holds.
             b.reserve(unsafe { mover.devices.at((*layer.k).buffer)? })?;
@@ -38,7 +38,7 @@ impl Mover {
         Ok(mover)
     }
 
-    /// Moves the rows of one layer. `moves`: of each of its heads.
+    /// Moves the rows of one layer. `moves`: of each of its heads. `ascending`: see [`host::move_layer`].
     pub fn move_layer(&mut self, layout: &Layout, layer: &sys::gvote_shim_layer, moves: &[Moves], ascending: bool) {
         if !moves_on_device(layout, layer) {
             // SAFETY: the cache is idle, and this is the only thread.
@@ -57,9 +57,9 @@ impl Mover {
     ) -> Result<(), ComputeError> {
         let Some(to) = moves.first().map(|moves| moves.to) else { return Ok(()) };
         let mut b = Builder::new(NODES)?;
-        let rows = moves.iter().flat_map(|moves| (0..to.len()).map(|c| moves.from(c) as u32));
-        let from = b.indices([to.len(), moves.len(), 1], rows);
-        let to = b.indices([to.len(), 1, 1], to.iter().copied());
+        let from = moves.iter().flat_map(|moves| (0..to.len()).map(|c| moves.from(c) as u32)).collect();
+        let from = b.rows([to.len(), moves.len(), 1], from);
+        let to = b.rows([to.len(), 1, 1], to.to_vec());
         self.describe(&mut b, layout, layer, from, to);
         // SAFETY: the storage tensors live as long as the context, which the caller holds.
         b.compute(unsafe { self.devices.at((*layer.k).buffer)? })

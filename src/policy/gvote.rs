@@ -45,6 +45,8 @@ const SCALE: f32 = 32768.0;
 
 /// Sorting the heads takes milliseconds, and each thread some 33 bytes an entry: more threads would hardly help.
 const MAX_THREADS: usize = 8;
+/// Scoring so many entries takes half a millisecond: fewer are not worth a thread.
+const ENTRIES_A_THREAD: usize = 32768;
 
 pub(super) struct Gvote {
     params: Params,
@@ -61,7 +63,12 @@ pub(super) struct Gvote {
     passages_sum: Vec<f64>,
     single_sum: Vec<f64>,
     mass_sum: Vec<f64>,
-    /// Scratch for one head: `[n]` `m`, `s` (0 in the window), `b`; and rows to work in.
+    /// One for each thread.
+    scratch: Vec<Scratch>,
+}
+
+/// Rows to work in: `[n]` `m`, `s` (0 in the window) and `b` of one head, and others.
+struct Scratch {
     future: Vec<f32>,
     observed: Vec<f32>,
     single: Vec<f32>,
@@ -71,33 +78,22 @@ pub(super) struct Gvote {
     padded: Vec<f32>,
 }
 
-impl Gvote {
-    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
-        let n = shape.n;
-        let per_token = if params.evict == Evict::Cells { n } else { 0 };
-        Self {
-            params: params.clone(),
-            shape,
-            forced: Forced::new(params, n, protected),
-            seen: 0,
-            score: Vec::new(),
-            mass: Vec::new(),
-            passages_sum: vec![0.0; n],
-            single_sum: vec![0.0; per_token],
-            mass_sum: vec![0.0; per_token],
-            future: vec![0.0; n],
-            observed: vec![0.0; n],
-            single: vec![0.0; n],
-            row: vec![0.0; n],
-            half: vec![f16::ZERO; n],
-            padded: Vec::new(),
-        }
+impl Scratch {
+    fn new(n: usize) -> Self {
+        let row = || vec![0.0; n];
+        let half = vec![f16::ZERO; n];
+        Self { future: row(), observed: row(), single: row(), row: row(), half, padded: Vec::new() }
+    }
+
+    /// Steps 1 to 3: see above.
+    fn score(&mut self, params: &Params, scores: &HeadScores<'_>) {
+        if params.replay { self.score_replay(scores) } else { self.score_queries(params, scores) }
     }
 
     /// Steps 1 to 3 from queries: fills `future` with `m`, `single` with `b` and the first `n` of `padded` with `a`, but
     /// for the other heads' part.
-    fn score_queries(&mut self, scores: &HeadScores<'_>) {
-        let Self { future, observed, single, row, padded, params, .. } = self;
+    fn score_queries(&mut self, params: &Params, scores: &HeadScores<'_>) {
+        let Self { future, observed, single, row, padded, .. } = self;
         let older = observed.len().saturating_sub(params.window);
         rank::normalise(scores.future, future);
         rank::average_pool(&scores.observed[..older], params.pool, padded, &mut observed[..older]);
@@ -128,6 +124,89 @@ impl Gvote {
         padded.extend_from_slice(single);
     }
 
+    /// What is kept of a head until all have been seen.
+    fn pack(&mut self, score: &mut [u32], mass: &mut [f16], passages: &mut [f32]) {
+        let Self { padded, single, future, half, .. } = self;
+        let scaled = |row: &mut [f32], out: &mut [f16]| {
+            row.iter_mut().for_each(|x| *x *= SCALE);
+            out.convert_from_f32_slice(row);
+        };
+        let n = score.len();
+        passages.copy_from_slice(&padded[..n]);
+        scaled(&mut padded[..n], half);
+        score.iter_mut().zip(&*half).for_each(|(s, a)| *s = u32::from(a.to_bits()) << 16);
+        scaled(single, half);
+        score.iter_mut().zip(&*half).for_each(|(s, b)| *s |= u32::from(b.to_bits()));
+        scaled(future, mass);
+    }
+}
+
+impl Gvote {
+    pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
+        let n = shape.n;
+        let per_token = if params.evict == Evict::Cells { n } else { 0 };
+        Self {
+            params: params.clone(),
+            shape,
+            forced: Forced::new(params, n, protected),
+            seen: 0,
+            score: Vec::new(),
+            mass: Vec::new(),
+            passages_sum: vec![0.0; n],
+            single_sum: vec![0.0; per_token],
+            mass_sum: vec![0.0; per_token],
+            scratch: vec![Scratch::new(n)],
+        }
+    }
+
+    fn check(&self, first: usize, heads: &[HeadScores<'_>]) {
+        let n = self.shape.n;
+        assert!(first == self.seen && first + heads.len() <= self.shape.heads(), "head {first} is out of order");
+        for (head, scores) in (first..).zip(heads) {
+            assert_eq!(scores.value_norm.len(), n, "value norms of head {head}");
+            if self.params.replay {
+                assert_eq!(scores.replayed.len(), n, "replayed scores of head {head}");
+                assert_eq!(scores.fourth_powers.len(), n, "fourth powers of head {head}");
+            } else {
+                assert_eq!(scores.future.len(), n, "future scores of head {head}");
+                assert_eq!(scores.observed.len(), n, "observed scores of head {head}");
+                assert_eq!(scores.key_similarity.len(), n, "key similarities of head {head}");
+            }
+        }
+    }
+
+    /// Scores heads, some of them in each thread, and keeps what ranks them later.
+    fn keep_scores(&mut self, heads: &[HeadScores<'_>]) {
+        let Self { params, shape, score, mass, passages_sum, scratch, .. } = self;
+        let n = shape.n;
+        let threads = n_threads().min(heads.len() * n / ENTRIES_A_THREAD).max(1);
+        let share = heads.len().div_ceil(threads);
+        scratch.resize_with(threads.max(scratch.len()), || Scratch::new(n));
+        // grown layer by layer, while the queries that were scored are freed
+        let start = score.len();
+        score.reserve_exact(heads.len() * n);
+        score.resize(start + heads.len() * n, 0);
+        mass.reserve_exact(heads.len() * n);
+        mass.resize(start + heads.len() * n, f16::ZERO);
+        let mut passages = vec![0.0; heads.len() * n];
+        let rows = score[start..].chunks_mut(share * n).zip(mass[start..].chunks_mut(share * n));
+        let work = rows.zip(passages.chunks_mut(share * n)).zip(heads.chunks(share)).zip(scratch);
+        let run = |((((score, mass), passages), heads), scratch): ((((&mut [u32], &mut [f16]), &mut [f32]), &[_]), &mut Scratch)| {
+            let rows = score.chunks_mut(n).zip(mass.chunks_mut(n)).zip(passages.chunks_mut(n));
+            for (((score, mass), passages), scores) in rows.zip(heads) {
+                scratch.score(params, scores);
+                scratch.pack(score, mass, passages);
+            }
+        };
+        if threads == 1 {
+            work.for_each(run);
+        } else {
+            thread::scope(|scope| work.for_each(|part| drop(scope.spawn(move || run(part)))));
+        }
+        // one after another, so that the sum does not depend on the number of threads
+        passages.chunks(n.max(1)).for_each(|row| add(passages_sum, row));
+    }
+
     /// Steps 3 and 4 with each head's own opinions.
     fn rank_heads(mut self) -> Ranking {
         let (n, heads) = (self.shape.n, self.shape.heads());
@@ -136,7 +215,7 @@ impl Gvote {
         let weight = f64::from(head_mix) / heads as f64;
         let common: Vec<f32> = self.passages_sum.iter().map(|sum| (weight * sum) as f32).collect();
 
-        let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS);
+        let threads = n_threads();
         let share = heads.div_ceil(threads);
         let mut at_rank = vec![0.0; n];
         thread::scope(|scope| {
@@ -187,43 +266,22 @@ impl Policy for Gvote {
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
-        let n = self.shape.n;
-        assert!(head == self.seen && head < self.shape.heads(), "head {head} is out of order");
-        assert_eq!(scores.value_norm.len(), n, "value norms of head {head}");
-        if self.params.replay {
-            assert_eq!(scores.replayed.len(), n, "replayed scores of head {head}");
-            assert_eq!(scores.fourth_powers.len(), n, "fourth powers of head {head}");
-            self.score_replay(scores);
-        } else {
-            assert_eq!(scores.future.len(), n, "future scores of head {head}");
-            assert_eq!(scores.observed.len(), n, "observed scores of head {head}");
-            assert_eq!(scores.key_similarity.len(), n, "key similarities of head {head}");
-            self.score_queries(scores);
-        }
-        self.seen += 1;
+        self.observe_layer(head, std::slice::from_ref(scores));
+    }
 
-        add(&mut self.passages_sum, &self.padded);
+    fn observe_layer(&mut self, first: usize, heads: &[HeadScores<'_>]) {
+        self.check(first, heads);
+        self.seen += heads.len();
         match self.params.evict {
-            Evict::Composite => {
-                // grown head by head, while the queries that were scored are freed layer by layer
-                self.score.reserve_exact(n);
-                let Self { padded, single, future, half, .. } = self;
-                let scaled = |row: &mut [f32], out: &mut [f16]| {
-                    row.iter_mut().for_each(|x| *x *= SCALE);
-                    out.convert_from_f32_slice(row);
-                };
-                scaled(&mut padded[..n], half);
-                self.score.extend(half.iter().map(|a| u32::from(a.to_bits()) << 16));
-                scaled(single, half);
-                let start = self.score.len() - n;
-                self.score[start..].iter_mut().zip(&*half).for_each(|(s, b)| *s |= u32::from(b.to_bits()));
-                scaled(future, half);
-                self.mass.reserve_exact(n);
-                self.mass.extend_from_slice(half);
-            }
+            Evict::Composite => self.keep_scores(heads),
             Evict::Cells => {
-                add(&mut self.single_sum, &self.single);
-                add(&mut self.mass_sum, &self.future);
+                let scratch = &mut self.scratch[0];
+                for scores in heads {
+                    scratch.score(&self.params, scores);
+                    add(&mut self.passages_sum, &scratch.padded);
+                    add(&mut self.single_sum, &scratch.single);
+                    add(&mut self.mass_sum, &scratch.future);
+                }
             }
         }
     }
@@ -243,6 +301,10 @@ impl Policy for Gvote {
             if tries { Decision::Ranking(ranking.clone()) } else { Decision::Selection(ranking.clone().by_rule()) };
         (decision, Some(ranking))
     }
+}
+
+fn n_threads() -> usize {
+    thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS)
 }
 
 fn add(sum: &mut [f64], row: &[f32]) {
@@ -273,12 +335,13 @@ fn rank_some(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced, f
 struct Turns<'a> {
     forced: &'a Forced,
     keys: [Vec<u64>; 2],
+    spare: Vec<u64>,
     taken: Vec<bool>,
 }
 
 impl<'a> Turns<'a> {
     fn new(forced: &'a Forced) -> Self {
-        Self { forced, keys: [Vec::new(), Vec::new()], taken: Vec::new() }
+        Self { forced, keys: [Vec::new(), Vec::new()], spare: Vec::new(), taken: Vec::new() }
     }
 
     /// Fills `order` with the entries of a KV head from best to worst: forced ones, then in turn the best of either score that is left.
@@ -288,8 +351,8 @@ impl<'a> Turns<'a> {
         theirs.clear();
         rank::push_keys(ours, self.forced, head, first);
         rank::push_keys(theirs, self.forced, head, second);
-        ours.sort_unstable();
-        theirs.sort_unstable();
+        rank::sort_keys(ours, &mut self.spare);
+        rank::sort_keys(theirs, &mut self.spare);
         self.taken.clear();
         self.taken.resize(order.len(), false);
 

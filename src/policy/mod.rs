@@ -214,6 +214,16 @@ pub trait Policy {
     /// If a head is skipped or repeated, or a needed slice has the wrong length. Values never panic.
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>);
 
+    /// [`observe`](Policy::observe) for several heads, `first` and those that follow it.
+    ///
+    /// # Panics
+    /// As [`observe`](Policy::observe).
+    fn observe_layer(&mut self, first: usize, heads: &[HeadScores<'_>]) {
+        for (i, scores) in heads.iter().enumerate() {
+            self.observe(first + i, scores);
+        }
+    }
+
     /// Chooses.
     ///
     /// # Panics

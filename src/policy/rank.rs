@@ -118,10 +118,9 @@ pub(super) fn spread(score: &[f32], span: Span, padded: &mut Vec<f32>) {
     window_max(padded, forward + back + 1);
 }
 
-/// Appends the key of every entry of a KV head, in any order.
+/// Appends the key of every entry of a KV head, from the first entry to the last.
 pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, head: usize, score: impl Fn(usize) -> f32) {
     keys.extend((0..forced.head).map(forced_key));
-    keys.extend((forced.tail..forced.n).map(forced_key));
     let mut next = forced.head;
     for &entry in forced.protected(head) {
         let entry = entry as usize;
@@ -130,6 +129,37 @@ pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, head: usize, score
         next = entry + 1;
     }
     keys.extend((next..forced.tail).map(|j| key(score(j), j)));
+    keys.extend((forced.tail..forced.n).map(forced_key));
+}
+
+/// Sorts what [`push_keys`] pushed. Entries ascend already, so a stable sort by their scores' bits does: three passes, each by
+/// eleven of them, and none by bits that all have in common, as the low ones of an f16 are.
+pub(super) fn sort_keys(keys: &mut Vec<u64>, spare: &mut Vec<u64>) {
+    const BITS: u32 = 11;
+    debug_assert!(keys.is_sorted_by_key(|&key| entry(key)));
+    if keys.len() < 1 << BITS {
+        keys.sort_unstable();
+        return;
+    }
+    spare.resize(keys.len(), 0);
+    for shift in [u32::BITS, u32::BITS + BITS, u32::BITS + 2 * BITS] {
+        let digit = |key: u64| (key >> shift) as usize % (1 << BITS);
+        let mut place = [0usize; 1 << BITS];
+        keys.iter().for_each(|&key| place[digit(key)] += 1);
+        if place[digit(keys[0])] == keys.len() {
+            continue;
+        }
+        let mut first = 0;
+        for count in &mut place {
+            first += std::mem::replace(count, first);
+        }
+        for &key in &*keys {
+            let place = &mut place[digit(key)];
+            spare[*place] = key;
+            *place += 1;
+        }
+        std::mem::swap(keys, spare);
+    }
 }
 
 /// One number that sorts a head: ascending keys are descending scores, and among equal scores the
@@ -279,6 +309,28 @@ mod tests {
         let mut keys = [key(0.5, 7), key(0.0, 0), key(0.5, 2), key(1e-40, 5), forced_key(9), key(-0.0, 1)];
         keys.sort_unstable();
         assert_eq!(keys.map(entry), [9, 2, 7, 5, 0, 1]);
+    }
+
+    #[test]
+    fn many_keys_are_sorted_like_few() {
+        let mut state = 7u32;
+        let mut random = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 8
+        };
+        for n in [1, 2047, 2048, 5000] {
+            let forced = Forced::new(&Params { sinks: 4, recent: 9, ..Params::default() }, n, &Protected::default());
+            let scores: Vec<f32> = (0..n).map(|_| if random() % 3 == 0 { 0.0 } else { random() as f32 / 1e9 }).collect();
+            let coarse = |j: usize| half::f16::from_f32(scores[j]).to_f32();
+            for score in [&|j: usize| scores[j] as f32, &coarse as &dyn Fn(usize) -> f32] {
+                let mut keys = Vec::new();
+                push_keys(&mut keys, &forced, 0, score);
+                let mut expected = keys.clone();
+                expected.sort_unstable();
+                sort_keys(&mut keys, &mut Vec::new());
+                assert_eq!(keys, expected, "{n}");
+            }
+        }
     }
 
     #[test]

@@ -191,11 +191,14 @@ impl LayerGraph<'_> {
 
     /// A view `[d, n, heads]` of K or V as f32.
     fn as_floats(&self, b: &mut Builder, view: Tensor) -> Tensor {
-        // SAFETY: one index for each row.
+        // SAFETY: a view of this context, and one index for each of its rows.
         unsafe {
+            if !sys::ggml_is_quantized((*view).type_) {
+                return sys::ggml_cast(b.ctx, view, sys::GGML_TYPE_F32);
+            }
             let [_, n, heads, _] = (*view).ne.map(|n| n as usize);
-            let rows = (0..n as u32).cycle().take(n * heads);
-            let index = b.indices([n, heads, 1], rows);
+            let rows = (0..n as u32).cycle().take(n * heads).collect();
+            let index = b.rows([n, heads, 1], rows);
             sys::ggml_get_rows(b.ctx, view, index)
         }
     }

@@ -249,40 +249,33 @@ impl LayerGraph<'_> {
     }
 
     /// `data`: `[n_query][n_head][d]`; `heads`: query heads at once.
-    pub(super) fn query_set(
+    pub(super) fn query_set<'a>(
         &self,
-        b: &mut Builder,
+        b: &mut Builder<'a>,
         target: Target,
         pos: &[Pos],
-        data: &[f16],
+        data: &'a [f16],
         weight: f32,
         heads: usize,
     ) -> QuerySet {
         let n = pos.len();
         let d = self.layer.n_embd_head_k as usize;
         let n_head = self.layer.n_head as usize;
-
-        let mut q = vec![0f32; n * n_head * d]; // [n_head][n_query][d]
-        for (i, row) in data.chunks_exact(n_head * d).enumerate() {
-            for (h, head) in row.chunks_exact(d).enumerate() {
-                let out = &mut q[(h * n + i) * d..][..d];
-                for (x, y) in out.iter_mut().zip(head) {
-                    *x = y.to_f32();
-                }
-            }
-        }
-
-        let errors = match &self.coarseness {
-            Some(c) => {
+        let data = b.halves([d, n_head, n], data);
+        // SAFETY: shapes as noted; every tensor belongs to this context.
+        let (q, errors) = unsafe {
+            let by_head = sys::ggml_permute(b.ctx, data, 0, 2, 1, 3);
+            let q = sys::ggml_cast(b.ctx, by_head, sys::GGML_TYPE_F32); // [d, n, n_head]
+            let errors = self.coarseness.as_ref().map_or(std::ptr::null_mut(), |c| {
                 // v/2 in units of the unscaled logit, so that one scale serves both: see the module's docs
                 let factor = self.queries.scale.post * self.queries.scale.pre * c.variance / 2.0;
-                let squares: Vec<f32> = q
-                    .chunks_exact(c.block_size)
-                    .map(|block| factor * block.iter().map(|x| x * x).sum::<f32>())
-                    .collect();
-                b.input([d / c.block_size, n, n_head], squares)
-            }
-            None => std::ptr::null_mut(),
+                let (size, n_block) = (c.block_size as i64, (d / c.block_size) as i64);
+                let blocks = sys::ggml_reshape_2d(b.ctx, q, size, n_block * (n * n_head) as i64);
+                let squares = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr(b.ctx, blocks));
+                let squares = sys::ggml_scale(b.ctx, squares, factor);
+                sys::ggml_reshape_3d(b.ctx, squares, n_block, n as i64, n_head as i64)
+            });
+            (q, errors)
         };
         let mask = match target {
             Target::Observed => self.view.mask(pos),
@@ -293,7 +286,7 @@ impl LayerGraph<'_> {
         let n_weights = n * heads / kv_heads;
         QuerySet {
             heads,
-            q: b.input([d, n, n_head], q),
+            q,
             mask: if first < self.view.n_kv {
                 b.input([self.view.n_kv - first, n, 1], mask.data)
             } else {

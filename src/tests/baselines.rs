@@ -47,12 +47,12 @@ fn measure(ctx: &crate::llama::Context, layout: &Layout) -> Vec<Measured> {
                 let observed = Queries::default();
                 Ok::<_, ComputeError>(LayerQueries { observed, future: queries(layout, il), scale: SCALE })
             },
-            |_, s: &HeadScores| {
-                out.push(Measured {
+            |_, heads: &[HeadScores]| {
+                out.extend(heads.iter().map(|s| Measured {
                     expected: s.expected.to_vec(),
                     value_norm: s.value_norm.to_vec(),
                     key_similarity: s.key_similarity.to_vec(),
-                });
+                }));
             },
         )
         .unwrap();

@@ -60,21 +60,23 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
                 future.pos.push(last);
                 Ok::<_, ComputeError>(LayerQueries { observed, future, scale: capture.logit_scale(il) })
             },
-            |head, s: &HeadScores| {
-                policy.observe(head, s);
-                let mut votes = vec![0usize; N];
-                for query_head in s.each.chunks((params.samples + 1) * N) {
-                    let current = &query_head[params.samples * N..];
-                    let b = nucleus(current, f64::from(params.p_nuc));
-                    for p in query_head.chunks(N) {
-                        for i in top(p, b) {
-                            votes[i] += 1;
+            |first, heads: &[HeadScores]| {
+                policy.observe_layer(first, heads);
+                for s in heads {
+                    let mut votes = vec![0usize; N];
+                    for query_head in s.each.chunks((params.samples + 1) * N) {
+                        let current = &query_head[params.samples * N..];
+                        let b = nucleus(current, f64::from(params.p_nuc));
+                        for p in query_head.chunks(N) {
+                            for i in top(p, b) {
+                                votes[i] += 1;
+                            }
                         }
                     }
+                    let forced = |i: usize| i < params.sinks || i >= N - params.recent;
+                    unions.push((0..N).filter(|&i| votes[i] > 0 || forced(i)).count());
+                    votes_of.push(votes);
                 }
-                let forced = |i: usize| i < params.sinks || i >= N - params.recent;
-                unions.push((0..N).filter(|&i| votes[i] > 0 || forced(i)).count());
-                votes_of.push(votes);
             },
         )
         .unwrap();

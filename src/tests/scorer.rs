@@ -45,9 +45,13 @@ fn run(ctx: &Context, layout: &Layout, scale: LogitScale, account_error: bool) -
                     scale,
                 })
             },
-            |head, s: &HeadScores| {
-                assert_eq!(head, out.len(), "heads arrive in order");
-                out.push(Scores { observed: s.observed.to_vec(), future: s.future.to_vec(), each: s.each.to_vec() });
+            |first, heads: &[HeadScores]| {
+                assert_eq!(first, out.len(), "heads arrive in order");
+                out.extend(heads.iter().map(|s| Scores {
+                    observed: s.observed.to_vec(),
+                    future: s.future.to_vec(),
+                    each: s.each.to_vec(),
+                }));
             },
         )
         .unwrap();

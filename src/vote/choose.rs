@@ -229,20 +229,21 @@ impl Vote<'_> {
             needs,
             *account_error,
             |il| layer_queries(capture, seq, il, pos_last, std::mem::take(&mut future[il])),
-            |head, scores| {
-                let scores = match reread {
+            |first, heads| {
+                let heads = (first..).zip(heads.iter().copied()).map(|(head, scores)| match reread {
                     Some(reread) if is_replay => HeadScores {
                         replayed: reread.mean_of(head),
                         fourth_powers: reread.fourth_powers_of(head),
-                        ..*scores
+                        ..scores
                     },
-                    Some(reread) => HeadScores { observed: reread.mean_of(head), ..*scores },
-                    None => *scores,
-                };
+                    Some(reread) => HeadScores { observed: reread.mean_of(head), ..scores },
+                    None => scores,
+                });
+                let heads: Vec<_> = heads.collect();
                 if let Some(opinions) = notes.as_mut().and_then(Notes::opinions) {
-                    opinions.observe(&scores);
+                    heads.iter().for_each(|scores| opinions.observe(scores));
                 }
-                policy.observe(head, &scores);
+                policy.observe_layer(first, &heads);
             },
         )?;
         report.score_time = clock.elapsed();

@@ -125,13 +125,15 @@ impl Vote<'_> {
                     let scale = capture.logit_scale(il);
                     Ok::<_, VoteError>(LayerQueries { observed, future: Queries::default(), scale })
                 },
-                |head, scores| {
-                    // the shared cells come first: the repeated tokens have larger positions
-                    for (to, p) in out.mean[head * n..][..n].iter_mut().zip(scores.observed) {
-                        *to += weight * p;
-                    }
-                    for (to, p) in out.fourth_powers[head * n..][..n].iter_mut().zip(scores.fourth_powers) {
-                        *to += p;
+                |first, heads| {
+                    for (head, scores) in (first..).zip(heads) {
+                        // the shared cells come first: the repeated tokens have larger positions
+                        for (to, p) in out.mean[head * n..][..n].iter_mut().zip(scores.observed) {
+                            *to += weight * p;
+                        }
+                        for (to, p) in out.fourth_powers[head * n..][..n].iter_mut().zip(scores.fourth_powers) {
+                            *to += p;
+                        }
                     }
                 },
             )?;
