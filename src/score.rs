@@ -42,7 +42,7 @@ use crate::policy::{HeadScores, Needs};
 const HOST_GRAIN: Grain = Grain { queries: 17, heads: 1, kv_heads: 1, cells: 1024 };
 /// On a device starting a kernel costs more than what it does: as much at once as fits into this share of the bytes of K and
 /// V, or into [`DEVICE_LEAST`].
-const DEVICE_SHARE: f64 = 0.04;
+const DEVICE_SHARE: f64 = 0.03;
 const DEVICE_LEAST: usize = 32 << 20;
 
 /// The queries of a vote for one layer of the cache.
@@ -91,8 +91,8 @@ impl Scorer {
         let view = CellsView::new(cells);
         let mut head = 0;
         let mut gathered: Vec<Gathered> = Vec::new();
-        let mut hand_over = |layers: Vec<Vec<CellScores>>| {
-            for scores in &layers {
+        let mut hand_over = |layers: &[Vec<CellScores>]| {
+            for scores in layers {
                 if !in_order {
                     gathered.resize_with(scores.len(), Gathered::default);
                     gathered.iter_mut().zip(scores).for_each(|(to, scores)| to.fill(scores, cells, view.n_kv));
@@ -106,7 +106,8 @@ impl Scorer {
         let is_host = layout.is_host();
         let n_threads = if is_host { self.threads.len() } else { 1 };
         let room = ((DEVICE_SHARE * (view.n_kv * layout.bytes_per_cell()) as f64) as usize).max(DEVICE_LEAST);
-        let mut computed = Vec::new();
+        // two sets of scores take turns: fresh memory for each layer would cost as much time as what fills it
+        let (mut computed, mut next) = (Vec::new(), Vec::new());
         for (batch, layers) in layout.layers.chunks(n_threads).enumerate() {
             let mut graphs = Vec::with_capacity(layers.len());
             for (i, layer) in layers.iter().enumerate() {
@@ -124,29 +125,32 @@ impl Scorer {
                     n_cells: layout.n_cells(),
                 });
             }
-            let before = std::mem::take(&mut computed);
-            computed = compute_all(&mut self.threads, &graphs, needs, || hand_over(before))?;
+            compute_all(&mut self.threads, &graphs, needs, &mut next, || hand_over(&computed))?;
+            std::mem::swap(&mut computed, &mut next);
         }
-        hand_over(computed);
+        hand_over(&computed);
         Ok(())
     }
 }
 
-/// Computes each graph on a thread of its own, and does something else meanwhile.
+/// Computes each graph on a thread of its own into `out`, and does something else meanwhile.
 fn compute_all(
     threads: &mut [Devices],
     graphs: &[LayerGraph],
     needs: Needs,
+    out: &mut Vec<Vec<CellScores>>,
     meanwhile: impl FnOnce(),
-) -> Result<Vec<Vec<CellScores>>, ComputeError> {
-    let run = |devices: &mut Devices, graph: &LayerGraph| {
+) -> Result<(), ComputeError> {
+    let run = |devices: &mut Devices, graph: &LayerGraph, out: &mut Vec<CellScores>| {
         // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
         let device = unsafe { devices.at((*graph.layer.k).buffer)? };
-        graph.compute(device, needs)
+        graph.compute(device, needs, out)
     };
+    out.resize_with(graphs.len(), Vec::new);
     std::thread::scope(|scope| {
-        let work = threads.iter_mut().zip(graphs);
-        let running: Vec<_> = work.map(|(devices, graph)| scope.spawn(move || run(devices, graph))).collect();
+        let work = threads.iter_mut().zip(graphs).zip(out);
+        let running: Vec<_> =
+            work.map(|((devices, graph), out)| scope.spawn(move || run(devices, graph, out))).collect();
         meanwhile();
         // ggml aborts rather than unwinds, and this crate's code in a graph does not panic
         running.into_iter().map(|thread| thread.join().expect("no panic in a graph")).collect()
@@ -166,6 +170,13 @@ struct CellScores {
 }
 
 impl CellScores {
+    fn clear(&mut self) {
+        let Self { observed, future, each, expected, value_norm, key_similarity, fourth_powers } = self;
+        for scores in [observed, future, each, expected, value_norm, key_similarity, fourth_powers] {
+            scores.clear();
+        }
+    }
+
     fn target(&mut self, target: Target) -> &mut Vec<f32> {
         match target {
             Target::Observed => &mut self.observed,

@@ -134,22 +134,23 @@ pub(super) struct LayerGraph<'a> {
 unsafe impl Sync for LayerGraph<'_> {}
 
 impl LayerGraph<'_> {
-    /// The scores of each KV head.
-    pub fn compute(&self, device: &mut Device, needs: Needs) -> Result<Vec<CellScores>, ComputeError> {
-        let mut scores: Vec<_> = (0..self.layer.n_head_kv).map(|_| CellScores::default()).collect();
+    /// The scores of each KV head, in place of what `scores` holds.
+    pub fn compute(&self, device: &mut Device, needs: Needs, scores: &mut Vec<CellScores>) -> Result<(), ComputeError> {
+        scores.resize_with(self.layer.n_head_kv as usize, CellScores::default);
+        scores.iter_mut().for_each(CellScores::clear);
         if needs.observed {
-            self.add(device, &mut scores, Target::Observed, Needs { each: false, ..needs })?;
+            self.add(device, scores, Target::Observed, Needs { each: false, ..needs })?;
         }
         if needs.future || needs.each {
-            self.add(device, &mut scores, Target::Future, Needs { fourth_powers: false, ..needs })?;
+            self.add(device, scores, Target::Future, Needs { fourth_powers: false, ..needs })?;
         }
         if needs.expected {
-            self.expect(device, &mut scores)?;
+            self.expect(device, scores)?;
         }
         if needs.value_norm || needs.key_similarity {
-            self.measure_keys(device, &mut scores, needs)?;
+            self.measure_keys(device, scores, needs)?;
         }
-        Ok(scores)
+        Ok(())
     }
 
     /// Adds up the mean probabilities under all queries of one kind, and notes `each` of them if asked to.
