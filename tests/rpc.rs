@@ -8,7 +8,9 @@ mod workers;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -355,6 +357,22 @@ mod server {
         assert!(log.lines().any(|line| line == "stopped"), "{log}");
         let done = finish_in_time(client);
         assert!(done.status == 1 && done.stderr.contains(&endpoint), "{}", done.stderr);
+    }
+
+    #[test]
+    fn two_ctrl_c_end_a_client_at_once_and_leave_the_worker() {
+        let worker = Worker::start();
+        let args = ["-p", "Tell me a long story.", "-n", "4000", "--rpc", &worker.endpoint];
+        for _ in 0..3 {
+            let client = gvote("run", &args).spawn().unwrap();
+            worker.wait_for("[alloc_buffer]");
+            let pid = client.id().to_string();
+            for _ in 0..2 {
+                assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+                sleep(Duration::from_millis(50));
+            }
+            assert_eq!(finish_in_time(client).status, 130);
+        }
     }
 
     #[test]
