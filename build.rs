@@ -102,6 +102,20 @@ fn built_llama(version: &str) -> Option<PathBuf> {
     fs::canonicalize(dir).ok()
 }
 
+/// What every build has: llama.cpp's libraries alone, and layers on other machines over plain sockets.
+const SETTINGS: &[(&str, &str)] = &[
+    ("LLAMA_BUILD_COMMON", "OFF"),
+    ("LLAMA_BUILD_TOOLS", "OFF"),
+    ("LLAMA_BUILD_TESTS", "OFF"),
+    ("LLAMA_BUILD_EXAMPLES", "OFF"),
+    ("LLAMA_BUILD_SERVER", "OFF"),
+    ("LLAMA_BUILD_APP", "OFF"),
+    ("CMAKE_POSITION_INDEPENDENT_CODE", "ON"),
+    ("CMAKE_INSTALL_LIBDIR", "lib"),
+    ("GGML_RPC", "ON"),
+    ("GGML_RPC_RDMA", "OFF"),
+];
+
 /// What ggml's cmake turns on for x86 where it does not build for this very CPU.
 const X86_EXTENSIONS: &[&str] = &["SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"];
 
@@ -130,9 +144,9 @@ fn build_llama(source: &Path) -> PathBuf {
     // OUT_DIR is <target>/<profile>/build/gvote-<hash>/out
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let target = out.ancestors().nth(4).expect("OUT_DIR lies deep inside the target folder");
-    // one folder for each source: another checkout, or another pin, is another build
+    // one folder for each source and its settings: another checkout, or another pin, is another build
     let mut hasher = DefaultHasher::new();
-    source.hash(&mut hasher);
+    (source, SETTINGS).hash(&mut hasher);
     let mut name = format!("llama.cpp-{:08x}", hasher.finish() as u32);
     if !native {
         name += "-generic";
@@ -164,13 +178,11 @@ fn build_llama(source: &Path) -> PathBuf {
         // of all profiles this one has no flags that contradict
         config.profile("Debug").cflag(&flag).cxxflag(&flag);
     }
-    for part in ["COMMON", "TOOLS", "TESTS", "EXAMPLES", "SERVER", "APP"] {
-        config.define(format!("LLAMA_BUILD_{part}"), "OFF");
+    for (name, value) in SETTINGS {
+        config.define(name, value);
     }
     config
         .define("BUILD_SHARED_LIBS", if shared { "ON" } else { "OFF" })
-        .define("CMAKE_POSITION_INDEPENDENT_CODE", "ON")
-        .define("CMAKE_INSTALL_LIBDIR", "lib")
         .define("GGML_NATIVE", if native { "ON" } else { "OFF" })
         .define("GGML_OPENMP", if openmp { "ON" } else { "OFF" });
     if !native {
@@ -279,6 +291,10 @@ fn link(libraries: &Path) {
         for need in *needs {
             println!("cargo:rustc-link-lib={need}");
         }
+    }
+    if !is_shared() {
+        // a shared libggml brings it along, if it was built with it
+        println!("cargo:rustc-link-lib=static=ggml-rpc");
     }
     println!("cargo:rustc-link-lib={kind}=ggml-base");
     if is_shared() {

@@ -8,7 +8,8 @@ use std::process::Command;
 
 use cli::{bare, finish};
 
-const COMMANDS: [&str; 9] = ["run", "chat", "explain", "eval", "bench", "inspect", "plan", "completions", "man"];
+const COMMANDS: [&str; 10] =
+    ["run", "chat", "explain", "eval", "bench", "inspect", "plan", "rpc-server", "completions", "man"];
 
 fn output(args: &[&str]) -> String {
     finish(&mut bare(args)).ok().stdout
@@ -36,6 +37,8 @@ fn bash_completes_commands_and_flags() {
     assert_eq!(complete(&["gvote", "ins"]), ["inspect"]);
     assert_eq!(complete(&["gvote", "inspect", "--met"]), ["--metadata"]);
     assert_eq!(complete(&["gvote", "plan", "--mem"]), ["--memory"]);
+    assert_eq!(complete(&["gvote", "rpc"]), ["rpc-server"]);
+    assert_eq!(complete(&["gvote", "chat", "--rp"]), ["--rpc"]);
     let presets = complete(&["gvote", "run", "--preset", ""]);
     assert_eq!(presets, ["safe", "balanced", "aggressive"]);
 }
@@ -65,7 +68,10 @@ fn there_is_a_page_for_every_command() {
     }
     let all = fs::read_to_string(out.join("gvote.1")).unwrap();
     assert_eq!(all, output(&["man"]));
-    assert!(COMMANDS.iter().all(|command| all.contains(&format!("gvote\\-{command}(1)"))), "{all}");
+    assert!(
+        COMMANDS.iter().all(|command| all.contains(&format!("gvote\\-{}(1)", command.replace('-', "\\-")))),
+        "{all}"
+    );
     assert!(all.contains("Exit status: 0 done, 1 failed, 2 wrong flags"), "{all}");
     assert!(out.join("gvote-eval-tasks.1").exists());
 }

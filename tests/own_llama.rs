@@ -87,5 +87,9 @@ fn a_users_own_llama_serves_gvote_and_apps_and_is_not_copied() {
         let done = finish(command.env_remove("LD_LIBRARY_PATH")).ok();
         assert!(done.stdout.trim_end().ends_with(" cells"), "{}", done.stdout);
     }
-    uses(&installed.join("bin/gvote"), &libraries);
+    let program = installed.join("bin/gvote");
+    uses(&program, &libraries);
+    // their RPC back end is found at run time
+    let done = finish(Command::new(program).args(["rpc-server", "-d", "none"]).env_remove("LD_LIBRARY_PATH"));
+    assert!(done.stderr.contains("there is no device \"none\": there are CPU"), "{}", done.stderr);
 }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
 use gvote::SessionParams;
+use gvote::llama::rpc::Endpoint;
 use gvote::llama::{CacheType, ContextParams, FlashAttention, ModelParams, SamplerParams};
 use gvote::policy::{Evict, Kind, Params, Preset, Span};
 
@@ -19,9 +20,13 @@ pub struct ModelArgs {
     #[arg(short, long, value_name = "FILE")]
     pub model: PathBuf,
 
-    /// Layers to keep on the GPU, where there is one: a number, or `auto` or `all`
+    /// Layers to keep on GPUs and workers, if any: a number, or `auto` or `all`
     #[arg(long, visible_alias = "gpu-layers", value_name = "N", default_value = "auto", value_parser = gpu_layers)]
     n_gpu_layers: i32,
+
+    /// Put layers on the devices of these workers too: machines where `gvote rpc-server` runs, or llama.cpp's own server
+    #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',', value_parser = Endpoint::from_str)]
+    pub rpc: Vec<Endpoint>,
 }
 
 impl ModelArgs {

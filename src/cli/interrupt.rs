@@ -1,11 +1,11 @@
 //! What Ctrl-C means.
 
-use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use gvote::llama::exit;
 
 use super::STATUS_CANCELLED;
 
@@ -68,7 +68,7 @@ fn on_signal(state: &mut State) {
         state.pressed = true;
         state.cancel.store(true, Ordering::Relaxed);
     } else if state.working || state.ended.is_none_or(|at| at.elapsed() > TOO_LATE) {
-        process::exit(STATUS_CANCELLED.into());
+        exit(STATUS_CANCELLED);
     }
 }
 

@@ -13,6 +13,7 @@ mod manual;
 mod plan;
 mod prompt;
 mod report;
+mod rpc_server;
 mod run;
 mod shorthand;
 mod table;
@@ -48,6 +49,7 @@ enum Command {
     Bench(bench::BenchArgs),
     Inspect(inspect::InspectArgs),
     Plan(plan::PlanArgs),
+    RpcServer(rpc_server::RpcServerArgs),
     Completions(manual::CompletionsArgs),
     Man(manual::ManArgs),
 }
@@ -63,6 +65,7 @@ enum Exit {
     Cancelled,
 }
 
+const STATUS_FAILED: u8 = 1;
 const STATUS_USAGE: u8 = 2;
 /// As a shell reports a program that died of SIGINT.
 const STATUS_CANCELLED: u8 = 128 + 2;
@@ -85,6 +88,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::RpcServer(args) => rpc_server::run(&args),
         Command::Completions(args) => manual::completions(described(), &args),
         Command::Man(args) => manual::man(described(), &args),
     }
@@ -104,7 +108,7 @@ pub fn report_error(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(match error.downcast_ref() {
         Some(Exit::Usage(_)) => STATUS_USAGE,
         Some(Exit::Cancelled) => STATUS_CANCELLED,
-        None => 1,
+        None => STATUS_FAILED,
     })
 }
 
@@ -123,7 +127,7 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 fn usage_error(error: &clap::Error) -> anyhow::Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return Exit::Usage(
-            "name a command: gvote run, chat, explain, eval, bench, inspect, plan; see gvote --help".into(),
+            "name a command: gvote run, chat, explain, eval, bench, inspect, plan, rpc-server; see gvote --help".into(),
         )
         .into();
     }

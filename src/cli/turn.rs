@@ -3,26 +3,31 @@
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use gvote::explain::Explanation;
 use gvote::gguf::{self, Support};
-use gvote::llama::{Model, Pieces, Sampler, Token};
+use gvote::llama::rpc::{self, Endpoint};
+use gvote::llama::{self, Model, Pieces, Sampler, Token};
 use gvote::policy::Kind;
 use gvote::session::{CompressReport, GenerateReport, PrefillReport};
 use gvote::{Session, SessionError, SessionParams};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::Exit;
 use super::args::{ModelArgs, OutputArgs};
 use super::interrupt::Interrupt;
 use super::words::{count, note};
+use super::{Exit, STATUS_FAILED, print_error};
 
 /// Redraws a second of a progress bar.
 const REDRAWS: u8 = 10;
 /// Steps of the bar while a model loads: llama.cpp tells a fraction.
 const LOAD_STEPS: f32 = 1000.0;
+/// A worker that serves nobody else is there sooner.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Runs the steps, shows their progress, and stops them on Ctrl-C.
 pub struct Steps {
@@ -42,6 +47,7 @@ impl Steps {
 
     pub fn load_model(&self, args: &ModelArgs, policy: Kind) -> Result<Model> {
         check_model_file(&args.model, policy)?;
+        connect(&args.rpc)?;
         let bar = self.bar(LOAD_STEPS as u64, "loading {bar:30} {percent} %");
         let model = Model::load(&args.model, &args.params(), |done| {
             bar.set_position((done * LOAD_STEPS) as u64);
@@ -141,6 +147,41 @@ impl Steps {
         bar.enable_steady_tick(Duration::from_secs(1) / u32::from(REDRAWS));
         bar
     }
+}
+
+/// Makes the devices of workers known to llama.cpp.
+fn connect(workers: &[Endpoint]) -> Result<()> {
+    if !workers.is_empty() {
+        llama::on_abort(on_abort);
+    }
+    for worker in workers {
+        let (done, is_done) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                if is_done.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                    note(&format!("waiting for the worker {worker}: it serves one client at a time"));
+                }
+            });
+            let added = rpc::add_worker(worker);
+            drop(done);
+            added
+        })?;
+    }
+    Ok(())
+}
+
+/// ggml gives up where a worker is lost: there is no way back into the program.
+fn on_abort(message: &str) -> Option<u8> {
+    if io::stderr().is_terminal() {
+        // an answer or a bar may be in the middle of a line
+        let _ = writeln!(io::stderr());
+    }
+    let Some(error) = rpc::lost(message) else {
+        print_error(&anyhow!("llama.cpp gave up: {message}"));
+        return None;
+    };
+    print_error(&error.into());
+    Some(STATUS_FAILED)
 }
 
 /// Says what is wrong with a file before llama.cpp is asked, which tells less.

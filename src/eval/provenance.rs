@@ -6,7 +6,7 @@ use std::thread::available_parallelism;
 use serde::{Deserialize, Serialize};
 
 use super::config::Config;
-use crate::llama::{self, ContextParams};
+use crate::llama::{self, ContextParams, Device};
 
 /// The start of a run: stands in a file before the records that the run adds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +60,7 @@ impl Start {
             cpu: cpus.into_iter().next().map(|device| device.description).unwrap_or_default(),
             cpu_threads: available_parallelism().map_or(1, usize::from),
             threads: context.n_threads,
-            gpus: gpus.into_iter().map(|device| device.description).collect(),
+            gpus: gpus.into_iter().map(in_words).collect(),
             seeds: seeds.to_vec(),
             configs: configs.iter().map(|c| Settings { name: c.name.clone(), settings: c.settings() }).collect(),
         }
@@ -82,6 +82,11 @@ impl Start {
         let differs = |c: &&Settings| other.configs.iter().any(|o| o.name == c.name && o.settings != c.settings);
         self.configs.iter().find(differs).map(|c| c.name.as_str())
     }
+}
+
+fn in_words(gpu: Device) -> String {
+    // of a worker's device only the worker is known
+    if gpu.name.starts_with("RPC") { format!("worker {}", gpu.description) } else { gpu.description }
 }
 
 /// Words as a shell reads them, without the folders of absolute paths.

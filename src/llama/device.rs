@@ -1,26 +1,47 @@
 //! What llama.cpp can compute on.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString, c_char};
 
 use crate::sys;
 
 /// A CPU or an accelerator, as ggml knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// Its maker's name for it, such as `NVIDIA H100 80GB HBM3`.
+    /// ggml's name for it, such as `CPU`, `CUDA0` or `RPC0`.
+    pub name: String,
+    /// Its maker's name for it, such as `NVIDIA H100 80GB HBM3`; of a worker's, where that listens.
     pub description: String,
-    /// An accelerator, not the CPU or what only helps the CPU, such as a BLAS library.
+    /// An accelerator or a worker's device, not the CPU or what only helps the CPU, such as a BLAS library.
     pub is_gpu: bool,
 }
 
-/// The devices of the back ends that were built in.
+/// Bytes of a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    pub free: usize,
+    pub total: usize,
+}
+
+impl Device {
+    /// Its memory; of a worker's device, by asking the worker. None for a device that is gone.
+    pub fn memory(&self) -> Option<DeviceMemory> {
+        let device = find(&self.name)?;
+        let mut memory = DeviceMemory { free: 0, total: 0 };
+        // SAFETY: a registered device; both numbers are written.
+        unsafe { sys::ggml_backend_dev_memory(device, &raw mut memory.free, &raw mut memory.total) };
+        Some(memory)
+    }
+}
+
+/// The devices of the back ends that were built in, and those of workers ([`rpc::add_worker`](super::rpc::add_worker)).
 pub fn devices() -> Vec<Device> {
     super::init();
     // SAFETY: the back ends are registered by now; ggml keeps its devices and their descriptions for the whole process.
     unsafe {
         let all = (0..sys::ggml_backend_dev_count()).map(|i| sys::ggml_backend_dev_get(i));
         all.map(|device| Device {
-            description: CStr::from_ptr(sys::ggml_backend_dev_description(device)).to_string_lossy().trim().to_owned(),
+            name: text(sys::ggml_backend_dev_name(device)),
+            description: text(sys::ggml_backend_dev_description(device)),
             is_gpu: matches!(
                 sys::ggml_backend_dev_type(device),
                 sys::GGML_BACKEND_DEVICE_TYPE_GPU | sys::GGML_BACKEND_DEVICE_TYPE_IGPU
@@ -30,11 +51,38 @@ pub fn devices() -> Vec<Device> {
     }
 }
 
+/// ggml's own handle.
+pub(super) fn find(name: &str) -> Option<sys::ggml_backend_dev_t> {
+    super::init();
+    let name = CString::new(name).ok()?;
+    // SAFETY: the name lives for the call.
+    let device = unsafe { sys::ggml_backend_dev_by_name(name.as_ptr()) };
+    (!device.is_null()).then_some(device)
+}
+
+/// # Safety
+/// `text` ends with NUL and lives for the call.
+unsafe fn text(text: *const c_char) -> String {
+    // SAFETY: as above.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_owned()
+}
+
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     #[test]
-    fn there_is_a_cpu_and_it_has_a_name() {
-        let devices = super::devices();
-        assert!(devices.iter().any(|device| !device.is_gpu && !device.description.is_empty()), "{devices:?}");
+    fn there_is_a_cpu_with_a_name_and_memory() {
+        let devices = devices();
+        let cpu = devices.iter().find(|device| device.name == "CPU").unwrap_or_else(|| panic!("{devices:?}"));
+        assert!(!cpu.is_gpu && !cpu.description.is_empty(), "{devices:?}");
+        let memory = cpu.memory().unwrap();
+        assert!(memory.total >= memory.free && memory.free > 0, "{memory:?}");
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_has_no_memory() {
+        let gone = Device { name: "CUDA999".into(), description: String::new(), is_gpu: true };
+        assert_eq!(gone.memory(), None);
     }
 }

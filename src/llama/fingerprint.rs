@@ -26,15 +26,12 @@ impl Model {
         let mut entries: Vec<_> = (0..n_meta).map(entry).collect();
         entries.sort_unstable();
         entries.as_flattened().iter().for_each(|text| add(text));
+        // where layers lie changes the order of the tensors, and an output that shares the embedding's is there twice
+        let mut tensors: Vec<_> = (0..).map_while(|i| self.tensor(i)).collect();
+        tensors.sort_unstable_by_key(|&(name, _)| name);
+        tensors.dedup_by_key(|&mut (name, _)| name);
         let mut values = Vec::new();
-        for i in 0.. {
-            let mut name = std::ptr::null();
-            // SAFETY: the name is set where a tensor is answered; both belong to the model.
-            let (tensor, name) = unsafe {
-                let tensor = sys::gvote_shim_model_tensor(self.as_ptr(), i, &raw mut name);
-                let Some(tensor) = tensor.as_ref() else { break };
-                (tensor, CStr::from_ptr(name))
-            };
+        for (name, tensor) in tensors {
             add(name.to_bytes());
             add(&tensor.type_.to_le_bytes());
             add(tensor.ne.map(i64::to_le_bytes).as_flattened());
@@ -49,6 +46,16 @@ impl Model {
             }
         }
         hash.finalize().to_hex().to_string()
+    }
+
+    /// A weight and its name; none past the last one.
+    fn tensor(&self, i: u32) -> Option<(&CStr, &sys::ggml_tensor)> {
+        let mut name = std::ptr::null();
+        // SAFETY: the name is set where a tensor is answered; both belong to the model.
+        unsafe {
+            let tensor = sys::gvote_shim_model_tensor(self.as_ptr(), i, &raw mut name).as_ref()?;
+            Some((CStr::from_ptr(name), tensor))
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Each type owns one llama.cpp object and frees it. A [`Context`] keeps its [`Model`] alive. Nothing here knows about
 //! eviction: the rooms above ([`crate::capture`], [`crate::score`], [`crate::compact`]) reach the raw context.
 
+mod abort;
 mod batch;
 mod context;
 mod device;
@@ -11,14 +12,16 @@ mod fingerprint;
 pub mod log;
 mod memory;
 mod model;
+pub mod rpc;
 mod sampler;
 mod template;
 mod tensor_type;
 
+pub use abort::{AbortHandler, exit, on_abort};
 pub use batch::Batch;
 pub(crate) use context::Visit;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
-pub use device::{Device, devices};
+pub use device::{Device, DeviceMemory, devices};
 pub use error::LlamaError;
 pub use memory::{Buffers, Memory, Simulation};
 pub(crate) use model::Special;

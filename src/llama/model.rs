@@ -3,7 +3,7 @@ use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::{LlamaError, log};
+use super::{LlamaError, log, rpc};
 use crate::sys;
 
 /// An index into the model's vocabulary.
@@ -85,6 +85,7 @@ impl Model {
         raw.progress_callback_user_data = (&raw mut progress).cast();
         // SAFETY: the path and the closure outlive the call.
         let ptr = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), raw) };
+        rpc::watch_workers();
         NonNull::new(ptr)
             .map(|ptr| Self(Arc::new(Owned { ptr, is_lent: false })))
             .ok_or_else(|| LlamaError::Load { path: path.into(), reason: log::take_reason() })

@@ -1,0 +1,169 @@
+//! The other side: this machine's devices for clients elsewhere.
+
+use std::ffi::{CString, c_char, c_void};
+use std::io::Read;
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{RpcError, function};
+use crate::llama::{Device, device, devices, log};
+use crate::sys;
+
+/// Time for llama.cpp's server to begin, and to answer the first connection.
+const START_TIME: Duration = Duration::from_secs(10);
+const POLL_TIME: Duration = Duration::from_millis(10);
+
+/// How to serve; names as in llama.cpp's `rpc-server`.
+#[derive(Clone, Debug)]
+pub struct ServerParams {
+    /// The address to listen on (`-H`). Whoever reaches it can do with this process what he wants.
+    pub host: Ipv4Addr,
+    /// The port (`-p`); 0 takes one that is free.
+    pub port: u16,
+    /// Names of devices (`-d`); empty: the accelerators, or the CPU where there is none.
+    pub devices: Vec<String>,
+    /// Threads of the CPU device (`-t`).
+    pub n_threads: usize,
+    /// A folder that keeps large tensors (`-c`), so that they need not be sent again.
+    pub cache: Option<PathBuf>,
+}
+
+/// A server that can begin.
+pub struct Server {
+    address: SocketAddrV4,
+    devices: Vec<Device>,
+    n_threads: usize,
+    cache: Option<CString>,
+}
+
+impl Server {
+    /// Finds the devices, and a port where none is named.
+    ///
+    /// # Errors
+    /// [`RpcError::NotBuilt`], [`RpcError::Device`], [`RpcError::Listen`], [`RpcError::CachePath`].
+    pub fn new(params: &ServerParams) -> Result<Self, RpcError> {
+        function(START_SERVER)?;
+        let cache = params.cache.as_ref().map(|path| CString::new(path.as_os_str().as_encoded_bytes()));
+        let cache = cache.transpose().map_err(|_| RpcError::CachePath)?;
+        let devices = chosen(&params.devices)?;
+        // llama.cpp's server cannot say which port it took, nor why it cannot have one
+        let wanted = SocketAddrV4::new(params.host, params.port);
+        let found = TcpListener::bind(wanted).and_then(|listener| listener.local_addr());
+        let found = found.map_err(|error| RpcError::Listen { address: wanted.into(), error })?;
+        let address = SocketAddrV4::new(params.host, found.port());
+        Ok(Self { address, devices, n_threads: params.n_threads, cache })
+    }
+
+    /// Where it will listen.
+    pub fn address(&self) -> SocketAddrV4 {
+        self.address
+    }
+
+    /// What clients get.
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    /// Serves one client after another for ever. `ready` is called from another thread, once clients can connect.
+    ///
+    /// # Errors
+    /// [`RpcError::Ended`] when llama.cpp's server gives up; there is no other end.
+    pub fn run(&self, ready: impl FnOnce() + Send + 'static) -> RpcError {
+        type StartServer =
+            unsafe extern "C" fn(*const c_char, *const c_char, usize, usize, *mut sys::ggml_backend_dev_t);
+        let start_server = match function(START_SERVER) {
+            Ok(function) => function,
+            Err(error) => return error,
+        };
+        let Ok(endpoint) = CString::new(self.address.to_string()) else {
+            return RpcError::Endpoint(self.address.to_string());
+        };
+        let mut handles: Vec<_> = self.devices.iter().filter_map(|device| device::find(&device.name)).collect();
+        let cache = self.cache.as_ref().map_or(std::ptr::null(), |path| path.as_ptr());
+        let address = self.address;
+        thread::spawn(move || {
+            if is_serving(address) {
+                ready();
+            }
+        });
+        log::clear_reason();
+        // SAFETY: the function of that name has this type; strings and devices outlive the call.
+        unsafe {
+            let start_server = std::mem::transmute::<*mut c_void, StartServer>(start_server);
+            start_server(endpoint.as_ptr(), cache, self.n_threads, handles.len(), handles.as_mut_ptr());
+        }
+        RpcError::Ended(log::take_reason())
+    }
+}
+
+const START_SERVER: &std::ffi::CStr = c"ggml_backend_rpc_start_server";
+
+/// The devices of these names, or those that llama.cpp's server takes by itself.
+fn chosen(names: &[String]) -> Result<Vec<Device>, RpcError> {
+    let all = devices();
+    if names.is_empty() {
+        let gpus: Vec<_> = all.iter().filter(|device| device.is_gpu).cloned().collect();
+        return Ok(if gpus.is_empty() {
+            all.into_iter().filter(|device| device.name == "CPU").collect()
+        } else {
+            gpus
+        });
+    }
+    let one = |name: &String| {
+        all.iter().find(|device| device.name.eq_ignore_ascii_case(name)).cloned().ok_or_else(|| RpcError::Device {
+            name: name.clone(),
+            known: all.iter().map(|device| device.name.as_str()).collect::<Vec<_>>().join(", "),
+        })
+    };
+    names.iter().map(one).collect()
+}
+
+/// Waits until the server takes a connection, and has seen the end of it: it serves one at a time, and logs each.
+fn is_serving(address: SocketAddrV4) -> bool {
+    let host = if address.ip().is_unspecified() { Ipv4Addr::LOCALHOST } else { *address.ip() };
+    let address = SocketAddrV4::new(host, address.port()).into();
+    let start = Instant::now();
+    while start.elapsed() < START_TIME {
+        if let Ok(mut connection) = TcpStream::connect_timeout(&address, START_TIME) {
+            let _ = connection.shutdown(Shutdown::Write);
+            let _ = connection.set_read_timeout(Some(START_TIME));
+            let _ = connection.read(&mut [0]);
+            return true;
+        }
+        thread::sleep(POLL_TIME);
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params(port: u16) -> ServerParams {
+        ServerParams { host: Ipv4Addr::LOCALHOST, port, devices: Vec::new(), n_threads: 1, cache: None }
+    }
+
+    #[test]
+    fn a_port_is_found_where_none_is_named() {
+        let server = Server::new(&params(0)).unwrap();
+        assert!(server.address().port() > 0);
+        assert!(!server.devices().is_empty());
+    }
+
+    #[test]
+    fn a_port_in_use_is_an_error_before_anything_is_served() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let error = Server::new(&params(port)).err().unwrap().to_string();
+        assert!(error.contains(&format!("127.0.0.1:{port}")) && error.contains("-p"), "{error}");
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_refused_with_those_that_are() {
+        let params = ServerParams { devices: vec!["cpu".into(), "TPU7".into()], ..params(0) };
+        let error = Server::new(&params).err().unwrap().to_string();
+        assert!(error.contains("\"TPU7\"") && error.contains("CPU"), "{error}");
+    }
+}
