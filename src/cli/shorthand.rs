@@ -6,11 +6,12 @@ use std::ffi::{OsStr, OsString};
 use clap::{Arg, Command};
 
 /// Spelling on the command line, and the long flag it stands for.
-const SHORTHANDS: [(&str, &str); 8] = [
+const SHORTHANDS: [(&str, &str); 9] = [
     ("-sys", "system-prompt"),
     ("-ub", "ubatch-size"),
     ("-tb", "threads-batch"),
     ("-ngl", "n-gpu-layers"),
+    ("-npl", "n-parallel"),
     ("-fa", "flash-attn"),
     ("-ctk", "cache-type-k"),
     ("-ctv", "cache-type-v"),
