@@ -94,7 +94,7 @@ fn a_kit_builds_checks_and_measures_wherever_it_lies() {
     }
 
     let model = model();
-    let done = kit_script("check", &["-m", model.to_str().unwrap(), "-ngl", "0", "-s", "1"]);
+    let done = kit_script("check", &["-m", model.to_str().unwrap(), "-ngl", "0", "-s", "1", "--chars", "2000"]);
     assert!(done.status == 0 && done.stdout.ends_with("all checks hold\n"), "{}{}", done.stdout, done.stderr);
     assert!(done.stdout.contains("| q8_0, flash attention on | 1 | 1.0000 | 1.0000 |"), "{}", done.stdout);
 
