@@ -36,7 +36,8 @@ Examples:
 
 The first reads 512 tokens (pp512) and generates 128 (tg128) five times under each policy, as llama-bench does. The second asks
 what decoding gains after a context of 4,096 tokens of a real text (tg128 @ d4096). The third decodes 1, 8 and 32 sequences
-together (tg128 x8 @ d8192), each with such a context in cells of its own; t/s is that of all of them.
+together (tg128 x8 @ d8192), each with such a context in cells of its own; t/s is that of all of them. The vote is taken on one
+and its cells are copied: each would vote alike. `fit` counts the sequences that --memory holds while the last one is read.
 
 A test at a depth starts with a context of that many tokens, read once and restored for each repetition. A policy that
 compresses votes on it and compacts the cache before each repetition: cells, KV, vote and compaction tell of that. Policies take
