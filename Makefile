@@ -14,7 +14,7 @@ FUZZ_S   ?= 600
 STAGE    ?= target/stage
 
 .PHONY: help run test check-memory fuzz bench bench-peers bench-memory soak completion bench-completion results \
-        gallery doc stage install uninstall setup fmt lint clean
+        gallery cuda-kit doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench-completion: completion ## compare both: cells and speed, in turns
 gallery: setup ## draw the pictures of docs/gallery from two real votes
 	cargo run --release --example gallery -- "$(MODEL)" docs/gallery \
 	    /usr/share/common-licenses/GPL-3 "$(EASY)" /usr/share/common-licenses/Artistic "$(HARD)"
+
+cuda-kit: setup ## pack what a bare CUDA machine needs to build, check and measure: benches/gpu/README.md
+	scripts/cuda-kit
 
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps

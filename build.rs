@@ -22,6 +22,7 @@ fn main() {
         "LLAMA_LIB_DIR",
         "GVOTE_NATIVE",
         "GVOTE_OPENMP",
+        "GVOTE_RPATH",
         "GVOTE_SANITIZE",
         "GVOTE_SHARED",
         "CUDA_PATH",
@@ -297,7 +298,10 @@ fn link(libraries: &Path) {
         println!("cargo:rustc-link-lib=static=ggml-rpc");
     }
     println!("cargo:rustc-link-lib={kind}=ggml-base");
-    if is_shared() {
+    if let Ok(rpath) = env::var("GVOTE_RPATH") {
+        // the libraries will lie elsewhere
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{rpath}");
+    } else if is_shared() {
         // for other programs than these cargo finds what lies in its target folder
         println!("cargo:rustc-link-arg-bins=-Wl,-rpath,{}", libraries.display());
         if env::var_os("LLAMA_LIB_DIR").is_some() {

@@ -179,8 +179,63 @@ fn the_settings_of_a_vote_count() {
 }
 
 #[test]
+fn sequences_generate_together() {
+    const MEMORY: u64 = 64 << 20;
+    let text = document(CHARS);
+    let file = text.path().to_str().unwrap();
+    let args = ["-p", "0", "-n", "3", "-d", "160", "-npl", "1,3", "-r", "1", "-f", file, "--memory", "64M"];
+    let rows = bench(&[&args[..], &["-o", "jsonl"]].concat()).ok().json();
+    let expected =
+        ["tg3 x1 @ d160", "tg3 x3 @ d160"].map(|test| POLICIES.map(|policy| (test.to_owned(), policy.to_owned())));
+    assert_eq!(names(&rows), expected.concat());
+    for row in &rows {
+        let number = |name: &str| row[name].as_u64().unwrap_or_else(|| panic!("{name}: {row}"));
+        let (sequences, cells) = (number("n_parallel"), number("cells"));
+        assert_eq!(number("kv_bytes_total"), sequences * cells * BYTES_PER_CELL);
+        assert_close(float(&row["avg_ts"]), 1e9 * (3 * sequences) as f64 / float(&row["avg_ns"]));
+        assert_close(float(&row["avg_ts_sequence"]), float(&row["avg_ts"]) / sequences as f64);
+        // one needs its 160 cells before the vote, the others what is left and what they generate
+        let (all, most) = (MEMORY / BYTES_PER_CELL, (cells + 3).max(160));
+        assert_eq!(number("sequences_fit"), 1 + (all - most) / (cells + 3));
+        assert_eq!(cells < 160, row["policy"] == "gvote", "{row}");
+    }
+    let table = bench(&args).ok().stdout;
+    for title in ["t/s each", "KV of all", "fit"] {
+        assert!(table.lines().next().unwrap().contains(title), "{title}: {table}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_told_and_the_rest_is_measured() {
+    // 256 sequences of 256 cells are 1.4 GiB
+    let mut program = std::process::Command::new("sh");
+    program.args(["-c", "ulimit -v 1500000 && exec \"$@\"", "sh", cli::PROGRAM, "bench", "-m"]).arg(cli::model());
+    program.args([
+        "-t",
+        "1",
+        "-p",
+        "0",
+        "-n",
+        "2",
+        "-d",
+        "32",
+        "-npl",
+        "256,2",
+        "-r",
+        "2",
+        "--policies",
+        "full",
+        "-o",
+        "jsonl",
+    ]);
+    let done = finish(&mut program).ok();
+    assert_eq!(names(&done.json()), [("tg2 x2 @ d32".to_owned(), "full".to_owned())]);
+    assert!(done.stderr.starts_with("tg2 x256 @ d32, full: llama.cpp cannot create a context"), "{}", done.stderr);
+}
+
+#[test]
 fn nonsense_flags_are_a_usage_error() {
-    let cases: [(&[&str], &str); 12] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["--policies", "full,best"], "gvote-paper"),
         (&["--policies", "gvote,full,gvote"], "twice"),
         (&["-r", "0"], "--repetitions"),
@@ -190,6 +245,9 @@ fn nonsense_flags_are_a_usage_error() {
         (&["-d", "1,,2"], "--n-depth"),
         (&["-d", "9000"], "-c 9512"),
         (&["-d", "100", "-c", "200"], "-c 612"),
+        (&["-npl", "0"], "--n-parallel"),
+        (&["-npl", "257"], "256"),
+        (&["--memory", "8G"], "--n-parallel"),
         (&["-o", "xml"], "jsonl"),
         (&["--lost-mass", "2"], "--lost-mass"),
         (&["--policies", "full", "-ctk", "q9"], "q8_0"),

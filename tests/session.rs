@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
-use gvote::llama::{CacheType, FlashAttention, LlamaError, Model, ModelParams, Sampler, SamplerParams, Token};
+use gvote::llama::{
+    Batch, CacheType, Context, ContextParams, FlashAttention, LlamaError, Model, ModelParams, Sampler, SamplerParams,
+    Token,
+};
 use gvote::policy::{Bound, Evict, Kind, Params};
 use gvote::session::Stop;
 use gvote::{Session, SessionError, SessionParams};
@@ -82,6 +85,43 @@ fn compresses_and_goes_on() {
     let (answer, _) = generate(&mut session, 20);
     assert_eq!(session.n_past(), (N + answer.len()) as i32);
     assert_eq!(session.cells_used(), report.cells_after + answer.len());
+}
+
+#[test]
+fn its_cells_go_on_in_a_context_of_several_sequences() {
+    for flash_attn in [FlashAttention::Off, FlashAttention::On] {
+        let mut params = params(1024);
+        params.context.flash_attn = flash_attn;
+        let mut session = prefilled(&params);
+        session.compress().unwrap();
+        let (cells, n_past) = (session.copy_cells().unwrap(), session.n_past());
+
+        // smaller parts than the prompt
+        let each = session.cells_used().next_multiple_of(256) as u32;
+        assert!(each < N as u32 + 256);
+        let many = ContextParams { n_ctx: 3 * each, n_seq_max: 3, kv_unified: false, ..params.context };
+        let mut ctx = Context::new(&model(), &many).unwrap();
+        ctx.adopt_sequence(0, &cells).unwrap();
+        ctx.copy(0, 1, -1, -1);
+        ctx.copy(0, 2, -1, -1);
+        let next = [7, 345, 1234];
+        let mut batch = Batch::new(3);
+        for (seq, &token) in (0..).zip(&next) {
+            batch.add(token, n_past, seq, true).unwrap();
+        }
+        ctx.decode(&batch).unwrap();
+
+        for (seq, &token) in (0..).zip(&next) {
+            session.decode(token).unwrap();
+            let together = ctx.logits_at(seq).unwrap();
+            let off = together.iter().zip(session.logits()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            // other kernels multiply one row and three
+            assert!(off < 0.3, "{flash_attn:?}, sequence {seq}: {off}");
+            session.truncate(n_past).unwrap();
+        }
+        assert!(ctx.adopt_sequence(0, &cells[..cells.len() / 2]).is_err());
+        assert!(ctx.adopt_sequence(0, &[]).is_err());
+    }
 }
 
 #[test]

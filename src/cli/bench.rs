@@ -9,12 +9,13 @@ mod progress;
 mod row;
 mod stats;
 mod text;
+mod together;
 
 use anyhow::Result;
 use clap::Args;
-use gvote::SessionParams;
-use gvote::llama::{Model, Token};
+use gvote::llama::{LlamaError, Model, Token};
 use gvote::policy::{Kind, Params};
+use gvote::{SessionError, SessionParams};
 
 use super::Exit;
 use super::args::{ContextArgs, ModelArgs, OutputArgs, VoteArgs, named};
@@ -31,9 +32,12 @@ const EXAMPLES: &str = "\
 Examples:
   gvote bench -m model.gguf
   gvote bench -m model.gguf -f book.txt -d 0,4096 -p 0 --policies full,gvote -o csv > decoding.csv
+  gvote bench -m model.gguf -f book.txt -d 8192 -p 0 -npl 1,8,32 --memory 24G
 
 The first reads 512 tokens (pp512) and generates 128 (tg128) five times under each policy, as llama-bench does. The second asks
-what decoding gains after a context of 4,096 tokens of a real text (tg128 @ d4096).
+what decoding gains after a context of 4,096 tokens of a real text (tg128 @ d4096). The third decodes 1, 8 and 32 sequences
+together (tg128 x8 @ d8192), each with such a context in cells of its own; t/s is that of all of them. The vote is taken on one
+and its cells are copied: each would vote alike. `fit` counts the sequences that --memory holds while the last one is read.
 
 A test at a depth starts with a context of that many tokens, read once and restored for each repetition. A policy that
 compresses votes on it and compacts the cache before each repetition: cells, KV, vote and compaction tell of that. Policies take
@@ -107,7 +111,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         note("random tokens have no structure to vote on: give a real text with -f for realistic shares and times");
     }
 
-    let facts = Facts::new(&model, &args.model, args.session(Kind::Full, 0)?.context);
+    let facts = Facts::new(&model, &args.model, args.session(Kind::Full, 0)?.context, args.tests.memory);
     let progress = Progress::new(plan.runs(), args.verbose);
     let bench = Bench { args, plan: &plan, steps: &steps, model: &model, tokens: &tokens, progress: &progress };
     let mut output = args.output.start(&facts, &plan);
@@ -172,7 +176,12 @@ impl Bench<'_> {
         for test in self.plan.tests_at(depth) {
             let runs = self.measure(&mut arms, test, context, rest)?;
             let full = arms.iter().position(|arm| arm.kind == Kind::Full).map(|i| &runs[i]);
+            let full = full.filter(|full| full.too_large.is_none());
             for (arm, runs) in arms.iter().zip(&runs) {
+                if let Some(error) = &runs.too_large {
+                    self.progress.suspend(|| note(&format!("{test}, {}: {error}", arm.kind)));
+                    continue;
+                }
                 let row = Row::new(facts, test, arm, runs, full);
                 self.progress.suspend(|| output.row(&row))?;
             }
@@ -192,11 +201,20 @@ impl Bench<'_> {
         for i in 1..=self.plan.repetitions {
             for (arm, runs) in arms.iter_mut().zip(&mut runs) {
                 self.progress.show(|| format!("{test}, {}: {i} of {}", arm.kind, self.plan.repetitions));
-                self.guard(arm, |arm| {
-                    runs.votes.extend(arm.rewind(context)?);
-                    runs.times.push(arm.run(test.work, tokens)?);
-                    Ok(())
-                })?;
+                if runs.too_large.is_none() {
+                    self.guard(arm, |arm| {
+                        runs.votes.extend(arm.rewind(context)?);
+                        match arm.run(test.work, tokens) {
+                            Ok(time) => runs.times.push(time),
+                            // that they do not fit under one policy is a result
+                            Err(SessionError::Llama(error @ LlamaError::Context { .. })) => {
+                                runs.too_large = Some(error)
+                            }
+                            Err(error) => return Err(error),
+                        }
+                        Ok(())
+                    })?;
+                }
                 self.progress.advance();
             }
         }
@@ -204,7 +222,7 @@ impl Bench<'_> {
     }
 
     /// Lets Ctrl-C stop the session of this arm.
-    fn guard(&self, arm: &mut Arm, work: impl FnOnce(&mut Arm) -> Result<(), gvote::SessionError>) -> Result<()> {
+    fn guard(&self, arm: &mut Arm, work: impl FnOnce(&mut Arm) -> Result<(), SessionError>) -> Result<()> {
         self.steps.interrupt.cancels(arm.cancel_flag());
         let done = self.steps.unless_cancelled(work(arm));
         if self.steps.interrupt.pressed() { Err(Exit::Cancelled.into()) } else { done }

@@ -17,6 +17,7 @@ use super::report::print_json;
 use super::table::{labelled, plain, table};
 use super::turn::print;
 use super::words::{bytes, count, note};
+pub use fit::size;
 use fit::{Need, Sizes, vote_bytes};
 
 const EXAMPLES: &str = "\
@@ -40,7 +41,7 @@ pub struct PlanArgs {
     model: PathBuf,
 
     /// Memory to stay within, such as 8G or 512M: the GPU's, if layers go there, else the machine's
-    #[arg(long, value_name = "SIZE", value_parser = fit::size, allow_hyphen_values = true)]
+    #[arg(long, value_name = "SIZE", value_parser = size, allow_hyphen_values = true)]
     memory: Option<usize>,
 
     /// Tokens of the prompt [default: what the model was trained for, less the answer]

@@ -6,11 +6,12 @@ use std::ffi::{OsStr, OsString};
 use clap::{Arg, Command};
 
 /// Spelling on the command line, and the long flag it stands for.
-const SHORTHANDS: [(&str, &str); 8] = [
+const SHORTHANDS: [(&str, &str); 9] = [
     ("-sys", "system-prompt"),
     ("-ub", "ubatch-size"),
     ("-tb", "threads-batch"),
     ("-ngl", "n-gpu-layers"),
+    ("-npl", "n-parallel"),
     ("-fa", "flash-attn"),
     ("-ctk", "cache-type-k"),
     ("-ctv", "cache-type-v"),
@@ -114,7 +115,8 @@ mod tests {
     fn the_help_names_both_spellings() {
         let mut command = describe(crate::cli::Cli::command());
         let help = command.find_subcommand_mut("run").unwrap().render_long_help().to_string();
-        for (short, _) in SHORTHANDS.iter().filter(|s| s.0 != "-st") {
+        // a flag of chats, and one of benches
+        for (short, _) in SHORTHANDS.iter().filter(|s| !["-st", "-npl"].contains(&s.0)) {
             assert!(help.contains(&format!("[also: {short}]")), "{short}");
         }
     }

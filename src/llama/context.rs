@@ -98,6 +98,8 @@ pub struct ContextParams {
     pub n_ubatch: u32,
     /// Sequences that may live in the cache at once.
     pub n_seq_max: u32,
+    /// Whether they share all cells, as votes need it; otherwise each has its part of them, which is faster to read (`-kvu`).
+    pub kv_unified: bool,
     /// Threads for decoding (`-t`).
     pub n_threads: i32,
     /// Threads for prompts (`-tb`).
@@ -115,6 +117,7 @@ impl Default for ContextParams {
             n_batch: 2048,
             n_ubatch: 512,
             n_seq_max: 1,
+            kv_unified: true,
             n_threads: threads,
             n_threads_batch: threads,
             flash_attn: FlashAttention::Auto,
@@ -213,7 +216,7 @@ impl Context {
         };
         raw.type_k = params.type_k.raw();
         raw.type_v = params.type_v.raw();
-        raw.kv_unified = true;
+        raw.kv_unified = params.kv_unified;
         raw.no_perf = true;
         // SAFETY: the model is valid and kept alive by the clone below.
         let ptr = unsafe { sys::llama_init_from_model(model.as_ptr(), raw) };
@@ -498,6 +501,16 @@ impl Context {
         if failed.is_null() { Ok(()) } else { Err(LlamaError::State(UNFIT)) }
     }
 
+    /// Replaces a sequence, in a context where each has its own part of the cache, by one that was saved where all share it: see
+    /// [`ContextParams::kv_unified`].
+    ///
+    /// # Errors
+    /// [`LlamaError::State`] as [`Self::load_sequence`], and for models with a window cache beside the other.
+    pub fn adopt_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
+        let data = in_parts(data, self.n_seq_max() as u32).ok_or(LlamaError::State(UNFIT))?;
+        self.load_sequence(seq, &data)
+    }
+
     /// Replaces a sequence by a saved one.
     ///
     /// # Errors
@@ -510,6 +523,21 @@ impl Context {
         }
         Ok(())
     }
+}
+
+/// Bytes of a number in llama.cpp's state of a sequence.
+const NUMBER: usize = size_of::<u32>();
+
+/// The state of a sequence whose cache has one part, as that of a cache with so many. Behind a magic number and the sequence it
+/// has the number of parts, and for each one its cells, which begin with their number: here all others have none.
+fn in_parts(state: &[u8], parts: u32) -> Option<Vec<u8>> {
+    let (head, rest) = state.split_at_checked(2 * NUMBER)?;
+    let (&found, cells) = rest.split_first_chunk::<NUMBER>()?;
+    if u32::from_le_bytes(found) != 1 {
+        return None;
+    }
+    let empty = vec![0; NUMBER * (parts as usize).saturating_sub(1)];
+    Some([head, &parts.to_le_bytes(), cells, &empty].concat())
 }
 
 impl Drop for Context {

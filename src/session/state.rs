@@ -6,7 +6,9 @@ use super::marks::{Mark, SAVED_MARKS};
 use super::{SEQ, Session, SessionError};
 use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache;
-use crate::llama::{Pos, Token};
+#[cfg(doc)]
+use crate::llama::Context;
+use crate::llama::{LlamaError, Pos, Token};
 use crate::vote::{Saved, Sequence};
 
 const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
@@ -28,6 +30,15 @@ impl Session {
         let mut out = Vec::with_capacity(self.ctx.sequence_size(SEQ));
         self.write(&mut out).expect("a vector takes all that memory holds");
         out
+    }
+
+    /// The cells alone, as llama.cpp's state of a sequence, for other contexts of this model, cache types and flash attention:
+    /// [`Context::load_sequence`], [`Context::adopt_sequence`]. They go on at position [`Session::n_past`].
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub fn copy_cells(&mut self) -> Result<Vec<u8>, LlamaError> {
+        self.ctx.copy_sequence(SEQ)
     }
 
     /// Writes the whole session. Of the cells there is never a copy in memory.

@@ -63,6 +63,7 @@ pub fn context(model: &Model, setup: Setup, n_ctx: u32, n_ubatch: u32) -> Contex
             flash_attn: if setup.flash { FlashAttention::On } else { FlashAttention::Off },
             type_k: setup.k,
             type_v: setup.v,
+            ..ContextParams::default()
         },
     )
     .expect("the context is made")

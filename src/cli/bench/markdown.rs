@@ -55,6 +55,9 @@ impl Markdown {
             number("test", 15, |r| r.test.clone()),
             number("t/s", 20, |r| format!("{:.2} ± {:.2}", r.avg_ts, r.stddev_ts)),
         ]);
+        if plan.is_batched() {
+            columns.push(number("t/s each", 9, |r| format!("{:.2}", r.avg_ts_sequence)));
+        }
         if plan.compares() {
             columns.push(number("vs full", 7, |r| r.ratio_to_full.map_or_else(String::new, |x| format!("{x:.3}"))));
         }
@@ -67,6 +70,13 @@ impl Markdown {
                 number("of prefill", 10, |r| r.share_of_prefill.map_or_else(String::new, percent)),
                 number("RSS growth", 10, |r| r.peak_rss_growth.map_or_else(String::new, |n| bytes(n, n))),
             ]);
+        }
+        if plan.is_batched() {
+            columns.push(number("KV of all", 10, |r| bytes(r.kv_bytes_total, r.kv_bytes_total)));
+        }
+        if facts.memory.is_some() {
+            let fit = |r: &Row| r.sequences_fit.map_or_else(String::new, count);
+            columns.push(number("fit", 6, fit));
         }
         Self { columns, is_started: false }
     }

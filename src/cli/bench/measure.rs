@@ -5,18 +5,21 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use gvote::llama::{Model, Token};
+use gvote::llama::{ContextParams, LlamaError, Model, Token};
 use gvote::policy::Kind;
 use gvote::session::CompressReport;
 use gvote::{Session, SessionError, SessionParams};
 
 use super::memory;
 use super::plan::Work;
+use super::together::{Cells, Together};
 
 /// A policy and its session.
 pub struct Arm {
     pub kind: Kind,
     session: Session,
+    /// Of contexts besides.
+    params: ContextParams,
     /// The context as it was read, before any vote.
     read: Option<Read>,
 }
@@ -32,6 +35,8 @@ pub struct Runs {
     pub times: Vec<Duration>,
     /// None at depth 0; under `full` they tell the size of the cache.
     pub votes: Vec<Vote>,
+    /// Why there are none: the memory is too small for as many sequences.
+    pub too_large: Option<LlamaError>,
 }
 
 /// A vote with the compaction behind it.
@@ -43,11 +48,16 @@ pub struct Vote {
 
 impl Arm {
     pub fn new(model: &Model, kind: Kind, params: &SessionParams) -> Result<Self, SessionError> {
-        Ok(Self { kind, session: Session::new(model, params)?, read: None })
+        Ok(Self { kind, session: Session::new(model, params)?, params: params.context.clone(), read: None })
     }
 
     pub fn cancel_flag(&self) -> Arc<AtomicBool> {
         self.session.cancel_flag()
+    }
+
+    /// Bytes of K and V in a cell.
+    pub fn bytes_per_cell(&self) -> Option<usize> {
+        self.session.bytes_per_cell()
     }
 
     /// Time of reading the context, once that has been done.
@@ -61,6 +71,8 @@ impl Arm {
         let once = match work {
             Work::Read(n) => Work::Read(n),
             Work::Generate(_) => Work::Generate(1),
+            // it warms itself up
+            Work::Together { .. } => return Ok(()),
         };
         self.run(once, tokens).map(drop)
     }
@@ -93,6 +105,13 @@ impl Arm {
                     self.session.decode(token)?;
                 }
                 Ok(start.elapsed())
+            }
+            Work::Together { tokens: n, sequences } => {
+                let count = self.session.cells_used();
+                let state = if count > 0 { self.session.copy_cells()? } else { Vec::new() };
+                let cells = Cells { state: &state, count, n_past: self.session.n_past() };
+                let mut together = Together::new(self.session.model(), &self.params, sequences, &cells, n)?;
+                Ok(together.decode(tokens, n, &self.session.cancel_flag())?)
             }
         }
     }

@@ -19,10 +19,12 @@ pub struct Facts {
     model_n_params: u64,
     n_gpu_layers: i32,
     pub context: ContextParams,
+    /// Bytes for KV caches.
+    pub memory: Option<usize>,
 }
 
 impl Facts {
-    pub fn new(model: &Model, args: &ModelArgs, context: ContextParams) -> Self {
+    pub fn new(model: &Model, args: &ModelArgs, context: ContextParams, memory: Option<usize>) -> Self {
         Self {
             model_filename: args.model.display().to_string(),
             model_type: model.description(),
@@ -30,6 +32,7 @@ impl Facts {
             model_n_params: model.n_params(),
             n_gpu_layers: args.params().n_gpu_layers,
             context,
+            memory,
         }
     }
 }
@@ -58,20 +61,28 @@ pub struct Row {
     pub n_prompt: usize,
     pub n_gen: usize,
     pub n_depth: usize,
+    /// Sequences that generate together.
+    pub n_parallel: usize,
     pub avg_ns: u64,
     pub stddev_ns: u64,
-    /// Tokens a second.
+    /// Tokens a second, of all sequences together.
     pub avg_ts: f64,
     pub stddev_ts: f64,
+    /// Of each of them.
+    pub avg_ts_sequence: f64,
     /// Tokens a second of those under `full`: the median over paired repetitions.
     pub ratio_to_full: Option<f64>,
-    /// Cells that hold the context when the test starts.
+    /// Cells that hold the context of a sequence when the test starts.
     pub cells: usize,
     /// Those cells of the `n_depth` there were, 0 to 1.
     pub share_kept: Option<f64>,
     /// Bytes of K and V in the cells before the vote, and after the compaction.
     pub kv_bytes_before: usize,
     pub kv_bytes: usize,
+    /// The latter in all sequences.
+    pub kv_bytes_total: usize,
+    /// Sequences whose caches fit into `--memory`: see [`fitting`].
+    pub sequences_fit: Option<usize>,
     /// Time of reading the context.
     pub context_ms: Option<f64>,
     /// Probe, scores and choice; mean over the repetitions, as the next one.
@@ -94,10 +105,11 @@ impl Row {
         let context = &facts.context;
         let (n_prompt, n_gen) = match test.work {
             Work::Read(n) => (n, 0),
-            Work::Generate(n) => (0, n),
+            Work::Generate(n) | Work::Together { tokens: n, .. } => (0, n),
         };
+        let sequences = test.work.sequences();
         let rates = |runs: &Runs| -> Vec<f64> {
-            runs.times.iter().map(|time| test.work.tokens() as f64 / time.as_secs_f64()).collect()
+            runs.times.iter().map(|time| (test.work.tokens() * sequences) as f64 / time.as_secs_f64()).collect()
         };
         let samples_ts = rates(runs);
         let ratio_to_full = full.map(|full| {
@@ -141,15 +153,22 @@ impl Row {
             n_prompt,
             n_gen,
             n_depth: test.depth,
+            n_parallel: sequences,
             avg_ns: mean(&ns) as u64,
             stddev_ns: deviation(&ns) as u64,
             avg_ts: mean(&samples_ts),
             stddev_ts: deviation(&samples_ts),
+            avg_ts_sequence: mean(&samples_ts) / sequences as f64,
             ratio_to_full,
             cells: vote.map_or(0, |vote| vote.cells_after),
             share_kept: vote.map(|vote| vote.share()),
             kv_bytes_before: vote.map_or(0, |vote| vote.kv_bytes_before),
             kv_bytes: vote.map_or(0, |vote| vote.kv_bytes_after),
+            kv_bytes_total: vote.map_or(0, |vote| vote.kv_bytes_after) * sequences,
+            sequences_fit: facts.memory.zip(arm.bytes_per_cell()).map(|(memory, bytes_per_cell)| {
+                let cells = vote.map_or(0, |vote| vote.cells_after) + test.work.tokens();
+                fitting(memory / bytes_per_cell.max(1), test.depth, cells)
+            }),
             context_ms,
             vote_ms,
             compact_ms,
@@ -161,6 +180,27 @@ impl Row {
     }
 }
 
+/// Of sequences that read `depth` tokens one after another, and then hold `cells` each, those that have room in `all` cells: the
+/// last one needs as many cells as tokens before its vote.
+fn fitting(all: usize, depth: usize, cells: usize) -> usize {
+    let most = depth.max(cells);
+    if all < most { 0 } else { 1 + (all - most) / cells.max(1) }
+}
+
 fn ms(time: Duration) -> f64 {
     1e3 * time.as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fitting;
+
+    #[test]
+    fn the_last_sequence_needs_all_its_cells_once() {
+        assert_eq!(fitting(1000, 100, 100), 10);
+        assert_eq!(fitting(1000, 100, 110), 9);
+        // 18 have 50 cells each, and the last one 100
+        assert_eq!(fitting(1000, 100, 50), 19);
+        assert_eq!((fitting(100, 100, 50), fitting(99, 100, 50)), (1, 0));
+    }
 }
