@@ -255,6 +255,18 @@ pub unsafe extern "C" fn gvote_seq_positions(
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn gvote_seq_protect(
+    g: *mut gvote_t,
+    ctx: *mut llama_context,
+    seq: i32,
+    p0: i32,
+    p1: i32,
+    stays: bool,
+) -> gvote_status {
+    call(g, |core| Ok(core.guest.protect(ptr::context(ctx)?, seq, p0..p1, stays)?))
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_seq_truncate(
     g: *mut gvote_t,
     ctx: *mut llama_context,

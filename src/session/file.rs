@@ -25,7 +25,7 @@ use crate::cache::Layout;
 use crate::policy::Kind;
 
 const MAGIC: [u8; 8] = *b"gvotesn\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const LLAMA: &str = concat!("llama.cpp ", env!("GVOTE_LLAMA_VERSION"), ", ggml ", env!("GVOTE_GGML_VERSION"));
 /// Longest text about what a file was made with.
 const MADE_MAX: u64 = 1 << 16;
