@@ -13,12 +13,7 @@ impl Voter {
     }
 
     /// The positions that the setting `protect` keeps among those of `tokens`, the first of which is at `first`.
-    fn protected<'a>(
-        &'a self,
-        model: &'a Model,
-        first: Pos,
-        tokens: &'a [Token],
-    ) -> impl Iterator<Item = Pos> + 'a {
+    fn protected<'a>(&'a self, model: &'a Model, first: Pos, tokens: &'a [Token]) -> impl Iterator<Item = Pos> + 'a {
         let tokens = if self.policy.protect { tokens } else { &[] };
         (first..).zip(tokens).filter(|&(pos, &token)| self.protects(model, pos, token)).map(|(pos, _)| pos)
     }
