@@ -11,7 +11,7 @@ mod params;
 mod ptr;
 mod report;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod version;
 
 use std::ffi::{CStr, c_char, c_void};

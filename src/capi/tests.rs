@@ -9,7 +9,7 @@
 //! - `each`: the same for each function, one by one.
 
 mod abuse;
-mod app;
+pub(crate) mod app;
 mod changes;
 mod each;
 mod protect;

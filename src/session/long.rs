@@ -32,7 +32,7 @@ impl Session {
         self.most_cells(1, self.protected_after(tokens))?;
         let start = Instant::now();
         let window = self.policy.window;
-        let (first, before, mut squeezes) = (self.n_past(), self.before(), Squeezes::default());
+        let (first, before, mut squeezes) = (self.n_past(), self.before()?, Squeezes::default());
         let mut done = 0;
         while done < tokens.len() {
             let part = &tokens[done..];
