@@ -248,7 +248,7 @@ fn generate_bindings(source: &Path) {
     let mut builder = bindgen::Builder::default()
         .header_contents("llama-ggml-shim.h", headers)
         .clang_arg("-Iffi")
-        .allowlist_item("(llama|ggml|gvote_shim|LLAMA|GGML)_.*")
+        .allowlist_item("(llama|ggml|gvote_shim|LLAMA|GGML|GVOTE_SHIM)_.*")
         .prepend_enum_name(false)
         .layout_tests(false);
     for dir in include_dirs(source) {

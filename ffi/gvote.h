@@ -153,7 +153,8 @@ typedef enum gvote_log_level {
 /* Flags of gvote_params. */
 enum {
     GVOTE_FLAG_REPLAY        = 1, /* policy gvote: read the context twice, for questions that are not known yet */
-    GVOTE_FLAG_ACCOUNT_ERROR = 2  /* account for the rounding of a quantized K cache */
+    GVOTE_FLAG_ACCOUNT_ERROR = 2, /* account for the rounding of a quantized K cache */
+    GVOTE_FLAG_PROTECT       = 4  /* keep the chat template's markers (control tokens); see also gvote_seq_protect() */
 };
 
 /* Settings. Fill it with gvote_params_default(), then change what should differ; do not zero it. */
@@ -338,7 +339,7 @@ GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32
  * `window` tokens are read as if they came now, and their queries vote in place of those of the newest tokens. It may be NULL
  * where `n_ahead` is 0: while an answer is written nothing is known of what comes. Read during the call only. `report` may be
  * NULL; its `size` must be set.
- * Errors: GVOTE_ERROR_NO_CELLS where so many cannot be freed because sinks and recent tokens always stay, where the policy is
+ * Errors: GVOTE_ERROR_NO_CELLS where so many cannot be freed because sinks, recent and protected tokens always stay, where the policy is
  * GVOTE_POLICY_FULL, or where the cells for the vote itself are in use already; GVOTE_ERROR_SHARED where the sequence shares
  * cells; GVOTE_ERROR_DECODE where `ahead` has what is no token; GVOTE_ERROR_SIZE; the others as gvote_compress(), but for
  * GVOTE_ERROR_COMPRESSED: it may be called again and again. A sequence that nothing is known of, or that was changed, is
@@ -376,6 +377,16 @@ GVOTE_API gvote_status gvote_seq_positions(
         int32_t              * positions,
         uint32_t               n_max,
         uint32_t             * n);
+
+/* Protects the tokens at the positions from `p0` to `p1 - 1`, such as a system message: every head keeps them, at every later
+ * vote, whatever is freed, beside sinks and recent tokens. A negative `p0` is 0, a negative `p1` the end of the sequence; where
+ * p0 >= p1 nothing happens. `stays` false: they are protected no longer. Call it after they were decoded, and before the vote
+ * that could drop them: what a head has lost before does not come back.
+ * Positions that are removed or decoded anew are protected no longer; gvote_state_get() saves which ones are. They need cells:
+ * a vote with a `max_cells` that has no room for them answers GVOTE_ERROR_PARAMS. Errors as gvote_seq_cells();
+ * GVOTE_ERROR_NOT_SEEN also where the sequence ends before `p1`. */
+GVOTE_API gvote_status gvote_seq_protect(
+        gvote_t * g, struct llama_context * ctx, int32_t seq, int32_t p0, int32_t p1, bool stays);
 
 /* Removes the tokens at `pos` and later from a sequence, as llama_memory_seq_rm(mem, seq, pos, -1) does, where that leaves no
  * head with less than the others: at gvote_seq_exact_from() or later, or at 0 (all of it).

@@ -102,6 +102,11 @@ public:
         return out;
     }
 
+    // The positions from p0 to p1 - 1 stay at every later vote, or no longer; a negative p1: to the end of the sequence.
+    void protect(llama_context * ctx, std::int32_t seq, std::int32_t p0, std::int32_t p1, bool stays = true) {
+        check(gvote_seq_protect(get(), ctx, seq, p0, p1, stays));
+    }
+
     void truncate(llama_context * ctx, std::int32_t seq, std::int32_t pos) {
         check(gvote_seq_truncate(get(), ctx, seq, pos));
     }

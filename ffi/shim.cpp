@@ -3,6 +3,7 @@
 #include "ggml-cpu.h"
 #include "llama-ext.h"
 
+#include <algorithm>
 
 struct gvote_shim_table {
     llama_kv_cells cells;
@@ -105,6 +106,10 @@ uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
 }
 
 llama_pos gvote_shim_cut_from(llama_context * ctx, llama_seq_id seq) {
+    const llama_model * model = &ctx->get_model();
+    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
+        return llama_memory_seq_pos_max(llama_get_memory(ctx), seq) + 1;
+    }
     const llama_kv_cache * kv = llama_get_memory(ctx) == nullptr ? nullptr : window_cache(ctx);
     if (kv == nullptr) {
         return 0;
@@ -156,12 +161,37 @@ uint32_t gvote_shim_owners(llama_context * ctx, const int64_t * index, uint32_t 
 }
 
 int32_t gvote_shim_decode(llama_context * ctx, llama_batch batch) {
-    int32_t status = GVOTE_SHIM_EXCEPTION;
-    guarded([&]() -> const char * {
+    int32_t status = 0;
+    const char * reason = guarded([&]() -> const char * {
         status = llama_decode(ctx, batch);
         return nullptr;
     });
-    return status;
+    if (reason == nullptr) {
+        return status;
+    }
+    mend(ctx);
+    return reason == OUT_OF_MEMORY ? GVOTE_SHIM_NO_MEMORY : GVOTE_SHIM_EXCEPTION;
+}
+
+llama_token gvote_shim_sample(llama_sampler * chain, llama_token_data_array * candidates) {
+    llama_token token = LLAMA_TOKEN_NULL;
+    guarded([&]() -> const char * {
+        llama_sampler_apply(chain, candidates);
+        // every chain ends in a sampler that selects (greedy or dist)
+        const llama_token chosen = candidates->data[std::max<int64_t>(candidates->selected, 0)].id;
+        llama_sampler_accept(chain, chosen);
+        token = chosen;
+        return nullptr;
+    });
+    return token;
+}
+
+void gvote_shim_model_desc(const llama_model * model, char * out, size_t size) {
+    out[0] = '\0';
+    guarded([&]() -> const char * {
+        llama_model_desc(model, out, size);
+        return nullptr;
+    });
 }
 
 ggml_backend_t gvote_shim_backend_init(ggml_backend_dev_t device) {

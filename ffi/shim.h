@@ -64,8 +64,8 @@ uint32_t gvote_shim_cells(struct llama_context * ctx, llama_seq_id seq, struct g
 // Cells of the sequence's stream that no sequence uses.
 uint32_t gvote_shim_cells_free(struct llama_context * ctx, llama_seq_id seq);
 
-// The first position at which a sequence can be cut off, as far as a window cache goes: whoever is decoded there sees a whole
-// window. 0 without a window cache.
+// The first position at which a sequence can be cut off, as far as a window cache or recurrent layers go: whoever is decoded
+// there sees a whole window, and a state that knows no more. 0 without either.
 llama_pos gvote_shim_cut_from(struct llama_context * ctx, llama_seq_id seq);
 
 // What `seq` holds in each of the cells; `index` counts over all streams.
@@ -78,8 +78,10 @@ uint32_t gvote_shim_owners(struct llama_context * ctx, const int64_t * index, ui
 
 // What llama_decode() answers when it raises an exception instead.
 #define GVOTE_SHIM_EXCEPTION (-100)
+#define GVOTE_SHIM_NO_MEMORY (-101)
 
-// llama_decode(), which lets exceptions through: GVOTE_SHIM_EXCEPTION for one.
+// llama_decode(), which lets exceptions through: GVOTE_SHIM_NO_MEMORY for one where memory runs out, GVOTE_SHIM_EXCEPTION for
+// any other.
 int32_t gvote_shim_decode(struct llama_context * ctx, struct llama_batch batch);
 
 // What follows does as the functions of ggml that are named, which let exceptions through: those become NULL, false, and
@@ -139,13 +141,21 @@ void gvote_shim_table_commit(struct llama_context * ctx, llama_seq_id seq, struc
 typedef bool (*gvote_shim_write)(const void * data, size_t size, void * user_data);
 typedef bool (*gvote_shim_read)(void * data, size_t size, void * user_data);
 
-// llama.cpp's state of a sequence, piece by piece instead of through a buffer of its whole size.
+// llama.cpp's state of a sequence, piece by piece instead of through a buffer of its whole size. `flags`: 0, or
+// LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY for that part of it which cannot be cut.
 const char * gvote_shim_state_write(
-        struct llama_context * ctx, llama_seq_id seq, gvote_shim_write write, void * user_data);
+        struct llama_context * ctx, llama_seq_id seq, llama_state_seq_flags flags, gvote_shim_write write, void * user_data);
 
-// Replaces a sequence by what gvote_shim_state_write() wrote. After an error the sequence is empty.
+// Replaces a sequence, or that part of it, by what gvote_shim_state_write() wrote. After an error the sequence, or the part, is
+// empty.
 const char * gvote_shim_state_read(
-        struct llama_context * ctx, llama_seq_id seq, gvote_shim_read read, void * user_data);
+        struct llama_context * ctx, llama_seq_id seq, llama_state_seq_flags flags, gvote_shim_read read, void * user_data);
+
+// Lets a chain of samplers choose one of the candidates and remember it; LLAMA_TOKEN_NULL where memory runs out.
+llama_token gvote_shim_sample(struct llama_sampler * chain, llama_token_data_array * candidates);
+
+// What llama_model_desc() writes; nothing where memory runs out.
+void gvote_shim_model_desc(const struct llama_model * model, char * out, size_t size);
 
 // The i-th tensor of a model in the order of its file, and its name; NULL behind the last one.
 const struct ggml_tensor * gvote_shim_model_tensor(const struct llama_model * model, uint32_t i, const char ** name);

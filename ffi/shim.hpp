@@ -76,6 +76,25 @@ llama_kv_cache * window_cache(llama_context * ctx) {
     return typeid(*mem) == typeid(llama_kv_cache_iswa) ? static_cast<llama_kv_cache_iswa *>(mem)->get_swa() : nullptr;
 }
 
+// After an exception in the midst of llama.cpp: it gives a cell its position before its owner, and a cell without an owner would
+// never be free again. Needs no memory.
+void mend(llama_context * ctx) {
+    if (llama_get_memory(ctx) == nullptr) {
+        return;
+    }
+    for (llama_kv_cache * kv : { base_cache(ctx), window_cache(ctx) }) {
+        // with streams, each sequence has its own; without, any sequence shows all cells
+        for (uint32_t s = 0; kv != nullptr && s < kv->get_n_stream(); ++s) {
+            llama_kv_cells & cells = cells_of(*kv, s);
+            for (uint32_t i = 0; i < cells.size(); ++i) {
+                if (!cells.is_empty(i) && cells.seq_get_all(i).none()) {
+                    cells.rm(i);
+                }
+            }
+        }
+    }
+}
+
 // get_v() is the only way to the V storage; one cell of stream 0 is enough of a view to reach it.
 ggml_tensor * v_view(const llama_kv_cache & kv, ggml_context * meta, int32_t il) {
     llama_kv_cache::slot_info slot;
@@ -95,12 +114,14 @@ bool is_v_trans(const ggml_tensor * view) {
     return view->nb[1] > view->nb[2];
 }
 
+constexpr const char * OUT_OF_MEMORY = "out of memory";
+
 template <typename F>
 const char * guarded(F && f) {
     try {
         return f();
     } catch (const std::bad_alloc &) {
-        return "out of memory";
+        return OUT_OF_MEMORY;
     } catch (...) {
         return "llama.cpp raised an exception";
     }

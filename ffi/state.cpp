@@ -70,32 +70,40 @@ struct stream_reader : llama_io_read_i {
 
 } // namespace
 
-const char * gvote_shim_state_write(llama_context * ctx, llama_seq_id seq, gvote_shim_write write, void * user_data) {
+const char * gvote_shim_state_write(
+        llama_context * ctx, llama_seq_id seq, llama_state_seq_flags flags, gvote_shim_write write, void * user_data) {
     return guarded([&]() -> const char * {
         llama_synchronize(ctx);
         stream_writer io(write, user_data);
         if (llama_get_memory(ctx) != nullptr) {
-            llama_get_memory(ctx)->state_write(io, seq);
+            llama_get_memory(ctx)->state_write(io, seq, flags);
         }
         return nullptr;
     });
 }
 
-const char * gvote_shim_state_read(llama_context * ctx, llama_seq_id seq, gvote_shim_read read, void * user_data) {
+const char * gvote_shim_state_read(
+        llama_context * ctx, llama_seq_id seq, llama_state_seq_flags flags, gvote_shim_read read, void * user_data) {
+    const bool is_whole = (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0;
     const char * failed = guarded([&]() -> const char * {
         llama_synchronize(ctx);
         stream_reader io(read, user_data);
         if (llama_get_memory(ctx) != nullptr) {
-            // of a state without cells llama.cpp reads nothing, and would leave what is there
-            llama_memory_seq_rm(llama_get_memory(ctx), seq, -1, -1);
-            llama_get_memory(ctx)->state_read(io, seq);
+            if (is_whole) {
+                // of a state without cells llama.cpp reads nothing, and would leave what is there
+                llama_memory_seq_rm(llama_get_memory(ctx), seq, -1, -1);
+            }
+            llama_get_memory(ctx)->state_read(io, seq, flags);
         }
         return nullptr;
     });
     if (failed != nullptr) {
-        // of two caches the first may have been read already
         guarded([&]() -> const char * {
-            llama_memory_seq_rm(llama_get_memory(ctx), seq, -1, -1);
+            if (is_whole) {
+                // of two caches the first may have been read already
+                llama_memory_seq_rm(llama_get_memory(ctx), seq, -1, -1);
+            }
+            mend(ctx);
             return nullptr;
         });
     }

@@ -128,8 +128,8 @@ pub(crate) unsafe fn owners(ctx: *mut sys::llama_context, cells: &[i64]) -> Vec<
     }
 }
 
-/// The first position at which `seq` can be cut off and still be followed by what sees a whole sliding window; 0 where there
-/// is no window.
+/// The first position at which `seq` can be cut off and still be followed by what sees a whole sliding window, and a state of
+/// recurrent layers that knows no more; 0 where there is neither.
 pub(crate) fn cut_from(ctx: &Context, seq: SeqId) -> Pos {
     // SAFETY: valid context; the sequence is one of it.
     unsafe { sys::gvote_shim_cut_from(ctx.as_ptr(), seq) }

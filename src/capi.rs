@@ -11,7 +11,7 @@ mod params;
 mod ptr;
 mod report;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod version;
 
 use std::ffi::{CStr, c_char, c_void};
@@ -252,6 +252,18 @@ pub unsafe extern "C" fn gvote_seq_positions(
         ptr::put(n, found.len() as u32);
         Ok(())
     })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gvote_seq_protect(
+    g: *mut gvote_t,
+    ctx: *mut llama_context,
+    seq: i32,
+    p0: i32,
+    p1: i32,
+    stays: bool,
+) -> gvote_status {
+    call(g, |core| Ok(core.guest.protect(ptr::context(ctx)?, seq, p0..p1, stays)?))
 }
 
 #[unsafe(no_mangle)]

@@ -8,7 +8,7 @@ mod known;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -51,9 +51,12 @@ pub enum GuestError {
     #[error("the forward pass could not be read: {0}")]
     Deaf(String),
     #[error(
-        "{needed} cells cannot be freed: of the {limit} that sequence {seq} can have, at least {least} stay (sinks and recent); decode fewer tokens at once, make the context larger, or keep fewer"
+        "{needed} cells cannot be freed: of the {limit} that sequence {seq} can have, at least {least} stay ({}); decode fewer tokens at once, make the context larger, or keep fewer",
+        if *protected == 0 { "sinks and recent".into() } else { format!("sinks, recent and {protected} protected tokens") }
     )]
-    TooFew { seq: SeqId, needed: usize, limit: usize, least: usize },
+    TooFew { seq: SeqId, needed: usize, limit: usize, least: usize, protected: usize },
+    #[error("sequence {seq} ends before position {end}: protect what was decoded, which is {n_past} tokens")]
+    NotThere { seq: SeqId, end: Pos, n_past: Pos },
     #[error("the cache is full, and the policy full drops nothing")]
     Full,
 }
@@ -286,10 +289,15 @@ impl Guest {
             return Err(GuestError::Full);
         }
         let limit = (cells.len() + free).saturating_sub(spare);
-        let least = room::least_cells(&voter.policy);
-        let too_few = || GuestError::TooFew { seq, needed, limit, least };
-        let most = room::most_cells(least, limit, needed).ok_or_else(too_few)?;
+        let always = room::least_cells(&voter.policy);
+        let most = |protected| {
+            let least = always + protected;
+            let too_few = GuestError::TooFew { seq, needed, limit, least, protected };
+            room::most_cells(least, limit, needed).ok_or(too_few)
+        };
+        most(0)?;
         let known = Known::up_to_date(known, voter, seq, &cells)?;
+        let most = most(voter.protected_with(ctx.model(), &known.sequence, &[]))?;
         if cells.iter().any(|cell| cell.shared) {
             // a vote would be in vain
             return Err(CompactError::Shared.into());
@@ -354,6 +362,31 @@ impl Guest {
         let first = self.home_in(ctx)?.first_head(layer, head)?;
         let (cells, sequence) = self.sequence(ctx, seq)?;
         Ok(sequence.positions(&cells, first + head as usize))
+    }
+
+    /// Sees to it that the tokens at these positions of a sequence stay at every later vote, or no longer; a negative end is that of
+    /// the sequence. A head that has lost one of them does without.
+    ///
+    /// # Errors
+    /// [`GuestError::NotThere`] where the sequence ends before, and those of [`Self::sequence`].
+    pub fn protect(
+        &mut self,
+        ctx: NonNull<sys::llama_context>,
+        seq: SeqId,
+        positions: Range<Pos>,
+        stays: bool,
+    ) -> Result<(), GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let Home { ctx, voter, known, .. } = home;
+        let known = Known::up_to_date(known, voter, seq, &cache::cells(ctx, seq))?;
+        let n_past = known.sequence.n_past();
+        let end = if positions.end < 0 { n_past } else { positions.end };
+        if end > n_past {
+            return Err(GuestError::NotThere { seq, end, n_past });
+        }
+        known.sequence.protect(positions.start..end, stays);
+        Ok(())
     }
 
     /// Removes what lies at `pos` and later from a sequence.

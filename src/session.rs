@@ -31,7 +31,8 @@ use crate::vote::{Sequence, VoteError, Voter};
 /// The sequence that holds the conversation.
 const SEQ: SeqId = 0;
 
-/// What can go wrong in a session. The session stays as it was before the call.
+/// What can go wrong in a session. The session stays as it was before the call. Where that cannot be, because memory runs out
+/// for the way back too, or because recurrent layers have lost their state, it is empty afterwards: [`Session::n_past`] is 0.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     #[error(transparent)]
@@ -60,7 +61,7 @@ pub enum SessionError {
     #[error("the prompt is empty")]
     Empty,
     #[error(
-        "position {0} lies inside the compressed part, or before what the sliding window holds (exact from {1} on): start over and read the text again"
+        "position {0} lies inside the compressed part, or before what a sliding window or recurrent layers hold (exact from {1} on): start over and read the text again"
     )]
     Compressed(Pos, Pos),
     #[error("{0} cannot change in a living session")]
@@ -288,7 +289,7 @@ impl Session {
         self.check_room(tokens.len())?;
         let start = Instant::now();
         let first = self.n_past();
-        let before = self.before();
+        let before = self.before()?;
         let mut batch = Batch::new(self.chunk);
         let mut done = 0;
         for chunk in tokens.chunks(self.chunk) {
@@ -340,7 +341,9 @@ impl Session {
         let mut batch = Batch::new(1);
         batch.add(token, self.n_past(), SEQ, true)?;
         if let Err(error) = self.decode_batch(&batch, None) {
-            self.ctx.remove(SEQ, self.n_past(), -1);
+            if !self.ctx.remove(SEQ, self.n_past(), -1) {
+                self.clear();
+            }
             return Err(error);
         }
         self.sequence.extend(&[token]);
@@ -376,7 +379,7 @@ impl Session {
             if n_predict >= 0 && tokens == n_predict as usize {
                 break Stop::Limit;
             }
-            let token = sampler.sample(&self.logits);
+            let token = sampler.sample(&self.logits)?;
             if self.model().is_eog(token) {
                 break Stop::EndOfGeneration;
             }
@@ -425,8 +428,8 @@ impl Session {
     /// [`Session::mark`].
     ///
     /// # Errors
-    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads, and where a sliding
-    /// window would miss tokens that it dropped since.
+    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads, where a sliding
+    /// window would miss tokens that it dropped since, and with recurrent layers.
     pub fn truncate(&mut self, pos: Pos) -> Result<(), SessionError> {
         let exact_from = self.exact_from();
         if pos < exact_from && pos > 0 {

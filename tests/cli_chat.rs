@@ -188,6 +188,19 @@ mod piped {
     }
 
     #[test]
+    fn a_cache_with_no_cell_to_spare_refuses_a_long_message_and_the_chat_goes_on() {
+        let done = talk(&["-c", "80"], &["Hi!", &long_line(600), "Well?"]);
+        assert_eq!(done.status, 1, "a script learns of it");
+        let records = done.json();
+        let [first, failed, second] = &records[..] else { panic!("{}", done.stdout) };
+        assert!(failed["error"].as_str().unwrap().contains("80 cells are too few to go on in"), "{failed}");
+        assert_eq!(number(&second["cache"]["tokens"]), tokens_in_turn(first) + tokens_in_turn(second));
+        // a cap is checked before the model is loaded
+        let done = talk(&["--max-cells", "68"], &["Hi!"]);
+        assert!(done.status == 2 && done.stderr.contains("set --max-cells to 69 or more"), "{}", done.stderr);
+    }
+
+    #[test]
     fn a_message_longer_than_the_cache_is_read_and_answered() {
         let turns = talk(&["-c", "300"], &["Hi!", &text(CHARS).replace('\n', " "), "Name a colour."]).ok().json();
         let [_, long, last] = &turns[..] else { panic!("{turns:?}") };

@@ -259,6 +259,30 @@ fn nonsense_is_one_line() {
     }
 }
 
+/// The model's template writes a system message, and no task has another one.
+#[test]
+fn the_system_message_is_protected_where_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let runs = folder.path().join("runs.jsonl");
+    let needle = ["--needle", "--needle-words", "150", "--limit", "1", "--config"];
+    let with = |config: &str| finish(&mut eval("tasks", &[&needle[..], &[config]].concat(), &runs));
+    // 4 sinks, 64 recent tokens, and the markers
+    with("markers:protect=true,max-cells=100").ok();
+    with("none:max-cells=75").ok();
+    let refused = with("system:protect=true,max-cells=75");
+    assert_eq!(refused.status, 1, "{}", refused.stderr);
+    let number = |at: &str, text: &str| -> usize {
+        let rest = &text[text.find(at).unwrap_or_else(|| panic!("{text}")) + at.len()..];
+        rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+    };
+    let protected = number("recent tokens and ", &refused.stderr);
+    assert!(refused.stderr.contains("system: --max-cells is 75") && protected > 15, "{}", refused.stderr);
+    // in a cache that short no reading begins
+    let refused = with("short:protect=true,ctx-size=100,ratio=1");
+    assert_eq!(refused.status, 1);
+    assert!(number("short: ctx-size is too few cells to go on in: ", &refused.stderr) > 100, "{}", refused.stderr);
+}
+
 #[test]
 fn a_prompt_is_read_in_fewer_cells_than_it_has_tokens() {
     let folder = tempfile::tempdir().unwrap();

@@ -274,6 +274,22 @@ fn a_prompt_longer_than_the_context_is_read_in_the_cells_there_are() {
     assert!(number(&report["cache"]["cells"]) <= 300, "{report}");
 }
 
+/// With batches that are longer than what can be freed at once.
+#[test]
+fn a_context_with_no_cell_to_spare_is_refused_by_the_least_that_would_do() {
+    let document = document(CHARS);
+    let args = ["-f", document.path().to_str().unwrap(), "-n", "1", "--temp", "0", "-b", "512", "-ub", "512", "-c"];
+    // 4 sinks and 64 recent tokens
+    for n_ctx in ["1", "90"] {
+        let done = run(&[&args[..], &[n_ctx]].concat());
+        assert_eq!((done.status, done.stdout.as_str()), (1, ""), "{}", done.stderr);
+        let said = format!("{n_ctx} cells are too few to go on in: 91 is the least");
+        assert!(done.stderr.contains(&said) && done.stderr.trim_end().lines().count() == 1, "{}", done.stderr);
+    }
+    let least = json(&[&args[..], &["91"]].concat());
+    assert!(number(&least["cache"]["cells"]) <= 91 && number(&least["prefill"]["squeezes"]["count"]) > 10, "{least}");
+}
+
 #[test]
 fn a_prompt_longer_than_the_context_is_refused_where_nothing_can_be_dropped() {
     let document = document(CHARS);

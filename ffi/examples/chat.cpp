@@ -106,7 +106,9 @@ static void chat(int argc, char ** argv) {
     const auto sampler = need(llama_sampler_init_greedy(), "a sampler");
     const auto ctx = need(llama_init_from_model(model.get(), cparams), "a context");
 
-    gvote::handle g;
+    gvote_params params = gvote_params_default();
+    params.flags |= GVOTE_FLAG_PROTECT; // the template's markers stay, however many turns there are
+    gvote::handle g(params);
     g.attach(ctx.get());
     bool is_first = true;
     for (std::string line; std::getline(std::cin, line); is_first = false) {

@@ -51,6 +51,7 @@ same! {
     gvote_seq_cells(_, _, _, _);
     gvote_seq_exact_from(_, _, _, _);
     gvote_seq_positions(_, _, _, _, _, _, _, _);
+    gvote_seq_protect(_, _, _, _, _, _);
     gvote_seq_truncate(_, _, _, _);
     gvote_state_size(_, _, _, _);
     gvote_state_get(_, _, _, _, _, _);

@@ -74,7 +74,7 @@ fn status_of(error: &GuestError) -> gvote_status {
     match error {
         GuestError::Unsupported(_) | GuestError::Deaf(_) => GVOTE_ERROR_UNSUPPORTED,
         GuestError::NotAttached => GVOTE_ERROR_NOT_ATTACHED,
-        GuestError::NotSeen { .. } => GVOTE_ERROR_NOT_SEEN,
+        GuestError::NotSeen { .. } | GuestError::NotThere { .. } => GVOTE_ERROR_NOT_SEEN,
         GuestError::Changed { .. } => GVOTE_ERROR_CHANGED,
         GuestError::Compressed { .. } => GVOTE_ERROR_COMPRESSED,
         GuestError::Fixed(_) => GVOTE_ERROR_PARAMS,

@@ -44,7 +44,9 @@ pub(super) fn of(params: &Params, account_error: bool) -> gvote_params {
         size: size_of::<gvote_params>(),
         policy: policy_number(params.policy),
         evict,
-        flags: flag(params.replay, GVOTE_FLAG_REPLAY) | flag(account_error, GVOTE_FLAG_ACCOUNT_ERROR),
+        flags: flag(params.replay, GVOTE_FLAG_REPLAY)
+            | flag(account_error, GVOTE_FLAG_ACCOUNT_ERROR)
+            | flag(params.protect, GVOTE_FLAG_PROTECT),
         target_kl: params.target_kl.unwrap_or(0.0),
         lost_mass: params.lost_mass,
         ratio: params.ratio.unwrap_or(0.0),
@@ -83,7 +85,7 @@ pub(super) fn read(from: *const gvote_params) -> Result<(Params, bool), Failure>
         |name: &str, value: u32| Failure::new(GVOTE_ERROR_PARAMS, format!("{name} is {value}, which is none"));
     let policy = POLICIES.iter().find(|entry| entry.0 == params.policy);
     let evict = EVICTS.iter().find(|entry| entry.0 == params.evict);
-    if params.flags & !(GVOTE_FLAG_REPLAY | GVOTE_FLAG_ACCOUNT_ERROR) != 0 {
+    if params.flags & !(GVOTE_FLAG_REPLAY | GVOTE_FLAG_ACCOUNT_ERROR | GVOTE_FLAG_PROTECT) != 0 {
         return Err(unknown("flags", params.flags));
     }
     let has = |flag: u32| params.flags & flag != 0;
@@ -108,7 +110,7 @@ pub(super) fn read(from: *const gvote_params) -> Result<(Params, bool), Failure>
         head_mix: params.head_mix,
         p_nuc: params.p_nuc,
         seed: params.seed,
-        protect: false,
+        protect: has(GVOTE_FLAG_PROTECT),
         exact: false,
     };
     Ok((settings, has(GVOTE_FLAG_ACCOUNT_ERROR)))

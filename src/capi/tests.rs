@@ -2,15 +2,17 @@
 //! - `votes`: a vote does what a session's does, and disturbs nothing;
 //! - `changes`: what an app does behind our back is noticed;
 //! - `room`: more tokens than cells, read as a session reads them;
+//! - `protect`: what an app names, and the template's markers where that is asked for, stay in every head;
 //! - `walk`: whatever an app does in whatever order, no sequence meets the cells of another;
 //! - `saved`: what is known of a sequence can be saved, and only that is restored;
 //! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads;
 //! - `each`: the same for each function, one by one.
 
 mod abuse;
-mod app;
+pub(crate) mod app;
 mod changes;
 mod each;
+mod protect;
 mod room;
 mod saved;
 mod votes;

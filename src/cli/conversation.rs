@@ -10,7 +10,7 @@ use gvote::policy::Kind;
 use gvote::session::{CompressReport, PrefillReport};
 use serde::{Deserialize, Serialize};
 
-use super::prompt::{system_tokens, tokenize_more, tokenize_start};
+use super::prompt::{tokenize_more, tokenize_start};
 use super::report::{Totals, TurnReport};
 use super::turn::Steps;
 use super::words::note;
@@ -168,7 +168,16 @@ impl Conversation {
     /// When the file is damaged or does not fit this model or these flags; the conversation is then as before.
     pub fn load(&mut self, path: &Path) -> Result<usize> {
         let read = |note: &[u8]| serde_json::from_slice(note).map_err(|error| error.to_string());
-        self.state = self.session.load_from(path, read).with_context(|| format!("cannot load {}", path.display()))?;
+        self.state = match self.session.load_from(path, read) {
+            Ok(state) => state,
+            Err(error) => {
+                // memory may have run out for the way back too: then all is read again with the next message
+                if self.session.n_past() == 0 {
+                    self.forget_cache();
+                }
+                return Err(error).with_context(|| format!("cannot load {}", path.display()));
+            }
+        };
         self.file = Some(path.into());
         let tokens = self.session.sequence().tokens().to_vec();
         self.protect_system(&tokens)?;
@@ -241,7 +250,8 @@ impl Conversation {
     /// Tells the session where the system message ends in a conversation that begins with `tokens`.
     fn protect_system(&mut self, tokens: &[Token]) -> Result<()> {
         let n = if self.session.policy().protect && !self.template.is_fallback() {
-            system_tokens(self.session.model(), &self.template, &self.state.messages, tokens)?
+            let tokenize = |text: &str| tokenize_start(self.session.model(), text);
+            self.template.system_tokens(&self.state.messages, tokens, tokenize)?
         } else {
             0
         };

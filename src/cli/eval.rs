@@ -38,8 +38,8 @@ A run that was stopped goes on where it was when it is started again with the sa
 
 const CONFIGS: &str = "\
 A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, target-kl, draft, \
-lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, replay, evict, exact, seed, key-error, \
-ctx-size.
+lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, protect, replay, evict, exact, \
+seed, key-error, ctx-size.
 
 ctx-size=N reads the prompt in N cells, as `gvote run -c N` does with a longer prompt: cells are freed on the way, and the \
 policy's own budget applies to what is left. ratio=1 keeps all of that.

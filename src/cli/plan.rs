@@ -261,7 +261,9 @@ impl Plan {
         let way_out = match best {
             Some(need) if most > self.predict => {
                 let flags = type_flags(need.cache_type);
-                format!("--prompt {} would{flags}; or raise --memory, lower -n or -ub", most - self.predict)
+                let prompt = most - self.predict;
+                let longer = "and `gvote run` reads a longer one in as many cells, of which it frees some on the way";
+                format!("--prompt {prompt} would{flags}, {longer} (-c {most}); or raise --memory, lower -n or -ub")
             }
             _ => "raise --memory, lower -ub, or take a smaller model".into(),
         };

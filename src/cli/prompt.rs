@@ -90,7 +90,8 @@ impl RequestArgs {
         let text =
             if is_raw { messages[messages.len() - 1].content.clone() } else { template.render(&messages, true)? };
         let tokens = tokenize_start(model, &text)?;
-        let system = if is_raw { 0 } else { system_tokens(model, &template, &messages, &tokens)? };
+        let system =
+            if is_raw { 0 } else { template.system_tokens(&messages, &tokens, |text| tokenize_start(model, text))? };
         let trained = model.n_ctx_train();
         if tokens.len() > trained {
             note(&format!(
@@ -173,19 +174,6 @@ pub fn tokenize_start(model: &Model, text: &str) -> Result<Vec<Token>> {
         return Ok(model.tokenize(text, false, true)?);
     }
     Ok(tokens)
-}
-
-/// How many of `tokens`, which begin with `messages` as `template` renders them, stand before what the user says first: the
-/// system message and the markup around it. A template that has none of its own, or writes one that nobody gave, is no
-/// exception: what counts is where another message from the user would make a difference.
-pub fn system_tokens(model: &Model, template: &ChatTemplate, messages: &[Message], tokens: &[Token]) -> Result<usize> {
-    let user = messages.iter().position(|message| message.role == Role::User);
-    let said = user.map_or("", |user| &messages[user].content);
-    let other = if said.trim_start().starts_with('A') { "B" } else { "A" };
-    let mut others = messages[..user.unwrap_or(messages.len())].to_vec();
-    others.push(Message::new(Role::User, other));
-    let others = tokenize_start(model, &template.render(&others, true)?)?;
-    Ok(tokens.iter().zip(&others).take_while(|(a, b)| a == b).count())
 }
 
 /// Tokens of a text that goes on where the sequence ended.

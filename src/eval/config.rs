@@ -5,6 +5,7 @@ use std::str::FromStr;
 use serde_json::Value;
 
 use crate::policy::{Kind, Params, PolicyError, Preset};
+use crate::vote::room;
 
 /// A named setting of a policy.
 #[derive(Clone, Debug)]
@@ -28,6 +29,8 @@ pub enum ConfigError {
     Value(String, String, String),
     #[error("ctx-size={0}, but the policy `full` frees no cells; choose another policy")]
     FullCtxSize(usize),
+    #[error("ctx-size={n} is too few cells to go on in: {least} is the least with these sinks and recent")]
+    CtxSize { n: usize, least: usize },
     #[error(transparent)]
     Policy(#[from] PolicyError),
 }
@@ -174,8 +177,10 @@ impl FromStr for Config {
             config.set(key, value)?;
         }
         config.params.validate()?;
+        let least = room::least_limit(room::least_cells(&config.params));
         match config.ctx_size {
             Some(n) if config.is_full() => Err(ConfigError::FullCtxSize(n)),
+            Some(n) if n < least => Err(ConfigError::CtxSize { n, least }),
             _ => Ok(config),
         }
     }
@@ -238,6 +243,9 @@ mod tests {
             ("x:policy=gvote-paper,exact=true,ratio=0.5", "--ratio"),
             ("x:policy=adakv,evict=cells", "--evict"),
             ("x:policy=full,ctx-size=2048", "ctx-size=2048"),
+            ("x:ctx-size=90", "91 is the least"),
+            ("x:ctx-size=0", "ctx-size=0"),
+            ("x:max-cells=68", "--max-cells to 69"),
             ("nobody", "nobody"),
         ] {
             let error = text.parse::<Config>().unwrap_err().to_string();

@@ -29,6 +29,12 @@ pub enum EvalError {
     Record(#[from] RecordError),
     #[error("the configurations differ in {0}, which one session cannot change: evaluate them one after another")]
     Mixed(&'static str),
+    #[error(
+        "{config}: ctx-size is too few cells to go on in: {least} is the least with its sinks, recent and protected tokens"
+    )]
+    TooFew { config: String, least: usize },
+    #[error("{0}: {1}")]
+    Config(String, SessionError),
     #[error("the model has nothing to say to {0}")]
     NoAnswer(String),
     #[error("{0}: ctx-size leaves no full cache to search for C* in; leave it out, or use max-cells")]
@@ -58,6 +64,8 @@ pub struct Runner {
 /// What every configuration starts from.
 struct Prompt {
     tokens: Vec<Token>,
+    /// How many of them are the system message.
+    system: usize,
     /// The session that holds all of them.
     saved: Vec<u8>,
 }
@@ -180,11 +188,11 @@ impl Runner {
     }
 
     /// Starts over with a prompt, all of which stays.
-    fn read_prompt(&mut self, tokens: Vec<Token>) -> Result<Prompt, EvalError> {
+    fn read_prompt(&mut self, tokens: Vec<Token>, system: usize) -> Result<Prompt, EvalError> {
         self.session.limit_cells(usize::MAX);
         self.session.clear();
         self.prefill(&tokens)?;
-        Ok(Prompt { tokens, saved: self.session.save() })
+        Ok(Prompt { tokens, system, saved: self.session.save() })
     }
 
     /// Brings back the full cache, or reads the prompt anew in as few cells as a configuration has, and compresses it. Returns
@@ -198,14 +206,19 @@ impl Runner {
         }
         let mut params = config.params.clone();
         params.seed = run.seed;
-        self.session.set_policy(params, config.account_error)?;
+        let named = |error| match error {
+            SessionError::CacheTooSmall { least, .. } => EvalError::TooFew { config: config.name.clone(), least },
+            error => EvalError::Config(config.name.clone(), error),
+        };
+        self.session.set_policy(params, config.account_error).map_err(named)?;
+        self.session.set_system_tokens(prompt.system);
         if config.ctx_size.is_some() {
             self.session.clear();
-            self.session.prefill_long(&prompt.tokens, |_, _| ControlFlow::Continue(()))?;
+            self.session.prefill_long(&prompt.tokens, |_, _| ControlFlow::Continue(())).map_err(named)?;
         } else {
             self.session.load(&prompt.saved)?;
         }
-        let report = self.session.compress()?;
+        let report = self.session.compress().map_err(named)?;
         (run.cells, run.ragged) = (report.cells_after, report.ragged);
         Ok(report.tried)
     }
@@ -220,10 +233,11 @@ impl Runner {
             return Ok(0);
         }
         let (mut context, rest) = self.tokens_of(sample)?;
+        let system = self.system_of(sample, &context)?;
         if !blind {
             context.extend(&rest);
         }
-        let prompt = self.read_prompt(context)?;
+        let prompt = self.read_prompt(context, system)?;
         let added = missing.len();
         for (config, mut run) in missing {
             self.compress(&prompt, &config, &mut run)?;
@@ -258,10 +272,21 @@ impl Runner {
         let context = sample.context.trim();
         let split = text.find(context).map_or(0, |at| at + context.len());
         let (head, tail) = text.split_at(split);
+        Ok((self.tokens_from_start(head)?, self.session.model().tokenize(tail, false, true)?))
+    }
+
+    /// How many of the tokens of a context the template has written before it: a task has no system message of its own.
+    fn system_of(&self, sample: &Sample, tokens: &[Token]) -> Result<usize, EvalError> {
+        let Some(template) = &self.template else { return Ok(0) };
+        let messages = [Message::new(Role::User, sample.full_turn())];
+        template.system_tokens(&messages, tokens, |text| self.tokens_from_start(text))
+    }
+
+    fn tokens_from_start(&self, text: &str) -> Result<Vec<Token>, EvalError> {
         let model = self.session.model();
         let bos = model.special_text(crate::llama::Special::Bos);
-        let has_bos = !bos.is_empty() && head.starts_with(&bos);
-        Ok((model.tokenize(head, !has_bos, true)?, model.tokenize(tail, false, true)?))
+        let has_bos = !bos.is_empty() && text.starts_with(&bos);
+        Ok(model.tokenize(text, !has_bos, true)?)
     }
 
     fn greedy(&self) -> Sampler {
@@ -290,7 +315,7 @@ impl Runner {
         if missing.is_empty() {
             return Ok(0);
         }
-        let prompt = self.read_prompt(text.prompt.to_vec())?;
+        let prompt = self.read_prompt(text.prompt.to_vec(), 0)?;
         let reference = self.reference(prompt, text.next.to_vec(), 0)?;
         let added = missing.len();
         for (config, mut run) in missing {

@@ -1,4 +1,4 @@
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::io::{self, Read, Write};
 use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -162,6 +162,8 @@ pub struct Context {
 struct Abort {
     /// The caller wants out.
     cancel: Arc<AtomicBool>,
+    /// The graph in work runs to its end: a recurrent state could not go back.
+    to_the_end: AtomicBool,
     /// Tests count who asks, and have one of them find the flag set.
     #[cfg(test)]
     asked: Asked,
@@ -313,10 +315,11 @@ impl Context {
         unsafe { sys::llama_n_threads_batch(self.as_ptr()).max(1) as usize }
     }
 
-    /// Decodes a batch. The cache holds its tokens afterwards, or, on an error, none of them.
+    /// Decodes a batch. The cache holds its tokens afterwards, or, on an error, none of them. With recurrent layers it may hold
+    /// a part of them after an error; a single token is decoded to its end there, whoever cancels.
     ///
     /// # Errors
-    /// [`LlamaError::NoCells`], [`LlamaError::NoPositions`], [`LlamaError::Cancelled`] or [`LlamaError::Decode`].
+    /// [`LlamaError::NoCells`], [`LlamaError::NoPositions`], [`LlamaError::Cancelled`], [`LlamaError::Memory`] or [`LlamaError::Decode`].
     pub fn decode(&mut self, batch: &Batch) -> Result<(), LlamaError> {
         if self.is_cancelled() {
             return Err(LlamaError::Cancelled);
@@ -327,6 +330,7 @@ impl Context {
         {
             return Err(LlamaError::NoPositions { pos, n });
         }
+        self.abort.to_the_end.store(batch.len() == 1 && self.model.is_recurrent(), Ordering::Relaxed);
         // SAFETY: the batch's arrays hold n_tokens entries.
         match unsafe { sys::gvote_shim_decode(self.as_ptr(), batch.raw()) } {
             0 => Ok(()),
@@ -345,6 +349,7 @@ impl Context {
                 }
                 Err(match status {
                     2 => LlamaError::Cancelled,
+                    sys::GVOTE_SHIM_NO_MEMORY => LlamaError::Memory,
                     status => LlamaError::Decode(status),
                 })
             }
@@ -408,38 +413,38 @@ impl Context {
         (pos >= 0).then_some(pos)
     }
 
-    /// The state of one sequence, for [`Self::load_sequence`].
+    /// The state of one sequence, for [`Self::read_sequence`].
     ///
     /// # Errors
     /// [`LlamaError::Memory`].
     pub(crate) fn copy_sequence(&mut self, seq: SeqId) -> Result<Vec<u8>, LlamaError> {
+        self.copy_state(seq, 0)
+    }
+
+    /// Of the state of one sequence the part that cannot be cut: a window cache, the state of recurrent layers. Empty where
+    /// there is none.
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub(crate) fn copy_uncut(&mut self, seq: SeqId) -> Result<Vec<u8>, LlamaError> {
+        self.copy_state(seq, sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+    }
+
+    fn copy_state(&mut self, seq: SeqId, flags: sys::llama_state_seq_flags) -> Result<Vec<u8>, LlamaError> {
         let mut data = Vec::new();
-        data.try_reserve_exact(self.sequence_size(seq)).map_err(|_| LlamaError::Memory)?;
-        data.resize(data.capacity(), 0);
-        // SAFETY: the buffer's true size is passed.
-        let n = unsafe { sys::llama_state_seq_get_data(self.as_ptr(), data.as_mut_ptr(), data.len(), seq) };
-        data.truncate(n);
+        // SAFETY: valid context.
+        let size = unsafe { sys::llama_state_seq_get_size_ext(self.as_ptr(), seq, flags) };
+        data.try_reserve_exact(size).map_err(|_| LlamaError::Memory)?;
+        self.write_state(seq, flags, &mut data).map_err(|_| LlamaError::Memory)?;
         Ok(data)
     }
 
-    /// Of the state of one sequence the part in a window cache.
-    pub(crate) fn save_window(&mut self, seq: SeqId) -> Vec<u8> {
-        const FLAGS: sys::llama_state_seq_flags = sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
-        // SAFETY: the buffer has the size llama.cpp asked for.
-        unsafe {
-            let mut data = vec![0u8; sys::llama_state_seq_get_size_ext(self.as_ptr(), seq, FLAGS)];
-            let n = sys::llama_state_seq_get_data_ext(self.as_ptr(), data.as_mut_ptr(), data.len(), seq, FLAGS);
-            data.truncate(n);
-            data
-        }
-    }
-
-    /// Brings that part back; the other cache stays as it is.
-    pub(crate) fn load_window(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
-        const FLAGS: sys::llama_state_seq_flags = sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
-        // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
-        let n = unsafe { sys::llama_state_seq_set_data_ext(self.as_ptr(), data.as_ptr(), data.len(), seq, FLAGS) };
-        if n == 0 { Err(LlamaError::State(UNFIT)) } else { Ok(()) }
+    /// Brings back what [`Self::copy_uncut`] gave; the rest stays as it is.
+    ///
+    /// # Errors
+    /// Those of [`Self::read_sequence`]; that part is then lost.
+    pub(crate) fn load_uncut(&mut self, seq: SeqId, mut data: &[u8]) -> Result<(), LlamaError> {
+        self.read_state(seq, sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, &mut data)
     }
 
     /// Bytes of the state of one sequence.
@@ -464,6 +469,10 @@ impl Context {
     /// # Errors
     /// Those of `out`, and when memory runs out.
     pub(crate) fn write_sequence(&mut self, seq: SeqId, out: &mut dyn Write) -> io::Result<()> {
+        self.write_state(seq, 0, out)
+    }
+
+    fn write_state(&mut self, seq: SeqId, flags: sys::llama_state_seq_flags, out: &mut dyn Write) -> io::Result<()> {
         unsafe extern "C" fn write(data: *const c_void, size: usize, stream: *mut c_void) -> bool {
             // SAFETY: the stream below, which nobody else uses meanwhile; as many bytes as it says.
             let (stream, data) = unsafe {
@@ -473,7 +482,8 @@ impl Context {
         }
         let mut stream = Stream { inner: out, result: Ok(()) };
         // SAFETY: valid context; the stream outlives the call.
-        let failed = unsafe { sys::gvote_shim_state_write(self.as_ptr(), seq, Some(write), (&raw mut stream).cast()) };
+        let failed =
+            unsafe { sys::gvote_shim_state_write(self.as_ptr(), seq, flags, Some(write), (&raw mut stream).cast()) };
         stream.result?;
         if failed.is_null() { Ok(()) } else { Err(io::ErrorKind::OutOfMemory.into()) }
     }
@@ -481,8 +491,17 @@ impl Context {
     /// Replaces a sequence by what [`Self::write_sequence`] wrote. After an error the sequence is empty.
     ///
     /// # Errors
-    /// [`LlamaError::State`] when llama.cpp refuses it, or when the bytes end too early.
+    /// [`LlamaError::State`] when llama.cpp refuses it, or when the bytes end too early; [`LlamaError::Memory`].
     pub(crate) fn read_sequence(&mut self, seq: SeqId, from: &mut dyn Read) -> Result<(), LlamaError> {
+        self.read_state(seq, 0, from)
+    }
+
+    fn read_state(
+        &mut self,
+        seq: SeqId,
+        flags: sys::llama_state_seq_flags,
+        from: &mut dyn Read,
+    ) -> Result<(), LlamaError> {
         unsafe extern "C" fn read(data: *mut c_void, size: usize, stream: *mut c_void) -> bool {
             // SAFETY: the stream below, which nobody else uses meanwhile; room for as many bytes as it says, which may be
             // uninitialised, but are written and not read.
@@ -494,11 +513,17 @@ impl Context {
         }
         let mut stream = Stream { inner: from, result: Ok(()) };
         // SAFETY: valid context; the stream outlives the call.
-        let failed = unsafe { sys::gvote_shim_state_read(self.as_ptr(), seq, Some(read), (&raw mut stream).cast()) };
+        let failed =
+            unsafe { sys::gvote_shim_state_read(self.as_ptr(), seq, flags, Some(read), (&raw mut stream).cast()) };
         if stream.result.is_err() {
             return Err(LlamaError::State(": it is cut off"));
         }
-        if failed.is_null() { Ok(()) } else { Err(LlamaError::State(UNFIT)) }
+        if failed.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a static string.
+        let reason = unsafe { CStr::from_ptr(failed) };
+        Err(if reason == c"out of memory" { LlamaError::Memory } else { LlamaError::State(UNFIT) })
     }
 
     /// Replaces a sequence, in a context where each has its own part of the cache, by one that was saved where all share it: see
@@ -602,5 +627,5 @@ unsafe extern "C" fn should_abort(flags: *mut c_void) -> bool {
         // SAFETY: the app's own callback with the app's own data, as it would be called without us.
         flags.of_app.is_some_and(|(callback, data)| unsafe { callback(data) })
     };
-    flags.is_cancelled() || app_wants_out()
+    !flags.to_the_end.load(Ordering::Relaxed) && (flags.is_cancelled() || app_wants_out())
 }

@@ -164,7 +164,7 @@ impl Model {
     pub fn description(&self) -> String {
         let mut buf = vec![0u8; 256];
         // SAFETY: the buffer's true size is passed.
-        unsafe { sys::llama_model_desc(self.as_ptr(), buf.as_mut_ptr().cast(), buf.len()) };
+        unsafe { sys::gvote_shim_model_desc(self.as_ptr(), buf.as_mut_ptr().cast(), buf.len()) };
         string_of(&buf)
     }
 
@@ -196,6 +196,13 @@ impl Model {
                 None
             }
         }
+    }
+
+    /// Whether it has recurrent layers: they keep a state, out of which nothing can be taken again.
+    pub(crate) fn is_recurrent(&self) -> bool {
+        let model = self.as_ptr();
+        // SAFETY: valid model; plain queries.
+        unsafe { sys::llama_model_is_recurrent(model) || sys::llama_model_is_hybrid(model) }
     }
 
     /// The chat template stored in the GGUF.

@@ -1,6 +1,6 @@
 use std::ptr::NonNull;
 
-use super::{Model, Token};
+use super::{LlamaError, Model, Token};
 use crate::sys;
 
 /// How the next token is chosen; names and defaults as in llama.cpp.
@@ -78,7 +78,10 @@ impl Sampler {
     }
 
     /// Chooses the next token from its logits `[n_vocab]`, and remembers the choice.
-    pub fn sample(&mut self, logits: &[f32]) -> Token {
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub fn sample(&mut self, logits: &[f32]) -> Result<Token, LlamaError> {
         self.candidates.clear();
         self.candidates.extend(logits.iter().enumerate().map(|(id, &logit)| sys::llama_token_data {
             id: id as Token,
@@ -92,11 +95,8 @@ impl Sampler {
             sorted: false,
         };
         // SAFETY: the array describes our candidates; samplers reorder and shrink it in place.
-        unsafe { sys::llama_sampler_apply(self.chain.as_ptr(), &raw mut array) };
-        // every chain ends in a sampler that selects (greedy or dist)
-        let token = self.candidates[array.selected.max(0) as usize].id;
-        self.accept(token);
-        token
+        let token = unsafe { sys::gvote_shim_sample(self.chain.as_ptr(), &raw mut array) };
+        if token == sys::LLAMA_TOKEN_NULL { Err(LlamaError::Memory) } else { Ok(token) }
     }
 
     /// Remembers a token that was not sampled here (for the repetition penalty).

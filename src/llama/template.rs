@@ -3,8 +3,8 @@ use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
-use super::Model;
 use super::model::Special;
+use super::{Model, Token};
 
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,6 +104,27 @@ impl ChatTemplate {
             )
         };
         render().map_err(|e| TemplateError(format!("{e:#}").lines().next().unwrap_or("").to_owned()))
+    }
+
+    /// How many of `tokens`, which begin with `messages` as rendered here and made tokens of by `tokenize`, stand before what the
+    /// user says first: the system message and the markup around it. A template that has none of its own, or writes one that
+    /// nobody gave, is no exception: what counts is where another message from the user would make a difference.
+    ///
+    /// # Errors
+    /// [`TemplateError`], and those of `tokenize`.
+    pub fn system_tokens<E: From<TemplateError>>(
+        &self,
+        messages: &[Message],
+        tokens: &[Token],
+        tokenize: impl FnOnce(&str) -> Result<Vec<Token>, E>,
+    ) -> Result<usize, E> {
+        let user = messages.iter().position(|message| message.role == Role::User);
+        let said = user.map_or("", |user| &messages[user].content);
+        let other = if said.trim_start().starts_with('A') { "B" } else { "A" };
+        let mut others = messages[..user.unwrap_or(messages.len())].to_vec();
+        others.push(Message::new(Role::User, other));
+        let others = tokenize(&self.render(&others, true)?)?;
+        Ok(tokens.iter().zip(&others).take_while(|(a, b)| a == b).count())
     }
 }
 

@@ -389,8 +389,8 @@ pub enum PolicyError {
     )]
     MaxCells { cap: usize, sinks: usize, recent: usize, least: usize },
     #[error(
-        "--max-cells is {cap}, but {sinks} sinks, {recent} recent tokens and {protected} more that --protect keeps \
-         always stay; set --max-cells to {least} or more, or leave out --protect"
+        "--max-cells is {cap}, but {sinks} sinks, {recent} recent tokens and {protected} protected ones (--protect) \
+         always stay; set --max-cells to {least} or more, or protect fewer"
     )]
     Protected { cap: usize, sinks: usize, recent: usize, protected: usize, least: usize },
     #[error("--min-cells is {min}, but must not be above --max-cells ({cap})")]

@@ -32,7 +32,7 @@ impl Session {
         self.most_cells(1, self.protected_after(tokens))?;
         let start = Instant::now();
         let window = self.policy.window;
-        let (first, before, mut squeezes) = (self.n_past(), self.before(), Squeezes::default());
+        let (first, before, mut squeezes) = (self.n_past(), self.before()?, Squeezes::default());
         let mut done = 0;
         while done < tokens.len() {
             let part = &tokens[done..];
@@ -102,13 +102,9 @@ impl Session {
         self.chunk.min(room::freed_at_once(self.limit)).max(1)
     }
 
-    /// Tokens that `protect` keeps beside sinks and recent ones, once `tokens` are read: at most so many in any head.
+    /// Tokens that `protect` keeps beside sinks and recent ones, once `tokens` are read.
     fn protected_after(&self, tokens: &[Token]) -> usize {
-        let Some(voter) = &self.voter else { return 0 };
-        let (model, read) = (self.model(), &self.sequence.tokens);
-        let between = self.policy.sinks as Pos..self.n_past() + tokens.len() as Pos - self.policy.recent as Pos;
-        let positions = voter.protected(model, 0, read).chain(voter.protected(model, self.n_past(), tokens));
-        positions.filter(|pos| between.contains(pos)).count()
+        self.voter.as_ref().map_or(0, |voter| voter.protected_with(self.model(), &self.sequence, tokens))
     }
 
     /// Cells that stay when `needed` have to be freed, and so many are `protected`.

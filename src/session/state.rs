@@ -92,8 +92,11 @@ impl Session {
         let before = (self.n_past() > 0).then(|| self.ctx.copy_sequence(SEQ)).transpose()?;
         if let Err(error) = self.read_cells(from, saved.as_ref()) {
             self.ctx.remove(SEQ, -1, -1);
-            if let Some(before) = before {
-                self.ctx.load_sequence(SEQ, &before)?;
+            if let Some(before) = before
+                && self.ctx.read_sequence(SEQ, &mut &before[..]).is_err()
+            {
+                // no memory for the way back either
+                self.clear();
             }
             return Err(error);
         }

@@ -3,34 +3,37 @@
 use super::{SEQ, Session};
 use crate::cache;
 use crate::capture::Captured;
-use crate::llama::Pos;
+use crate::llama::{LlamaError, Pos};
 
 /// What a session was, beside its cells.
 pub(super) struct Before {
     n_past: Pos,
     captured: Option<Captured>,
-    /// The cells of a window cache: a long batch overwrites those that its last token does not see.
-    window: Option<Vec<u8>>,
+    /// What does not come back by cutting: of a window cache a long batch overwrites the cells that its last token does not
+    /// see, and the state of recurrent layers goes on.
+    uncut: Vec<u8>,
 }
 
 impl Session {
     /// What there is now, for [`Self::undo`].
-    pub(super) fn before(&mut self) -> Before {
-        let has_window = self.voter.as_ref().is_some_and(|voter| voter.layout.info.has_window);
-        let window = (has_window && self.n_past() > 0).then(|| self.ctx.save_window(SEQ));
-        Before { n_past: self.n_past(), captured: self.captured(), window }
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub(super) fn before(&mut self) -> Result<Before, LlamaError> {
+        let uncut = if self.n_past() > 0 { self.ctx.copy_uncut(SEQ)? } else { Vec::new() };
+        Ok(Before { n_past: self.n_past(), captured: self.captured(), uncut })
     }
 
-    /// Takes out what was decoded since, of which the sequence does not know yet.
+    /// Takes out what was decoded since, of which the sequence does not know yet. Where memory runs out for that, nothing is
+    /// left.
     pub(super) fn undo(&mut self, before: Before) {
-        self.ctx.remove(SEQ, before.n_past, -1);
-        if let Some(window) = before.window
-            && cache::cut_from(&self.ctx, SEQ) > before.n_past
-        {
-            let back = self.ctx.load_window(SEQ, &window);
-            debug_assert!(back.is_ok(), "these cells were there before: {back:?}");
+        let is_cut = before.n_past == 0 || cache::cut_from(&self.ctx, SEQ) <= before.n_past;
+        let is_back = is_cut || self.ctx.load_uncut(SEQ, &before.uncut).is_ok();
+        if is_back && self.ctx.remove(SEQ, before.n_past, -1) {
+            self.set_back(before.captured);
+        } else {
+            self.clear();
         }
-        self.set_back(before.captured);
     }
 
     /// What was captured so far.

@@ -9,6 +9,7 @@ mod identity;
 mod masked;
 mod paper;
 mod probe;
+mod recurrent;
 mod scorer;
 mod shapes;
 mod sizes;

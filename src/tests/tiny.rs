@@ -96,6 +96,114 @@ pub fn model(arch: &str) -> Model {
     model
 }
 
+/// Recurrent in all layers, and in two around one with attention.
+#[allow(dead_code)] // not everybody who includes this needs them
+pub const RECURRENT: [&str; 2] = ["mamba", "jamba"];
+
+/// Writes a random model with recurrent layers. Its tokenizer knows bytes alone.
+#[allow(dead_code)]
+pub fn recurrent(dir: &Path, arch: &str) -> PathBuf {
+    const N_INNER: usize = 2 * N_EMBD;
+    const N_CONV: usize = 4;
+    const N_STATE: usize = 16;
+    const N_RANK: usize = 8;
+    let is_hybrid = arch == "jamba";
+    let (n_head, n_head_kv) = if is_hybrid { (LLAMA.n_head, [0, LLAMA.n_head_kv, 0]) } else { (0, [0; N_LAYER]) };
+    let vocab = byte_tokens();
+    let mut file = Gguf::default();
+    file.text("general.architecture", arch);
+    file.text("tokenizer.ggml.model", "gpt2");
+    file.text("tokenizer.ggml.pre", "gpt-2");
+    file.texts("tokenizer.ggml.tokens", &vocab);
+    file.texts("tokenizer.ggml.merges", &[]);
+    file.number("tokenizer.ggml.eos_token_id", vocab.len() as u32 - 1);
+    for (name, value) in [
+        ("context_length", N_CTX),
+        ("embedding_length", N_EMBD),
+        ("block_count", N_LAYER),
+        ("feed_forward_length", if is_hybrid { N_FF } else { 0 }),
+        ("attention.head_count", n_head),
+        ("ssm.conv_kernel", N_CONV),
+        ("ssm.inner_size", N_INNER),
+        ("ssm.state_size", N_STATE),
+        ("ssm.time_step_rank", N_RANK),
+    ] {
+        file.number(&format!("{arch}.{name}"), value as u32);
+    }
+    file.numbers(&format!("{arch}.attention.head_count_kv"), &n_head_kv.map(|n| n as u32));
+    file.float(&format!("{arch}.attention.layer_norm_rms_epsilon"), EPS);
+
+    let mut tensors = vec![
+        ("token_embd.weight".to_owned(), vec![N_EMBD, vocab.len()]),
+        ("output_norm.weight".to_owned(), vec![N_EMBD]),
+    ];
+    for (il, n_head_kv) in n_head_kv.into_iter().enumerate() {
+        let mut add = |name: &str, dims: &[usize]| tensors.push((format!("blk.{il}.{name}"), dims.to_vec()));
+        add("attn_norm.weight", &[N_EMBD]);
+        if n_head_kv > 0 {
+            let kv = n_head_kv * N_EMBD / n_head;
+            add("attn_q.weight", &[N_EMBD, N_EMBD]);
+            add("attn_k.weight", &[N_EMBD, kv]);
+            add("attn_v.weight", &[N_EMBD, kv]);
+            add("attn_output.weight", &[N_EMBD, N_EMBD]);
+        } else {
+            add("ssm_in.weight", &[N_EMBD, 2 * N_INNER]);
+            add("ssm_conv1d.weight", &[N_CONV, N_INNER]);
+            add("ssm_conv1d.bias", &[N_INNER]);
+            add("ssm_x.weight", &[N_INNER, N_RANK + 2 * N_STATE]);
+            add("ssm_dt.weight", &[N_RANK, N_INNER]);
+            add("ssm_dt.bias", &[N_INNER]);
+            add("ssm_a", &[N_STATE, N_INNER]);
+            add("ssm_d", &[N_INNER]);
+            add("ssm_out.weight", &[N_INNER, N_EMBD]);
+        }
+        if n_head_kv == 0 && is_hybrid {
+            add("ssm_dt_norm.weight", &[N_RANK]);
+            add("ssm_b_norm.weight", &[N_STATE]);
+            add("ssm_c_norm.weight", &[N_STATE]);
+        }
+        if is_hybrid {
+            add("ffn_norm.weight", &[N_EMBD]);
+            add("ffn_gate.weight", &[N_EMBD, N_FF]);
+            add("ffn_up.weight", &[N_EMBD, N_FF]);
+            add("ffn_down.weight", &[N_FF, N_EMBD]);
+        }
+    }
+    fill(&mut file, tensors);
+    let path = dir.join(format!("{arch}.gguf"));
+    std::fs::write(&path, file.bytes()).expect("a temporary folder can be written");
+    path
+}
+
+/// Every byte as the letter that stands for it in the vocabulary of GPT-2, and one that ends a text.
+fn byte_tokens() -> Vec<String> {
+    let is_plain = |byte: &u32| (33..127).contains(byte) || (161..256).contains(byte) && *byte != 173;
+    let (plain, others): (Vec<u32>, Vec<u32>) = (0..256).partition(is_plain);
+    let letters = plain.into_iter().chain((256..).take(others.len()));
+    letters.filter_map(char::from_u32).map(String::from).chain(["<|endoftext|>".to_owned()]).collect()
+}
+
+/// Random tensors of these names and dimensions.
+fn fill(file: &mut Gguf, tensors: Vec<(String, Vec<usize>)>) -> HashMap<String, Vec<f32>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(17);
+    let mut weights = HashMap::new();
+    for (name, dims) in tensors {
+        let n: usize = dims.iter().product();
+        let center = match &*name {
+            name if name.contains("norm.weight") => 1.0,
+            // a state decays
+            name if name.ends_with("ssm_a") => -1.0,
+            _ => 0.0,
+        };
+        // wide enough for logits that spread over a few units
+        let spread = if dims.len() == 2 { 2.0 / (dims[0] as f32).sqrt() } else { 0.3 };
+        let data: Vec<f32> = (0..n).map(|_| rng.random_range(-spread..spread) + center).collect();
+        file.tensor(&name, &dims, &data);
+        weights.insert(name, data);
+    }
+    weights
+}
+
 /// A model and the weights it was made of, by tensor name; matrices are `[n_out][n_in]`.
 pub struct Tiny {
     pub spec: Spec,
@@ -107,7 +215,6 @@ pub struct Tiny {
 impl Tiny {
     pub fn new(dir: &Path, spec: Spec) -> Self {
         let path = dir.join(format!("{}-{}-{}.gguf", spec.arch, spec.n_head_kv, spec.head));
-        let mut rng = ChaCha8Rng::seed_from_u64(17);
         let mut file = Gguf::default();
         file.text("general.architecture", spec.arch);
         file.text("tokenizer.ggml.model", "no_vocab");
@@ -135,17 +242,7 @@ impl Tiny {
             file.float(&key("final_logit_softcapping"), 30.0);
             file.number(&key("attention.sliding_window"), 64);
         }
-        let mut weights = HashMap::new();
-        for (name, dims) in tensors(&spec) {
-            let n: usize = dims.iter().product();
-            let is_norm = name.contains("norm.weight");
-            // wide enough for logits that spread over a few units
-            let spread = if dims.len() == 2 { 2.0 / (dims[0] as f32).sqrt() } else { 0.3 };
-            let data: Vec<f32> =
-                (0..n).map(|_| rng.random_range(-spread..spread) + if is_norm { 1.0 } else { 0.0 }).collect();
-            file.tensor(&name, &dims, &data);
-            weights.insert(name, data);
-        }
+        let weights = fill(&mut file, tensors(&spec));
         std::fs::write(&path, file.bytes()).expect("a temporary folder can be written");
         let model = Model::load(&path, &ModelParams::default(), |_| true).expect("llama.cpp loads it");
         Self { spec, path, model, weights }
@@ -261,6 +358,7 @@ impl Gguf {
     const TYPE_U32: u32 = 4;
     const TYPE_F32: u32 = 6;
     const TYPE_STRING: u32 = 8;
+    const TYPE_ARRAY: u32 = 9;
 
     fn string(out: &mut Vec<u8>, text: &str) {
         out.extend((text.len() as u64).to_le_bytes());
@@ -281,6 +379,22 @@ impl Gguf {
     pub fn number(&mut self, key: &str, value: u32) {
         self.key(key, Self::TYPE_U32);
         self.meta.extend(value.to_le_bytes());
+    }
+
+    fn array(&mut self, key: &str, type_: u32, n: usize) {
+        self.key(key, Self::TYPE_ARRAY);
+        self.meta.extend(type_.to_le_bytes());
+        self.meta.extend((n as u64).to_le_bytes());
+    }
+
+    fn texts(&mut self, key: &str, values: &[String]) {
+        self.array(key, Self::TYPE_STRING, values.len());
+        values.iter().for_each(|value| Self::string(&mut self.meta, value));
+    }
+
+    fn numbers(&mut self, key: &str, values: &[u32]) {
+        self.array(key, Self::TYPE_U32, values.len());
+        values.iter().for_each(|value| self.meta.extend(value.to_le_bytes()));
     }
 
     pub fn float(&mut self, key: &str, value: f32) {

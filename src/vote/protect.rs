@@ -1,6 +1,6 @@
-//! What no vote may drop: the chat template's markers and the system message.
+//! What no vote may drop: the chat template's markers, the system message, and what an app asks for.
 
-use super::{Vote, Voter};
+use super::{Sequence, Vote, Voter};
 use crate::cache::Cell;
 use crate::llama::{Model, Pos, Token};
 use crate::policy::Protected;
@@ -12,16 +12,28 @@ impl Voter {
         pos < self.system_end || (token >= 0 && model.is_control(token))
     }
 
-    /// The positions that always stay among those of `tokens`, the first of which is at `first`; none unless the settings
-    /// ask for it.
-    pub(crate) fn protected<'a>(
-        &'a self,
-        model: &'a Model,
-        first: Pos,
-        tokens: &'a [Token],
-    ) -> impl Iterator<Item = Pos> + 'a {
+    /// The positions that the setting `protect` keeps among those of `tokens`, the first of which is at `first`.
+    fn protected<'a>(&'a self, model: &'a Model, first: Pos, tokens: &'a [Token]) -> impl Iterator<Item = Pos> + 'a {
         let tokens = if self.policy.protect { tokens } else { &[] };
         (first..).zip(tokens).filter(|&(pos, &token)| self.protects(model, pos, token)).map(|(pos, _)| pos)
+    }
+
+    /// Whether a token of a sequence always stays. `[position]`
+    fn stays(&self, model: &Model, sequence: &Sequence) -> Vec<bool> {
+        let mut stays = sequence.protected().to_vec();
+        stays.resize(sequence.tokens.len(), false);
+        self.protected(model, 0, &sequence.tokens).for_each(|pos| stays[pos as usize] = true);
+        stays
+    }
+
+    /// Tokens that always stay beside sinks and recent ones, once `more` follow upon those of a sequence: at most so many in
+    /// any head.
+    pub(crate) fn protected_with(&self, model: &Model, sequence: &Sequence, more: &[Token]) -> usize {
+        let n_past = sequence.n_past;
+        let between = self.policy.sinks as Pos..n_past + more.len() as Pos - self.policy.recent as Pos;
+        let stays = self.stays(model, sequence);
+        let read = (0..).zip(stays).filter(|&(_, stays)| stays).map(|(pos, _)| pos);
+        read.chain(self.protected(model, n_past, more)).filter(|pos| between.contains(pos)).count()
     }
 }
 
@@ -29,8 +41,7 @@ impl Vote<'_> {
     /// The entries of `cells` that always stay. A head that has lost a token before it was protected does without.
     pub fn protected(&self, cells: &[Cell]) -> Protected {
         let sequence = &*self.sequence;
-        let mut stays = vec![false; if self.voter.policy.protect { sequence.tokens.len() } else { 0 }];
-        self.voter.protected(self.ctx.model(), 0, &sequence.tokens).for_each(|pos| stays[pos as usize] = true);
+        let stays = self.voter.stays(self.ctx.model(), sequence);
         if !stays.contains(&true) {
             return Protected::default();
         }

@@ -21,7 +21,23 @@ pub(crate) fn least_cells(policy: &Params) -> usize {
     policy.sinks + policy.recent
 }
 
-/// The fewest cells with which [`most_cells`] has an answer for a few needed ones.
+/// The fewest cells with which [`most_cells`] has an answer for a needed one.
 pub(crate) fn least_limit(always: usize) -> usize {
-    ((always + 1) as f64 / (1.0 - FREED)).ceil() as usize
+    let near = (always.saturating_add(1) as f64 / (1.0 - FREED)) as usize;
+    (near.saturating_sub(2)..).find(|&limit| most_cells(always, limit, 1).is_some()).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_limit_is_the_first_that_will_do() {
+        for always in (1..300).chain([10_000, 1 << 40]) {
+            let least = least_limit(always);
+            let most = most_cells(always, least, 1);
+            assert!(most.is_some_and(|most| most > always), "{always}: {least}");
+            assert_eq!(most_cells(always, least - 1, 1), None, "{always}: {least}");
+        }
+    }
 }

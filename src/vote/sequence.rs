@@ -1,5 +1,7 @@
 //! What gvote knows of a sequence beside what llama.cpp's cache says.
 
+use std::ops::Range;
+
 use super::VoteError;
 use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache::{Cell, Layout};
@@ -20,6 +22,8 @@ pub struct Sequence {
     pub(crate) tokens: Vec<Token>,
     /// From this position on every cell holds one token, the same in all heads.
     pub(crate) exact_from: Pos,
+    /// `[position]`, as far as it reaches: whether the caller asked for it to stay.
+    protected: Vec<bool>,
     held: Held,
 }
 
@@ -65,6 +69,22 @@ impl Sequence {
         (0..cells.len()).map(|c| self.held.at(cells, head, c) as Pos).collect()
     }
 
+    /// Sees to it that the tokens at these positions stay at every later vote, or no longer. A position without a token is
+    /// left out.
+    pub(crate) fn protect(&mut self, positions: Range<Pos>, stays: bool) {
+        let place = |pos: Pos| pos.clamp(0, self.n_past) as usize;
+        let (start, end) = (place(positions.start), place(positions.end));
+        if start < end {
+            self.protected.resize(self.protected.len().max(end), false);
+            self.protected[start..end].fill(stays);
+        }
+    }
+
+    /// Whether [`Self::protect`] was asked for, by position, as far as that reaches.
+    pub(super) fn protected(&self) -> &[bool] {
+        &self.protected
+    }
+
     /// Whether its heads hold different tokens.
     pub(super) fn is_composite(&self) -> bool {
         !self.held.pos.is_empty()
@@ -80,6 +100,7 @@ impl Sequence {
     pub(crate) fn truncate(&mut self, pos: Pos, n_left: usize) {
         self.n_past = self.n_past.min(pos.max(0));
         self.tokens.truncate(self.n_past as usize);
+        self.protected.truncate(self.n_past as usize);
         self.exact_from = self.exact_from.min(self.n_past);
         self.held.truncate(n_left);
     }
@@ -110,6 +131,8 @@ impl Sequence {
         put_numbers(&mut out, self.tokens.iter().map(|token| token.to_le_bytes()));
         out.extend_from_slice(&(self.held.n_cells as u64).to_le_bytes());
         put_numbers(&mut out, self.held.pos.iter().map(|pos| pos.to_le_bytes()));
+        let protected: Vec<Pos> = (0..).zip(&self.protected).filter(|&(_, &stays)| stays).map(|(pos, _)| pos).collect();
+        put_numbers(&mut out, protected.iter().map(|pos| pos.to_le_bytes()));
         put_part(&mut out, &capture.save(self.id));
         out
     }
@@ -170,6 +193,7 @@ impl Saved {
         let tokens: Vec<Token> = rest.numbers().ok_or(CUT_OFF)?.map(Token::from_le_bytes).collect();
         let n_cells = usize::try_from(u64::from_le_bytes(rest.take().ok_or(CUT_OFF)?)).map_err(|_| NONSENSE)?;
         let pos: Vec<u32> = rest.numbers().ok_or(CUT_OFF)?.map(u32::from_le_bytes).collect();
+        let protected: Vec<Pos> = rest.numbers().ok_or(CUT_OFF)?.map(Pos::from_le_bytes).collect();
         let captured = rest.part().ok_or(CUT_OFF)?;
 
         let n_heads: usize = layout.n_head_kv().sum();
@@ -180,7 +204,9 @@ impl Saved {
             && labels.last().is_none_or(|&last| last + 1 == n_past)
             && labels.is_empty() == (n_past == 0)
             && (0..=n_past).contains(&exact_from)
-            && pos.iter().all(|&pos| i64::from(pos) < i64::from(n_past));
+            && pos.iter().all(|&pos| i64::from(pos) < i64::from(n_past))
+            && protected.is_sorted_by(|a, b| a < b)
+            && protected.iter().all(|pos| (0..n_past).contains(pos));
         if !consistent {
             return Err(NONSENSE);
         }
@@ -197,7 +223,8 @@ impl Saved {
         let captured =
             capture.read(captured).ok_or(VoteError::Saved("it was made with another model, --window or --policy"))?;
         let held = if pos.is_empty() { Held::default() } else { Held { n_cells, pos } };
-        let sequence = Sequence { id: 0, n_past, tokens, exact_from, held };
+        let mut sequence = Sequence { id: 0, n_past, tokens, exact_from, held, protected: Vec::new() };
+        protected.into_iter().for_each(|pos| sequence.protect(pos..pos + 1, true));
         Ok(Self { sequence, labels, captured })
     }
 

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <new>
+#include <string>
 #include <vector>
 
 static constexpr int32_t N     = 120;
@@ -37,6 +38,17 @@ static std::vector<uint8_t> state_of(llama_context * ctx) {
     return data;
 }
 
+// What gvote knows of the sequence; nothing before there is one.
+static std::vector<uint8_t> known_of(gvote_t * g, llama_context * ctx) {
+    size_t size = 0;
+    if (gvote_state_size(g, ctx, 0, &size) != GVOTE_OK) {
+        return {};
+    }
+    std::vector<uint8_t> data(size);
+    REQUIRE_OK(g, gvote_state_get(g, ctx, 0, data.data(), size, nullptr));
+    return data;
+}
+
 // All of the first places are tried, then many of the others; fewer where each call takes a second.
 #ifdef __SANITIZE_ADDRESS__
 static constexpr long DENSE = 40, SPARSE = 5;
@@ -48,6 +60,7 @@ static long next(long i) { return i < DENSE ? i + 1 : i + i/SPARSE; }
 // Calls until it can be served; returns how often it was refused.
 template <typename F> static int survives(const char * name, gvote_t * g, llama_context * ctx, F && call) {
     const std::vector<uint8_t> before = state_of(ctx);
+    const std::vector<uint8_t> known  = known_of(g, ctx);
     int n_refused = 0;
     for (long i = 0;; i = next(i)) {
         allocations_left = i;
@@ -59,8 +72,9 @@ template <typename F> static int survives(const char * name, gvote_t * g, llama_
         }
         // llama_decode() tells no more than that it failed
         const bool is_right = status == GVOTE_ERROR_MEMORY || status == GVOTE_ERROR_DECODE;
-        if (!is_right || gvote_last_error(g)[0] == '\0' || state_of(ctx) != before) {
-            fprintf(stderr, "%s, allocation %ld: %s: %s\n", name, i, gvote_status_string(status), gvote_last_error(g));
+        const std::string error = gvote_last_error(g);
+        if (!is_right || error.empty() || state_of(ctx) != before || known_of(g, ctx) != known) {
+            fprintf(stderr, "%s, allocation %ld: %s: %s\n", name, i, gvote_status_string(status), error.c_str());
             exit(1);
         }
         n_refused++;
@@ -70,7 +84,7 @@ template <typename F> static int survives(const char * name, gvote_t * g, llama_
 int main(int argc, char ** argv) {
     REQUIRE(argc == 3);
     llama_model * model = load(argv[1]);
-    llama_token * tokens = prompt(model, argv[2], N);
+    llama_token * tokens = prompt(model, argv[2], 400);
     llama_context * ctx = llama_init_from_model(model, context_params());
     REQUIRE(ctx != nullptr);
     gvote_params params = gvote_params_default();
@@ -89,6 +103,21 @@ int main(int argc, char ** argv) {
     REQUIRE(cells > 0 && cells <= 100);
     llama_token token = likeliest(ctx);
     REQUIRE(llama_decode(ctx, llama_batch_get_one(&token, 1)) == 0);
+
+    // two parts of a longer text, until a third one has no room
+    enum { N_PART = 400, N_NEXT = 100 };
+    for (int i = 0; i < 2; ++i) {
+        REQUIRE_OK(g, gvote_make_room(g, ctx, 0, N_PART, nullptr, 0, nullptr));
+        REQUIRE(llama_decode(ctx, llama_batch_get_one(tokens, N_PART)) == 0);
+    }
+    uint32_t before = 0;
+    REQUIRE_OK(g, gvote_seq_cells(g, ctx, 0, &before));
+    REQUIRE(survives("make_room", g, ctx, [&] {
+        return gvote_make_room(g, ctx, 0, N_NEXT, tokens, N_PART, nullptr);
+    }) > 0);
+    REQUIRE_OK(g, gvote_seq_cells(g, ctx, 0, &cells));
+    REQUIRE(cells < before);
+    REQUIRE(llama_decode(ctx, llama_batch_get_one(tokens, N_NEXT)) == 0);
 
     llama_free(ctx);
     gvote_free(g);

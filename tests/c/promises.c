@@ -60,9 +60,12 @@ static void a_compression_frees_cells_and_keeps_outputs(gvote_t * g, struct llam
     const uint32_t head  = (uint32_t) llama_model_n_head_kv(model) - 1;
     REQUIRE_OK(g, gvote_seq_positions(g, ctx, 0, layer, head, positions, N, &n));
     REQUIRE(n == cells && positions[0] == 0 && positions[n - 1] == N - 1);
+    int n_protected = 0;
     for (uint32_t i = 1; i < n; ++i) {
         REQUIRE(positions[i - 1] < positions[i]);
+        n_protected += positions[i] >= 100 && positions[i] < 120;
     }
+    REQUIRE(n_protected == 20);
 }
 
 static void decoding_goes_on(gvote_t * g, struct llama_context * ctx) {
@@ -122,6 +125,7 @@ int main(int argc, char ** argv) {
     REQUIRE(gvote_compress(g, ctx, 0, NULL) == GVOTE_ERROR_NOT_SEEN);
     REQUIRE(llama_decode(ctx, llama_batch_get_one(tokens, N)) == 0);
 
+    REQUIRE_OK(g, gvote_seq_protect(g, ctx, 0, 100, 120, true));
     gvote_report plan;
     a_plan_changes_nothing(g, ctx, &plan);
     REQUIRE(heard_stages > 3);

@@ -65,6 +65,9 @@ int main(int argc, char ** argv) {
         REQUIRE(status_of([&] { g.make_room(ctx, 0, UINT32_MAX, tokens, N); }) == GVOTE_ERROR_NO_CELLS);
         REQUIRE(g.positions(ctx, 0, llama_model_n_layer(model) - 1, 0).size() == report.cells_after);
         REQUIRE(g.exact_from(ctx, 0) == N - 64);
+        g.protect(ctx, 0, 0, 20);
+        g.protect(ctx, 0, 10, -1, false);
+        REQUIRE(status_of([&] { g.protect(ctx, 0, 0, N + 1); }) == GVOTE_ERROR_NOT_SEEN);
         g.load(ctx, 0, g.save(ctx, 0));
         REQUIRE(status_of([&] { g.load(ctx, 0, {}); }) != GVOTE_OK);
         g.truncate(ctx, 0, 0);

@@ -165,7 +165,7 @@ fn check_params(mut bytes: Vec<u8>) -> u32 {
         assert_eq!(gvote_set_params(g, (&raw const params).cast()), OK, "{}", error_of(g));
         gvote_free(g);
     }
-    assert!(params.policy < 8 && params.evict < 2 && params.flags < 4, "{params:?}");
+    assert!(params.policy < 8 && params.evict < 2 && params.flags < 8, "{params:?}");
     assert!((1..=1024).contains(&params.window), "{params:?}");
     if params.policy != POLICY_FULL {
         assert!((0.0..=10.0).contains(&params.target_kl), "{params:?}");

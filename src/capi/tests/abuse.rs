@@ -133,7 +133,7 @@ fn nonsense_settings_are_refused_by_the_name_of_the_field() {
     for (params, name) in [
         (change(|p| p.policy = 77), "policy"),
         (change(|p| p.evict = 2), "evict"),
-        (change(|p| p.flags = 4), "flags"),
+        (change(|p| p.flags = 8), "flags"),
         (change(|p| p.target_kl = -1.0), "target_kl"),
         (change(|p| p.target_kl = f32::NAN), "target_kl"),
         (change(|p| p.lost_mass = 1.5), "lost_mass"),

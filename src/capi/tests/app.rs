@@ -202,6 +202,11 @@ impl Handle {
         out
     }
 
+    pub fn protect(&self, app: &App, seq: SeqId, p0: Pos, p1: Pos, stays: bool) -> gvote_status {
+        // SAFETY: both live.
+        unsafe { gvote_seq_protect(self.0, app.ctx, seq, p0, p1, stays) }
+    }
+
     pub fn save(&self, app: &App, seq: SeqId) -> Vec<u8> {
         let (mut size, mut written) = (0, 0);
         // SAFETY: the buffer has the size that is asked for.

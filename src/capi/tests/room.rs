@@ -14,7 +14,7 @@ use crate::{Session, SessionParams};
 const STEP: usize = 100;
 
 /// Reads a text as the header says.
-fn read_long(app: &App, handle: &Handle, tokens: &[Token], step: usize) -> usize {
+pub fn read_long(app: &App, handle: &Handle, tokens: &[Token], step: usize) -> usize {
     let mut freed = 0;
     for start in (0..tokens.len()).step_by(step) {
         let part = &tokens[start..tokens.len().min(start + step)];

@@ -19,6 +19,7 @@ const MOST: usize = 180;
 const N_CTX: u32 = 768;
 const SINKS: u32 = 4;
 const RECENT: u32 = 16;
+const MAX_CELLS: u32 = 60;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -27,6 +28,8 @@ enum Step {
     Together,
     Compress(usize),
     Plan(usize),
+    /// So many tokens from a place on, or no longer.
+    Protect(usize, usize, Pos, bool),
     /// To a place, in thousandths of what there is; by gvote, or behind its back.
     Truncate(usize, usize),
     Remove(usize, usize),
@@ -50,6 +53,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Together),
         6 => seq().prop_map(Compress),
         1 => seq().prop_map(Plan),
+        2 => (seq(), share(), 1..8, any::<bool>()).prop_map(|(seq, at, n, stays)| Protect(seq, at, n, stays)),
         3 => (seq(), share()).prop_map(|(seq, to)| Truncate(seq, to)),
         2 => (seq(), share()).prop_map(|(seq, to)| Remove(seq, to)),
         1 => seq().prop_map(TruncateMost),
@@ -73,8 +77,17 @@ struct Expected {
     exact_from: Pos,
     /// By head.
     held: Vec<BTreeSet<Pos>>,
+    /// Positions that stay where they are held.
+    protected: BTreeSet<Pos>,
     /// Keys by head and position.
     keys: BTreeMap<(usize, Pos), Vec<f32>>,
+}
+
+impl Expected {
+    /// What always stays may be more than the cap.
+    fn is_cramped(&self) -> bool {
+        self.protected.len() as u32 + SINKS + RECENT >= MAX_CELLS
+    }
 }
 
 struct Walk {
@@ -91,7 +104,7 @@ impl Walk {
         let app = App::new(&tiny("llama"), &Shape { n_ctx: N_CTX, n_seq_max: N_SEQ as u32, unified, flash });
         let params = gvote_params {
             target_kl: 0.0,
-            max_cells: 60,
+            max_cells: MAX_CELLS,
             sinks: SINKS,
             recent: RECENT,
             window: RECENT,
@@ -144,6 +157,7 @@ impl Walk {
         expected.n_past = expected.n_past.min(pos);
         expected.held.iter_mut().for_each(|held| held.retain(|&at| at < pos));
         expected.keys.retain(|&(_, at), _| at < pos);
+        expected.protected.retain(|&at| at < pos);
         if pos == 0 {
             *expected = Expected { known: true, ..Expected::default() };
         }
@@ -189,7 +203,9 @@ impl Walk {
                     after = report.cells_after as usize;
                     status
                 });
-                if before.n_past == 0 {
+                if status == GVOTE_ERROR_PARAMS {
+                    assert!(before.is_cramped(), "{}", self.handle.error());
+                } else if before.n_past == 0 {
                     assert_eq!(status, GVOTE_ERROR_NOT_SEEN);
                 } else if !before.known {
                     let refusals = [GVOTE_ERROR_NOT_SEEN, GVOTE_ERROR_CHANGED];
@@ -216,11 +232,26 @@ impl Walk {
                     // not even itself
                     GVOTE_ERROR_CHANGED
                 });
-                let Expected { known, asks, n_past, .. } = self.expected[seq];
+                let expected = &self.expected[seq];
+                let Expected { known, asks, n_past, .. } = *expected;
                 assert!(
-                    (plan == GVOTE_OK) == (known && n_past > 0) || (!asks && plan == GVOTE_ERROR_NOT_SEEN),
+                    (plan == GVOTE_OK) == (known && n_past > 0)
+                        || (!asks && plan == GVOTE_ERROR_NOT_SEEN)
+                        || (expected.is_cramped() && plan == GVOTE_ERROR_PARAMS),
                     "{plan}"
                 );
+            }
+            Protect(seq, at, n, stays) => {
+                let p0 = self.place(seq, at);
+                let p1 = (p0 + n).min(self.expected[seq].n_past);
+                let status = self.alone(seq, |walk| walk.handle.protect(&walk.app, seq as SeqId, p0, p1, stays));
+                let Expected { known, n_past, protected, .. } = &mut self.expected[seq];
+                assert_eq!(status == GVOTE_OK, *known && *n_past > 0, "{status}: {}", self.handle.error());
+                if status == GVOTE_OK && stays {
+                    protected.extend(p0..p1);
+                } else if status == GVOTE_OK {
+                    protected.retain(|pos| !(p0..p1).contains(pos));
+                }
             }
             Truncate(seq, _) | TruncateMost(seq) => {
                 let before = self.expected[seq].clone();
@@ -261,6 +292,7 @@ impl Walk {
                     known: false,
                     exact_from: 0,
                     held: Vec::new(),
+                    protected: BTreeSet::new(),
                     keys: BTreeMap::new(),
                     ..self.expected[from].clone()
                 };
@@ -352,12 +384,13 @@ impl Walk {
             .iter()
             .map(|&(il, kv)| self.handle.positions(&self.app, seq as SeqId, il as i32, kv as u32))
             .collect();
-        let Expected { n_past, exact_from, held, keys, .. } = &mut self.expected[seq];
+        let Expected { n_past, exact_from, held, protected, keys, .. } = &mut self.expected[seq];
         held.resize(heads.len(), BTreeSet::new());
         for (head, (positions, held)) in positions.iter().zip(held).enumerate() {
             assert!(positions.windows(2).all(|pair| pair[0] < pair[1]), "{positions:?}");
             let now: BTreeSet<Pos> = positions.iter().copied().collect();
             assert!((*exact_from..*n_past).all(|pos| now.contains(&pos)));
+            assert!(protected.intersection(held).all(|pos| now.contains(pos)), "{protected:?} should stay");
             for (&pos, cell) in positions.iter().zip(cells) {
                 assert!(pos <= cell.pos);
                 if !self.unified {

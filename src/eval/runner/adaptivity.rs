@@ -98,15 +98,16 @@ impl Runner {
     fn read(&mut self, request: &Request) -> Result<Reference, EvalError> {
         match request.next {
             Next::Text { prompt, next } => {
-                let prompt = self.read_prompt(prompt.to_vec())?;
+                let prompt = self.read_prompt(prompt.to_vec(), 0)?;
                 self.reference(prompt, next.to_vec(), 0)
             }
             Next::Answer { sample, blind, limit } => {
                 let (mut context, question) = self.tokens_of(sample)?;
+                let system = self.system_of(sample, &context)?;
                 if !blind {
                     context.extend(&question);
                 }
-                let prompt = self.read_prompt(context)?;
+                let prompt = self.read_prompt(context, system)?;
                 let mut tokens = Vec::new();
                 if blind {
                     self.prefill(&question)?;
@@ -118,7 +119,7 @@ impl Runner {
                 if tokens.is_empty() {
                     return Err(EvalError::NoAnswer(request.item.clone()));
                 }
-                tokens.push(self.greedy().sample(self.session.logits()));
+                tokens.push(self.greedy().sample(self.session.logits())?);
                 self.reference(prompt, tokens, from)
             }
         }

@@ -1,0 +1,317 @@
+//! What a session promises where memory runs out in llama.cpp: an error, and a session that is as it was, or holds what was
+//! read so far. The first, the second, the third ... allocation of C++ fails, alone or with all that follow.
+//!
+//! Each test runs itself again in a process of its own, in which `tests/c/scarce.cpp` stands before the libraries.
+
+#![cfg(target_os = "linux")]
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::ffi::{CStr, c_long, c_void};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use gvote::llama::{self, ContextParams, Model, ModelParams, Pos, Sampler, SamplerParams, Token};
+use gvote::policy::{Kind, Params};
+use gvote::{Session, SessionError, SessionParams};
+
+#[allow(dead_code)] // it serves other tests too
+#[path = "../src/tests/tiny.rs"]
+mod tiny;
+
+/// Cells of a session: a prompt of twice as many makes room three times and more.
+const N_CTX: u32 = 192;
+/// Tokens at once.
+const STEP: usize = 64;
+
+/// The functions of `scarce.cpp`.
+#[derive(Clone, Copy)]
+struct Scarce {
+    begin: unsafe extern "C" fn(c_long, bool),
+    end: unsafe extern "C" fn() -> bool,
+}
+
+impl Scarce {
+    /// None where they were not put before the libraries.
+    fn find() -> Option<Self> {
+        // SAFETY: names; what has them are functions of these types.
+        unsafe {
+            let find = |name: &CStr| Some(libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr())).filter(|p| !p.is_null());
+            let (begin, end) = (find(c"scarce_begin")?, find(c"scarce_end")?);
+            type Begin = unsafe extern "C" fn(c_long, bool);
+            type End = unsafe extern "C" fn() -> bool;
+            Some(Self {
+                begin: std::mem::transmute::<*mut c_void, Begin>(begin),
+                end: std::mem::transmute::<*mut c_void, End>(end),
+            })
+        }
+    }
+}
+
+/// `scarce.cpp`, compiled.
+fn library() -> &'static Path {
+    static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let dir = MADE.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c/scarce.cpp");
+        let mut compiler = Command::new("g++");
+        compiler.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
+        assert!(compiler.arg(dir.path().join("scarce.so")).arg(source).status().unwrap().success());
+        dir
+    });
+    Box::leak(dir.path().join("scarce.so").into_boxed_path())
+}
+
+/// Runs a test in a process where memory can run out.
+fn alone(name: &str, test: impl FnOnce(Scarce)) {
+    if let Some(scarce) = Scarce::find() {
+        return test(scarce);
+    }
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", name, "--nocapture", "--test-threads=1"]).env("LD_PRELOAD", library());
+    let done = again.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success() && said.contains("1 passed"), "{said}");
+}
+
+/// All of the first places are tried, then many of the others.
+fn next(place: c_long) -> c_long {
+    const DENSE: c_long = 100;
+    const SPARSE: c_long = 12;
+    if place < DENSE { place + 1 } else { place + place / SPARSE }
+}
+
+/// Does something again and again until memory lasts for all of it; `check` looks at what is left after each failure. Answers
+/// how often it failed.
+fn sweep<T>(
+    scarce: Scarce,
+    session: &mut Session,
+    once: bool,
+    before: &[u8],
+    work: impl Fn(&mut Session) -> Result<T, String>,
+    check: impl Fn(&mut Session, &str),
+) -> usize {
+    let mut failures = 0;
+    let mut place = 0;
+    loop {
+        session.load(before).unwrap();
+        // SAFETY: they set and read numbers.
+        let (done, has_failed) = unsafe {
+            (scarce.begin)(place, once);
+            (work(session), (scarce.end)())
+        };
+        match done {
+            _ if !has_failed => return failures,
+            // a failure of what is not needed was dealt with inside
+            Ok(_) => {}
+            Err(error) => {
+                failures += 1;
+                check(session, &format!("allocation {place}, once: {once}: {error}"));
+            }
+        }
+        place = next(place);
+    }
+}
+
+fn policy() -> Params {
+    Params {
+        target_kl: None,
+        lost_mass: 0.1,
+        max_cells: Some(120),
+        window: 16,
+        recent: 16,
+        samples: 4,
+        draft: 4,
+        ..Params::default()
+    }
+}
+
+fn open(model: &Model, policy: Params) -> Session {
+    let context = ContextParams {
+        n_ctx: N_CTX,
+        n_ubatch: STEP as u32,
+        n_threads: 1,
+        n_threads_batch: 1,
+        ..ContextParams::default()
+    };
+    Session::new(model, &SessionParams { context, policy, account_error: false }).unwrap()
+}
+
+fn words(n: usize, kind: usize) -> Vec<Token> {
+    (0..n).map(|i| ((7 * i + (3 + kind) * i * i / 5 + 11 * kind) % tiny::N_VOCAB) as Token).collect()
+}
+
+fn read_long(session: &mut Session, tokens: &[Token], up_to: usize) -> Result<(), SessionError> {
+    let flow = |done, _| if done == up_to { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    session.prefill_long(tokens, flow).map(|_| ())
+}
+
+fn is_empty(session: &Session) -> bool {
+    session.n_past() == 0 && session.cells_used() == 0 && session.logits().is_empty()
+}
+
+fn attention_models() -> [Model; 2] {
+    ["llama", "gemma2"].map(tiny::model)
+}
+
+/// Cells are freed on the way: the session holds what was read until then, as if it had been cancelled there.
+#[test]
+fn a_long_reading_holds_what_was_read_so_far() {
+    alone("a_long_reading_holds_what_was_read_so_far", |scarce| {
+        for (model, once) in attention_models().into_iter().flat_map(|model| [(model.clone(), true), (model, false)]) {
+            let [mut session, mut straight] = [(); 2].map(|()| open(&model, policy()));
+            for session in [&mut session, &mut straight] {
+                read_long(session, &words(150, 1), 0).unwrap();
+            }
+            let (before, logits) = (session.save(), session.logits().to_vec());
+            let text = words(250, 2);
+            let work = |session: &mut Session| read_long(session, &text, 0).map_err(|error| error.to_string());
+            work(&mut straight).unwrap();
+            let whole = straight.save();
+            straight.load(&before).unwrap();
+            let reached = RefCell::new(BTreeSet::new());
+            let straight = RefCell::new(&mut straight);
+            let check = |session: &mut Session, name: &str| {
+                // where all memory is gone, a window cannot be brought back
+                if is_empty(session) {
+                    assert!(!once, "{name}");
+                    return;
+                }
+                let read = session.n_past() - 150;
+                let mut straight = straight.borrow_mut();
+                straight.load(&before).unwrap();
+                if read > 0 {
+                    read_long(&mut straight, &text, read as usize).unwrap_err();
+                }
+                let freed = session.cells_used() < straight.cells_used();
+                reached.borrow_mut().insert((read, freed));
+                if !freed {
+                    assert!(session.save() == straight.save(), "{name}, after {read} tokens");
+                    assert!(read > 0 || session.logits() == logits, "{name}");
+                }
+                // and it goes on, also where cells were freed for what was not decoded then
+                read_long(session, &text[read as usize..], 0).unwrap();
+                assert!(session.n_past() == 400 && session.cells_used() <= N_CTX as usize, "{name}");
+                if freed {
+                    assert!(session.save() == whole, "{name}, after {read} tokens and with cells freed");
+                }
+            };
+            let failures = sweep(scarce, &mut session, once, &before, work, check);
+            let reached = reached.into_inner();
+            assert!(failures > 50 && reached.len() > 3, "{failures} failures after {reached:?} tokens");
+        }
+    });
+}
+
+/// An answer that is out of cells: the tokens that were decoded are there, and no trace of what came after them.
+#[test]
+fn an_answer_holds_what_was_decoded_so_far() {
+    alone("an_answer_holds_what_was_decoded_so_far", |scarce| {
+        let [mut session, mut straight] = [(); 2].map(|()| open(&tiny::model("llama"), policy()));
+        read_long(&mut session, &words(N_CTX as usize - 4, 1), 0).unwrap();
+        let before = session.save();
+        let greedy = SamplerParams { temp: 0.0, ..SamplerParams::default() };
+        let sampler = RefCell::new(Sampler::new(session.model(), &greedy));
+        let answer = |session: &mut Session, n| {
+            let sampler = &mut sampler.borrow_mut();
+            session.generate(sampler, n, |_| ControlFlow::Continue(())).map_err(|error| error.to_string())
+        };
+        let first = session.n_past();
+        let straight = RefCell::new(&mut straight);
+        for once in [true, false] {
+            let check = |session: &mut Session, name: &str| {
+                let mut straight = straight.borrow_mut();
+                straight.load(&before).unwrap();
+                let decoded = session.n_past() - first;
+                answer(&mut straight, decoded).unwrap();
+                assert!(straight.logits() == session.logits(), "{name}");
+                if session.cells_used() == straight.cells_used() {
+                    assert!(straight.save() == session.save(), "{name}");
+                    return;
+                }
+                // cells were freed for a token that was not decoded then
+                for session in [&mut straight, &mut *session] {
+                    answer(session, 8 - decoded).unwrap();
+                }
+                assert!(straight.save() == session.save(), "{name}, with cells freed");
+            };
+            assert!(sweep(scarce, &mut session, once, &before, |session| answer(session, 8), check) > 50);
+        }
+    });
+}
+
+#[test]
+fn a_vote_leaves_no_trace() {
+    alone("a_vote_leaves_no_trace", |scarce| {
+        for (model, once) in attention_models().into_iter().flat_map(|model| [(model.clone(), true), (model, false)]) {
+            // with a trial
+            let mut session = open(&model, Params { target_kl: Some(1e-4), ..policy() });
+            read_long(&mut session, &words(180, 1), 0).unwrap();
+            let (before, logits) = (session.save(), session.logits().to_vec());
+            let work = |session: &mut Session| session.compress().map_err(|error| error.to_string());
+            let check = |session: &mut Session, name: &str| {
+                assert!(session.save() == before && session.logits() == logits, "{name}");
+            };
+            assert!(sweep(scarce, &mut session, once, &before, work, check) > 50);
+        }
+    });
+}
+
+/// The running session stays, or is empty where memory lasts for no way back; the file is that of another one.
+#[test]
+fn a_loaded_file_is_there_whole_or_not_at_all() {
+    alone("a_loaded_file_is_there_whole_or_not_at_all", |scarce| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("saved");
+        for (model, once) in attention_models().into_iter().flat_map(|model| [(model.clone(), true), (model, false)]) {
+            let mut session = open(&model, policy());
+            read_long(&mut session, &words(300, 3), 0).unwrap();
+            session.save_to(&path, b"note").unwrap();
+            let saved = session.save();
+            session.clear();
+            read_long(&mut session, &words(100, 1), 0).unwrap();
+            let (before, logits) = (session.save(), session.logits().to_vec());
+            let load = |session: &mut Session| {
+                let note = session.load_from(&path, |note| Ok(note.to_vec()));
+                note.map(|note| assert_eq!(note, b"note")).map_err(|error| error.to_string())
+            };
+            let check = |session: &mut Session, name: &str| {
+                if is_empty(session) {
+                    assert!(!once, "{name}");
+                    read_long(session, &words(100, 1), 0).unwrap();
+                    return;
+                }
+                assert!(session.save() == before && session.logits() == logits, "{name}");
+            };
+            assert!(sweep(scarce, &mut session, once, &before, load, check) > 5);
+            assert!(session.save() == saved);
+        }
+    });
+}
+
+/// A state that has gone on is brought back, or nothing is left.
+#[test]
+fn a_reading_with_recurrent_layers_leaves_no_trace() {
+    alone("a_reading_with_recurrent_layers_leaves_no_trace", |scarce| {
+        let dir = tempfile::tempdir().unwrap();
+        for (arch, once) in tiny::RECURRENT.into_iter().flat_map(|arch| [(arch, true), (arch, false)]) {
+            let model = Model::load(&tiny::recurrent(dir.path(), arch), &ModelParams::default(), |_| true).unwrap();
+            let mut session = open(&model, Params::new(Kind::Full));
+            read_long(&mut session, &words(50, 1), 0).unwrap();
+            let (before, logits) = (session.save(), session.logits().to_vec());
+            let text = words(100, 2);
+            let work = |session: &mut Session| {
+                read_long(session, &text, 0).map_err(|error| error.to_string())?;
+                session.decode(7).map_err(|error| error.to_string())
+            };
+            let check = |session: &mut Session, name: &str| match session.n_past() {
+                0 => assert!(is_empty(session), "{name}"),
+                50 => assert!(session.save() == before && session.logits() == logits, "{name}"),
+                n => assert_eq!((n, session.logits().is_empty()), (150 as Pos, false), "{name}"),
+            };
+            assert!(sweep(scarce, &mut session, once, &before, work, check) > 50, "{arch}");
+        }
+    });
+}
