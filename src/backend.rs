@@ -12,7 +12,9 @@ pub(crate) use self::graph::{Builder, Tensor, read, read_at, recompute};
 pub enum ComputeError {
     #[error("out of memory ({0}): lower -ub, -c or --samples")]
     Memory(&'static str),
-    #[error("the back end that holds the KV cache cannot be started a second time; --policy full runs the model as it is")]
+    #[error(
+        "the back end that holds the KV cache cannot be started a second time; --policy full runs the model as it is"
+    )]
     Backend,
     #[error("a graph of gvote's own failed (ggml status {0}); --policy full runs the model as it is")]
     Failed(i32),

@@ -23,7 +23,8 @@ impl Mover {
         let mut reserved = Vec::new();
         for layer in layout.layers.iter().filter(|layer| moves_on_device(layout, layer)) {
             // SAFETY: the storage tensors live as long as the context, which the caller holds.
-            let shape = unsafe { (backend::place((*layer.k).buffer), (*layer.k).nb[1], (*layer.v).nb[1], layer.n_head_kv) };
+            let shape =
+                unsafe { (backend::place((*layer.k).buffer), (*layer.k).nb[1], (*layer.v).nb[1], layer.n_head_kv) };
             if reserved.contains(&shape) {
                 continue;
             }
@@ -46,7 +47,10 @@ impl Mover {
             return;
         }
         let moved = self.try_move(layout, layer, moves);
-        debug_assert!(moved.is_ok(), "the memory was taken before, and a device that fails ends the process: {moved:?}");
+        debug_assert!(
+            moved.is_ok(),
+            "the memory was taken before, and a device that fails ends the process: {moved:?}"
+        );
     }
 
     fn try_move(
@@ -75,8 +79,16 @@ impl Mover {
                 let heads = i64::from(layer.n_head_kv);
                 let view = || {
                     let nb1 = (*storage).nb[1];
-                    let view =
-                        sys::ggml_view_3d(b.ctx, storage, i64::from(d), layout.n_cells() as i64, heads, nb1, bytes, offset);
+                    let view = sys::ggml_view_3d(
+                        b.ctx,
+                        storage,
+                        i64::from(d),
+                        layout.n_cells() as i64,
+                        heads,
+                        nb1,
+                        bytes,
+                        offset,
+                    );
                     (*view).type_ = sys::GGML_TYPE_F32;
                     (*view).ne[0] = (bytes / size_of::<f32>()) as i64;
                     (*view).nb[0] = size_of::<f32>();

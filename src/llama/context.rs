@@ -530,10 +530,10 @@ impl Context {
     /// [`ContextParams::kv_unified`].
     ///
     /// # Errors
-    /// [`LlamaError::State`] as [`Self::load_sequence`], and for models with a window cache beside the other.
+    /// [`LlamaError::State`] as [`Self::read_sequence`], and for models with a window cache beside the other.
     pub fn adopt_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
         let data = in_parts(data, self.n_seq_max() as u32).ok_or(LlamaError::State(UNFIT))?;
-        self.load_sequence(seq, &data)
+        self.read_sequence(seq, &mut &data[..])
     }
 
     /// Replaces a sequence by a saved one.
@@ -553,16 +553,15 @@ impl Context {
 /// Bytes of a number in llama.cpp's state of a sequence.
 const NUMBER: usize = size_of::<u32>();
 
-/// The state of a sequence whose cache has one part, as that of a cache with so many. Behind a magic number and the sequence it
-/// has the number of parts, and for each one its cells, which begin with their number: here all others have none.
+/// The state of a sequence whose cache has one part, as that of a cache with so many. It has the number of parts, and for each
+/// one its cells, which begin with their number: here all others have none.
 fn in_parts(state: &[u8], parts: u32) -> Option<Vec<u8>> {
-    let (head, rest) = state.split_at_checked(2 * NUMBER)?;
-    let (&found, cells) = rest.split_first_chunk::<NUMBER>()?;
+    let (&found, cells) = state.split_first_chunk::<NUMBER>()?;
     if u32::from_le_bytes(found) != 1 {
         return None;
     }
     let empty = vec![0; NUMBER * (parts as usize).saturating_sub(1)];
-    Some([head, &parts.to_le_bytes(), cells, &empty].concat())
+    Some([&parts.to_le_bytes(), cells, &empty].concat())
 }
 
 impl Drop for Context {

@@ -65,6 +65,8 @@ pub(super) struct Gvote {
     mass_sum: Vec<f64>,
     /// One for each thread.
     scratch: Vec<Scratch>,
+    /// `a` of the heads of a layer.
+    passages: Vec<f32>,
 }
 
 /// Rows to work in: `[n]` `m`, `s` (0 in the window) and `b` of one head, and others.
@@ -156,6 +158,7 @@ impl Gvote {
             single_sum: vec![0.0; per_token],
             mass_sum: vec![0.0; per_token],
             scratch: vec![Scratch::new(n)],
+            passages: Vec::new(),
         }
     }
 
@@ -177,7 +180,7 @@ impl Gvote {
 
     /// Scores heads, some of them in each thread, and keeps what ranks them later.
     fn keep_scores(&mut self, heads: &[HeadScores<'_>]) {
-        let Self { params, shape, score, mass, passages_sum, scratch, .. } = self;
+        let Self { params, shape, score, mass, passages_sum, passages, scratch, .. } = self;
         let n = shape.n;
         let threads = n_threads().min(heads.len() * n / ENTRIES_A_THREAD).max(1);
         let share = heads.len().div_ceil(threads);
@@ -188,10 +191,13 @@ impl Gvote {
         score.resize(start + heads.len() * n, 0);
         mass.reserve_exact(heads.len() * n);
         mass.resize(start + heads.len() * n, f16::ZERO);
-        let mut passages = vec![0.0; heads.len() * n];
+        passages.resize(heads.len() * n, 0.0);
         let rows = score[start..].chunks_mut(share * n).zip(mass[start..].chunks_mut(share * n));
         let work = rows.zip(passages.chunks_mut(share * n)).zip(heads.chunks(share)).zip(scratch);
-        let run = |((((score, mass), passages), heads), scratch): ((((&mut [u32], &mut [f16]), &mut [f32]), &[_]), &mut Scratch)| {
+        let run = |((((score, mass), passages), heads), scratch): (
+            (((&mut [u32], &mut [f16]), &mut [f32]), &[_]),
+            &mut Scratch,
+        )| {
             let rows = score.chunks_mut(n).zip(mass.chunks_mut(n)).zip(passages.chunks_mut(n));
             for (((score, mass), passages), scores) in rows.zip(heads) {
                 scratch.score(params, scores);

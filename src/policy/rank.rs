@@ -320,7 +320,8 @@ mod tests {
         };
         for n in [1, 2047, 2048, 5000] {
             let forced = Forced::new(&Params { sinks: 4, recent: 9, ..Params::default() }, n, &Protected::default());
-            let scores: Vec<f32> = (0..n).map(|_| if random() % 3 == 0 { 0.0 } else { random() as f32 / 1e9 }).collect();
+            let scores: Vec<f32> =
+                (0..n).map(|_| if random() % 3 == 0 { 0.0 } else { random() as f32 / 1e9 }).collect();
             let coarse = |j: usize| half::f16::from_f32(scores[j]).to_f32();
             for score in [&|j: usize| scores[j] as f32, &coarse as &dyn Fn(usize) -> f32] {
                 let mut keys = Vec::new();

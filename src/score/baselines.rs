@@ -90,14 +90,14 @@ impl LayerGraph<'_> {
 
     /// Lengths of the values.
     fn measure_values(&self, device: &mut Device, heads: Heads, scores: &mut [CellScores]) -> Result<(), ComputeError> {
-        let mut norms = Vec::new();
         for first in (0..self.view.n_kv).step_by(self.grain.cells) {
             let n = self.grain.cells.min(self.view.n_kv - first);
             let mut b = Builder::new(48)?;
             let squared = self.squared_norms(&mut b, heads, first, n);
             b.compute(device)?;
+            let norms = &mut device.scratch;
             norms.resize(n * heads.n, 0.0);
-            read(&mut norms, squared);
+            read(norms, squared);
             for (score, norms) in scores.iter_mut().zip(norms.chunks(n)) {
                 score.value_norm[first..first + n].iter_mut().zip(norms).for_each(|(to, x)| *to = x.sqrt());
             }
@@ -148,7 +148,6 @@ impl LayerGraph<'_> {
             let length = direction.iter().map(|x| x * x).sum::<f32>().sqrt().max(NORM_EPSILON);
             direction.iter_mut().for_each(|x| *x /= length);
         }
-        let mut cosines = Vec::new();
         for first in (0..self.view.n_kv).step_by(self.grain.cells) {
             let n = self.grain.cells.min(self.view.n_kv - first);
             let mut b = Builder::new(48)?;
@@ -158,8 +157,9 @@ impl LayerGraph<'_> {
             let product = unsafe { sys::ggml_mul_mat(b.ctx, unit, directions) };
             let product = b.output(product);
             b.compute(device)?;
+            let cosines = &mut device.scratch;
             cosines.resize(n * heads.n, 0.0);
-            read(&mut cosines, product);
+            read(cosines, product);
             for (score, cosines) in scores.iter_mut().zip(cosines.chunks(n)) {
                 score.key_similarity[first..first + n].copy_from_slice(cosines);
             }

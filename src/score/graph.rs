@@ -169,7 +169,6 @@ impl LayerGraph<'_> {
         let n_q = (self.layer.n_head * self.layer.n_embd_head_k) as usize;
         let group = (self.layer.n_head / self.layer.n_head_kv) as usize;
         let weight = 1.0 / (n_query * group) as f32;
-        let mut row = Vec::new();
         for score in &mut *scores {
             score.target(target).resize(n_kv, 0.0);
             if needs.each {
@@ -179,7 +178,9 @@ impl LayerGraph<'_> {
                 score.fourth_powers.resize(n_kv, 0.0);
             }
         }
-        for (i, (pos, data)) in queries.pos.chunks(self.grain.queries).zip(queries.data.chunks(self.grain.queries * n_q)).enumerate() {
+        for (i, (pos, data)) in
+            queries.pos.chunks(self.grain.queries).zip(queries.data.chunks(self.grain.queries * n_q)).enumerate()
+        {
             // a query head's chain has at most 16 nodes and views; inputs and K views come on top
             let mut b = Builder::new(self.layer.n_head as usize * 16 + self.layer.n_head_kv as usize * 8 + 40)?;
             let set = self.query_set(&mut b, target, pos, data, weight, self.grain.heads);
@@ -190,14 +191,15 @@ impl LayerGraph<'_> {
                 .collect();
             b.compute(device)?;
 
+            let row = &mut device.scratch;
             row.resize(heads_out * n_kv, 0.0);
             for (scores, outputs) in scores.chunks_mut(heads_out).zip(outputs) {
-                read(&mut row, outputs.mean);
+                read(row, outputs.mean);
                 for (score, row) in scores.iter_mut().zip(row.chunks(n_kv)) {
                     score.target(target).iter_mut().zip(row).for_each(|(to, x)| *to += x);
                 }
                 if needs.fourth_powers {
-                    read(&mut row, outputs.fourth_powers);
+                    read(row, outputs.fourth_powers);
                     for (score, row) in scores.iter_mut().zip(row.chunks(n_kv)) {
                         score.fourth_powers.iter_mut().zip(row).for_each(|(to, x)| *to += x / weight);
                     }

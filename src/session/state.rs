@@ -33,7 +33,7 @@ impl Session {
     }
 
     /// The cells alone, as llama.cpp's state of a sequence, for other contexts of this model, cache types and flash attention:
-    /// [`Context::load_sequence`], [`Context::adopt_sequence`]. They go on at position [`Session::n_past`].
+    /// [`Context::adopt_sequence`]. They go on at position [`Session::n_past`].
     ///
     /// # Errors
     /// [`LlamaError::Memory`].

@@ -1,10 +1,10 @@
 //! The paper's budgets, votes and unions on tensors captured from the real model.
 
 use super::fixture::*;
+use crate::backend::ComputeError;
 use crate::cache::Layout;
 use crate::llama::Pos;
 use crate::policy::{self, HeadScores, Kind, Needs, Params, Shape};
-use crate::backend::ComputeError;
 use crate::score::{LayerQueries, Scorer};
 
 const N: usize = 300;

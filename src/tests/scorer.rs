@@ -4,11 +4,11 @@ use half::f16;
 use rand::{RngExt, SeedableRng};
 
 use super::fixture::*;
+use crate::backend::ComputeError;
 use crate::cache::{self, Layout};
 use crate::capture::{LogitScale, Queries};
 use crate::llama::{Context, Pos};
 use crate::policy::{HeadScores, Needs};
-use crate::backend::ComputeError;
 use crate::score::{LayerQueries, Scorer};
 
 const N: usize = 200;
