@@ -143,7 +143,8 @@ fn most(logits: &[f32]) -> f32 {
 fn exp(x: f32) -> f32 {
     // adding it leaves the nearest integer in the low bits
     const ROUND: f32 = (3 << 22) as f32;
-    const C: [f32; 6] = [0.693_147_2, 0.240_226_5, 0.055_504_11, 0.009_618_129, 0.001_333_356, 0.000_154_035];
+    const C: [f32; 6] =
+        [std::f32::consts::LN_2, 0.240_226_5, 0.055_504_11, 0.009_618_129, 0.001_333_356, 0.000_154_035];
     let y = x * std::f32::consts::LOG2_E;
     let y = if y < -126.0 { -126.0 } else { y };
     let shifted = y + ROUND;

@@ -153,7 +153,7 @@ fn compute_all(
             work.map(|((devices, graph), out)| scope.spawn(move || run(devices, graph, out))).collect();
         meanwhile();
         // ggml aborts rather than unwinds, and this crate's code in a graph does not panic
-        running.into_iter().map(|thread| thread.join().expect("no panic in a graph")).collect()
+        running.into_iter().try_for_each(|thread| thread.join().expect("no panic in a graph"))
     })
 }
 

@@ -181,7 +181,7 @@ impl Gvote {
     /// Scores heads, some of them in each thread, and keeps what ranks them later.
     fn keep_scores(&mut self, heads: &[HeadScores<'_>]) {
         let Self { params, shape, score, mass, passages_sum, passages, scratch, .. } = self;
-        let n = shape.n;
+        let (n, params) = (shape.n, &*params);
         let threads = n_threads().min(heads.len() * n / ENTRIES_A_THREAD).max(1);
         let share = heads.len().div_ceil(threads);
         scratch.resize_with(threads.max(scratch.len()), || Scratch::new(n));
@@ -192,22 +192,14 @@ impl Gvote {
         mass.reserve_exact(heads.len() * n);
         mass.resize(start + heads.len() * n, f16::ZERO);
         passages.resize(heads.len() * n, 0.0);
-        let rows = score[start..].chunks_mut(share * n).zip(mass[start..].chunks_mut(share * n));
-        let work = rows.zip(passages.chunks_mut(share * n)).zip(heads.chunks(share)).zip(scratch);
-        let run = |((((score, mass), passages), heads), scratch): (
-            (((&mut [u32], &mut [f16]), &mut [f32]), &[_]),
-            &mut Scratch,
-        )| {
-            let rows = score.chunks_mut(n).zip(mass.chunks_mut(n)).zip(passages.chunks_mut(n));
-            for (((score, mass), passages), scores) in rows.zip(heads) {
-                scratch.score(params, scores);
-                scratch.pack(score, mass, passages);
-            }
-        };
+        let parts = score[start..].chunks_mut(share * n).zip(mass[start..].chunks_mut(share * n));
+        let parts = parts.zip(passages.chunks_mut(share * n)).zip(heads.chunks(share)).zip(scratch);
+        let parts =
+            parts.map(|((((score, mass), passages), heads), scratch)| Part { score, mass, passages, heads, scratch });
         if threads == 1 {
-            work.for_each(run);
+            parts.for_each(|part| part.score(params, n));
         } else {
-            thread::scope(|scope| work.for_each(|part| drop(scope.spawn(move || run(part)))));
+            thread::scope(|scope| parts.for_each(|part| drop(scope.spawn(move || part.score(params, n)))));
         }
         // one after another, so that the sum does not depend on the number of threads
         passages.chunks(n.max(1)).for_each(|row| add(passages_sum, row));
@@ -306,6 +298,25 @@ impl Policy for Gvote {
         let decision =
             if tries { Decision::Ranking(ranking.clone()) } else { Decision::Selection(ranking.clone().by_rule()) };
         (decision, Some(ranking))
+    }
+}
+
+/// Some heads of a layer, and where their scores go: `[heads][n]` each.
+struct Part<'a> {
+    score: &'a mut [u32],
+    mass: &'a mut [f16],
+    passages: &'a mut [f32],
+    heads: &'a [HeadScores<'a>],
+    scratch: &'a mut Scratch,
+}
+
+impl Part<'_> {
+    fn score(self, params: &Params, n: usize) {
+        let rows = self.score.chunks_mut(n).zip(self.mass.chunks_mut(n)).zip(self.passages.chunks_mut(n));
+        for (((score, mass), passages), scores) in rows.zip(self.heads) {
+            self.scratch.score(params, scores);
+            self.scratch.pack(score, mass, passages);
+        }
     }
 }
 

@@ -323,7 +323,7 @@ mod tests {
             let scores: Vec<f32> =
                 (0..n).map(|_| if random() % 3 == 0 { 0.0 } else { random() as f32 / 1e9 }).collect();
             let coarse = |j: usize| half::f16::from_f32(scores[j]).to_f32();
-            for score in [&|j: usize| scores[j] as f32, &coarse as &dyn Fn(usize) -> f32] {
+            for score in [&|j: usize| scores[j], &coarse as &dyn Fn(usize) -> f32] {
                 let mut keys = Vec::new();
                 push_keys(&mut keys, &forced, 0, score);
                 let mut expected = keys.clone();
