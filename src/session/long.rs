@@ -73,8 +73,9 @@ impl Session {
         for (i, &token) in part.iter().enumerate() {
             batch.add(token, self.n_past() + i as Pos, SEQ, is_last && i + 1 == part.len())?;
         }
+        let before = self.before()?;
         if let Err(error) = self.decode_batch(&batch, true) {
-            self.remove_from(self.n_past());
+            self.undo(before);
             return Err(error);
         }
         self.sequence.extend(part);
