@@ -212,12 +212,17 @@ impl Capture {
     /// # Errors
     /// What decoding fails with, or [`CaptureError`] when the graph is not one we know.
     pub fn decode(&mut self, ctx: &mut Context, batch: &Batch, wants_queries: bool) -> Result<(), CaptureError> {
-        if !wants_queries && !self.inner.records.values().any(|record| record.is_due(batch.len())) {
+        if !self.reads(batch.len(), wants_queries) {
             ctx.decode(batch)?;
             self.pass(batch.len());
             return Ok(());
         }
         self.decode_as(Mode::Prompt { wants_queries }, ctx, batch)
+    }
+
+    /// Whether [`Self::decode`] reads anything of a batch of `n` tokens.
+    pub(crate) fn reads(&self, n: usize, wants_queries: bool) -> bool {
+        wants_queries || self.inner.records.values().any(|record| record.is_due(n))
     }
 
     /// Decodes tokens once more, for their queries.

@@ -74,8 +74,9 @@ impl Session {
         for (i, &token) in part.iter().enumerate() {
             batch.add(token, self.n_past() + i as Pos, SEQ, left == 0 && i + 1 == part.len())?;
         }
+        let before = self.before_part(part.len(), left)?;
         if let Err(error) = self.decode_batch(&batch, Some(left)) {
-            self.remove_from(self.n_past());
+            self.undo(before);
             return Err(error);
         }
         self.sequence.extend(part);

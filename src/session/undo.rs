@@ -24,6 +24,18 @@ impl Session {
         Ok(Before { n_past: self.n_past(), captured: self.captured(), uncut })
     }
 
+    /// The same before `n` tokens of a prompt of which `left` come after them; what was captured is copied only where they
+    /// add to it.
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub(super) fn before_part(&mut self, n: usize, left: usize) -> Result<Before, LlamaError> {
+        let uncut = if self.n_past() > 0 { self.ctx.copy_uncut(SEQ)? } else { Vec::new() };
+        let adds = self.voter.as_ref().is_some_and(|voter| voter.capture.reads(n, left < self.policy.window));
+        let captured = if adds { self.captured() } else { None };
+        Ok(Before { n_past: self.n_past(), captured, uncut })
+    }
+
     /// Takes out what was decoded since, of which the sequence does not know yet. Where memory runs out for that, nothing is
     /// left.
     pub(super) fn undo(&mut self, before: Before) {
