@@ -150,7 +150,6 @@ fn a_vote_that_drops_nothing_leaves_k_and_v_where_they_are() {
 }
 
 #[test]
-#[ignore = "compaction and the trial move rows by way of the host"]
 fn a_vote_that_drops_cells_leaves_k_and_v_where_they_are() {
     let (report, traffic) = traffic(&["--target-kl", "0.5", "-n", "8"]);
     let vote = &report["vote"];
