@@ -247,7 +247,7 @@ impl Guest {
         let captured = voter.capture.captured(seq);
         let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
         let mut done = || {
-            vote.observe_newest()?;
+            vote.observe_newest(&[])?;
             let (selection, mut report) = vote.choose(&cells)?;
             if !is_rehearsal {
                 vote.compact(&cells, &selection, &mut report)?;
@@ -308,7 +308,7 @@ impl Guest {
         let captured = voter.capture.captured(seq);
         let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
         let mut done = || {
-            vote.observe_newest()?;
+            vote.observe_newest(ahead)?;
             let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
             vote.compact(&cells, &selection, &mut report)?;
             Ok(report)

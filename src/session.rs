@@ -387,9 +387,7 @@ impl Session {
                 break Stop::ContextFull;
             }
             if free == 0 {
-                let captured = self.captured();
-                let made = self.make_room(1, &[]).inspect_err(|_| self.set_back(captured));
-                match made {
+                match self.make_room(1, &[]) {
                     Ok(squeeze) => squeezes.add(&squeeze),
                     Err(
                         SessionError::CacheTooSmall { .. }

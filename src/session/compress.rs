@@ -33,7 +33,7 @@ impl Session {
             let bytes_per_cell = self.bytes_per_cell().unwrap_or(0);
             return Ok(CompressReport::untouched(Kind::Full, self.cells_used(), bytes_per_cell));
         };
-        vote.observe_newest()?;
+        vote.observe_newest(&[])?;
         let cells = cache::cells(vote.ctx, SEQ);
         let (selection, mut report) = vote.choose(&cells)?;
         if let Kept::Ragged { .. } = selection.kept {

@@ -90,8 +90,13 @@ impl Session {
     pub(super) fn make_room(&mut self, needed: usize, ahead: &[Token]) -> Result<CompressReport, SessionError> {
         self.check_unmasked()?;
         let most = self.most_cells(needed, self.protected_after(&[]))?;
+        let captured = self.captured();
+        self.keep_most(most, ahead).inspect_err(|_| self.set_back(captured))
+    }
+
+    fn keep_most(&mut self, most: usize, ahead: &[Token]) -> Result<CompressReport, SessionError> {
         let Some(mut vote) = self.vote() else { return Err(SessionError::Full) };
-        vote.observe_newest()?;
+        vote.observe_newest(ahead)?;
         let cells = cache::cells(vote.ctx, SEQ);
         let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
         vote.compact(&cells, &selection, &mut report)?;

@@ -73,16 +73,18 @@ impl Vote<'_> {
     }
 
     /// Sees to it that the queries of the newest tokens are known, those of an answer or of an app's prompt too, of which none
-    /// were read: they are computed once more. The cache is as before afterwards.
+    /// were read: they are computed once more. The cache is as before afterwards. `ahead`: see [`Self::choose_most`]; where there is
+    /// some, the newest token's are enough.
     ///
     /// # Errors
     /// [`VoteError`]; the cache is then as before.
-    pub fn observe_newest(&mut self) -> Result<(), VoteError> {
+    pub fn observe_newest(&mut self, ahead: &[Token]) -> Result<(), VoteError> {
+        let wanted = if ahead.is_empty() { self.voter.policy.window } else { 1 };
         let chunk = self.chunk();
         let Self { ctx, voter, sequence, .. } = self;
         let (seq, n_past) = (sequence.id, sequence.n_past);
         let known = voter.capture.window(seq, 0, n_past - 1).map_or(0, |queries| queries.pos.len());
-        let most = voter.policy.window.min((n_past - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
+        let most = wanted.min((n_past - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
         // embeddings cannot be decoded once more
         let n = sequence.tokens.iter().rev().take(most).take_while(|token| **token >= 0).count();
         if known >= n {
