@@ -1,13 +1,19 @@
 //! The real model, a context with a decoded prompt, and a recorder of what attention reads and writes.
 
 use std::ffi::{CStr, c_void};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
+use crate::Session;
 use crate::cache::{self, Cell, Layout};
 use crate::capture::Capture;
-use crate::llama::{Batch, CacheType, Context, ContextParams, FlashAttention, Model, ModelParams, Pos, SeqId, Token};
+use crate::llama::{
+    Batch, CacheType, Context, ContextParams, FlashAttention, Model, ModelParams, Pos, Sampler, SamplerParams, SeqId,
+    Token,
+};
 use crate::policy::{Bound, Kept, Params, Selection};
+use crate::session::Stop;
 use crate::sys;
 
 /// SmolLM2-135M-Instruct, loaded once.
@@ -24,6 +30,18 @@ pub fn model() -> Model {
             Model::load(&path, &ModelParams::default(), |_| true).expect("the model loads")
         })
         .clone()
+}
+
+/// The likeliest answer, of at most `n` tokens, and why it ended.
+pub fn greedy(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
+    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
+    let mut tokens = Vec::new();
+    let each = |token| {
+        tokens.push(token);
+        ControlFlow::Continue(())
+    };
+    let stop = session.generate(&mut sampler, n, each).unwrap().stop;
+    (tokens, stop)
 }
 
 /// Real text of some length, which stays as it is: what rounding does depends on it.

@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 use crate::capi::header::{GVOTE_ERROR_NOT_ATTACHED, GVOTE_ERROR_UNSUPPORTED};
 use crate::capi::tests::app;
 use crate::gguf::{self, Support};
-use crate::llama::{ContextParams, LlamaError, Model, ModelParams, Sampler, SamplerParams, Token};
+use crate::llama::{ContextParams, LlamaError, Model, ModelParams, Token};
 use crate::policy::{Kind, Params};
 use crate::session::Stop;
+use crate::tests::fixture::greedy;
 use crate::tests::tiny;
 use crate::{Session, SessionError, SessionParams};
 
@@ -39,17 +40,6 @@ fn words(n: usize, kind: usize) -> Vec<Token> {
 
 fn read(session: &mut Session, tokens: &[Token]) {
     session.prefill(tokens, |_, _| ControlFlow::Continue(())).unwrap();
-}
-
-fn answer(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
-    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
-    let mut tokens = Vec::new();
-    let each = |token| {
-        tokens.push(token);
-        ControlFlow::Continue(())
-    };
-    let stop = session.generate(&mut sampler, n, each).unwrap().stop;
-    (tokens, stop)
 }
 
 /// A file's metadata, a session and the C interface say the same.
@@ -88,10 +78,10 @@ fn the_full_policy_runs_them() {
         let report = once.compress().unwrap();
         assert_eq!((report.cells_before, report.cells_after), (200, 200));
         let saved = once.save();
-        let (first, stop) = answer(&mut once, 15);
+        let (first, stop) = greedy(&mut once, 15);
         assert_eq!((first.len(), stop), (15, Stop::Limit), "{reason}");
         parts.load(&saved).unwrap();
-        assert_eq!(answer(&mut parts, 15).0, first, "{reason}");
+        assert_eq!(greedy(&mut parts, 15).0, first, "{reason}");
 
         // no more than -c, though a state takes no cells
         let error = once.prefill_long(&words(400, 1), |_, _| ControlFlow::Continue(())).unwrap_err();
@@ -141,10 +131,10 @@ fn what_is_cancelled_at_any_moment_leaves_no_trace() {
             assert!(session.save() == before && session.logits() == logits, "{reason}, cancelled at {at} of {times}");
         }
 
-        let (whole, _) = answer(&mut session, 20);
+        let (whole, _) = greedy(&mut session, 20);
         session.load(&before).unwrap();
         session.context().cancel_at(12);
-        let (part, stop) = answer(&mut session, 20);
+        let (part, stop) = greedy(&mut session, 20);
         session.cancel_flag().store(false, Ordering::Relaxed);
         assert_eq!(stop, Stop::Cancelled, "{reason}");
         assert!(session.n_past() > 100 && part.len() < 20, "{reason}: {}", part.len());
@@ -152,6 +142,6 @@ fn what_is_cancelled_at_any_moment_leaves_no_trace() {
         let decoded = session.n_past() as usize - 100;
         assert_eq!((part.len(), &whole[..part.len()]), (decoded + 1, &*part), "{reason}");
         session.context().cancel_at(0);
-        assert_eq!(answer(&mut session, 20 - decoded as i32).0, whole[decoded..], "{reason}");
+        assert_eq!(greedy(&mut session, 20 - decoded as i32).0, whole[decoded..], "{reason}");
     }
 }

@@ -227,6 +227,13 @@ fn pass_commands(mut client: TcpStream, mut worker: TcpStream, seen: &Mutex<Seen
     let _ = worker.shutdown(Shutdown::Both);
 }
 
+/// Whether a tensor of this name holds K or V of a layer: what is computed from it has its name with something behind.
+fn is_storage(name: &[u8]) -> bool {
+    let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
+    let layer = name.strip_prefix(b"cache_k_l").or(name.strip_prefix(b"cache_v_l"));
+    layer.is_some_and(|layer| !layer.is_empty() && layer.iter().all(u8::is_ascii_digit))
+}
+
 fn number(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
@@ -245,7 +252,7 @@ fn note(message: &[u8], seen: &mut Seen) {
             // device (4), id (8), their count (4) and nodes, the count of tensors (4) and tensors
             let nodes = u32::from_le_bytes(body[12..16].try_into().unwrap()) as usize;
             for tensor in body[20 + 8 * nodes..].chunks_exact(TENSOR) {
-                if tensor[NAME].starts_with(b"cache_k_l") || tensor[NAME].starts_with(b"cache_v_l") {
+                if is_storage(&tensor[NAME]) {
                     seen.cache.insert(number(tensor, BUFFER));
                 }
             }

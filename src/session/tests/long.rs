@@ -1,25 +1,13 @@
 //! More tokens than cells.
 
 use super::*;
-use crate::llama::{Sampler, SamplerParams};
 use crate::session::Stop;
-use crate::tests::fixture::F16;
+use crate::tests::fixture::{F16, greedy};
 
 const N_CTX: usize = 320;
 
 fn read_long(session: &mut Session, tokens: &[Token]) -> PrefillReport {
     session.prefill_long(tokens, |_, _| ControlFlow::Continue(())).unwrap()
-}
-
-fn greedy(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
-    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
-    let mut tokens = Vec::new();
-    let each = |token| {
-        tokens.push(token);
-        ControlFlow::Continue(())
-    };
-    let stop = session.generate(&mut sampler, n, each).unwrap().stop;
-    (tokens, stop)
 }
 
 #[test]
