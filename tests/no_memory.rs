@@ -1,7 +1,7 @@
 //! What a session promises where memory runs out in llama.cpp: an error, and a session that is as it was, or holds what was
 //! read so far. The first, the second, the third ... allocation of C++ fails, alone or with all that follow.
 //!
-//! Each test runs itself again in a process of its own, in which `tests/c/scarce.cpp` stands before the libraries.
+//! Each test runs itself again in a process of its own, in which `tests/common/scarce.cpp` stands before the libraries.
 
 #![cfg(target_os = "linux")]
 
@@ -55,7 +55,7 @@ fn library() -> &'static Path {
     static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
     let dir = MADE.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c/scarce.cpp");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/scarce.cpp");
         let mut compiler = Command::new("g++");
         compiler.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
         assert!(compiler.arg(dir.path().join("scarce.so")).arg(source).status().unwrap().success());
