@@ -7,7 +7,7 @@
 //!   `window` positions are kept as f16, what ggml makes of them anyway before it multiplies with an f16 cache.
 //!
 //! Every node that is read stops the graph, which a GPU notices. So most ubatches pass unread: of a long text every
-//! [`SHARE`]-th gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
+//! sixteenth gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
 //! that is not known, as behind the C interface, a vote decodes the newest tokens once more.
 //!
 //! The **probe pass** turns sampled hidden states into queries with the model's own weights: dummy tokens are decoded at the

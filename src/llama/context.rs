@@ -530,7 +530,7 @@ impl Context {
     /// [`ContextParams::kv_unified`].
     ///
     /// # Errors
-    /// [`LlamaError::State`] as [`Self::read_sequence`], and for models with a window cache beside the other.
+    /// [`LlamaError::State`] when llama.cpp refuses it, and for models with a window cache beside the other.
     pub fn adopt_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
         let data = in_parts(data, self.n_seq_max() as u32).ok_or(LlamaError::State(UNFIT))?;
         self.read_sequence(seq, &mut &data[..])

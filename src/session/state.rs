@@ -70,7 +70,7 @@ impl Session {
     /// Replaces this session by one that [`Session::save`] wrote.
     ///
     /// # Errors
-    /// [`SessionError::Saved`] or [`LlamaError::State`](crate::llama::LlamaError::State) when the bytes are cut off or belong
+    /// [`SessionError::Saved`] or [`LlamaError::State`] when the bytes are cut off or belong
     /// to another model, other cache types or a larger context; the session is then as before.
     pub fn load(&mut self, data: &[u8]) -> Result<(), SessionError> {
         self.read(&mut &*data)
