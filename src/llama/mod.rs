@@ -14,6 +14,7 @@ mod memory;
 mod model;
 pub mod rpc;
 mod sampler;
+mod state;
 mod template;
 mod tensor_type;
 

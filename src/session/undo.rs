@@ -20,8 +20,8 @@ impl Session {
     /// # Errors
     /// [`LlamaError::Memory`].
     pub(super) fn before(&mut self) -> Result<Before, LlamaError> {
-        let uncut = if self.n_past() > 0 { self.ctx.copy_uncut(SEQ)? } else { Vec::new() };
-        Ok(Before { n_past: self.n_past(), captured: self.captured(), uncut })
+        let captured = self.captured();
+        self.before_with(captured)
     }
 
     /// The same before `n` tokens of a prompt of which `left` come after them; what was captured is copied only where they
@@ -30,9 +30,13 @@ impl Session {
     /// # Errors
     /// [`LlamaError::Memory`].
     pub(super) fn before_part(&mut self, n: usize, left: usize) -> Result<Before, LlamaError> {
-        let uncut = if self.n_past() > 0 { self.ctx.copy_uncut(SEQ)? } else { Vec::new() };
         let adds = self.voter.as_ref().is_some_and(|voter| voter.capture.reads(n, left < self.policy.window));
         let captured = if adds { self.captured() } else { None };
+        self.before_with(captured)
+    }
+
+    fn before_with(&mut self, captured: Option<Captured>) -> Result<Before, LlamaError> {
+        let uncut = if self.n_past() > 0 { self.ctx.copy_uncut(SEQ)? } else { Vec::new() };
         Ok(Before { n_past: self.n_past(), captured, uncut })
     }
 

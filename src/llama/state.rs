@@ -1,0 +1,180 @@
+//! The state of a sequence, as llama.cpp serialises it: in memory, or piece by piece.
+
+use std::ffi::{CStr, c_void};
+use std::io::{self, Read, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::{Context, LlamaError, SeqId};
+use crate::sys;
+
+/// Why llama.cpp refuses a state; its log would say which.
+const UNFIT: &str = ": another model, other cache types or flash attention, or too few cells";
+
+/// What a C function reads from or writes to, and how that went.
+struct Stream<T> {
+    inner: T,
+    result: io::Result<()>,
+}
+
+impl<T> Stream<T> {
+    /// False once something has failed.
+    fn run(&mut self, step: impl FnOnce(&mut T) -> io::Result<()>) -> bool {
+        // a panic must not meet the C++ that called
+        let inner = &mut self.inner;
+        let outcome = catch_unwind(AssertUnwindSafe(|| step(inner)));
+        self.result = outcome.unwrap_or_else(|_| Err(io::Error::other("panic")));
+        self.result.is_ok()
+    }
+}
+
+impl Context {
+    /// The state of one sequence, for [`Self::read_sequence`].
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub(crate) fn copy_sequence(&mut self, seq: SeqId) -> Result<Vec<u8>, LlamaError> {
+        self.copy_state(seq, 0)
+    }
+
+    /// Of the state of one sequence the part that cannot be cut: a window cache, the state of recurrent layers. Empty where
+    /// there is none.
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub(crate) fn copy_uncut(&mut self, seq: SeqId) -> Result<Vec<u8>, LlamaError> {
+        self.copy_state(seq, sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+    }
+
+    fn copy_state(&mut self, seq: SeqId, flags: sys::llama_state_seq_flags) -> Result<Vec<u8>, LlamaError> {
+        let mut data = Vec::new();
+        // SAFETY: valid context.
+        let size = unsafe { sys::llama_state_seq_get_size_ext(self.as_ptr(), seq, flags) };
+        data.try_reserve_exact(size).map_err(|_| LlamaError::Memory)?;
+        self.write_state(seq, flags, &mut data).map_err(|_| LlamaError::Memory)?;
+        Ok(data)
+    }
+
+    /// Brings back what [`Self::copy_uncut`] gave; the rest stays as it is.
+    ///
+    /// # Errors
+    /// Those of [`Self::read_sequence`]; that part is then lost.
+    pub(crate) fn load_uncut(&mut self, seq: SeqId, mut data: &[u8]) -> Result<(), LlamaError> {
+        self.read_state(seq, sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, &mut data)
+    }
+
+    /// Bytes of the state of one sequence.
+    pub(crate) fn sequence_size(&self, seq: SeqId) -> usize {
+        // SAFETY: valid context.
+        unsafe { sys::llama_state_seq_get_size(self.as_ptr(), seq) }
+    }
+
+    /// The state of one sequence as llama.cpp serialises it.
+    pub fn save_sequence(&mut self, seq: SeqId) -> Vec<u8> {
+        // SAFETY: the buffer has the size llama.cpp asked for.
+        unsafe {
+            let mut data = vec![0u8; self.sequence_size(seq)];
+            let n = sys::llama_state_seq_get_data(self.as_ptr(), data.as_mut_ptr(), data.len(), seq);
+            data.truncate(n);
+            data
+        }
+    }
+
+    /// The state of one sequence, piece by piece: see [`Self::read_sequence`]. No buffer holds all of it.
+    ///
+    /// # Errors
+    /// Those of `out`, and when memory runs out.
+    pub(crate) fn write_sequence(&mut self, seq: SeqId, out: &mut dyn Write) -> io::Result<()> {
+        self.write_state(seq, 0, out)
+    }
+
+    fn write_state(&mut self, seq: SeqId, flags: sys::llama_state_seq_flags, out: &mut dyn Write) -> io::Result<()> {
+        unsafe extern "C" fn write(data: *const c_void, size: usize, stream: *mut c_void) -> bool {
+            // SAFETY: the stream below, which nobody else uses meanwhile; as many bytes as it says.
+            let (stream, data) = unsafe {
+                (&mut *stream.cast::<Stream<&mut dyn Write>>(), std::slice::from_raw_parts(data.cast::<u8>(), size))
+            };
+            stream.run(|out| out.write_all(data))
+        }
+        let mut stream = Stream { inner: out, result: Ok(()) };
+        // SAFETY: valid context; the stream outlives the call.
+        let failed =
+            unsafe { sys::gvote_shim_state_write(self.as_ptr(), seq, flags, Some(write), (&raw mut stream).cast()) };
+        stream.result?;
+        if failed.is_null() { Ok(()) } else { Err(io::ErrorKind::OutOfMemory.into()) }
+    }
+
+    /// Replaces a sequence by what [`Self::write_sequence`] wrote. After an error the sequence is empty.
+    ///
+    /// # Errors
+    /// [`LlamaError::State`] when llama.cpp refuses it, or when the bytes end too early; [`LlamaError::Memory`].
+    pub(crate) fn read_sequence(&mut self, seq: SeqId, from: &mut dyn Read) -> Result<(), LlamaError> {
+        self.read_state(seq, 0, from)
+    }
+
+    fn read_state(
+        &mut self,
+        seq: SeqId,
+        flags: sys::llama_state_seq_flags,
+        from: &mut dyn Read,
+    ) -> Result<(), LlamaError> {
+        unsafe extern "C" fn read(data: *mut c_void, size: usize, stream: *mut c_void) -> bool {
+            // SAFETY: the stream below, which nobody else uses meanwhile; room for as many bytes as it says, which may be
+            // uninitialised, but are written and not read.
+            unsafe {
+                let stream = &mut *stream.cast::<Stream<&mut dyn Read>>();
+                data.cast::<u8>().write_bytes(0, size);
+                stream.run(|from| from.read_exact(std::slice::from_raw_parts_mut(data.cast(), size)))
+            }
+        }
+        let mut stream = Stream { inner: from, result: Ok(()) };
+        // SAFETY: valid context; the stream outlives the call.
+        let failed =
+            unsafe { sys::gvote_shim_state_read(self.as_ptr(), seq, flags, Some(read), (&raw mut stream).cast()) };
+        if stream.result.is_err() {
+            return Err(LlamaError::State(": it is cut off"));
+        }
+        if failed.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a static string.
+        let reason = unsafe { CStr::from_ptr(failed) };
+        Err(if reason == c"out of memory" { LlamaError::Memory } else { LlamaError::State(UNFIT) })
+    }
+
+    /// Replaces a sequence, in a context where each has its own part of the cache, by one that was saved where all share it: see
+    /// [`ContextParams::kv_unified`].
+    ///
+    /// # Errors
+    /// [`LlamaError::State`] when llama.cpp refuses it, and for models with a window cache beside the other.
+    pub fn adopt_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
+        let data = in_parts(data, self.n_seq_max() as u32).ok_or(LlamaError::State(UNFIT))?;
+        self.read_sequence(seq, &mut &data[..])
+    }
+
+    /// Replaces a sequence by a saved one.
+    ///
+    /// # Errors
+    /// [`LlamaError::State`] when llama.cpp refuses it: another model, cache type, or too few cells.
+    pub fn load_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
+        // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
+        let n = unsafe { sys::llama_state_seq_set_data(self.as_ptr(), data.as_ptr(), data.len(), seq) };
+        if n == 0 {
+            return Err(LlamaError::State(UNFIT));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a number in llama.cpp's state of a sequence.
+const NUMBER: usize = size_of::<u32>();
+
+/// The state of a sequence whose cache has one part, as that of a cache with so many. It has the number of parts, and for each
+/// one its cells, which begin with their number: here all others have none.
+fn in_parts(state: &[u8], parts: u32) -> Option<Vec<u8>> {
+    let (&found, cells) = state.split_first_chunk::<NUMBER>()?;
+    if u32::from_le_bytes(found) != 1 {
+        return None;
+    }
+    let empty = vec![0; NUMBER * (parts as usize).saturating_sub(1)];
+    Some([&parts.to_le_bytes(), cells, &empty].concat())
+}
