@@ -142,7 +142,7 @@ impl Context {
     }
 
     /// Replaces a sequence, in a context where each has its own part of the cache, by one that was saved where all share it: see
-    /// [`ContextParams::kv_unified`].
+    /// [`ContextParams::kv_unified`](super::ContextParams::kv_unified).
     ///
     /// # Errors
     /// [`LlamaError::State`] when llama.cpp refuses it, and for models with a window cache beside the other.
