@@ -203,6 +203,15 @@ ggml_backend_t gvote_shim_backend_init(ggml_backend_dev_t device) {
     return backend;
 }
 
+ggml_backend_buffer_t gvote_shim_alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    ggml_backend_buffer_t buffer = nullptr;
+    guarded([&]() -> const char * {
+        buffer = ggml_backend_buft_alloc_buffer(type, size);
+        return nullptr;
+    });
+    return buffer;
+}
+
 bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, ggml_cgraph * graph) {
     bool done = false;
     const char * reason = guarded([&]() -> const char * {

@@ -90,6 +90,9 @@ int32_t gvote_shim_decode(struct llama_context * ctx, struct llama_batch batch);
 // ggml_backend_dev_init(), or ggml_backend_cpu_init() where `device` is NULL.
 ggml_backend_t gvote_shim_backend_init(ggml_backend_dev_t device);
 
+// ggml_backend_buft_alloc_buffer().
+ggml_backend_buffer_t gvote_shim_alloc_buffer(ggml_backend_buffer_type_t type, size_t size);
+
 // ggml_gallocr_reserve() and ggml_gallocr_alloc_graph(). An exception leaves an allocator that holds what it has freed: it is
 // given up, and `alloc` is NULL then.
 bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, struct ggml_cgraph * graph);

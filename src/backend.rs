@@ -4,8 +4,8 @@
 mod device;
 mod graph;
 
-pub(crate) use self::device::{Device, Devices, place};
-pub(crate) use self::graph::{Builder, Tensor, read, read_at, recompute};
+pub(crate) use self::device::{Device, Devices, HostMemory, place};
+pub(crate) use self::graph::{Builder, Results, Tensor, read, recompute};
 
 /// Why something could not be computed.
 #[derive(Debug, thiserror::Error)]

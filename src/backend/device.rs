@@ -1,5 +1,7 @@
 //! Devices, and a back end on each.
 
+use std::ops::{Deref, DerefMut};
+
 use super::ComputeError;
 use crate::cache;
 use crate::sys;
@@ -11,8 +13,6 @@ pub(crate) struct Device {
     backend: sys::ggml_backend_t,
     /// NULL before it is needed.
     alloc: sys::ggml_gallocr_t,
-    /// For what is read back and shared out: fresh memory for each graph would take the system longer than the reading.
-    pub scratch: Vec<f32>,
 }
 
 impl Drop for Device {
@@ -39,7 +39,7 @@ impl Device {
             if sys::ggml_backend_is_cpu(backend) {
                 sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
             }
-            Ok(Self { place, backend, alloc: std::ptr::null_mut(), scratch: Vec::new() })
+            Ok(Self { place, backend, alloc: std::ptr::null_mut() })
         }
     }
 
@@ -60,6 +60,84 @@ impl Device {
     fn compute_bytes(&self) -> usize {
         // SAFETY: a valid allocator, with one buffer.
         if self.alloc.is_null() { 0 } else { unsafe { sys::ggml_gallocr_get_buffer_size(self.alloc, 0) } }
+    }
+}
+
+/// Numbers in memory of the host that a device reads and writes without a detour, where its driver has such memory.
+#[derive(Default)]
+pub(crate) struct HostMemory {
+    /// NULL before there is any.
+    buffer: sys::ggml_backend_buffer_t,
+    /// NULL for the host.
+    place: sys::ggml_backend_dev_t,
+    len: usize,
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: ours, freed once; NULL is fine.
+        unsafe { sys::ggml_backend_buffer_free(self.buffer) };
+    }
+}
+
+// SAFETY: plain memory.
+unsafe impl Send for HostMemory {}
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    /// `len` numbers to exchange with a device: zeros, or what was here before.
+    ///
+    /// # Errors
+    /// [`ComputeError::Memory`].
+    pub fn resize(&mut self, device: &Device, len: usize) -> Result<(), ComputeError> {
+        self.len = 0;
+        if self.place != device.place || self.bytes() < len * size_of::<f32>() {
+            // SAFETY: a device that is there; NULL stands for a device without such memory, and the host.
+            unsafe {
+                sys::ggml_backend_buffer_free(std::mem::replace(&mut self.buffer, std::ptr::null_mut()));
+                let own = match device.place.is_null() {
+                    true => std::ptr::null_mut(),
+                    false => sys::ggml_backend_dev_host_buffer_type(device.place),
+                };
+                let kind = if own.is_null() { sys::ggml_backend_cpu_buffer_type() } else { own };
+                self.buffer = sys::gvote_shim_alloc_buffer(kind, len * size_of::<f32>());
+            }
+            if self.buffer.is_null() {
+                return Err(ComputeError::Memory("scores"));
+            }
+            // SAFETY: a valid buffer.
+            unsafe { sys::ggml_backend_buffer_clear(self.buffer, 0) };
+            self.place = device.place;
+        }
+        self.len = len;
+        Ok(())
+    }
+
+    pub fn bytes(&self) -> usize {
+        // SAFETY: a valid buffer.
+        if self.buffer.is_null() { 0 } else { unsafe { sys::ggml_backend_buffer_get_size(self.buffer) } }
+    }
+}
+
+impl Deref for HostMemory {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        if self.len == 0 {
+            return &[];
+        }
+        // SAFETY: the buffer holds as many numbers, aligned for any tensor, and all of it was written.
+        unsafe { std::slice::from_raw_parts(sys::ggml_backend_buffer_get_base(self.buffer).cast(), self.len) }
+    }
+}
+
+impl DerefMut for HostMemory {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        if self.len == 0 {
+            return &mut [];
+        }
+        // SAFETY: see above.
+        unsafe { std::slice::from_raw_parts_mut(sys::ggml_backend_buffer_get_base(self.buffer).cast(), self.len) }
     }
 }
 
@@ -100,7 +178,6 @@ impl Devices {
         let bytes = self.met.iter().map(Device::compute_bytes).sum();
         self.met.retain(|device| !device.place.is_null());
         for device in &mut self.met {
-            device.scratch = Vec::new();
             // SAFETY: ours; NULL is fine, and stands for none.
             unsafe { sys::ggml_gallocr_free(std::mem::replace(&mut device.alloc, std::ptr::null_mut())) };
         }

@@ -16,6 +16,13 @@ pub(crate) struct Builder<'a> {
     inputs: Vec<(Tensor, Input<'a>)>,
 }
 
+/// Rows of a graph's results, which [`read`] reads.
+pub(crate) struct Results {
+    pub tensor: Tensor,
+    /// Rows that hold something.
+    written: Vec<bool>,
+}
+
 /// What an input gets.
 enum Input<'a> {
     Floats(Vec<f32>),
@@ -116,15 +123,48 @@ impl<'a> Builder<'a> {
         self.run(t)
     }
 
-    /// `sum` plus one more of its shape; the first one becomes the sum.
-    pub fn sum(&mut self, sum: Tensor, more: Tensor) -> Tensor {
-        if sum.is_null() {
-            return self.output(more);
+    /// Rows of `n` numbers that other nodes are written to.
+    pub fn results(&mut self, n: usize, rows: usize) -> Results {
+        // SAFETY: the context has room for the tensor; an input has memory from the start, and an output keeps it.
+        let tensor = unsafe {
+            let t = sys::ggml_new_tensor_2d(self.ctx, sys::GGML_TYPE_F32, n as i64, rows as i64);
+            sys::ggml_set_input(t);
+            sys::ggml_set_output(t);
+            t
+        };
+        Results { tensor, written: vec![false; rows] }
+    }
+
+    /// Writes `t`, contiguous and of whole rows, to the rows from `first` on; where they were written to before, adds it.
+    pub fn write(&mut self, to: &mut Results, first: usize, t: Tensor) {
+        // SAFETY: tensors of this context; the view has the shape of `t`, and ggml checks that it lies inside.
+        unsafe {
+            let (n, row) = ((*to.tensor).ne[0], (*to.tensor).nb[1]);
+            let rows = sys::ggml_nelements(t) / n;
+            let view = sys::ggml_view_2d(self.ctx, to.tensor, n, rows, row, first * row);
+            let t = sys::ggml_reshape_2d(self.ctx, t, n, rows);
+            let written = &mut to.written[first..first + rows as usize];
+            let node = if written.iter().all(|&written| written) {
+                sys::ggml_add_inplace(self.ctx, view, t)
+            } else {
+                sys::ggml_cpy(self.ctx, t, view)
+            };
+            written.fill(true);
+            self.run(node);
         }
-        // SAFETY: same shapes; the sum is an output, so its memory stays ours.
-        let added = unsafe { sys::ggml_add_inplace(self.ctx, sum, more) };
-        self.run(added);
-        sum
+    }
+
+    /// Writes `t` `[n, rows]` to as many numbers of the rows from `first` on, beginning with the `start`-th.
+    pub fn write_part(&mut self, to: &mut Results, first: usize, start: usize, t: Tensor) {
+        // SAFETY: as in `write`.
+        unsafe {
+            let [n, rows, ..] = (*t).ne;
+            let row = (*to.tensor).nb[1];
+            let view = sys::ggml_view_2d(self.ctx, to.tensor, n, rows, row, first * row + start * size_of::<f32>());
+            to.written[first..first + rows as usize].fill(true);
+            let node = sys::ggml_cpy(self.ctx, t, view);
+            self.run(node);
+        }
     }
 
     /// Takes the memory that the graph needs, so that [`Self::compute`] of this graph, or a smaller one, finds it there.
@@ -174,14 +214,6 @@ pub(crate) unsafe fn recompute(device: &Device, nodes: &[Tensor]) -> Result<(), 
 
 /// Reads a contiguous f32 result of `out.len()` elements.
 pub(crate) fn read(out: &mut [f32], t: Tensor) {
-    read_at(out, t, 0);
-}
-
-/// Reads `out.len()` elements of a contiguous f32 result, from the `first` on.
-pub(crate) fn read_at(out: &mut [f32], t: Tensor, first: usize) {
     // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks the size.
-    unsafe {
-        let offset = first * size_of::<f32>();
-        sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), offset, size_of_val(out));
-    }
+    unsafe { sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, size_of_val(out)) };
 }

@@ -1,13 +1,21 @@
-//! The graph of one layer for one chunk of queries, and what is added up from chunk to chunk.
+//! The graph of one layer: every score of it is one row of the results.
 
 use half::f16;
 
-use super::{CellScores, LayerQueries};
-use crate::backend::{Builder, ComputeError, Device, Tensor, read, read_at};
+use super::LayerQueries;
+use super::results::{Block, LayerScores, Rows};
+use crate::backend::{Builder, ComputeError, Device, Results, Tensor, read};
 use crate::cache::Cell;
 use crate::llama::Pos;
+use crate::capture::Queries;
 use crate::policy::Needs;
 use crate::sys;
+
+/// On the host, columns of a product (a few queries of one KV head): they bound the transient memory to one `[n_kv, columns]` block
+/// of f32 a thread.
+const HOST_COLUMNS: usize = 18;
+/// On the host, rows of heads that are measured at once: as f32 they stay in the CPU's cache.
+const HOST_CELLS: usize = 2048;
 
 /// How a type stores its scale, for the error of a rounded key.
 pub(super) struct Coarseness {
@@ -75,45 +83,43 @@ impl CellsView {
     }
 }
 
-/// Which result a query counts for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Target {
-    Observed,
-    Future,
-}
-
 /// A chunk of queries in one layer's graph.
 pub(super) struct QuerySet {
-    /// Query heads at once: 1, or whole groups.
-    heads: usize,
-    q: Tensor,    // [d, n, n_head]
+    data: Tensor, // [d, n_head, n] f16
     mask: Tensor, // [n_kv - first, n], NULL if every query sees every cell
     first: usize,
-    pub(super) weights: Tensor, // [1, n * heads of a group, KV heads]
-    errors: Tensor,             // [n_block, n, n_head], NULL without coarseness
+    pub(super) n: usize,
+    /// Its first query among those of its kind.
+    start: usize,
 }
 
-/// How much one graph does at once.
+/// How much one node does at once.
 #[derive(Clone, Copy)]
 pub(super) struct Grain {
-    /// Queries.
-    pub queries: usize,
-    /// Query heads in one node: 1, or whole groups of them.
-    pub heads: usize,
-    /// KV heads whose keys and values are measured in one node.
+    /// Columns of a product: queries times query heads of a KV head.
+    pub columns: usize,
+    /// KV heads whose keys meet queries.
     pub kv_heads: usize,
-    /// Cells whose keys and values are measured.
+    /// Cells whose keys and values are measured, of all heads.
     pub cells: usize,
 }
 
 impl Grain {
-    /// All heads at once, and as much else as fits into `room` bytes.
-    pub fn on_device(layer: &sys::gvote_shim_layer, n_kv: usize, room: usize) -> Self {
-        let (heads, kv_heads) = (layer.n_head as usize, layer.n_head_kv as usize);
-        let query = heads * n_kv.max(1) * size_of::<f32>();
-        // as f32, of length 1, and transposed
-        let cell = 3 * kv_heads * layer.n_embd_head_k.max(layer.n_embd_head_v) as usize * size_of::<f32>();
-        Self { queries: (room / query).max(1), heads, kv_heads, cells: (room / cell).max(1) }
+    /// A few queries of one head, and cells that stay in the CPU's cache.
+    pub fn on_host(layer: &sys::gvote_shim_layer) -> Self {
+        Self { columns: HOST_COLUMNS, kv_heads: 1, cells: (HOST_CELLS / layer.n_head_kv as usize).max(1) }
+    }
+
+    /// As much as fits into `room` bytes, of at most `n_query` queries at once.
+    pub fn on_device(layer: &sys::gvote_shim_layer, n_kv: usize, n_query: usize, room: usize) -> Self {
+        let n_head_kv = layer.n_head_kv as usize;
+        let d = layer.n_embd_head_k.max(layer.n_embd_head_v) as usize;
+        let number = n_kv.max(1) * size_of::<f32>();
+        let all = n_query.max(1) * (layer.n_head / layer.n_head_kv) as usize;
+        // the keys of a head are turned into f32 on the way
+        let columns = (room / number).saturating_sub(d).clamp(1, all);
+        let kv_heads = (room / (number * (columns + d))).clamp(1, n_head_kv);
+        Self { columns, kv_heads, cells: (room / (n_head_kv * d * size_of::<f32>())).max(1) }
     }
 }
 
@@ -133,183 +139,142 @@ pub(super) struct LayerGraph<'a> {
 // SAFETY: the layer's tensors are only read, and no one writes to the cache while it is scored.
 unsafe impl Sync for LayerGraph<'_> {}
 
+/// Tensors of one chunk of queries for some KV heads, at most.
+const CHUNK_NODES: usize = 48;
+/// Tensors of one chunk of queries, at most; of one chunk of cells; and what else there is.
+const SET_NODES: usize = 8;
+const CELLS_NODES: usize = 40;
+const OTHER_NODES: usize = 24;
+
 impl LayerGraph<'_> {
     /// The scores of each KV head, in place of what `scores` holds.
-    pub fn compute(&self, device: &mut Device, needs: Needs, scores: &mut Vec<CellScores>) -> Result<(), ComputeError> {
-        scores.resize_with(self.layer.n_head_kv as usize, CellScores::default);
-        scores.iter_mut().for_each(CellScores::clear);
+    pub fn compute(&self, device: &mut Device, needs: Needs, scores: &mut LayerScores) -> Result<(), ComputeError> {
+        let LayerQueries { observed, future, .. } = &self.queries;
+        let rows = Rows::new(self.view.n_kv, self.n_head_kv(), needs, self.group() * future.pos.len());
+        scores.rows = rows;
+        scores.data.resize(device, rows.n * rows.n_kv)?;
+
+        let n_sets = (observed.pos.len() + future.pos.len()).div_ceil(self.queries_at_once()) + 1;
+        let head_chunks = rows.heads.div_ceil(self.grain.kv_heads);
+        let cell_chunks = rows.n_kv.div_ceil(self.grain.cells);
+        let n_nodes =
+            n_sets * (SET_NODES + head_chunks * CHUNK_NODES) + cell_chunks * CELLS_NODES + head_chunks * 8 + OTHER_NODES;
+        let mut b = Builder::new(n_nodes)?;
+        let mut out = b.results(rows.n_kv, rows.n);
+        let none = Block::default();
         if needs.observed {
-            self.add(device, scores, Target::Observed, Needs { each: false, ..needs })?;
+            self.look(&mut b, &mut out, observed, rows.observed, rows.fourth_powers, none);
         }
         if needs.future || needs.each {
-            self.add(device, scores, Target::Future, Needs { fourth_powers: false, ..needs })?;
+            self.look(&mut b, &mut out, future, rows.future, none, rows.each);
         }
+        if needs.value_norm {
+            self.measure_values(&mut b, &mut out, rows.value_norm);
+        }
+        if needs.key_similarity {
+            self.compare_keys(&mut b, &mut out, rows.key_similarity);
+        }
+        b.compute(device)?;
+        read(&mut scores.data, out.tensor);
         if needs.expected {
             self.expect(device, scores)?;
         }
-        if needs.value_norm || needs.key_similarity {
-            self.measure_keys(device, scores, needs)?;
-        }
         Ok(())
     }
 
-    /// Adds up the mean probabilities under all queries of one kind, and notes `each` of them if asked to.
-    fn add(
+    /// Where the queries look: their mean probabilities, and where they are asked for, the sum of the fourth powers and each of
+    /// them.
+    fn look<'b>(
         &self,
-        device: &mut Device,
-        scores: &mut [CellScores],
-        target: Target,
-        needs: Needs,
-    ) -> Result<(), ComputeError> {
-        let queries = match target {
-            Target::Observed => &self.queries.observed,
-            Target::Future => &self.queries.future,
-        };
-        let (n_kv, n_query) = (self.view.n_kv, queries.pos.len());
-        let n_q = (self.layer.n_head * self.layer.n_embd_head_k) as usize;
-        let group = (self.layer.n_head / self.layer.n_head_kv) as usize;
-        let weight = 1.0 / (n_query * group) as f32;
-        for score in &mut *scores {
-            score.target(target).resize(n_kv, 0.0);
-            if needs.each {
-                score.each.resize(group * n_query * n_kv, 0.0);
-            }
-            if needs.fourth_powers {
-                score.fourth_powers.resize(n_kv, 0.0);
-            }
-        }
-        for (i, (pos, data)) in
-            queries.pos.chunks(self.grain.queries).zip(queries.data.chunks(self.grain.queries * n_q)).enumerate()
-        {
-            // a query head's chain has at most 16 nodes and views; inputs and K views come on top
-            let mut b = Builder::new(self.layer.n_head as usize * 16 + self.layer.n_head_kv as usize * 8 + 40)?;
-            let set = self.query_set(&mut b, target, pos, data, weight, self.grain.heads);
-            let heads_out = self.grain.heads.div_ceil(group);
-            let outputs: Vec<_> = (0..self.layer.n_head_kv as usize)
-                .step_by(heads_out)
-                .map(|kv| self.add_heads(&mut b, &set, kv, group, needs))
-                .collect();
-            b.compute(device)?;
-
-            let row = &mut device.scratch;
-            row.resize(heads_out * n_kv, 0.0);
-            for (scores, outputs) in scores.chunks_mut(heads_out).zip(outputs) {
-                read(row, outputs.mean);
-                for (score, row) in scores.iter_mut().zip(row.chunks(n_kv)) {
-                    score.target(target).iter_mut().zip(row).for_each(|(to, x)| *to += x);
-                }
-                if needs.fourth_powers {
-                    read(row, outputs.fourth_powers);
-                    for (score, row) in scores.iter_mut().zip(row.chunks(n_kv)) {
-                        score.fourth_powers.iter_mut().zip(row).for_each(|(to, x)| *to += x / weight);
+        b: &mut Builder<'b>,
+        out: &mut Results,
+        queries: &'b Queries,
+        mean: Block,
+        fourth_powers: Block,
+        each: Block,
+    ) {
+        let group = self.group();
+        let weight = 1.0 / (queries.pos.len() * group) as f32;
+        let sets = self.query_sets(b, queries);
+        let columns = sets.iter().map(|set| set.n).max().unwrap_or(0) * group;
+        let kv_heads = self.grain.kv_heads;
+        let weights = b.input([1, columns, kv_heads], vec![weight; columns * kv_heads]);
+        for (kv, kv_heads) in self.head_chunks() {
+            let k = self.k_rows(b, kv, kv_heads);
+            let errors = self.error_view(b, kv, kv_heads);
+            for set in &sets {
+                let (logits, scale) = self.logits(b, set, k, errors, kv);
+                // SAFETY: a contiguous tensor of this context.
+                let p = unsafe { sys::ggml_soft_max_ext_inplace(b.ctx, logits, std::ptr::null_mut(), scale, 0.0) };
+                b.run(p);
+                if each.of_head > 0 {
+                    for head in 0..kv_heads * group {
+                        let row = each.first + (kv * group + head) * queries.pos.len() + set.start;
+                        let block = self.block_of(b, p, set, head);
+                        b.write(out, row, block);
                     }
                 }
-                let block = pos.len() * n_kv;
-                for (head, (p, at)) in outputs.each.into_iter().enumerate() {
-                    let first = (head % group * n_query + i * self.grain.queries) * n_kv;
-                    read_at(&mut scores[head / group].each[first..first + block], p, at * block);
+                let sum = self.sum_over_queries(b, p, weights);
+                b.write(out, mean.at(kv), sum);
+                if fourth_powers.of_head > 0 {
+                    // SAFETY: p is read for the last time.
+                    let powers = unsafe {
+                        let powers = sys::ggml_sqr_inplace(b.ctx, sys::ggml_sqr_inplace(b.ctx, p));
+                        sys::ggml_scale_inplace(b.ctx, self.sum_over_queries(b, powers, weights), 1.0 / weight)
+                    };
+                    b.write(out, fourth_powers.at(kv), powers);
                 }
             }
         }
-        Ok(())
     }
 
-    /// The results of the KV head `kv`, or of as many from it on as the grain has, for one set of queries.
-    fn add_heads(&self, b: &mut Builder, set: &QuerySet, kv: usize, group: usize, needs: Needs) -> Outputs {
-        let kv_heads = set.heads.div_ceil(group);
-        let k = self.k_rows(b, kv, kv_heads, 0, self.view.n_kv);
-        let errors = self.error_view(b, kv, kv_heads);
-        let mut out = Outputs::default();
-        for head in (kv * group..(kv + kv_heads) * group).step_by(set.heads) {
-            let p = self.probabilities(b, set, k, errors, head);
-            if needs.each {
-                // p is a view: the memory that must stay is its source's
-                // SAFETY: the source belongs to this context.
-                unsafe { sys::ggml_set_output((*p).view_src) };
-                b.output(p);
-                out.each.extend((0..set.heads).map(|at| (p, at)));
+    pub(super) fn n_head_kv(&self) -> usize {
+        self.layer.n_head_kv as usize
+    }
+
+    /// Query heads of a KV head.
+    pub(super) fn group(&self) -> usize {
+        (self.layer.n_head / self.layer.n_head_kv) as usize
+    }
+
+    fn queries_at_once(&self) -> usize {
+        (self.grain.columns / self.group()).max(1)
+    }
+
+    /// The KV heads that are worked on at once: the first one, and how many.
+    pub(super) fn head_chunks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (n, at_once) = (self.n_head_kv(), self.grain.kv_heads);
+        (0..n).step_by(at_once).map(move |first| (first, at_once.min(n - first)))
+    }
+
+    pub(super) fn query_sets<'b>(&self, b: &mut Builder<'b>, queries: &'b Queries) -> Vec<QuerySet> {
+        let (d, n_head) = (self.layer.n_embd_head_k as usize, self.layer.n_head as usize);
+        let at_once = self.queries_at_once();
+        let chunks = queries.pos.chunks(at_once).zip(queries.data.chunks(at_once * d * n_head)).enumerate();
+        let set = |(i, (pos, data)): (usize, (&[Pos], &'b [f16]))| {
+            let n = pos.len();
+            let Mask { first, data: mask } = self.view.mask(pos);
+            let n_newest = self.view.n_kv - first;
+            QuerySet {
+                data: b.halves([d, n_head, n], data),
+                mask: if n_newest > 0 { b.input([n_newest, n, 1], mask) } else { std::ptr::null_mut() },
+                first,
+                n,
+                start: i * at_once,
             }
-            let mean = self.sum_over_queries(b, p, set, kv_heads);
-            out.mean = b.sum(out.mean, mean);
-            if needs.fourth_powers {
-                // SAFETY: p is read for the last time.
-                let powers = unsafe { sys::ggml_sqr_inplace(b.ctx, sys::ggml_sqr_inplace(b.ctx, p)) };
-                let powers = self.sum_over_queries(b, powers, set, kv_heads);
-                out.fourth_powers = b.sum(out.fourth_powers, powers);
-            }
-        }
-        out
-    }
-
-    /// The weighted sum of `p` `[n_kv, n_query, heads]` over the queries and the heads of each group. `[n_kv, 1, kv_heads]`
-    fn sum_over_queries(&self, b: &Builder, p: Tensor, set: &QuerySet, kv_heads: usize) -> Tensor {
-        // SAFETY: p is contiguous; shapes [n_kv, n, heads] and [1, n, heads] give [n_kv, 1, heads].
-        unsafe {
-            let [n_kv, n_query, heads, _] = (*p).ne;
-            let n = n_query * heads / kv_heads as i64;
-            sys::ggml_out_prod(b.ctx, sys::ggml_reshape_3d(b.ctx, p, n_kv, n, kv_heads as i64), set.weights)
-        }
-    }
-
-    /// `data`: `[n_query][n_head][d]`; `heads`: query heads at once.
-    pub(super) fn query_set<'a>(
-        &self,
-        b: &mut Builder<'a>,
-        target: Target,
-        pos: &[Pos],
-        data: &'a [f16],
-        weight: f32,
-        heads: usize,
-    ) -> QuerySet {
-        let n = pos.len();
-        let d = self.layer.n_embd_head_k as usize;
-        let n_head = self.layer.n_head as usize;
-        let data = b.halves([d, n_head, n], data);
-        // SAFETY: shapes as noted; every tensor belongs to this context.
-        let (q, errors) = unsafe {
-            let by_head = sys::ggml_permute(b.ctx, data, 0, 2, 1, 3);
-            let q = sys::ggml_cast(b.ctx, by_head, sys::GGML_TYPE_F32); // [d, n, n_head]
-            let errors = self.coarseness.as_ref().map_or(std::ptr::null_mut(), |c| {
-                // v/2 in units of the unscaled logit, so that one scale serves both: see the module's docs
-                let factor = self.queries.scale.post * self.queries.scale.pre * c.variance / 2.0;
-                let (size, n_block) = (c.block_size as i64, (d / c.block_size) as i64);
-                let blocks = sys::ggml_reshape_2d(b.ctx, q, size, n_block * (n * n_head) as i64);
-                let squares = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr(b.ctx, blocks));
-                let squares = sys::ggml_scale(b.ctx, squares, factor);
-                sys::ggml_reshape_3d(b.ctx, squares, n_block, n as i64, n_head as i64)
-            });
-            (q, errors)
         };
-        let mask = match target {
-            Target::Observed => self.view.mask(pos),
-            Target::Future => self.view.mask(&vec![Pos::MAX; n]),
-        };
-        let first = mask.first;
-        let kv_heads = heads.div_ceil(n_head / self.layer.n_head_kv as usize);
-        let n_weights = n * heads / kv_heads;
-        QuerySet {
-            heads,
-            q,
-            mask: if first < self.view.n_kv {
-                b.input([self.view.n_kv - first, n, 1], mask.data)
-            } else {
-                std::ptr::null_mut()
-            },
-            first,
-            weights: b.input([1, n_weights, kv_heads], vec![weight; n_weights * kv_heads]),
-            errors,
-        }
+        chunks.map(set).collect()
     }
 
-    /// The part of K that belongs to `kv_heads` heads from `kv` on, in `n` cells from `first` on. `[d, n, kv_heads]` of K's type
-    pub(super) fn k_rows(&self, b: &Builder, kv: usize, kv_heads: usize, first: usize, n: usize) -> Tensor {
+    /// The part of K that belongs to `kv_heads` heads from `kv` on. `[d, n_kv, kv_heads]` of K's type
+    pub(super) fn k_rows(&self, b: &Builder, kv: usize, kv_heads: usize) -> Tensor {
         let d = i64::from(self.layer.n_embd_head_k);
         // SAFETY: the view stays inside K's storage: cells of one stream, some heads of each row.
         unsafe {
             let k = self.layer.k;
             let head = sys::ggml_row_size((*k).type_, d);
-            let offset = self.stream * (*k).nb[2] + first * (*k).nb[1] + kv * head;
-            sys::ggml_view_3d(b.ctx, k, d, n as i64, kv_heads as i64, (*k).nb[1], head, offset)
+            let offset = self.stream * (*k).nb[2] + kv * head;
+            sys::ggml_view_3d(b.ctx, k, d, self.view.n_kv as i64, kv_heads as i64, (*k).nb[1], head, offset)
         }
     }
 
@@ -338,41 +303,27 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// Softmax over all cells of the logits of as many query heads as the set has at once. `[n_kv, n_query, heads]`
-    fn probabilities(&self, b: &mut Builder, set: &QuerySet, k: Tensor, errors: Tensor, head: usize) -> Tensor {
-        let (kq, scale) = self.logits(b, set, k, errors, head);
-        // SAFETY: a contiguous tensor of this context.
-        let p = unsafe { sys::ggml_soft_max_ext_inplace(b.ctx, kq, std::ptr::null_mut(), scale, 0.0) };
-        b.run(p)
-    }
-
-    /// The logits of as many query heads as the set has at once, from `head` on, still to be multiplied by the scale.
-    /// `[n_kv, n_query, heads]`
-    pub(super) fn logits(
-        &self,
-        b: &mut Builder,
-        set: &QuerySet,
-        k: Tensor,
-        errors: Tensor,
-        head: usize,
-    ) -> (Tensor, f32) {
-        let (ctx, heads) = (b.ctx, set.heads);
-        let heads_of = |t: Tensor| {
-            // SAFETY: some matrices of a contiguous 3d input.
-            unsafe {
-                let [ne0, ne1, ..] = (*t).ne;
-                let [_, nb1, nb2, _] = (*t).nb;
-                sys::ggml_view_3d(ctx, t, ne0, ne1, heads as i64, nb1, nb2, head * nb2)
-            }
-        };
+    /// The logits of the queries of `set` that belong to the KV heads from `kv` on, whose keys `k` are, still to be multiplied by
+    /// the scale. `[n_kv, n * group, kv_heads]`
+    pub(super) fn logits(&self, b: &mut Builder, set: &QuerySet, k: Tensor, errors: Tensor, kv: usize) -> (Tensor, f32) {
+        let (n, group) = (set.n as i64, self.group() as i64);
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
-            let kq = sys::ggml_mul_mat(b.ctx, k, heads_of(set.q)); // [n_kv, n, heads]
+            let [d, _, kv_heads, _] = (*k).ne;
+            let n_head = group * kv_heads;
+            let [_, nb1, nb2, _] = (*set.data).nb;
+            let own = sys::ggml_view_3d(b.ctx, set.data, d, n_head, n, nb1, nb2, kv * group as usize * nb1);
+            let by_head = sys::ggml_permute(b.ctx, own, 0, 2, 1, 3);
+            let floats = sys::ggml_cast(b.ctx, by_head, sys::GGML_TYPE_F32); // [d, n, n_head]
+            let q = sys::ggml_reshape_3d(b.ctx, floats, d, n * group, kv_heads);
+            let kq = sys::ggml_mul_mat(b.ctx, k, q);
             // as attention does
             sys::ggml_mul_mat_set_prec(kq, sys::GGML_PREC_F32);
             let mut kq = b.run(kq);
-            if !errors.is_null() {
-                let error = sys::ggml_mul_mat(b.ctx, errors, heads_of(set.errors)); // [n_kv, n, heads]
+            if let Some(c) = &self.coarseness
+                && !errors.is_null()
+            {
+                let error = sys::ggml_mul_mat(b.ctx, errors, self.squares(b, q, c));
                 kq = sys::ggml_add_inplace(b.ctx, kq, error);
                 b.run(kq);
             }
@@ -386,28 +337,50 @@ impl LayerGraph<'_> {
             }
             if !set.mask.is_null() {
                 // only the newest cells can be hidden from a query: the rest of the block is not touched
-                let [_, nb1, nb2, _] = (*kq).nb;
-                let [n_newest, n, ..] = (*set.mask).ne;
+                let nb1 = (*kq).nb[1];
+                let n_newest = (*set.mask).ne[0];
                 let offset = set.first * size_of::<f32>();
-                let newest = sys::ggml_view_3d(b.ctx, kq, n_newest, n, heads as i64, nb1, nb2, offset);
+                let newest = sys::ggml_view_3d(b.ctx, kq, n_newest, n, n_head, nb1, nb1 * set.n, offset);
                 let masked = sys::ggml_add_inplace(b.ctx, newest, set.mask);
                 b.run(masked);
             }
             (kq, scale)
         }
     }
-}
 
-/// What some KV heads give for one set of queries. Weighted sums over their query heads and the set `[n_kv, 1, kv_heads]`, and
-/// where the probabilities of each query head are: the tensor, and the block in it.
-struct Outputs {
-    mean: Tensor,
-    fourth_powers: Tensor,
-    each: Vec<(Tensor, usize)>,
-}
+    /// Half the variance of a logit for a key of scale 1, in units of the unscaled logit so that one scale serves both: see the
+    /// module's docs. `q` `[d, n, heads]` gives `[n_block, n, heads]`
+    fn squares(&self, b: &Builder, q: Tensor, c: &Coarseness) -> Tensor {
+        let factor = self.queries.scale.post * self.queries.scale.pre * c.variance / 2.0;
+        // SAFETY: shapes as noted; every tensor belongs to this context.
+        unsafe {
+            let [d, n, heads, _] = (*q).ne;
+            let n_block = d / c.block_size as i64;
+            let blocks = sys::ggml_reshape_2d(b.ctx, q, c.block_size as i64, n_block * n * heads);
+            let squares = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr(b.ctx, blocks));
+            let squares = sys::ggml_scale(b.ctx, squares, factor);
+            sys::ggml_reshape_3d(b.ctx, squares, n_block, n, heads)
+        }
+    }
 
-impl Default for Outputs {
-    fn default() -> Self {
-        Self { mean: std::ptr::null_mut(), fourth_powers: std::ptr::null_mut(), each: Vec::new() }
+    /// The sum of `p` `[n_kv, n * group, kv_heads]` over the queries of each KV head, with as many `weights` as there are of them.
+    /// `[n_kv, 1, kv_heads]`
+    fn sum_over_queries(&self, b: &Builder, p: Tensor, weights: Tensor) -> Tensor {
+        // SAFETY: p is contiguous; there are weights for the largest set.
+        unsafe {
+            let [_, n, kv_heads, _] = (*p).ne;
+            let [_, nb1, nb2, _] = (*weights).nb;
+            sys::ggml_out_prod(b.ctx, p, sys::ggml_view_3d(b.ctx, weights, 1, n, kv_heads, nb1, nb2, 0))
+        }
+    }
+
+    /// What is one query head's, the `head`-th, of `p` `[n_kv, n * group, kv_heads]`. `[n_kv, n]`
+    fn block_of(&self, b: &Builder, p: Tensor, set: &QuerySet, head: usize) -> Tensor {
+        // SAFETY: p is contiguous.
+        unsafe {
+            let [n_kv, ..] = (*p).ne;
+            let row = (*p).nb[1];
+            sys::ggml_view_2d(b.ctx, p, n_kv, set.n as i64, row, head * set.n * row)
+        }
     }
 }
