@@ -3,6 +3,7 @@
 #include "shim.hpp"
 
 #include <algorithm>
+#include <limits>
 
 namespace {
 
@@ -58,15 +59,18 @@ struct parked_cache {
     llama_kv_cells before; // what comes back in the end, whatever failed half-way
     std::vector<evicted_cell> evicted;
 
-    void guard(llama_seq_id seq) {
+    bool is_window; // cells that left the window are overwritten, so all of them are guarded
+
+    // Guards the cells of `seq` at positions p0..p1, or all that are in use. Owners are kept in trees: a cell that neither
+    // needs nor has a guard costs nothing.
+    void guard(llama_seq_id seq, llama_pos p0, llama_pos p1) {
         llama_kv_cells & cells = cells_of(*kv, seq);
         for (uint32_t i = 0; i < cells.size(); ++i) {
-            if (cells.is_empty(i)) {
+            if (cells.is_empty(i) || cells.seq_has(i, GUARD)) {
                 continue;
             }
-            cells.seq_add(i, GUARD);
-            if (cells.seq_has(i, seq)) {
-                cells.seq_add(i, PARKED);
+            if (is_window || (cells.seq_has(i, seq) && cells.pos_in(i, p0, p1))) {
+                cells.seq_add(i, GUARD);
             }
         }
     }
@@ -77,9 +81,10 @@ struct parked_cache {
             if (cells.is_empty(i)) {
                 continue;
             }
-            if (!cells.seq_has(i, GUARD)) {
+            const bool came_in = is_window ? !cells.seq_has(i, GUARD) : before.is_empty(i);
+            if (came_in) {
                 cells.rm(i);
-            } else if (cells.seq_has(i, PARKED) && !cells.seq_has(i, seq)) {
+            } else if (before.seq_has(i, seq) && !cells.seq_has(i, seq)) {
                 cells.seq_add(i, seq);
             }
         }
@@ -150,15 +155,14 @@ const char * gvote_shim_park(llama_context * ctx, llama_seq_id seq, uint32_t n_w
         parked->seq = seq;
         for (llama_kv_cache * kv : { base_cache(ctx), window_cache(ctx) }) {
             if (kv != nullptr) {
-                parked->caches.push_back({ kv, head_of(*kv, seq), kv->get_cells(seq), {} });
+                const bool is_window = !parked->caches.empty();
+                parked->caches.push_back({ kv, head_of(*kv, seq), kv->get_cells(seq), {}, is_window });
             }
         }
         try {
             if (parked->caches.size() > 1) {
                 parked->caches[1].make_room(ctx->get_model().hparams, seq, n_window);
-            }
-            for (auto & cache : parked->caches) {
-                cache.guard(seq);
+                parked->caches[1].guard(seq, 0, 0);
             }
         } catch (...) {
             parked->let_go();
@@ -169,13 +173,18 @@ const char * gvote_shim_park(llama_context * ctx, llama_seq_id seq, uint32_t n_w
     });
 }
 
-void gvote_shim_parked_hide(gvote_shim_parked * parked, llama_pos p0, llama_pos p1, bool window) {
-    for (auto & cache : parked->caches) {
-        cache.kv->seq_rm(parked->seq, p0, p1);
-        if (!window) {
-            break;
+const char * gvote_shim_parked_hide(gvote_shim_parked * parked, llama_pos p0, llama_pos p1, bool window) {
+    return guarded([&]() -> const char * {
+        const llama_pos end = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+        parked->caches[0].guard(parked->seq, p0, end);
+        for (auto & cache : parked->caches) {
+            cache.kv->seq_rm(parked->seq, p0, p1);
+            if (!window) {
+                break;
+            }
         }
-    }
+        return nullptr;
+    });
 }
 
 const char * gvote_shim_parked_reset(gvote_shim_parked * parked) {

@@ -35,8 +35,8 @@ const char * gvote_shim_cache_open(llama_context * ctx, llama_seq_id seq, gvote_
         if (!ctx->get_cparams().causal_attn) {
             return "attention is not causal: every token sees those that follow it";
         }
-        if (kv->get_n_seq_max() > (uint32_t) PARKED) {
-            return "n_seq_max leaves no owner of cells for gvote: lower it by two";
+        if (kv->get_n_seq_max() > (uint32_t) GUARD) {
+            return "n_seq_max leaves no owner of cells for gvote: lower it by one";
         }
         if (seq < 0 || (uint32_t) seq >= kv->get_n_seq_max()) {
             return "no such sequence: raise n_seq_max";
@@ -152,7 +152,7 @@ uint32_t gvote_shim_owners(llama_context * ctx, const int64_t * index, uint32_t 
         }
     }
     uint32_t n_owners = 0;
-    for (llama_seq_id s = 0; s < PARKED; ++s) {
+    for (llama_seq_id s = 0; s < GUARD; ++s) {
         if (owners.test(s)) {
             out[n_owners++] = s;
         }

@@ -103,9 +103,9 @@ enum ggml_status gvote_shim_graph_compute(ggml_backend_t backend, struct ggml_cg
 // Applies what llama.cpp has put off until the next batch: shifts of positions, copies between streams.
 void gvote_shim_update(struct llama_context * ctx);
 
-// A sequence whose cells are held by an owner of gvote's own, in every cache of the context. Whatever is done to the sequence
-// meanwhile is an experiment: unparking brings back every cell, and frees those that came in. Until then no cell that was in
-// use is overwritten, of whichever sequence.
+// A sequence whose cells are known as they were, in every cache of the context. Whatever is done to the sequence meanwhile is an
+// experiment: unparking brings back every cell, and frees those that came in. Until then no cell that was in use is overwritten,
+// of whichever sequence.
 struct gvote_shim_parked;
 
 // `n_window`: cells that a window cache shall be able to give meanwhile. Where it has no more of them, cells outside of the
@@ -113,8 +113,9 @@ struct gvote_shim_parked;
 const char * gvote_shim_park(
         struct llama_context * ctx, llama_seq_id seq, uint32_t n_window, struct gvote_shim_parked ** out);
 
-// Takes the cells at positions p0..p1 away from the sequence: in the attention cache, and in a window cache if `window`.
-void gvote_shim_parked_hide(struct gvote_shim_parked * parked, llama_pos p0, llama_pos p1, bool window);
+// Takes the cells at positions p0..p1 away from the sequence: in the attention cache, and in a window cache if `window`. Where it
+// fails, they all stay.
+const char * gvote_shim_parked_hide(struct gvote_shim_parked * parked, llama_pos p0, llama_pos p1, bool window);
 
 // Brings back what is hidden, and frees what came in. After a failure there is no experiment any more: unpark.
 const char * gvote_shim_parked_reset(struct gvote_shim_parked * parked);

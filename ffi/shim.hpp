@@ -32,16 +32,15 @@ template <typename Name, auto Member> struct reveal {
 GVOTE_REVEAL(llama_kv_cache, v_heads);
 GVOTE_REVEAL(llama_context, gf_res_prev_active);
 
-// Owners of cells that no batch can have: llama.cpp numbers sequences up to LLAMA_MAX_SEQ and takes batches for n_seq_max of
-// them. A cell with two owners is never overwritten, even where it has left its sequence's window.
-constexpr llama_seq_id GUARD  = LLAMA_MAX_SEQ - 1; // the cell was in use when something was parked
-constexpr llama_seq_id PARKED = LLAMA_MAX_SEQ - 2; // it belongs to the parked sequence
+// An owner of cells that no batch can have: llama.cpp numbers sequences up to LLAMA_MAX_SEQ and takes batches for n_seq_max of
+// them. A cell with two owners is never overwritten, even where it has left its sequence's window, and one that its sequence has
+// lost is not free.
+constexpr llama_seq_id GUARD = LLAMA_MAX_SEQ - 1;
 
 int owners_beside(const llama_kv_cells & cells, uint32_t i, llama_seq_id seq) {
     auto owners = cells.seq_get_all(i);
     owners.reset(seq);
     owners.reset(GUARD);
-    owners.reset(PARKED);
     return owners.count();
 }
 

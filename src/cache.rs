@@ -162,17 +162,24 @@ impl<'a> Parked<'a> {
     }
 
     /// Takes the cells at `positions` away from the sequence; those of a window cache stay.
-    pub fn hide(&mut self, positions: Range<Pos>) {
-        if !positions.is_empty() {
-            // SAFETY: the sequence is parked; llama.cpp checks the rest.
-            unsafe { sys::gvote_shim_parked_hide(self.raw.as_ptr(), positions.start, positions.end, false) };
+    ///
+    /// # Errors
+    /// [`CacheError`] when memory runs out; nothing is hidden then.
+    pub fn hide(&mut self, positions: Range<Pos>) -> Result<(), CacheError> {
+        if positions.is_empty() {
+            return Ok(());
         }
+        // SAFETY: the sequence is parked; llama.cpp checks the rest.
+        unsafe { ok(sys::gvote_shim_parked_hide(self.raw.as_ptr(), positions.start, positions.end, false)) }
     }
 
     /// Takes every cell from position `p0` on away from the sequence, in all layers.
-    pub fn hide_from(&mut self, p0: Pos) {
+    ///
+    /// # Errors
+    /// As [`Self::hide`].
+    pub fn hide_from(&mut self, p0: Pos) -> Result<(), CacheError> {
         // SAFETY: the sequence is parked; -1 is an open end.
-        unsafe { sys::gvote_shim_parked_hide(self.raw.as_ptr(), p0, -1, true) };
+        unsafe { ok(sys::gvote_shim_parked_hide(self.raw.as_ptr(), p0, -1, true)) }
     }
 
     /// Ends an experiment: what was hidden is back, what came in is gone.

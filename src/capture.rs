@@ -39,7 +39,7 @@ use self::record::Record;
 pub(crate) use self::record::Seen;
 pub(crate) use self::state::{Captured, Restored};
 use self::watch::Watch;
-use crate::backend::{ComputeError, Devices};
+use crate::backend::{ComputeError, Devices, HostMemory};
 use crate::cache::{CacheError, Layout};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
@@ -139,7 +139,7 @@ struct Inner {
     /// What is wanted of the ubatch in work.
     reads: Reads,
     devices: Devices,
-    scratch: Vec<u8>,
+    scratch: HostMemory,
 }
 
 /// Reads what the forward passes of a context tell, sequence by sequence.
@@ -178,7 +178,7 @@ impl Capture {
                 records: BTreeMap::new(),
                 reads: Reads::default(),
                 devices: Devices::new(ctx.n_threads_batch()),
-                scratch: Vec::new(),
+                scratch: HostMemory::default(),
             },
         }
     }

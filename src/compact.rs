@@ -65,6 +65,14 @@ impl Moves<'_> {
         let place = self.from.as_ref().map_or(c, |from| from[c] as usize);
         self.cells[place].index as usize
     }
+
+    /// The cells that give, in order.
+    fn sources(&self, out: &mut Vec<u32>) {
+        match &self.from {
+            Some(from) => out.extend(from.iter().map(|&place| self.cells[place as usize].index)),
+            None => out.extend(self.cells[..self.to.len()].iter().map(|cell| cell.index)),
+        }
+    }
 }
 
 /// What [`Moves::from`] is for a head, over all layers.
@@ -230,18 +238,7 @@ fn move_rows(
     let n_layer = layout.n_layer();
     let n_threads = n_threads.clamp(1, n_layer);
     if !layout.is_host() {
-        // the device works on one layer after another, but the lists of rows take the host longer
-        for (i, layers) in layout.layers.chunks(n_threads).enumerate() {
-            let moves: Vec<Vec<Moves>> = std::thread::scope(|scope| {
-                let layers = i * n_threads..i * n_threads + layers.len();
-                let running: Vec<_> = layers.map(|il| scope.spawn(move || moves_of(il))).collect();
-                running.into_iter().map(|thread| thread.join().expect("a list of rows does not panic")).collect()
-            });
-            for (layer, moves) in layers.iter().zip(&moves) {
-                mover.move_layer(layout, layer, moves, ascending);
-            }
-        }
-        return;
+        return mover.move_layers(layout, moves_of, ascending, n_threads);
     }
     let per_thread = n_layer.div_ceil(n_threads);
     let move_layers = |first: usize| {

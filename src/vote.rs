@@ -135,17 +135,22 @@ pub(crate) struct Vote<'a> {
 }
 
 impl Vote<'_> {
-    fn enter(&mut self, stage: Stage) -> Result<(), VoteError> {
-        match (self.progress)(stage) {
-            ControlFlow::Continue(()) if !self.ctx.is_cancelled() => Ok(()),
-            _ => Err(LlamaError::Cancelled.into()),
-        }
+    fn enter(&self, stage: Stage) -> Result<(), VoteError> {
+        enter(self.ctx, self.progress, stage)
     }
+}
 
-    /// Tokens computed at once.
-    fn chunk(&self) -> usize {
-        self.ctx.n_ubatch().min(self.ctx.n_batch())
+/// Says what comes next, and hears whether it shall.
+fn enter(ctx: &Context, progress: &dyn Fn(Stage) -> ControlFlow<()>, stage: Stage) -> Result<(), VoteError> {
+    match progress(stage) {
+        ControlFlow::Continue(()) if !ctx.is_cancelled() => Ok(()),
+        _ => Err(LlamaError::Cancelled.into()),
     }
+}
+
+/// Tokens computed at once.
+fn chunk(ctx: &Context) -> usize {
+    ctx.n_ubatch().min(ctx.n_batch())
 }
 
 /// Decodes `tokens` at the positions from `first` on, `at_once` in a batch, and gives `each(i, logits)` the next-token logits

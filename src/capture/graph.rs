@@ -259,6 +259,7 @@ impl Inner {
             || d as usize != head_size
             || heads as usize != n_head
             || q.0.nb[0] != size_of::<f32>()
+            || q.0.nb.iter().any(|stride| stride % size_of::<f32>() != 0)
         {
             return Err(q.shape_error());
         }
@@ -268,14 +269,15 @@ impl Inner {
         let Some(first) = wanted.iter().map(|w| token_at(w.row)).min() else { return Ok(()) };
         let last = wanted.iter().map(|w| token_at(w.row)).max().unwrap_or(first);
         // one transfer: a device answers many small ones slowly
-        let mut scratch = std::mem::take(&mut self.scratch);
-        scratch.resize(last - first + (n_head - 1) * q.0.nb[2] + head_size * size_of::<f32>(), 0);
-        q.get(first, &mut scratch);
+        let (scratch, float) = (&mut self.scratch, size_of::<f32>());
+        // SAFETY: a node that has been computed has a buffer.
+        let device = unsafe { self.devices.at(q.buffer())? };
+        scratch.resize(device, (last - first + (n_head - 1) * q.0.nb[2]) / float + head_size)?;
+        q.get_floats(first, scratch);
         if let Mode::Replay(_, queries) = &mut self.mode {
             queries[layer].data.resize(wanted.len() * n_q, f16::ZERO);
             queries[layer].pos = wanted.iter().map(|w| w.pos).collect();
         }
-        let mut floats = Vec::with_capacity(head_size);
         for Wanted { row, seq, slot, pos } in wanted {
             let out = match &mut self.mode {
                 Mode::Probe(probe) => &mut probe.queries[layer],
@@ -287,14 +289,10 @@ impl Inner {
             };
             let out = &mut out[slot * n_q..][..n_q];
             for (h, out) in out.chunks_exact_mut(head_size).enumerate() {
-                let bytes = &scratch[token_at(row) - first + h * q.0.nb[2]..];
-                let four = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("chunks of four"));
-                floats.clear();
-                floats.extend(bytes.chunks_exact(size_of::<f32>()).take(head_size).map(four));
-                out.convert_from_f32_slice(&floats);
+                let start = (token_at(row) - first + h * q.0.nb[2]) / float;
+                out.convert_from_f32_slice(&scratch[start..start + head_size]);
             }
         }
-        self.scratch = scratch;
         Ok(())
     }
 }

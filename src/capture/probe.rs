@@ -100,7 +100,6 @@ impl Capture {
     fn probe_in_chunks(&mut self, ctx: &mut Context, seq: SeqId, pos: Pos, n: usize) -> Result<(), CaptureError> {
         let chunk = ctx.n_batch().min(ctx.n_ubatch());
         let mut parked = Parked::new(ctx, seq, n)?;
-        parked.hide_from(0);
         let mut batch = Batch::new(chunk.min(n));
         for start in (0..n).step_by(chunk) {
             batch.clear();

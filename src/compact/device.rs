@@ -39,14 +39,55 @@ impl Mover {
         Ok(mover)
     }
 
-    /// Moves the rows of one layer. `moves`: of each of its heads. `ascending`: see [`host::move_layer`].
-    pub fn move_layer(&mut self, layout: &Layout, layer: &sys::gvote_shim_layer, moves: &[Moves], ascending: bool) {
+    /// Moves the rows of all layers. `moves_of`: of each head of a layer; those of the next `n_threads` layers are put together while
+    /// the device works. `ascending`: see [`host::move_layer`].
+    pub fn move_layers<'a>(
+        &mut self,
+        layout: &Layout,
+        moves_of: &(dyn Fn(usize) -> Vec<Moves<'a>> + Sync),
+        ascending: bool,
+        n_threads: usize,
+    ) {
+        let list = |il| {
+            let moves = moves_of(il);
+            let mut from = Vec::with_capacity(moves.iter().map(|moves| moves.to.len()).sum());
+            moves.iter().for_each(|moves| moves.sources(&mut from));
+            (moves, from)
+        };
+        let list = &list;
+        let n_layer = layout.n_layer();
+        std::thread::scope(|scope| {
+            let start = |first: usize| -> Vec<_> {
+                (first..(first + n_threads).min(n_layer)).map(|il| scope.spawn(move || list(il))).collect()
+            };
+            let mut ahead = start(0);
+            for first in (0..n_layer).step_by(n_threads) {
+                let lists = ahead.into_iter().map(|thread| thread.join().expect("a list of rows does not panic"));
+                let lists: Vec<_> = lists.collect();
+                ahead = start(first + n_threads);
+                for (layer, (moves, from)) in layout.layers[first..].iter().zip(lists) {
+                    self.move_layer(layout, layer, &moves, from, ascending);
+                }
+            }
+        });
+    }
+
+    /// `from`: the cells that give, head by head.
+    fn move_layer(
+        &mut self,
+        layout: &Layout,
+        layer: &sys::gvote_shim_layer,
+        moves: &[Moves],
+        from: Vec<u32>,
+        ascending: bool,
+    ) {
         if !moves_on_device(layout, layer) {
-            // SAFETY: the cache is idle, and this is the only thread.
+            // SAFETY: the cache is idle, and this is the only thread that touches it.
             unsafe { host::move_layer(layout, layer, moves, ascending) };
             return;
         }
-        let moved = self.try_move(layout, layer, moves);
+        let Some(to) = moves.first().map(|moves| moves.to) else { return };
+        let moved = self.try_move(layout, layer, from, to);
         debug_assert!(
             moved.is_ok(),
             "the memory was taken before, and a device that fails ends the process: {moved:?}"
@@ -57,12 +98,11 @@ impl Mover {
         &mut self,
         layout: &Layout,
         layer: &sys::gvote_shim_layer,
-        moves: &[Moves],
+        from: Vec<u32>,
+        to: &[u32],
     ) -> Result<(), ComputeError> {
-        let Some(to) = moves.first().map(|moves| moves.to) else { return Ok(()) };
         let mut b = Builder::new(NODES)?;
-        let from = moves.iter().flat_map(|moves| (0..to.len()).map(|c| moves.from(c) as u32)).collect();
-        let from = b.rows([to.len(), moves.len(), 1], from);
+        let from = b.rows([to.len(), layer.n_head_kv as usize, 1], from);
         let to = b.rows([to.len(), 1, 1], to.to_vec());
         self.describe(&mut b, layout, layer, from, to);
         // SAFETY: the storage tensors live as long as the context, which the caller holds.

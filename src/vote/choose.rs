@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::replay::Replayed;
 use super::trial::Trial;
-use super::{CompressReport, Notes, Stage, Vote, VoteError, Voter, uniform_shape};
+use super::{CompressReport, Notes, Stage, Vote, VoteError, Voter, chunk, uniform_shape};
 use crate::cache::{self, Cell, Layout, Parked};
 use crate::capture::{Capture, Queries};
 use crate::compact;
@@ -80,7 +80,7 @@ impl Vote<'_> {
     /// [`VoteError`]; the cache is then as before.
     pub fn observe_newest(&mut self, ahead: &[Token]) -> Result<(), VoteError> {
         let wanted = if ahead.is_empty() { self.voter.policy.window } else { 1 };
-        let chunk = self.chunk();
+        let chunk = chunk(self.ctx);
         let Self { ctx, voter, sequence, .. } = self;
         let (seq, n_past) = (sequence.id, sequence.n_past);
         let known = voter.capture.window(seq, 0, n_past - 1).map_or(0, |queries| queries.pos.len());
@@ -93,7 +93,7 @@ impl Vote<'_> {
         let tokens = &sequence.tokens[sequence.tokens.len() - n..];
         let first = n_past - n as Pos;
         let mut parked = Parked::new(ctx, seq, n)?;
-        parked.hide_from(first);
+        parked.hide_from(first)?;
         let mut batch = Batch::new(chunk);
         for (start, part) in (0..).step_by(chunk).zip(tokens.chunks(chunk)) {
             batch.clear();

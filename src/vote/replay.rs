@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::{Vote, VoteError, Voter};
+use super::{Vote, VoteError, Voter, chunk};
 use crate::cache::{self, Cell, Parked};
 use crate::capture::Queries;
 use crate::llama::{Batch, Pos, Token};
@@ -85,7 +85,7 @@ impl Vote<'_> {
         range: Range<usize>,
         announcement: &[Token],
     ) -> Result<Replayed, VoteError> {
-        let chunk = self.chunk();
+        let chunk = chunk(self.ctx);
         let Self { ctx, voter, sequence, .. } = self;
         let Voter { layout, capture, scorer, .. } = &mut **voter;
         let (seq, n_past) = (sequence.id, sequence.n_past);

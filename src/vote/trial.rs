@@ -11,11 +11,11 @@
 
 use std::ops::{ControlFlow, Range};
 
-use super::{Stage, Vote, VoteError, follow};
+use super::{Sequence, Stage, Vote, VoteError, Voter, chunk, enter, follow};
 use crate::cache::{self, Parked};
 use crate::compact::Reorder;
 use crate::divergence::Likely;
-use crate::llama::{Batch, Context, Pos, SeqId, Token};
+use crate::llama::{Batch, Pos, Token};
 use crate::policy::Ranking;
 
 /// Of the target, what the draft may use up: the text that comes after it, and a text that is not the model's own, drift
@@ -51,25 +51,33 @@ struct Draft {
     expected: Vec<Likely>,
 }
 
+/// A sequence that is parked for a trial: dropping this brings it back.
+struct Trying<'a> {
+    parked: Parked<'a>,
+    voter: &'a Voter,
+    sequence: &'a Sequence,
+    progress: &'a dyn Fn(Stage) -> ControlFlow<()>,
+}
+
 /// The rows of a sequence in the order of a ranking. Dropping it puts them back.
-struct Reordered<'a> {
-    ctx: &'a mut Context,
+struct Reordered<'a, 'b> {
+    trying: &'a mut Trying<'b>,
     rows: Reorder,
     ranking: &'a Ranking,
 }
 
-impl<'a> Reordered<'a> {
-    fn new(ctx: &'a mut Context, seq: SeqId, ranking: &'a Ranking) -> Result<Self, VoteError> {
-        let mut rows = Reorder::of(ctx, seq)?;
-        rows.permute(ctx, &|head| by_rank(ranking, head));
-        Ok(Self { ctx, rows, ranking })
+impl<'a, 'b> Reordered<'a, 'b> {
+    fn new(trying: &'a mut Trying<'b>, ranking: &'a Ranking) -> Result<Self, VoteError> {
+        let mut rows = Reorder::of(&trying.parked, trying.sequence.id)?;
+        rows.permute(&mut trying.parked, &|head| by_rank(ranking, head));
+        Ok(Self { trying, rows, ranking })
     }
 }
 
-impl Drop for Reordered<'_> {
+impl Drop for Reordered<'_, '_> {
     fn drop(&mut self) {
         let ranking = self.ranking;
-        self.rows.permute(self.ctx, &|head| inverse(&by_rank(ranking, head)));
+        self.rows.permute(&mut self.trying.parked, &|head| inverse(&by_rank(ranking, head)));
     }
 }
 
@@ -81,19 +89,31 @@ impl Vote<'_> {
     /// [`VoteError`]; the cache is as before, with an error and without.
     pub fn try_out(&mut self, ranking: &Ranking) -> Result<Option<Trial>, VoteError> {
         let Some(target) = self.voter.policy.target_kl else { return Ok(None) };
-        self.enter(Stage::Draft)?;
-        let draft = self.draft()?;
+        let bar = MARGIN * f64::from(target);
+        let mut trying = self.trying()?;
+        trying.enter(Stage::Draft)?;
+        let draft = trying.draft()?;
         if draft.tokens.is_empty() {
             return Ok(None);
         }
-        let bar = MARGIN * f64::from(target);
+        let trial = Reordered::new(&mut trying, ranking)?.trying.search(ranking, &draft, bar)?;
+        drop(trying);
         if let Some(notes) = &mut self.voter.notes {
-            (notes.draft, notes.bar) = (draft.tokens.clone(), Some(bar as f32));
+            (notes.draft, notes.bar) = (draft.tokens, Some(bar as f32));
         }
-        let Vote { ctx, voter, sequence, progress } = self;
-        let reordered = Reordered::new(ctx, sequence.id, ranking)?;
-        let mut vote = Vote { ctx: reordered.ctx, voter, sequence, progress };
-        vote.search(ranking, &draft, bar).map(Some)
+        Ok(Some(trial))
+    }
+
+    fn trying(&mut self) -> Result<Trying<'_>, VoteError> {
+        let Self { ctx, voter, sequence, progress } = self;
+        let parked = Parked::new(ctx, sequence.id, voter.policy.draft)?;
+        Ok(Trying { parked, voter, sequence, progress: *progress })
+    }
+}
+
+impl Trying<'_> {
+    fn enter(&self, stage: Stage) -> Result<(), VoteError> {
+        enter(&self.parked, self.progress, stage)
     }
 
     fn draft(&mut self) -> Result<Draft, VoteError> {
@@ -111,8 +131,8 @@ impl Vote<'_> {
     fn likeliest(&mut self) -> Result<Vec<Token>, VoteError> {
         let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
         let Some(&newest) = self.sequence.tokens.last().filter(|&&token| token >= 0) else { return Ok(Vec::new()) };
-        let model = self.ctx.model().clone();
-        let mut parked = Parked::new(self.ctx, seq, self.voter.policy.draft)?;
+        let parked = &mut self.parked;
+        let model = parked.model().clone();
         let mut batch = Batch::new(1);
         let mut next = |parked: &mut Parked, token, pos| -> Result<Token, VoteError> {
             batch.clear();
@@ -121,14 +141,15 @@ impl Vote<'_> {
             Ok(argmax(parked.logits()?))
         };
         // what follows the newest token is known to whoever decoded it; we have to ask again
-        parked.hide_from(n_past - 1);
-        let mut token = next(&mut parked, newest, n_past - 1)?;
+        parked.hide_from(n_past - 1)?;
+        let mut token = next(parked, newest, n_past - 1)?;
         parked.reset()?;
         let mut tokens = Vec::new();
         while tokens.len() < self.voter.policy.draft && !model.is_eog(token) {
             tokens.push(token);
-            token = next(&mut parked, token, n_past + tokens.len() as Pos - 1)?;
+            token = next(parked, token, n_past + tokens.len() as Pos - 1)?;
         }
+        parked.reset()?;
         Ok(tokens)
     }
 
@@ -145,17 +166,18 @@ impl Vote<'_> {
         }
         let at_once = self.at_once(tokens.len());
         let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
-        let mut parked = Parked::new(self.ctx, seq, tokens.len())?;
-        parked.hide(hidden);
-        follow(&mut parked, seq, n_past, tokens, at_once, |ctx, batch| Ok(ctx.decode(batch)?), each)
+        self.parked.hide(hidden)?;
+        follow::<VoteError>(&mut self.parked, seq, n_past, tokens, at_once, |ctx, batch| Ok(ctx.decode(batch)?), each)?;
+        Ok(self.parked.reset()?)
     }
 
     /// Tokens of a draft of `n` in one batch.
     fn at_once(&self, n: usize) -> usize {
-        let kv = cache::cells(self.ctx, self.sequence.id).len() * self.voter.layout.bytes_per_cell();
-        let row = self.ctx.model().n_vocab() * size_of::<f32>();
+        let ctx = &self.parked;
+        let kv = cache::cells(ctx, self.sequence.id).len() * self.voter.layout.bytes_per_cell();
+        let row = ctx.model().n_vocab() * size_of::<f32>();
         let worthwhile = ((LOGITS_SHARE * kv as f64) as usize / row).max(LEAST_AT_ONCE);
-        let most = worthwhile.min(self.chunk()).min(self.ctx.n_outputs_max());
+        let most = worthwhile.min(chunk(ctx)).min(ctx.n_outputs_max());
         n.div_ceil(n.div_ceil(most))
     }
 
@@ -190,7 +212,7 @@ impl Vote<'_> {
     /// certain to be above `limit`, as much of it as is known.
     fn damage(&mut self, ranking: &Ranking, draft: &Draft, count: usize, limit: f64) -> Result<f64, VoteError> {
         let (_, tail) = ranking.forced();
-        let cells = cache::cells(self.ctx, self.sequence.id);
+        let cells = cache::cells(&self.parked, self.sequence.id);
         let first_hidden = count - (ranking.n() - tail);
         let hidden = if first_hidden < tail { cells[first_hidden].pos..cells[tail].pos } else { 0..0 };
         let mut mean = 0.0;
@@ -264,7 +286,7 @@ mod tests {
         let trial = session.vote().unwrap().try_out(&ranking).unwrap().unwrap();
         assert!(session.save() == before, "{name}");
 
-        let draft = session.vote().unwrap().draft().unwrap();
+        let draft = session.vote().unwrap().trying().unwrap().draft().unwrap();
         assert!(trial.tried.len() > 1, "{name}: {:?}", trial.tried);
         for &(count, kl) in &trial.tried {
             session.load(&before).unwrap();
