@@ -48,11 +48,22 @@ const DEVICE_LEAST: usize = 32 << 20;
 
 /// The queries of a vote for one layer of the cache.
 pub struct LayerQueries {
-    /// The observation window: real queries, each sees the cells up to its own position.
-    pub observed: Queries,
-    /// Synthetic queries, then the current query: each sees every cell.
-    pub future: Queries,
-    pub scale: LogitScale,
+    /// The observation window, real queries; then synthetic queries, and the current one. Each sees the cells up to its own
+    /// position.
+    queries: Queries,
+    n_observed: usize,
+    scale: LogitScale,
+}
+
+impl LayerQueries {
+    /// `observed`: the observation window. `future`: synthetic queries, then the current query.
+    pub fn new(observed: Queries, future: &Queries, scale: LogitScale) -> Self {
+        let n_observed = observed.pos.len();
+        let mut queries = observed;
+        queries.data.extend_from_slice(&future.data);
+        queries.pos.extend_from_slice(&future.pos);
+        Self { queries, n_observed, scale }
+    }
 }
 
 /// Scores the keys of one context's cache.
@@ -120,7 +131,7 @@ impl Scorer {
             let mut graphs = Vec::with_capacity(layers.len());
             for (i, layer) in layers.iter().enumerate() {
                 let queries = queries(batch * n_threads + i)?;
-                let n_query = queries.observed.pos.len().max(queries.future.pos.len());
+                let n_query = queries.queries.pos.len();
                 // SAFETY: K's storage lives as long as the context, which the caller holds.
                 let type_ = unsafe { (*layer.k).type_ };
                 graphs.push(LayerGraph {

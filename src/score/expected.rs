@@ -3,34 +3,32 @@
 use super::graph::LayerGraph;
 use super::results::LayerScores;
 use crate::backend::{Builder, ComputeError, Device, HostMemory, read};
-use crate::capture::Queries;
 use crate::sys;
 
 impl LayerGraph<'_> {
     /// [`crate::policy::HeadScores::expected`]: mean and variance of each key's logits over the synthetic queries.
     pub(super) fn expect(&self, device: &mut Device, scores: &mut LayerScores) -> Result<(), ComputeError> {
         let (n_kv, n_head, group) = (self.view.n_kv, self.layer.n_head as usize, self.group());
-        let n_q = n_head * self.layer.n_embd_head_k as usize;
-        // the current query, last of the future ones, is no sample
-        let n_samples = self.queries.future.pos.len() - 1;
-        let Queries { data, pos } = &self.queries.future;
-        let samples = Queries { data: data[..n_samples * n_q].to_vec(), pos: pos[..n_samples].to_vec() };
+        // the current query, last of all, is no sample
+        let samples = self.queries.n_observed..self.queries.queries.pos.len() - 1;
+        let n_samples = samples.len();
 
-        let mut b = Builder::new(n_samples * (8 + self.n_head_kv() * 32) + 24)?;
+        let mut b = Builder::new(self.n_nodes(n_samples, 0))?;
         let mut out = b.results(n_kv, 2 * n_head);
-        let sets = self.query_sets(&mut b, &samples);
         for (kv, kv_heads) in self.head_chunks() {
-            let k = self.k_rows(&b, kv, kv_heads);
-            for set in &sets {
+            let k = self.k_rows(&b, kv, kv_heads, 0, n_kv);
+            for set in &self.query_sets(&mut b, samples.clone()) {
                 let (kq, scale) = self.logits(&mut b, set, k, std::ptr::null_mut(), kv);
-                let heads = kv_heads * group;
-                let weights = b.input([1, set.n, heads], vec![1.0; set.n * heads]);
-                // SAFETY: shapes [n_kv, n, heads] and [1, n, heads] give [n_kv, 1, heads].
+                // a column of ones for the queries of each head of the group
+                let one = |i: usize| if i % group == i / group % group { 1.0 } else { 0.0 };
+                let columns = set.n * group;
+                let ones = (0..kv_heads * columns * group).map(one).collect();
+                let ones = b.input([group, columns, kv_heads], ones);
+                // SAFETY: shapes [n_kv, columns, kv_heads] and [group, columns, kv_heads] give [n_kv, group, kv_heads].
                 let (sum, squares) = unsafe {
-                    let logits = sys::ggml_reshape_3d(b.ctx, kq, n_kv as i64, set.n as i64, heads as i64);
-                    let logits = sys::ggml_scale_inplace(b.ctx, logits, scale);
-                    let sum = sys::ggml_out_prod(b.ctx, logits, weights);
-                    (sum, sys::ggml_out_prod(b.ctx, sys::ggml_sqr(b.ctx, logits), weights))
+                    let logits = sys::ggml_scale_inplace(b.ctx, kq, scale);
+                    let sum = sys::ggml_out_prod(b.ctx, logits, ones);
+                    (sum, sys::ggml_out_prod(b.ctx, sys::ggml_sqr(b.ctx, logits), ones))
                 };
                 b.write(&mut out, kv * group, sum);
                 b.write(&mut out, n_head + kv * group, squares);

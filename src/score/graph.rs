@@ -1,9 +1,11 @@
 //! The graph of one layer: every score of it is one row of the results.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::LayerQueries;
-use super::results::{Block, LayerScores, Rows};
+use super::results::{LayerScores, Rows};
 use crate::backend::{Builder, ComputeError, Device, Results, Tensor, read};
 use crate::cache::Cell;
 use crate::llama::Pos;
@@ -83,14 +85,14 @@ impl CellsView {
     }
 }
 
-/// A chunk of queries in one layer's graph.
+/// A chunk of queries in one layer's graph: observed ones first.
 pub(super) struct QuerySet {
     data: Tensor, // [d, n_head, n] f16
-    mask: Tensor, // [n_kv - first, n], NULL if every query sees every cell
+    mask: Tensor, // [n_kv - first, 1, n], NULL if every query sees every cell
     first: usize,
+    /// Its first query among all of them.
+    pub(super) start: usize,
     pub(super) n: usize,
-    /// Its first query among those of its kind.
-    start: usize,
 }
 
 /// How much one node does at once.
@@ -119,7 +121,9 @@ impl Grain {
         // the keys of a head are turned into f32 on the way
         let columns = (room / number).saturating_sub(d).clamp(1, all);
         let kv_heads = (room / (number * (columns + d))).clamp(1, n_head_kv);
-        Self { columns, kv_heads, cells: (room / (n_head_kv * d * size_of::<f32>())).max(1) }
+        // as f32, and squared
+        let cell = 2 * n_head_kv * d * size_of::<f32>();
+        Self { columns, kv_heads, cells: (room / cell).max(1) }
     }
 }
 
@@ -139,34 +143,29 @@ pub(super) struct LayerGraph<'a> {
 // SAFETY: the layer's tensors are only read, and no one writes to the cache while it is scored.
 unsafe impl Sync for LayerGraph<'_> {}
 
-/// Tensors of one chunk of queries for some KV heads, at most.
-const CHUNK_NODES: usize = 48;
-/// Tensors of one chunk of queries, at most; of one chunk of cells; and what else there is.
+/// Tensors of one chunk of queries for some KV heads, at most, beside those of [`EACH_NODES`] for each query head.
+const CHUNK_NODES: usize = 64;
+const EACH_NODES: usize = 3;
+/// Tensors of one chunk of queries, of one chunk of cells, and of one chunk of heads, at most.
 const SET_NODES: usize = 8;
 const CELLS_NODES: usize = 40;
+const HEADS_NODES: usize = 8;
+/// What else there is.
 const OTHER_NODES: usize = 24;
 
 impl LayerGraph<'_> {
     /// The scores of each KV head, in place of what `scores` holds.
     pub fn compute(&self, device: &mut Device, needs: Needs, scores: &mut LayerScores) -> Result<(), ComputeError> {
-        let LayerQueries { observed, future, .. } = &self.queries;
-        let rows = Rows::new(self.view.n_kv, self.n_head_kv(), needs, self.group() * future.pos.len());
+        let LayerQueries { queries, n_observed, .. } = &self.queries;
+        let (n_query, n_future) = (queries.pos.len(), queries.pos.len() - n_observed);
+        let rows = Rows::new(self.view.n_kv, self.n_head_kv(), needs, self.group() * n_future);
         scores.rows = rows;
         scores.data.resize(device, rows.n * rows.n_kv)?;
 
-        let n_sets = (observed.pos.len() + future.pos.len()).div_ceil(self.queries_at_once()) + 1;
-        let head_chunks = rows.heads.div_ceil(self.grain.kv_heads);
-        let cell_chunks = rows.n_kv.div_ceil(self.grain.cells);
-        let n_nodes =
-            n_sets * (SET_NODES + head_chunks * CHUNK_NODES) + cell_chunks * CELLS_NODES + head_chunks * 8 + OTHER_NODES;
-        let mut b = Builder::new(n_nodes)?;
+        let mut b = Builder::new(self.n_nodes(n_query, if needs.each { self.layer.n_head as usize } else { 0 }))?;
         let mut out = b.results(rows.n_kv, rows.n);
-        let none = Block::default();
-        if needs.observed {
-            self.look(&mut b, &mut out, observed, rows.observed, rows.fourth_powers, none);
-        }
-        if needs.future || needs.each {
-            self.look(&mut b, &mut out, future, rows.future, none, rows.each);
+        if needs.observed || needs.future || needs.each {
+            self.look(&mut b, &mut out, &rows);
         }
         if needs.value_norm {
             self.measure_values(&mut b, &mut out, rows.value_norm);
@@ -182,47 +181,70 @@ impl LayerGraph<'_> {
         Ok(())
     }
 
-    /// Where the queries look: their mean probabilities, and where they are asked for, the sum of the fourth powers and each of
-    /// them.
-    fn look<'b>(
-        &self,
-        b: &mut Builder<'b>,
-        out: &mut Results,
-        queries: &'b Queries,
-        mean: Block,
-        fourth_powers: Block,
-        each: Block,
-    ) {
-        let group = self.group();
-        let weight = 1.0 / (queries.pos.len() * group) as f32;
-        let sets = self.query_sets(b, queries);
-        let columns = sets.iter().map(|set| set.n).max().unwrap_or(0) * group;
-        let kv_heads = self.grain.kv_heads;
-        let weights = b.input([1, columns, kv_heads], vec![weight; columns * kv_heads]);
+    /// Tensors of a graph for so many queries, at most; `n_each`: query heads whose probabilities are noted one by one.
+    pub(super) fn n_nodes(&self, n_query: usize, n_each: usize) -> usize {
+        let n_sets = n_query.div_ceil(self.queries_at_once());
+        let head_chunks = self.n_head_kv().div_ceil(self.grain.kv_heads);
+        let cell_chunks = self.view.n_kv.div_ceil(self.grain.cells);
+        n_sets * (SET_NODES + head_chunks * CHUNK_NODES + n_each * EACH_NODES)
+            + cell_chunks * CELLS_NODES
+            + head_chunks * HEADS_NODES
+            + OTHER_NODES
+    }
+
+    /// Where the queries look: the mean probabilities of the observed and of the future ones, and where they are asked for, the
+    /// sum of the fourth powers of those, and each of these.
+    fn look<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, rows: &Rows) {
+        let LayerQueries { queries, n_observed, .. } = &self.queries;
+        let (n_query, group) = (queries.pos.len(), self.group());
+        let (observes, foresees) = (rows.observed.of_head > 0, rows.future.of_head > 0);
+        let first = if observes { 0 } else { *n_observed };
+        let end = if foresees { n_query } else { *n_observed };
+        let sets = self.query_sets(b, first..end);
+        let mut weights = |is_needed: bool, n: usize| {
+            let columns = n.min(self.queries_at_once()) * group;
+            let all = columns * self.grain.kv_heads;
+            let mut weights = || b.input([1, columns, self.grain.kv_heads], vec![1.0 / (n * group) as f32; all]);
+            if is_needed { weights() } else { std::ptr::null_mut() }
+        };
+        let observed_weights = weights(observes, *n_observed);
+        let future_weights = weights(foresees, n_query - n_observed);
         for (kv, kv_heads) in self.head_chunks() {
-            let k = self.k_rows(b, kv, kv_heads);
+            let k = self.k_rows(b, kv, kv_heads, 0, rows.n_kv);
             let errors = self.error_view(b, kv, kv_heads);
             for set in &sets {
                 let (logits, scale) = self.logits(b, set, k, errors, kv);
                 // SAFETY: a contiguous tensor of this context.
                 let p = unsafe { sys::ggml_soft_max_ext_inplace(b.ctx, logits, std::ptr::null_mut(), scale, 0.0) };
                 b.run(p);
-                if each.of_head > 0 {
+                let observed = n_observed.saturating_sub(set.start).min(set.n);
+                let future = set.n - observed;
+                if future > 0 {
+                    let p = self.columns(b, p, observed, future);
+                    let sum = self.sum_over_queries(b, p, future_weights);
+                    b.write(out, rows.future.at(kv), sum);
+                }
+                if future > 0 && rows.each.of_head > 0 {
                     for head in 0..kv_heads * group {
-                        let row = each.first + (kv * group + head) * queries.pos.len() + set.start;
-                        let block = self.block_of(b, p, set, head);
-                        b.write(out, row, block);
+                        let done = set.start + observed - n_observed;
+                        let row = rows.each.first + (kv * group + head) * (n_query - n_observed) + done;
+                        let block = self.block_of(b, p, head, observed, future);
+                        b.write_part(out, row, 0, block);
                     }
                 }
-                let sum = self.sum_over_queries(b, p, weights);
-                b.write(out, mean.at(kv), sum);
-                if fourth_powers.of_head > 0 {
-                    // SAFETY: p is read for the last time.
-                    let powers = unsafe {
-                        let powers = sys::ggml_sqr_inplace(b.ctx, sys::ggml_sqr_inplace(b.ctx, p));
-                        sys::ggml_scale_inplace(b.ctx, self.sum_over_queries(b, powers, weights), 1.0 / weight)
-                    };
-                    b.write(out, fourth_powers.at(kv), powers);
+                if observed > 0 {
+                    let p = self.columns(b, p, 0, observed);
+                    let sum = self.sum_over_queries(b, p, observed_weights);
+                    b.write(out, rows.observed.at(kv), sum);
+                    if rows.fourth_powers.of_head > 0 {
+                        // SAFETY: p is read for the last time.
+                        let powers = unsafe {
+                            let powers = sys::ggml_sqr_inplace(b.ctx, sys::ggml_sqr_inplace(b.ctx, p));
+                            let mean = self.sum_over_queries(b, powers, observed_weights);
+                            sys::ggml_scale_inplace(b.ctx, mean, (n_observed * group) as f32)
+                        };
+                        b.write(out, rows.fourth_powers.at(kv), powers);
+                    }
                 }
             }
         }
@@ -247,34 +269,35 @@ impl LayerGraph<'_> {
         (0..n).step_by(at_once).map(move |first| (first, at_once.min(n - first)))
     }
 
-    pub(super) fn query_sets<'b>(&self, b: &mut Builder<'b>, queries: &'b Queries) -> Vec<QuerySet> {
+    /// Chunks of some of the queries.
+    pub(super) fn query_sets<'b>(&'b self, b: &mut Builder<'b>, which: Range<usize>) -> Vec<QuerySet> {
         let (d, n_head) = (self.layer.n_embd_head_k as usize, self.layer.n_head as usize);
+        let Queries { data, pos } = &self.queries.queries;
         let at_once = self.queries_at_once();
-        let chunks = queries.pos.chunks(at_once).zip(queries.data.chunks(at_once * d * n_head)).enumerate();
-        let set = |(i, (pos, data)): (usize, (&[Pos], &'b [f16]))| {
-            let n = pos.len();
-            let Mask { first, data: mask } = self.view.mask(pos);
+        let set = |start: usize| {
+            let n = at_once.min(which.end - start);
+            let Mask { first, data: mask } = self.view.mask(&pos[start..start + n]);
             let n_newest = self.view.n_kv - first;
             QuerySet {
-                data: b.halves([d, n_head, n], data),
-                mask: if n_newest > 0 { b.input([n_newest, n, 1], mask) } else { std::ptr::null_mut() },
+                data: b.halves([d, n_head, n], &data[start * d * n_head..][..n * d * n_head]),
+                mask: if n_newest > 0 { b.input([n_newest, 1, n], mask) } else { std::ptr::null_mut() },
                 first,
+                start,
                 n,
-                start: i * at_once,
             }
         };
-        chunks.map(set).collect()
+        which.clone().step_by(at_once).map(set).collect()
     }
 
-    /// The part of K that belongs to `kv_heads` heads from `kv` on. `[d, n_kv, kv_heads]` of K's type
-    pub(super) fn k_rows(&self, b: &Builder, kv: usize, kv_heads: usize) -> Tensor {
+    /// The part of K that belongs to `kv_heads` heads from `kv` on, in `n` cells from `first` on. `[d, n, kv_heads]` of K's type
+    pub(super) fn k_rows(&self, b: &Builder, kv: usize, kv_heads: usize, first: usize, n: usize) -> Tensor {
         let d = i64::from(self.layer.n_embd_head_k);
         // SAFETY: the view stays inside K's storage: cells of one stream, some heads of each row.
         unsafe {
             let k = self.layer.k;
             let head = sys::ggml_row_size((*k).type_, d);
-            let offset = self.stream * (*k).nb[2] + kv * head;
-            sys::ggml_view_3d(b.ctx, k, d, self.view.n_kv as i64, kv_heads as i64, (*k).nb[1], head, offset)
+            let offset = self.stream * (*k).nb[2] + first * (*k).nb[1] + kv * head;
+            sys::ggml_view_3d(b.ctx, k, d, n as i64, kv_heads as i64, (*k).nb[1], head, offset)
         }
     }
 
@@ -304,18 +327,18 @@ impl LayerGraph<'_> {
     }
 
     /// The logits of the queries of `set` that belong to the KV heads from `kv` on, whose keys `k` are, still to be multiplied by
-    /// the scale. `[n_kv, n * group, kv_heads]`
+    /// the scale. `[n_kv, group * n, kv_heads]`: for each query those of the heads of a group
     pub(super) fn logits(&self, b: &mut Builder, set: &QuerySet, k: Tensor, errors: Tensor, kv: usize) -> (Tensor, f32) {
         let (n, group) = (set.n as i64, self.group() as i64);
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
-            let [d, _, kv_heads, _] = (*k).ne;
-            let n_head = group * kv_heads;
+            let [d, n_kv, kv_heads, _] = (*k).ne;
             let [_, nb1, nb2, _] = (*set.data).nb;
-            let own = sys::ggml_view_3d(b.ctx, set.data, d, n_head, n, nb1, nb2, kv * group as usize * nb1);
-            let by_head = sys::ggml_permute(b.ctx, own, 0, 2, 1, 3);
-            let floats = sys::ggml_cast(b.ctx, by_head, sys::GGML_TYPE_F32); // [d, n, n_head]
-            let q = sys::ggml_reshape_3d(b.ctx, floats, d, n * group, kv_heads);
+            let of_kv = nb1 * group as usize;
+            let own = sys::ggml_view_4d(b.ctx, set.data, d, group, kv_heads, n, nb1, of_kv, nb2, kv * of_kv);
+            let by_head = sys::ggml_permute(b.ctx, own, 0, 1, 3, 2);
+            let floats = sys::ggml_cast(b.ctx, by_head, sys::GGML_TYPE_F32); // [d, group, n, kv_heads]
+            let q = sys::ggml_reshape_3d(b.ctx, floats, d, group * n, kv_heads);
             let kq = sys::ggml_mul_mat(b.ctx, k, q);
             // as attention does
             sys::ggml_mul_mat_set_prec(kq, sys::GGML_PREC_F32);
@@ -340,10 +363,13 @@ impl LayerGraph<'_> {
                 let nb1 = (*kq).nb[1];
                 let n_newest = (*set.mask).ne[0];
                 let offset = set.first * size_of::<f32>();
-                let newest = sys::ggml_view_3d(b.ctx, kq, n_newest, n, n_head, nb1, nb1 * set.n, offset);
+                let (of_query, of_head) = (nb1 * group as usize, (*kq).nb[2]);
+                let newest =
+                    sys::ggml_view_4d(b.ctx, kq, n_newest, group, n, kv_heads, nb1, of_query, of_head, offset);
                 let masked = sys::ggml_add_inplace(b.ctx, newest, set.mask);
                 b.run(masked);
             }
+            debug_assert_eq!((*kq).ne, [n_kv, group * n, kv_heads, 1]);
             (kq, scale)
         }
     }
@@ -363,10 +389,21 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The sum of `p` `[n_kv, n * group, kv_heads]` over the queries of each KV head, with as many `weights` as there are of them.
+    /// What belongs to `n` queries from `first` on, of `p` `[n_kv, group * n_query, kv_heads]`.
+    fn columns(&self, b: &Builder, p: Tensor, first: usize, n: usize) -> Tensor {
+        let group = self.group();
+        // SAFETY: a part of p.
+        unsafe {
+            let [n_kv, _, kv_heads, _] = (*p).ne;
+            let [_, nb1, nb2, _] = (*p).nb;
+            sys::ggml_view_3d(b.ctx, p, n_kv, (n * group) as i64, kv_heads, nb1, nb2, first * group * nb1)
+        }
+    }
+
+    /// The sum of `p` `[n_kv, group * n, kv_heads]` over the queries of each KV head, with as many `weights` as there are of them.
     /// `[n_kv, 1, kv_heads]`
     fn sum_over_queries(&self, b: &Builder, p: Tensor, weights: Tensor) -> Tensor {
-        // SAFETY: p is contiguous; there are weights for the largest set.
+        // SAFETY: there are weights for the largest set.
         unsafe {
             let [_, n, kv_heads, _] = (*p).ne;
             let [_, nb1, nb2, _] = (*weights).nb;
@@ -374,13 +411,15 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// What is one query head's, the `head`-th, of `p` `[n_kv, n * group, kv_heads]`. `[n_kv, n]`
-    fn block_of(&self, b: &Builder, p: Tensor, set: &QuerySet, head: usize) -> Tensor {
-        // SAFETY: p is contiguous.
+    /// What belongs to one query head, the `head`-th, and to `n` queries from `first` on, of `p` `[n_kv, group * n_query, kv_heads]`.
+    /// `[n_kv, n]`
+    fn block_of(&self, b: &Builder, p: Tensor, head: usize, first: usize, n: usize) -> Tensor {
+        let group = self.group();
+        // SAFETY: a part of p.
         unsafe {
-            let [n_kv, ..] = (*p).ne;
-            let row = (*p).nb[1];
-            sys::ggml_view_2d(b.ctx, p, n_kv, set.n as i64, row, head * set.n * row)
+            let [_, nb1, nb2, _] = (*p).nb;
+            let offset = head / group * nb2 + (first * group + head % group) * nb1;
+            sys::ggml_view_2d(b.ctx, p, (*p).ne[0], n as i64, group * nb1, offset)
         }
     }
 }

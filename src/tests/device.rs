@@ -68,7 +68,7 @@ fn keys_get_the_same_scores() {
             let queries = |il| {
                 let observed = capture.window(0, il, N as Pos - 1).unwrap();
                 let future = probe[il].clone();
-                Ok::<_, ComputeError>(LayerQueries { observed, future, scale: capture.logit_scale(il) })
+                Ok::<_, ComputeError>(LayerQueries::new(observed, &future, capture.logit_scale(il)))
             };
             let mut scorer = Scorer::new(2);
             let sink = |_, heads: &[HeadScores]| {

@@ -58,7 +58,7 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
                 let n_q = observed.data.len() / observed.pos.len();
                 future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
                 future.pos.push(last);
-                Ok::<_, ComputeError>(LayerQueries { observed, future, scale: capture.logit_scale(il) })
+                Ok::<_, ComputeError>(LayerQueries::new(observed, &future, capture.logit_scale(il)))
             },
             |first, heads: &[HeadScores]| {
                 policy.observe_layer(first, heads);

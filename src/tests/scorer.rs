@@ -39,11 +39,11 @@ fn run(ctx: &Context, layout: &Layout, scale: LogitScale, account_error: bool) -
             Needs { future: true, observed: true, each: true, ..Needs::default() },
             account_error,
             |il| {
-                Ok::<_, ComputeError>(LayerQueries {
-                    observed: random_queries(layout, il, &observed_pos()),
-                    future: random_queries(layout, il, &[N as Pos; 5]),
+                Ok::<_, ComputeError>(LayerQueries::new(
+                    random_queries(layout, il, &observed_pos()),
+                    &random_queries(layout, il, &[N as Pos; 5]),
                     scale,
-                })
+                ))
             },
             |first, heads: &[HeadScores]| {
                 assert_eq!(first, out.len(), "heads arrive in order");

@@ -283,5 +283,5 @@ fn layer_queries(
     let n_q = observed.data.len() / observed.pos.len();
     future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
     future.pos.push(pos_last);
-    Ok(LayerQueries { observed, future, scale: capture.logit_scale(layer) })
+    Ok(LayerQueries::new(observed, &future, capture.logit_scale(layer)))
 }
