@@ -1,7 +1,19 @@
 //! The arithmetic that policies share: cleaning, normalising, pooling, spans, ranking, the curve of
 //! the lost mass, and the bounds on `C`.
 
+use std::thread;
+
 use super::{Bound, Evict, Kept, Kind, Params, Protected, Span};
+
+/// More threads than this wait for memory.
+const MAX_THREADS: usize = 16;
+/// Cutting so many entries takes a third of a millisecond: fewer are not worth a thread.
+const CUT_A_THREAD: usize = 1 << 18;
+
+/// Threads to work with, at most.
+pub(super) fn threads() -> usize {
+    thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS)
+}
 
 /// What always stays: the first `sinks` and the last `recent` of `n` entries, and what is protected between them.
 #[derive(Debug, Clone)]
@@ -224,37 +236,52 @@ pub(super) fn bounded(wanted: usize, rule: Bound, forced: &Forced, params: &Para
 /// `ranking` is `[head][n]` entries from best to worst; its memory becomes the result's.
 pub(super) fn keep_heads(mut ranking: Vec<u32>, n: usize, count: usize) -> Kept {
     let heads = ranking.len() / n;
-    cut(&mut ranking, n, std::iter::repeat_n(count, heads));
+    cut(&mut ranking, n, &vec![count as u32; heads]);
     Kept::Heads { n_cells: count, index: ranking }
 }
 
 /// The first `counts[head]` of each head's ranking, ascending. `ranking` as in [`keep_heads`].
 pub(super) fn keep_ragged(mut ranking: Vec<u32>, n: usize, counts: &[u32]) -> Kept {
-    let counts = || counts.iter().map(|&count| count as usize);
-    cut(&mut ranking, n, counts());
-    let end = counts().scan(0, |end, count| {
-        *end += count;
+    cut(&mut ranking, n, counts);
+    let end = counts.iter().scan(0, |end, &count| {
+        *end += count as usize;
         Some(*end)
     });
     Kept::Ragged { end: end.collect(), index: ranking }
 }
 
-/// Cuts a ranking of `[head][n]` entries to the `counts` best of each head, ascending.
-fn cut(ranking: &mut Vec<u32>, n: usize, counts: impl Iterator<Item = usize>) {
-    let mut stays = vec![false; n];
+/// Cuts a ranking of `[head][n]` entries to the `counts` best of each head, ascending; some heads in each thread.
+fn cut(ranking: &mut Vec<u32>, n: usize, counts: &[u32]) {
+    let threads = threads().min(ranking.len() / CUT_A_THREAD).max(1);
+    let share = counts.len().div_ceil(threads).max(1);
+    thread::scope(|scope| {
+        let mut parts = ranking.chunks_mut(share * n).zip(counts.chunks(share));
+        let own = parts.next();
+        parts.for_each(|(rows, counts)| drop(scope.spawn(move || sort_best(rows, n, counts))));
+        own.into_iter().for_each(|(rows, counts)| sort_best(rows, n, counts));
+    });
     let mut end = 0;
-    for (head, count) in counts.enumerate() {
-        stays.fill(false);
-        for &entry in &ranking[head * n..][..count] {
-            stays[entry as usize] = true;
-        }
-        // The cut rows move to the front: row `head` ends before the ranking of the next begins.
-        let row = &mut ranking[end..][..count];
-        row.iter_mut().zip(indices(&stays)).for_each(|(to, entry)| *to = entry);
-        end += count;
+    for (head, &count) in counts.iter().enumerate() {
+        ranking.copy_within(head * n..head * n + count as usize, end);
+        end += count as usize;
     }
     ranking.truncate(end);
     ranking.shrink_to_fit();
+}
+
+/// Makes the `counts` first of each row of `n` entries ascend; what is behind them is of no use afterwards.
+fn sort_best(rows: &mut [u32], n: usize, counts: &[u32]) {
+    let mut stays = vec![false; n];
+    for (row, &count) in rows.chunks_mut(n).zip(counts) {
+        stays.fill(false);
+        row[..count as usize].iter().for_each(|&entry| stays[entry as usize] = true);
+        let mut next = 0;
+        for (entry, &stays) in (0..).zip(&stays) {
+            // in any case, and overwritten if it does not stay: no branch to guess
+            row[next] = entry;
+            next += usize::from(stays);
+        }
+    }
 }
 
 /// The first `count` of one ranking for all heads, ascending.
@@ -263,10 +290,6 @@ pub(super) fn keep_tokens(mut ranking: Vec<u32>, count: usize) -> Kept {
     ranking.sort_unstable();
     ranking.shrink_to_fit();
     Kept::Tokens(ranking)
-}
-
-fn indices(stays: &[bool]) -> impl Iterator<Item = u32> + '_ {
-    (0..).zip(stays).filter_map(|(entry, &stays)| stays.then_some(entry))
 }
 
 #[cfg(test)]
