@@ -1,6 +1,7 @@
 //! The arithmetic that policies share: cleaning, normalising, pooling, spans, ranking, the curve of
 //! the lost mass, and the bounds on `C`.
 
+use std::ops::Range;
 use std::thread;
 
 use super::{Bound, Evict, Kept, Kind, Params, Protected, Span};
@@ -55,44 +56,81 @@ impl Forced {
     }
 }
 
-/// A probability, or 0 for what cannot be one.
+/// What is smaller decides nothing. Much smaller, and a processor takes a hundred times longer over it: the smallest normal
+/// number is 1.2e-38.
+const FAINT: f32 = 1e-30;
+
+/// A probability or a length, or 0 for what can be neither, or is too small to matter.
 #[inline]
 pub(super) fn clean(x: f32) -> f32 {
-    if x > 0.0 && x < f32::INFINITY { x } else { 0.0 }
+    if (FAINT..=1.0 / FAINT).contains(&x) { x } else { 0.0 }
+}
+
+/// The sum of a row. Eight running sums: fixed, so that the result is the same on every machine, and wide enough for the
+/// compiler to use vectors.
+pub(super) struct Sum([f32; Self::LANES]);
+
+impl Sum {
+    const LANES: usize = 8;
+
+    pub const fn new() -> Self {
+        Self([0.0; Self::LANES])
+    }
+
+    /// Adds the next entries of the row; all parts but the last are multiples of [`Self::LANES`].
+    pub fn add(&mut self, part: &[f32]) {
+        self.add_each(part, |x| x);
+    }
+
+    /// [`Self::add`] of values that are yet to be cleaned.
+    pub fn add_clean(&mut self, part: &[f32]) {
+        self.add_each(part, clean);
+    }
+
+    fn add_each(&mut self, part: &[f32], value: impl Fn(f32) -> f32) {
+        let (chunks, rest) = part.as_chunks::<{ Self::LANES }>();
+        let mut lanes = self.0;
+        for chunk in chunks {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, &x)| *lane += value(x));
+        }
+        lanes.iter_mut().zip(rest).for_each(|(lane, &x)| *lane += value(x));
+        self.0 = lanes;
+    }
+
+    /// What the row is divided by to sum to 1; a row of zeros stays as it is.
+    pub fn divisor(&self) -> f32 {
+        let sum: f32 = self.0.iter().sum();
+        if sum > 0.0 { sum } else { 1.0 }
+    }
 }
 
 /// `nz`: the values of `from`, cleaned and scaled to sum 1, into `into`. All zero if they sum to 0.
 pub(super) fn normalise(from: &[f32], into: &mut [f32]) {
-    // Eight running sums: fixed, so that the result is the same on every machine, and wide enough
-    // for the compiler to use vectors.
-    let mut lanes = [0.0_f32; 8];
-    for (to, part) in into.chunks_mut(8).zip(from.chunks(8)) {
-        for ((to, lane), &x) in to.iter_mut().zip(&mut lanes).zip(part) {
-            *to = clean(x);
-            *lane += *to;
-        }
-    }
-    let sum: f32 = lanes.iter().sum();
-    if sum > 0.0 {
-        into.iter_mut().for_each(|x| *x /= sum);
-    }
+    into.iter_mut().zip(from).for_each(|(to, &x)| *to = clean(x));
+    let mut sum = Sum::new();
+    sum.add(into);
+    let divisor = sum.divisor();
+    into.iter_mut().for_each(|x| *x /= divisor);
 }
 
-/// `from` times `weight`, entry by entry, into `into`; what is no probability or length counts as 0.
+/// The values of `from`, cleaned and divided by `divisor`, into `into`.
+pub(super) fn scale(from: &[f32], divisor: f32, into: &mut [f32]) {
+    into.iter_mut().zip(from).for_each(|(to, &x)| *to = clean(x) / divisor);
+}
+
+/// `from` times `weight`, entry by entry, into `into`; what is no length counts as 0. `from` is clean.
 pub(super) fn weigh(from: &[f32], weight: &[f32], into: &mut [f32]) {
     for ((to, &x), &w) in into.iter_mut().zip(from).zip(weight) {
-        *to = clean(x) * clean(w);
+        *to = clean(x * w);
     }
 }
 
-/// Average over `width` (odd) positions around each, into `into`; outside of `from` there are
-/// zeros, as in SnapKV's `avg_pool1d` (arXiv 2404.14469). `padded` is scratch space.
-pub(super) fn average_pool(from: &[f32], width: usize, padded: &mut Vec<f32>, into: &mut [f32]) {
+/// Average over `width` (odd) positions around each, into `into`, which begins at position `first`; outside of `from` there
+/// are zeros, as in SnapKV's `avg_pool1d` (arXiv 2404.14469). `padded` is scratch space.
+pub(super) fn average_pool(from: &[f32], width: usize, first: usize, padded: &mut Vec<f32>, into: &mut [f32]) {
     let side = width / 2;
-    padded.clear();
-    padded.resize(side, 0.0);
-    padded.extend(from.iter().map(|&x| clean(x)));
-    padded.resize(from.len() + 2 * side, 0.0);
+    pad(from, first, side, into.len() + 2 * side, padded);
+    padded.iter_mut().for_each(|x| *x = clean(*x));
     into.fill(0.0);
     for shift in 0..width {
         for (to, &x) in into.iter_mut().zip(&padded[shift..]) {
@@ -100,33 +138,53 @@ pub(super) fn average_pool(from: &[f32], width: usize, padded: &mut Vec<f32>, in
         }
     }
     let scale = 1.0 / width as f32;
-    into.iter_mut().for_each(|x| *x *= scale);
+    into.iter_mut().for_each(|x| *x = clean(*x * scale));
+}
+
+/// `len` values from `before` positions before `first` on, into `padded`; outside of `from` there are zeros.
+fn pad(from: &[f32], first: usize, before: usize, len: usize, padded: &mut Vec<f32>) {
+    let zeros = before.saturating_sub(first);
+    let start = (first + zeros - before).min(from.len());
+    let end = (first + len).saturating_sub(before).clamp(start, from.len());
+    padded.clear();
+    padded.resize(zeros.min(len), 0.0);
+    padded.extend_from_slice(&from[start..end]);
+    padded.resize(len, 0.0);
 }
 
 /// Sliding maximum: afterwards `x[j]` is the maximum of the `width` values from `x[j]` on (fewer at
 /// the end). O(n log width), and all of it in vectors: windows of 1, 2, 4, ... are joined in place.
 pub(super) fn window_max(x: &mut [f32], width: usize) {
+    const LANES: usize = 8;
     let mut have = 1;
     while have < width {
         let step = have.min(width - have);
-        for j in 0..x.len().saturating_sub(step) {
+        let mut j = 0;
+        // what is ahead is read before it changes
+        while let Some(&ahead) = x.get(j + step..).and_then(|x| x.first_chunk::<LANES>()) {
+            join(&mut x[j..j + LANES], &ahead);
+            j += LANES;
+        }
+        for j in j..x.len().saturating_sub(step) {
             let ahead = x[j + step];
-            // Not `f32::max`: there is no NaN here, and the test for it costs more than the maximum.
-            x[j] = if ahead > x[j] { ahead } else { x[j] };
+            join(&mut x[j..=j], &[ahead]);
         }
         have += step;
     }
 }
 
-/// Spans: the first `score.len()` values of `padded` become `max(score[j - forward ..= j + back])`, so that a hit at `i`
-/// lifts `i - back ..= i + forward`. Scores are not negative.
-pub(super) fn spread(score: &[f32], span: Span, padded: &mut Vec<f32>) {
-    // `forward` zeros before and `back` after make every window `x[j..j + width]`; zeros win nowhere.
+/// The larger of each two.
+fn join(x: &mut [f32], ahead: &[f32]) {
+    // Not `f32::max`: there is no NaN here, and the test for it costs more than the maximum.
+    x.iter_mut().zip(ahead).for_each(|(x, &ahead)| *x = if ahead > *x { ahead } else { *x });
+}
+
+/// Spans: the first values of `padded` become `max(score[j - forward ..= j + back])` of the entries `part`, so that a hit at
+/// `i` lifts `i - back ..= i + forward`. Scores are not negative.
+pub(super) fn spread(score: &[f32], span: Span, part: Range<usize>, padded: &mut Vec<f32>) {
+    // `forward` values before and `back` after make every window `x[j..j + width]`; zeros win nowhere.
     let (forward, back) = (span.forward.min(score.len()), span.back.min(score.len()));
-    padded.clear();
-    padded.resize(forward, 0.0);
-    padded.extend_from_slice(score);
-    padded.resize(forward + score.len() + back, 0.0);
+    pad(score, part.start, forward, forward + part.len() + back, padded);
     window_max(padded, forward + back + 1);
 }
 
@@ -308,7 +366,7 @@ mod tests {
     #[test]
     fn a_pool_divides_by_its_width_at_the_edges_too() {
         let mut out = [0.0; 6];
-        average_pool(&[10.0, 0.0, 0.0, 0.0, 0.0, 5.0], 5, &mut Vec::new(), &mut out);
+        average_pool(&[10.0, 0.0, 0.0, 0.0, 0.0, 5.0], 5, 0, &mut Vec::new(), &mut out);
         let expected = [2.0, 2.0, 2.0, 1.0, 1.0, 1.0];
         out.iter().zip(expected).for_each(|(a, b)| assert!((a - b).abs() < 1e-6, "{out:?}"));
     }
