@@ -26,7 +26,7 @@
 //! With [`Evict::Cells`] the opinions are the means of `a` and of `b` over all heads, one ranking for all.
 //!
 //! Memory: 6 bytes for each head and entry (a cell of SmolLM2 takes 256 bytes a head: 2.3 %), whose larger part becomes the
-//! selection, and for each thread 4 bytes an entry while it scores and 33 while it ranks. Arithmetic is O(n) a head, some heads
+//! selection, and for each thread 4 bytes an entry while it scores and 25 while it ranks. Arithmetic is O(n) a head, some heads
 //! in each thread; the result depends neither on the number of threads nor on the order of their work.
 
 use std::ops::Range;
@@ -46,10 +46,14 @@ const SCALE: f32 = 32768.0;
 
 /// Scoring so many entries takes a quarter of a millisecond: fewer are not worth a thread.
 const ENTRIES_A_THREAD: usize = 32768;
-/// A thread that ranks needs some 33 bytes an entry: 4 for each of so many heads.
+/// A thread that ranks needs 25 bytes an entry: 3 for each of so many heads.
 const HEADS_A_THREAD: usize = 8;
 /// Entries that are scored at a time: few enough to stay in the fastest cache.
 const BLOCK: usize = 1024;
+
+/// Whether an entry is left is as good as random, and a processor that guesses wrong loses more time than the question takes.
+/// So it is asked of so many at once without a branch, and once more, with a good guess, when it is their turn.
+const LOOK_AHEAD: usize = 64;
 
 pub(super) struct Gvote {
     params: Params,
@@ -291,8 +295,11 @@ impl Gvote {
         let heads = self.shape.heads() as f64;
         let mut order = vec![0; self.shape.n];
         let mut turns = Turns::new(&self.forced);
-        let mean = |sum: &[f64], j: usize| (sum[j] / heads) as f32;
-        turns.take(0, |j| mean(&self.passages_sum, j), |j| mean(&self.single_sum, j), &mut order);
+        let Turns { lists: [ours, theirs], spare, .. } = &mut turns;
+        let mean = |sum: &[f64], j: usize| rank::falling((sum[j] / heads) as f32);
+        rank::sort_by_digits::<3, 2048>(ours, spare, |j| mean(&self.passages_sum, j));
+        rank::sort_by_digits::<3, 2048>(theirs, spare, |j| mean(&self.single_sum, j));
+        turns.take(0, &mut order);
         let at_rank = order.iter().map(|&j| self.mass_sum[j as usize]).collect();
         let curve = rank::lost_curve(at_rank, heads);
         Ranking::new(self.params, self.forced, 1, order, curve)
@@ -390,15 +397,14 @@ fn rank_some(score: &mut [u32], mass: &[u16], common: &[f32], forced: &Forced, f
     let n = forced.n;
     let mut at_rank = vec![0.0; n];
     let mut turns = Turns::new(forced);
-    let mut order = vec![0; n];
-    let mut row = vec![0.0_f32; n];
-    let value = |bits: u32| f16::from_bits(bits as u16).to_f32();
+    let (mut half, mut wide) = ([0_u16; BLOCK], [0.0_f32; BLOCK]);
     for (i, (score, mass)) in score.chunks_mut(n).zip(mass.chunks(n)).enumerate() {
-        turns.take(first + i, |j| value(score[j] >> 16) / SCALE + common[j], |j| value(score[j]), &mut order);
-        score.copy_from_slice(&order);
-        mass.reinterpret_cast::<f16>().convert_to_f32_slice(&mut row);
-        for (sum, &entry) in at_rank.iter_mut().zip(&order) {
-            *sum += f64::from(row[entry as usize]);
+        turns.sort(score, common);
+        turns.take(first + i, score);
+        for (at_rank, score) in at_rank.chunks_mut(BLOCK).zip(score.chunks(BLOCK)) {
+            half.iter_mut().zip(score).for_each(|(half, &entry)| *half = mass[entry as usize]);
+            half.reinterpret_cast::<f16>().convert_to_f32_slice(&mut wide);
+            add(at_rank, &wide);
         }
     }
     at_rank
@@ -407,36 +413,88 @@ fn rank_some(score: &mut [u32], mass: &[u16], common: &[f32], forced: &Forced, f
 /// Two opinions that take turns.
 struct Turns<'a> {
     forced: &'a Forced,
-    keys: [Vec<u64>; 2],
-    spare: Vec<u64>,
+    /// `[n]` each one's entries from best to worst.
+    lists: [Vec<u32>; 2],
+    keys: Vec<u32>,
+    spare: Vec<u32>,
     taken: Vec<bool>,
 }
 
 impl<'a> Turns<'a> {
     fn new(forced: &'a Forced) -> Self {
-        Self { forced, keys: [Vec::new(), Vec::new()], spare: Vec::new(), taken: Vec::new() }
+        let list = || vec![0; forced.n];
+        Self { forced, lists: [list(), list()], keys: list(), spare: list(), taken: Vec::new() }
     }
 
-    /// Fills `order` with the entries of a KV head from best to worst: forced ones, then in turn the best of either score that is left.
-    fn take(&mut self, head: usize, first: impl Fn(usize) -> f32, second: impl Fn(usize) -> f32, order: &mut [u32]) {
-        let [ours, theirs] = &mut self.keys;
-        ours.clear();
-        theirs.clear();
-        rank::push_keys(ours, self.forced, head, first);
-        rank::push_keys(theirs, self.forced, head, second);
-        rank::sort_keys(ours, &mut self.spare);
-        rank::sort_keys(theirs, &mut self.spare);
-        self.taken.clear();
-        self.taken.resize(order.len(), false);
+    /// Sorts the entries of a head, of which `score` has `a` and `b`, by `a + common` and by `b`.
+    fn sort(&mut self, score: &[u32], common: &[f32]) {
+        let Self { lists: [ours, theirs], keys, spare, .. } = self;
+        let (mut half, mut wide) = ([f16::ZERO; BLOCK], [0.0_f32; BLOCK]);
+        for (keys, part) in keys.chunks_mut(BLOCK).zip(score.chunks(BLOCK).zip(common.chunks(BLOCK))) {
+            half.iter_mut().zip(part.0).for_each(|(half, &score)| *half = f16::from_bits((score >> 16) as u16));
+            half.convert_to_f32_slice(&mut wide);
+            for ((key, a), common) in keys.iter_mut().zip(&wide).zip(part.1) {
+                *key = rank::falling(a / SCALE + common);
+            }
+        }
+        rank::sort_by_digits::<3, 2048>(ours, spare, |j| keys[j]);
+        // bits of f16 sort like those of f32
+        rank::sort_by_digits::<2, 256>(theirs, spare, |j| !score[j] & 0xffff);
+    }
 
-        let fixed = self.forced.count_of(head);
-        order.iter_mut().zip(&*ours).take(fixed).for_each(|(to, &key)| *to = rank::entry(key));
-        let mut best = [&*ours, &*theirs].map(|keys| keys[fixed..].iter().map(|&key| rank::entry(key)));
-        for (turn, to) in order[fixed..].iter_mut().enumerate() {
-            let is_left = |&entry: &u32| !self.taken[entry as usize];
-            // each opinion names every entry once, so there is one left as long as a place is
-            *to = best[turn % 2].find(is_left).unwrap_or_default();
-            self.taken[*to as usize] = true;
+    /// Fills `order` with the entries of a KV head from best to worst: forced ones, then in turn the best of either list that is left.
+    fn take(&mut self, head: usize, order: &mut [u32]) {
+        let Forced { head: sinks, tail, n, .. } = *self.forced;
+        let forced = (0..sinks as u32).chain(self.forced.protected(head).iter().copied()).chain(tail as u32..n as u32);
+        self.taken.clear();
+        self.taken.resize(n, false);
+        let mut places = order.iter_mut();
+        for (entry, to) in forced.zip(&mut places) {
+            *to = entry;
+            self.taken[entry as usize] = true;
+        }
+        let [mut ours, mut theirs] = self.lists.each_ref().map(|list| Left::new(list));
+        let (pairs, last) = places.into_slice().as_chunks_mut();
+        for [first, second] in pairs {
+            *first = ours.take(&mut self.taken);
+            *second = theirs.take(&mut self.taken);
+        }
+        last.iter_mut().for_each(|last| *last = ours.take(&mut self.taken));
+    }
+}
+
+/// What is left of a list.
+struct Left<'a> {
+    list: &'a [u32],
+    /// Entries that were left when they were looked at, and which of them are next.
+    ahead: [u32; LOOK_AHEAD],
+    next: Range<usize>,
+}
+
+impl<'a> Left<'a> {
+    fn new(list: &'a [u32]) -> Self {
+        Self { list, ahead: [0; LOOK_AHEAD], next: 0..0 }
+    }
+
+    /// Takes the best one. Each list names every entry once, so there is one as long as a place is.
+    fn take(&mut self, taken: &mut [bool]) -> u32 {
+        loop {
+            for i in &mut self.next {
+                let entry = self.ahead[i];
+                if !std::mem::replace(&mut taken[entry as usize], true) {
+                    return entry;
+                }
+            }
+            let (part, rest) = self.list.split_at(self.list.len().min(LOOK_AHEAD));
+            let mut end = 0;
+            for &entry in part {
+                self.ahead[end] = entry;
+                end += usize::from(!taken[entry as usize]);
+            }
+            (self.list, self.next) = (rest, 0..end);
+            if part.is_empty() {
+                return 0;
+            }
         }
     }
 }

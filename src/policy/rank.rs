@@ -202,33 +202,37 @@ pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, head: usize, score
     keys.extend((forced.tail..forced.n).map(forced_key));
 }
 
-/// Sorts what [`push_keys`] pushed. Entries ascend already, so a stable sort by their scores' bits does: three passes, each by
-/// eleven of them, and none by bits that all have in common, as the low ones of an f16 are.
-pub(super) fn sort_keys(keys: &mut Vec<u64>, spare: &mut Vec<u64>) {
-    const BITS: u32 = 11;
-    debug_assert!(keys.is_sorted_by_key(|&key| entry(key)));
-    if keys.len() < 1 << BITS {
-        keys.sort_unstable();
-        return;
+/// Fills `order` with the entries `0..order.len()`, the smallest `key` first and the older of equal ones first. A key has
+/// `DIGITS` digits, each less than `BASE`, a power of 2. Sorts by one digit after the other, the last first, and by none that
+/// all have in common, as the low ones of an f16 are. `spare` is scratch space.
+pub(super) fn sort_by_digits<const DIGITS: usize, const BASE: usize>(
+    order: &mut Vec<u32>,
+    spare: &mut Vec<u32>,
+    key: impl Fn(usize) -> u32,
+) {
+    let digit = |key: u32, i: usize| (key >> (i * BASE.trailing_zeros() as usize)) as usize % BASE;
+    let mut places = [[0_u32; BASE]; DIGITS];
+    for entry in 0..order.len() {
+        let key = key(entry);
+        places.iter_mut().enumerate().for_each(|(i, count)| count[digit(key, i)] += 1);
     }
-    spare.resize(keys.len(), 0);
-    for shift in [u32::BITS, u32::BITS + BITS, u32::BITS + 2 * BITS] {
-        let digit = |key: u64| (key >> shift) as usize % (1 << BITS);
-        let mut place = [0usize; 1 << BITS];
-        keys.iter().for_each(|&key| place[digit(key)] += 1);
-        if place[digit(keys[0])] == keys.len() {
+    order.iter_mut().zip(0..).for_each(|(to, entry)| *to = entry);
+    spare.resize(order.len(), 0);
+    for (i, place) in places.iter_mut().enumerate() {
+        if place.iter().any(|&count| count as usize == order.len()) {
             continue;
         }
         let mut first = 0;
-        for count in &mut place {
+        for count in &mut *place {
             first += std::mem::replace(count, first);
         }
-        for &key in &*keys {
-            let place = &mut place[digit(key)];
-            spare[*place] = key;
+        let to = &mut spare[..];
+        for &entry in &*order {
+            let place = &mut place[digit(key(entry as usize), i)];
+            to[*place as usize] = entry;
             *place += 1;
         }
-        std::mem::swap(keys, spare);
+        std::mem::swap(order, spare);
     }
 }
 
@@ -238,7 +242,13 @@ pub(super) fn sort_keys(keys: &mut Vec<u64>, spare: &mut Vec<u64>) {
 #[inline]
 pub(super) fn key(score: f32, entry: usize) -> u64 {
     // Bits of non-negative floats sort like the floats. Adding 0 turns a -0 into 0.
-    (u64::from(!(score + 0.0).to_bits()) << 32) | entry as u64
+    (u64::from(falling(score)) << 32) | entry as u64
+}
+
+/// A number that falls where a score rises, as in [`key`].
+#[inline]
+pub(super) fn falling(score: f32) -> u32 {
+    !(score + 0.0).to_bits()
 }
 
 /// The key of an entry that comes before all others.
@@ -393,25 +403,26 @@ mod tests {
     }
 
     #[test]
-    fn many_keys_are_sorted_like_few() {
+    fn digits_sort_like_keys() {
         let mut state = 7u32;
         let mut random = move || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             state >> 8
         };
-        for n in [1, 2047, 2048, 5000] {
-            let forced = Forced::new(&Params { sinks: 4, recent: 9, ..Params::default() }, n, &Protected::default());
+        for n in [5000, 1, 0, 2048] {
             let scores: Vec<f32> =
                 (0..n).map(|_| if random() % 3 == 0 { 0.0 } else { random() as f32 / 1e9 }).collect();
-            let coarse = |j: usize| half::f16::from_f32(scores[j]).to_f32();
-            for score in [&|j: usize| scores[j], &coarse as &dyn Fn(usize) -> f32] {
-                let mut keys = Vec::new();
-                push_keys(&mut keys, &forced, 0, score);
-                let mut expected = keys.clone();
-                expected.sort_unstable();
-                sort_keys(&mut keys, &mut Vec::new());
-                assert_eq!(keys, expected, "{n}");
-            }
+            let halves: Vec<_> = scores.iter().map(|&x| half::f16::from_f32(x)).collect();
+            let sorted = |score: &dyn Fn(usize) -> f32| {
+                let mut keys: Vec<u64> = (0..n).map(|j| key(score(j), j)).collect();
+                keys.sort_unstable();
+                keys.into_iter().map(entry).collect::<Vec<_>>()
+            };
+            let (mut order, mut spare) = (vec![0; n], Vec::new());
+            sort_by_digits::<3, 2048>(&mut order, &mut spare, |j| falling(scores[j]));
+            assert_eq!(order, sorted(&|j| scores[j]), "{n}");
+            sort_by_digits::<2, 256>(&mut order, &mut spare, |j| u32::from(!halves[j].to_bits()));
+            assert_eq!(order, sorted(&|j| halves[j].to_f32()), "{n}");
         }
     }
 
