@@ -96,7 +96,7 @@ impl Policy for AdaKv {
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
         let pooled = self.observed.pool(scores);
         self.budget.add(head, pooled);
-        rank::spread(pooled, self.span, &mut self.lifted);
+        rank::spread(pooled, self.span, 0..self.shape.n, &mut self.lifted);
         let in_layer = head % self.shape.n_head_kv;
         let key = |j: usize| (rank::key(rank::clean(self.lifted[j]), j), in_layer as u32);
         let Forced { head: start, tail, .. } = self.forced;

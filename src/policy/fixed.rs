@@ -47,7 +47,7 @@ impl FixedBudget {
         assert_eq!(scores.len(), self.shape.n, "scores of head {head}");
         self.seen += 1;
         rank::normalise(scores, &mut self.normal);
-        rank::spread(&self.normal, self.params.span, &mut self.padded);
+        rank::spread(&self.normal, self.params.span, 0..self.shape.n, &mut self.padded);
         match self.params.evict {
             Evict::Composite => {
                 self.keys.clear();

@@ -26,15 +26,16 @@
 //! With [`Evict::Cells`] the opinions are the means of `a` and of `b` over all heads, one ranking for all.
 //!
 //! Memory: 6 bytes for each head and entry (a cell of SmolLM2 takes 256 bytes a head: 2.3 %), whose larger part becomes the
-//! selection. Arithmetic is O(n log n) a head, sorted on a few threads; the result depends neither on their number nor on
-//! the order of their work.
+//! selection, and for each thread 4 bytes an entry while it scores and 25 while it ranks. Arithmetic is O(n) a head, some heads
+//! in each thread; the result depends neither on the number of threads nor on the order of their work.
 
+use std::ops::Range;
 use std::thread;
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
-use super::rank::{self, Forced};
+use super::rank::{self, Forced, Sum};
 use super::ranking::Ranking;
 use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
 
@@ -43,10 +44,16 @@ use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Protected,
 /// 2^-24, so that sums over up to 16,384 heads are exact in f64 and the same in any order.
 const SCALE: f32 = 32768.0;
 
-/// Sorting the heads takes milliseconds, and each thread some 33 bytes an entry: more threads would hardly help.
-const MAX_THREADS: usize = 8;
-/// Scoring so many entries takes half a millisecond: fewer are not worth a thread.
+/// Scoring so many entries takes a quarter of a millisecond: fewer are not worth a thread.
 const ENTRIES_A_THREAD: usize = 32768;
+/// A thread that ranks needs 25 bytes an entry: 3 for each of so many heads.
+const HEADS_A_THREAD: usize = 8;
+/// Entries that are scored at a time: few enough to stay in the fastest cache.
+const BLOCK: usize = 1024;
+
+/// Whether an entry is left is as good as random, and a processor that guesses wrong loses more time than the question takes.
+/// So it is asked of so many at once without a branch, and once more, with a good guess, when it is their turn.
+const LOOK_AHEAD: usize = 64;
 
 pub(super) struct Gvote {
     params: Params,
@@ -54,111 +61,162 @@ pub(super) struct Gvote {
     forced: Forced,
     /// Heads observed so far.
     seen: usize,
+    threads: usize,
     /// `[head][n]` the bits of `a * SCALE` and `b * SCALE` as f16, `a` above; ranking the heads turns them into entries from
-    /// best to worst, in place. Empty for `Evict::Cells`.
+    /// best to worst, in place. Empty for `Evict::Cells`. This and `mass` are asked for at once, but take up memory only layer
+    /// by layer, as they are written to, while the queries that were scored are freed.
     score: Vec<u32>,
-    /// `[head][n]` `m * SCALE`. Empty for `Evict::Cells`.
-    mass: Vec<f16>,
+    /// `[head][n]` the bits of `m * SCALE` as f16. Empty for `Evict::Cells`.
+    mass: Vec<u16>,
     /// `[n]` sums of `a`, `b` and `m` over the heads; the last two are empty for `Evict::Composite`.
     passages_sum: Vec<f64>,
     single_sum: Vec<f64>,
     mass_sum: Vec<f64>,
     /// One for each thread.
     scratch: Vec<Scratch>,
-    /// `a` of the heads of a layer.
+    /// `[heads][n]` `a` of the heads that were observed last, which `passages_sum` still lacks, and room for the next.
     passages: Vec<f32>,
+    next_passages: Vec<f32>,
 }
 
-/// Rows to work in: `[n]` `m`, `s` (0 in the window) and `b` of one head, and others.
+/// Rows to work in, for one thread: `[n]` `s`, 0 in the window, and others of a block or a little more.
 struct Scratch {
-    future: Vec<f32>,
     observed: Vec<f32>,
+    passages: Vec<f32>,
     single: Vec<f32>,
+    mass: Vec<f32>,
     row: Vec<f32>,
-    half: Vec<f16>,
-    /// The first `n` are `a`.
     padded: Vec<f32>,
+}
+
+/// Some entries of one head, from `first` on: `a`, but for the other heads' part, `b` and `m`.
+struct Scored<'a> {
+    first: usize,
+    passages: &'a mut [f32],
+    single: &'a mut [f32],
+    mass: &'a mut [f32],
 }
 
 impl Scratch {
     fn new(n: usize) -> Self {
-        let row = || vec![0.0; n];
-        let half = vec![f16::ZERO; n];
-        Self { future: row(), observed: row(), single: row(), row: row(), half, padded: Vec::new() }
+        let row = || vec![0.0; BLOCK];
+        let observed = vec![0.0; n];
+        Self { observed, passages: row(), single: row(), mass: row(), row: row(), padded: Vec::new() }
     }
 
-    /// Steps 1 to 3: see above.
-    fn score(&mut self, params: &Params, scores: &HeadScores<'_>) {
-        if params.replay { self.score_replay(scores) } else { self.score_queries(params, scores) }
+    /// Steps 1 to 3: see above. Hands on one block after another.
+    fn score(&mut self, params: &Params, scores: &HeadScores<'_>, take: impl FnMut(Scored<'_>)) {
+        if params.replay { self.score_replay(scores, take) } else { self.score_queries(params, scores, take) }
     }
 
-    /// Steps 1 to 3 from queries: fills `future` with `m`, `single` with `b` and the first `n` of `padded` with `a`, but
-    /// for the other heads' part.
-    fn score_queries(&mut self, params: &Params, scores: &HeadScores<'_>) {
-        let Self { future, observed, single, row, padded, .. } = self;
-        let older = observed.len().saturating_sub(params.window);
-        rank::normalise(scores.future, future);
-        rank::average_pool(&scores.observed[..older], params.pool, padded, &mut observed[..older]);
+    /// Steps 1 to 3 from queries: once over the head for the sums of every `nz`, and once more with them. What is cheap to
+    /// compute is computed twice rather than kept.
+    fn score_queries(&mut self, params: &Params, scores: &HeadScores<'_>, mut take: impl FnMut(Scored<'_>)) {
+        let Self { observed, passages, single, mass, row, padded } = self;
+        let n = observed.len();
+        let older = &scores.observed[..n.saturating_sub(params.window)];
+        let [mut future, mut weighed_future, mut seen, mut weighed_seen] = [const { Sum::new() }; 4];
+        future.add_clean(scores.future);
+        let future = future.divisor();
+        for part in blocks(n) {
+            let (norms, s) = (&scores.value_norm[part.clone()], &mut observed[part.clone()]);
+            let [mass, row] = [&mut *mass, &mut *row].map(|row| &mut row[..part.len()]);
+            rank::scale(&scores.future[part.clone()], future, mass);
+            rank::weigh(mass, norms, row);
+            weighed_future.add(row);
 
-        rank::weigh(future, scores.value_norm, row);
-        rank::normalise(row, single);
-        rank::weigh(observed, scores.value_norm, row);
-        padded.clear();
-        padded.resize(row.len(), 0.0);
-        rank::normalise(row, padded);
-        // a quarter, so that the sum of the two, times a number of at most 2, is at most 1
-        for ((b, s), cosine) in single.iter_mut().zip(&*padded).zip(scores.key_similarity) {
-            *b = 0.25 * (*b + s) * rank::clean(1.0 - cosine);
+            let pooled = older.len().clamp(part.start, part.end) - part.start;
+            rank::average_pool(older, params.pool, part.start, padded, &mut s[..pooled]);
+            seen.add(s);
+            rank::weigh(s, norms, row);
+            weighed_seen.add(row);
         }
+        let [weighed_future, seen, weighed_seen] = [weighed_future, seen, weighed_seen].map(|sum| sum.divisor());
+        for part in blocks(n) {
+            let norms = &scores.value_norm[part.clone()];
+            let [passages, single, mass, row] =
+                [&mut *passages, &mut *single, &mut *mass, &mut *row].map(|row| &mut row[..part.len()]);
+            rank::scale(&scores.future[part.clone()], future, mass);
+            rank::weigh(mass, norms, single);
+            rank::weigh(&observed[part.clone()], norms, row);
+            // a quarter, so that the sum of the two, times a number of at most 2, is at most 1
+            for ((b, &s), &cosine) in single.iter_mut().zip(&*row).zip(&scores.key_similarity[part.clone()]) {
+                *b = 0.25 * (*b / weighed_future + s / weighed_seen) * rank::clean(1.0 - cosine);
+            }
 
-        rank::normalise(observed, row);
-        rank::spread(row, params.span, padded);
+            rank::spread(observed, params.span, part.clone(), padded);
+            rank::scale(&padded[..part.len()], seen, passages);
+            take(Scored { first: part.start, passages, single, mass });
+        }
     }
 
     /// The same from a replay: `a` and `b` are one.
-    fn score_replay(&mut self, scores: &HeadScores<'_>) {
-        let Self { future, single, row, padded, .. } = self;
-        rank::normalise(scores.replayed, future);
-        let peaks: Vec<f32> = scores.fourth_powers.iter().map(|&p| rank::clean(p).sqrt().sqrt()).collect();
-        rank::weigh(&peaks, scores.value_norm, row);
-        rank::normalise(row, single);
-        padded.clear();
-        padded.extend_from_slice(single);
+    fn score_replay(&mut self, scores: &HeadScores<'_>, mut take: impl FnMut(Scored<'_>)) {
+        let Self { observed, passages, single, mass, .. } = self;
+        let [mut replayed, mut looked_up] = [const { Sum::new() }; 2];
+        replayed.add_clean(scores.replayed);
+        // the root first: the fourth power of what matters may be too small to matter
+        let peaks = scores.fourth_powers.iter().map(|p| rank::clean(p.sqrt().sqrt()));
+        for ((r, peak), &norm) in observed.iter_mut().zip(peaks).zip(scores.value_norm) {
+            *r = rank::clean(peak * norm);
+        }
+        looked_up.add(observed);
+        let [replayed, looked_up] = [replayed, looked_up].map(|sum| sum.divisor());
+        for part in blocks(observed.len()) {
+            let [passages, single, mass] = [&mut *passages, &mut *single, &mut *mass].map(|row| &mut row[..part.len()]);
+            rank::scale(&scores.replayed[part.clone()], replayed, mass);
+            rank::scale(&observed[part.clone()], looked_up, single);
+            passages.copy_from_slice(single);
+            take(Scored { first: part.start, passages, single, mass });
+        }
+    }
+}
+
+impl Scored<'_> {
+    fn part(&self) -> Range<usize> {
+        self.first..self.first + self.mass.len()
     }
 
-    /// What is kept of a head until all have been seen.
-    fn pack(&mut self, score: &mut [u32], mass: &mut [f16], passages: &mut [f32]) {
-        let Self { padded, single, future, half, .. } = self;
-        let scaled = |row: &mut [f32], out: &mut [f16]| {
+    /// Keeps them until all heads have been seen: in rows of `[n]`.
+    fn pack(self, score: &mut [u32], mass: &mut [u16], passages: &mut [f32]) {
+        let part = self.part();
+        passages[part.clone()].copy_from_slice(self.passages);
+        let scaled = |row: &mut [f32], to: &mut [f16]| {
             row.iter_mut().for_each(|x| *x *= SCALE);
-            out.convert_from_f32_slice(row);
+            to.convert_from_f32_slice(row);
         };
-        let n = score.len();
-        passages.copy_from_slice(&padded[..n]);
-        scaled(&mut padded[..n], half);
-        score.iter_mut().zip(&*half).for_each(|(s, a)| *s = u32::from(a.to_bits()) << 16);
-        scaled(single, half);
-        score.iter_mut().zip(&*half).for_each(|(s, b)| *s |= u32::from(b.to_bits()));
-        scaled(future, mass);
+        let mut half = [[f16::ZERO; BLOCK]; 2];
+        let [a, b] = half.each_mut().map(|half| &mut half[..part.len()]);
+        scaled(self.passages, a);
+        scaled(self.single, b);
+        scaled(self.mass, mass[part.clone()].reinterpret_cast_mut());
+        for ((score, a), b) in score[part].iter_mut().zip(a).zip(b) {
+            *score = u32::from(a.to_bits()) << 16 | u32::from(b.to_bits());
+        }
     }
 }
 
 impl Gvote {
     pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
         let n = shape.n;
-        let per_token = if params.evict == Evict::Cells { n } else { 0 };
+        let (per_token, per_head) = match params.evict {
+            Evict::Cells => (n, 0),
+            Evict::Composite => (0, shape.heads() * n),
+        };
         Self {
             params: params.clone(),
             shape,
             forced: Forced::new(params, n, protected),
             seen: 0,
-            score: Vec::new(),
-            mass: Vec::new(),
+            threads: rank::threads(),
+            score: vec![0; per_head],
+            mass: vec![0; per_head],
             passages_sum: vec![0.0; n],
             single_sum: vec![0.0; per_token],
             mass_sum: vec![0.0; per_token],
             scratch: vec![Scratch::new(n)],
             passages: Vec::new(),
+            next_passages: Vec::new(),
         }
     }
 
@@ -179,41 +237,41 @@ impl Gvote {
     }
 
     /// Scores heads, some of them in each thread, and keeps what ranks them later.
-    fn keep_scores(&mut self, heads: &[HeadScores<'_>]) {
-        let Self { params, shape, score, mass, passages_sum, passages, scratch, .. } = self;
+    fn keep_scores(&mut self, first: usize, heads: &[HeadScores<'_>]) {
+        let Self { params, shape, score, mass, passages_sum, passages, next_passages, scratch, .. } = self;
         let (n, params) = (shape.n, &*params);
-        let threads = n_threads().min(heads.len() * n / ENTRIES_A_THREAD).max(1);
+        let threads = self.threads.min(heads.len() * n / ENTRIES_A_THREAD).max(1);
         let share = heads.len().div_ceil(threads);
         scratch.resize_with(threads.max(scratch.len()), || Scratch::new(n));
-        // grown layer by layer, while the queries that were scored are freed
-        let start = score.len();
-        score.reserve_exact(heads.len() * n);
-        score.resize(start + heads.len() * n, 0);
-        mass.reserve_exact(heads.len() * n);
-        mass.resize(start + heads.len() * n, f16::ZERO);
-        passages.resize(heads.len() * n, 0.0);
-        let parts = score[start..].chunks_mut(share * n).zip(mass[start..].chunks_mut(share * n));
-        let parts = parts.zip(passages.chunks_mut(share * n)).zip(heads.chunks(share)).zip(scratch);
+        next_passages.resize(heads.len() * n, 0.0);
+        let new = first * n..(first + heads.len()) * n;
+        let parts = score[new.clone()].chunks_mut(share * n).zip(mass[new].chunks_mut(share * n));
+        let parts = parts.zip(next_passages.chunks_mut(share * n)).zip(heads.chunks(share)).zip(scratch);
         let parts =
             parts.map(|((((score, mass), passages), heads), scratch)| Part { score, mass, passages, heads, scratch });
-        if threads == 1 {
-            parts.for_each(|part| part.score(params, n));
-        } else {
-            thread::scope(|scope| parts.for_each(|part| drop(scope.spawn(move || part.score(params, n)))));
-        }
-        // one after another, so that the sum does not depend on the number of threads
-        passages.chunks(n.max(1)).for_each(|row| add(passages_sum, row));
+        thread::scope(|scope| {
+            if threads == 1 {
+                parts.for_each(|part| part.score(params, n));
+            } else {
+                parts.for_each(|part| drop(scope.spawn(move || part.score(params, n))));
+            }
+            // meanwhile the heads before these, one after another, so that the sum does not depend on the number of threads
+            passages.chunks(n.max(1)).for_each(|row| add(passages_sum, row));
+        });
+        std::mem::swap(passages, next_passages);
     }
 
     /// Steps 3 and 4 with each head's own opinions.
     fn rank_heads(mut self) -> Ranking {
         let (n, heads) = (self.shape.n, self.shape.heads());
+        self.passages.chunks(n.max(1)).for_each(|row| add(&mut self.passages_sum, row));
+        (self.passages, self.next_passages, self.scratch) = (Vec::new(), Vec::new(), Vec::new());
         // with a replay each head's own opinion is all there is
         let head_mix = if self.params.replay { 0.0 } else { self.params.head_mix };
         let weight = f64::from(head_mix) / heads as f64;
         let common: Vec<f32> = self.passages_sum.iter().map(|sum| (weight * sum) as f32).collect();
 
-        let threads = n_threads();
+        let threads = self.threads.min(heads.div_ceil(HEADS_A_THREAD));
         let share = heads.div_ceil(threads);
         let mut at_rank = vec![0.0; n];
         thread::scope(|scope| {
@@ -237,8 +295,11 @@ impl Gvote {
         let heads = self.shape.heads() as f64;
         let mut order = vec![0; self.shape.n];
         let mut turns = Turns::new(&self.forced);
-        let mean = |sum: &[f64], j: usize| (sum[j] / heads) as f32;
-        turns.take(0, |j| mean(&self.passages_sum, j), |j| mean(&self.single_sum, j), &mut order);
+        let Turns { lists: [ours, theirs], spare, .. } = &mut turns;
+        let mean = |sum: &[f64], j: usize| rank::falling((sum[j] / heads) as f32);
+        rank::sort_by_digits::<3, 2048>(ours, spare, |j| mean(&self.passages_sum, j));
+        rank::sort_by_digits::<3, 2048>(theirs, spare, |j| mean(&self.single_sum, j));
+        turns.take(0, &mut order);
         let at_rank = order.iter().map(|&j| self.mass_sum[j as usize]).collect();
         let curve = rank::lost_curve(at_rank, heads);
         Ranking::new(self.params, self.forced, 1, order, curve)
@@ -271,14 +332,16 @@ impl Policy for Gvote {
         self.check(first, heads);
         self.seen += heads.len();
         match self.params.evict {
-            Evict::Composite => self.keep_scores(heads),
+            Evict::Composite => self.keep_scores(first, heads),
             Evict::Cells => {
                 let scratch = &mut self.scratch[0];
                 for scores in heads {
-                    scratch.score(&self.params, scores);
-                    add(&mut self.passages_sum, &scratch.padded);
-                    add(&mut self.single_sum, &scratch.single);
-                    add(&mut self.mass_sum, &scratch.future);
+                    scratch.score(&self.params, scores, |scored| {
+                        let part = scored.part();
+                        add(&mut self.passages_sum[part.clone()], scored.passages);
+                        add(&mut self.single_sum[part.clone()], scored.single);
+                        add(&mut self.mass_sum[part], scored.mass);
+                    });
                 }
             }
         }
@@ -304,7 +367,7 @@ impl Policy for Gvote {
 /// Some heads of a layer, and where their scores go: `[heads][n]` each.
 struct Part<'a> {
     score: &'a mut [u32],
-    mass: &'a mut [f16],
+    mass: &'a mut [u16],
     passages: &'a mut [f32],
     heads: &'a [HeadScores<'a>],
     scratch: &'a mut Scratch,
@@ -314,14 +377,14 @@ impl Part<'_> {
     fn score(self, params: &Params, n: usize) {
         let rows = self.score.chunks_mut(n).zip(self.mass.chunks_mut(n)).zip(self.passages.chunks_mut(n));
         for (((score, mass), passages), scores) in rows.zip(self.heads) {
-            self.scratch.score(params, scores);
-            self.scratch.pack(score, mass, passages);
+            self.scratch.score(params, scores, |scored| scored.pack(score, mass, passages));
         }
     }
 }
 
-fn n_threads() -> usize {
-    thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS)
+/// `0..n` in blocks.
+fn blocks(n: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..n).step_by(BLOCK).map(move |first| first..n.min(first + BLOCK))
 }
 
 fn add(sum: &mut [f64], row: &[f32]) {
@@ -330,19 +393,18 @@ fn add(sum: &mut [f64], row: &[f32]) {
 
 /// Ranks some heads: `score` is `[head][n]` pairs of `a` and `b` and becomes `[head][n]` entries from
 /// best to worst; `first` is the number of the first of them. Returns `[n]` the `mass` at each rank, summed over these heads.
-fn rank_some(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced, first: usize) -> Vec<f64> {
+fn rank_some(score: &mut [u32], mass: &[u16], common: &[f32], forced: &Forced, first: usize) -> Vec<f64> {
     let n = forced.n;
     let mut at_rank = vec![0.0; n];
     let mut turns = Turns::new(forced);
-    let mut order = vec![0; n];
-    let mut row = vec![0.0_f32; n];
-    let value = |bits: u32| f16::from_bits(bits as u16).to_f32();
+    let (mut half, mut wide) = ([0_u16; BLOCK], [0.0_f32; BLOCK]);
     for (i, (score, mass)) in score.chunks_mut(n).zip(mass.chunks(n)).enumerate() {
-        turns.take(first + i, |j| value(score[j] >> 16) / SCALE + common[j], |j| value(score[j]), &mut order);
-        score.copy_from_slice(&order);
-        mass.convert_to_f32_slice(&mut row);
-        for (sum, &entry) in at_rank.iter_mut().zip(&order) {
-            *sum += f64::from(row[entry as usize]);
+        turns.sort(score, common);
+        turns.take(first + i, score);
+        for (at_rank, score) in at_rank.chunks_mut(BLOCK).zip(score.chunks(BLOCK)) {
+            half.iter_mut().zip(score).for_each(|(half, &entry)| *half = mass[entry as usize]);
+            half.reinterpret_cast::<f16>().convert_to_f32_slice(&mut wide);
+            add(at_rank, &wide);
         }
     }
     at_rank
@@ -351,36 +413,141 @@ fn rank_some(score: &mut [u32], mass: &[f16], common: &[f32], forced: &Forced, f
 /// Two opinions that take turns.
 struct Turns<'a> {
     forced: &'a Forced,
-    keys: [Vec<u64>; 2],
-    spare: Vec<u64>,
+    /// `[n]` each one's entries from best to worst.
+    lists: [Vec<u32>; 2],
+    keys: Vec<u32>,
+    spare: Vec<u32>,
     taken: Vec<bool>,
 }
 
 impl<'a> Turns<'a> {
     fn new(forced: &'a Forced) -> Self {
-        Self { forced, keys: [Vec::new(), Vec::new()], spare: Vec::new(), taken: Vec::new() }
+        let list = || vec![0; forced.n];
+        Self { forced, lists: [list(), list()], keys: list(), spare: list(), taken: Vec::new() }
     }
 
-    /// Fills `order` with the entries of a KV head from best to worst: forced ones, then in turn the best of either score that is left.
-    fn take(&mut self, head: usize, first: impl Fn(usize) -> f32, second: impl Fn(usize) -> f32, order: &mut [u32]) {
-        let [ours, theirs] = &mut self.keys;
-        ours.clear();
-        theirs.clear();
-        rank::push_keys(ours, self.forced, head, first);
-        rank::push_keys(theirs, self.forced, head, second);
-        rank::sort_keys(ours, &mut self.spare);
-        rank::sort_keys(theirs, &mut self.spare);
-        self.taken.clear();
-        self.taken.resize(order.len(), false);
+    /// Sorts the entries of a head, of which `score` has `a` and `b`, by `a + common` and by `b`.
+    fn sort(&mut self, score: &[u32], common: &[f32]) {
+        let Self { lists: [ours, theirs], keys, spare, .. } = self;
+        let (mut half, mut wide) = ([f16::ZERO; BLOCK], [0.0_f32; BLOCK]);
+        for (keys, part) in keys.chunks_mut(BLOCK).zip(score.chunks(BLOCK).zip(common.chunks(BLOCK))) {
+            half.iter_mut().zip(part.0).for_each(|(half, &score)| *half = f16::from_bits((score >> 16) as u16));
+            half.convert_to_f32_slice(&mut wide);
+            for ((key, a), common) in keys.iter_mut().zip(&wide).zip(part.1) {
+                *key = rank::falling(a / SCALE + common);
+            }
+        }
+        rank::sort_by_digits::<3, 2048>(ours, spare, |j| keys[j]);
+        // bits of f16 sort like those of f32
+        rank::sort_by_digits::<2, 256>(theirs, spare, |j| !score[j] & 0xffff);
+    }
 
-        let fixed = self.forced.count_of(head);
-        order.iter_mut().zip(&*ours).take(fixed).for_each(|(to, &key)| *to = rank::entry(key));
-        let mut best = [&*ours, &*theirs].map(|keys| keys[fixed..].iter().map(|&key| rank::entry(key)));
-        for (turn, to) in order[fixed..].iter_mut().enumerate() {
-            let is_left = |&entry: &u32| !self.taken[entry as usize];
-            // each opinion names every entry once, so there is one left as long as a place is
-            *to = best[turn % 2].find(is_left).unwrap_or_default();
-            self.taken[*to as usize] = true;
+    /// Fills `order` with the entries of a KV head from best to worst: forced ones, then in turn the best of either list that is left.
+    fn take(&mut self, head: usize, order: &mut [u32]) {
+        let Forced { head: sinks, tail, n, .. } = *self.forced;
+        let forced = (0..sinks as u32).chain(self.forced.protected(head).iter().copied()).chain(tail as u32..n as u32);
+        self.taken.clear();
+        self.taken.resize(n, false);
+        let mut places = order.iter_mut();
+        for (entry, to) in forced.zip(&mut places) {
+            *to = entry;
+            self.taken[entry as usize] = true;
+        }
+        let [mut ours, mut theirs] = self.lists.each_ref().map(|list| Left::new(list));
+        let (pairs, last) = places.into_slice().as_chunks_mut();
+        for [first, second] in pairs {
+            *first = ours.take(&mut self.taken);
+            *second = theirs.take(&mut self.taken);
+        }
+        last.iter_mut().for_each(|last| *last = ours.take(&mut self.taken));
+    }
+}
+
+/// What is left of a list.
+struct Left<'a> {
+    list: &'a [u32],
+    /// Entries that were left when they were looked at, and which of them are next.
+    ahead: [u32; LOOK_AHEAD],
+    next: Range<usize>,
+}
+
+impl<'a> Left<'a> {
+    fn new(list: &'a [u32]) -> Self {
+        Self { list, ahead: [0; LOOK_AHEAD], next: 0..0 }
+    }
+
+    /// Takes the best one. Each list names every entry once, so there is one as long as a place is.
+    fn take(&mut self, taken: &mut [bool]) -> u32 {
+        loop {
+            for i in &mut self.next {
+                let entry = self.ahead[i];
+                if !std::mem::replace(&mut taken[entry as usize], true) {
+                    return entry;
+                }
+            }
+            let (part, rest) = self.list.split_at(self.list.len().min(LOOK_AHEAD));
+            let mut end = 0;
+            for &entry in part {
+                self.ahead[end] = entry;
+                end += usize::from(!taken[entry as usize]);
+            }
+            (self.list, self.next) = (rest, 0..end);
+            if part.is_empty() {
+                return 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Span;
+    use super::*;
+
+    #[test]
+    fn a_head_is_scored_in_blocks_as_in_one() {
+        let spans = [Span { back: 3, forward: 1024 }, Span { back: 1024, forward: 0 }];
+        for (n, span) in [(1, spans[0]), (BLOCK, spans[1]), (BLOCK + 30, spans[0]), (3 * BLOCK + 7, spans[1])] {
+            // peaks, nothing at all, and what is no probability
+            let row = |seed: usize| -> Vec<f32> {
+                let value = |j| [0.3, 0.0, 1e-3, f32::NAN, 1e-7, 2.0, 1e-40][j * j * seed / 3 % 7];
+                (0..n).map(value).collect()
+            };
+            let [future, observed, value_norm, key_similarity] = [5, 11, 13, 17].map(row);
+            let params = Params { span, pool: 63, ..Params::default() };
+            let scores = HeadScores {
+                future: &future,
+                observed: &observed,
+                value_norm: &value_norm,
+                key_similarity: &key_similarity,
+                ..HeadScores::NONE
+            };
+            let [mut a, mut b, mut m] = [vec![0.0; n], vec![0.0; n], vec![0.0; n]];
+            Scratch::new(n).score(&params, &scores, |scored| {
+                a[scored.part()].copy_from_slice(scored.passages);
+                b[scored.part()].copy_from_slice(scored.single);
+                m[scored.part()].copy_from_slice(scored.mass);
+            });
+
+            let older = n.saturating_sub(params.window);
+            let normalised = |from: &[f32]| {
+                let mut row = vec![0.0; n];
+                rank::normalise(from, &mut row);
+                row
+            };
+            let weighed = |from: &[f32]| {
+                let mut row = vec![0.0; n];
+                rank::weigh(from, &value_norm, &mut row);
+                normalised(&row)
+            };
+            let (mut s, mut lifted) = (vec![0.0; n], Vec::new());
+            rank::average_pool(&observed[..older], params.pool, 0, &mut lifted, &mut s[..older]);
+            rank::spread(&normalised(&s), span, 0..n, &mut lifted);
+            assert_eq!(m, normalised(&future));
+            assert_eq!(a, lifted[..n]);
+            let both = weighed(&s).into_iter().zip(weighed(&m)).map(|(s, m)| m + s);
+            let single = both.zip(&key_similarity).map(|(b, cosine)| 0.25 * b * rank::clean(1.0 - cosine));
+            assert_eq!(b, single.collect::<Vec<_>>());
         }
     }
 }

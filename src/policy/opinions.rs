@@ -63,7 +63,7 @@ impl Opinions {
         if scores.observed.len() == n && scores.replayed.is_empty() {
             let older = n.saturating_sub(self.params.window);
             let mut pooled = vec![0.0; n];
-            rank::average_pool(&scores.observed[..older], self.params.pool, &mut self.padded, &mut pooled[..older]);
+            rank::average_pool(&scores.observed[..older], self.params.pool, 0, &mut self.padded, &mut pooled[..older]);
             self.real.resize(start + n, 0.0);
             rank::normalise(&pooled, &mut self.real[start..]);
         }

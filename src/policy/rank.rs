@@ -1,7 +1,20 @@
 //! The arithmetic that policies share: cleaning, normalising, pooling, spans, ranking, the curve of
 //! the lost mass, and the bounds on `C`.
 
+use std::ops::Range;
+use std::thread;
+
 use super::{Bound, Evict, Kept, Kind, Params, Protected, Span};
+
+/// More threads than this wait for memory.
+const MAX_THREADS: usize = 16;
+/// Cutting so many entries takes a third of a millisecond: fewer are not worth a thread.
+const CUT_A_THREAD: usize = 1 << 18;
+
+/// Threads to work with, at most.
+pub(super) fn threads() -> usize {
+    thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS)
+}
 
 /// What always stays: the first `sinks` and the last `recent` of `n` entries, and what is protected between them.
 #[derive(Debug, Clone)]
@@ -43,44 +56,81 @@ impl Forced {
     }
 }
 
-/// A probability, or 0 for what cannot be one.
+/// What is smaller decides nothing. Much smaller, and a processor takes a hundred times longer over it: the smallest normal
+/// number is 1.2e-38.
+const FAINT: f32 = 1e-30;
+
+/// A probability or a length, or 0 for what can be neither, or is too small to matter.
 #[inline]
 pub(super) fn clean(x: f32) -> f32 {
-    if x > 0.0 && x < f32::INFINITY { x } else { 0.0 }
+    if (FAINT..=1.0 / FAINT).contains(&x) { x } else { 0.0 }
+}
+
+/// The sum of a row. Eight running sums: fixed, so that the result is the same on every machine, and wide enough for the
+/// compiler to use vectors.
+pub(super) struct Sum([f32; Self::LANES]);
+
+impl Sum {
+    const LANES: usize = 8;
+
+    pub const fn new() -> Self {
+        Self([0.0; Self::LANES])
+    }
+
+    /// Adds the next entries of the row; all parts but the last are multiples of [`Self::LANES`].
+    pub fn add(&mut self, part: &[f32]) {
+        self.add_each(part, |x| x);
+    }
+
+    /// [`Self::add`] of values that are yet to be cleaned.
+    pub fn add_clean(&mut self, part: &[f32]) {
+        self.add_each(part, clean);
+    }
+
+    fn add_each(&mut self, part: &[f32], value: impl Fn(f32) -> f32) {
+        let (chunks, rest) = part.as_chunks::<{ Self::LANES }>();
+        let mut lanes = self.0;
+        for chunk in chunks {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, &x)| *lane += value(x));
+        }
+        lanes.iter_mut().zip(rest).for_each(|(lane, &x)| *lane += value(x));
+        self.0 = lanes;
+    }
+
+    /// What the row is divided by to sum to 1; a row of zeros stays as it is.
+    pub fn divisor(&self) -> f32 {
+        let sum: f32 = self.0.iter().sum();
+        if sum > 0.0 { sum } else { 1.0 }
+    }
 }
 
 /// `nz`: the values of `from`, cleaned and scaled to sum 1, into `into`. All zero if they sum to 0.
 pub(super) fn normalise(from: &[f32], into: &mut [f32]) {
-    // Eight running sums: fixed, so that the result is the same on every machine, and wide enough
-    // for the compiler to use vectors.
-    let mut lanes = [0.0_f32; 8];
-    for (to, part) in into.chunks_mut(8).zip(from.chunks(8)) {
-        for ((to, lane), &x) in to.iter_mut().zip(&mut lanes).zip(part) {
-            *to = clean(x);
-            *lane += *to;
-        }
-    }
-    let sum: f32 = lanes.iter().sum();
-    if sum > 0.0 {
-        into.iter_mut().for_each(|x| *x /= sum);
-    }
+    into.iter_mut().zip(from).for_each(|(to, &x)| *to = clean(x));
+    let mut sum = Sum::new();
+    sum.add(into);
+    let divisor = sum.divisor();
+    into.iter_mut().for_each(|x| *x /= divisor);
 }
 
-/// `from` times `weight`, entry by entry, into `into`; what is no probability or length counts as 0.
+/// The values of `from`, cleaned and divided by `divisor`, into `into`.
+pub(super) fn scale(from: &[f32], divisor: f32, into: &mut [f32]) {
+    into.iter_mut().zip(from).for_each(|(to, &x)| *to = clean(x) / divisor);
+}
+
+/// `from` times `weight`, entry by entry, into `into`; what is no length counts as 0. `from` is clean.
 pub(super) fn weigh(from: &[f32], weight: &[f32], into: &mut [f32]) {
     for ((to, &x), &w) in into.iter_mut().zip(from).zip(weight) {
-        *to = clean(x) * clean(w);
+        *to = clean(x * w);
     }
 }
 
-/// Average over `width` (odd) positions around each, into `into`; outside of `from` there are
-/// zeros, as in SnapKV's `avg_pool1d` (arXiv 2404.14469). `padded` is scratch space.
-pub(super) fn average_pool(from: &[f32], width: usize, padded: &mut Vec<f32>, into: &mut [f32]) {
+/// Average over `width` (odd) positions around each, into `into`, which begins at position `first`; outside of `from` there
+/// are zeros, as in SnapKV's `avg_pool1d` (arXiv 2404.14469). `padded` is scratch space.
+pub(super) fn average_pool(from: &[f32], width: usize, first: usize, padded: &mut Vec<f32>, into: &mut [f32]) {
     let side = width / 2;
-    padded.clear();
-    padded.resize(side, 0.0);
-    padded.extend(from.iter().map(|&x| clean(x)));
-    padded.resize(from.len() + 2 * side, 0.0);
+    pad(from, first, side, into.len() + 2 * side, padded);
+    padded.iter_mut().for_each(|x| *x = clean(*x));
     into.fill(0.0);
     for shift in 0..width {
         for (to, &x) in into.iter_mut().zip(&padded[shift..]) {
@@ -88,33 +138,53 @@ pub(super) fn average_pool(from: &[f32], width: usize, padded: &mut Vec<f32>, in
         }
     }
     let scale = 1.0 / width as f32;
-    into.iter_mut().for_each(|x| *x *= scale);
+    into.iter_mut().for_each(|x| *x = clean(*x * scale));
+}
+
+/// `len` values from `before` positions before `first` on, into `padded`; outside of `from` there are zeros.
+fn pad(from: &[f32], first: usize, before: usize, len: usize, padded: &mut Vec<f32>) {
+    let zeros = before.saturating_sub(first);
+    let start = (first + zeros - before).min(from.len());
+    let end = (first + len).saturating_sub(before).clamp(start, from.len());
+    padded.clear();
+    padded.resize(zeros.min(len), 0.0);
+    padded.extend_from_slice(&from[start..end]);
+    padded.resize(len, 0.0);
 }
 
 /// Sliding maximum: afterwards `x[j]` is the maximum of the `width` values from `x[j]` on (fewer at
 /// the end). O(n log width), and all of it in vectors: windows of 1, 2, 4, ... are joined in place.
 pub(super) fn window_max(x: &mut [f32], width: usize) {
+    const LANES: usize = 8;
     let mut have = 1;
     while have < width {
         let step = have.min(width - have);
-        for j in 0..x.len().saturating_sub(step) {
+        let mut j = 0;
+        // what is ahead is read before it changes
+        while let Some(&ahead) = x.get(j + step..).and_then(|x| x.first_chunk::<LANES>()) {
+            join(&mut x[j..j + LANES], &ahead);
+            j += LANES;
+        }
+        for j in j..x.len().saturating_sub(step) {
             let ahead = x[j + step];
-            // Not `f32::max`: there is no NaN here, and the test for it costs more than the maximum.
-            x[j] = if ahead > x[j] { ahead } else { x[j] };
+            join(&mut x[j..=j], &[ahead]);
         }
         have += step;
     }
 }
 
-/// Spans: the first `score.len()` values of `padded` become `max(score[j - forward ..= j + back])`, so that a hit at `i`
-/// lifts `i - back ..= i + forward`. Scores are not negative.
-pub(super) fn spread(score: &[f32], span: Span, padded: &mut Vec<f32>) {
-    // `forward` zeros before and `back` after make every window `x[j..j + width]`; zeros win nowhere.
+/// The larger of each two.
+fn join(x: &mut [f32], ahead: &[f32]) {
+    // Not `f32::max`: there is no NaN here, and the test for it costs more than the maximum.
+    x.iter_mut().zip(ahead).for_each(|(x, &ahead)| *x = if ahead > *x { ahead } else { *x });
+}
+
+/// Spans: the first values of `padded` become `max(score[j - forward ..= j + back])` of the entries `part`, so that a hit at
+/// `i` lifts `i - back ..= i + forward`. Scores are not negative.
+pub(super) fn spread(score: &[f32], span: Span, part: Range<usize>, padded: &mut Vec<f32>) {
+    // `forward` values before and `back` after make every window `x[j..j + width]`; zeros win nowhere.
     let (forward, back) = (span.forward.min(score.len()), span.back.min(score.len()));
-    padded.clear();
-    padded.resize(forward, 0.0);
-    padded.extend_from_slice(score);
-    padded.resize(forward + score.len() + back, 0.0);
+    pad(score, part.start, forward, forward + part.len() + back, padded);
     window_max(padded, forward + back + 1);
 }
 
@@ -132,33 +202,37 @@ pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, head: usize, score
     keys.extend((forced.tail..forced.n).map(forced_key));
 }
 
-/// Sorts what [`push_keys`] pushed. Entries ascend already, so a stable sort by their scores' bits does: three passes, each by
-/// eleven of them, and none by bits that all have in common, as the low ones of an f16 are.
-pub(super) fn sort_keys(keys: &mut Vec<u64>, spare: &mut Vec<u64>) {
-    const BITS: u32 = 11;
-    debug_assert!(keys.is_sorted_by_key(|&key| entry(key)));
-    if keys.len() < 1 << BITS {
-        keys.sort_unstable();
-        return;
+/// Fills `order` with the entries `0..order.len()`, the smallest `key` first and the older of equal ones first. A key has
+/// `DIGITS` digits, each less than `BASE`, a power of 2. Sorts by one digit after the other, the last first, and by none that
+/// all have in common, as the low ones of an f16 are. `spare` is scratch space.
+pub(super) fn sort_by_digits<const DIGITS: usize, const BASE: usize>(
+    order: &mut Vec<u32>,
+    spare: &mut Vec<u32>,
+    key: impl Fn(usize) -> u32,
+) {
+    let digit = |key: u32, i: usize| (key >> (i * BASE.trailing_zeros() as usize)) as usize % BASE;
+    let mut places = [[0_u32; BASE]; DIGITS];
+    for entry in 0..order.len() {
+        let key = key(entry);
+        places.iter_mut().enumerate().for_each(|(i, count)| count[digit(key, i)] += 1);
     }
-    spare.resize(keys.len(), 0);
-    for shift in [u32::BITS, u32::BITS + BITS, u32::BITS + 2 * BITS] {
-        let digit = |key: u64| (key >> shift) as usize % (1 << BITS);
-        let mut place = [0usize; 1 << BITS];
-        keys.iter().for_each(|&key| place[digit(key)] += 1);
-        if place[digit(keys[0])] == keys.len() {
+    order.iter_mut().zip(0..).for_each(|(to, entry)| *to = entry);
+    spare.resize(order.len(), 0);
+    for (i, place) in places.iter_mut().enumerate() {
+        if place.iter().any(|&count| count as usize == order.len()) {
             continue;
         }
         let mut first = 0;
-        for count in &mut place {
+        for count in &mut *place {
             first += std::mem::replace(count, first);
         }
-        for &key in &*keys {
-            let place = &mut place[digit(key)];
-            spare[*place] = key;
+        let to = &mut spare[..];
+        for &entry in &*order {
+            let place = &mut place[digit(key(entry as usize), i)];
+            to[*place as usize] = entry;
             *place += 1;
         }
-        std::mem::swap(keys, spare);
+        std::mem::swap(order, spare);
     }
 }
 
@@ -168,7 +242,13 @@ pub(super) fn sort_keys(keys: &mut Vec<u64>, spare: &mut Vec<u64>) {
 #[inline]
 pub(super) fn key(score: f32, entry: usize) -> u64 {
     // Bits of non-negative floats sort like the floats. Adding 0 turns a -0 into 0.
-    (u64::from(!(score + 0.0).to_bits()) << 32) | entry as u64
+    (u64::from(falling(score)) << 32) | entry as u64
+}
+
+/// A number that falls where a score rises, as in [`key`].
+#[inline]
+pub(super) fn falling(score: f32) -> u32 {
+    !(score + 0.0).to_bits()
 }
 
 /// The key of an entry that comes before all others.
@@ -224,37 +304,52 @@ pub(super) fn bounded(wanted: usize, rule: Bound, forced: &Forced, params: &Para
 /// `ranking` is `[head][n]` entries from best to worst; its memory becomes the result's.
 pub(super) fn keep_heads(mut ranking: Vec<u32>, n: usize, count: usize) -> Kept {
     let heads = ranking.len() / n;
-    cut(&mut ranking, n, std::iter::repeat_n(count, heads));
+    cut(&mut ranking, n, &vec![count as u32; heads]);
     Kept::Heads { n_cells: count, index: ranking }
 }
 
 /// The first `counts[head]` of each head's ranking, ascending. `ranking` as in [`keep_heads`].
 pub(super) fn keep_ragged(mut ranking: Vec<u32>, n: usize, counts: &[u32]) -> Kept {
-    let counts = || counts.iter().map(|&count| count as usize);
-    cut(&mut ranking, n, counts());
-    let end = counts().scan(0, |end, count| {
-        *end += count;
+    cut(&mut ranking, n, counts);
+    let end = counts.iter().scan(0, |end, &count| {
+        *end += count as usize;
         Some(*end)
     });
     Kept::Ragged { end: end.collect(), index: ranking }
 }
 
-/// Cuts a ranking of `[head][n]` entries to the `counts` best of each head, ascending.
-fn cut(ranking: &mut Vec<u32>, n: usize, counts: impl Iterator<Item = usize>) {
-    let mut stays = vec![false; n];
+/// Cuts a ranking of `[head][n]` entries to the `counts` best of each head, ascending; some heads in each thread.
+fn cut(ranking: &mut Vec<u32>, n: usize, counts: &[u32]) {
+    let threads = threads().min(ranking.len() / CUT_A_THREAD).max(1);
+    let share = counts.len().div_ceil(threads).max(1);
+    thread::scope(|scope| {
+        let mut parts = ranking.chunks_mut(share * n).zip(counts.chunks(share));
+        let own = parts.next();
+        parts.for_each(|(rows, counts)| drop(scope.spawn(move || sort_best(rows, n, counts))));
+        own.into_iter().for_each(|(rows, counts)| sort_best(rows, n, counts));
+    });
     let mut end = 0;
-    for (head, count) in counts.enumerate() {
-        stays.fill(false);
-        for &entry in &ranking[head * n..][..count] {
-            stays[entry as usize] = true;
-        }
-        // The cut rows move to the front: row `head` ends before the ranking of the next begins.
-        let row = &mut ranking[end..][..count];
-        row.iter_mut().zip(indices(&stays)).for_each(|(to, entry)| *to = entry);
-        end += count;
+    for (head, &count) in counts.iter().enumerate() {
+        ranking.copy_within(head * n..head * n + count as usize, end);
+        end += count as usize;
     }
     ranking.truncate(end);
     ranking.shrink_to_fit();
+}
+
+/// Makes the `counts` first of each row of `n` entries ascend; what is behind them is of no use afterwards.
+fn sort_best(rows: &mut [u32], n: usize, counts: &[u32]) {
+    let mut stays = vec![false; n];
+    for (row, &count) in rows.chunks_mut(n).zip(counts) {
+        stays.fill(false);
+        row[..count as usize].iter().for_each(|&entry| stays[entry as usize] = true);
+        let mut next = 0;
+        for (entry, &stays) in (0..).zip(&stays) {
+            // in any case, and overwritten if it does not stay: no branch to guess
+            row[next] = entry;
+            next += usize::from(stays);
+        }
+    }
 }
 
 /// The first `count` of one ranking for all heads, ascending.
@@ -263,10 +358,6 @@ pub(super) fn keep_tokens(mut ranking: Vec<u32>, count: usize) -> Kept {
     ranking.sort_unstable();
     ranking.shrink_to_fit();
     Kept::Tokens(ranking)
-}
-
-fn indices(stays: &[bool]) -> impl Iterator<Item = u32> + '_ {
-    (0..).zip(stays).filter_map(|(entry, &stays)| stays.then_some(entry))
 }
 
 #[cfg(test)]
@@ -285,7 +376,7 @@ mod tests {
     #[test]
     fn a_pool_divides_by_its_width_at_the_edges_too() {
         let mut out = [0.0; 6];
-        average_pool(&[10.0, 0.0, 0.0, 0.0, 0.0, 5.0], 5, &mut Vec::new(), &mut out);
+        average_pool(&[10.0, 0.0, 0.0, 0.0, 0.0, 5.0], 5, 0, &mut Vec::new(), &mut out);
         let expected = [2.0, 2.0, 2.0, 1.0, 1.0, 1.0];
         out.iter().zip(expected).for_each(|(a, b)| assert!((a - b).abs() < 1e-6, "{out:?}"));
     }
@@ -312,25 +403,26 @@ mod tests {
     }
 
     #[test]
-    fn many_keys_are_sorted_like_few() {
+    fn digits_sort_like_keys() {
         let mut state = 7u32;
         let mut random = move || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             state >> 8
         };
-        for n in [1, 2047, 2048, 5000] {
-            let forced = Forced::new(&Params { sinks: 4, recent: 9, ..Params::default() }, n, &Protected::default());
+        for n in [5000, 1, 0, 2048] {
             let scores: Vec<f32> =
                 (0..n).map(|_| if random() % 3 == 0 { 0.0 } else { random() as f32 / 1e9 }).collect();
-            let coarse = |j: usize| half::f16::from_f32(scores[j]).to_f32();
-            for score in [&|j: usize| scores[j], &coarse as &dyn Fn(usize) -> f32] {
-                let mut keys = Vec::new();
-                push_keys(&mut keys, &forced, 0, score);
-                let mut expected = keys.clone();
-                expected.sort_unstable();
-                sort_keys(&mut keys, &mut Vec::new());
-                assert_eq!(keys, expected, "{n}");
-            }
+            let halves: Vec<_> = scores.iter().map(|&x| half::f16::from_f32(x)).collect();
+            let sorted = |score: &dyn Fn(usize) -> f32| {
+                let mut keys: Vec<u64> = (0..n).map(|j| key(score(j), j)).collect();
+                keys.sort_unstable();
+                keys.into_iter().map(entry).collect::<Vec<_>>()
+            };
+            let (mut order, mut spare) = (vec![0; n], Vec::new());
+            sort_by_digits::<3, 2048>(&mut order, &mut spare, |j| falling(scores[j]));
+            assert_eq!(order, sorted(&|j| scores[j]), "{n}");
+            sort_by_digits::<2, 256>(&mut order, &mut spare, |j| u32::from(!halves[j].to_bits()));
+            assert_eq!(order, sorted(&|j| halves[j].to_f32()), "{n}");
         }
     }
 

@@ -41,7 +41,7 @@ impl Observed {
     /// `[n]` mean attention, pooled.
     pub fn pool(&mut self, scores: &HeadScores<'_>) -> &[f32] {
         let older = self.older;
-        rank::average_pool(&scores.observed[..older], self.pool, &mut self.padded, &mut self.pooled[..older]);
+        rank::average_pool(&scores.observed[..older], self.pool, 0, &mut self.padded, &mut self.pooled[..older]);
         &self.pooled
     }
 }

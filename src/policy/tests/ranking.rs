@@ -5,23 +5,42 @@ use super::*;
 const SHAPE: Shape = Shape { n: 300, n_layer: 2, n_head_kv: 2, group: 1 };
 
 fn ranking(params: &Params) -> Ranking {
-    let request = Request::random(&SHAPE, 1, 9);
-    let mut policy = build(params, SHAPE).unwrap();
-    for (index, head) in request.heads.iter().enumerate() {
-        policy.observe(
-            index,
-            &HeadScores {
-                future: &head.future,
-                observed: &head.observed,
-                value_norm: &head.value_norm,
-                key_similarity: &head.key_similarity,
-                ..HeadScores::NONE
-            },
-        );
+    ranking_of(params, SHAPE, &Request::random(&SHAPE, 1, 9), 1)
+}
+
+/// The ranking of a policy that sees so many heads at once.
+fn ranking_of(params: &Params, shape: Shape, request: &Request, at_once: usize) -> Ranking {
+    let mut policy = build(params, shape).unwrap();
+    let scores = request.heads.iter().map(|head| HeadScores {
+        future: &head.future,
+        observed: &head.observed,
+        value_norm: &head.value_norm,
+        key_similarity: &head.key_similarity,
+        ..HeadScores::NONE
+    });
+    let scores: Vec<_> = scores.collect();
+    for (first, heads) in (0..).step_by(at_once).zip(scores.chunks(at_once)) {
+        policy.observe_layer(first, heads);
     }
     match policy.decide() {
         Decision::Ranking(ranking) => ranking,
         Decision::Selection(_) => panic!("the default settings want a trial"),
+    }
+}
+
+#[test]
+fn heads_in_several_threads_rank_and_are_cut_as_one_after_another() {
+    let shape = Shape { n: 70_000, n_layer: 2, n_head_kv: 4, group: 1 };
+    let request = Request::random(&shape, 1, 9);
+    let [alone, layers] = [1, 4].map(|at_once| ranking_of(&Params::default(), shape, &request, at_once));
+    assert_eq!(alone.curve(), layers.curve());
+    let kept = layers.clone().keep(20_000, Bound::Trial);
+    for head in 0..shape.heads() {
+        // not `assert_eq`, which would print them
+        assert!(alone.of_head(head) == layers.of_head(head), "head {head}");
+        let mut best = alone.of_head(head)[..20_000].to_vec();
+        best.sort_unstable();
+        assert!(kept.kept_by(head) == Some(&best[..]), "head {head}");
     }
 }
 
