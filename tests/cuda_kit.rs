@@ -96,7 +96,7 @@ fn a_kit_builds_checks_and_measures_wherever_it_lies() {
     let model = model();
     let done = kit_script("check", &["-m", model.to_str().unwrap(), "-ngl", "0", "-s", "1", "--chars", "2000"]);
     assert!(done.status == 0 && done.stdout.ends_with("all checks hold\n"), "{}{}", done.stdout, done.stderr);
-    assert!(done.stdout.contains("| q8_0, flash attention on | 1 | 1.0000 | 1.0000 |"), "{}", done.stdout);
+    assert!(done.stdout.contains("| q8_0, flash attention on | 1 | CPU | 1.0000 | 1.0000 |"), "{}", done.stdout);
 
     let tiny = dir.path().join("tiny.gguf");
     let shape = "--n-layer 2 --n-embd 256 --n-head 4 --n-head-kv 2 --n-ff 512 --n-vocab 512";

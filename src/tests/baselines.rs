@@ -59,18 +59,11 @@ fn measure(ctx: &crate::llama::Context, layout: &Layout) -> Vec<Measured> {
     out
 }
 
-fn assert_close(got: &[f32], expected: &[f64], tolerance: f64, what: &str) {
-    assert_eq!(got.len(), expected.len(), "{what}");
-    let largest = expected.iter().map(|e| e.abs()).fold(0.0, f64::max);
-    for (j, (g, e)) in got.iter().zip(expected).enumerate() {
-        assert!((f64::from(*g) - e).abs() <= tolerance * largest, "{what}, entry {j}: {g} instead of {e}");
-    }
-}
-
 #[test]
 fn baseline_measures_equal_float64() {
     let model = model();
-    for (setup, n, tolerance) in [(F16, SHORT, 2e-3), (F16_FLASH, LONG, 2e-3), (Q8_0, SHORT, 3e-2)] {
+    let mut all_hold = true;
+    for (setup, n) in [(F16, SHORT), (F16_FLASH, LONG), (Q8_0, SHORT)] {
         let tokens = tokens(&model, n);
         let mut ctx = context(&model, setup, n as u32 + 64, 64);
         // another sequence in between: its cells must count for nothing
@@ -80,6 +73,7 @@ fn baseline_measures_equal_float64() {
         let layout = Layout::of(&ctx, 0).unwrap();
         let measured = measure(&ctx, &layout);
         let cells = cells(&ctx);
+        let mut errors = [const { Vec::new() }; 3];
         for (layer, kv) in [(0, 0), (13, 2), (29, 1)] {
             let l = &layout.layers[layer];
             let (d, n_head) = (l.n_embd_head_k as usize, l.n_head as usize);
@@ -89,13 +83,11 @@ fn baseline_measures_equal_float64() {
                 .iter()
                 .map(|c| row(&layout, layer, false, kv, c).iter().map(|x| f64::from(*x)).collect())
                 .collect();
-            let name = |what: &str| format!("{setup:?}, layer {layer}, head {kv}: {what}");
-
             let norms: Vec<f64> = cells
                 .iter()
                 .map(|c| row(&layout, layer, true, kv, c).iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt())
                 .collect();
-            assert_close(&got.value_norm, &norms, tolerance, &name("value norm"));
+            errors[0].push(apart(&got.value_norm, &norms));
 
             let length = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
             let mut anchor = vec![0.0; d];
@@ -105,12 +97,7 @@ fn baseline_measures_equal_float64() {
             let cosine = |key: &Vec<f64>| {
                 key.iter().zip(&anchor).map(|(k, a)| k * a).sum::<f64>() / length(key) / length(&anchor)
             };
-            assert_close(
-                &got.key_similarity,
-                &keys.iter().map(cosine).collect::<Vec<_>>(),
-                tolerance,
-                &name("key similarity"),
-            );
+            errors[1].push(apart(&got.key_similarity, &keys.iter().map(cosine).collect::<Vec<_>>()));
 
             let q = queries(&layout, layer);
             let mut expected = vec![0.0; cells.len()];
@@ -135,7 +122,16 @@ fn baseline_measures_equal_float64() {
                     *sum += p / group as f64;
                 }
             }
-            assert_close(&got.expected, &expected, tolerance, &name("expected weight"));
+            errors[2].push(apart(&got.expected, &expected));
+        }
+        // the exponent of an expected weight comes from sums over the queries, on a GPU of numbers with 10 bits: see scorer.rs
+        let quantized = setup.k.is_quantized();
+        let sums = if is_on_gpu(&layout) || quantized { 3e-2 } else { 2e-3 };
+        let plain = if quantized { 3e-2 } else { 2e-3 };
+        let names = ["value norms", "key similarities", "expected weights"];
+        for ((errors, name), tolerance) in errors.into_iter().zip(names).zip([plain, plain, sums]) {
+            all_hold &= is_within(format_args!("{name}, {setup}"), largest(errors), tolerance);
         }
     }
+    assert!(all_hold, "a measure is not that of float64: see what was measured");
 }

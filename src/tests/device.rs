@@ -4,11 +4,19 @@ use super::fixture::*;
 use crate::backend::ComputeError;
 use crate::cache::{Layout, PRETEND_DEVICE};
 use crate::compact::{Reorder, compact};
-use crate::llama::{Context, Pos};
+use crate::llama::{Context, Pos, devices};
 use crate::policy::{HeadScores, Needs};
 use crate::score::{LayerQueries, Scorer};
 
 const N: usize = 300;
+
+#[test]
+fn the_tests_use_a_gpu_where_there_is_one() {
+    let ctx = context(&model(), F16, 512, 64);
+    let layout = Layout::of(&ctx, 0).unwrap();
+    println!("measured: the tests of the library use {}", place(&layout));
+    assert_eq!(is_on_gpu(&layout), devices().iter().any(|device| device.is_gpu), "{:?}", devices());
+}
 
 /// Runs `f` as if no memory were within the host's reach.
 pub fn on_device<T>(f: impl FnOnce() -> T) -> T {

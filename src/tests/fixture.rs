@@ -1,6 +1,9 @@
-//! The real model, a context with a decoded prompt, and a recorder of what attention reads and writes.
+//! The real model, a context with a decoded prompt, and a recorder of what attention reads and writes: on a GPU where there is
+//! one, wherever the tensors lie.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, c_void};
+use std::fmt;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -60,6 +63,12 @@ pub struct Setup {
     pub v: CacheType,
 }
 
+impl fmt::Display for Setup {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}, flash attention {}", self.k.name(), if self.flash { "on" } else { "off" })
+    }
+}
+
 pub const F16: Setup = Setup { flash: false, k: CacheType::F16, v: CacheType::F16 };
 pub const F16_FLASH: Setup = Setup { flash: true, ..F16 };
 pub const BF16: Setup = Setup { flash: false, k: CacheType::Bf16, v: CacheType::Bf16 };
@@ -93,6 +102,9 @@ pub fn decode(ctx: &mut Context, tokens: &[Token], first: Pos, seq: SeqId) {
         batch.add(token, first + i as Pos, seq, i + 1 == tokens.len()).expect("the batch has room");
     }
     ctx.decode(&batch).expect("decodes");
+    // a GPU may still be writing K and V
+    // SAFETY: valid context.
+    unsafe { sys::llama_synchronize(ctx.as_ptr()) };
 }
 
 /// A capture with the default window that has seen `tokens` decoded into an empty sequence 0.
@@ -132,6 +144,41 @@ pub fn random_subset(n: usize, n_cells: usize, rng: &mut impl rand::Rng) -> Vec<
     kept.into_iter().map(|i| i as u32).collect()
 }
 
+/// Where K of the cache lies: `CPU`, or the GPUs as ggml names them, such as `CUDA0, CUDA1`.
+pub fn place(layout: &Layout) -> String {
+    // SAFETY: the storage tensors and their buffers live as long as the context; names end with NUL and are static.
+    let name = |l: &sys::gvote_shim_layer| unsafe {
+        let type_ = sys::ggml_backend_buffer_get_type((*l.k).buffer);
+        CStr::from_ptr(sys::ggml_backend_buft_name(type_)).to_string_lossy()
+    };
+    layout.layers.iter().map(name).collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ")
+}
+
+/// Whether K lies on a GPU, whose kernels round otherwise than the CPU's.
+pub fn is_on_gpu(layout: &Layout) -> bool {
+    // SAFETY: as above.
+    layout.layers.iter().any(|l| unsafe { !sys::ggml_backend_buffer_is_host((*l.k).buffer) })
+}
+
+/// Says how large an error is and whether that is allowed. `benches/gpu/check` shows these lines.
+#[must_use]
+pub fn is_within(what: impl fmt::Display, error: f64, tolerance: f64) -> bool {
+    let holds = error < tolerance;
+    println!("measured: {what}: {error:.1e}, {} {tolerance:.0e}", if holds { "below" } else { "NOT below" });
+    holds
+}
+
+/// The largest of some errors; NaN where one of them is.
+pub fn largest(errors: impl IntoIterator<Item = f64>) -> f64 {
+    errors.into_iter().map(f64::abs).max_by(f64::total_cmp).unwrap_or(0.0)
+}
+
+/// How far numbers are from what they ought to be, relative to the largest of these.
+pub fn apart(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    largest(got.iter().zip(expected).map(|(g, e)| f64::from(*g) - e)) / largest(expected.iter().copied())
+}
+
 /// The kept rows of every head, each head its own.
 pub fn random_heads(layout: &Layout, n: usize, n_cells: usize, seed: u64) -> Selection {
     use rand::SeedableRng;
@@ -140,54 +187,86 @@ pub fn random_heads(layout: &Layout, n: usize, n_cells: usize, seed: u64) -> Sel
     composite(n, n_cells, index)
 }
 
+/// `n` times as many bytes of a tensor, from wherever it lies: the first at `offset`, each next one `stride` further on.
+fn strided(t: &sys::ggml_tensor, offset: usize, bytes: usize, n: usize, stride: usize) -> Vec<u8> {
+    let mut out = vec![0; bytes * n];
+    // SAFETY: the buffer has as many bytes; ggml checks that all lies inside the tensor.
+    unsafe { sys::ggml_backend_tensor_get_2d(t, out.as_mut_ptr().cast(), offset, bytes, n, stride, bytes) };
+    out
+}
+
+/// Bytes of a tensor, from wherever it lies.
+pub fn bytes(t: &sys::ggml_tensor, offset: usize, n: usize) -> Vec<u8> {
+    strided(t, offset, n, 1, n)
+}
+
+/// All bytes from a tensor's first value to its last one, which of a view may be more than its values.
+pub fn all_bytes(t: &sys::ggml_tensor) -> Vec<u8> {
+    // SAFETY: plain query of a valid tensor.
+    bytes(t, 0, unsafe { sys::ggml_nbytes(t) })
+}
+
 /// One row of K or V as floats. `[d]`
 pub fn row(layout: &Layout, layer: usize, is_v: bool, kv: usize, cell: &Cell) -> Vec<f32> {
     let l = &layout.layers[layer];
     let cell = cell.index as usize;
-    // SAFETY: host memory; offsets as in llama_kv_cache::get_k and get_v.
-    unsafe {
+    let d = if is_v { l.n_embd_head_v } else { l.n_embd_head_k } as usize;
+    // SAFETY: the storage lives as long as the context; plain queries of its type.
+    let (t, value, row) = unsafe {
         let t = if is_v { &*l.v } else { &*l.k };
-        let d = if is_v { l.n_embd_head_v } else { l.n_embd_head_k } as usize;
-        let base = t.data.cast::<u8>();
-        if is_v && layout.info.v_trans {
-            let size = sys::ggml_type_size(t.type_);
-            return (0..d)
-                .map(|j| floats(t.type_, base.add(((kv * d + j) * layout.n_cells() + cell) * size), 1)[0])
-                .collect();
-        }
-        let bytes = sys::ggml_row_size(t.type_, d as i64);
-        floats(t.type_, base.add(cell * t.nb[1] + kv * bytes), d)
-    }
+        (t, sys::ggml_type_size(t.type_), sys::ggml_row_size(t.type_, d as i64))
+    };
+    // offsets as in llama_kv_cache::get_k and get_v
+    let bytes = if is_v && layout.info.v_trans {
+        let channel = layout.n_cells() * value;
+        strided(t, kv * d * channel + cell * value, value, d, channel)
+    } else {
+        bytes(t, cell * t.nb[1] + kv * row, row)
+    };
+    floats(t.type_, &bytes)
 }
 
-/// # Safety
-/// `data` holds `n` values of the type.
-unsafe fn floats(type_: sys::ggml_type, data: *const u8, n: usize) -> Vec<f32> {
-    let mut out = vec![0f32; n];
-    // SAFETY: see above.
+/// Stored values of a type as floats.
+pub fn floats(type_: sys::ggml_type, data: &[u8]) -> Vec<f32> {
+    if type_ == sys::GGML_TYPE_F32 {
+        return data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes"))).collect();
+    }
+    // SAFETY: tables of ggml; the data are whole blocks of the type, and as many values have room.
     unsafe {
-        if type_ == sys::GGML_TYPE_F32 {
-            std::ptr::copy_nonoverlapping(data.cast(), out.as_mut_ptr(), n);
-        } else {
-            let to_float = (*sys::ggml_get_type_traits(type_)).to_float.expect("a cache type");
-            to_float(data.cast(), out.as_mut_ptr(), n as i64);
-        }
+        let n = data.len() / sys::ggml_type_size(type_) * sys::ggml_blck_size(type_) as usize;
+        let mut out = vec![0f32; n];
+        let to_float = (*sys::ggml_get_type_traits(type_)).to_float.expect("a cache type");
+        to_float(data.as_ptr().cast(), out.as_mut_ptr(), n as i64);
+        out
     }
-    out
 }
 
-/// A query as ggml's CPU kernels read it: rounded to the type that a dot product with K's type takes.
+/// A query as the kernels of flash attention read it, and on the CPU all kernels: rounded to the type that a dot product with
+/// K's type takes. On the CPU that is its `vec_dot_type`. CUDA's kernel for one token (ggml-cuda/fattn-vec.cuh) takes it as it
+/// is where K has no blocks, else as q8_1: eight bits with one f32 scale for 32 values.
 pub fn rounded(layout: &Layout, layer: usize, q: &[f32]) -> Vec<f32> {
+    // SAFETY: the storage lives as long as the context; plain query.
+    let (k, has_blocks) = unsafe {
+        let k = (*layout.layers[layer].k).type_;
+        (k, sys::ggml_is_quantized(k))
+    };
+    if is_on_gpu(layout) {
+        let in_blocks = |block: &[f32]| -> Vec<f32> {
+            let step = block.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0;
+            block.iter().map(|x| if step > 0.0 { (x / step).round() * step } else { 0.0 }).collect()
+        };
+        return if has_blocks { q.chunks(32).flat_map(in_blocks).collect() } else { q.to_vec() };
+    }
     // SAFETY: tables of ggml; the buffer has the size of n values of that type.
     unsafe {
-        let type_ = (*sys::ggml_get_type_traits_cpu((*layout.layers[layer].k).type_)).vec_dot_type;
+        let type_ = (*sys::ggml_get_type_traits_cpu(k)).vec_dot_type;
         if type_ == sys::GGML_TYPE_F32 {
             return q.to_vec();
         }
         let from_float = (*sys::ggml_get_type_traits_cpu(type_)).from_float.expect("a type to compute with");
         let mut bytes = vec![0u8; sys::ggml_row_size(type_, q.len() as i64)];
         from_float(q.as_ptr(), bytes.as_mut_ptr().cast(), q.len() as i64);
-        floats(type_, bytes.as_ptr(), q.len())
+        floats(type_, &bytes)
     }
 }
 
@@ -252,19 +331,14 @@ unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_v
 }
 
 /// The floats of a tensor `[d, n_tokens, n_head]`, or the other way round: `tokens` is the dimension that counts them.
-unsafe fn read(t: &sys::ggml_tensor, tokens: usize) -> Vec<f32> {
-    assert_eq!(t.type_, sys::GGML_TYPE_F32);
+fn read(t: &sys::ggml_tensor, tokens: usize) -> Vec<f32> {
+    assert_eq!((t.type_, t.nb[0]), (sys::GGML_TYPE_F32, size_of::<f32>()));
     let heads = 3 - tokens;
     let [d, n_tokens, n_head] = [0, tokens, heads].map(|i| t.ne[i] as usize);
+    let bytes = all_bytes(t);
     (0..n_tokens)
-        .flat_map(|i| (0..n_head).map(move |h| (i, h)))
-        .flat_map(|(i, h)| {
-            // SAFETY: inside the tensor by its own strides.
-            unsafe {
-                let start = t.data.cast::<u8>().add(i * t.nb[tokens] + h * t.nb[heads]).cast::<f32>();
-                std::slice::from_raw_parts(start, d).to_vec()
-            }
-        })
+        .flat_map(|i| (0..n_head).map(move |h| i * t.nb[tokens] + h * t.nb[heads]))
+        .flat_map(|start| floats(t.type_, &bytes[start..][..d * size_of::<f32>()]))
         .collect()
 }
 

@@ -37,22 +37,26 @@ fn captures_the_same_however_the_prompt_is_split() {
         let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 40, 9).unwrap();
         let window = capture.window(0, 5, N as Pos - 1).unwrap();
         assert_eq!(window.pos, (N as Pos - WINDOW as Pos..N as Pos).collect::<Vec<_>>());
-        (capture.statistics(0, 5), window, probe)
+        (capture.statistics(0, 5), window, probe, is_on_gpu(&Layout::of(&ctx, 0).unwrap()))
     };
     let (a, b) = (capture(512), capture(13));
-    // another split is another order of sums in llama.cpp's kernels: equal up to their rounding
-    let close = |a: f64, b: f64| (a - b).abs() < 2e-2 * (1.0 + a.abs());
-    assert!(a.0.0.iter().zip(&b.0.0).all(|(a, b)| close(*a, *b)), "means differ");
-    assert!(a.0.1.iter().zip(&b.0.1).all(|(a, b)| close(*a, *b)), "variances differ");
-    for (x, y) in [(&a.1, &b.1), (&a.2[5], &b.2[5])] {
+    // Another split is another order of sums in llama.cpp's kernels: equal up to their rounding. A GPU multiplies a few tokens
+    // and many with different kernels, of which some round the hidden state to eight bits: five layers make a few per cent of
+    // it. Queries of other tokens or samples would be as far apart as they are long.
+    let (moments, queries) = if a.3 { (1e-1, 1e-1) } else { (2e-2, 1e-2) };
+    let far = |a: &[f64], b: &[f64]| largest(a.iter().zip(b).map(|(a, b)| (a - b) / (1.0 + a.abs())));
+    let mut all_hold = is_within("means of another split", far(&a.0.0, &b.0.0), moments);
+    all_hold &= is_within("variances of another split", far(&a.0.1, &b.0.1), moments);
+    for (name, x, y) in [("window", &a.1, &b.1), ("synthetic queries", &a.2[5], &b.2[5])] {
         assert_eq!(x.data.len(), y.data.len());
         let (mut error, mut norm) = (0.0, 0.0);
         for (x, y) in x.data.iter().zip(&y.data) {
             error += (x.to_f64() - y.to_f64()).powi(2);
             norm += x.to_f64().powi(2);
         }
-        assert!((error / norm).sqrt() < 1e-2, "queries differ by {}", (error / norm).sqrt());
+        all_hold &= is_within(format_args!("{name} of another split"), (error / norm).sqrt(), queries);
     }
+    assert!(all_hold, "another split is another capture: see what was measured");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use super::fixture::*;
 use crate::backend::ComputeError;
 use crate::cache::{self, Layout};
 use crate::capture::{LogitScale, Queries};
-use crate::llama::{Context, Pos};
+use crate::llama::{CacheType, Context, Pos};
 use crate::policy::{HeadScores, Needs};
 use crate::score::{LayerQueries, Scorer};
 
@@ -102,7 +102,7 @@ fn worst_error(ctx: &Context, layout: &Layout, scale: LogitScale) -> f64 {
     let n = cells(ctx).len();
     let (n_head, n_kv) = (layout.layers[0].n_head as usize, layout.layers[0].n_head_kv as usize);
     let group = n_head / n_kv;
-    let mut worst = 0f64;
+    let mut errors = Vec::new();
     for layer in [0, 13, 29] {
         for kv in 0..n_kv {
             let scores = &scores[layer * n_kv + kv];
@@ -124,31 +124,39 @@ fn worst_error(ctx: &Context, layout: &Layout, scale: LogitScale) -> f64 {
                 }
             }
             for (got, expected) in [(&scores.observed, &observed), (&scores.future, &future), (&scores.each, &each)] {
-                assert_eq!(got.len(), expected.len());
-                let largest = expected.iter().copied().fold(0.0, f64::max);
-                for (g, e) in got.iter().zip(expected) {
-                    worst = worst.max((f64::from(*g) - e).abs() / largest);
-                }
+                errors.push(apart(got, expected));
             }
         }
     }
-    worst
+    largest(errors)
+}
+
+/// A quantized K meets q as q8 (or as f16), which is how the decoder reads it too; a bf16 one on the CPU as bf16. On a GPU the
+/// sums over the queries are taken of numbers with 10 bits (cuBLAS's TF32), of probabilities and of weights. Its kernel for a
+/// few queries (ggml-cuda/mmvq.cu) takes the zero point of a block times the sum of q before that is rounded: with q4_0 up to
+/// 2e-2 on these queries, where rounding alone makes 8e-3.
+fn tolerance(layout: &Layout, k: CacheType) -> f64 {
+    match k {
+        CacheType::F16 if is_on_gpu(layout) => 5e-3,
+        CacheType::F16 => 2e-3,
+        _ if is_on_gpu(layout) => 5e-2,
+        _ => 2e-2,
+    }
 }
 
 #[test]
 fn equals_naive_softmax_for_every_cache_type() {
     let model = model();
     let tokens = tokens(&model, N);
-    // a quantized K meets q as q8 (or as f16), which is how the decoder reads it too
-    for (setup, tolerance) in
-        [(F16, 2e-3), (F16_FLASH, 2e-3), (BF16, 2e-2), (Q8_0, 2e-2), (Q4_0, 2e-2), (Q5_1, 2e-2), (IQ4_NL, 2e-2)]
-    {
+    let mut all_hold = true;
+    for setup in [F16, F16_FLASH, BF16, Q8_0, Q4_0, Q5_1, IQ4_NL] {
         let mut ctx = context(&model, setup, 512, 64);
         decode(&mut ctx, &tokens, 0, 0);
         let layout = Layout::of(&ctx, 0).unwrap();
         let error = worst_error(&ctx, &layout, SCALE);
-        assert!(error < tolerance, "{setup:?}: {error}");
+        all_hold &= is_within(format_args!("scores, {setup}"), error, tolerance(&layout, setup.k));
     }
+    assert!(all_hold, "a score is not that of float64: see what was measured");
 }
 
 #[test]
@@ -159,7 +167,7 @@ fn honours_the_softcap() {
     let layout = Layout::of(&ctx, 0).unwrap();
     let capped = LogitScale { pre: 0.125 / 5.0, post: 5.0, softcap: true };
     let error = worst_error(&ctx, &layout, capped);
-    assert!(error < 2e-3, "{error}");
+    assert!(is_within("scores with a softcap", error, tolerance(&layout, F16.k)), "{error}");
 }
 
 #[test]
@@ -177,7 +185,7 @@ fn sees_only_its_own_sequence_in_any_cell_order() {
     assert!(cells.windows(2).any(|w| w[0].index > w[1].index), "the cells are out of order");
     let layout = Layout::of(&ctx, 0).unwrap();
     let error = worst_error(&ctx, &layout, SCALE);
-    assert!(error < 2e-3, "{error}");
+    assert!(is_within("scores of one of two sequences", error, tolerance(&layout, F16.k)), "{error}");
 }
 
 /// v/2 of the module's docs from the stored blocks themselves.
@@ -199,12 +207,11 @@ fn raises_logits_by_half_the_variance_of_a_rounded_key() {
         .map(|cell| {
             let mut variance = 0.0;
             for block in 0..d / 32 {
-                // SAFETY: a q4_0 block of this cell and head starts with its scale.
-                let delta = unsafe {
-                    let k = &*l.k;
-                    let bytes = k.data.cast::<u8>().add(cell.index as usize * k.nb[1] + (kv * d / 32 + block) * 18);
-                    f64::from(f16::from_le_bytes([*bytes, *bytes.add(1)]))
-                };
+                // SAFETY: the storage lives as long as the context.
+                let k = unsafe { &*l.k };
+                // a q4_0 block of this cell and head starts with its scale
+                let scale = bytes(k, cell.index as usize * k.nb[1] + (kv * d / 32 + block) * 18, 2);
+                let delta = f64::from(f16::from_le_bytes([scale[0], scale[1]]));
                 let q2: f64 = q[block * 32..][..32].iter().map(|x| f64::from(x * x)).sum();
                 variance += delta * delta / 12.0 * q2;
             }
@@ -214,10 +221,8 @@ fn raises_logits_by_half_the_variance_of_a_rounded_key() {
         .collect();
     let expected = softmax(&logits);
     let got = &scores[3 * l.n_head_kv as usize + kv].each[..cells.len()];
-    let largest = expected.iter().copied().fold(0.0, f64::max);
-    for (g, e) in got.iter().zip(&expected) {
-        assert!((f64::from(*g) - e).abs() / largest < 2e-2, "{g} instead of {e}");
-    }
+    let error = apart(got, &expected);
+    assert!(is_within("scores that allow for rounding", error, tolerance(&layout, Q4_0.k)), "{error}");
     let plain = run(&ctx, &layout, SCALE, false);
     assert!(plain[3].future != scores[3].future, "the correction changes something");
 }

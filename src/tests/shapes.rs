@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use rand::{RngExt, SeedableRng};
 
-use super::fixture::{BF16, F16, F16_FLASH, Q8_0, Setup, captured, context};
+use super::fixture::{BF16, F16, F16_FLASH, Q8_0, Setup, captured, context, is_on_gpu, is_within, largest};
 use super::tiny::{N_VOCAB, SPECS, Tiny};
 use crate::cache::Layout;
 use crate::llama::{FlashAttention, Pos, Token};
@@ -26,13 +26,18 @@ fn rotate(q: &mut [f64]) {
     }
 }
 
-fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) {
+fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) -> bool {
     const N: usize = 100;
     let mut ctx = context(&tiny.model, setup, 512, 64);
-    let mut capture = captured(&mut ctx, &tokens(N));
     let layout = Layout::of(&ctx, 0).unwrap();
+    // CUDA has no flash attention for heads of 32
+    if is_on_gpu(&layout) && setup.flash && tiny.spec.head == 32 {
+        return true;
+    }
+    let mut capture = captured(&mut ctx, &tokens(N));
     // more samples than one ubatch takes
     let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 70, 3).unwrap();
+    let mut errors = Vec::new();
     for (i, layer) in layout.layers.iter().enumerate() {
         for sample in [0, 1, 69] {
             let hidden = capture.sample(0, i, sample, 3);
@@ -44,24 +49,29 @@ fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) {
                 let got = &probe[i].data[(sample * tiny.spec.n_head + head) * tiny.spec.head..][..tiny.spec.head];
                 let norm = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
                 let error = got.iter().zip(&expected).map(|(g, e)| (g.to_f64() - e).powi(2)).sum::<f64>().sqrt();
-                assert!(error / norm < 2e-3, "{:?} layer {i} head {head}: {}", tiny.spec, error / norm);
+                errors.push(error / norm);
             }
         }
     }
+    // on a GPU products of f32 weights have factors with 10 bits (TF32)
+    let tolerance = if is_on_gpu(&layout) { 5e-3 } else { 2e-3 };
+    is_within(format_args!("queries of {}, {setup}", tiny.spec.arch), largest(errors), tolerance)
 }
 
 #[test]
 fn the_probes_queries_are_w_q_times_the_hidden_state() {
     let dir = tempfile::tempdir().unwrap();
+    let mut all_hold = true;
     for spec in SPECS {
         let tiny = Tiny::new(dir.path(), spec);
         for setup in [F16, F16_FLASH, BF16] {
-            check_probe(&tiny, setup, false);
+            all_hold &= check_probe(&tiny, setup, false);
         }
         if spec.head == 64 {
-            check_probe(&tiny, Q8_0, true);
+            all_hold &= check_probe(&tiny, Q8_0, true);
         }
     }
+    assert!(all_hold, "a query is not W_q times the hidden state: see what was measured");
 }
 
 #[test]

@@ -11,82 +11,94 @@ use crate::policy::{Kept, Selection};
 const N: usize = 300;
 const C: usize = 130;
 
-/// Largest difference between an attention output and its float64 reference, relative to the largest output of the layer.
-fn worst_error(setup: Setup) -> f64 {
-    let model = model();
-    let tokens = tokens(&model, N + 1);
-    let mut ctx = context(&model, setup, 1024, 128);
-    decode(&mut ctx, &tokens[..N], 0, 0);
+/// Differences between attention outputs and a float64 reference, relative to the largest output of the layer.
+struct Differences {
+    /// The largest one.
+    error: f64,
+    /// The least of the largest ones that a head has, if it were computed from the rows of its neighbour.
+    misplaced: f64,
+}
 
-    let layout = Layout::of(&ctx, 0).unwrap();
-    let before = cells(&ctx);
-    let selection = random_heads(&layout, N, C, 7);
+fn differences(ctx: &mut Context, layout: &Layout) -> Differences {
+    let tokens = tokens(ctx.model(), N + 1);
+    let before = cells(ctx);
+    let selection = random_heads(layout, N, C, 7);
+    let n_kv = layout.layers[0].n_head_kv as usize;
     // [head][c] rows of K and V as they are before anything moves
     let rows = |is_v: bool| -> Vec<Vec<Vec<f32>>> {
-        (0..n_heads(&layout))
+        (0..n_heads(layout))
             .map(|head| {
-                let n_kv = layout.layers[0].n_head_kv as usize;
                 let kept = selection.kept_by(head).unwrap();
-                kept.iter().map(|&c| row(&layout, head / n_kv, is_v, head % n_kv, &before[c as usize])).collect()
+                kept.iter().map(|&c| row(layout, head / n_kv, is_v, head % n_kv, &before[c as usize])).collect()
             })
             .collect()
     };
     let (mut k, mut v) = (rows(false), rows(true));
 
-    compact(&mut ctx, 0, &selection).unwrap();
-    let attention = record(&mut ctx, &layout, |ctx| decode(ctx, &tokens[N..], N as i32, 0));
-    let newest = *cells(&ctx).last().unwrap();
+    compact(ctx, 0, &selection).unwrap();
+    let attention = record(ctx, layout, |ctx| decode(ctx, &tokens[N..], N as i32, 0));
+    let newest = *cells(ctx).last().unwrap();
+    for head in 0..n_heads(layout) {
+        k[head].push(row(layout, head / n_kv, false, head % n_kv, &newest));
+        v[head].push(row(layout, head / n_kv, true, head % n_kv, &newest));
+    }
 
-    let mut worst = 0f64;
-    for (il, layer) in layout.layers.iter().enumerate() {
-        let (n_head, n_kv) = (layer.n_head as usize, layer.n_head_kv as usize);
-        let d = layer.n_embd_head_k as usize;
-        let largest = attention[il].out.iter().fold(0f32, |m, x| m.max(x.abs()));
+    let mut out = Differences { error: 0.0, misplaced: f64::INFINITY };
+    for (il, (layer, attention)) in layout.layers.iter().zip(&attention).enumerate() {
+        let (n_head, d) = (layer.n_head as usize, layer.n_embd_head_k as usize);
+        let scale = largest(attention.out.iter().map(|x| f64::from(*x)));
         for h in 0..n_head {
             let kv = h / (n_head / n_kv);
-            let head = il * n_kv + kv;
-            if h % (n_head / n_kv) == 0 {
-                k[head].push(row(&layout, il, false, kv, &newest));
-                v[head].push(row(&layout, il, true, kv, &newest));
-            }
-            let q = rounded(&layout, il, &attention[il].q[h * d..][..d]);
-            let logits: Vec<f64> = k[head].iter().map(|k| dot(&q, k) / (d as f64).sqrt()).collect();
-            let p = softmax(&logits);
-            for (j, out) in attention[il].out[h * d..][..d].iter().enumerate() {
-                let expected: f64 = p.iter().zip(&v[head]).map(|(p, v)| p * f64::from(v[j])).sum();
-                worst = worst.max((f64::from(*out) - expected).abs() / f64::from(largest));
-            }
+            let q = rounded(layout, il, &attention.q[h * d..][..d]);
+            let apart_from = |head: usize| {
+                let logits: Vec<f64> = k[head].iter().map(|k| dot(&q, k) / (d as f64).sqrt()).collect();
+                let p = softmax(&logits);
+                let expected = |j: usize| p.iter().zip(&v[head]).map(|(p, v)| p * f64::from(v[j])).sum::<f64>();
+                let out = &attention.out[h * d..][..d];
+                largest(out.iter().enumerate().map(|(j, out)| f64::from(*out) - expected(j))) / scale
+            };
+            out.error = largest([out.error, apart_from(il * n_kv + kv)]);
+            out.misplaced = out.misplaced.min(apart_from(il * n_kv + (kv + 1) % n_kv));
         }
     }
-    worst
+    out
+}
+
+/// What the kernels' own rounding may come to. On the CPU probabilities are f16 without flash attention, and sums with it.
+///
+/// On a GPU (ggml-cuda) without flash attention p·v and its sums are f16, all else f32. With it all is f32 for one token on
+/// newer cards (fattn-vec.cuh); older ones have f16 sums (fattn-mma-f16.cuh). With q8_0 a value of q that lies between two of
+/// the 255 steps may go the other way, as its compiler divides less exactly: one that does moves an output by up to 3e-2,
+/// mostly by a tenth of that.
+fn tolerance(layout: &Layout, setup: Setup) -> f64 {
+    match (is_on_gpu(layout), setup.flash, setup.k.is_quantized()) {
+        (false, false, _) => 2e-3,
+        (true, false, _) => 5e-3,
+        (_, true, false) => 1e-2,
+        (false, true, true) => 1e-5,
+        (true, true, true) => 1e-2,
+    }
 }
 
 #[test]
 fn random_heads_equal_naive_attention() {
-    // what is left is the kernels' own rounding: probabilities in f16 without flash attention, f16 sums with it
-    for (setup, tolerance) in [(F16, 2e-3), (F16_FLASH, 1e-2), (Q8_0, 1e-5), (Q4_0, 1e-5)] {
-        let error = worst_error(setup);
-        println!("{setup:?}: {error:.1e}");
-        assert!(error < tolerance, "{setup:?}: {error}");
-    }
-}
-
-#[test]
-fn the_reference_notices_a_wrong_row() {
-    // the tolerance above must be far below what one misplaced head would cause
     let model = model();
-    let tokens = tokens(&model, N + 1);
-    let out = |seed| {
-        let mut ctx = context(&model, F16, 1024, 128);
-        decode(&mut ctx, &tokens[..N], 0, 0);
+    let mut all_hold = true;
+    for setup in [F16, F16_FLASH, Q8_0, Q4_0] {
+        let mut ctx = context(&model, setup, 1024, 128);
         let layout = Layout::of(&ctx, 0).unwrap();
-        compact(&mut ctx, 0, &random_heads(&layout, N, C, seed)).unwrap();
-        record(&mut ctx, &layout, |ctx| decode(ctx, &tokens[N..], N as i32, 0))[0].out.clone()
-    };
-    let (a, b) = (out(1), out(2));
-    let largest = a.iter().fold(0f32, |m, x| m.max(x.abs()));
-    let difference = a.iter().zip(&b).fold(0f32, |m, (x, y)| m.max((x - y).abs()));
-    assert!(difference / largest > 2e-2, "{difference} of {largest}");
+        // CUDA's kernel subtracts the zero point of q4_0 with the sum of q before it is rounded, which moves outputs by a sixth
+        if is_on_gpu(&layout) && setup.k == Q4_0.k {
+            continue;
+        }
+        decode(&mut ctx, &tokens(&model, N), 0, 0);
+        let Differences { error, misplaced } = differences(&mut ctx, &layout);
+        let tolerance = tolerance(&layout, setup);
+        all_hold &= is_within(format_args!("random heads, {setup}"), error, tolerance);
+        // far below what one misplaced head would cause
+        assert!(misplaced > 20.0 * tolerance, "{setup}: a head with the rows of another one is only {misplaced} apart");
+    }
+    assert!(all_hold, "an output is not what attention over the kept rows gives: see what was measured");
 }
 
 #[test]
@@ -121,7 +133,7 @@ fn composite_cells_and_removed_cells_agree() {
             }
         }
     });
-    let largest = removed[0].out.iter().fold(0f32, |m, x| m.max(x.abs()));
-    let worst = attention[0].out.iter().zip(&removed[0].out).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
-    assert!(worst / largest < 4e-3, "{worst} of {largest}");
+    let removed: Vec<f64> = removed[0].out.iter().map(|x| f64::from(*x)).collect();
+    let error = apart(&attention[0].out, &removed);
+    assert!(is_within("composite and removed cells", error, 4e-3), "{error}");
 }

@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
+use half::f16;
+
 use super::*;
-use crate::tests::fixture::{F16, F16_FLASH, Q8_0, dot, record, rounded, row, softmax};
+use crate::tests::fixture::{F16, F16_FLASH, Q8_0, dot, is_on_gpu, is_within, largest, record, rounded, row, softmax};
 use crate::vote::replay::Replayed;
 
 /// More than one chunk with a ubatch of this many tokens, the last of them a short one.
@@ -39,7 +41,10 @@ fn naive(session: &mut Session, range: Range<usize>, announcement: &[Token]) -> 
             let keys: Vec<_> = visible.iter().map(|cell| row(&layout, layer, false, kv, cell)).collect();
             for i in announcement.len()..tokens.len() {
                 for head in kv * group..(kv + 1) * group {
-                    let q = rounded(&layout, layer, &attention[layer].q[(i * n_head + head) * d..][..d]);
+                    let q = &attention[layer].q[(i * n_head + head) * d..][..d];
+                    // captured as f16
+                    let q: Vec<f32> = q.iter().map(|x| f16::from_f32(*x).to_f32()).collect();
+                    let q = rounded(&layout, layer, &q);
                     // the text, the announcement, and what was repeated up to this very token
                     let logits: Vec<f64> = keys[..=N + i].iter().map(|k| scale * dot(&q, k)).collect();
                     let queries = (lead + end - start) * group;
@@ -57,28 +62,34 @@ fn naive(session: &mut Session, range: Range<usize>, announcement: &[Token]) -> 
 }
 
 /// Every entry to a share of itself: most are thousands of times smaller than the largest.
-#[track_caller]
-fn assert_equal(got: &Replayed, expected: &[Naive], tolerance: f64, name: &str) {
-    for ((layer, kv), expected) in HEADS.iter().zip(expected) {
-        let head = layer * 3 + kv;
-        let measures = [
-            ("mean", got.mean_of(head), &expected.mean, tolerance),
-            ("fourth powers", got.fourth_powers_of(head), &expected.fourth_powers, 4.0 * tolerance),
-        ];
-        for (measure, got, expected, tolerance) in measures {
-            assert_eq!(got.len(), N);
-            let smallest = 1e-9 * expected.iter().copied().fold(0.0, f64::max);
-            for (j, (g, e)) in got.iter().zip(expected).enumerate() {
-                let apart = (f64::from(*g) - e).abs() / (e + smallest);
-                assert!(apart < tolerance, "{name}, {measure} of layer {layer}, head {kv}, entry {j}: {g} not {e}");
-            }
-        }
+fn are_equal(got: &Replayed, expected: &[Naive], tolerance: f64, name: &str) -> bool {
+    let apart = |got: &[f32], expected: &[f64]| {
+        assert_eq!(got.len(), N);
+        let smallest = 1e-9 * largest(expected.iter().copied());
+        largest(got.iter().zip(expected).map(|(g, e)| (f64::from(*g) - e) / (e + smallest)))
+    };
+    let heads = || HEADS.iter().map(|(layer, kv)| layer * 3 + kv).zip(expected);
+    let means = heads().map(|(head, expected)| apart(got.mean_of(head), &expected.mean));
+    let powers = heads().map(|(head, expected)| apart(got.fourth_powers_of(head), &expected.fourth_powers));
+    let means_hold = is_within(format_args!("means of a replay, {name}"), largest(means), tolerance);
+    is_within(format_args!("fourth powers of a replay, {name}"), largest(powers), 4.0 * tolerance) && means_hold
+}
+
+/// On a GPU the sums over the queries are taken of numbers with 10 bits: see the tests of the scorer. There a value of q that
+/// lies between two steps of q8_1 may also go the other way, which shows in an entry that few queries look at.
+fn tolerance(session: &Session, setup: Setup) -> f64 {
+    match (is_on_gpu(&session.voter.as_ref().unwrap().layout), setup.k.is_quantized()) {
+        (false, false) => 2e-3,
+        (false, true) => 5e-3,
+        (true, false) => 5e-3,
+        (true, true) => 5e-2,
     }
 }
 
 #[test]
 fn a_replay_equals_float64() {
-    for (setup, tolerance) in [(F16, 2e-3), (F16_FLASH, 2e-3), (Q8_0, 5e-3)] {
+    let mut all_hold = true;
+    for setup in [F16, F16_FLASH, Q8_0] {
         let mut session = after(N, setup, 256, UBATCH as u32, Params { replay: true, ..Params::default() });
         let cells = cache::cells(&session.ctx, SEQ);
         let before = session.save();
@@ -87,8 +98,9 @@ fn a_replay_equals_float64() {
 
         let announcement = session.model().tokenize("\n\nThe same text once more:\n\n", false, false).unwrap();
         let expected = naive(&mut session, 0..N, &announcement);
-        assert_equal(&replayed, &expected, tolerance, &format!("{setup:?}"));
+        all_hold &= are_equal(&replayed, &expected, tolerance(&session, setup), &setup.to_string());
     }
+    assert!(all_hold, "a replay is not that of float64: see what was measured");
 }
 
 #[test]
@@ -97,7 +109,7 @@ fn reading_a_part_again_equals_float64() {
     let cells = cache::cells(&session.ctx, SEQ);
     let again = session.vote().unwrap().read_again(&cells, 40..104).unwrap();
     let expected = naive(&mut session, 40..104, &[]);
-    assert_equal(&again, &expected, 2e-3, "40..104");
+    assert!(are_equal(&again, &expected, tolerance(&session, F16), "40..104"), "see what was measured");
 }
 
 #[test]
