@@ -53,18 +53,34 @@ void write_rows(llama_kv_cache & kv, uint32_t stream, uint32_t index, const std:
 }
 
 // One cache of the context while a sequence of it is parked.
+//
+// llama_kv_cells keeps every cell's position in trees, which take longer to copy or to change than an experiment of a few tokens
+// takes on a GPU. So as little as possible is done to cells that stay: none at all where nothing is hidden.
 struct parked_cache {
     llama_kv_cache * kv;
     uint32_t head;
-    llama_kv_cells before; // what comes back in the end, whatever failed half-way
+    bool is_window; // cells that left the window are overwritten, so all of them are guarded
+    std::vector<bool> in_use;
+    std::unique_ptr<llama_kv_cells> before; // what comes back in the end, whatever failed half-way; none if nothing was touched
     std::vector<evicted_cell> evicted;
 
-    bool is_window; // cells that left the window are overwritten, so all of them are guarded
+    parked_cache(llama_kv_cache * kv, llama_seq_id seq, bool is_window) :
+        kv(kv), head(head_of(*kv, seq)), is_window(is_window), in_use(kv->get_size()) {
+        const llama_kv_cells & cells = kv->get_cells(seq);
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            in_use[i] = !cells.is_empty(i);
+        }
+        if (is_window) {
+            before = std::make_unique<llama_kv_cells>(cells);
+        }
+    }
 
-    // Guards the cells of `seq` at positions p0..p1, or all that are in use. Owners are kept in trees: a cell that neither
-    // needs nor has a guard costs nothing.
+    // Guards the cells of `seq` at positions p0..p1, or all that are in use.
     void guard(llama_seq_id seq, llama_pos p0, llama_pos p1) {
         llama_kv_cells & cells = cells_of(*kv, seq);
+        if (!before) {
+            before = std::make_unique<llama_kv_cells>(cells);
+        }
         for (uint32_t i = 0; i < cells.size(); ++i) {
             if (cells.is_empty(i) || cells.seq_has(i, GUARD)) {
                 continue;
@@ -75,16 +91,16 @@ struct parked_cache {
         }
     }
 
+    bool came_in(const llama_kv_cells & cells, uint32_t i) const {
+        return !cells.is_empty(i) && (is_window ? !cells.seq_has(i, GUARD) : !in_use[i]);
+    }
+
     void reset(llama_seq_id seq) {
         llama_kv_cells & cells = cells_of(*kv, seq);
         for (uint32_t i = 0; i < cells.size(); ++i) {
-            if (cells.is_empty(i)) {
-                continue;
-            }
-            const bool came_in = is_window ? !cells.seq_has(i, GUARD) : before.is_empty(i);
-            if (came_in) {
+            if (came_in(cells, i)) {
                 cells.rm(i);
-            } else if (before.seq_has(i, seq) && !cells.seq_has(i, seq)) {
+            } else if (before && !cells.is_empty(i) && before->seq_has(i, seq) && !cells.seq_has(i, seq)) {
                 cells.seq_add(i, seq);
             }
         }
@@ -125,8 +141,16 @@ struct parked_cache {
 
     // The cells themselves need no memory for it.
     void bring_back(llama_seq_id seq) {
-        cells_of(*kv, seq) = std::move(before);
-        head_of(*kv, seq)  = head;
+        llama_kv_cells & cells = cells_of(*kv, seq);
+        if (before) {
+            cells = std::move(*before);
+        }
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (!cells.is_empty(i) && !in_use[i]) {
+                cells.rm(i);
+            }
+        }
+        head_of(*kv, seq) = head;
         for (const auto & cell : evicted) {
             write_rows(*kv, kv->get_stream(seq), cell.index, cell.rows);
         }
@@ -155,8 +179,7 @@ const char * gvote_shim_park(llama_context * ctx, llama_seq_id seq, uint32_t n_w
         parked->seq = seq;
         for (llama_kv_cache * kv : { base_cache(ctx), window_cache(ctx) }) {
             if (kv != nullptr) {
-                const bool is_window = !parked->caches.empty();
-                parked->caches.push_back({ kv, head_of(*kv, seq), kv->get_cells(seq), {}, is_window });
+                parked->caches.emplace_back(kv, seq, !parked->caches.empty());
             }
         }
         try {

@@ -84,6 +84,22 @@ impl Scorer {
         Self { threads, computed: Vec::new(), next: Vec::new() }
     }
 
+    /// Starts the back ends of the devices that hold the cache: what CUDA and its libraries load for it takes as long as the scores of
+    /// a short prompt.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn start(&mut self, layout: &Layout) -> Result<(), ComputeError> {
+        if layout.is_host() {
+            return Ok(());
+        }
+        for layer in &layout.layers {
+            // SAFETY: K's storage lives as long as the context, which the caller holds.
+            unsafe { self.threads[0].at((*layer.k).buffer)?.warm_up()? };
+        }
+        Ok(())
+    }
+
     /// Gives the compute memory back and says how many bytes it was.
     pub fn release(&mut self) -> usize {
         let scores = self.computed.drain(..).chain(self.next.drain(..)).map(|scores| scores.data.bytes());

@@ -102,14 +102,17 @@ pub struct Voter {
 
 impl Voter {
     /// # Errors
-    /// [`VoteError::Cache`], [`VoteError::UnevenHeads`] for caches that cannot be compacted.
+    /// [`VoteError::Cache`], [`VoteError::UnevenHeads`] for caches that cannot be compacted; [`VoteError::Compute`] where a device
+    /// cannot be worked on.
     pub fn new(ctx: &Context, policy: &policy::Params, account_error: bool) -> Result<Self, VoteError> {
         let layout = Layout::of(ctx, 0)?;
         uniform_shape(&layout, 0)?;
         let (window, skip) = (policy.window, policy.sinks);
+        let mut scorer = Scorer::new(ctx.n_threads_batch());
+        scorer.start(&layout)?;
         Ok(Self {
             capture: Capture::new(ctx, &layout, window, skip),
-            scorer: Scorer::new(ctx.n_threads_batch()),
+            scorer,
             policy: policy.clone(),
             account_error,
             system_end: 0,

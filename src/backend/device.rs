@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 
-use super::ComputeError;
+use super::{Builder, ComputeError};
 use crate::cache;
 use crate::sys;
 
@@ -13,6 +13,7 @@ pub(crate) struct Device {
     backend: sys::ggml_backend_t,
     /// NULL before it is needed.
     alloc: sys::ggml_gallocr_t,
+    is_warm: bool,
 }
 
 impl Drop for Device {
@@ -39,8 +40,28 @@ impl Device {
             if sys::ggml_backend_is_cpu(backend) {
                 sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
             }
-            Ok(Self { place, backend, alloc: std::ptr::null_mut() })
+            Ok(Self { place, backend, alloc: std::ptr::null_mut(), is_warm: false })
         }
+    }
+
+    /// Computes something small once, for which the back end loads what it needs for matrix products.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn warm_up(&mut self) -> Result<(), ComputeError> {
+        /// More rows and columns than the kernels for a few have.
+        const N: usize = 64;
+        if std::mem::replace(&mut self.is_warm, true) {
+            return Ok(());
+        }
+        let mut b = Builder::new(8)?;
+        let a = b.input([N, N, 1], vec![1.0; N * N]);
+        // SAFETY: square matrices.
+        unsafe {
+            let product = sys::ggml_mul_mat(b.ctx, a, a);
+            b.run(sys::ggml_out_prod(b.ctx, product, a));
+        }
+        b.compute(self)
     }
 
     pub(super) fn backend(&self) -> sys::ggml_backend_t {

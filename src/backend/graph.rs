@@ -117,6 +117,16 @@ impl<'a> Builder<'a> {
         t
     }
 
+    /// Appends a node that changes, or reads, what `before` has changed a part of, in place; NULL: nothing has.
+    ///
+    /// ggml keeps memory until every view of it has been read, and nothing else reads such a part. So it becomes one more source
+    /// of the node, in the last place: no operation that we use looks there.
+    pub fn run_after(&mut self, before: Tensor, t: Tensor) -> Tensor {
+        // SAFETY: tensors of this context.
+        unsafe { (*t).src[sys::GGML_MAX_SRC as usize - 1] = before };
+        self.run(t)
+    }
+
     pub fn output(&mut self, t: Tensor) -> Tensor {
         // SAFETY: the tensor belongs to this context.
         unsafe { sys::ggml_set_output(t) };

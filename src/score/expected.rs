@@ -1,6 +1,6 @@
 //! The weight of a key under a Gaussian query (arXiv 2510.00636), from the mean and variance of its logits.
 
-use super::graph::LayerGraph;
+use super::graph::{LayerGraph, Logits};
 use super::results::LayerScores;
 use crate::backend::{Builder, ComputeError, Device, HostMemory, read};
 use crate::sys;
@@ -18,7 +18,7 @@ impl LayerGraph<'_> {
         for (kv, kv_heads) in self.head_chunks() {
             let k = self.k_rows(&b, kv, kv_heads, 0, n_kv);
             for set in &self.query_sets(&mut b, samples.clone()) {
-                let (kq, scale) = self.logits(&mut b, set, k, std::ptr::null_mut(), kv);
+                let Logits { kq, scale, masked } = self.logits(&mut b, set, k, std::ptr::null_mut(), kv);
                 // a column of ones for the queries of each head of the group
                 let one = |i: usize| if i % group == i / group % group { 1.0 } else { 0.0 };
                 let columns = set.n * group;
@@ -26,7 +26,7 @@ impl LayerGraph<'_> {
                 let ones = b.input([group, columns, kv_heads], ones);
                 // SAFETY: shapes [n_kv, columns, kv_heads] and [group, columns, kv_heads] give [n_kv, group, kv_heads].
                 let (sum, squares) = unsafe {
-                    let logits = sys::ggml_scale_inplace(b.ctx, kq, scale);
+                    let logits = b.run_after(masked, sys::ggml_scale_inplace(b.ctx, kq, scale));
                     let sum = sys::ggml_out_prod(b.ctx, logits, ones);
                     (sum, sys::ggml_out_prod(b.ctx, sys::ggml_sqr(b.ctx, logits), ones))
                 };

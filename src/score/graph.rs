@@ -17,7 +17,7 @@ use crate::sys;
 /// of f32 a thread.
 const HOST_COLUMNS: usize = 18;
 /// On the host, rows of heads that are measured at once: as f32 they stay in the CPU's cache.
-const HOST_CELLS: usize = 2048;
+const HOST_CELLS: usize = 512;
 
 /// How a type stores its scale, for the error of a rounded key.
 pub(super) struct Coarseness {
@@ -93,6 +93,15 @@ pub(super) struct QuerySet {
     /// Its first query among all of them.
     pub(super) start: usize,
     pub(super) n: usize,
+}
+
+/// Logits of a chunk of queries.
+pub(super) struct Logits {
+    /// Still to be multiplied by the scale. `[n_kv, group * n, kv_heads]`: for each query those of the heads of a group
+    pub kq: Tensor,
+    pub scale: f32,
+    /// What hides cells in a part of it, if any are hidden: to be given to [`Builder::run_after`].
+    pub masked: Tensor,
 }
 
 /// How much one node does at once.
@@ -213,10 +222,10 @@ impl LayerGraph<'_> {
             let k = self.k_rows(b, kv, kv_heads, 0, rows.n_kv);
             let errors = self.error_view(b, kv, kv_heads);
             for set in &sets {
-                let (logits, scale) = self.logits(b, set, k, errors, kv);
+                let Logits { kq, scale, masked } = self.logits(b, set, k, errors, kv);
                 // SAFETY: a contiguous tensor of this context.
-                let p = unsafe { sys::ggml_soft_max_ext_inplace(b.ctx, logits, std::ptr::null_mut(), scale, 0.0) };
-                b.run(p);
+                let p = unsafe { sys::ggml_soft_max_ext_inplace(b.ctx, kq, std::ptr::null_mut(), scale, 0.0) };
+                b.run_after(masked, p);
                 let observed = n_observed.saturating_sub(set.start).min(set.n);
                 let future = set.n - observed;
                 if future > 0 {
@@ -326,9 +335,8 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The logits of the queries of `set` that belong to the KV heads from `kv` on, whose keys `k` are, still to be multiplied by
-    /// the scale. `[n_kv, group * n, kv_heads]`: for each query those of the heads of a group
-    pub(super) fn logits(&self, b: &mut Builder, set: &QuerySet, k: Tensor, errors: Tensor, kv: usize) -> (Tensor, f32) {
+    /// The logits of the queries of `set` that belong to the KV heads from `kv` on, whose keys `k` are.
+    pub(super) fn logits(&self, b: &mut Builder, set: &QuerySet, k: Tensor, errors: Tensor, kv: usize) -> Logits {
         let (n, group) = (set.n as i64, self.group() as i64);
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
@@ -358,6 +366,7 @@ impl LayerGraph<'_> {
             } else {
                 scale *= self.queries.scale.pre;
             }
+            let mut masked = std::ptr::null_mut();
             if !set.mask.is_null() {
                 // only the newest cells can be hidden from a query: the rest of the block is not touched
                 let nb1 = (*kq).nb[1];
@@ -366,11 +375,10 @@ impl LayerGraph<'_> {
                 let (of_query, of_head) = (nb1 * group as usize, (*kq).nb[2]);
                 let newest =
                     sys::ggml_view_4d(b.ctx, kq, n_newest, group, n, kv_heads, nb1, of_query, of_head, offset);
-                let masked = sys::ggml_add_inplace(b.ctx, newest, set.mask);
-                b.run(masked);
+                masked = b.run(sys::ggml_add_inplace(b.ctx, newest, set.mask));
             }
             debug_assert_eq!((*kq).ne, [n_kv, group * n, kv_heads, 1]);
-            (kq, scale)
+            Logits { kq, scale, masked }
         }
     }
 
