@@ -16,6 +16,10 @@ pub enum ComputeError {
         "the back end that holds the KV cache cannot be started a second time; --policy full runs the model as it is"
     )]
     Backend,
+    #[error(
+        "the device that holds the KV cache cannot compute {0} of gvote's own: another -ctk or -ctv, or -ngl 0, may do; --policy full runs the model as it is"
+    )]
+    Unsupported(String),
     #[error("a graph of gvote's own failed (ggml status {0}); --policy full runs the model as it is")]
     Failed(i32),
 }

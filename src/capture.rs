@@ -14,7 +14,8 @@
 //! next positions while the sequence is parked. Of llama.cpp's graph only the nodes between `attn_norm` and q are needed (a
 //! tenth of a layer's weights and none of its attention): where each part of the graph begins, we put the samples in the place
 //! of `attn_norm`, compute just those nodes, in place, read q, and end the part. Biases, q-norms, RoPE and rotation all
-//! happen as they always do.
+//! happen as they always do. Where that path leads over several back ends, as with weights in host memory that a GPU computes
+//! with, the whole graph is computed, and `attn_norm` is overwritten on the way.
 //!
 //! One capture serves all sequences of a context: which of them a token belongs to is told by the cells that its K goes to.
 //!
@@ -34,6 +35,8 @@ use std::collections::{BTreeMap, HashMap};
 use half::f16;
 
 use self::node::Node;
+#[cfg(test)]
+pub(crate) use self::probe::PRETEND_SCATTERED;
 use self::probe::Probe;
 use self::record::Record;
 pub(crate) use self::record::Seen;

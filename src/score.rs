@@ -143,14 +143,14 @@ impl Scorer {
         let n_threads = if is_host { self.threads.len() } else { 1 };
         let room = ((DEVICE_SHARE * (view.n_kv * layout.bytes_per_cell()) as f64) as usize).max(DEVICE_LEAST);
         let Self { threads, computed, next } = self;
-        for (batch, layers) in layout.layers.chunks(n_threads).enumerate() {
-            let mut graphs = Vec::with_capacity(layers.len());
-            for (i, layer) in layers.iter().enumerate() {
-                let queries = queries(batch * n_threads + i)?;
+        let mut describe = |first: usize| {
+            let graph = |il: usize| {
+                let layer = &layout.layers[il];
+                let queries: LayerQueries = queries(il)?;
                 let n_query = queries.queries.pos.len();
                 // SAFETY: K's storage lives as long as the context, which the caller holds.
                 let type_ = unsafe { (*layer.k).type_ };
-                graphs.push(LayerGraph {
+                Ok(LayerGraph {
                     layer,
                     stream: layout.info.stream as usize,
                     view: &view,
@@ -162,11 +162,22 @@ impl Scorer {
                     },
                     v_trans: layout.info.v_trans,
                     n_cells: layout.n_cells(),
-                });
-            }
-            let meanwhile = || if batch > 0 { hand_over(computed) };
+                })
+            };
+            (first..layout.n_layer().min(first + n_threads)).map(graph).collect::<Result<Vec<_>, E>>()
+        };
+        let mut graphs = describe(0)?;
+        for first in (0..layout.n_layer()).step_by(n_threads) {
+            let mut ahead = None;
+            let meanwhile = || {
+                if first > 0 {
+                    hand_over(computed);
+                }
+                ahead = Some(describe(first + n_threads));
+            };
             compute_all(threads, &graphs, needs, next, meanwhile)?;
             std::mem::swap(computed, next);
+            graphs = ahead.transpose()?.unwrap_or_default();
         }
         hand_over(computed);
         Ok(())

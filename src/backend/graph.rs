@@ -1,6 +1,7 @@
 //! Small graphs that are built, computed and forgotten.
 
-use std::ffi::c_void;
+use std::borrow::Cow;
+use std::ffi::{CStr, c_char, c_void};
 
 use half::f16;
 
@@ -25,9 +26,9 @@ pub(crate) struct Results {
 
 /// What an input gets.
 enum Input<'a> {
-    Floats(Vec<f32>),
+    Floats(Cow<'a, [f32]>),
     Halves(&'a [f16]),
-    Rows(Vec<u32>),
+    Rows(Cow<'a, [u32]>),
 }
 
 impl Input<'_> {
@@ -69,7 +70,8 @@ impl<'a> Builder<'a> {
         }
     }
 
-    pub fn input(&mut self, ne: [usize; 3], data: Vec<f32>) -> Tensor {
+    pub fn input(&mut self, ne: [usize; 3], data: impl Into<Cow<'a, [f32]>>) -> Tensor {
+        let data = data.into();
         debug_assert_eq!(data.len(), ne.iter().product::<usize>());
         self.add_input(sys::GGML_TYPE_F32, ne, Input::Floats(data))
     }
@@ -80,7 +82,8 @@ impl<'a> Builder<'a> {
     }
 
     /// Numbers of rows.
-    pub fn rows(&mut self, ne: [usize; 3], data: Vec<u32>) -> Tensor {
+    pub fn rows(&mut self, ne: [usize; 3], data: impl Into<Cow<'a, [u32]>>) -> Tensor {
+        let data = data.into();
         debug_assert_eq!(data.len(), ne.iter().product::<usize>());
         self.add_input(sys::GGML_TYPE_I32, ne, Input::Rows(data))
     }
@@ -189,20 +192,46 @@ impl<'a> Builder<'a> {
         self.reserve(device)?;
         // SAFETY: inputs are allocated before they are set and sized as declared.
         unsafe {
-            for (t, data) in self.inputs.drain(..) {
+            // an input that no node reads has no memory
+            for (t, data) in self.inputs.drain(..).filter(|(t, _)| !(**t).buffer.is_null()) {
                 data.set(t);
             }
         }
         self.run_on(device)
     }
 
+    /// That the back end can compute every node: it would end the process.
+    fn check(&self, device: &Device) -> Result<(), ComputeError> {
+        // SAFETY: nodes of a complete graph.
+        unsafe {
+            for i in 0..sys::ggml_graph_n_nodes(self.graph) {
+                let node = sys::ggml_graph_node(self.graph, i);
+                if !sys::ggml_backend_supports_op(device.backend(), node) {
+                    return Err(unsupported(node));
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn run_on(&self, device: &Device) -> Result<(), ComputeError> {
+        self.check(device)?;
         // SAFETY: every tensor of the graph has memory.
         match unsafe { sys::gvote_shim_graph_compute(device.backend(), self.graph) } {
             sys::GGML_STATUS_SUCCESS => Ok(()),
             sys::GGML_STATUS_ALLOC_FAILED => Err(ComputeError::Memory("computing")),
             status => Err(ComputeError::Failed(status)),
         }
+    }
+}
+
+/// Why a back end cannot compute a node.
+unsafe fn unsupported(node: *const sys::ggml_tensor) -> ComputeError {
+    // SAFETY: a valid node; the names are static.
+    unsafe {
+        let text = |name: *const c_char| CStr::from_ptr(name).to_string_lossy().into_owned();
+        let of = (*node).src[0].as_ref().map_or(String::new(), |src| text(sys::ggml_type_name(src.type_)));
+        ComputeError::Unsupported(format!("{} of {of}", text(sys::ggml_op_name((*node).op))))
     }
 }
 

@@ -30,9 +30,8 @@ impl Watch for Inner {
     type Error = CaptureError;
 
     fn ask(&mut self, node: &Node) -> Result<bool, CaptureError> {
-        if let Mode::Probe(_) = self.mode {
-            // the first node of a part of the graph: what the part needs from elsewhere is there
-            return Ok(true);
+        if let Mode::Probe(probe) = &self.mode {
+            return Ok(self.asks_for(probe.way, node));
         }
         match node.0.op {
             sys::GGML_OP_SET_ROWS => {
@@ -71,8 +70,7 @@ impl Watch for Inner {
 
     fn read(&mut self, node: &Node) -> Result<bool, CaptureError> {
         if let Mode::Probe(_) = self.mode {
-            self.take_paths(node)?;
-            return Ok(false);
+            return self.read_probe(node);
         }
         if let Some(layer) = self.hidden_layer(node) {
             self.on_hidden(node, layer)?;
@@ -102,7 +100,7 @@ impl Inner {
         node.0.op == sys::GGML_OP_SET_ROWS && self.by_tensor.get(&node.storage()) == Some(&0)
     }
 
-    fn hidden_layer(&self, node: &Node) -> Option<usize> {
+    pub(super) fn hidden_layer(&self, node: &Node) -> Option<usize> {
         self.by_il.get(&node.layer_after("attn_norm")?).copied()
     }
 

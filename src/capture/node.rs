@@ -1,6 +1,6 @@
 //! Nodes of the graph that llama.cpp is computing, and the path from a hidden state to its query.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
 use super::CaptureError;
 use crate::backend;
@@ -12,18 +12,26 @@ pub(super) const MAX_PATH: usize = 64;
 /// The nodes between a layer's hidden state and its queries, in order of computation.
 pub(super) struct Path<'a> {
     il: i32,
+    graph: *const sys::ggml_cgraph,
     pub hidden: Option<Node<'a>>,
     pub nodes: Vec<*mut sys::ggml_tensor>,
+    /// Whether all that its nodes read is where it is from the start: weights, inputs, and each other.
+    is_local: bool,
 }
 
 impl<'a> Path<'a> {
-    pub fn new(il: i32) -> Self {
-        Self { il, hidden: None, nodes: Vec::new() }
+    /// `graph`: the one in work.
+    pub fn new(il: i32, graph: *const sys::ggml_cgraph) -> Self {
+        Self { il, graph, hidden: None, nodes: Vec::new(), is_local: true }
     }
 
     pub fn collect(&mut self, node: Node<'a>) -> Result<(), CaptureError> {
         let ptr = std::ptr::from_ref(node.0).cast_mut();
-        if node.0.op == sys::GGML_OP_NONE || self.nodes.contains(&ptr) {
+        if node.0.op == sys::GGML_OP_NONE {
+            self.is_local &= !node.is_copy(self.graph);
+            return Ok(());
+        }
+        if self.nodes.contains(&ptr) {
             return Ok(());
         }
         if node.layer_after("attn_norm") == Some(self.il) {
@@ -38,6 +46,11 @@ impl<'a> Path<'a> {
         }
         self.nodes.push(ptr);
         Ok(())
+    }
+
+    /// Whether it can be computed by itself, before the rest of the graph.
+    pub fn is_complete(&self) -> bool {
+        self.hidden.is_some() && self.is_local
     }
 }
 
@@ -90,6 +103,28 @@ impl<'a> Node<'a> {
     pub fn buffer(&self) -> sys::ggml_backend_buffer_t {
         // SAFETY: view sources live as long as their views.
         unsafe { self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer) }
+    }
+
+    /// Whether this leaf of a graph is what the scheduler copies from one back end to another in the midst of it: a weight in host
+    /// memory for a device that computes with it, or what another back end has computed. Inputs are copied before.
+    fn is_copy(&self, graph: *const sys::ggml_cgraph) -> bool {
+        let buffer = self.buffer();
+        // SAFETY: a valid buffer.
+        let is_computed = !buffer.is_null()
+            && unsafe { sys::ggml_backend_buffer_get_usage(buffer) } == sys::GGML_BACKEND_BUFFER_USAGE_COMPUTE;
+        is_computed && !self.is_input() && !self.original(graph).is_some_and(|original| original.is_input())
+    }
+
+    fn is_input(&self) -> bool {
+        self.0.flags & sys::GGML_TENSOR_FLAG_INPUT as i32 != 0
+    }
+
+    /// What the scheduler made this copy of: it calls it `BACKEND#NAME#NUMBER`.
+    fn original(&self, graph: *const sys::ggml_cgraph) -> Option<Node<'a>> {
+        let (_, name) = self.name().to_str().ok()?.split_once('#')?;
+        let name = CString::new(name.rsplit_once('#')?.0).ok()?;
+        // SAFETY: the graph in work, whose tensors live as long as this one.
+        unsafe { sys::ggml_graph_get_tensor(graph, name.as_ptr()).as_ref().map(Node) }
     }
 
     /// Where it lies: see [`backend::place`].

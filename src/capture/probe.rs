@@ -16,6 +16,22 @@ use crate::cache::{self, Parked};
 use crate::llama::{Batch, Context, Pos, SeqId};
 use crate::sys;
 
+/// How a ubatch becomes queries.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Only the paths from hidden states to queries are computed.
+    Paths,
+    /// All of the graph is, and hidden states are overwritten on the way: where a path leads over several back ends, as with
+    /// weights in host memory that a GPU computes with.
+    Whole,
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Tests set it to go the way that a graph over several back ends goes.
+    pub(crate) static PRETEND_SCATTERED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
 pub(super) struct Probe {
     seed: u64,
     /// What the samples are drawn from, by layer.
@@ -25,7 +41,9 @@ pub(super) struct Probe {
     /// Hidden states of the ubatch in work. `[layer][n_tokens][n_embd]`
     samples: Vec<Vec<f32>>,
     /// Layers whose queries of the ubatch in work are there.
-    taken: Vec<bool>,
+    pub(super) taken: Vec<bool>,
+    /// How the ubatch in work is read; None before its first node.
+    pub(super) way: Option<Way>,
     /// `[layer][sample][n_q]`
     pub(super) queries: Vec<Vec<f16>>,
 }
@@ -33,7 +51,7 @@ pub(super) struct Probe {
 impl Probe {
     /// Draws the samples of a ubatch, a share of the layers in each thread.
     fn draw(&mut self, first: usize, n: usize, n_threads: usize) {
-        (self.done, self.taken) = (first, vec![false; self.moments.len()]);
+        (self.done, self.way, self.taken) = (first, None, vec![false; self.moments.len()]);
         let Self { moments, samples, seed, .. } = self;
         let share = moments.len().div_ceil(n_threads);
         thread::scope(|scope| {
@@ -81,6 +99,7 @@ impl Capture {
             done: 0,
             samples: vec![Vec::new(); self.inner.layers.len()],
             taken: Vec::new(),
+            way: None,
             queries: self.inner.layers.iter().map(|l| vec![f16::ZERO; n * l.n_q]).collect(),
         });
         let result = self.probe_in_chunks(ctx, seq, pos, n);
@@ -131,22 +150,82 @@ impl Capture {
 }
 
 impl Inner {
+    /// Reads a node of the probe's ubatch; false ends the part of the graph that it belongs to.
+    pub(super) fn read_probe(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        let Mode::Probe(probe) = &self.mode else { return Ok(true) };
+        let way = match probe.way {
+            Some(way) => way,
+            None => self.choose_way()?,
+        };
+        if way == Way::Paths {
+            self.take_paths(node)?;
+            return Ok(false);
+        }
+        if let Some(layer) = self.hidden_layer(node) {
+            self.check_hidden(node)?;
+            self.inject(node, layer)?;
+        } else if let Some(attention) = self.attention(node) {
+            self.on_queries(&attention)?;
+            self.mark_taken(attention.layer);
+        }
+        Ok(true)
+    }
+
+    /// Whether a node of the probe's ubatch is to be read.
+    pub(super) fn asks_for(&self, way: Option<Way>, node: &Node) -> bool {
+        match way {
+            // the first node of a part of the graph: what the part needs from elsewhere is there
+            None | Some(Way::Paths) => true,
+            Some(Way::Whole) => self.hidden_layer(node).is_some() || self.attention(node).is_some(),
+        }
+    }
+
+    fn choose_way(&mut self) -> Result<Way, CaptureError> {
+        let mut way = Way::Paths;
+        for attention in nodes(self.ctx).filter_map(|node| self.attention(&node)) {
+            if !self.path(&attention)?.is_complete() {
+                way = Way::Whole;
+            }
+        }
+        #[cfg(test)]
+        if PRETEND_SCATTERED.get() {
+            way = Way::Whole;
+        }
+        if let Mode::Probe(probe) = &mut self.mode {
+            probe.way = Some(way);
+        }
+        Ok(way)
+    }
+
     /// Turns the samples of all layers that lie where `node` does into queries.
-    pub(super) fn take_paths(&mut self, node: &Node) -> Result<(), CaptureError> {
+    fn take_paths(&mut self, node: &Node) -> Result<(), CaptureError> {
         for attention in nodes(self.ctx).filter_map(|node| self.attention(&node)).collect::<Vec<_>>() {
-            let Mode::Probe(probe) = &mut self.mode else { return Ok(()) };
-            if attention.q.place() == node.place() && !std::mem::replace(&mut probe.taken[attention.layer], true) {
+            if attention.q.place() == node.place() && !self.mark_taken(attention.layer) {
                 self.take_path(&attention)?;
             }
         }
         Ok(())
     }
 
-    fn take_path(&mut self, attention: &Attention) -> Result<(), CaptureError> {
-        let il = self.layers[attention.layer].il;
-        let mut path = Path::new(il);
+    /// Notes that the queries of a layer are there, and says whether they were before.
+    fn mark_taken(&mut self, layer: usize) -> bool {
+        match &mut self.mode {
+            Mode::Probe(probe) => std::mem::replace(&mut probe.taken[layer], true),
+            _ => true,
+        }
+    }
+
+    fn path<'a>(&self, attention: &Attention<'a>) -> Result<Path<'a>, CaptureError> {
+        // SAFETY: called from inside the graph.
+        let graph = unsafe { sys::gvote_shim_graph(self.ctx) };
+        let mut path = Path::new(self.layers[attention.layer].il, graph);
         path.collect(attention.q)?;
-        let hidden = path.hidden.ok_or(CaptureError::NoHidden(il))?;
+        Ok(path)
+    }
+
+    fn take_path(&mut self, attention: &Attention) -> Result<(), CaptureError> {
+        let path = self.path(attention)?;
+        let hidden = path.hidden.ok_or(CaptureError::NoHidden(self.layers[attention.layer].il))?;
         self.check_hidden(&hidden)?;
         self.inject(&hidden, attention.layer)?;
         // SAFETY: llama.cpp has allocated its graph and set its inputs, and lets nobody else compute before we return.

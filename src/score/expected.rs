@@ -22,7 +22,7 @@ impl LayerGraph<'_> {
                 // a column of ones for the queries of each head of the group
                 let one = |i: usize| if i % group == i / group % group { 1.0 } else { 0.0 };
                 let columns = set.n * group;
-                let ones = (0..kv_heads * columns * group).map(one).collect();
+                let ones: Vec<f32> = (0..kv_heads * columns * group).map(one).collect();
                 let ones = b.input([group, columns, kv_heads], ones);
                 // SAFETY: shapes [n_kv, columns, kv_heads] and [group, columns, kv_heads] give [n_kv, group, kv_heads].
                 let (sum, squares) = unsafe {

@@ -8,8 +8,8 @@ use super::LayerQueries;
 use super::results::{LayerScores, Rows};
 use crate::backend::{Builder, ComputeError, Device, Results, Tensor, read};
 use crate::cache::Cell;
-use crate::llama::Pos;
 use crate::capture::Queries;
+use crate::llama::Pos;
 use crate::policy::Needs;
 use crate::sys;
 
@@ -51,7 +51,11 @@ impl Coarseness {
 pub(super) struct CellsView {
     pub(super) n_kv: usize,
     /// Position of each cell, -1 where the sequence owns none.
-    pub(super) pos: Vec<Pos>,
+    pos: Vec<Pos>,
+    /// 1 for each cell that the sequence owns, else 0.
+    pub(super) owned: Vec<f32>,
+    /// Their numbers.
+    pub(super) numbers: Vec<u32>,
 }
 
 /// What to add to the logits of the cells from `first` on; cells before it are seen by every query.
@@ -68,7 +72,8 @@ impl CellsView {
         for cell in cells {
             pos[cell.index as usize] = cell.pos;
         }
-        Self { n_kv, pos }
+        let owned = pos.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 }).collect();
+        Self { n_kv, pos, owned, numbers: (0..n_kv as u32).collect() }
     }
 
     fn mask(&self, query_pos: &[Pos]) -> Mask {
@@ -176,11 +181,8 @@ impl LayerGraph<'_> {
         if needs.observed || needs.future || needs.each {
             self.look(&mut b, &mut out, &rows);
         }
-        if needs.value_norm {
-            self.measure_values(&mut b, &mut out, rows.value_norm);
-        }
-        if needs.key_similarity {
-            self.compare_keys(&mut b, &mut out, rows.key_similarity);
+        if needs.value_norm || needs.key_similarity {
+            self.measure(&mut b, &mut out, &rows);
         }
         b.compute(device)?;
         read(&mut scores.data, out.tensor);
@@ -373,8 +375,7 @@ impl LayerGraph<'_> {
                 let n_newest = (*set.mask).ne[0];
                 let offset = set.first * size_of::<f32>();
                 let (of_query, of_head) = (nb1 * group as usize, (*kq).nb[2]);
-                let newest =
-                    sys::ggml_view_4d(b.ctx, kq, n_newest, group, n, kv_heads, nb1, of_query, of_head, offset);
+                let newest = sys::ggml_view_4d(b.ctx, kq, n_newest, group, n, kv_heads, nb1, of_query, of_head, offset);
                 masked = b.run(sys::ggml_add_inplace(b.ctx, newest, set.mask));
             }
             debug_assert_eq!((*kq).ne, [n_kv, group * n, kv_heads, 1]);

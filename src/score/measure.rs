@@ -2,7 +2,7 @@
 //! lie, many cells at once, and what is left of them, one number for each head and cell, is transposed.
 
 use super::graph::LayerGraph;
-use super::results::Block;
+use super::results::{Block, Rows};
 use crate::backend::{Builder, Results, Tensor};
 use crate::sys;
 
@@ -10,8 +10,20 @@ use crate::sys;
 const LEAST_LENGTH: f32 = 1e-12;
 
 impl LayerGraph<'_> {
-    /// [`crate::policy::HeadScores::value_norm`].
-    pub(super) fn measure_values(&self, b: &mut Builder, out: &mut Results, to: Block) {
+    /// What is asked for of both.
+    pub(super) fn measure<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, rows: &Rows) {
+        let at_once = self.grain.cells.min(rows.n_kv);
+        let numbers = b.rows([at_once, 1, 1], &self.view.numbers[..at_once]);
+        if rows.value_norm.of_head > 0 {
+            self.measure_values(b, out, rows.value_norm, numbers);
+        }
+        if rows.key_similarity.of_head > 0 {
+            self.compare_keys(b, out, rows.key_similarity, numbers);
+        }
+    }
+
+    /// [`crate::policy::HeadScores::value_norm`]. `numbers`: of as many rows as are worked on at once.
+    fn measure_values(&self, b: &mut Builder, out: &mut Results, to: Block, numbers: Tensor) {
         for (first, n) in self.cell_chunks() {
             // SAFETY: shapes as noted.
             let norms = unsafe {
@@ -21,7 +33,7 @@ impl LayerGraph<'_> {
                     let ones = b.input([1, d as usize, heads as usize], vec![1.0; (d * heads) as usize]);
                     sys::ggml_reshape_2d(b.ctx, sys::ggml_out_prod(b.ctx, squared, ones), n as i64, heads)
                 } else {
-                    let values = self.rows(b, self.layer.v, self.layer.n_embd_head_v, first, n);
+                    let values = self.rows(b, self.layer.v, self.layer.n_embd_head_v, first, n, numbers);
                     self.squared_lengths(b, values)
                 };
                 sys::ggml_sqrt(b.ctx, squared)
@@ -31,18 +43,17 @@ impl LayerGraph<'_> {
     }
 
     /// [`crate::policy::HeadScores::key_similarity`]: the cosine of each key to the mean direction of its head's.
-    pub(super) fn compare_keys(&self, b: &mut Builder, out: &mut Results, to: Block) {
+    fn compare_keys<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, to: Block, numbers: Tensor) {
         let (d, heads) = (i64::from(self.layer.n_embd_head_k), self.n_head_kv() as i64);
         let mut sum: Tensor = std::ptr::null_mut();
         let mut inverse_lengths = Vec::new();
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
             for (first, n) in self.cell_chunks() {
-                let keys = self.rows(b, self.layer.k, self.layer.n_embd_head_k, first, n);
+                let keys = self.rows(b, self.layer.k, self.layer.n_embd_head_k, first, n, numbers);
                 let lengths = sys::ggml_sqrt(b.ctx, self.squared_lengths(b, keys)); // [n, heads]
                 let lengths = sys::ggml_clamp(b.ctx, lengths, LEAST_LENGTH, f32::INFINITY);
-                let owned = self.view.pos[first..first + n].iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 });
-                let owned = b.input([n, 1, 1], owned.collect());
+                let owned = b.input([n, 1, 1], &self.view.owned[first..first + n]);
                 let inverse = sys::ggml_div(b.ctx, sys::ggml_repeat(b.ctx, owned, lengths), lengths);
                 let by_head = sys::ggml_permute(b.ctx, keys, 0, 2, 1, 3); // [d, n, heads]
                 let part = sys::ggml_out_prod(b.ctx, by_head, sys::ggml_reshape_3d(b.ctx, inverse, 1, n as i64, heads));
@@ -79,7 +90,7 @@ impl LayerGraph<'_> {
     }
 
     /// Rows of K or V as f32: `n` cells from `first` on. `[d, heads, n]`
-    fn rows(&self, b: &mut Builder, storage: Tensor, d: u32, first: usize, n: usize) -> Tensor {
+    fn rows(&self, b: &Builder, storage: Tensor, d: u32, first: usize, n: usize, numbers: Tensor) -> Tensor {
         let (d, heads) = (i64::from(d), self.n_head_kv() as i64);
         // SAFETY: the view stays inside the storage: whole rows of one stream.
         unsafe {
@@ -87,7 +98,7 @@ impl LayerGraph<'_> {
             let offset = self.stream * (*storage).nb[2] + first * row;
             let view = sys::ggml_view_2d(b.ctx, storage, d * heads, n as i64, row, offset);
             // of whatever type, and on a GPU faster than a cast
-            let floats = sys::ggml_get_rows(b.ctx, view, b.rows([n, 1, 1], (0..n as u32).collect()));
+            let floats = sys::ggml_get_rows(b.ctx, view, sys::ggml_view_1d(b.ctx, numbers, n as i64, 0));
             sys::ggml_reshape_3d(b.ctx, floats, d, heads, n as i64)
         }
     }

@@ -3,6 +3,7 @@
 use super::fixture::*;
 use crate::backend::ComputeError;
 use crate::cache::{Layout, PRETEND_DEVICE};
+use crate::capture::PRETEND_SCATTERED;
 use crate::compact::{Reorder, compact};
 use crate::llama::{Context, Pos, devices};
 use crate::policy::{HeadScores, Needs};
@@ -50,6 +51,25 @@ fn capture_and_probe_see_the_same() {
             let norm: f64 = host.iter().map(|a| a.to_f64().powi(2)).sum();
             assert!((error / norm).sqrt() < 1e-2, "{setup:?}: synthetic queries differ by {}", (error / norm).sqrt());
         }
+    }
+}
+
+#[test]
+fn a_graph_over_several_back_ends_gives_the_same_queries() {
+    let model = model();
+    let tokens = tokens(&model, N);
+    for setup in [F16, F16_FLASH] {
+        let probe = |scattered| {
+            PRETEND_SCATTERED.set(scattered);
+            let mut ctx = context(&model, setup, 512, 64);
+            let mut capture = captured(&mut ctx, &tokens);
+            let before = cells(&ctx);
+            let queries = capture.probe(&mut ctx, 0, N as Pos - 1, 40, 3).unwrap();
+            PRETEND_SCATTERED.set(false);
+            assert!(cells(&ctx) == before, "{setup:?}");
+            queries.into_iter().map(|queries| queries.data).collect::<Vec<_>>()
+        };
+        assert!(probe(false) == probe(true), "{setup:?}");
     }
 }
 

@@ -84,6 +84,7 @@ fn equal_budgets_are_what_compaction_leaves() {
     let tokens = tokens(&model, N + 40);
     // One token: a batch of them is computed with other kernels, whose rounding this model makes half a logit of.
     // With an older sequence in the first cells and a hole where another was, cells are not positions.
+    let mut straight = Vec::new();
     for crooked in [false, true] {
         let prepare = || {
             let mut ctx = context(&model, F16, 1024, 128);
@@ -109,8 +110,13 @@ fn equal_budgets_are_what_compaction_leaves() {
         let masked = ctx.logits().unwrap();
         let (same, other) = (compacted(7), compacted(8));
         let (error, other) = (largest_difference(masked, &same), largest_difference(masked, &other));
-        let share = f64::from(error / other);
-        assert!(is_within(format_args!("a mask, cells out of order: {crooked}"), share, 0.02), "{error} of {other}");
+        // a GPU adds up in the order of the cells, which a compaction changes where they are crooked
+        let rounding = if straight.is_empty() { 0.0 } else { largest_difference(&straight, &same) };
+        let limit = if is_on_gpu(&layout) { 0.02f32.max(1.5 * rounding / other) } else { 0.02 };
+        println!("the same cells in another order: {rounding} of {other}");
+        let name = format_args!("a mask, cells out of order: {crooked}");
+        assert!(is_within(name, f64::from(error / other), f64::from(limit)), "{error} of {other}");
+        straight = same;
     }
 }
 
