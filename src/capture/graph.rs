@@ -110,6 +110,9 @@ impl Inner {
             sys::GGML_OP_MUL_MAT if node.name().to_bytes().starts_with(b"kq-") => (node.src(0)?, node.src(1)?),
             _ => return None,
         };
+        // with weights in host memory a GPU may compute a layer's attention, for which it gets a copy of K
+        // SAFETY: called from inside the graph.
+        let k = k.original(unsafe { sys::gvote_shim_graph(self.ctx) }).unwrap_or(k);
         let layer = *self.by_tensor.get(&k.storage())?;
         Some(Attention { q, layer })
     }

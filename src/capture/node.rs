@@ -119,8 +119,11 @@ impl<'a> Node<'a> {
         self.0.flags & sys::GGML_TENSOR_FLAG_INPUT as i32 != 0
     }
 
-    /// What the scheduler made this copy of: it calls it `BACKEND#NAME#NUMBER`.
-    fn original(&self, graph: *const sys::ggml_cgraph) -> Option<Node<'a>> {
+    /// What the scheduler made this copy of, which it calls `BACKEND#NAME#NUMBER`, if it is one.
+    pub fn original(&self, graph: *const sys::ggml_cgraph) -> Option<Node<'a>> {
+        if self.0.op != sys::GGML_OP_NONE {
+            return None;
+        }
         let (_, name) = self.name().to_str().ok()?.split_once('#')?;
         let name = CString::new(name.rsplit_once('#')?.0).ok()?;
         // SAFETY: the graph in work, whose tensors live as long as this one.
