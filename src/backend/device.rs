@@ -14,6 +14,7 @@ pub(crate) struct Device {
     /// NULL before it is needed.
     alloc: sys::ggml_gallocr_t,
     is_warm: bool,
+    has_out_prod: bool,
 }
 
 impl Drop for Device {
@@ -30,7 +31,8 @@ impl Drop for Device {
 unsafe impl Send for Device {}
 
 impl Device {
-    fn new(place: sys::ggml_backend_dev_t, n_threads: usize) -> Result<Self, ComputeError> {
+    /// `place`: see [`place`].
+    pub(super) fn new(place: sys::ggml_backend_dev_t, n_threads: usize) -> Result<Self, ComputeError> {
         // SAFETY: the result is checked; NULL stands for the CPU.
         unsafe {
             let backend = sys::gvote_shim_backend_init(place);
@@ -40,8 +42,17 @@ impl Device {
             if sys::ggml_backend_is_cpu(backend) {
                 sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
             }
-            Ok(Self { place, backend, alloc: std::ptr::null_mut(), is_warm: false })
+            let mut device = Self { place, backend, alloc: std::ptr::null_mut(), is_warm: false, has_out_prod: true };
+            device.has_out_prod = device.can_sum_columns()?;
+            Ok(device)
         }
+    }
+
+    fn can_sum_columns(&self) -> Result<bool, ComputeError> {
+        let mut b = Builder::new(8)?;
+        let a = b.input([1, 1, 1], vec![0.0]);
+        // SAFETY: a node of this context.
+        Ok(unsafe { sys::ggml_backend_supports_op(self.backend, b.out_prod(a, a)) })
     }
 
     /// Computes something small once, for which the back end loads what it needs for matrix products.
@@ -54,14 +65,19 @@ impl Device {
         if std::mem::replace(&mut self.is_warm, true) {
             return Ok(());
         }
-        let mut b = Builder::new(8)?;
+        let mut b = Builder::on(self, 16)?;
         let a = b.input([N, N, 1], vec![1.0; N * N]);
         // SAFETY: square matrices.
         unsafe {
             let product = sys::ggml_mul_mat(b.ctx, a, a);
-            b.run(sys::ggml_out_prod(b.ctx, product, a));
+            b.run(b.out_prod(product, a));
         }
         b.compute(self)
+    }
+
+    /// Whether it can sum up columns: see [`Builder::out_prod`].
+    pub(super) fn has_out_prod(&self) -> bool {
+        self.has_out_prod
     }
 
     pub(super) fn backend(&self) -> sys::ggml_backend_t {

@@ -15,6 +15,7 @@ pub(crate) struct Builder<'a> {
     pub(crate) ctx: *mut sys::ggml_context,
     graph: *mut sys::ggml_cgraph,
     inputs: Vec<(Tensor, Input<'a>)>,
+    has_out_prod: bool,
 }
 
 /// Rows of a graph's results, which [`read`] reads.
@@ -66,7 +67,26 @@ impl<'a> Builder<'a> {
                 return Err(ComputeError::Memory("graph"));
             }
             let graph = sys::ggml_new_graph_custom(ctx, n_nodes, false);
-            Ok(Self { ctx, graph, inputs: Vec::new() })
+            Ok(Self { ctx, graph, inputs: Vec::new(), has_out_prod: true })
+        }
+    }
+
+    /// The same for a device that may lack some operations.
+    pub fn on(device: &Device, n_nodes: usize) -> Result<Self, ComputeError> {
+        let mut builder = Self::new(n_nodes)?;
+        builder.has_out_prod = device.has_out_prod();
+        Ok(builder)
+    }
+
+    /// Sums of the columns of `a` `[m, k, heads]`, weighed with each of the rows of `b` `[n, k, heads]`. `[m, n, heads]`
+    pub fn out_prod(&self, a: Tensor, b: Tensor) -> Tensor {
+        // SAFETY: tensors of this context, of shapes as noted.
+        unsafe {
+            if self.has_out_prod {
+                return sys::ggml_out_prod(self.ctx, a, b);
+            }
+            let across = |t| sys::ggml_cont(self.ctx, sys::ggml_transpose(self.ctx, t));
+            sys::ggml_mul_mat(self.ctx, across(a), across(b))
         }
     }
 
@@ -255,4 +275,31 @@ pub(crate) unsafe fn recompute(device: &Device, nodes: &[Tensor]) -> Result<(), 
 pub(crate) fn read(out: &mut [f32], t: Tensor) {
     // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks the size.
     unsafe { sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, size_of_val(out)) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Metal and others have no OUT_PROD.
+    #[test]
+    fn sums_of_columns_are_the_same_without_the_operation_for_it() {
+        let (m, n, k, heads) = (70, 2, 40, 3);
+        let numbers = |len: usize, step: usize| (0..len).map(|i| (i * step % 17) as f32 - 8.0).collect::<Vec<_>>();
+        let mut device = Device::new(std::ptr::null_mut(), 1).unwrap();
+        let mut run = |has_out_prod| {
+            let mut b = Builder::new(16).unwrap();
+            b.has_out_prod = has_out_prod;
+            let x = b.input([m, k, heads], numbers(m * k * heads, 7));
+            let y = b.input([n, k, heads], numbers(n * k * heads, 5));
+            let sums = b.out_prod(x, y);
+            b.output(sums);
+            b.compute(&mut device).unwrap();
+            let mut out = vec![0.0; m * n * heads];
+            read(&mut out, sums);
+            out
+        };
+        let (with, without) = (run(true), run(false));
+        assert!(with.iter().any(|x| *x != 0.0) && with == without);
+    }
 }

@@ -13,7 +13,7 @@ impl LayerGraph<'_> {
         let samples = self.queries.n_observed..self.queries.queries.pos.len() - 1;
         let n_samples = samples.len();
 
-        let mut b = Builder::new(self.n_nodes(n_samples, 0))?;
+        let mut b = Builder::on(device, self.n_nodes(n_samples, 0))?;
         let mut out = b.results(n_kv, 2 * n_head);
         for (kv, kv_heads) in self.head_chunks() {
             let k = self.k_rows(&b, kv, kv_heads, 0, n_kv);
@@ -27,8 +27,8 @@ impl LayerGraph<'_> {
                 // SAFETY: shapes [n_kv, columns, kv_heads] and [group, columns, kv_heads] give [n_kv, group, kv_heads].
                 let (sum, squares) = unsafe {
                     let logits = b.run_after(masked, sys::ggml_scale_inplace(b.ctx, kq, scale));
-                    let sum = sys::ggml_out_prod(b.ctx, logits, ones);
-                    (sum, sys::ggml_out_prod(b.ctx, sys::ggml_sqr(b.ctx, logits), ones))
+                    let sum = b.out_prod(logits, ones);
+                    (sum, b.out_prod(sys::ggml_sqr(b.ctx, logits), ones))
                 };
                 b.write(&mut out, kv * group, sum);
                 b.write(&mut out, n_head + kv * group, squares);

@@ -176,7 +176,8 @@ impl LayerGraph<'_> {
         scores.rows = rows;
         scores.data.resize(device, rows.n * rows.n_kv)?;
 
-        let mut b = Builder::new(self.n_nodes(n_query, if needs.each { self.layer.n_head as usize } else { 0 }))?;
+        let n_each = if needs.each { self.layer.n_head as usize } else { 0 };
+        let mut b = Builder::on(device, self.n_nodes(n_query, n_each))?;
         let mut out = b.results(rows.n_kv, rows.n);
         if needs.observed || needs.future || needs.each {
             self.look(&mut b, &mut out, &rows);
@@ -416,7 +417,7 @@ impl LayerGraph<'_> {
         unsafe {
             let [_, n, kv_heads, _] = (*p).ne;
             let [_, nb1, nb2, _] = (*weights).nb;
-            sys::ggml_out_prod(b.ctx, p, sys::ggml_view_3d(b.ctx, weights, 1, n, kv_heads, nb1, nb2, 0))
+            b.out_prod(p, sys::ggml_view_3d(b.ctx, weights, 1, n, kv_heads, nb1, nb2, 0))
         }
     }
 

@@ -31,7 +31,7 @@ impl LayerGraph<'_> {
                     let squared = sys::ggml_sqr(b.ctx, self.channels(b, first, n)); // [n, d, heads]
                     let [_, d, heads, _] = (*squared).ne;
                     let ones = b.input([1, d as usize, heads as usize], vec![1.0; (d * heads) as usize]);
-                    sys::ggml_reshape_2d(b.ctx, sys::ggml_out_prod(b.ctx, squared, ones), n as i64, heads)
+                    sys::ggml_reshape_2d(b.ctx, b.out_prod(squared, ones), n as i64, heads)
                 } else {
                     let values = self.rows(b, self.layer.v, self.layer.n_embd_head_v, first, n, numbers);
                     self.squared_lengths(b, values)
@@ -56,7 +56,7 @@ impl LayerGraph<'_> {
                 let owned = b.input([n, 1, 1], &self.view.owned[first..first + n]);
                 let inverse = sys::ggml_div(b.ctx, sys::ggml_repeat(b.ctx, owned, lengths), lengths);
                 let by_head = sys::ggml_permute(b.ctx, keys, 0, 2, 1, 3); // [d, n, heads]
-                let part = sys::ggml_out_prod(b.ctx, by_head, sys::ggml_reshape_3d(b.ctx, inverse, 1, n as i64, heads));
+                let part = b.out_prod(by_head, sys::ggml_reshape_3d(b.ctx, inverse, 1, n as i64, heads));
                 sum = if sum.is_null() { part } else { sys::ggml_add_inplace(b.ctx, sum, part) };
                 b.run(sum); // [d, 1, heads]
                 inverse_lengths.push(inverse);
