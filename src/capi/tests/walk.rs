@@ -269,7 +269,8 @@ impl Walk {
             Remove(seq, to) => {
                 let pos = self.place(seq, to);
                 self.app.remove(seq as SeqId, pos, -1);
-                let inside = pos < self.expected[seq].exact_from;
+                // what comes in at position 0 begins the sequence anew
+                let inside = pos > 0 && pos < self.expected[seq].exact_from;
                 self.cut(seq, pos);
                 let expected = &mut self.expected[seq];
                 expected.known &= !inside;
