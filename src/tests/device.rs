@@ -116,6 +116,25 @@ fn keys_get_the_same_scores() {
     }
 }
 
+/// ggml gives memory back once every view of it was read: one that nothing reads would keep the logits of all queries.
+#[test]
+fn scores_take_little_memory_beside_the_cache() {
+    let model = model();
+    let mut ctx = context(&model, F16_FLASH, 1536, 512);
+    let mut capture = captured(&mut ctx, &tokens(&model, 1000));
+    let layout = Layout::of(&ctx, 0).unwrap();
+    let probe = capture.probe(&mut ctx, 0, 999, 32, 3).unwrap();
+    let needs = Needs { future: true, observed: true, value_norm: true, key_similarity: true, ..Needs::default() };
+    let queries = |il| {
+        let observed = capture.window(0, il, 999).unwrap();
+        Ok::<_, ComputeError>(LayerQueries::new(observed, &probe[il], capture.logit_scale(il)))
+    };
+    let mut scorer = Scorer::new(1);
+    scorer.score(&layout, &cells(&ctx), needs, true, queries, |_, _: &[HeadScores]| ()).unwrap();
+    let share = scorer.release() as f64 / (1000 * layout.bytes_per_cell()) as f64;
+    assert!((0.005..0.05).contains(&share), "{share}");
+}
+
 #[test]
 fn an_order_and_its_inverse_leave_every_byte() {
     let model = model();
