@@ -34,6 +34,9 @@ mod graph;
 mod measure;
 mod results;
 
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, Scope};
+
 use self::graph::{CellsView, Coarseness, Grain, LayerGraph};
 use self::results::{Gathered, LayerScores};
 use crate::backend::{ComputeError, Devices};
@@ -41,10 +44,11 @@ use crate::cache::{Cell, Layout};
 use crate::capture::{LogitScale, Queries};
 use crate::policy::{HeadScores, Needs};
 
-/// Of the bytes of K and V, what a device may need to compute the scores of a layer, or [`DEVICE_LEAST`]: it starts fewer
-/// kernels then.
+/// Of the bytes of K and V, what a device may need to compute scores, or [`DEVICE_LEAST`]: it starts fewer kernels then.
 const DEVICE_SHARE: f64 = 0.05;
-const DEVICE_LEAST: usize = 32 << 20;
+const DEVICE_LEAST: usize = 64 << 20;
+/// Layers that a device works on at once: while it computes the scores of one, another is described to it, and its scores are read.
+const DEVICE_LAYERS: usize = 2;
 
 /// The queries of a vote for one layer of the cache.
 pub struct LayerQueries {
@@ -68,20 +72,20 @@ impl LayerQueries {
 
 /// Scores the keys of one context's cache.
 pub struct Scorer {
-    /// The back ends of each thread.
+    /// The back ends of each thread, of which each works on a layer of its own: a barrier after each small node costs more than it
+    /// gains.
     threads: Vec<Devices>,
-    /// Two sets of scores take turns, each with those of as many layers as there are threads: fresh memory for each layer would
-    /// cost as much time as what fills it.
-    computed: Vec<LayerScores>,
-    next: Vec<LayerScores>,
+    /// Those that work where the host computes.
+    n_threads: usize,
+    /// Memory for the scores of a layer, used again: fresh memory would cost as much time as what fills it.
+    spare: Vec<LayerScores>,
 }
 
 impl Scorer {
-    /// A scorer that works on `n_threads` layers at once.
+    /// A scorer that works on `n_threads` layers at once, where the host computes.
     pub fn new(n_threads: usize) -> Self {
-        // whole layers are shared out among threads: a barrier after each small node costs more than it gains
-        let threads = (0..n_threads.max(1)).map(|_| Devices::new(1)).collect();
-        Self { threads, computed: Vec::new(), next: Vec::new() }
+        let threads = (0..n_threads.max(DEVICE_LAYERS)).map(|_| Devices::new(1)).collect();
+        Self { threads, n_threads: n_threads.max(1), spare: Vec::new() }
     }
 
     /// Starts the back ends of the devices that hold the cache: what CUDA and its libraries load for it takes as long as the scores of
@@ -93,16 +97,18 @@ impl Scorer {
         if layout.is_host() {
             return Ok(());
         }
-        for layer in &layout.layers {
-            // SAFETY: K's storage lives as long as the context, which the caller holds.
-            unsafe { self.threads[0].at((*layer.k).buffer)?.warm_up()? };
+        for devices in &mut self.threads[..DEVICE_LAYERS] {
+            for layer in &layout.layers {
+                // SAFETY: K's storage lives as long as the context, which the caller holds.
+                unsafe { devices.at((*layer.k).buffer)?.warm_up()? };
+            }
         }
         Ok(())
     }
 
     /// Gives the compute memory back and says how many bytes it was.
     pub fn release(&mut self) -> usize {
-        let scores = self.computed.drain(..).chain(self.next.drain(..)).map(|scores| scores.data.bytes());
+        let scores = self.spare.drain(..).map(|scores| scores.data.bytes());
         scores.sum::<usize>() + self.threads.iter_mut().map(Devices::release).sum::<usize>()
     }
 
@@ -125,85 +131,98 @@ impl Scorer {
         let view = CellsView::new(cells);
         let mut head = 0;
         let mut gathered = Gathered::default();
-        let mut hand_over = |layers: &[LayerScores]| {
-            for scores in layers {
-                let heads = 0..scores.rows.heads;
-                let heads: Vec<_> = if in_order {
-                    heads.map(|i| scores.head(i)).collect()
-                } else {
-                    gathered.fill(scores, cells);
-                    heads.map(|i| gathered.head(i)).collect()
-                };
-                sink(head, &heads);
-                head += heads.len();
-            }
+        let mut hand_over = |scores: &LayerScores| {
+            let heads = 0..scores.rows.heads;
+            let heads: Vec<_> = if in_order {
+                heads.map(|i| scores.head(i)).collect()
+            } else {
+                gathered.fill(scores, cells);
+                heads.map(|i| gathered.head(i)).collect()
+            };
+            sink(head, &heads);
+            head += heads.len();
         };
-        // a device computes one graph after another anyway
         let is_host = layout.is_host();
-        let n_threads = if is_host { self.threads.len() } else { 1 };
-        let room = ((DEVICE_SHARE * (view.n_kv * layout.bytes_per_cell()) as f64) as usize).max(DEVICE_LEAST);
-        let Self { threads, computed, next } = self;
-        let mut describe = |first: usize| {
-            let graph = |il: usize| {
-                let layer = &layout.layers[il];
-                let queries: LayerQueries = queries(il)?;
-                let n_query = queries.queries.pos.len();
-                // SAFETY: K's storage lives as long as the context, which the caller holds.
-                let type_ = unsafe { (*layer.k).type_ };
-                Ok(LayerGraph {
-                    layer,
-                    stream: layout.info.stream as usize,
-                    view: &view,
-                    coarseness: account_error.then(|| Coarseness::of(type_)).flatten(),
-                    queries,
-                    grain: match is_host {
-                        true => Grain::on_host(layer),
-                        false => Grain::on_device(layer, view.n_kv, n_query, room),
-                    },
-                    v_trans: layout.info.v_trans,
-                    n_cells: layout.n_cells(),
-                })
-            };
-            (first..layout.n_layer().min(first + n_threads)).map(graph).collect::<Result<Vec<_>, E>>()
+        let n_workers = if is_host { self.n_threads } else { DEVICE_LAYERS }.min(layout.n_layer());
+        let room = (DEVICE_SHARE * (view.n_kv * layout.bytes_per_cell()) as f64) as usize;
+        let room = room.max(DEVICE_LEAST) / n_workers;
+        let mut describe = |il: usize| -> Result<LayerGraph, E> {
+            let layer = &layout.layers[il];
+            let queries: LayerQueries = queries(il)?;
+            let n_query = queries.queries.pos.len();
+            // SAFETY: K's storage lives as long as the context, which the caller holds.
+            let type_ = unsafe { (*layer.k).type_ };
+            Ok(LayerGraph {
+                layer,
+                stream: layout.info.stream as usize,
+                view: &view,
+                coarseness: account_error.then(|| Coarseness::of(type_)).flatten(),
+                queries,
+                grain: match is_host {
+                    true => Grain::on_host(layer),
+                    false => Grain::on_device(layer, view.n_kv, n_query, room),
+                },
+                v_trans: layout.info.v_trans,
+                n_cells: layout.n_cells(),
+            })
         };
-        let mut graphs = describe(0)?;
-        for first in (0..layout.n_layer()).step_by(n_threads) {
-            let mut ahead = None;
-            let meanwhile = || {
-                if first > 0 {
-                    hand_over(computed);
+        let Self { threads, spare, .. } = self;
+        thread::scope(|scope| {
+            let workers: Vec<_> =
+                threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs)).collect();
+            // each has one layer in work and one to go on with
+            for il in 0..layout.n_layer() + n_workers {
+                if il < layout.n_layer() {
+                    workers[il % n_workers].give(describe(il)?, spare.pop().unwrap_or_default());
                 }
-                ahead = Some(describe(first + n_threads));
-            };
-            compute_all(threads, &graphs, needs, next, meanwhile)?;
-            std::mem::swap(computed, next);
-            graphs = ahead.transpose()?.unwrap_or_default();
-        }
-        hand_over(computed);
-        Ok(())
+                if il >= n_workers {
+                    let scores = workers[il % n_workers].take()?;
+                    hand_over(&scores);
+                    spare.push(scores);
+                }
+            }
+            Ok(())
+        })
     }
 }
 
-/// Computes each graph on a thread of its own into `out`, and does something else meanwhile.
-fn compute_all(
-    threads: &mut [Devices],
-    graphs: &[LayerGraph],
-    needs: Needs,
-    out: &mut Vec<LayerScores>,
-    meanwhile: impl FnOnce(),
-) -> Result<(), ComputeError> {
-    let run = |devices: &mut Devices, graph: &LayerGraph, out: &mut LayerScores| {
-        // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
-        let device = unsafe { devices.at((*graph.layer.k).buffer)? };
-        graph.compute(device, needs, out)
-    };
-    out.resize_with(graphs.len(), LayerScores::default);
-    std::thread::scope(|scope| {
-        let work = threads.iter_mut().zip(graphs).zip(out);
-        let running: Vec<_> =
-            work.map(|((devices, graph), out)| scope.spawn(move || run(devices, graph, out))).collect();
-        meanwhile();
-        // ggml aborts rather than unwinds, and this crate's code in a graph does not panic
-        running.into_iter().try_for_each(|thread| thread.join().expect("no panic in a graph"))
-    })
+/// A thread that computes the scores of layers, one after another.
+struct Worker<'a> {
+    layers: Sender<(LayerGraph<'a>, LayerScores)>,
+    scores: Receiver<Result<LayerScores, ComputeError>>,
 }
+
+impl<'a> Worker<'a> {
+    fn start<'s>(scope: &'s Scope<'s, '_>, devices: &'s mut Devices, needs: Needs) -> Self
+    where
+        'a: 's,
+    {
+        let (layers, to_do) = mpsc::channel::<(LayerGraph, LayerScores)>();
+        let (done, scores) = mpsc::channel();
+        scope.spawn(move || {
+            for (graph, mut out) in to_do {
+                // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
+                let device = unsafe { devices.at((*graph.layer.k).buffer) };
+                let computed = device.and_then(|device| graph.compute(device, needs, &mut out));
+                // nobody listens any more where another layer has failed
+                if done.send(computed.map(|()| out)).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { layers, scores }
+    }
+
+    /// `out`: memory for the scores.
+    fn give(&self, layer: LayerGraph<'a>, out: LayerScores) {
+        self.layers.send((layer, out)).expect(ALIVE);
+    }
+
+    /// The scores of the layer that was given to it before all others that it still has.
+    fn take(&self) -> Result<LayerScores, ComputeError> {
+        self.scores.recv().expect(ALIVE)
+    }
+}
+
+/// ggml aborts rather than unwinds, and this crate's code in a graph does not panic.
+const ALIVE: &str = "a worker ends when it is no longer needed";

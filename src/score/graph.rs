@@ -155,7 +155,7 @@ pub(super) struct LayerGraph<'a> {
 }
 
 // SAFETY: the layer's tensors are only read, and no one writes to the cache while it is scored.
-unsafe impl Sync for LayerGraph<'_> {}
+unsafe impl Send for LayerGraph<'_> {}
 
 /// Tensors of one chunk of queries for some KV heads, at most, beside those of [`EACH_NODES`] for each query head.
 const CHUNK_NODES: usize = 64;
