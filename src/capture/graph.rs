@@ -222,7 +222,7 @@ impl Inner {
                     Block::on(self.devices.at(node.buffer())?, node.0, &rows)?
                 }
             };
-            record.layers[layer].moments.merge(&block);
+            record.layer_mut(layer).moments.merge(&block);
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! What is captured of one sequence.
 
+use std::sync::Arc;
+
 use half::f16;
 
 use super::moments::Moments;
@@ -36,7 +38,8 @@ pub(super) const SHARE: usize = 16;
 /// What is captured of one sequence.
 #[derive(Clone)]
 pub(super) struct Record {
-    pub layers: Vec<LayerRecord>,
+    /// A copy of the record shares a layer until one of them writes to it: most copies are made in case something fails.
+    pub layers: Vec<Arc<LayerRecord>>,
     /// Tokens so far, read or not.
     pub n_tokens: usize,
     /// The tokens of the ubatch in work that belong to the sequence: place in the ubatch, and position.
@@ -53,10 +56,11 @@ impl Record {
             window_q: vec![f16::ZERO; window * layer.n_q],
             window_pos: vec![-1; window],
         });
-        Self { layers: layers.collect(), n_tokens: 0, rows: Vec::new(), seen: Vec::new() }
+        Self::of(layers.collect(), 0)
     }
 
     pub fn of(layers: Vec<LayerRecord>, n_tokens: usize) -> Self {
+        let layers = layers.into_iter().map(Arc::new).collect();
         Self { layers, n_tokens, rows: Vec::new(), seen: Vec::new() }
     }
 
@@ -79,8 +83,9 @@ impl Record {
 
     pub fn forget_from(&mut self, p0: Pos) {
         for layer in &mut self.layers {
-            for pos in layer.window_pos.iter_mut().filter(|p| **p >= p0) {
-                *pos = -1;
+            if layer.window_pos.iter().any(|p| *p >= p0) {
+                let forget = |pos: &mut Pos| *pos = if *pos >= p0 { -1 } else { *pos };
+                Arc::make_mut(layer).window_pos.iter_mut().for_each(forget);
             }
         }
     }
@@ -95,7 +100,7 @@ impl Record {
             if oldest == 0 {
                 self.n_tokens = 0;
                 for layer in &mut self.layers {
-                    layer.moments = Moments::default();
+                    Arc::make_mut(layer).moments = Moments::default();
                 }
             }
         }
@@ -110,9 +115,13 @@ impl Record {
         self.rows.iter().filter(|(_, pos)| *pos >= skip as Pos).map(|(row, _)| *row as u32).collect()
     }
 
+    pub fn layer_mut(&mut self, layer: usize) -> &mut LayerRecord {
+        Arc::make_mut(&mut self.layers[layer])
+    }
+
     /// The window's queries, of which those at `slot` are about to become those of `pos`.
     pub fn window_at(&mut self, layer: usize, slot: usize, pos: Pos) -> &mut Vec<f16> {
-        let layer = &mut self.layers[layer];
+        let layer = self.layer_mut(layer);
         layer.window_pos[slot] = pos;
         &mut layer.window_q
     }
