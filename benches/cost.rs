@@ -81,6 +81,14 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(layout) }
     }
 
+    // the system has zeros at hand, and no page of them is touched
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(held, Ordering::Relaxed);
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
         HELD.fetch_sub(layout.size(), Ordering::Relaxed);
         // SAFETY: as the caller promised.
@@ -118,6 +126,8 @@ struct Bench<'a> {
 /// One compression with the memory it took.
 struct Compression {
     report: CompressReport,
+    /// From the call to its return.
+    took: Duration,
     /// Rust heap and ggml's compute buffers, at their largest.
     counted: f64,
     /// Growth of the resident set.
@@ -164,10 +174,12 @@ impl Bench<'_> {
         let rss = peak_rss(true);
         let held = HELD.load(Ordering::Relaxed);
         PEAK.store(held, Ordering::Relaxed);
+        let start = Instant::now();
         let report = session.compress()?;
+        let took = start.elapsed();
         let counted = (PEAK.load(Ordering::Relaxed) - held + report.compute_bytes) as f64;
         let resident = rss.zip(peak_rss(false)).map(|(before, after)| after - before);
-        Ok(Compression { report, counted, resident })
+        Ok(Compression { report, took, counted, resident })
     }
 
     /// The faster setting for prefill and for decoding at this depth.
@@ -235,15 +247,15 @@ impl Bench<'_> {
         out.row("select", &part(|r| 1e3 * r.select_time.as_secs_f64()), "ms", None)?;
         out.row("trial", &part(|r| 1e3 * r.trial_time.as_secs_f64()), "ms", None)?;
         out.row("compact", &part(|r| 1e3 * r.compact_time.as_secs_f64()), "ms", None)?;
-        let share = |time: fn(&CompressReport) -> Duration| {
-            let shares = votes.iter().zip(&off).map(|(v, off)| 100.0 * time(&v.report).as_secs_f64() / off);
+        let share = |time: fn(&Compression) -> Duration| {
+            let shares = votes.iter().zip(&off).map(|(v, off)| 100.0 * time(v).as_secs_f64() / off);
             shares.collect::<Vec<f64>>()
         };
-        let voted = share(|r| r.time() - r.trial_time);
+        let voted = share(|v| v.took - v.report.trial_time);
         out.row("vote and compaction / prefill", &voted, "%", Some(2.0))?;
         let all: Vec<f64> = voted.iter().zip(&ratio).map(|(voted, ratio)| voted + 100.0 * (ratio - 1.0)).collect();
         out.row("capture, vote and compaction / prefill", &all, "%", Some(5.0))?;
-        out.row("trial / prefill", &share(|r| r.trial_time), "%", None)?;
+        out.row("trial / prefill", &share(|v| v.report.trial_time), "%", None)?;
 
         // the least that must be moved: every key and value is read, what stays is read and written
         let bytes =

@@ -250,7 +250,7 @@ impl Guest {
             vote.observe_newest(&[])?;
             let (selection, mut report) = vote.choose(&cells)?;
             if !is_rehearsal {
-                vote.compact(&cells, &selection, &mut report)?;
+                vote.compact(&cells, selection, &mut report)?;
             }
             Ok(report)
         };
@@ -310,7 +310,7 @@ impl Guest {
         let mut done = || {
             vote.observe_newest(ahead)?;
             let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
-            vote.compact(&cells, &selection, &mut report)?;
+            vote.compact(&cells, selection, &mut report)?;
             Ok(report)
         };
         let done: Result<_, VoteError> = done();

@@ -41,7 +41,7 @@ impl Session {
             self.mask = Some(Mask::new(&self.ctx, SEQ, &selection)?);
             report.compact_time = clock.elapsed();
         } else {
-            vote.compact(&cells, &selection, &mut report)?;
+            vote.compact(&cells, selection, &mut report)?;
         }
         Ok(report)
     }

@@ -99,7 +99,7 @@ impl Session {
         vote.observe_newest(ahead)?;
         let cells = cache::cells(vote.ctx, SEQ);
         let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
-        vote.compact(&cells, &selection, &mut report)?;
+        vote.compact(&cells, selection, &mut report)?;
         Ok(report)
     }
 

@@ -112,16 +112,15 @@ impl Vote<'_> {
     pub fn compact(
         &mut self,
         cells: &[Cell],
-        selection: &Selection,
+        selection: Selection,
         report: &mut CompressReport,
     ) -> Result<(), VoteError> {
         self.enter(Stage::Compact)?;
         let clock = Instant::now();
-        compact::compact(self.ctx, self.sequence.id, selection)?;
-        report.compact_time = clock.elapsed();
-        let n_heads = self.voter.layout.n_head_kv().sum();
-        self.sequence.compacted(cells, selection, n_heads, self.voter.policy.recent);
+        compact::compact(self.ctx, self.sequence.id, &selection)?;
+        self.sequence.compacted(cells, selection, self.voter.policy.recent);
         self.sequence.bound(&cache::cells(self.ctx, self.sequence.id));
+        report.compact_time = clock.elapsed();
         Ok(())
     }
 
@@ -263,11 +262,18 @@ impl Vote<'_> {
         let clock = Instant::now();
         let trial = self.try_out(&ranking)?;
         report.trial_time = clock.elapsed();
-        let Some(Trial { count, tried, rounding }) = trial else { return Ok(ranking.by_lost_mass()) };
-        (report.tried, report.rounding) = (tried, rounding);
-        // a cap is not tried: it holds whatever is lost
-        let rule = if count == most && most < n { Bound::MaxCells } else { Bound::Trial };
-        Ok(ranking.keep(count, rule))
+        let clock = Instant::now();
+        let selection = match trial {
+            None => ranking.by_lost_mass(),
+            Some(Trial { count, tried, rounding }) => {
+                (report.tried, report.rounding) = (tried, rounding);
+                // a cap is not tried: it holds whatever is lost
+                let rule = if count == most && most < n { Bound::MaxCells } else { Bound::Trial };
+                ranking.keep(count, rule)
+            }
+        };
+        report.select_time += clock.elapsed();
+        Ok(selection)
     }
 }
 

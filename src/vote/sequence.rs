@@ -106,9 +106,9 @@ impl Sequence {
     }
 
     /// Notes that `selection` of `cells` stays.
-    pub(super) fn compacted(&mut self, cells: &[Cell], selection: &Selection, n_heads: usize, recent: usize) {
+    pub(super) fn compacted(&mut self, cells: &[Cell], selection: Selection, recent: usize) {
         if selection.kept != Kept::All {
-            self.held = self.held.after(cells, selection, n_heads);
+            self.held.keep(cells, selection);
             self.exact_from = self.exact_from.max(self.n_past - recent as Pos);
         }
     }
@@ -143,18 +143,19 @@ impl Held {
         if c < self.n_cells && !self.pos.is_empty() { self.pos[head * self.n_cells + c] } else { cells[c].pos as u32 }
     }
 
-    fn after(&self, cells: &[Cell], selection: &Selection, n_heads: usize) -> Self {
-        let same_for_all = matches!(selection.kept, Kept::Tokens(_));
-        if matches!(selection.kept, Kept::Ragged { .. }) || (same_for_all && self.pos.is_empty()) {
-            return self.clone();
-        }
+    /// `selection` of `cells` stays; its memory becomes ours.
+    fn keep(&mut self, cells: &[Cell], selection: Selection) {
         let n_cells = selection.n_cells();
-        let mut pos = Vec::with_capacity(n_heads * n_cells);
-        for head in 0..n_heads {
-            let kept = selection.kept_by(head).unwrap_or_default();
-            pos.extend(kept.iter().map(|&place| self.at(cells, head, place as usize)));
+        let mut pos = match selection.kept {
+            Kept::Heads { index, .. } => index,
+            // the heads held different tokens before
+            Kept::Tokens(index) if !self.pos.is_empty() => index.repeat(self.pos.len() / self.n_cells),
+            Kept::All | Kept::Tokens(_) | Kept::Ragged { .. } => return,
+        };
+        for (head, places) in pos.chunks_mut(n_cells.max(1)).enumerate() {
+            places.iter_mut().for_each(|place| *place = self.at(cells, head, *place as usize));
         }
-        Self { n_cells, pos }
+        *self = Self { n_cells, pos };
     }
 
     fn truncate(&mut self, n_left: usize) {
