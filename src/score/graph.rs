@@ -118,12 +118,15 @@ pub(super) struct Grain {
     pub kv_heads: usize,
     /// Cells whose keys and values are measured, of all heads.
     pub cells: usize,
+    /// Whether these are measured channel by channel, rather than row by row.
+    pub by_channel: bool,
 }
 
 impl Grain {
     /// A few queries of one head, and cells that stay in the CPU's cache.
     pub fn on_host(layer: &sys::gvote_shim_layer) -> Self {
-        Self { columns: HOST_COLUMNS, kv_heads: 1, cells: (HOST_CELLS / layer.n_head_kv as usize).max(1) }
+        let cells = (HOST_CELLS / layer.n_head_kv as usize).max(1);
+        Self { columns: HOST_COLUMNS, kv_heads: 1, cells, by_channel: false }
     }
 
     /// As much as fits into `room` bytes, of at most `n_query` queries at once.
@@ -137,7 +140,7 @@ impl Grain {
         let kv_heads = (room / (number * (columns + d))).clamp(1, n_head_kv);
         // as f32, and squared
         let cell = 2 * n_head_kv * d * size_of::<f32>();
-        Self { columns, kv_heads, cells: (room / cell).max(1) }
+        Self { columns, kv_heads, cells: (room / cell).max(1), by_channel: true }
     }
 }
 
@@ -165,7 +168,7 @@ const SET_NODES: usize = 8;
 const CELLS_NODES: usize = 40;
 const HEADS_NODES: usize = 8;
 /// What else there is.
-const OTHER_NODES: usize = 24;
+const OTHER_NODES: usize = 32;
 
 impl LayerGraph<'_> {
     /// The scores of each KV head, in place of what `scores` holds.
@@ -303,13 +306,25 @@ impl LayerGraph<'_> {
 
     /// The part of K that belongs to `kv_heads` heads from `kv` on, in `n` cells from `first` on. `[d, n, kv_heads]` of K's type
     pub(super) fn k_rows(&self, b: &Builder, kv: usize, kv_heads: usize, first: usize, n: usize) -> Tensor {
-        let d = i64::from(self.layer.n_embd_head_k);
-        // SAFETY: the view stays inside K's storage: cells of one stream, some heads of each row.
+        self.head_rows(b, self.layer.k, self.layer.n_embd_head_k, kv..kv + kv_heads, first..first + n)
+    }
+
+    /// The same of K or V, where that is stored in rows.
+    pub(super) fn head_rows(
+        &self,
+        b: &Builder,
+        storage: Tensor,
+        d: u32,
+        heads: Range<usize>,
+        cells: Range<usize>,
+    ) -> Tensor {
+        let d = i64::from(d);
+        // SAFETY: the view stays inside the storage: cells of one stream, some heads of each row.
         unsafe {
-            let k = self.layer.k;
-            let head = sys::ggml_row_size((*k).type_, d);
-            let offset = self.stream * (*k).nb[2] + first * (*k).nb[1] + kv * head;
-            sys::ggml_view_3d(b.ctx, k, d, n as i64, kv_heads as i64, (*k).nb[1], head, offset)
+            let row = (*storage).nb[1];
+            let head = sys::ggml_row_size((*storage).type_, d);
+            let offset = self.stream * (*storage).nb[2] + cells.start * row + heads.start * head;
+            sys::ggml_view_3d(b.ctx, storage, d, cells.len() as i64, heads.len() as i64, row, head, offset)
         }
     }
 

@@ -1,5 +1,8 @@
-//! Measures of keys and values by themselves. K and V of all heads lie side by side in a row: rows are turned into f32 as they
-//! lie, many cells at once, and what is left of them, one number for each head and cell, is transposed.
+//! Measures of keys and values by themselves. K and V of all heads lie side by side in a row.
+//!
+//! On the host rows are turned into f32 as they lie, so many that they stay in the CPU's cache, and what is left of them, one
+//! number for each head and cell, is transposed. A GPU multiplies faster than it converts: there the product with an identity matrix
+//! gives the same numbers channel by channel, as a transposed V is stored anyway, and a sum over channels lies as it should.
 
 use super::graph::LayerGraph;
 use super::results::{Block, Rows};
@@ -24,39 +27,51 @@ impl LayerGraph<'_> {
 
     /// [`crate::policy::HeadScores::value_norm`]. `numbers`: of as many rows as are worked on at once.
     fn measure_values(&self, b: &mut Builder, out: &mut Results, to: Block, numbers: Tensor) {
+        let d = self.layer.n_embd_head_v;
+        let by_channel = self.v_trans || self.grain.by_channel;
+        let sums = Sums::new(self, b, d, by_channel);
         for (first, n) in self.cell_chunks() {
-            // SAFETY: shapes as noted.
-            let norms = unsafe {
-                let squared = if self.v_trans {
-                    let squared = sys::ggml_sqr(b.ctx, self.channels(b, first, n)); // [n, d, heads]
-                    let [_, d, heads, _] = (*squared).ne;
-                    let ones = b.input([1, d as usize, heads as usize], vec![1.0; (d * heads) as usize]);
-                    sys::ggml_reshape_2d(b.ctx, b.out_prod(squared, ones), n as i64, heads)
-                } else {
-                    let values = self.rows(b, self.layer.v, self.layer.n_embd_head_v, first, n, numbers);
-                    self.squared_lengths(b, values)
+            let squared = if by_channel {
+                let values = match self.v_trans {
+                    true => self.stored_channels(b, first, n),
+                    false => self.channels(b, self.layer.v, d, first, n, &sums),
                 };
-                sys::ggml_sqrt(b.ctx, squared)
+                self.squared_over_channels(b, values, &sums)
+            } else {
+                self.squared_in_rows(b, self.rows(b, self.layer.v, d, first, n, numbers))
             };
+            // SAFETY: a tensor of this context.
+            let norms = unsafe { sys::ggml_sqrt(b.ctx, squared) };
             b.write_part(out, to.first, first, norms);
         }
     }
 
     /// [`crate::policy::HeadScores::key_similarity`]: the cosine of each key to the mean direction of its head's.
     fn compare_keys<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, to: Block, numbers: Tensor) {
-        let (d, heads) = (i64::from(self.layer.n_embd_head_k), self.n_head_kv() as i64);
+        let (d, heads) = (self.layer.n_embd_head_k, self.n_head_kv() as i64);
+        let by_channel = self.grain.by_channel;
+        let sums = Sums::new(self, b, d, by_channel);
         let mut sum: Tensor = std::ptr::null_mut();
         let mut inverse_lengths = Vec::new();
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
             for (first, n) in self.cell_chunks() {
-                let keys = self.rows(b, self.layer.k, self.layer.n_embd_head_k, first, n, numbers);
-                let lengths = sys::ggml_sqrt(b.ctx, self.squared_lengths(b, keys)); // [n, heads]
-                let lengths = sys::ggml_clamp(b.ctx, lengths, LEAST_LENGTH, f32::INFINITY);
+                let (keys, squared) = if by_channel {
+                    let keys = self.channels(b, self.layer.k, d, first, n, &sums);
+                    (keys, self.squared_over_channels(b, keys, &sums))
+                } else {
+                    let keys = self.rows(b, self.layer.k, d, first, n, numbers);
+                    (keys, self.squared_in_rows(b, keys))
+                };
+                let lengths = sys::ggml_clamp(b.ctx, sys::ggml_sqrt(b.ctx, squared), LEAST_LENGTH, f32::INFINITY);
                 let owned = b.input([n, 1, 1], &self.view.owned[first..first + n]);
-                let inverse = sys::ggml_div(b.ctx, sys::ggml_repeat(b.ctx, owned, lengths), lengths);
-                let by_head = sys::ggml_permute(b.ctx, keys, 0, 2, 1, 3); // [d, n, heads]
-                let part = b.out_prod(by_head, sys::ggml_reshape_3d(b.ctx, inverse, 1, n as i64, heads));
+                let inverse = sys::ggml_div(b.ctx, sys::ggml_repeat(b.ctx, owned, lengths), lengths); // [n, heads]
+                let part = if by_channel {
+                    sys::ggml_mul_mat(b.ctx, keys, sys::ggml_reshape_3d(b.ctx, inverse, n as i64, 1, heads))
+                } else {
+                    let by_head = sys::ggml_permute(b.ctx, keys, 0, 2, 1, 3); // [d, n, heads]
+                    b.out_prod(by_head, sys::ggml_reshape_3d(b.ctx, inverse, 1, n as i64, heads))
+                };
                 sum = if sum.is_null() { part } else { sys::ggml_add_inplace(b.ctx, sum, part) };
                 b.run(sum); // [d, 1, heads]
                 inverse_lengths.push(inverse);
@@ -69,17 +84,27 @@ impl LayerGraph<'_> {
                 let products = sys::ggml_reshape_2d(b.ctx, products, n as i64, heads);
                 b.write_part(out, to.first, first, sys::ggml_mul(b.ctx, products, inverse));
             }
-            debug_assert_eq!((*mean).ne, [d, 1, heads, 1]);
+            debug_assert_eq!((*mean).ne, [i64::from(d), 1, heads, 1]);
         }
     }
 
     /// The sums of squares of `rows` `[d, heads, n]`. `[n, heads]`
-    fn squared_lengths(&self, b: &Builder, rows: Tensor) -> Tensor {
+    fn squared_in_rows(&self, b: &Builder, rows: Tensor) -> Tensor {
         // SAFETY: contiguous tensors of this context.
         unsafe {
             let [_, heads, n, _] = (*rows).ne;
             let sums = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr(b.ctx, rows)); // [1, heads, n]
             sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, sys::ggml_reshape_2d(b.ctx, sums, heads, n)))
+        }
+    }
+
+    /// The same of `channels` `[n, d, heads]`.
+    fn squared_over_channels(&self, b: &Builder, channels: Tensor, sums: &Sums) -> Tensor {
+        // SAFETY: contiguous tensors of this context.
+        unsafe {
+            let [n, _, heads, _] = (*channels).ne;
+            let summed = b.out_prod(sys::ggml_sqr(b.ctx, channels), sums.ones); // [n, 1, heads]
+            sys::ggml_reshape_2d(b.ctx, summed, n, heads)
         }
     }
 
@@ -103,8 +128,19 @@ impl LayerGraph<'_> {
         }
     }
 
+    /// K or V as f32 by channel: `n` cells from `first` on. `[n, d, heads]`
+    fn channels(&self, b: &Builder, storage: Tensor, d: u32, first: usize, n: usize, sums: &Sums) -> Tensor {
+        // SAFETY: shapes as noted.
+        unsafe {
+            let rows = self.head_rows(b, storage, d, 0..self.n_head_kv(), first..first + n);
+            let channels = sys::ggml_mul_mat(b.ctx, rows, sums.identity);
+            sys::ggml_mul_mat_set_prec(channels, sys::GGML_PREC_F32);
+            channels
+        }
+    }
+
     /// The channels of a transposed V as f32: `n` cells from `first` on. `[n, d, heads]`
-    fn channels(&self, b: &Builder, first: usize, n: usize) -> Tensor {
+    fn stored_channels(&self, b: &Builder, first: usize, n: usize) -> Tensor {
         let (d, heads) = (i64::from(self.layer.n_embd_head_v), self.n_head_kv() as i64);
         // SAFETY: the view stays inside V's storage, as in compact/host.rs.
         unsafe {
@@ -115,5 +151,28 @@ impl LayerGraph<'_> {
             let view = sys::ggml_view_3d(b.ctx, v, n as i64, d, heads, channel, d as usize * channel, offset);
             sys::ggml_cast(b.ctx, view, sys::GGML_TYPE_F32)
         }
+    }
+}
+
+/// What channels are made and summed up with; NULL where there are none.
+struct Sums {
+    /// `[d, d, heads]`
+    identity: Tensor,
+    /// `[1, d, heads]`
+    ones: Tensor,
+}
+
+impl Sums {
+    fn new(graph: &LayerGraph, b: &mut Builder, d: u32, by_channel: bool) -> Self {
+        let (d, heads) = (d as usize, graph.n_head_kv());
+        if !by_channel {
+            return Self { identity: std::ptr::null_mut(), ones: std::ptr::null_mut() };
+        }
+        let ones = b.input([1, d, heads], vec![1.0; d * heads]);
+        let identity: Vec<f32> = (0..d * d).map(|i| if i % (d + 1) == 0 { 1.0 } else { 0.0 }).collect();
+        let identity = b.input([d, d, 1], identity);
+        // SAFETY: a tensor of this context.
+        let identity = unsafe { sys::ggml_repeat_4d(b.ctx, identity, d as i64, d as i64, heads as i64, 1) };
+        Self { identity, ones }
     }
 }
