@@ -5,7 +5,7 @@ mod device;
 mod graph;
 
 pub(crate) use self::device::{Device, Devices, HostMemory, place};
-pub(crate) use self::graph::{Builder, Results, Tensor, read, recompute};
+pub(crate) use self::graph::{Builder, Results, Tensor, read};
 
 /// Why something could not be computed.
 #[derive(Debug, thiserror::Error)]

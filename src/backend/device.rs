@@ -2,6 +2,8 @@
 
 use std::ops::{Deref, DerefMut};
 
+use half::f16;
+
 use super::{Builder, ComputeError};
 use crate::cache;
 use crate::sys;
@@ -148,6 +150,13 @@ impl HostMemory {
         }
         self.len = len;
         Ok(())
+    }
+
+    /// The same memory as halves, two for each number.
+    pub fn halves(&mut self) -> &mut [f16] {
+        let numbers: &mut [f32] = self;
+        // SAFETY: any bits are a half, and memory for f32 is aligned for it.
+        unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), 2 * numbers.len()) }
     }
 
     pub fn bytes(&self) -> usize {

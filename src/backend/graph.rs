@@ -119,18 +119,28 @@ impl<'a> Builder<'a> {
         t
     }
 
-    /// What another graph has computed, as a matrix `[ne0, ne1]` to begin with: this one does not compute it again.
+    /// What another graph has computed, or is about to: this one does not compute it again.
     ///
     /// # Safety
-    /// `t` is contiguous, has been computed, and stays as it is until this graph has been.
-    pub unsafe fn computed(&self, t: &sys::ggml_tensor, ne: [i64; 2]) -> Tensor {
+    /// `t` has memory, and stays as it is until this graph has been computed, but for what this one writes to it.
+    pub unsafe fn elsewhere(&self, t: &sys::ggml_tensor) -> Tensor {
         // SAFETY: see above; the context has room for the tensor.
         unsafe {
-            let leaf = sys::ggml_new_tensor_2d(self.ctx, t.type_, ne[0], ne[1]);
+            let leaf = sys::ggml_new_tensor_4d(self.ctx, t.type_, t.ne[0], t.ne[1], t.ne[2], t.ne[3]);
+            (*leaf).nb = t.nb;
             (*leaf).buffer = t.view_src.as_ref().map_or(t.buffer, |src| src.buffer);
             (*leaf).data = t.data;
             leaf
         }
+    }
+
+    /// Appends a node of another graph, to be computed where it is.
+    ///
+    /// # Safety
+    /// It has memory, and by its turn all has been computed that it needs; both stay until this graph has been computed.
+    pub unsafe fn run_other(&mut self, node: Tensor) {
+        // SAFETY: see above, and the graph has room.
+        unsafe { sys::ggml_graph_add_node(self.graph, node) };
     }
 
     /// Appends a node; ggml keeps the order of these calls.
@@ -255,26 +265,13 @@ unsafe fn unsupported(node: *const sys::ggml_tensor) -> ComputeError {
     }
 }
 
-/// Computes nodes of another graph, in this order and where they are.
-///
-/// # Errors
-/// [`ComputeError`].
-///
-/// # Safety
-/// The nodes lie on the device, have memory, and all that they need has been computed.
-pub(crate) unsafe fn recompute(device: &Device, nodes: &[Tensor]) -> Result<(), ComputeError> {
-    let b = Builder::new(nodes.len())?;
-    for &node in nodes {
-        // SAFETY: the node lives, and the graph has room.
-        unsafe { sys::ggml_graph_add_node(b.graph, node) };
-    }
-    b.run_on(device)
-}
-
-/// Reads a contiguous f32 result of `out.len()` elements.
-pub(crate) fn read(out: &mut [f32], t: Tensor) {
+/// Reads a contiguous result of `out.len()` elements, of the type that they have.
+pub(crate) fn read<T: Copy>(out: &mut [T], t: Tensor) {
     // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks the size.
-    unsafe { sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, size_of_val(out)) };
+    unsafe {
+        debug_assert_eq!(sys::ggml_type_size((*t).type_), size_of::<T>());
+        sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, size_of_val(out));
+    }
 }
 
 #[cfg(test)]

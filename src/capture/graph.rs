@@ -1,13 +1,15 @@
 //! The nodes of a graph in work that tell something, and what becomes of them.
 
+use std::ops::Range;
+
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 use super::moments::Block;
 use super::node::Node;
 use super::record::Record;
 use super::watch::Watch;
 use super::{CaptureError, Inner, LogitScale, Mode, Reads};
+use crate::backend::{Builder, Tensor, read};
 use crate::cache;
 use crate::llama::{Pos, SeqId};
 use crate::sys;
@@ -231,7 +233,7 @@ impl Inner {
     fn wanted(&self, n_tokens: usize) -> Vec<Wanted> {
         match &self.mode {
             Mode::Probe(probe) => {
-                (0..n_tokens).map(|row| Wanted { row, seq: 0, slot: probe.done + row, pos: 0 }).collect()
+                (0..n_tokens).map(|row| Wanted { row, seq: 0, slot: probe.number(row), pos: 0 }).collect()
             }
             Mode::Replay(seq, _) => {
                 let rows = self.records.get(seq).map_or(&[][..], |record| &record.rows);
@@ -250,31 +252,36 @@ impl Inner {
         }
     }
 
+    /// That q is what we take it for: `[n_embd_head_k, n_tokens, n_head]` f32, whose tokens are split over a fourth dimension where
+    /// the cache has several streams.
+    pub(super) fn check_queries(&self, attention: &Attention) -> Result<(), CaptureError> {
+        let (q, layer) = (attention.q, &self.layers[attention.layer]);
+        let [d, _, heads, _] = q.0.ne;
+        let is_known = q.0.type_ == sys::GGML_TYPE_F32
+            && (d * heads) as usize == layer.n_q
+            && heads as usize == layer.n_head
+            && q.0.nb[0] == size_of::<f32>();
+        if is_known { Ok(()) } else { Err(q.shape_error()) }
+    }
+
     pub(super) fn on_queries(&mut self, attention: &Attention) -> Result<(), CaptureError> {
+        self.check_queries(attention)?;
         let (q, layer) = (attention.q, attention.layer);
         let n_q = self.layers[layer].n_q;
-        let n_head = self.layers[layer].n_head;
-        let head_size = n_q / n_head;
-        let [d, n_tok, heads, n_stream] = q.0.ne;
-        if q.0.type_ != sys::GGML_TYPE_F32
-            || d as usize != head_size
-            || heads as usize != n_head
-            || q.0.nb[0] != size_of::<f32>()
-            || q.0.nb.iter().any(|stride| stride % size_of::<f32>() != 0)
-        {
-            return Err(q.shape_error());
-        }
-        let n_tokens = (n_tok * n_stream) as usize;
-        let wanted = self.wanted(n_tokens);
-        let token_at = |row: usize| row % n_tok as usize * q.0.nb[1] + row / n_tok as usize * q.0.nb[3];
-        let Some(first) = wanted.iter().map(|w| token_at(w.row)).min() else { return Ok(()) };
-        let last = wanted.iter().map(|w| token_at(w.row)).max().unwrap_or(first);
-        // one transfer: a device answers many small ones slowly
-        let (scratch, float) = (&mut self.scratch, size_of::<f32>());
-        // SAFETY: a node that has been computed has a buffer.
-        let device = unsafe { self.devices.at(q.buffer())? };
-        scratch.resize(device, (last - first + (n_head - 1) * q.0.nb[2]) / float + head_size)?;
-        q.get_floats(first, scratch);
+        let [_, n_tok, _, n_stream] = q.0.ne.map(|n| n as usize);
+        let wanted = self.wanted(n_tok * n_stream);
+        let Some(first) = wanted.iter().map(|w| w.row).min() else { return Ok(()) };
+        let end = wanted.iter().map(|w| w.row).max().map_or(first, |last| last + 1);
+        let tokens = if n_stream == 1 { first..end } else { 0..n_tok };
+        let (first, n) = (tokens.start, tokens.len() * n_stream);
+        let mut b = Builder::new(8)?;
+        // SAFETY: a node that has been computed, and stays as it is while ggml waits for us.
+        let (device, halves) = unsafe { (self.devices.at(q.buffer())?, halves(&b, q, tokens)) };
+        let halves = b.output(halves);
+        b.compute(device)?;
+        self.scratch.resize(device, (n * n_q).div_ceil(2))?;
+        let read_back = &mut self.scratch.halves()[..n * n_q];
+        read(read_back, halves);
         if let Mode::Replay(_, queries) = &mut self.mode {
             queries[layer].data.resize(wanted.len() * n_q, f16::ZERO);
             queries[layer].pos = wanted.iter().map(|w| w.pos).collect();
@@ -288,12 +295,22 @@ impl Inner {
                     None => continue,
                 },
             };
-            let out = &mut out[slot * n_q..][..n_q];
-            for (h, out) in out.chunks_exact_mut(head_size).enumerate() {
-                let start = (token_at(row) - first + h * q.0.nb[2]) / float;
-                out.convert_from_f32_slice(&scratch[start..start + head_size]);
-            }
+            out[slot * n_q..][..n_q].copy_from_slice(&read_back[(row - first) * n_q..][..n_q]);
         }
         Ok(())
+    }
+}
+
+/// Some `tokens` of q as f16, token by token; all of them where there are several streams. `[n_embd_head_k, n_head, n_tokens, n_stream]`
+///
+/// # Safety
+/// As for [`Builder::elsewhere`].
+pub(super) unsafe fn halves(b: &Builder, q: Node, tokens: Range<usize>) -> Tensor {
+    // SAFETY: a part of q.
+    unsafe {
+        let ([d, _, heads, n_stream], [_, nb1, nb2, nb3]) = (q.0.ne, q.0.nb);
+        let (n, offset) = (tokens.len() as i64, tokens.start * nb1);
+        let part = sys::ggml_view_4d(b.ctx, b.elsewhere(q.0), d, n, heads, n_stream, nb1, nb2, nb3, offset);
+        sys::ggml_cast(b.ctx, sys::ggml_permute(b.ctx, part, 0, 2, 1, 3), sys::GGML_TYPE_F16)
     }
 }

@@ -49,10 +49,11 @@ impl Block {
     pub unsafe fn on(device: &mut Device, t: &sys::ggml_tensor, rows: &[u32]) -> Result<Self, ComputeError> {
         let n_embd = t.ne[0] as usize;
         let is_range = rows.windows(2).all(|w| w[0] + 1 == w[1]);
-        let mut b = Builder::new(16)?;
+        let mut b = Builder::new(20)?;
+        let mut out = b.results(n_embd, 2);
         // SAFETY: shapes as noted; every tensor belongs to the builder's context.
-        let (mean, m2) = unsafe {
-            let data = b.computed(t, [t.ne[0], t.ne[1]]);
+        unsafe {
+            let data = b.elsewhere(t);
             let picked = if is_range {
                 let first = rows.first().map_or(0, |&row| row as usize);
                 sys::ggml_view_2d(b.ctx, data, t.ne[0], rows.len() as i64, t.nb[1], first * t.nb[1])
@@ -62,16 +63,16 @@ impl Block {
             };
             let channels = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, picked)); // [n, n_embd]
             let mean = sys::ggml_mean(b.ctx, channels); // [1, n_embd]
-            let mean = b.output(mean);
+            b.write(&mut out, 0, mean);
             let off = sys::ggml_sub(b.ctx, channels, mean);
-            let m2 = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr(b.ctx, off));
-            (mean, b.output(m2))
-        };
+            let m2 = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr_inplace(b.ctx, off));
+            b.write(&mut out, 1, m2);
+        }
         b.compute(device)?;
-        let mut out = Self { count: rows.len(), mean: vec![0.0; n_embd], m2: vec![0.0; n_embd] };
-        read(&mut out.mean, mean);
-        read(&mut out.m2, m2);
-        Ok(out)
+        let mut mean = vec![0.0; 2 * n_embd];
+        read(&mut mean, out.tensor);
+        let m2 = mean.split_off(n_embd);
+        Ok(Self { count: rows.len(), mean, m2 })
     }
 }
 
@@ -86,10 +87,11 @@ impl Moments {
         }
         let (before, count) = (self.count, block.count as f64);
         let total = before + count;
+        let (share, between) = (count / total, before * count / total);
         for ((mean, m2), (x, x2)) in self.mean.iter_mut().zip(&mut self.m2).zip(block.mean.iter().zip(&block.m2)) {
             let delta = f64::from(*x) - *mean;
-            *mean += delta * count / total;
-            *m2 += f64::from(*x2) + delta * delta * before * count / total;
+            *mean += delta * share;
+            *m2 += f64::from(*x2) + delta * delta * between;
         }
         self.count = total;
     }

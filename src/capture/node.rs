@@ -148,12 +148,6 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// Floats from the byte `offset` on, from wherever it lives.
-    pub fn get_floats(&self, offset: usize, out: &mut [f32]) {
-        // SAFETY: as in `get`.
-        unsafe { sys::ggml_backend_tensor_get(self.0, out.as_mut_ptr().cast(), offset, size_of_val(out)) };
-    }
-
     /// All floats of a contiguous f32 tensor in host memory.
     ///
     /// # Safety

@@ -1,5 +1,6 @@
 //! The probe pass: sampled hidden states become queries. See the module above.
 
+use std::sync::Arc;
 use std::thread;
 
 use half::f16;
@@ -7,11 +8,12 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-use super::graph::{Attention, nodes};
+use super::graph::{Attention, halves, nodes};
 use super::moments::Moments;
 use super::node::{Node, Path};
+use super::record::LayerRecord;
 use super::{Capture, CaptureError, Inner, Mode, Queries};
-use crate::backend::recompute;
+use crate::backend::{Builder, read};
 use crate::cache::{self, Parked};
 use crate::llama::{Batch, Context, Pos, SeqId};
 use crate::sys;
@@ -32,14 +34,46 @@ thread_local! {
     pub(crate) static PRETEND_SCATTERED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-pub(super) struct Probe {
+/// Layers whose samples become queries in one graph: while a device computes it, the samples of the next are drawn.
+const LAYERS_AT_ONCE: usize = 8;
+/// Tensors of such a graph for each layer, beside the nodes of its path; and for all of them.
+const LAYER_NODES: usize = 8;
+const OTHER_NODES: usize = 4;
+
+/// The hidden states that stand for those of future tokens, which one ubatch is filled with. Each depends on nothing but the
+/// statistics of its layer, the seed, the layer, and its number: however many are drawn at once.
+struct Samples {
     seed: u64,
-    /// What the samples are drawn from, by layer.
-    moments: Vec<Moments>,
-    /// Tokens of earlier ubatches.
-    pub(super) done: usize,
-    /// Hidden states of the ubatch in work. `[layer][n_tokens][n_embd]`
-    samples: Vec<Vec<f32>>,
+    layers: Vec<Arc<LayerRecord>>,
+    /// The number of the first.
+    first: usize,
+    n: usize,
+    n_threads: usize,
+}
+
+impl Samples {
+    /// Those of some layers. `[layer][n][n_embd]`
+    fn draw(&self, layers: &[usize]) -> Vec<f32> {
+        let n_embd = self.layers.first().map_or(0, |layer| layer.moments.mean.len());
+        let mut out = vec![0.0; layers.len() * self.n * n_embd];
+        let share = (layers.len() * self.n).div_ceil(self.n_threads).max(1);
+        thread::scope(|scope| {
+            for (part, out) in out.chunks_mut(share * n_embd.max(1)).enumerate() {
+                scope.spawn(move || {
+                    for (row, out) in (part * share..).zip(out.chunks_exact_mut(n_embd)) {
+                        let layer = layers[row / self.n];
+                        sample(&self.layers[layer].moments, layer, self.first + row % self.n, self.seed, out);
+                    }
+                });
+            }
+        });
+        out
+    }
+}
+
+pub(super) struct Probe {
+    /// Those of the ubatch in work.
+    samples: Arc<Samples>,
     /// Layers whose queries of the ubatch in work are there.
     pub(super) taken: Vec<bool>,
     /// How the ubatch in work is read; None before its first node.
@@ -49,25 +83,9 @@ pub(super) struct Probe {
 }
 
 impl Probe {
-    /// Draws the samples of a ubatch, a share of the layers in each thread.
-    fn draw(&mut self, first: usize, n: usize, n_threads: usize) {
-        (self.done, self.way, self.taken) = (first, None, vec![false; self.moments.len()]);
-        let Self { moments, samples, seed, .. } = self;
-        let share = moments.len().div_ceil(n_threads);
-        thread::scope(|scope| {
-            for (part, (moments, samples)) in moments.chunks(share).zip(samples.chunks_mut(share)).enumerate() {
-                let seed = *seed;
-                scope.spawn(move || {
-                    for (layer, (moments, out)) in (part * share..).zip(moments.iter().zip(samples)) {
-                        let n_embd = moments.mean.len();
-                        out.resize(n * n_embd, 0.0);
-                        for (i, out) in out.chunks_exact_mut(n_embd).enumerate() {
-                            sample(moments, layer, first + i, seed, out);
-                        }
-                    }
-                });
-            }
-        });
+    /// The place that the sample of a token of the ubatch in work has among all.
+    pub(super) fn number(&self, row: usize) -> usize {
+        self.samples.first + row
     }
 }
 
@@ -93,11 +111,10 @@ impl Capture {
             return Err(CaptureError::Empty);
         };
 
+        let n_threads = ctx.n_threads_batch();
+        let samples = Samples { seed, layers: record.layers.clone(), first: 0, n: 0, n_threads };
         self.inner.mode = Mode::Probe(Probe {
-            seed,
-            moments: record.layers.iter().map(|layer| layer.moments.clone()).collect(),
-            done: 0,
-            samples: vec![Vec::new(); self.inner.layers.len()],
+            samples: Arc::new(samples),
             taken: Vec::new(),
             way: None,
             queries: self.inner.layers.iter().map(|l| vec![f16::ZERO; n * l.n_q]).collect(),
@@ -127,7 +144,10 @@ impl Capture {
                 batch.add(0, pos + 1 + i as Pos, seq, false)?;
             }
             if let Mode::Probe(probe) = &mut self.inner.mode {
-                probe.draw(start, batch.len(), parked.n_threads_batch());
+                let Samples { seed, n_threads, .. } = *probe.samples;
+                let layers = probe.samples.layers.clone();
+                probe.samples = Arc::new(Samples { seed, layers, first: start, n: batch.len(), n_threads });
+                (probe.way, probe.taken) = (None, vec![false; self.inner.layers.len()]);
             }
             self.during(&mut parked, |ctx| ctx.decode(&batch))?;
             if let Mode::Probe(probe) = &self.inner.mode
@@ -199,10 +219,21 @@ impl Inner {
 
     /// Turns the samples of all layers that lie where `node` does into queries.
     fn take_paths(&mut self, node: &Node) -> Result<(), CaptureError> {
-        for attention in nodes(self.ctx).filter_map(|node| self.attention(&node)).collect::<Vec<_>>() {
-            if attention.q.place() == node.place() && !self.mark_taken(attention.layer) {
-                self.take_path(&attention)?;
-            }
+        let found: Vec<_> = nodes(self.ctx).filter_map(|node| self.attention(&node)).collect();
+        let here = found.into_iter().filter(|attention| attention.q.place() == node.place());
+        let here: Vec<_> = here.filter(|attention| !self.mark_taken(attention.layer)).collect();
+        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
+        let samples = &*probe.samples.clone();
+        let layers: Vec<_> = here.iter().map(|attention| attention.layer).collect();
+        let mut ahead = layers.chunks(LAYERS_AT_ONCE);
+        let mut drawn = samples.draw(ahead.next().unwrap_or_default());
+        for group in here.chunks(LAYERS_AT_ONCE) {
+            let next = ahead.next().unwrap_or_default();
+            drawn = thread::scope(|scope| {
+                let next = scope.spawn(|| samples.draw(next));
+                self.take_group(group, samples.n, &drawn)?;
+                Ok::<_, CaptureError>(next.join().expect("drawing does not panic"))
+            })?;
         }
         Ok(())
     }
@@ -223,20 +254,46 @@ impl Inner {
         Ok(path)
     }
 
-    fn take_path(&mut self, attention: &Attention) -> Result<(), CaptureError> {
-        let path = self.path(attention)?;
-        let hidden = path.hidden.ok_or(CaptureError::NoHidden(self.layers[attention.layer].il))?;
-        self.check_hidden(&hidden)?;
-        self.inject(&hidden, attention.layer)?;
-        // SAFETY: llama.cpp has allocated its graph and set its inputs, and lets nobody else compute before we return.
-        unsafe { recompute(self.devices.at(attention.q.buffer())?, &path.nodes)? };
-        self.on_queries(attention)
+    /// Turns samples of some layers into queries: `n` of each, `drawn` `[layer][n][n_embd]`.
+    fn take_group(&mut self, group: &[Attention], n: usize, drawn: &[f32]) -> Result<(), CaptureError> {
+        let Some(first) = group.first() else { return Ok(()) };
+        let paths = group.iter().map(|attention| self.path(attention)).collect::<Result<Vec<_>, _>>()?;
+        let n_nodes = paths.iter().map(|path| path.nodes.len() + LAYER_NODES).sum::<usize>() + OTHER_NODES;
+        let mut b = Builder::new(n_nodes)?;
+        let samples = b.input([self.n_embd, n, group.len()], drawn);
+        let mut queries = Vec::with_capacity(group.len());
+        for (i, (attention, path)) in group.iter().zip(&paths).enumerate() {
+            self.check_queries(attention)?;
+            let hidden = path.hidden.ok_or(CaptureError::NoHidden(self.layers[attention.layer].il))?;
+            self.check_hidden(&hidden)?;
+            if hidden.0.ne[1] as usize != n {
+                return Err(hidden.shape_error());
+            }
+            // SAFETY: llama.cpp has allocated its graph and set its inputs, and lets nobody else compute before we return. What is on
+            // a path reads nothing else of the graph.
+            unsafe {
+                let [_, nb1, nb2, _] = (*samples).nb;
+                let own = sys::ggml_view_2d(b.ctx, samples, self.n_embd as i64, n as i64, nb1, i * nb2);
+                b.run(sys::ggml_cpy(b.ctx, own, b.elsewhere(hidden.0)));
+                path.nodes.iter().for_each(|&node| b.run_other(node));
+                let halves = halves(&b, attention.q, 0..attention.q.0.ne[1] as usize);
+                queries.push(b.output(halves));
+            }
+        }
+        // SAFETY: a node of the graph in work has a buffer.
+        b.compute(unsafe { self.devices.at(first.q.buffer())? })?;
+        let Mode::Probe(probe) = &mut self.mode else { return Ok(()) };
+        for (attention, queries) in group.iter().zip(queries) {
+            let n_q = self.layers[attention.layer].n_q;
+            read(&mut probe.queries[attention.layer][probe.samples.first * n_q..][..n * n_q], queries);
+        }
+        Ok(())
     }
 
     fn inject(&mut self, hidden: &Node, layer: usize) -> Result<(), CaptureError> {
-        let Mode::Probe(probe) = &mut self.mode else { return Ok(()) };
-        let samples = std::mem::take(&mut probe.samples[layer]);
-        if samples.len() != hidden.0.ne[1] as usize * self.n_embd {
+        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
+        let samples = probe.samples.draw(&[layer]);
+        if hidden.0.ne[1] as usize != probe.samples.n {
             return Err(hidden.shape_error());
         }
         let tensor = std::ptr::from_ref(hidden.0).cast_mut();
