@@ -13,8 +13,10 @@
 //!      what an entry adds to the output of attention, and the cosine of its key to the mean key of the head: of keys that
 //!      are like all others many are left, of one that is not there is no other (KeyDiff, arXiv 2504.15364). This keeps the
 //!      text's distribution.
-//! 4. The first `sinks`, the last `recent` and protected entries rank before all others. Then the two opinions take turns: the best passage
-//!    entry that is left, the best single entry that is left, and so on; equal scores, older first.
+//! 4. The first `sinks`, the last `recent` and protected entries rank before all others. Then the two opinions take turns: the
+//!    best passage entry that is left, the best single entry that is left, and so on; equal scores, older first. Scores
+//!    are compared as f16, which tells apart what differs by a thousandth: of so few scores one can count each, and needs no
+//!    other sort.
 //! 5. `C`: as the caller finds it by trial ([`Decision::Ranking`]); or the smallest count for which the mean over heads of
 //!    the mass of `m` outside the head's own best `C` is at most `lost_mass`; or a fixed share. Then `min_cells` and
 //!    `max_cells`.
@@ -26,8 +28,8 @@
 //! With [`Evict::Cells`] the opinions are the means of `a` and of `b` over all heads, one ranking for all.
 //!
 //! Memory: 6 bytes for each head and entry (a cell of SmolLM2 takes 256 bytes a head: 2.3 %), whose larger part becomes the
-//! selection, and for each thread 4 bytes an entry while it scores and 25 while it ranks. Arithmetic is O(n) a head, some heads
-//! in each thread; the result depends neither on the number of threads nor on the order of their work.
+//! selection, and for each thread 4 bytes an entry while it scores, or 24 and 256 KiB while it ranks. Arithmetic is O(n) a head,
+//! some heads in each thread; the result depends neither on the number of threads nor on the order of their work.
 
 use std::ops::Range;
 use std::thread;
@@ -37,6 +39,7 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use super::rank::{self, Forced, Sum};
 use super::ranking::Ranking;
+use super::turns::{self, Turns};
 use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
 
 /// `m`, `a` and `b` are stored as f16 times this. The largest, 1, becomes half of f16's range; what underflows
@@ -46,14 +49,10 @@ const SCALE: f32 = 32768.0;
 
 /// Scoring so many entries takes a quarter of a millisecond: fewer are not worth a thread.
 const ENTRIES_A_THREAD: usize = 32768;
-/// A thread that ranks needs 25 bytes an entry: 3 for each of so many heads.
+/// A thread that ranks needs 24 bytes an entry: 3 for each of so many heads.
 const HEADS_A_THREAD: usize = 8;
 /// Entries that are scored at a time: few enough to stay in the fastest cache.
 const BLOCK: usize = 1024;
-
-/// Whether an entry is left is as good as random, and a processor that guesses wrong loses more time than the question takes.
-/// So it is asked of so many at once without a branch, and once more, with a good guess, when it is their turn.
-const LOOK_AHEAD: usize = 64;
 
 pub(super) struct Gvote {
     params: Params,
@@ -191,7 +190,7 @@ impl Scored<'_> {
         scaled(self.single, b);
         scaled(self.mass, mass[part.clone()].reinterpret_cast_mut());
         for ((score, a), b) in score[part].iter_mut().zip(a).zip(b) {
-            *score = u32::from(a.to_bits()) << 16 | u32::from(b.to_bits());
+            *score = turns::pair(*a, *b);
         }
     }
 }
@@ -268,8 +267,9 @@ impl Gvote {
         (self.passages, self.next_passages, self.scratch) = (Vec::new(), Vec::new(), Vec::new());
         // with a replay each head's own opinion is all there is
         let head_mix = if self.params.replay { 0.0 } else { self.params.head_mix };
-        let weight = f64::from(head_mix) / heads as f64;
-        let common: Vec<f32> = self.passages_sum.iter().map(|sum| (weight * sum) as f32).collect();
+        let weight = f64::from(head_mix * SCALE) / heads as f64;
+        let passages = self.passages_sum.iter().map(|sum| (weight * sum) as f32).collect();
+        let common = Common { passages, share: 1.0 / (1.0 + head_mix) };
 
         let threads = self.threads.min(heads.div_ceil(HEADS_A_THREAD));
         let share = heads.div_ceil(threads);
@@ -293,13 +293,10 @@ impl Gvote {
     /// Steps 3 and 4 with one ranking for all.
     fn rank_tokens(self) -> Ranking {
         let heads = self.shape.heads() as f64;
-        let mut order = vec![0; self.shape.n];
-        let mut turns = Turns::new(&self.forced);
-        let Turns { lists: [ours, theirs], spare, .. } = &mut turns;
-        let mean = |sum: &[f64], j: usize| rank::falling((sum[j] / heads) as f32);
-        rank::sort_by_digits::<3, 2048>(ours, spare, |j| mean(&self.passages_sum, j));
-        rank::sort_by_digits::<3, 2048>(theirs, spare, |j| mean(&self.single_sum, j));
-        turns.take(0, &mut order);
+        let mean = |sum: f64| f16::from_f64(sum * f64::from(SCALE) / heads);
+        let means = self.passages_sum.iter().zip(&self.single_sum).map(|(&a, &b)| turns::pair(mean(a), mean(b)));
+        let mut order: Vec<u32> = means.collect();
+        Turns::new(self.shape.n).rank(&self.forced, 0, &mut order);
         let at_rank = order.iter().map(|&j| self.mass_sum[j as usize]).collect();
         let curve = rank::lost_curve(at_rank, heads);
         Ranking::new(self.params, self.forced, 1, order, curve)
@@ -391,16 +388,38 @@ fn add(sum: &mut [f64], row: &[f32]) {
     sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
 }
 
+/// What the heads have in common, to be mixed into the `a` of each.
+struct Common {
+    /// `[n]` `head_mix` times the mean of `a` over all heads, times [`SCALE`].
+    passages: Vec<f32>,
+    /// `1 / (1 + head_mix)`: the largest sum of the two, stored, becomes what 1 is stored as.
+    share: f32,
+}
+
+impl Common {
+    /// Adds it to `a` of a head: `score` is `[n]` pairs of `a` and `b`, as they are stored.
+    fn mix_into(&self, score: &mut [u32]) {
+        let (mut half, mut wide) = ([f16::ZERO; BLOCK], [0.0_f32; BLOCK]);
+        for (score, common) in score.chunks_mut(BLOCK).zip(self.passages.chunks(BLOCK)) {
+            half.iter_mut().zip(&*score).for_each(|(a, &score)| *a = turns::first(score));
+            half.convert_to_f32_slice(&mut wide);
+            wide.iter_mut().zip(common).for_each(|(a, common)| *a = (*a + common) * self.share);
+            half.convert_from_f32_slice(&wide);
+            score.iter_mut().zip(half).for_each(|(score, a)| *score = turns::pair(a, turns::second(*score)));
+        }
+    }
+}
+
 /// Ranks some heads: `score` is `[head][n]` pairs of `a` and `b` and becomes `[head][n]` entries from
 /// best to worst; `first` is the number of the first of them. Returns `[n]` the `mass` at each rank, summed over these heads.
-fn rank_some(score: &mut [u32], mass: &[u16], common: &[f32], forced: &Forced, first: usize) -> Vec<f64> {
+fn rank_some(score: &mut [u32], mass: &[u16], common: &Common, forced: &Forced, first: usize) -> Vec<f64> {
     let n = forced.n;
     let mut at_rank = vec![0.0; n];
-    let mut turns = Turns::new(forced);
+    let mut turns = Turns::new(n);
     let (mut half, mut wide) = ([0_u16; BLOCK], [0.0_f32; BLOCK]);
-    for (i, (score, mass)) in score.chunks_mut(n).zip(mass.chunks(n)).enumerate() {
-        turns.sort(score, common);
-        turns.take(first + i, score);
+    for (head, (score, mass)) in (first..).zip(score.chunks_mut(n).zip(mass.chunks(n))) {
+        common.mix_into(score);
+        turns.rank(forced, head, score);
         for (at_rank, score) in at_rank.chunks_mut(BLOCK).zip(score.chunks(BLOCK)) {
             half.iter_mut().zip(score).for_each(|(half, &entry)| *half = mass[entry as usize]);
             half.reinterpret_cast::<f16>().convert_to_f32_slice(&mut wide);
@@ -408,95 +427,6 @@ fn rank_some(score: &mut [u32], mass: &[u16], common: &[f32], forced: &Forced, f
         }
     }
     at_rank
-}
-
-/// Two opinions that take turns.
-struct Turns<'a> {
-    forced: &'a Forced,
-    /// `[n]` each one's entries from best to worst.
-    lists: [Vec<u32>; 2],
-    keys: Vec<u32>,
-    spare: Vec<u32>,
-    taken: Vec<bool>,
-}
-
-impl<'a> Turns<'a> {
-    fn new(forced: &'a Forced) -> Self {
-        let list = || vec![0; forced.n];
-        Self { forced, lists: [list(), list()], keys: list(), spare: list(), taken: Vec::new() }
-    }
-
-    /// Sorts the entries of a head, of which `score` has `a` and `b`, by `a + common` and by `b`.
-    fn sort(&mut self, score: &[u32], common: &[f32]) {
-        let Self { lists: [ours, theirs], keys, spare, .. } = self;
-        let (mut half, mut wide) = ([f16::ZERO; BLOCK], [0.0_f32; BLOCK]);
-        for (keys, part) in keys.chunks_mut(BLOCK).zip(score.chunks(BLOCK).zip(common.chunks(BLOCK))) {
-            half.iter_mut().zip(part.0).for_each(|(half, &score)| *half = f16::from_bits((score >> 16) as u16));
-            half.convert_to_f32_slice(&mut wide);
-            for ((key, a), common) in keys.iter_mut().zip(&wide).zip(part.1) {
-                *key = rank::falling(a / SCALE + common);
-            }
-        }
-        rank::sort_by_digits::<3, 2048>(ours, spare, |j| keys[j]);
-        // bits of f16 sort like those of f32
-        rank::sort_by_digits::<2, 256>(theirs, spare, |j| !score[j] & 0xffff);
-    }
-
-    /// Fills `order` with the entries of a KV head from best to worst: forced ones, then in turn the best of either list that is left.
-    fn take(&mut self, head: usize, order: &mut [u32]) {
-        let Forced { head: sinks, tail, n, .. } = *self.forced;
-        let forced = (0..sinks as u32).chain(self.forced.protected(head).iter().copied()).chain(tail as u32..n as u32);
-        self.taken.clear();
-        self.taken.resize(n, false);
-        let mut places = order.iter_mut();
-        for (entry, to) in forced.zip(&mut places) {
-            *to = entry;
-            self.taken[entry as usize] = true;
-        }
-        let [mut ours, mut theirs] = self.lists.each_ref().map(|list| Left::new(list));
-        let (pairs, last) = places.into_slice().as_chunks_mut();
-        for [first, second] in pairs {
-            *first = ours.take(&mut self.taken);
-            *second = theirs.take(&mut self.taken);
-        }
-        last.iter_mut().for_each(|last| *last = ours.take(&mut self.taken));
-    }
-}
-
-/// What is left of a list.
-struct Left<'a> {
-    list: &'a [u32],
-    /// Entries that were left when they were looked at, and which of them are next.
-    ahead: [u32; LOOK_AHEAD],
-    next: Range<usize>,
-}
-
-impl<'a> Left<'a> {
-    fn new(list: &'a [u32]) -> Self {
-        Self { list, ahead: [0; LOOK_AHEAD], next: 0..0 }
-    }
-
-    /// Takes the best one. Each list names every entry once, so there is one as long as a place is.
-    fn take(&mut self, taken: &mut [bool]) -> u32 {
-        loop {
-            for i in &mut self.next {
-                let entry = self.ahead[i];
-                if !std::mem::replace(&mut taken[entry as usize], true) {
-                    return entry;
-                }
-            }
-            let (part, rest) = self.list.split_at(self.list.len().min(LOOK_AHEAD));
-            let mut end = 0;
-            for &entry in part {
-                self.ahead[end] = entry;
-                end += usize::from(!taken[entry as usize]);
-            }
-            (self.list, self.next) = (rest, 0..end);
-            if part.is_empty() {
-                return 0;
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -548,6 +478,25 @@ mod tests {
             let both = weighed(&s).into_iter().zip(weighed(&m)).map(|(s, m)| m + s);
             let single = both.zip(&key_similarity).map(|(b, cosine)| 0.25 * b * rank::clean(1.0 - cosine));
             assert_eq!(b, single.collect::<Vec<_>>());
+        }
+    }
+    #[test]
+    fn what_heads_have_in_common_moves_a_alone_and_fits_beside_the_largest() {
+        let n = BLOCK + 30;
+        for head_mix in [0.0, 0.3, 1000.0] {
+            // from nothing to the most there can be
+            let a = |j: usize| f16::from_f32(SCALE * [0.0, 1e-6, 0.01, 1.0][j % 4]);
+            let common = |j: usize| SCALE * head_mix * [0.0, 1e-5, 1.0][j % 3];
+            let b = |j: usize| f16::from_f32(j as f32);
+            let mut score: Vec<u32> = (0..n).map(|j| turns::pair(a(j), b(j))).collect();
+            let passages = (0..n).map(common).collect();
+            Common { passages, share: 1.0 / (1.0 + head_mix) }.mix_into(&mut score);
+            for (j, score) in score.into_iter().enumerate() {
+                let sum = f64::from(a(j)) + f64::from(common(j));
+                let expected = f16::from_f64(sum / (1.0 + f64::from(head_mix)));
+                assert_eq!([turns::first(score), turns::second(score)], [expected, b(j)], "{j}, {head_mix}");
+                assert!(expected.to_f32() <= SCALE);
+            }
         }
     }
 }

@@ -37,6 +37,7 @@ mod snapkv;
 mod streaming_llm;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 use serde::{Deserialize, Serialize};
 

@@ -45,7 +45,12 @@ impl Forced {
         self.protected.of_head(head)
     }
 
-    /// Entries that always stay in this KV head.
+    /// The entries that always stay in this KV head, ascending.
+    pub fn entries(&self, head: usize) -> impl Iterator<Item = u32> {
+        (0..self.head as u32).chain(self.protected(head).iter().copied()).chain(self.tail as u32..self.n as u32)
+    }
+
+    /// How many they are.
     pub fn count_of(&self, head: usize) -> usize {
         self.head + self.protected(head).len() + self.n - self.tail
     }
@@ -202,53 +207,13 @@ pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, head: usize, score
     keys.extend((forced.tail..forced.n).map(forced_key));
 }
 
-/// Fills `order` with the entries `0..order.len()`, the smallest `key` first and the older of equal ones first. A key has
-/// `DIGITS` digits, each less than `BASE`, a power of 2. Sorts by one digit after the other, the last first, and by none that
-/// all have in common, as the low ones of an f16 are. `spare` is scratch space.
-pub(super) fn sort_by_digits<const DIGITS: usize, const BASE: usize>(
-    order: &mut Vec<u32>,
-    spare: &mut Vec<u32>,
-    key: impl Fn(usize) -> u32,
-) {
-    let digit = |key: u32, i: usize| (key >> (i * BASE.trailing_zeros() as usize)) as usize % BASE;
-    let mut places = [[0_u32; BASE]; DIGITS];
-    for entry in 0..order.len() {
-        let key = key(entry);
-        places.iter_mut().enumerate().for_each(|(i, count)| count[digit(key, i)] += 1);
-    }
-    order.iter_mut().zip(0..).for_each(|(to, entry)| *to = entry);
-    spare.resize(order.len(), 0);
-    for (i, place) in places.iter_mut().enumerate() {
-        if place.iter().any(|&count| count as usize == order.len()) {
-            continue;
-        }
-        let mut first = 0;
-        for count in &mut *place {
-            first += std::mem::replace(count, first);
-        }
-        let to = &mut spare[..];
-        for &entry in &*order {
-            let place = &mut place[digit(key(entry as usize), i)];
-            to[*place as usize] = entry;
-            *place += 1;
-        }
-        std::mem::swap(order, spare);
-    }
-}
-
 /// One number that sorts a head: ascending keys are descending scores, and among equal scores the
 /// older entry comes first. Spans make many equal scores, and of a span that does not fit the part
 /// nearest to its hit is the part to keep. `score` must be finite and not negative.
 #[inline]
 pub(super) fn key(score: f32, entry: usize) -> u64 {
     // Bits of non-negative floats sort like the floats. Adding 0 turns a -0 into 0.
-    (u64::from(falling(score)) << 32) | entry as u64
-}
-
-/// A number that falls where a score rises, as in [`key`].
-#[inline]
-pub(super) fn falling(score: f32) -> u32 {
-    !(score + 0.0).to_bits()
+    (u64::from(!(score + 0.0).to_bits()) << 32) | entry as u64
 }
 
 /// The key of an entry that comes before all others.
@@ -400,30 +365,6 @@ mod tests {
         let mut keys = [key(0.5, 7), key(0.0, 0), key(0.5, 2), key(1e-40, 5), forced_key(9), key(-0.0, 1)];
         keys.sort_unstable();
         assert_eq!(keys.map(entry), [9, 2, 7, 5, 0, 1]);
-    }
-
-    #[test]
-    fn digits_sort_like_keys() {
-        let mut state = 7u32;
-        let mut random = move || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state >> 8
-        };
-        for n in [5000, 1, 0, 2048] {
-            let scores: Vec<f32> =
-                (0..n).map(|_| if random() % 3 == 0 { 0.0 } else { random() as f32 / 1e9 }).collect();
-            let halves: Vec<_> = scores.iter().map(|&x| half::f16::from_f32(x)).collect();
-            let sorted = |score: &dyn Fn(usize) -> f32| {
-                let mut keys: Vec<u64> = (0..n).map(|j| key(score(j), j)).collect();
-                keys.sort_unstable();
-                keys.into_iter().map(entry).collect::<Vec<_>>()
-            };
-            let (mut order, mut spare) = (vec![0; n], Vec::new());
-            sort_by_digits::<3, 2048>(&mut order, &mut spare, |j| falling(scores[j]));
-            assert_eq!(order, sorted(&|j| scores[j]), "{n}");
-            sort_by_digits::<2, 256>(&mut order, &mut spare, |j| u32::from(!halves[j].to_bits()));
-            assert_eq!(order, sorted(&|j| halves[j].to_f32()), "{n}");
-        }
     }
 
     #[test]

@@ -95,7 +95,7 @@ fn gvote_head(params: &Params, n: usize, head: &Head) -> ([Vec<f64>; 2], Vec<f64
     ([passages, single], m)
 }
 
-/// As precise as it is kept until all heads have been seen: 11 bits decide between neighbours.
+/// As precise as scores are kept and compared: 11 bits decide between neighbours.
 fn stored(x: f64) -> f64 {
     half::f16::from_f64(x * 32768.0).to_f64() / 32768.0
 }
@@ -106,8 +106,9 @@ pub fn gvote_composite(params: &Params, shape: &Shape, request: &Request) -> Ran
     let all: Vec<Vec<f64>> = own.iter().map(|[passages, _]| passages.clone()).collect();
     let mix = f64::from(params.head_mix);
     let mixed = |[passages, single]: [Vec<f64>; 2]| {
-        let passages = passages.iter().enumerate().map(|(j, &a)| stored(a) + mix * mean(&all, j)).collect();
-        [passages, single.iter().map(|&b| stored(b / 4.0)).collect()]
+        let passages =
+            passages.iter().enumerate().map(|(j, &a)| stored((stored(a) + mix * mean(&all, j)) / (1.0 + mix)));
+        [passages.collect(), single.iter().map(|&b| stored(b / 4.0)).collect()]
     };
     Ranked { opinions: own.into_iter().map(mixed).collect(), mass }
 }
@@ -117,7 +118,9 @@ pub fn gvote_cells(params: &Params, shape: &Shape, request: &Request) -> Ranked 
     let (own, mass): (Vec<_>, Vec<_>) = heads.map(|head| gvote_head(params, shape.n, head)).unzip();
     let (passages, single): (Vec<_>, Vec<_>) = own.into_iter().map(|[a, b]| (a, b)).unzip();
     let over_heads = |rows: &[Vec<f64>]| (0..shape.n).map(|j| mean(rows, j)).collect::<Vec<_>>();
-    Ranked { opinions: vec![[over_heads(&passages), over_heads(&single)]], mass: vec![over_heads(&mass)] }
+    let passages = over_heads(&passages).into_iter().map(stored).collect();
+    let single = over_heads(&single).into_iter().map(|b| stored(b / 4.0)).collect();
+    Ranked { opinions: vec![[passages, single]], mass: vec![over_heads(&mass)] }
 }
 
 fn mean(rows: &[Vec<f64>], j: usize) -> f64 {
