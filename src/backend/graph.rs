@@ -1,6 +1,7 @@
 //! Small graphs that are built, computed and forgotten.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
 
 use half::f16;
@@ -14,6 +15,8 @@ pub(crate) type Tensor = *mut sys::ggml_tensor;
 pub(crate) struct Builder<'a> {
     pub(crate) ctx: *mut sys::ggml_context,
     graph: *mut sys::ggml_cgraph,
+    /// What `ctx` describes tensors in: its capacity.
+    memory: Vec<u128>,
     inputs: Vec<(Tensor, Input<'a>)>,
     has_out_prod: bool,
 }
@@ -33,41 +36,51 @@ enum Input<'a> {
 }
 
 impl Input<'_> {
+    /// Begins to set it: the data must stay as it is until the back end has been waited for.
+    ///
     /// # Safety
-    /// The tensor has memory for as many elements of this kind.
-    unsafe fn set(&self, t: Tensor) {
+    /// The tensor has memory of the back end for as many elements of this kind.
+    unsafe fn set(&self, backend: sys::ggml_backend_t, t: Tensor) {
         let (data, bytes): (*const c_void, usize) = match self {
             Self::Floats(data) => (data.as_ptr().cast(), size_of_val(&data[..])),
             Self::Halves(data) => (data.as_ptr().cast(), size_of_val(*data)),
             Self::Rows(data) => (data.as_ptr().cast(), size_of_val(&data[..])),
         };
         // SAFETY: see above.
-        unsafe { sys::ggml_backend_tensor_set(t, data, 0, bytes) };
+        unsafe { sys::ggml_backend_tensor_set_async(backend, t, data, 0, bytes) };
     }
+}
+
+thread_local! {
+    /// For the descriptions of the next graph: fresh memory for each would take longer than to write them.
+    static MEMORY: Cell<Vec<u128>> = const { Cell::new(Vec::new()) };
 }
 
 impl Drop for Builder<'_> {
     fn drop(&mut self) {
         // SAFETY: made in `new`, freed once; the tensors' data belongs to the allocator.
         unsafe { sys::ggml_free(self.ctx) };
+        MEMORY.set(std::mem::take(&mut self.memory));
     }
 }
 
 impl<'a> Builder<'a> {
     /// A graph of at most `n_nodes` tensors.
     pub fn new(n_nodes: usize) -> Result<Self, ComputeError> {
-        // SAFETY: a context for descriptions only; sizes come from ggml.
+        // SAFETY: a context for descriptions only, whose memory the builder keeps; sizes come from ggml.
         unsafe {
-            let ctx = sys::ggml_init(sys::ggml_init_params {
-                mem_size: n_nodes * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(n_nodes, false),
-                mem_buffer: std::ptr::null_mut(),
-                no_alloc: true,
-            });
+            let mem_size = n_nodes * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(n_nodes, false);
+            let mut memory = MEMORY.take();
+            memory
+                .try_reserve_exact(mem_size.div_ceil(size_of::<u128>()))
+                .map_err(|_| ComputeError::Memory("graph"))?;
+            let mem_buffer = memory.as_mut_ptr().cast();
+            let ctx = sys::ggml_init(sys::ggml_init_params { mem_size, mem_buffer, no_alloc: true });
             if ctx.is_null() {
                 return Err(ComputeError::Memory("graph"));
             }
             let graph = sys::ggml_new_graph_custom(ctx, n_nodes, false);
-            Ok(Self { ctx, graph, inputs: Vec::new(), has_out_prod: true })
+            Ok(Self { ctx, graph, memory, inputs: Vec::new(), has_out_prod: true })
         }
     }
 
@@ -220,14 +233,20 @@ impl<'a> Builder<'a> {
 
     pub fn compute(&mut self, device: &mut Device) -> Result<(), ComputeError> {
         self.reserve(device)?;
+        self.check(device)?;
         // SAFETY: inputs are allocated before they are set and sized as declared.
         unsafe {
             // an input that no node reads has no memory
-            for (t, data) in self.inputs.drain(..).filter(|(t, _)| !(**t).buffer.is_null()) {
-                data.set(t);
+            for (t, data) in self.inputs.iter().filter(|(t, _)| !(**t).buffer.is_null()) {
+                data.set(device.backend(), *t);
             }
         }
-        self.run_on(device)
+        // SAFETY: every tensor of the graph has memory; the inputs' data is ours until all has been computed.
+        match unsafe { sys::gvote_shim_graph_compute(device.backend(), self.graph) } {
+            sys::GGML_STATUS_SUCCESS => Ok(()),
+            sys::GGML_STATUS_ALLOC_FAILED => Err(ComputeError::Memory("computing")),
+            status => Err(ComputeError::Failed(status)),
+        }
     }
 
     /// That the back end can compute every node: it would end the process.
@@ -242,16 +261,6 @@ impl<'a> Builder<'a> {
             }
         }
         Ok(())
-    }
-
-    fn run_on(&self, device: &Device) -> Result<(), ComputeError> {
-        self.check(device)?;
-        // SAFETY: every tensor of the graph has memory.
-        match unsafe { sys::gvote_shim_graph_compute(device.backend(), self.graph) } {
-            sys::GGML_STATUS_SUCCESS => Ok(()),
-            sys::GGML_STATUS_ALLOC_FAILED => Err(ComputeError::Memory("computing")),
-            status => Err(ComputeError::Failed(status)),
-        }
     }
 }
 
@@ -292,7 +301,7 @@ mod tests {
             let sums = b.out_prod(x, y);
             b.output(sums);
             b.compute(&mut device).unwrap();
-            let mut out = vec![0.0; m * n * heads];
+            let mut out = vec![0.0_f32; m * n * heads];
             read(&mut out, sums);
             out
         };

@@ -60,9 +60,13 @@ impl Samples {
         thread::scope(|scope| {
             for (part, out) in out.chunks_mut(share * n_embd.max(1)).enumerate() {
                 scope.spawn(move || {
+                    let mut of_layer = None;
                     for (row, out) in (part * share..).zip(out.chunks_exact_mut(n_embd)) {
                         let layer = layers[row / self.n];
-                        sample(&self.layers[layer].moments, layer, self.first + row % self.n, self.seed, out);
+                        let gaussian = of_layer.take_if(|g: &mut Gaussian| g.layer == layer);
+                        let gaussian = gaussian.unwrap_or_else(|| Gaussian::new(&self.layers[layer].moments, layer));
+                        gaussian.sample(self.seed, self.first + row % self.n, out);
+                        of_layer = Some(gaussian);
                     }
                 });
             }
@@ -163,7 +167,7 @@ impl Capture {
     pub fn sample(&self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
         let mut out = vec![0.0; self.inner.n_embd];
         if let Some(record) = self.inner.records.get(&seq) {
-            sample(&record.layers[layer].moments, layer, index, seed, &mut out);
+            Gaussian::new(&record.layers[layer].moments, layer).sample(seed, index, &mut out);
         }
         out
     }
@@ -303,12 +307,25 @@ impl Inner {
     }
 }
 
-fn sample(moments: &Moments, layer: usize, index: usize, seed: u64, out: &mut [f32]) {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(((layer as u64) << 32) | index as u64);
-    for (c, x) in out.iter_mut().enumerate() {
-        let z: f64 = StandardNormal.sample(&mut rng);
-        let sd = (moments.m2[c] / moments.count).sqrt();
-        *x = (moments.mean[c] + sd * z) as f32;
+/// What the hidden states of a layer are drawn from: independent channels.
+struct Gaussian<'a> {
+    layer: usize,
+    mean: &'a [f64],
+    deviation: Vec<f64>,
+}
+
+impl<'a> Gaussian<'a> {
+    fn new(moments: &'a Moments, layer: usize) -> Self {
+        let deviation = moments.m2.iter().map(|m2| (m2 / moments.count).sqrt()).collect();
+        Self { layer, mean: &moments.mean, deviation }
+    }
+
+    fn sample(&self, seed: u64, number: usize, out: &mut [f32]) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(((self.layer as u64) << 32) | number as u64);
+        for ((x, mean), deviation) in out.iter_mut().zip(self.mean).zip(&self.deviation) {
+            let z: f64 = StandardNormal.sample(&mut rng);
+            *x = (mean + deviation * z) as f32;
+        }
     }
 }
