@@ -5,6 +5,7 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::ffi::{c_int, c_void};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -286,13 +287,16 @@ impl Bench<'_> {
         prefill(&mut short, self.prompt(cells))?;
         let mut full = self.session(Kind::Full, n, flash)?;
         prefill(&mut full, self.prompt(n))?;
-        let mut plain = Plain::new(self, n, flash)?;
-        let mut seconds: [Vec<f64>; 4] = Default::default();
+        let mut plain = Plain::new(self, n, flash, None)?;
+        let listener = Listener::new()?;
+        let mut heard = Plain::new(self, n, flash, Some(&listener))?;
+        let mut seconds: [Vec<f64>; 5] = Default::default();
         for _ in 0..self.args.rounds {
             seconds[0].push(self.decode(&mut compressed)?);
             seconds[1].push(self.decode(&mut short)?);
             seconds[2].push(self.decode(&mut full)?);
             seconds[3].push(plain.decode(self)?);
+            seconds[4].push(heard.decode(self)?);
         }
         let rate = |i: usize| seconds[i].iter().map(|s| self.args.n as f64 / s).collect::<Vec<f64>>();
         let ratio = |i: usize, j: usize| seconds[i].iter().zip(&seconds[j]).map(|(a, b)| a / b).collect::<Vec<f64>>();
@@ -303,6 +307,7 @@ impl Bench<'_> {
         out.row(&format!("llama.cpp alone, {n} tokens"), &rate(3), "t/s", None)?;
         out.row("time compressed / full of as many cells", &ratio(0, 1), "", Some(1.03))?;
         out.row("time --policy full / llama.cpp alone", &ratio(2, 3), "", Some(1.01))?;
+        out.row("time with gvote attached / llama.cpp alone", &ratio(4, 3), "", None)?;
         out.row("speedup by compression", &ratio(2, 0), "", None)?;
         let a_token = |i: usize| seconds[i].iter().map(|s| s / self.args.n as f64).collect::<Vec<f64>>();
         let read = |cells: usize| self.model.size() as f64 + (cells * bytes_per_cell) as f64;
@@ -327,8 +332,10 @@ struct Plain {
 }
 
 impl Plain {
-    fn new(bench: &Bench, n: usize, flash: FlashAttention) -> Result<Self, Error> {
+    /// `listener`: who hears all of it, as in an app.
+    fn new(bench: &Bench, n: usize, flash: FlashAttention, listener: Option<&Listener>) -> Result<Self, Error> {
         let mut ctx = Context::new(&bench.model, &bench.context_params(n, flash))?;
+        listener.map_or(Ok(()), |listener| listener.attach(&ctx))?;
         let mut batch = Batch::new(512);
         for (c, chunk) in bench.prompt(n).chunks(512).enumerate() {
             batch.clear();
@@ -353,6 +360,39 @@ impl Plain {
             self.logits.extend_from_slice(self.ctx.logits()?);
         }
         Ok(start.elapsed().as_secs_f64())
+    }
+}
+
+/// A handle of the C interface.
+struct Listener(*mut c_void);
+
+unsafe extern "C" {
+    fn gvote_new(params: *const c_void, status: *mut c_int) -> *mut c_void;
+    fn gvote_free(g: *mut c_void);
+    fn gvote_attach(g: *mut c_void, ctx: *mut c_void) -> c_int;
+}
+
+impl Listener {
+    fn new() -> Result<Self, Error> {
+        let mut status = 0;
+        // SAFETY: without settings it has the defaults.
+        let handle = unsafe { gvote_new(std::ptr::null(), &raw mut status) };
+        if handle.is_null() { Err(format!("gvote_new: status {status}").into()) } else { Ok(Self(handle)) }
+    }
+
+    fn attach(&self, ctx: &Context) -> Result<(), Error> {
+        // SAFETY: both live; the context is not used meanwhile.
+        match unsafe { gvote_attach(self.0, ctx.as_ptr().cast()) } {
+            0 => Ok(()),
+            status => Err(format!("gvote_attach: status {status}").into()),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // SAFETY: ours, freed once.
+        unsafe { gvote_free(self.0) };
     }
 }
 
