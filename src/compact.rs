@@ -20,6 +20,8 @@ mod host;
 mod mask;
 
 use std::borrow::Cow;
+use std::mem::ManuallyDrop;
+use std::ptr::NonNull;
 
 use self::device::Mover;
 use crate::backend::ComputeError;
@@ -110,50 +112,81 @@ impl Reorder {
     }
 }
 
-/// Keeps what `selection` says of the cells of `seq`, frees the others, and leaves other sequences untouched.
+/// Keeps what `selection` says of `cells`, which are those of `seq`, frees the others, and leaves other sequences untouched.
+/// The positions of the cells that stay, ascending.
 ///
 /// # Errors
 /// [`CompactError`]; the cache is then as it was.
-pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
+pub fn compact(ctx: &mut Context, seq: SeqId, cells: &[Cell], selection: &Selection) -> Result<Vec<Pos>, CompactError> {
     if let Kept::Ragged { .. } = selection.kept {
         return Err(CompactError::Ragged);
     }
     let layout = Layout::of(ctx, seq)?;
-    let cells = cache::cells(ctx, seq);
-    check(&layout, &cells, selection)?;
+    check(&layout, cells, selection)?;
     let n_cells = selection.n_cells();
     if matches!(selection.kept, Kept::All) {
-        return Ok(());
+        return Ok(cells.iter().map(|cell| cell.pos).collect());
     }
 
     let mut slots: Vec<u32> = cells.iter().map(|c| c.index).collect();
     slots.sort_unstable();
     let to = &slots[..n_cells];
-    let labels = labels(&layout, &cells, selection);
+    let last = last_places(&layout, selection);
     let mut mover = Mover::new(&layout, n_cells)?;
-
-    let mut table = std::ptr::null_mut();
-    // SAFETY: both arrays have n_cells entries; the table is committed or freed below.
-    unsafe {
-        cache::ok(sys::gvote_shim_table_new(
-            ctx.as_ptr(),
-            seq,
-            to.as_ptr(),
-            labels.as_ptr(),
-            n_cells as u32,
-            &raw mut table,
-        ))?;
-    }
+    let table = Table::new(ctx, seq, cells, to, &last)?;
 
     // llama.cpp may still be computing into the cache
     // SAFETY: valid context.
     unsafe { sys::llama_synchronize(ctx.as_ptr()) };
     let ascending = cells.windows(2).all(|w| w[0].index < w[1].index);
     let kept = |head| selection.kept_by(head).map(Cow::Borrowed);
-    move_rows(&layout, &mut mover, &cells, to, &kept, ascending, ctx.n_threads_batch());
-    // SAFETY: the table was built from the cells as they still are.
-    unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table) };
-    Ok(())
+    move_rows(&layout, &mut mover, cells, to, &kept, ascending, ctx.n_threads_batch());
+    table.commit(ctx, seq);
+    Ok(last.into_iter().map(|place| cells[place as usize].pos).collect())
+}
+
+/// A new table of cells that is not yet in force.
+struct Table(NonNull<sys::gvote_shim_table>);
+
+impl Table {
+    /// In which `seq`, whose cells are `cells`, has those of the indices `to` alone, each with the position and the token of the
+    /// place in `cells` that is `last`.
+    ///
+    /// # Errors
+    /// [`CacheError`], where the cells are others by now, too.
+    fn new(ctx: &Context, seq: SeqId, cells: &[Cell], to: &[u32], last: &[u32]) -> Result<Self, CacheError> {
+        debug_assert!(to.len() == last.len() && last.iter().all(|&place| (place as usize) < cells.len()));
+        let cells: Vec<_> = cells.iter().map(Cell::raw).collect();
+        let mut table = std::ptr::null_mut();
+        // SAFETY: a context whose layout was accepted; the arrays have as many entries as they are said to have.
+        unsafe {
+            cache::ok(sys::gvote_shim_table_new(
+                ctx.as_ptr(),
+                seq,
+                cells.as_ptr(),
+                cells.len() as u32,
+                to.as_ptr(),
+                last.as_ptr(),
+                to.len() as u32,
+                &raw mut table,
+            ))?;
+        }
+        NonNull::new(table).map(Self).ok_or_else(|| CacheError(CacheError::OUT_OF_MEMORY.into()))
+    }
+
+    /// Puts it in force: the table of the sequence that it was made for.
+    fn commit(self, ctx: &Context, seq: SeqId) {
+        let table = ManuallyDrop::new(self).0;
+        // SAFETY: the table was built from the cells as they still are, and is freed there.
+        unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table.as_ptr()) };
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // SAFETY: ours, freed once.
+        unsafe { sys::gvote_shim_table_free(self.0.as_ptr()) };
+    }
 }
 
 fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), CompactError> {
@@ -194,8 +227,8 @@ fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), C
     Ok(())
 }
 
-/// The position each kept cell gets: the largest it holds.
-fn labels(layout: &Layout, cells: &[Cell], selection: &Selection) -> Vec<Pos> {
+/// The last place that each kept cell holds something of: it gets that one's position.
+fn last_places(layout: &Layout, selection: &Selection) -> Vec<u32> {
     let heads = match selection.kept {
         Kept::Heads { .. } => layout.n_head_kv().sum(),
         _ => 1,
@@ -208,7 +241,7 @@ fn labels(layout: &Layout, cells: &[Cell], selection: &Selection) -> Vec<Pos> {
             }
         }
     }
-    last.into_iter().map(|l| cells[l as usize].pos).collect()
+    last
 }
 
 /// `ascending`: no cell receives a row before it has given its own.

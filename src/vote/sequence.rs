@@ -113,11 +113,11 @@ impl Sequence {
         }
     }
 
-    /// After a compaction to `cells`: where it is cut, the position before must be there, because llama.cpp wants the next one
-    /// to follow upon the last.
-    pub(super) fn bound(&mut self, cells: &[Cell]) {
+    /// After a compaction to cells at the positions `left`: where it is cut, the position before must be there, because llama.cpp
+    /// wants the next one to follow upon the last.
+    pub(super) fn bound(&mut self, left: &[Pos]) {
         let before = self.exact_from - 1;
-        if before >= 0 && cells.binary_search_by_key(&before, |cell| cell.pos).is_err() {
+        if before >= 0 && left.binary_search(&before).is_err() {
             self.exact_from += 1;
         }
     }
