@@ -21,7 +21,9 @@ mod mask;
 
 use std::borrow::Cow;
 use std::mem::ManuallyDrop;
+use std::ops::Range;
 use std::ptr::NonNull;
+use std::thread;
 
 use self::device::Mover;
 use crate::backend::ComputeError;
@@ -122,16 +124,17 @@ pub fn compact(ctx: &mut Context, seq: SeqId, cells: &[Cell], selection: &Select
         return Err(CompactError::Ragged);
     }
     let layout = Layout::of(ctx, seq)?;
-    check(&layout, cells, selection)?;
-    let n_cells = selection.n_cells();
+    let n_threads = ctx.n_threads_batch();
+    let last = check(layout.n_head_kv().sum(), cells, selection, n_threads)?;
+    let labels = last.iter().map(|&place| cells[place as usize].pos).collect();
     if matches!(selection.kept, Kept::All) {
-        return Ok(cells.iter().map(|cell| cell.pos).collect());
+        return Ok(labels);
     }
+    let n_cells = selection.n_cells();
 
     let mut slots: Vec<u32> = cells.iter().map(|c| c.index).collect();
     slots.sort_unstable();
     let to = &slots[..n_cells];
-    let last = last_places(&layout, selection);
     let mut mover = Mover::new(&layout, n_cells)?;
     let table = Table::new(ctx, seq, cells, to, &last)?;
 
@@ -140,9 +143,9 @@ pub fn compact(ctx: &mut Context, seq: SeqId, cells: &[Cell], selection: &Select
     unsafe { sys::llama_synchronize(ctx.as_ptr()) };
     let ascending = cells.windows(2).all(|w| w[0].index < w[1].index);
     let kept = |head| selection.kept_by(head).map(Cow::Borrowed);
-    move_rows(&layout, &mut mover, cells, to, &kept, ascending, ctx.n_threads_batch());
+    move_rows(&layout, &mut mover, cells, to, &kept, ascending, n_threads);
     table.commit(ctx, seq);
-    Ok(last.into_iter().map(|place| cells[place as usize].pos).collect())
+    Ok(labels)
 }
 
 /// A new table of cells that is not yet in force.
@@ -189,7 +192,9 @@ impl Drop for Table {
     }
 }
 
-fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), CompactError> {
+/// Whether `selection` can stay of `cells`, with so many KV heads over all layers. The last place that each cell of the result holds
+/// something of: it gets that one's position.
+fn check(n_heads: usize, cells: &[Cell], selection: &Selection, n_threads: usize) -> Result<Vec<u32>, CompactError> {
     let n = cells.len();
     if selection.n != n {
         return Err(CompactError::Changed { expected: selection.n, found: n });
@@ -197,51 +202,77 @@ fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), C
     if cells.iter().any(|c| c.shared) {
         return Err(CompactError::Shared);
     }
-    let heads: usize = layout.n_head_kv().sum();
     let n_cells = selection.n_cells();
-    let malformed = CompactError::Malformed { n, heads, n_cells };
+    let malformed = CompactError::Malformed { n, heads: n_heads, n_cells };
     let (n_lists, complete) = match &selection.kept {
-        Kept::All | Kept::Tokens(_) => (1, true),
-        Kept::Heads { index, .. } => (heads, index.len() == heads * n_cells),
+        Kept::All => return Ok((0..n as u32).collect()),
+        Kept::Tokens(_) => (1, true),
+        Kept::Heads { index, .. } => (n_heads, index.len() == n_heads * n_cells),
         Kept::Ragged { end, index } => {
-            (heads, end.len() == heads && end.last() == Some(&index.len()) && end.is_sorted())
+            (n_heads, end.len() == n_heads && end.last() == Some(&index.len()) && end.is_sorted())
         }
     };
     if !complete {
         return Err(malformed);
     }
-    let mut keeps_last = n_cells == 0;
-    for head in 0..n_lists {
-        let Some(kept) = selection.kept_by(head) else {
-            return Ok(());
-        };
-        let ascending = kept.windows(2).all(|w| w[0] < w[1]);
-        if !ascending || kept.last().is_some_and(|&k| k as usize >= n) {
-            return Err(malformed);
-        }
-        keeps_last |= kept.last().is_some_and(|&k| k as usize + 1 == n);
+    let lists = |heads: Range<usize>| {
+        let mut lists = Lists { last: vec![0; n_cells], ascend: true, keep_newest: false };
+        heads.filter_map(|head| selection.kept_by(head)).for_each(|kept| lists.add(kept, n));
+        lists
+    };
+    let share = share(n_lists, n_cells, n_threads);
+    let all = thread::scope(|scope| {
+        let lists = &lists;
+        let parts = (share..n_lists).step_by(share).map(|first| first..(first + share).min(n_lists));
+        let others: Vec<_> = parts.map(|part| scope.spawn(move || lists(part))).collect();
+        let own = lists(0..share.min(n_lists));
+        others.into_iter().fold(own, |sum, part| sum.with(&part.join().expect("reading lists does not panic")))
+    });
+    if !all.ascend {
+        return Err(malformed);
     }
-    if !keeps_last || n_cells == 0 {
+    if !all.keep_newest {
         return Err(CompactError::LastDropped);
     }
-    Ok(())
+    Ok(all.last)
 }
 
-/// The last place that each kept cell holds something of: it gets that one's position.
-fn last_places(layout: &Layout, selection: &Selection) -> Vec<u32> {
-    let heads = match selection.kept {
-        Kept::Heads { .. } => layout.n_head_kv().sum(),
-        _ => 1,
-    };
-    let mut last = vec![0u32; selection.n_cells()];
-    for head in 0..heads {
-        if let Some(kept) = selection.kept_by(head) {
-            for (l, k) in last.iter_mut().zip(kept) {
-                *l = (*l).max(*k);
-            }
+/// What some heads keep, looked through.
+struct Lists {
+    /// The last of the places that they have in each cell of the result.
+    last: Vec<u32>,
+    /// Whether each list ascends, below the number of places.
+    ascend: bool,
+    /// Whether one of them ends with the last place.
+    keep_newest: bool,
+}
+
+impl Lists {
+    fn add(&mut self, kept: &[u32], n: usize) {
+        // without a branch, so that several are looked at at once
+        let behind = kept.get(1..).unwrap_or_default();
+        self.ascend &= kept.iter().zip(behind).fold(true, |ascend, (a, b)| ascend & (a < b));
+        if let Some(&last) = kept.last() {
+            self.ascend &= (last as usize) < n;
+            self.keep_newest |= last as usize + 1 == n;
         }
+        self.last.iter_mut().zip(kept).for_each(|(last, &place)| *last = (*last).max(place));
     }
-    last
+
+    fn with(mut self, other: &Self) -> Self {
+        self.ascend &= other.ascend;
+        self.keep_newest |= other.keep_newest;
+        self.last.iter_mut().zip(&other.last).for_each(|(last, &place)| *last = (*last).max(place));
+        self
+    }
+}
+
+/// Of `n_lists` lists with `len` entries, how many each of at most `n_threads` threads gets.
+pub(crate) fn share(n_lists: usize, len: usize, n_threads: usize) -> usize {
+    /// To read so many takes some 50 us: fewer are not worth a thread.
+    const A_THREAD: usize = 1 << 16;
+    let threads = n_threads.min(n_lists * len / A_THREAD).max(1);
+    n_lists.div_ceil(threads).max(1)
 }
 
 /// `ascending`: no cell receives a row before it has given its own.
@@ -282,7 +313,7 @@ fn move_rows(
     };
     // raw pointers inside the layout: each thread follows those of its own layers only
     let shared = Unshared(&move_layers);
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for t in 1..n_threads {
             let shared = &shared;
             scope.spawn(move || (shared.0)(t * per_thread));
@@ -294,3 +325,61 @@ fn move_rows(
 struct Unshared<'a, F>(&'a F);
 // SAFETY: the closure works on disjoint layers in different threads and reads everything else.
 unsafe impl<F> Sync for Unshared<'_, F> {}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::policy::Bound;
+
+    const N_HEADS: usize = 7;
+    const N: usize = 60_000;
+    const C: usize = 40_000;
+
+    fn cells() -> Vec<Cell> {
+        (0..N as u32).map(|i| Cell { index: i, pos: i as Pos, token: 0, shared: false }).collect()
+    }
+
+    /// `[head][C]`; the newest place stays in one head alone.
+    fn lists() -> Vec<u32> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+        let list = |_| {
+            let mut places = rand::seq::index::sample(&mut rng, N - 1, C).into_vec();
+            places.sort_unstable();
+            places.into_iter().map(|place| place as u32)
+        };
+        let mut lists: Vec<u32> = (0..N_HEADS).flat_map(list).collect();
+        lists[5 * C - 1] = N as u32 - 1;
+        lists
+    }
+
+    fn checked(index: Vec<u32>, n_threads: usize) -> Result<Vec<u32>, CompactError> {
+        let kept = Kept::Heads { n_cells: C, index };
+        check(N_HEADS, &cells(), &Selection { kept, bound: Bound::Ratio, ..Selection::all(N) }, n_threads)
+    }
+
+    #[test]
+    fn many_threads_look_through_lists_as_one_does() {
+        assert_eq!(share(N_HEADS, C, 3), 3);
+        let lists = lists();
+        let last: Vec<u32> =
+            (0..C).map(|c| lists.iter().skip(c).step_by(C).copied().max().unwrap_or_default()).collect();
+        let malformed = |at: usize, place: u32, n_threads: usize| {
+            let mut lists = lists.clone();
+            lists[at] = place;
+            matches!(checked(lists, n_threads), Err(CompactError::Malformed { .. }))
+        };
+        for n_threads in [1, 2, 3, 100] {
+            assert!(checked(lists.clone(), n_threads).unwrap() == last, "{n_threads} threads");
+            for head in 0..N_HEADS {
+                let first = head * C;
+                assert!(malformed(first + 1, lists[first], n_threads), "{n_threads} threads, head {head}: twice");
+                assert!(malformed(first + C - 1, N as u32, n_threads), "{n_threads} threads, head {head}: beyond");
+            }
+        }
+        let mut older = lists.clone();
+        older[4 * C..5 * C].copy_from_slice(&lists[..C]);
+        assert!(matches!(checked(older, 3), Err(CompactError::LastDropped)));
+    }
+}

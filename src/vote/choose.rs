@@ -118,7 +118,7 @@ impl Vote<'_> {
         self.enter(Stage::Compact)?;
         let clock = Instant::now();
         let left = compact::compact(self.ctx, self.sequence.id, cells, &selection)?;
-        self.sequence.compacted(cells, selection, self.voter.policy.recent);
+        self.sequence.compacted(cells, selection, self.voter.policy.recent, self.ctx.n_threads_batch());
         self.sequence.bound(&left);
         report.compact_time = clock.elapsed();
         Ok(())
