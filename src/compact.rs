@@ -6,7 +6,8 @@
 //!    copies need no temporary; otherwise one head's rows go through a buffer. Where the host cannot reach the memory, a
 //!    small graph on the device that holds the layer does the same; its memory is taken before the first row moves. What no
 //!    graph can move (V stored transposed, without flash attention) is fetched, worked on, and put back.
-//! 3. **Commit** the table. Neither 2 nor 3 can fail, so a failed compaction leaves the cache as it was.
+//! 3. **Commit** the table, while the rows move: llama.cpp's takes as long as some layers to be freed. Neither 2 nor 3 can fail, so a
+//!    failed compaction leaves the cache as it was.
 //!
 //! Where all heads keep the same tokens (`--evict cells`) the result is that of `llama_memory_seq_rm` on the dropped
 //! positions followed by closing the holes. It is done in one step because a removal cannot be taken back if closing fails.
@@ -26,7 +27,7 @@ use std::ptr::NonNull;
 use std::thread;
 
 use self::device::Mover;
-use crate::backend::ComputeError;
+use crate::backend::{self, ComputeError};
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, Pos, SeqId};
 use crate::policy::{Kept, Selection};
@@ -79,8 +80,24 @@ impl Moves<'_> {
     }
 }
 
-/// What [`Moves::from`] is for a head, over all layers.
-type Sources<'a> = &'a (dyn Fn(usize) -> Option<Cow<'a, [u32]>> + Sync);
+/// The rows that all heads' cells come from.
+struct Order<'a> {
+    /// See [`Moves`].
+    to: &'a [u32],
+    cells: &'a [Cell],
+    /// What [`Moves::from`] is for a head, over all layers.
+    sources: &'a (dyn Fn(usize) -> Option<Cow<'a, [u32]>> + Sync),
+    /// No cell receives a row before it has given its own.
+    ascending: bool,
+}
+
+impl<'a> Order<'a> {
+    /// The moves of each of these heads.
+    fn of(&self, heads: Range<usize>) -> Vec<Moves<'a>> {
+        let Self { to, cells, .. } = *self;
+        heads.map(|head| Moves { to, cells, from: (self.sources)(head) }).collect()
+    }
+}
 
 /// The rows of a sequence, to be put into another order and back.
 pub(crate) struct Reorder {
@@ -110,7 +127,8 @@ impl Reorder {
         // SAFETY: valid context; llama.cpp may still be computing into the cache.
         unsafe { sys::llama_synchronize(ctx.as_ptr()) };
         let sources = |head| Some(Cow::Owned(sources(head)));
-        move_rows(&self.layout, &mut self.mover, &self.cells, &to, &sources, false, ctx.n_threads_batch());
+        let order = Order { to: &to, cells: &self.cells, sources: &sources, ascending: false };
+        move_rows(&self.layout, &mut self.mover, &order, ctx.n_threads_batch(), || ());
     }
 }
 
@@ -135,16 +153,25 @@ pub fn compact(ctx: &mut Context, seq: SeqId, cells: &[Cell], selection: &Select
     let mut slots: Vec<u32> = cells.iter().map(|c| c.index).collect();
     slots.sort_unstable();
     let to = &slots[..n_cells];
-    let mut mover = Mover::new(&layout, n_cells)?;
-    let table = Table::new(ctx, seq, cells, to, &last)?;
+    let (mover, table) = thread::scope(|scope| {
+        let layout = layout.clone();
+        let mover = backend::start(scope, move || Mover::new(&layout, n_cells));
+        let table = Table::new(ctx, seq, cells, to, &last);
+        (mover.join().expect("taking memory does not panic"), table)
+    });
+    let (mut mover, table) = (mover?, table?);
 
     // llama.cpp may still be computing into the cache
     // SAFETY: valid context.
     unsafe { sys::llama_synchronize(ctx.as_ptr()) };
-    let ascending = cells.windows(2).all(|w| w[0].index < w[1].index);
-    let kept = |head| selection.kept_by(head).map(Cow::Borrowed);
-    move_rows(&layout, &mut mover, cells, to, &kept, ascending, n_threads);
-    table.commit(ctx, seq);
+    let order = Order {
+        to,
+        cells,
+        sources: &|head| selection.kept_by(head).map(Cow::Borrowed),
+        ascending: cells.windows(2).all(|w| w[0].index < w[1].index),
+    };
+    // moving rows does not look at the table
+    move_rows(&layout, &mut mover, &order, n_threads, || table.commit(ctx, seq));
     Ok(labels)
 }
 
@@ -275,40 +302,25 @@ pub(crate) fn share(n_lists: usize, len: usize, n_threads: usize) -> usize {
     n_lists.div_ceil(threads).max(1)
 }
 
-/// `ascending`: no cell receives a row before it has given its own.
-fn move_rows(
-    layout: &Layout,
-    mover: &mut Mover,
-    cells: &[Cell],
-    to: &[u32],
-    sources: Sources,
-    ascending: bool,
-    n_threads: usize,
-) {
-    let first_head: Vec<usize> = layout
-        .n_head_kv()
-        .scan(0, |sum, n| {
-            let first = *sum;
-            *sum += n;
-            Some(first)
-        })
-        .collect();
-    let n_head_kv: Vec<usize> = layout.n_head_kv().collect();
-    let moves_of = |il: usize| -> Vec<Moves> {
-        let heads = first_head[il]..first_head[il] + n_head_kv[il];
-        heads.map(|head| Moves { to, cells, from: sources(head) }).collect()
-    };
-    let moves_of = &moves_of;
+/// Moves the rows of all layers, and does something else meanwhile.
+fn move_rows(layout: &Layout, mover: &mut Mover, order: &Order, n_threads: usize, meanwhile: impl FnOnce()) {
+    let mut end = 0;
+    let heads = layout.n_head_kv().map(|n| {
+        end += n;
+        end - n..end
+    });
+    let heads: Vec<Range<usize>> = heads.collect();
     let n_layer = layout.n_layer();
     let n_threads = n_threads.clamp(1, n_layer);
     if !layout.is_host() {
-        return mover.move_layers(layout, moves_of, ascending, n_threads);
+        return mover.move_layers(layout, order, &heads, n_threads, meanwhile);
     }
     let per_thread = n_layer.div_ceil(n_threads);
     let move_layers = |first: usize| {
         for il in first..(first + per_thread).min(n_layer) {
+            let moves = order.of(heads[il].clone());
             // SAFETY: the cache is idle and no other thread works on this layer.
-            unsafe { host::move_layer(layout, &layout.layers[il], &moves_of(il), ascending) };
+            unsafe { host::move_layer(layout, &layout.layers[il], &moves, order.ascending) };
         }
     };
     // raw pointers inside the layout: each thread follows those of its own layers only
@@ -318,6 +330,7 @@ fn move_rows(
             let shared = &shared;
             scope.spawn(move || (shared.0)(t * per_thread));
         }
+        meanwhile();
         move_layers(0);
     });
 }
