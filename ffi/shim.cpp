@@ -90,14 +90,13 @@ const char * gvote_shim_cache_layers(llama_context * ctx, gvote_shim_layer * out
 
 uint32_t gvote_shim_cells(llama_context * ctx, llama_seq_id seq, gvote_shim_cell * out, uint32_t n_max) {
     const llama_kv_cells & cells = base_cache(ctx)->get_cells(seq);
+    const auto & by_pos = cells.seq_pos_get(seq);
     uint32_t n = 0;
-    for (const auto & [pos, i] : cells.seq_pos_get(seq)) {
-        if (n < n_max) {
-            out[n] = { i, pos, cells.ext_get(i).tok, owners_beside(cells, i, seq) > 0 };
-        }
-        n++;
+    for (auto cell = by_pos.begin(); cell != by_pos.end() && n < n_max; ++cell) {
+        const auto & [pos, i] = *cell;
+        out[n++] = { i, pos, cells.ext_get(i).tok, owners_beside(cells, i, seq) > 0 };
     }
-    return n;
+    return by_pos.size();
 }
 
 uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
@@ -241,48 +240,56 @@ void gvote_shim_update(llama_context * ctx) {
 }
 
 const char * gvote_shim_table_new(
-        llama_context     * ctx,
-        llama_seq_id        seq,
-        const uint32_t    * index,
-        const llama_pos   * pos,
-        uint32_t            n,
-        gvote_shim_table ** out) {
+        llama_context         * ctx,
+        llama_seq_id            seq,
+        const gvote_shim_cell * cells,
+        uint32_t                n_cells,
+        const uint32_t        * index,
+        const uint32_t        * last,
+        uint32_t                n,
+        gvote_shim_table     ** out) {
     return guarded([&]() -> const char * {
         const llama_kv_cells & now = base_cache(ctx)->get_cells(seq);
+
+        if (now.seq_pos_get(seq).size() != n_cells) {
+            return "the sequence has changed since its cells were read";
+        }
+        for (uint32_t j = 0; j < n_cells; ++j) {
+            const auto & [i, pos, token, shared] = cells[j];
+            if (i >= now.size() || now.is_empty(i) || !now.seq_has(i, seq) || now.pos_get(i) != pos) {
+                return "the sequence has changed since its cells were read";
+            }
+            if (now.seq_count(i) != 1) {
+                return "a cell does not belong to the sequence alone";
+            }
+        }
 
         auto table = std::make_unique<gvote_shim_table>();
         llama_kv_cells & next = table->cells;
         next.resize(now.size());
 
-        for (uint32_t i = 0; i < now.size(); ++i) {
-            if (now.is_empty(i) || now.seq_has(i, seq)) {
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+            if (s == seq) {
                 continue;
             }
-            next.pos_set(i, now.pos_get(i));
-            next.ext_set(i, now.ext_get(i));
-            for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-                if (now.seq_has(i, s)) {
-                    next.seq_add(i, s);
+            for (const auto & [pos, i] : now.seq_pos_get(s)) {
+                if (next.is_empty(i)) {
+                    next.pos_set(i, pos);
+                    next.ext_set(i, now.ext_get(i));
                 }
+                next.seq_add(i, s);
             }
         }
 
         // what a cell remembers of its token belongs to the position, not to the slot
-        const auto & by_pos = now.seq_pos_get(seq);
         for (uint32_t j = 0; j < n; ++j) {
             const uint32_t i = index[j];
-            if (i >= now.size() || now.is_empty(i) || !now.seq_has(i, seq) || now.seq_count(i) != 1) {
-                return "a cell to keep does not belong to the sequence alone";
+            if (i >= now.size() || now.is_empty(i) || !now.seq_has(i, seq) || !next.is_empty(i)) {
+                return "a cell to keep is not the sequence's own, or kept twice";
             }
-            if (!next.is_empty(i)) {
-                return "a cell is kept twice";
-            }
-            const auto old = by_pos.lower_bound({ pos[j], 0 });
-            if (old == by_pos.end() || old->first != pos[j]) {
-                return "a position to keep is not in the cache";
-            }
-            next.pos_set(i, pos[j]);
-            next.ext_set(i, now.ext_get(old->second));
+            const gvote_shim_cell & old = cells[last[j]];
+            next.pos_set(i, old.pos);
+            next.ext_set(i, now.ext_get(old.index));
             next.seq_add(i, seq);
         }
 

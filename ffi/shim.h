@@ -126,15 +126,18 @@ void gvote_shim_unpark(struct gvote_shim_parked * parked);
 // The cache's new table of cells, built aside. Commit cannot fail.
 struct gvote_shim_table;
 
-// Builds the table in which `seq` owns exactly the cells `index[0..n)` at positions `pos[0..n)`, and every other
-// sequence what it owns now. Every index must belong to `seq` alone now.
+// Builds the table in which `seq` owns exactly the cells `index[0..n)`, of which the j-th has the position and the token of
+// `cells[last[j]]`, and every other sequence owns what it owns now. `cells[0..n_cells)` are those that gvote_shim_cells() gave:
+// refused if they have changed since, or do not belong to `seq` alone.
 const char * gvote_shim_table_new(
-        struct llama_context * ctx,
-        llama_seq_id           seq,
-        const uint32_t       * index,
-        const llama_pos      * pos,
-        uint32_t               n,
-        struct gvote_shim_table ** out);
+        struct llama_context         * ctx,
+        llama_seq_id                   seq,
+        const struct gvote_shim_cell * cells,
+        uint32_t                       n_cells,
+        const uint32_t               * index,
+        const uint32_t               * last,
+        uint32_t                       n,
+        struct gvote_shim_table     ** out);
 
 void gvote_shim_table_free(struct gvote_shim_table * table);
 

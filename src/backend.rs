@@ -4,8 +4,29 @@
 mod device;
 mod graph;
 
+use std::thread::{Scope, ScopedJoinHandle};
+
 pub(crate) use self::device::{Device, Devices, HostMemory, place};
 pub(crate) use self::graph::{Builder, Results, Tensor, read};
+
+/// Layers that a device works on at once: while it computes one, another is described to it, and what came of one before is read.
+pub(crate) const DEVICE_LAYERS: usize = 2;
+
+/// A thread of `scope` that works with devices.
+pub(crate) fn start<'s, T: Send + 's>(
+    scope: &'s Scope<'s, '_>,
+    work: impl FnOnce() -> T + Send + 's,
+) -> ScopedJoinHandle<'s, T> {
+    #[cfg(test)]
+    let work = {
+        let pretends = crate::cache::PRETEND_DEVICE.get();
+        move || {
+            crate::cache::PRETEND_DEVICE.set(pretends);
+            work()
+        }
+    };
+    scope.spawn(work)
+}
 
 /// Why something could not be computed.
 #[derive(Debug, thiserror::Error)]

@@ -14,7 +14,7 @@ pub struct CacheError(pub(crate) String);
 
 impl CacheError {
     /// What the shim says where C++ has no memory left.
-    const OUT_OF_MEMORY: &str = "out of memory";
+    pub(crate) const OUT_OF_MEMORY: &str = "out of memory";
 
     /// Whether there was too little memory to work on it.
     pub(crate) fn is_memory(&self) -> bool {
@@ -43,6 +43,13 @@ pub struct Cell {
     pub token: Token,
     /// Another sequence sees this cell too.
     pub shared: bool,
+}
+
+impl Cell {
+    pub(crate) fn raw(&self) -> sys::gvote_shim_cell {
+        let Self { index, pos, token, shared } = *self;
+        sys::gvote_shim_cell { index, pos, token, shared }
+    }
 }
 
 impl Layout {

@@ -6,7 +6,8 @@
 //!    copies need no temporary; otherwise one head's rows go through a buffer. Where the host cannot reach the memory, a
 //!    small graph on the device that holds the layer does the same; its memory is taken before the first row moves. What no
 //!    graph can move (V stored transposed, without flash attention) is fetched, worked on, and put back.
-//! 3. **Commit** the table. Neither 2 nor 3 can fail, so a failed compaction leaves the cache as it was.
+//! 3. **Commit** the table, while the rows move: llama.cpp's takes as long as some layers to be freed. Neither 2 nor 3 can fail, so a
+//!    failed compaction leaves the cache as it was.
 //!
 //! Where all heads keep the same tokens (`--evict cells`) the result is that of `llama_memory_seq_rm` on the dropped
 //! positions followed by closing the holes. It is done in one step because a removal cannot be taken back if closing fails.
@@ -20,9 +21,13 @@ mod host;
 mod mask;
 
 use std::borrow::Cow;
+use std::mem::ManuallyDrop;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::thread;
 
 use self::device::Mover;
-use crate::backend::ComputeError;
+use crate::backend::{self, ComputeError};
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, Pos, SeqId};
 use crate::policy::{Kept, Selection};
@@ -75,8 +80,24 @@ impl Moves<'_> {
     }
 }
 
-/// What [`Moves::from`] is for a head, over all layers.
-type Sources<'a> = &'a (dyn Fn(usize) -> Option<Cow<'a, [u32]>> + Sync);
+/// The rows that all heads' cells come from.
+struct Order<'a> {
+    /// See [`Moves`].
+    to: &'a [u32],
+    cells: &'a [Cell],
+    /// What [`Moves::from`] is for a head, over all layers.
+    sources: &'a (dyn Fn(usize) -> Option<Cow<'a, [u32]>> + Sync),
+    /// No cell receives a row before it has given its own.
+    ascending: bool,
+}
+
+impl<'a> Order<'a> {
+    /// The moves of each of these heads.
+    fn of(&self, heads: Range<usize>) -> Vec<Moves<'a>> {
+        let Self { to, cells, .. } = *self;
+        heads.map(|head| Moves { to, cells, from: (self.sources)(head) }).collect()
+    }
+}
 
 /// The rows of a sequence, to be put into another order and back.
 pub(crate) struct Reorder {
@@ -106,57 +127,101 @@ impl Reorder {
         // SAFETY: valid context; llama.cpp may still be computing into the cache.
         unsafe { sys::llama_synchronize(ctx.as_ptr()) };
         let sources = |head| Some(Cow::Owned(sources(head)));
-        move_rows(&self.layout, &mut self.mover, &self.cells, &to, &sources, false, ctx.n_threads_batch());
+        let order = Order { to: &to, cells: &self.cells, sources: &sources, ascending: false };
+        move_rows(&self.layout, &mut self.mover, &order, ctx.n_threads_batch(), || ());
     }
 }
 
-/// Keeps what `selection` says of the cells of `seq`, frees the others, and leaves other sequences untouched.
+/// Keeps what `selection` says of `cells`, which are those of `seq`, frees the others, and leaves other sequences untouched.
+/// The positions of the cells that stay, ascending.
 ///
 /// # Errors
 /// [`CompactError`]; the cache is then as it was.
-pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
+pub fn compact(ctx: &mut Context, seq: SeqId, cells: &[Cell], selection: &Selection) -> Result<Vec<Pos>, CompactError> {
     if let Kept::Ragged { .. } = selection.kept {
         return Err(CompactError::Ragged);
     }
     let layout = Layout::of(ctx, seq)?;
-    let cells = cache::cells(ctx, seq);
-    check(&layout, &cells, selection)?;
-    let n_cells = selection.n_cells();
+    let n_threads = ctx.n_threads_batch();
+    let last = check(layout.n_head_kv().sum(), cells, selection, n_threads)?;
+    let labels = last.iter().map(|&place| cells[place as usize].pos).collect();
     if matches!(selection.kept, Kept::All) {
-        return Ok(());
+        return Ok(labels);
     }
+    let n_cells = selection.n_cells();
 
     let mut slots: Vec<u32> = cells.iter().map(|c| c.index).collect();
     slots.sort_unstable();
     let to = &slots[..n_cells];
-    let labels = labels(&layout, &cells, selection);
-    let mut mover = Mover::new(&layout, n_cells)?;
-
-    let mut table = std::ptr::null_mut();
-    // SAFETY: both arrays have n_cells entries; the table is committed or freed below.
-    unsafe {
-        cache::ok(sys::gvote_shim_table_new(
-            ctx.as_ptr(),
-            seq,
-            to.as_ptr(),
-            labels.as_ptr(),
-            n_cells as u32,
-            &raw mut table,
-        ))?;
-    }
+    let (mover, table) = thread::scope(|scope| {
+        let layout = layout.clone();
+        let mover = backend::start(scope, move || Mover::new(&layout, n_cells));
+        let table = Table::new(ctx, seq, cells, to, &last);
+        (mover.join().expect("taking memory does not panic"), table)
+    });
+    let (mut mover, table) = (mover?, table?);
 
     // llama.cpp may still be computing into the cache
     // SAFETY: valid context.
     unsafe { sys::llama_synchronize(ctx.as_ptr()) };
-    let ascending = cells.windows(2).all(|w| w[0].index < w[1].index);
-    let kept = |head| selection.kept_by(head).map(Cow::Borrowed);
-    move_rows(&layout, &mut mover, &cells, to, &kept, ascending, ctx.n_threads_batch());
-    // SAFETY: the table was built from the cells as they still are.
-    unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table) };
-    Ok(())
+    let order = Order {
+        to,
+        cells,
+        sources: &|head| selection.kept_by(head).map(Cow::Borrowed),
+        ascending: cells.windows(2).all(|w| w[0].index < w[1].index),
+    };
+    // moving rows does not look at the table
+    move_rows(&layout, &mut mover, &order, n_threads, || table.commit(ctx, seq));
+    Ok(labels)
 }
 
-fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), CompactError> {
+/// A new table of cells that is not yet in force.
+struct Table(NonNull<sys::gvote_shim_table>);
+
+impl Table {
+    /// In which `seq`, whose cells are `cells`, has those of the indices `to` alone, each with the position and the token of the
+    /// place in `cells` that is `last`.
+    ///
+    /// # Errors
+    /// [`CacheError`], where the cells are others by now, too.
+    fn new(ctx: &Context, seq: SeqId, cells: &[Cell], to: &[u32], last: &[u32]) -> Result<Self, CacheError> {
+        debug_assert!(to.len() == last.len() && last.iter().all(|&place| (place as usize) < cells.len()));
+        let cells: Vec<_> = cells.iter().map(Cell::raw).collect();
+        let mut table = std::ptr::null_mut();
+        // SAFETY: a context whose layout was accepted; the arrays have as many entries as they are said to have.
+        unsafe {
+            cache::ok(sys::gvote_shim_table_new(
+                ctx.as_ptr(),
+                seq,
+                cells.as_ptr(),
+                cells.len() as u32,
+                to.as_ptr(),
+                last.as_ptr(),
+                to.len() as u32,
+                &raw mut table,
+            ))?;
+        }
+        NonNull::new(table).map(Self).ok_or_else(|| CacheError(CacheError::OUT_OF_MEMORY.into()))
+    }
+
+    /// Puts it in force: the table of the sequence that it was made for.
+    fn commit(self, ctx: &Context, seq: SeqId) {
+        let table = ManuallyDrop::new(self).0;
+        // SAFETY: the table was built from the cells as they still are, and is freed there.
+        unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table.as_ptr()) };
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // SAFETY: ours, freed once.
+        unsafe { sys::gvote_shim_table_free(self.0.as_ptr()) };
+    }
+}
+
+/// Whether `selection` can stay of `cells`, with so many KV heads over all layers. The last place that each cell of the result holds
+/// something of: it gets that one's position.
+fn check(n_heads: usize, cells: &[Cell], selection: &Selection, n_threads: usize) -> Result<Vec<u32>, CompactError> {
     let n = cells.len();
     if selection.n != n {
         return Err(CompactError::Changed { expected: selection.n, found: n });
@@ -164,96 +229,108 @@ fn check(layout: &Layout, cells: &[Cell], selection: &Selection) -> Result<(), C
     if cells.iter().any(|c| c.shared) {
         return Err(CompactError::Shared);
     }
-    let heads: usize = layout.n_head_kv().sum();
     let n_cells = selection.n_cells();
-    let malformed = CompactError::Malformed { n, heads, n_cells };
+    let malformed = CompactError::Malformed { n, heads: n_heads, n_cells };
     let (n_lists, complete) = match &selection.kept {
-        Kept::All | Kept::Tokens(_) => (1, true),
-        Kept::Heads { index, .. } => (heads, index.len() == heads * n_cells),
+        Kept::All => return Ok((0..n as u32).collect()),
+        Kept::Tokens(_) => (1, true),
+        Kept::Heads { index, .. } => (n_heads, index.len() == n_heads * n_cells),
         Kept::Ragged { end, index } => {
-            (heads, end.len() == heads && end.last() == Some(&index.len()) && end.is_sorted())
+            (n_heads, end.len() == n_heads && end.last() == Some(&index.len()) && end.is_sorted())
         }
     };
     if !complete {
         return Err(malformed);
     }
-    let mut keeps_last = n_cells == 0;
-    for head in 0..n_lists {
-        let Some(kept) = selection.kept_by(head) else {
-            return Ok(());
-        };
-        let ascending = kept.windows(2).all(|w| w[0] < w[1]);
-        if !ascending || kept.last().is_some_and(|&k| k as usize >= n) {
-            return Err(malformed);
-        }
-        keeps_last |= kept.last().is_some_and(|&k| k as usize + 1 == n);
+    let lists = |heads: Range<usize>| {
+        let mut lists = Lists { last: vec![0; n_cells], ascend: true, keep_newest: false };
+        heads.filter_map(|head| selection.kept_by(head)).for_each(|kept| lists.add(kept, n));
+        lists
+    };
+    let share = share(n_lists, n_cells, n_threads);
+    let all = thread::scope(|scope| {
+        let lists = &lists;
+        let parts = (share..n_lists).step_by(share).map(|first| first..(first + share).min(n_lists));
+        let others: Vec<_> = parts.map(|part| scope.spawn(move || lists(part))).collect();
+        let own = lists(0..share.min(n_lists));
+        others.into_iter().fold(own, |sum, part| sum.with(&part.join().expect("reading lists does not panic")))
+    });
+    if !all.ascend {
+        return Err(malformed);
     }
-    if !keeps_last || n_cells == 0 {
+    if !all.keep_newest {
         return Err(CompactError::LastDropped);
     }
-    Ok(())
+    Ok(all.last)
 }
 
-/// The position each kept cell gets: the largest it holds.
-fn labels(layout: &Layout, cells: &[Cell], selection: &Selection) -> Vec<Pos> {
-    let heads = match selection.kept {
-        Kept::Heads { .. } => layout.n_head_kv().sum(),
-        _ => 1,
-    };
-    let mut last = vec![0u32; selection.n_cells()];
-    for head in 0..heads {
-        if let Some(kept) = selection.kept_by(head) {
-            for (l, k) in last.iter_mut().zip(kept) {
-                *l = (*l).max(*k);
-            }
+/// What some heads keep, looked through.
+struct Lists {
+    /// The last of the places that they have in each cell of the result.
+    last: Vec<u32>,
+    /// Whether each list ascends, below the number of places.
+    ascend: bool,
+    /// Whether one of them ends with the last place.
+    keep_newest: bool,
+}
+
+impl Lists {
+    fn add(&mut self, kept: &[u32], n: usize) {
+        // without a branch, so that several are looked at at once
+        let behind = kept.get(1..).unwrap_or_default();
+        self.ascend &= kept.iter().zip(behind).fold(true, |ascend, (a, b)| ascend & (a < b));
+        if let Some(&last) = kept.last() {
+            self.ascend &= (last as usize) < n;
+            self.keep_newest |= last as usize + 1 == n;
         }
+        self.last.iter_mut().zip(kept).for_each(|(last, &place)| *last = (*last).max(place));
     }
-    last.into_iter().map(|l| cells[l as usize].pos).collect()
+
+    fn with(mut self, other: &Self) -> Self {
+        self.ascend &= other.ascend;
+        self.keep_newest |= other.keep_newest;
+        self.last.iter_mut().zip(&other.last).for_each(|(last, &place)| *last = (*last).max(place));
+        self
+    }
 }
 
-/// `ascending`: no cell receives a row before it has given its own.
-fn move_rows(
-    layout: &Layout,
-    mover: &mut Mover,
-    cells: &[Cell],
-    to: &[u32],
-    sources: Sources,
-    ascending: bool,
-    n_threads: usize,
-) {
-    let first_head: Vec<usize> = layout
-        .n_head_kv()
-        .scan(0, |sum, n| {
-            let first = *sum;
-            *sum += n;
-            Some(first)
-        })
-        .collect();
-    let n_head_kv: Vec<usize> = layout.n_head_kv().collect();
-    let moves_of = |il: usize| -> Vec<Moves> {
-        let heads = first_head[il]..first_head[il] + n_head_kv[il];
-        heads.map(|head| Moves { to, cells, from: sources(head) }).collect()
-    };
-    let moves_of = &moves_of;
+/// Of `n_lists` lists with `len` entries, how many each of at most `n_threads` threads gets.
+pub(crate) fn share(n_lists: usize, len: usize, n_threads: usize) -> usize {
+    /// To read so many takes some 50 us: fewer are not worth a thread.
+    const A_THREAD: usize = 1 << 16;
+    let threads = n_threads.min(n_lists * len / A_THREAD).max(1);
+    n_lists.div_ceil(threads).max(1)
+}
+
+/// Moves the rows of all layers, and does something else meanwhile.
+fn move_rows(layout: &Layout, mover: &mut Mover, order: &Order, n_threads: usize, meanwhile: impl FnOnce()) {
+    let mut end = 0;
+    let heads = layout.n_head_kv().map(|n| {
+        end += n;
+        end - n..end
+    });
+    let heads: Vec<Range<usize>> = heads.collect();
     let n_layer = layout.n_layer();
     let n_threads = n_threads.clamp(1, n_layer);
     if !layout.is_host() {
-        return mover.move_layers(layout, moves_of, ascending, n_threads);
+        return mover.move_layers(layout, order, &heads, n_threads, meanwhile);
     }
     let per_thread = n_layer.div_ceil(n_threads);
     let move_layers = |first: usize| {
         for il in first..(first + per_thread).min(n_layer) {
+            let moves = order.of(heads[il].clone());
             // SAFETY: the cache is idle and no other thread works on this layer.
-            unsafe { host::move_layer(layout, &layout.layers[il], &moves_of(il), ascending) };
+            unsafe { host::move_layer(layout, &layout.layers[il], &moves, order.ascending) };
         }
     };
     // raw pointers inside the layout: each thread follows those of its own layers only
     let shared = Unshared(&move_layers);
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for t in 1..n_threads {
             let shared = &shared;
             scope.spawn(move || (shared.0)(t * per_thread));
         }
+        meanwhile();
         move_layers(0);
     });
 }
@@ -261,3 +338,61 @@ fn move_rows(
 struct Unshared<'a, F>(&'a F);
 // SAFETY: the closure works on disjoint layers in different threads and reads everything else.
 unsafe impl<F> Sync for Unshared<'_, F> {}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+    use crate::policy::Bound;
+
+    const N_HEADS: usize = 7;
+    const N: usize = 60_000;
+    const C: usize = 40_000;
+
+    fn cells() -> Vec<Cell> {
+        (0..N as u32).map(|i| Cell { index: i, pos: i as Pos, token: 0, shared: false }).collect()
+    }
+
+    /// `[head][C]`; the newest place stays in one head alone.
+    fn lists() -> Vec<u32> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+        let list = |_| {
+            let mut places = rand::seq::index::sample(&mut rng, N - 1, C).into_vec();
+            places.sort_unstable();
+            places.into_iter().map(|place| place as u32)
+        };
+        let mut lists: Vec<u32> = (0..N_HEADS).flat_map(list).collect();
+        lists[5 * C - 1] = N as u32 - 1;
+        lists
+    }
+
+    fn checked(index: Vec<u32>, n_threads: usize) -> Result<Vec<u32>, CompactError> {
+        let kept = Kept::Heads { n_cells: C, index };
+        check(N_HEADS, &cells(), &Selection { kept, bound: Bound::Ratio, ..Selection::all(N) }, n_threads)
+    }
+
+    #[test]
+    fn many_threads_look_through_lists_as_one_does() {
+        assert_eq!(share(N_HEADS, C, 3), 3);
+        let lists = lists();
+        let last: Vec<u32> =
+            (0..C).map(|c| lists.iter().skip(c).step_by(C).copied().max().unwrap_or_default()).collect();
+        let malformed = |at: usize, place: u32, n_threads: usize| {
+            let mut lists = lists.clone();
+            lists[at] = place;
+            matches!(checked(lists, n_threads), Err(CompactError::Malformed { .. }))
+        };
+        for n_threads in [1, 2, 3, 100] {
+            assert!(checked(lists.clone(), n_threads).unwrap() == last, "{n_threads} threads");
+            for head in 0..N_HEADS {
+                let first = head * C;
+                assert!(malformed(first + 1, lists[first], n_threads), "{n_threads} threads, head {head}: twice");
+                assert!(malformed(first + C - 1, N as u32, n_threads), "{n_threads} threads, head {head}: beyond");
+            }
+        }
+        let mut older = lists.clone();
+        older[4 * C..5 * C].copy_from_slice(&lists[..C]);
+        assert!(matches!(checked(older, 3), Err(CompactError::LastDropped)));
+    }
+}

@@ -39,7 +39,7 @@ use std::thread::{self, Scope};
 
 use self::graph::{CellsView, Coarseness, Grain, LayerGraph};
 use self::results::{Gathered, LayerScores};
-use crate::backend::{ComputeError, Devices};
+use crate::backend::{self, ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{Cell, Layout};
 use crate::capture::{LogitScale, Queries};
 use crate::policy::{HeadScores, Needs};
@@ -47,8 +47,6 @@ use crate::policy::{HeadScores, Needs};
 /// Of the bytes of K and V, what a device may need to compute scores, or [`DEVICE_LEAST`]: it starts fewer kernels then.
 const DEVICE_SHARE: f64 = 0.05;
 const DEVICE_LEAST: usize = 64 << 20;
-/// Layers that a device works on at once: while it computes the scores of one, another is described to it, and its scores are read.
-const DEVICE_LAYERS: usize = 2;
 
 /// The queries of a vote for one layer of the cache.
 pub struct LayerQueries {
@@ -199,7 +197,7 @@ impl<'a> Worker<'a> {
     {
         let (layers, to_do) = mpsc::channel::<(LayerGraph, LayerScores)>();
         let (done, scores) = mpsc::channel();
-        scope.spawn(move || {
+        backend::start(scope, move || {
             for (graph, mut out) in to_do {
                 // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
                 let device = unsafe { devices.at((*graph.layer.k).buffer) };

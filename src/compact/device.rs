@@ -3,14 +3,28 @@
 //! A row of one head is copied bit by bit, so it may be called floats whatever its type: then `get_rows` and `set_rows` neither
 //! convert nor round.
 
-use super::{Moves, host};
-use crate::backend::{self, Builder, ComputeError, Devices, Tensor};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, mpsc};
+use std::thread;
+
+use super::{Moves, Order, host};
+use crate::backend::{self, Builder, ComputeError, DEVICE_LAYERS, Devices, Tensor};
 use crate::cache::Layout;
 use crate::sys;
 
 /// What moves the rows of a sequence, with the memory for it.
 pub(super) struct Mover {
-    devices: Devices,
+    /// The back ends of each thread.
+    threads: Vec<Devices>,
+}
+
+/// The rows of one layer, and where they come from.
+enum Rows<'a> {
+    /// On a device: the cells that give, head by head.
+    Device(Vec<u32>),
+    /// In memory of the host, or to be fetched.
+    Host(Vec<Moves<'a>>),
 }
 
 impl Mover {
@@ -19,130 +33,140 @@ impl Mover {
     /// # Errors
     /// [`ComputeError`].
     pub fn new(layout: &Layout, n: usize) -> Result<Self, ComputeError> {
-        let mut mover = Self { devices: Devices::new(1) };
-        let mut reserved = Vec::new();
-        for layer in layout.layers.iter().filter(|layer| moves_on_device(layout, layer)) {
-            // SAFETY: the storage tensors live as long as the context, which the caller holds.
-            let shape =
-                unsafe { (backend::place((*layer.k).buffer), (*layer.k).nb[1], (*layer.v).nb[1], layer.n_head_kv) };
-            if reserved.contains(&shape) {
-                continue;
-            }
-            reserved.push(shape);
-            let mut b = Builder::new(NODES)?;
-            let from = b.rows([n, layer.n_head_kv as usize, 1], vec![0; n * layer.n_head_kv as usize]);
-            let to = b.rows([n, 1, 1], vec![0; n]);
-            mover.describe(&mut b, layout, layer, from, to);
-            // SAFETY: the storage tensors live as long as the context, which the caller holds.
-            b.reserve(unsafe { mover.devices.at((*layer.k).buffer)? })?;
-        }
-        Ok(mover)
+        let threads = (0..DEVICE_LAYERS).map(|_| reserved(layout, n));
+        Ok(Self { threads: threads.collect::<Result<_, _>>()? })
     }
 
-    /// Moves the rows of all layers. `moves_of`: of each head of a layer; those of the next `n_threads` layers are put together while
-    /// the device works. `ascending`: see [`host::move_layer`].
-    pub fn move_layers<'a>(
+    /// Moves the rows of all layers. `heads`: of each layer. While a device works on one of them, the next is described to it, and those
+    /// after that are put together in `n_threads` others.
+    pub fn move_layers(
         &mut self,
         layout: &Layout,
-        moves_of: &(dyn Fn(usize) -> Vec<Moves<'a>> + Sync),
-        ascending: bool,
+        order: &Order,
+        heads: &[Range<usize>],
         n_threads: usize,
+        meanwhile: impl FnOnce(),
     ) {
-        let list = |il| {
-            let moves = moves_of(il);
-            let mut from = Vec::with_capacity(moves.iter().map(|moves| moves.to.len()).sum());
+        let on_device: Vec<bool> = layout.layers.iter().map(|layer| moves_on_device(layout, layer)).collect();
+        let rows_of = |il: usize| {
+            let moves = order.of(heads[il].clone());
+            if !on_device[il] {
+                return Rows::Host(moves);
+            }
+            let mut from = Vec::with_capacity(moves.len() * order.to.len());
             moves.iter().for_each(|moves| moves.sources(&mut from));
-            (moves, from)
+            Rows::Device(from)
         };
-        let list = &list;
-        let n_layer = layout.n_layer();
-        std::thread::scope(|scope| {
-            let start = |first: usize| -> Vec<_> {
-                (first..(first + n_threads).min(n_layer)).map(|il| scope.spawn(move || list(il))).collect()
-            };
-            let mut ahead = start(0);
-            for first in (0..n_layer).step_by(n_threads) {
-                let lists = ahead.into_iter().map(|thread| thread.join().expect("a list of rows does not panic"));
-                let lists: Vec<_> = lists.collect();
-                ahead = start(first + n_threads);
-                for (layer, (moves, from)) in layout.layers[first..].iter().zip(lists) {
-                    self.move_layer(layout, layer, &moves, from, ascending);
-                }
+        let next = AtomicUsize::new(0);
+        let (ready, to_move) = mpsc::sync_channel(DEVICE_LAYERS);
+        let to_move = Mutex::new(to_move);
+        thread::scope(|scope| {
+            let (next, rows_of, to_move) = (&next, &rows_of, &to_move);
+            for devices in &mut self.threads {
+                let layout = layout.clone();
+                backend::start(scope, move || {
+                    // whichever layer is ready; the lock is held for as long as none is
+                    let take = || to_move.lock().expect(ALIVE).recv();
+                    while let Ok((il, rows)) = take() {
+                        move_layer(devices, &layout, &layout.layers[il], rows, order);
+                    }
+                });
             }
+            for _ in 0..n_threads {
+                let ready = ready.clone();
+                scope.spawn(move || {
+                    loop {
+                        let il = next.fetch_add(1, Ordering::Relaxed);
+                        if il >= heads.len() {
+                            return;
+                        }
+                        ready.send((il, rows_of(il))).expect(ALIVE);
+                    }
+                });
+            }
+            drop(ready);
+            meanwhile();
         });
-    }
-
-    /// `from`: the cells that give, head by head.
-    fn move_layer(
-        &mut self,
-        layout: &Layout,
-        layer: &sys::gvote_shim_layer,
-        moves: &[Moves],
-        from: Vec<u32>,
-        ascending: bool,
-    ) {
-        if !moves_on_device(layout, layer) {
-            // SAFETY: the cache is idle, and this is the only thread that touches it.
-            unsafe { host::move_layer(layout, layer, moves, ascending) };
-            return;
-        }
-        let Some(to) = moves.first().map(|moves| moves.to) else { return };
-        let moved = self.try_move(layout, layer, from, to);
-        debug_assert!(
-            moved.is_ok(),
-            "the memory was taken before, and a device that fails ends the process: {moved:?}"
-        );
-    }
-
-    fn try_move(
-        &mut self,
-        layout: &Layout,
-        layer: &sys::gvote_shim_layer,
-        from: Vec<u32>,
-        to: &[u32],
-    ) -> Result<(), ComputeError> {
-        let mut b = Builder::new(NODES)?;
-        let from = b.rows([to.len(), layer.n_head_kv as usize, 1], from);
-        let to = b.rows([to.len(), 1, 1], to.to_vec());
-        self.describe(&mut b, layout, layer, from, to);
-        // SAFETY: the storage tensors live as long as the context, which the caller holds.
-        b.compute(unsafe { self.devices.at((*layer.k).buffer)? })
-    }
-
-    /// `from` `[n, n_head_kv]`, `to` `[n]`: numbers of cells.
-    fn describe(&self, b: &mut Builder, layout: &Layout, layer: &sys::gvote_shim_layer, from: Tensor, to: Tensor) {
-        for (storage, d) in [(layer.k, layer.n_embd_head_k), (layer.v, layer.n_embd_head_v)] {
-            // SAFETY: shapes as noted; the views lie inside the storage, and the floats inside their rows.
-            unsafe {
-                let bytes = row_bytes(storage, d);
-                let offset = layout.info.stream as usize * (*storage).nb[2];
-                let heads = i64::from(layer.n_head_kv);
-                let view = || {
-                    let nb1 = (*storage).nb[1];
-                    let view = sys::ggml_view_3d(
-                        b.ctx,
-                        storage,
-                        i64::from(d),
-                        layout.n_cells() as i64,
-                        heads,
-                        nb1,
-                        bytes,
-                        offset,
-                    );
-                    (*view).type_ = sys::GGML_TYPE_F32;
-                    (*view).ne[0] = (bytes / size_of::<f32>()) as i64;
-                    (*view).nb[0] = size_of::<f32>();
-                    view
-                };
-                let (given, receiving) = (view(), view());
-                let rows = sys::ggml_get_rows(b.ctx, given, from);
-                let moved = sys::ggml_set_rows(b.ctx, receiving, rows, to);
-                b.run(moved);
-            }
-        }
     }
 }
 
+/// ggml aborts rather than unwinds, and this crate's code here does not panic.
+const ALIVE: &str = "who moves rows ends when there are no more";
+
+/// Back ends with the memory to move `n` cells of any layer.
+fn reserved(layout: &Layout, n: usize) -> Result<Devices, ComputeError> {
+    let mut devices = Devices::new(1);
+    let mut reserved = Vec::new();
+    for layer in layout.layers.iter().filter(|layer| moves_on_device(layout, layer)) {
+        // SAFETY: the storage tensors live as long as the context, which the caller holds.
+        let shape = unsafe { (backend::place((*layer.k).buffer), (*layer.k).nb[1], (*layer.v).nb[1], layer.n_head_kv) };
+        if reserved.contains(&shape) {
+            continue;
+        }
+        reserved.push(shape);
+        let mut b = Builder::new(NODES)?;
+        let from = b.rows([n, layer.n_head_kv as usize, 1], vec![0; n * layer.n_head_kv as usize]);
+        let to = b.rows([n, 1, 1], vec![0; n]);
+        describe(&mut b, layout, layer, from, to);
+        // SAFETY: the storage tensors live as long as the context, which the caller holds.
+        b.reserve(unsafe { devices.at((*layer.k).buffer)? })?;
+    }
+    Ok(devices)
+}
+
+fn move_layer(devices: &mut Devices, layout: &Layout, layer: &sys::gvote_shim_layer, rows: Rows, order: &Order) {
+    match rows {
+        Rows::Device(from) => {
+            let moved = try_move(devices, layout, layer, &from, order.to);
+            debug_assert!(
+                moved.is_ok(),
+                "the memory was taken before, and a device that fails ends the process: {moved:?}"
+            );
+        }
+        // SAFETY: the cache is idle, and no other thread works on this layer.
+        Rows::Host(moves) => unsafe { host::move_layer(layout, layer, &moves, order.ascending) },
+    }
+}
+
+fn try_move(
+    devices: &mut Devices,
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    from: &[u32],
+    to: &[u32],
+) -> Result<(), ComputeError> {
+    let mut b = Builder::new(NODES)?;
+    let from = b.rows([to.len(), layer.n_head_kv as usize, 1], from);
+    let to = b.rows([to.len(), 1, 1], to);
+    describe(&mut b, layout, layer, from, to);
+    // SAFETY: the storage tensors live as long as the context, which the caller holds.
+    b.compute(unsafe { devices.at((*layer.k).buffer)? })
+}
+
+/// `from` `[n, n_head_kv]`, `to` `[n]`: numbers of cells.
+fn describe(b: &mut Builder, layout: &Layout, layer: &sys::gvote_shim_layer, from: Tensor, to: Tensor) {
+    for (storage, d) in [(layer.k, layer.n_embd_head_k), (layer.v, layer.n_embd_head_v)] {
+        // SAFETY: shapes as noted; the views lie inside the storage, and the floats inside their rows.
+        unsafe {
+            let bytes = row_bytes(storage, d);
+            let offset = layout.info.stream as usize * (*storage).nb[2];
+            let heads = i64::from(layer.n_head_kv);
+            let view = || {
+                let nb1 = (*storage).nb[1];
+                let view =
+                    sys::ggml_view_3d(b.ctx, storage, i64::from(d), layout.n_cells() as i64, heads, nb1, bytes, offset);
+                (*view).type_ = sys::GGML_TYPE_F32;
+                (*view).ne[0] = (bytes / size_of::<f32>()) as i64;
+                (*view).nb[0] = size_of::<f32>();
+                view
+            };
+            let (given, receiving) = (view(), view());
+            let rows = sys::ggml_get_rows(b.ctx, given, from);
+            let moved = sys::ggml_set_rows(b.ctx, receiving, rows, to);
+            b.run(moved);
+        }
+    }
+}
 /// Nodes, views and inputs of one layer.
 const NODES: usize = 16;
 

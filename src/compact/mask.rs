@@ -71,7 +71,7 @@ impl Mask {
             return Err(MaskError::Attention("a softcap"));
         }
         let cells = cache::cells(ctx, seq);
-        super::check(&layout, &cells, selection)?;
+        super::check(layout.n_head_kv().sum(), &cells, selection, ctx.n_threads_batch())?;
         let dropped_by = |head| {
             let kept = selection.kept_by(head);
             let stays = |place| kept.is_none_or(|kept| kept.binary_search(&place).is_ok());

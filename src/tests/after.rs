@@ -2,8 +2,8 @@
 
 use super::fixture::*;
 use crate::cache::{Layout, cells_free};
-use crate::compact::{CompactError, compact};
-use crate::llama::Context;
+use crate::compact::{self, CompactError};
+use crate::llama::{Context, Pos};
 
 const N: usize = 600;
 const C: usize = 200;
@@ -154,6 +154,28 @@ fn a_refused_compaction_changes_nothing() {
     assert!(matches!(beyond, CompactError::Malformed { .. }), "{beyond}");
     let last_dropped = refuse(&mut ctx, composite(N, 1, vec![0; heads]));
     assert!(matches!(last_dropped, CompactError::LastDropped), "{last_dropped}");
+
+    // cells that were read before something else happened to the sequence
+    let selection = random_heads(&layout, N, C, 11);
+    let other_index = {
+        let mut cells = before.clone();
+        cells[3].index = N as u32;
+        cells
+    };
+    let other_pos = {
+        let mut cells = before.clone();
+        cells[N - 1].pos += 1;
+        cells
+    };
+    for cells in [other_index, other_pos] {
+        let error = compact::compact(&mut ctx, 0, &cells, &selection).unwrap_err();
+        assert!(matches!(error, CompactError::Cache(_)), "{error}");
+    }
+    decode(&mut ctx, &tokens[N..], N as Pos, 0);
+    let error = compact::compact(&mut ctx, 0, &before, &selection).unwrap_err();
+    assert!(matches!(error, CompactError::Cache(_)), "{error}");
+    ctx.remove(0, N as Pos, -1);
+    assert_eq!(cells(&ctx), before);
 
     let expected = next_logits(&mut ctx, tokens[N], N as i32);
     let mut untouched = context(&model, F16, 1024, 512);

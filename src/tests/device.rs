@@ -4,7 +4,7 @@ use super::fixture::*;
 use crate::backend::ComputeError;
 use crate::cache::{Layout, PRETEND_DEVICE};
 use crate::capture::PRETEND_SCATTERED;
-use crate::compact::{Reorder, compact};
+use crate::compact::Reorder;
 use crate::llama::{Context, Pos, devices};
 use crate::policy::{HeadScores, Needs};
 use crate::score::{LayerQueries, Scorer};

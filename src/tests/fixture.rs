@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use crate::Session;
 use crate::cache::{self, Cell, Layout};
 use crate::capture::Capture;
+use crate::compact::{self, CompactError};
 use crate::llama::{
     Batch, CacheType, Context, ContextParams, FlashAttention, Model, ModelParams, Pos, Sampler, SamplerParams, SeqId,
     Token,
@@ -352,6 +353,14 @@ pub fn softmax(logits: &[f64]) -> Vec<f64> {
 
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
+}
+
+/// Keeps what `selection` says of the cells of a sequence.
+pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
+    let cells = cache::cells(ctx, seq);
+    let labels = compact::compact(ctx, seq, &cells, selection)?;
+    assert!(cache::cells(ctx, seq).iter().map(|cell| cell.pos).eq(labels));
+    Ok(())
 }
 
 pub fn cells(ctx: &Context) -> Vec<Cell> {

@@ -2,7 +2,6 @@
 
 use super::fixture::*;
 use crate::cache::Layout;
-use crate::compact::compact;
 use crate::policy::{Kept, Selection};
 
 const N: usize = 300;

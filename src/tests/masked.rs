@@ -7,7 +7,7 @@ use super::fixture::*;
 use crate::cache::Layout;
 use crate::capture::node::Node;
 use crate::capture::watch::{Watch, during};
-use crate::compact::{Mask, MaskError, compact};
+use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, Pos, Token};
 use crate::policy::{Kept, Selection};
 use crate::sys;

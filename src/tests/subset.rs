@@ -4,7 +4,6 @@ use rand::SeedableRng;
 
 use super::fixture::*;
 use crate::cache::Layout;
-use crate::compact::compact;
 use crate::llama::Context;
 use crate::policy::{Kept, Selection};
 

@@ -117,9 +117,9 @@ impl Vote<'_> {
     ) -> Result<(), VoteError> {
         self.enter(Stage::Compact)?;
         let clock = Instant::now();
-        compact::compact(self.ctx, self.sequence.id, &selection)?;
-        self.sequence.compacted(cells, selection, self.voter.policy.recent);
-        self.sequence.bound(&cache::cells(self.ctx, self.sequence.id));
+        let left = compact::compact(self.ctx, self.sequence.id, cells, &selection)?;
+        self.sequence.compacted(cells, selection, self.voter.policy.recent, self.ctx.n_threads_batch());
+        self.sequence.bound(&left);
         report.compact_time = clock.elapsed();
         Ok(())
     }

@@ -1,11 +1,13 @@
 //! What gvote knows of a sequence beside what llama.cpp's cache says.
 
 use std::ops::Range;
+use std::thread;
 
 use super::VoteError;
 use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache::{Cell, Layout};
 use crate::capture::{Capture, Restored};
+use crate::compact::share;
 use crate::llama::{Pos, SeqId, Token};
 use crate::policy::{Kept, Selection};
 
@@ -106,18 +108,18 @@ impl Sequence {
     }
 
     /// Notes that `selection` of `cells` stays.
-    pub(super) fn compacted(&mut self, cells: &[Cell], selection: Selection, recent: usize) {
+    pub(super) fn compacted(&mut self, cells: &[Cell], selection: Selection, recent: usize, n_threads: usize) {
         if selection.kept != Kept::All {
-            self.held.keep(cells, selection);
+            self.held.keep(cells, selection, n_threads);
             self.exact_from = self.exact_from.max(self.n_past - recent as Pos);
         }
     }
 
-    /// After a compaction to `cells`: where it is cut, the position before must be there, because llama.cpp wants the next one
-    /// to follow upon the last.
-    pub(super) fn bound(&mut self, cells: &[Cell]) {
+    /// After a compaction to cells at the positions `left`: where it is cut, the position before must be there, because llama.cpp
+    /// wants the next one to follow upon the last.
+    pub(super) fn bound(&mut self, left: &[Pos]) {
         let before = self.exact_from - 1;
-        if before >= 0 && cells.binary_search_by_key(&before, |cell| cell.pos).is_err() {
+        if before >= 0 && left.binary_search(&before).is_err() {
             self.exact_from += 1;
         }
     }
@@ -144,7 +146,7 @@ impl Held {
     }
 
     /// `selection` of `cells` stays; its memory becomes ours.
-    fn keep(&mut self, cells: &[Cell], selection: Selection) {
+    fn keep(&mut self, cells: &[Cell], selection: Selection, n_threads: usize) {
         let n_cells = selection.n_cells();
         let mut pos = match selection.kept {
             Kept::Heads { index, .. } => index,
@@ -152,9 +154,19 @@ impl Held {
             Kept::Tokens(index) if !self.pos.is_empty() => index.repeat(self.pos.len() / self.n_cells),
             Kept::All | Kept::Tokens(_) | Kept::Ragged { .. } => return,
         };
-        for (head, places) in pos.chunks_mut(n_cells.max(1)).enumerate() {
-            places.iter_mut().for_each(|place| *place = self.at(cells, head, *place as usize));
-        }
+        let share = share(pos.len() / n_cells.max(1), n_cells, n_threads);
+        let look_up = |first: usize, lists: &mut [u32]| {
+            for (head, places) in (first..).zip(lists.chunks_mut(n_cells)) {
+                places.iter_mut().for_each(|place| *place = self.at(cells, head, *place as usize));
+            }
+        };
+        thread::scope(|scope| {
+            let look_up = &look_up;
+            let mut parts = (0..).step_by(share).zip(pos.chunks_mut((share * n_cells).max(1)));
+            let own = parts.next();
+            parts.for_each(|(first, lists)| drop(scope.spawn(move || look_up(first, lists))));
+            own.into_iter().for_each(|(first, lists)| look_up(first, lists));
+        });
         *self = Self { n_cells, pos };
     }
 
@@ -238,5 +250,32 @@ impl Saved {
     pub fn restore(self, id: SeqId, capture: &mut Capture) -> Sequence {
         capture.restore(id, self.captured);
         Sequence { id, ..self.sequence }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Bound;
+
+    #[test]
+    fn many_threads_look_positions_up_as_one_does() {
+        const N_HEADS: u32 = 5;
+        const N: u32 = 90_000;
+        let cells: Vec<Cell> = (0..N).map(|i| Cell { index: i, pos: 2 * i as Pos, token: 0, shared: false }).collect();
+        let after = |n_threads: usize| {
+            let mut held = Held::default();
+            // the second time, what heads hold is no longer what labels say
+            for (n, n_cells) in [(N, 60_000), (60_000, 40_000)] {
+                // each head does without other ones
+                let skipped = |head, c| if c > 5_000 * head { n - n_cells } else { 0 };
+                let index = (0..N_HEADS).flat_map(|head| (0..n_cells).map(move |c| c + skipped(head, c)));
+                let kept = Kept::Heads { n_cells: n_cells as usize, index: index.collect() };
+                let selection = Selection { kept, bound: Bound::Ratio, ..Selection::all(n as usize) };
+                held.keep(&cells, selection, n_threads);
+            }
+            held
+        };
+        assert!((2..100).all(|n_threads| after(n_threads) == after(1)));
     }
 }
