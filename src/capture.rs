@@ -33,6 +33,7 @@ pub(crate) mod watch;
 use std::collections::{BTreeMap, HashMap};
 
 use half::f16;
+use half::vec::HalfBitsVecExt;
 
 use self::node::Node;
 #[cfg(test)]
@@ -125,6 +126,11 @@ struct Reads {
 pub struct Queries {
     pub data: Vec<f16>,
     pub pos: Vec<Pos>,
+}
+
+/// `n` zeros: as integers, of which the system has zeros at hand, whose pages cost nothing before they are written to.
+fn zeros(n: usize) -> Vec<f16> {
+    vec![0_u16; n].reinterpret_into()
 }
 
 struct Inner {

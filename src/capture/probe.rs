@@ -12,7 +12,7 @@ use super::graph::{Attention, halves, nodes};
 use super::moments::Moments;
 use super::node::{Node, Path};
 use super::record::LayerRecord;
-use super::{Capture, CaptureError, Inner, Mode, Queries};
+use super::{Capture, CaptureError, Inner, Mode, Queries, zeros};
 use crate::backend::{Builder, read};
 use crate::cache::{self, Parked};
 use crate::llama::{Batch, Context, Pos, SeqId};
@@ -121,7 +121,7 @@ impl Capture {
             samples: Arc::new(samples),
             taken: Vec::new(),
             way: None,
-            queries: self.inner.layers.iter().map(|l| vec![f16::ZERO; n * l.n_q]).collect(),
+            queries: self.inner.layers.iter().map(|l| zeros(n * l.n_q)).collect(),
         });
         let result = self.probe_in_chunks(ctx, seq, pos, n);
         let mode = std::mem::replace(&mut self.inner.mode, Mode::Listen);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use half::f16;
 
 use super::moments::Moments;
-use super::{Layer, Queries};
+use super::{Layer, Queries, zeros};
 use crate::llama::{Pos, Token};
 use crate::sys;
 
@@ -53,7 +53,7 @@ impl Record {
         let layers = layers.iter().map(|layer| LayerRecord {
             moments: Moments::default(),
             n_q: layer.n_q,
-            window_q: vec![f16::ZERO; window * layer.n_q],
+            window_q: zeros(window * layer.n_q),
             window_pos: vec![-1; window],
         });
         Self::of(layers.collect(), 0)

@@ -92,7 +92,7 @@ impl CellsView {
 
 /// A chunk of queries in one layer's graph: observed ones first.
 pub(super) struct QuerySet {
-    data: Tensor, // [d, n_head, n] f16
+    data: Tensor, // [d, group * n, n_head_kv] f32
     mask: Tensor, // [n_kv - first, 1, n], NULL if every query sees every cell
     first: usize,
     /// Its first query among all of them.
@@ -216,14 +216,21 @@ impl LayerGraph<'_> {
         let first = if observes { 0 } else { *n_observed };
         let end = if foresees { n_query } else { *n_observed };
         let sets = self.query_sets(b, first..end);
+        let heads = self.grain.kv_heads;
         let mut weights = |is_needed: bool, n: usize| {
             let columns = n.min(self.queries_at_once()) * group;
-            let all = columns * self.grain.kv_heads;
-            let mut weights = || b.input([1, columns, self.grain.kv_heads], vec![1.0 / (n * group) as f32; all]);
+            let mut weights = || b.input([1, columns, heads], vec![1.0 / (n * group) as f32; columns * heads]);
             if is_needed { weights() } else { std::ptr::null_mut() }
         };
         let observed_weights = weights(observes, *n_observed);
         let future_weights = weights(foresees, n_query - n_observed);
+        // where all queries are one set, one product takes both means
+        let both_weights = (observes && foresees && sets.len() == 1).then(|| {
+            let [observed, future] = [*n_observed, n_query - n_observed].map(|n| n * group);
+            let of_observed = std::iter::repeat_n([1.0 / observed as f32, 0.0], observed);
+            let of_head = of_observed.chain(std::iter::repeat_n([0.0, 1.0 / future as f32], future));
+            b.input([2, n_query * group, heads], of_head.flatten().collect::<Vec<_>>().repeat(heads))
+        });
         for (kv, kv_heads) in self.head_chunks() {
             let k = self.k_rows(b, kv, kv_heads, 0, rows.n_kv);
             let errors = self.error_view(b, kv, kv_heads);
@@ -234,10 +241,11 @@ impl LayerGraph<'_> {
                 b.run_after(masked, p);
                 let observed = n_observed.saturating_sub(set.start).min(set.n);
                 let future = set.n - observed;
-                if future > 0 {
+                if let Some(weights) = both_weights {
+                    b.write(out, rows.observed.at(kv), self.sum_over_queries(b, p, weights));
+                } else if future > 0 {
                     let p = self.columns(b, p, observed, future);
-                    let sum = self.sum_over_queries(b, p, future_weights);
-                    b.write(out, rows.future.at(kv), sum);
+                    b.write(out, rows.future.at(kv), self.sum_over_queries(b, p, future_weights));
                 }
                 if future > 0 && rows.each.of_head > 0 {
                     for head in 0..kv_heads * group {
@@ -249,8 +257,9 @@ impl LayerGraph<'_> {
                 }
                 if observed > 0 {
                     let p = self.columns(b, p, 0, observed);
-                    let sum = self.sum_over_queries(b, p, observed_weights);
-                    b.write(out, rows.observed.at(kv), sum);
+                    if both_weights.is_none() {
+                        b.write(out, rows.observed.at(kv), self.sum_over_queries(b, p, observed_weights));
+                    }
                     if rows.fourth_powers.of_head > 0 {
                         // SAFETY: p is read for the last time.
                         let powers = unsafe {
@@ -293,8 +302,9 @@ impl LayerGraph<'_> {
             let n = at_once.min(which.end - start);
             let Mask { first, data: mask } = self.view.mask(&pos[start..start + n]);
             let n_newest = self.view.n_kv - first;
+            let halves = b.halves([d, n_head, n], &data[start * d * n_head..][..n * d * n_head]);
             QuerySet {
-                data: b.halves([d, n_head, n], &data[start * d * n_head..][..n * d * n_head]),
+                data: self.by_kv_head(b, halves),
                 mask: if n_newest > 0 { b.input([n_newest, 1, n], mask) } else { std::ptr::null_mut() },
                 first,
                 start,
@@ -302,6 +312,19 @@ impl LayerGraph<'_> {
             }
         };
         which.clone().step_by(at_once).map(set).collect()
+    }
+
+    /// Queries `[d, n_head, n]` f16 as f32, those of a KV head one after another. `[d, group * n, n_head_kv]`
+    fn by_kv_head(&self, b: &Builder, queries: Tensor) -> Tensor {
+        // SAFETY: shapes as noted; every tensor belongs to this context.
+        unsafe {
+            let ([d, _, n, _], [_, nb1, nb2, _]) = ((*queries).ne, (*queries).nb);
+            let (group, heads) = (self.group() as i64, self.n_head_kv() as i64);
+            let split = sys::ggml_view_4d(b.ctx, queries, d, group, heads, n, nb1, nb1 * group as usize, nb2, 0);
+            let by_head = sys::ggml_permute(b.ctx, split, 0, 1, 3, 2);
+            let floats = sys::ggml_cast(b.ctx, by_head, sys::GGML_TYPE_F32); // [d, group, n, heads]
+            sys::ggml_reshape_3d(b.ctx, floats, d, group * n, heads)
+        }
     }
 
     /// The part of K that belongs to `kv_heads` heads from `kv` on, in `n` cells from `first` on. `[d, n, kv_heads]` of K's type
@@ -360,11 +383,7 @@ impl LayerGraph<'_> {
         unsafe {
             let [d, n_kv, kv_heads, _] = (*k).ne;
             let [_, nb1, nb2, _] = (*set.data).nb;
-            let of_kv = nb1 * group as usize;
-            let own = sys::ggml_view_4d(b.ctx, set.data, d, group, kv_heads, n, nb1, of_kv, nb2, kv * of_kv);
-            let by_head = sys::ggml_permute(b.ctx, own, 0, 1, 3, 2);
-            let floats = sys::ggml_cast(b.ctx, by_head, sys::GGML_TYPE_F32); // [d, group, n, kv_heads]
-            let q = sys::ggml_reshape_3d(b.ctx, floats, d, group * n, kv_heads);
+            let q = sys::ggml_view_3d(b.ctx, set.data, d, group * n, kv_heads, nb1, nb2, kv * nb2);
             let kq = sys::ggml_mul_mat(b.ctx, k, q);
             // as attention does
             sys::ggml_mul_mat_set_prec(kq, sys::GGML_PREC_F32);
@@ -425,14 +444,14 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The sum of `p` `[n_kv, group * n, kv_heads]` over the queries of each KV head, with as many `weights` as there are of them.
-    /// `[n_kv, 1, kv_heads]`
+    /// The sums of `p` `[n_kv, group * n, kv_heads]` over the queries of each KV head, with as many `weights` as there are of them.
+    /// `[n_kv, sums, kv_heads]`
     fn sum_over_queries(&self, b: &Builder, p: Tensor, weights: Tensor) -> Tensor {
         // SAFETY: there are weights for the largest set.
         unsafe {
             let [_, n, kv_heads, _] = (*p).ne;
-            let [_, nb1, nb2, _] = (*weights).nb;
-            b.out_prod(p, sys::ggml_view_3d(b.ctx, weights, 1, n, kv_heads, nb1, nb2, 0))
+            let ([sums, ..], [_, nb1, nb2, _]) = ((*weights).ne, (*weights).nb);
+            b.out_prod(p, sys::ggml_view_3d(b.ctx, weights, sums, n, kv_heads, nb1, nb2, 0))
         }
     }
 

@@ -29,16 +29,18 @@ pub(super) struct Block {
     pub first: usize,
     /// 0 where this is not asked for.
     pub of_head: usize,
+    /// Rows from one head's to the next's.
+    step: usize,
 }
 
 impl Block {
     /// The first row of a head.
     pub fn at(self, head: usize) -> usize {
-        self.first + head * self.of_head
+        self.first + head * self.step
     }
 
     fn of_head(self, head: usize, n_kv: usize) -> Range<usize> {
-        self.at(head) * n_kv..self.at(head + 1) * n_kv
+        self.at(head) * n_kv..(self.at(head) + self.of_head) * n_kv
     }
 }
 
@@ -50,11 +52,19 @@ impl Rows {
             let of_head = if is_needed { of_head } else { 0 };
             let first = n;
             n += heads * of_head;
-            Block { first, of_head }
+            Block { first, of_head, step: of_head }
+        };
+        // where both are asked for, they are computed at once: a head's future is the row behind its past
+        let foresees = needs.future || needs.each;
+        let sums = block(needs.observed || foresees, usize::from(needs.observed) + usize::from(foresees));
+        let sum = |is_needed: bool, place: usize| Block {
+            first: sums.first + place,
+            of_head: usize::from(is_needed),
+            step: sums.step,
         };
         Self {
-            observed: block(needs.observed, 1),
-            future: block(needs.future || needs.each, 1),
+            observed: sum(needs.observed, 0),
+            future: sum(foresees, usize::from(needs.observed)),
             fourth_powers: block(needs.observed && needs.fourth_powers, 1),
             value_norm: block(needs.value_norm, 1),
             key_similarity: block(needs.key_similarity, 1),
