@@ -158,9 +158,13 @@ pub fn compact(
     slots.sort_unstable();
     let to = &slots[..n_cells];
     let (mover, table) = thread::scope(|scope| {
-        let layout = layout.clone();
-        let mover = backend::start(scope, move || Mover::new(&layout, n_cells));
-        let table = Table::new(ctx, seq, cells, to, &last);
+        let new_mover = || Mover::new(&layout, n_cells);
+        let new_table = || Table::new(ctx, seq, cells, to, &last);
+        if layout.is_host() {
+            return (new_mover(), new_table());
+        }
+        let mover = backend::start(scope, new_mover);
+        let table = new_table();
         (mover.join().expect("taking memory does not panic"), table)
     });
     let (mut mover, table) = (mover?, table?);
@@ -327,21 +331,15 @@ fn move_rows(layout: &Layout, mover: &mut Mover, order: &Order, n_threads: usize
             unsafe { host::move_layer(layout, &layout.layers[il], &moves_of(il), order.ascending) };
         }
     };
-    // raw pointers inside the layout: each thread follows those of its own layers only
-    let shared = Unshared(&move_layers);
     thread::scope(|scope| {
+        let move_layers = &move_layers;
         for t in 1..n_threads {
-            let shared = &shared;
-            scope.spawn(move || (shared.0)(t * per_thread));
+            scope.spawn(move || move_layers(t * per_thread));
         }
         meanwhile();
         move_layers(0);
     });
 }
-
-struct Unshared<'a, F>(&'a F);
-// SAFETY: the closure works on disjoint layers in different threads and reads everything else.
-unsafe impl<F> Sync for Unshared<'_, F> {}
 
 #[cfg(test)]
 mod tests {

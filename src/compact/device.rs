@@ -60,14 +60,13 @@ impl Mover {
         let (ready, to_move) = mpsc::sync_channel(DEVICE_LAYERS);
         let to_move = Mutex::new(to_move);
         thread::scope(|scope| {
-            let (next, rows_of, to_move, n_layer) = (&next, &rows_of, &to_move, layout.n_layer());
+            let (next, rows_of, to_move) = (&next, &rows_of, &to_move);
             for devices in &mut self.threads {
-                let layout = layout.clone();
                 backend::start(scope, move || {
                     // whichever layer is ready; the lock is held for as long as none is
                     let take = || to_move.lock().expect(ALIVE).recv();
                     while let Ok((il, rows)) = take() {
-                        move_layer(devices, &layout, &layout.layers[il], rows, order);
+                        move_layer(devices, layout, &layout.layers[il], rows, order);
                     }
                 });
             }
@@ -76,7 +75,7 @@ impl Mover {
                 scope.spawn(move || {
                     loop {
                         let il = next.fetch_add(1, Ordering::Relaxed);
-                        if il >= n_layer {
+                        if il >= layout.n_layer() {
                             return;
                         }
                         ready.send((il, rows_of(il))).expect(ALIVE);
