@@ -31,6 +31,8 @@ pub struct Layout {
 
 // SAFETY: the tensor pointers are only followed by code that holds the context.
 unsafe impl Send for Layout {}
+// SAFETY: see above; the numbers themselves are only read.
+unsafe impl Sync for Layout {}
 
 /// A cell of the cache that a sequence owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

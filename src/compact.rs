@@ -29,7 +29,7 @@ use std::thread;
 use self::device::Mover;
 use crate::backend::{self, ComputeError};
 use crate::cache::{self, CacheError, Cell, Layout};
-use crate::llama::{Context, Pos, SeqId};
+use crate::llama::{Context, SeqId};
 use crate::policy::{Kept, Selection};
 use crate::sys;
 
@@ -133,20 +133,24 @@ impl Reorder {
 }
 
 /// Keeps what `selection` says of `cells`, which are those of `seq`, frees the others, and leaves other sequences untouched.
-/// The positions of the cells that stay, ascending.
+/// Its cells afterwards.
 ///
 /// # Errors
 /// [`CompactError`]; the cache is then as it was.
-pub fn compact(ctx: &mut Context, seq: SeqId, cells: &[Cell], selection: &Selection) -> Result<Vec<Pos>, CompactError> {
+pub fn compact(
+    ctx: &mut Context,
+    seq: SeqId,
+    cells: &[Cell],
+    selection: &Selection,
+) -> Result<Vec<Cell>, CompactError> {
     if let Kept::Ragged { .. } = selection.kept {
         return Err(CompactError::Ragged);
     }
     let layout = Layout::of(ctx, seq)?;
     let n_threads = ctx.n_threads_batch();
     let last = check(layout.n_head_kv().sum(), cells, selection, n_threads)?;
-    let labels = last.iter().map(|&place| cells[place as usize].pos).collect();
     if matches!(selection.kept, Kept::All) {
-        return Ok(labels);
+        return Ok(cells.to_vec());
     }
     let n_cells = selection.n_cells();
 
@@ -154,9 +158,13 @@ pub fn compact(ctx: &mut Context, seq: SeqId, cells: &[Cell], selection: &Select
     slots.sort_unstable();
     let to = &slots[..n_cells];
     let (mover, table) = thread::scope(|scope| {
-        let layout = layout.clone();
-        let mover = backend::start(scope, move || Mover::new(&layout, n_cells));
-        let table = Table::new(ctx, seq, cells, to, &last);
+        let new_mover = || Mover::new(&layout, n_cells);
+        let new_table = || Table::new(ctx, seq, cells, to, &last);
+        if layout.is_host() {
+            return (new_mover(), new_table());
+        }
+        let mover = backend::start(scope, new_mover);
+        let table = new_table();
         (mover.join().expect("taking memory does not panic"), table)
     });
     let (mut mover, table) = (mover?, table?);
@@ -172,7 +180,7 @@ pub fn compact(ctx: &mut Context, seq: SeqId, cells: &[Cell], selection: &Select
     };
     // moving rows does not look at the table
     move_rows(&layout, &mut mover, &order, n_threads, || table.commit(ctx, seq));
-    Ok(labels)
+    Ok(to.iter().zip(&last).map(|(&index, &place)| Cell { index, ..cells[place as usize] }).collect())
 }
 
 /// A new table of cells that is not yet in force.
@@ -296,8 +304,8 @@ impl Lists {
 
 /// Of `n_lists` lists with `len` entries, how many each of at most `n_threads` threads gets.
 pub(crate) fn share(n_lists: usize, len: usize, n_threads: usize) -> usize {
-    /// To read so many takes some 50 us: fewer are not worth a thread.
-    const A_THREAD: usize = 1 << 16;
+    /// To look through so many takes some 50 us: fewer are not worth a thread.
+    const A_THREAD: usize = 1 << 17;
     let threads = n_threads.min(n_lists * len / A_THREAD).max(1);
     n_lists.div_ceil(threads).max(1)
 }
@@ -310,45 +318,40 @@ fn move_rows(layout: &Layout, mover: &mut Mover, order: &Order, n_threads: usize
         end - n..end
     });
     let heads: Vec<Range<usize>> = heads.collect();
+    let moves_of = |il: usize| order.of(heads[il].clone());
     let n_layer = layout.n_layer();
     let n_threads = n_threads.clamp(1, n_layer);
     if !layout.is_host() {
-        return mover.move_layers(layout, order, &heads, n_threads, meanwhile);
+        return mover.move_layers(layout, order, &moves_of, n_threads, meanwhile);
     }
     let per_thread = n_layer.div_ceil(n_threads);
     let move_layers = |first: usize| {
         for il in first..(first + per_thread).min(n_layer) {
-            let moves = order.of(heads[il].clone());
             // SAFETY: the cache is idle and no other thread works on this layer.
-            unsafe { host::move_layer(layout, &layout.layers[il], &moves, order.ascending) };
+            unsafe { host::move_layer(layout, &layout.layers[il], &moves_of(il), order.ascending) };
         }
     };
-    // raw pointers inside the layout: each thread follows those of its own layers only
-    let shared = Unshared(&move_layers);
     thread::scope(|scope| {
+        let move_layers = &move_layers;
         for t in 1..n_threads {
-            let shared = &shared;
-            scope.spawn(move || (shared.0)(t * per_thread));
+            scope.spawn(move || move_layers(t * per_thread));
         }
         meanwhile();
         move_layers(0);
     });
 }
 
-struct Unshared<'a, F>(&'a F);
-// SAFETY: the closure works on disjoint layers in different threads and reads everything else.
-unsafe impl<F> Sync for Unshared<'_, F> {}
-
 #[cfg(test)]
 mod tests {
     use rand::SeedableRng;
 
     use super::*;
+    use crate::llama::Pos;
     use crate::policy::Bound;
 
     const N_HEADS: usize = 7;
-    const N: usize = 60_000;
-    const C: usize = 40_000;
+    const N: usize = 90_000;
+    const C: usize = 60_000;
 
     fn cells() -> Vec<Cell> {
         (0..N as u32).map(|i| Cell { index: i, pos: i as Pos, token: 0, shared: false }).collect()

@@ -249,18 +249,13 @@ impl Guest {
         let mut done = || {
             vote.observe_newest(&[])?;
             let (selection, mut report) = vote.choose(&cells)?;
-            if !is_rehearsal {
-                vote.compact(&cells, selection, &mut report)?;
-            }
-            Ok(report)
+            let left = if is_rehearsal { None } else { Some(vote.compact(&cells, selection, &mut report)?) };
+            Ok((report, left))
         };
         let done: Result<_, VoteError> = done();
-        if done.is_err() {
-            voter.capture.set_back(seq, captured);
-        } else if !is_rehearsal {
-            known.bind(&cache::cells(&visit, seq));
-        }
-        Ok(done?)
+        let (report, left) = done.inspect_err(|_| voter.capture.set_back(seq, captured))?;
+        left.iter().for_each(|cells| known.bind(cells));
+        Ok(report)
     }
 
     /// Sees to it that `needed` cells are free in the stream of a sequence, beside those that a later vote needs. Where there
@@ -310,15 +305,13 @@ impl Guest {
         let mut done = || {
             vote.observe_newest(ahead)?;
             let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
-            vote.compact(&cells, selection, &mut report)?;
-            Ok(report)
+            let left = vote.compact(&cells, selection, &mut report)?;
+            Ok((report, left))
         };
         let done: Result<_, VoteError> = done();
-        match done {
-            Ok(_) => known.bind(&cache::cells(&visit, seq)),
-            Err(_) => voter.capture.set_back(seq, captured),
-        }
-        Ok(done?)
+        let (report, left) = done.inspect_err(|_| voter.capture.set_back(seq, captured))?;
+        known.bind(&left);
+        Ok(report)
     }
 
     /// The cells of a sequence, and what is known of it.

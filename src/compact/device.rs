@@ -3,7 +3,6 @@
 //! A row of one head is copied bit by bit, so it may be called floats whatever its type: then `get_rows` and `set_rows` neither
 //! convert nor round.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::thread;
@@ -37,19 +36,19 @@ impl Mover {
         Ok(Self { threads: threads.collect::<Result<_, _>>()? })
     }
 
-    /// Moves the rows of all layers. `heads`: of each layer. While a device works on one of them, the next is described to it, and those
-    /// after that are put together in `n_threads` others.
-    pub fn move_layers(
+    /// Moves the rows of all layers. `moves_of`: of each head of a layer. While a device works on one layer, the next is described to it,
+    /// and those after that are put together in `n_threads` others.
+    pub fn move_layers<'a>(
         &mut self,
         layout: &Layout,
         order: &Order,
-        heads: &[Range<usize>],
+        moves_of: &(dyn Fn(usize) -> Vec<Moves<'a>> + Sync),
         n_threads: usize,
         meanwhile: impl FnOnce(),
     ) {
         let on_device: Vec<bool> = layout.layers.iter().map(|layer| moves_on_device(layout, layer)).collect();
         let rows_of = |il: usize| {
-            let moves = order.of(heads[il].clone());
+            let moves = moves_of(il);
             if !on_device[il] {
                 return Rows::Host(moves);
             }
@@ -63,12 +62,11 @@ impl Mover {
         thread::scope(|scope| {
             let (next, rows_of, to_move) = (&next, &rows_of, &to_move);
             for devices in &mut self.threads {
-                let layout = layout.clone();
                 backend::start(scope, move || {
                     // whichever layer is ready; the lock is held for as long as none is
                     let take = || to_move.lock().expect(ALIVE).recv();
                     while let Ok((il, rows)) = take() {
-                        move_layer(devices, &layout, &layout.layers[il], rows, order);
+                        move_layer(devices, layout, &layout.layers[il], rows, order);
                     }
                 });
             }
@@ -77,7 +75,7 @@ impl Mover {
                 scope.spawn(move || {
                     loop {
                         let il = next.fetch_add(1, Ordering::Relaxed);
-                        if il >= heads.len() {
+                        if il >= layout.n_layer() {
                             return;
                         }
                         ready.send((il, rows_of(il))).expect(ALIVE);

@@ -105,7 +105,7 @@ impl Vote<'_> {
         Ok(())
     }
 
-    /// Puts a choice in force.
+    /// Puts a choice in force. The sequence's cells afterwards.
     ///
     /// # Errors
     /// [`VoteError::Compact`]; the cache is then as before.
@@ -114,14 +114,14 @@ impl Vote<'_> {
         cells: &[Cell],
         selection: Selection,
         report: &mut CompressReport,
-    ) -> Result<(), VoteError> {
+    ) -> Result<Vec<Cell>, VoteError> {
         self.enter(Stage::Compact)?;
         let clock = Instant::now();
         let left = compact::compact(self.ctx, self.sequence.id, cells, &selection)?;
         self.sequence.compacted(cells, selection, self.voter.policy.recent, self.ctx.n_threads_batch());
         self.sequence.bound(&left);
         report.compact_time = clock.elapsed();
-        Ok(())
+        Ok(left)
     }
 
     /// Shows the policy what it needs to see, and hears what it comes to.
