@@ -34,8 +34,8 @@ mod graph;
 mod measure;
 mod results;
 
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread::{self, Scope};
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 use self::graph::{CellsView, Coarseness, Grain, LayerGraph};
 use self::results::{Gathered, LayerScores};
@@ -179,36 +179,40 @@ impl Scorer {
                     spare.push(scores);
                 }
             }
+            workers.into_iter().for_each(Worker::end);
             Ok(())
         })
     }
 }
 
-/// A thread that computes the scores of layers, one after another.
-struct Worker<'a> {
-    layers: Sender<(LayerGraph<'a>, LayerScores)>,
-    scores: Receiver<Result<LayerScores, ComputeError>>,
+/// A layer that a worker gets, and memory for its scores.
+type Task<'a> = (LayerGraph<'a>, LayerScores);
+
+/// A thread that computes the scores of layers, one after another. It frees nothing that another thread has taken.
+struct Worker<'s, 'a> {
+    layers: SyncSender<Task<'a>>,
+    scores: Receiver<(LayerGraph<'a>, Result<LayerScores, ComputeError>)>,
+    thread: ScopedJoinHandle<'s, Receiver<Task<'a>>>,
 }
 
-impl<'a> Worker<'a> {
-    fn start<'s>(scope: &'s Scope<'s, '_>, devices: &'s mut Devices, needs: Needs) -> Self
-    where
-        'a: 's,
-    {
-        let (layers, to_do) = mpsc::channel::<(LayerGraph, LayerScores)>();
-        let (done, scores) = mpsc::channel();
-        backend::start(scope, move || {
-            for (graph, mut out) in to_do {
+impl<'s, 'a: 's> Worker<'s, 'a> {
+    fn start(scope: &'s Scope<'s, '_>, devices: &'s mut Devices, needs: Needs) -> Self {
+        let (layers, to_do) = mpsc::sync_channel::<Task>(2);
+        let (done, scores) = mpsc::sync_channel(2);
+        let thread = backend::start(scope, move || {
+            while let Ok((graph, mut out)) = to_do.recv() {
                 // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
                 let device = unsafe { devices.at((*graph.layer.k).buffer) };
                 let computed = device.and_then(|device| graph.compute(device, needs, &mut out));
+                let computed = computed.map(|()| out);
                 // nobody listens any more where another layer has failed
-                if done.send(computed.map(|()| out)).is_err() {
-                    return;
+                if done.send((graph, computed)).is_err() {
+                    break;
                 }
             }
+            to_do
         });
-        Self { layers, scores }
+        Self { layers, scores, thread }
     }
 
     /// `out`: memory for the scores.
@@ -218,7 +222,13 @@ impl<'a> Worker<'a> {
 
     /// The scores of the layer that was given to it before all others that it still has.
     fn take(&self) -> Result<LayerScores, ComputeError> {
-        self.scores.recv().expect(ALIVE)
+        let (_, scores) = self.scores.recv().expect(ALIVE);
+        scores
+    }
+
+    fn end(self) {
+        drop(self.layers);
+        drop(self.thread.join().expect(ALIVE));
     }
 }
 
