@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
+use std::ops::Range;
 
 use half::f16;
 
@@ -24,6 +25,8 @@ pub(crate) struct Builder<'a> {
 /// Rows of a graph's results, which [`read`] reads.
 pub(crate) struct Results {
     pub tensor: Tensor,
+    /// The number of the first.
+    first: usize,
     /// Rows that hold something.
     written: Vec<bool>,
 }
@@ -179,23 +182,23 @@ impl<'a> Builder<'a> {
         self.run(t)
     }
 
-    /// Rows of `n` numbers that other nodes are written to.
-    pub fn results(&mut self, n: usize, rows: usize) -> Results {
+    /// Rows of `n` numbers that other nodes are written to: some of more that there are.
+    pub fn results(&mut self, n: usize, rows: Range<usize>) -> Results {
         // SAFETY: the context has room for the tensor; an input has memory from the start, and an output keeps it.
         let tensor = unsafe {
-            let t = sys::ggml_new_tensor_2d(self.ctx, sys::GGML_TYPE_F32, n as i64, rows as i64);
+            let t = sys::ggml_new_tensor_2d(self.ctx, sys::GGML_TYPE_F32, n as i64, rows.len() as i64);
             sys::ggml_set_input(t);
             sys::ggml_set_output(t);
             t
         };
-        Results { tensor, written: vec![false; rows] }
+        Results { tensor, first: rows.start, written: vec![false; rows.len()] }
     }
 
     /// Writes `t`, contiguous and of whole rows, to the rows from `first` on; where they were written to before, adds it.
     pub fn write(&mut self, to: &mut Results, first: usize, t: Tensor) {
         // SAFETY: tensors of this context; the view has the shape of `t`, and ggml checks that it lies inside.
         unsafe {
-            let (n, row) = ((*to.tensor).ne[0], (*to.tensor).nb[1]);
+            let (n, row, first) = ((*to.tensor).ne[0], (*to.tensor).nb[1], first - to.first);
             let rows = sys::ggml_nelements(t) / n;
             let view = sys::ggml_view_2d(self.ctx, to.tensor, n, rows, row, first * row);
             let t = sys::ggml_reshape_2d(self.ctx, t, n, rows);
@@ -215,7 +218,7 @@ impl<'a> Builder<'a> {
         // SAFETY: as in `write`.
         unsafe {
             let [n, rows, ..] = (*t).ne;
-            let row = (*to.tensor).nb[1];
+            let (row, first) = ((*to.tensor).nb[1], first - to.first);
             let view = sys::ggml_view_2d(self.ctx, to.tensor, n, rows, row, first * row + start * size_of::<f32>());
             to.written[first..first + rows as usize].fill(true);
             let node = sys::ggml_cpy(self.ctx, t, view);

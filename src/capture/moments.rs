@@ -50,7 +50,7 @@ impl Block {
         let n_embd = t.ne[0] as usize;
         let is_range = rows.windows(2).all(|w| w[0] + 1 == w[1]);
         let mut b = Builder::new(20)?;
-        let mut out = b.results(n_embd, 2);
+        let mut out = b.results(n_embd, 0..2);
         // SAFETY: shapes as noted; every tensor belongs to the builder's context.
         unsafe {
             let data = b.elsewhere(t);

@@ -13,8 +13,9 @@ impl LayerGraph<'_> {
         let samples = self.queries.n_observed..self.queries.queries.pos.len() - 1;
         let n_samples = samples.len();
 
-        let mut b = Builder::on(device, self.n_nodes(n_samples, 0))?;
-        let mut out = b.results(n_kv, 2 * n_head);
+        // squares take no more than fourth powers
+        let mut b = Builder::on(device, self.n_nodes(n_samples, 0, true, false))?;
+        let mut out = b.results(n_kv, 0..2 * n_head);
         for (kv, kv_heads) in self.head_chunks() {
             let k = self.k_rows(&b, kv, kv_heads, 0, n_kv);
             for set in &self.query_sets(&mut b, samples.clone()) {

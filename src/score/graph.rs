@@ -92,7 +92,8 @@ impl CellsView {
 
 /// A chunk of queries in one layer's graph: observed ones first.
 pub(super) struct QuerySet {
-    data: Tensor, // [d, group * n, n_head_kv] f32
+    /// `[d, n_head, n]` f16; where the grain is coarse, what [`LayerGraph::by_kv_head`] makes of all of it.
+    data: Tensor,
     mask: Tensor, // [n_kv - first, 1, n], NULL if every query sees every cell
     first: usize,
     /// Its first query among all of them.
@@ -118,15 +119,16 @@ pub(super) struct Grain {
     pub kv_heads: usize,
     /// Cells whose keys and values are measured, of all heads.
     pub cells: usize,
-    /// Whether these are measured channel by channel, rather than row by row.
-    pub by_channel: bool,
+    /// Whether it is for a device, where a node is dear and memory is not: all is one graph, and cells are measured channel by channel
+    /// rather than row by row.
+    pub is_coarse: bool,
 }
 
 impl Grain {
     /// A few queries of one head, and cells that stay in the CPU's cache.
     pub fn on_host(layer: &sys::gvote_shim_layer) -> Self {
         let cells = (HOST_CELLS / layer.n_head_kv as usize).max(1);
-        Self { columns: HOST_COLUMNS, kv_heads: 1, cells, by_channel: false }
+        Self { columns: HOST_COLUMNS, kv_heads: 1, cells, is_coarse: false }
     }
 
     /// As much as fits into `room` bytes, of at most `n_query` queries at once.
@@ -140,7 +142,7 @@ impl Grain {
         let kv_heads = (room / (number * (columns + d))).clamp(1, n_head_kv);
         // as f32, and squared
         let cell = 2 * n_head_kv * d * size_of::<f32>();
-        Self { columns, kv_heads, cells: (room / cell).max(1), by_channel: true }
+        Self { columns, kv_heads, cells: (room / cell).max(1), is_coarse: true }
     }
 }
 
@@ -160,50 +162,88 @@ pub(super) struct LayerGraph<'a> {
 // SAFETY: the layer's tensors are only read, and no one writes to the cache while it is scored.
 unsafe impl Send for LayerGraph<'_> {}
 
-/// Tensors of one chunk of queries for some KV heads, at most, beside those of [`EACH_NODES`] for each query head.
-const CHUNK_NODES: usize = 64;
-const EACH_NODES: usize = 3;
-/// Tensors of one chunk of queries, of one chunk of cells, and of one chunk of heads, at most.
+/// Tensors at most: of a chunk of queries; of its logits for some KV heads, what is added to those where keys are coarse or a softcap
+/// bends them; of a mean over its queries, and of their fourth powers; of each query head that is noted by itself.
 const SET_NODES: usize = 8;
+const LOGITS_NODES: usize = 9;
+const ERROR_NODES: usize = 8;
+const SOFTCAP_NODES: usize = 2;
+const MEAN_NODES: usize = 10;
+const POWERS_NODES: usize = 14;
+const EACH_NODES: usize = 3;
+/// Of a chunk of cells, of a chunk of heads, and of what else there is.
 const CELLS_NODES: usize = 40;
 const HEADS_NODES: usize = 8;
-/// What else there is.
 const OTHER_NODES: usize = 32;
 
 impl LayerGraph<'_> {
     /// The scores of each KV head, in place of what `scores` holds.
     pub fn compute(&self, device: &mut Device, needs: Needs, scores: &mut LayerScores) -> Result<(), ComputeError> {
         let LayerQueries { queries, n_observed, .. } = &self.queries;
-        let (n_query, n_future) = (queries.pos.len(), queries.pos.len() - n_observed);
+        let n_future = queries.pos.len() - n_observed;
         let rows = Rows::new(self.view.n_kv, self.n_head_kv(), needs, self.group() * n_future);
         scores.rows = rows;
         scores.data.resize(device, rows.n * rows.n_kv)?;
 
-        let n_each = if needs.each { self.layer.n_head as usize } else { 0 };
-        let mut b = Builder::on(device, self.n_nodes(n_query, n_each))?;
-        let mut out = b.results(rows.n_kv, rows.n);
-        if needs.observed || needs.future || needs.each {
-            self.look(&mut b, &mut out, &rows);
+        let (looks, measures) = (rows.looks(), rows.measures());
+        // one after the other they need less memory
+        if self.grain.is_coarse {
+            self.compute_rows(device, needs, scores, looks.start..measures.end)?;
+        } else {
+            self.compute_rows(device, needs, scores, looks)?;
+            self.compute_rows(device, needs, scores, measures)?;
         }
-        if needs.value_norm || needs.key_similarity {
-            self.measure(&mut b, &mut out, &rows);
-        }
-        b.compute(device)?;
-        read(&mut scores.data, out.tensor);
         if needs.expected {
             self.expect(device, scores)?;
         }
         Ok(())
     }
 
-    /// Tensors of a graph for so many queries, at most; `n_each`: query heads whose probabilities are noted one by one.
-    pub(super) fn n_nodes(&self, n_query: usize, n_each: usize) -> usize {
+    /// Some of the rows of the results: those that come of queries, of keys and values by themselves, or both.
+    fn compute_rows(
+        &self,
+        device: &mut Device,
+        needs: Needs,
+        scores: &mut LayerScores,
+        part: Range<usize>,
+    ) -> Result<(), ComputeError> {
+        let rows = scores.rows;
+        if part.is_empty() {
+            return Ok(());
+        }
+        let looks = part.start < rows.looks().end;
+        let measures = part.end > rows.measures().start;
+        let n_query = if looks { self.queries.queries.pos.len() } else { 0 };
+        let n_each = if needs.each { self.layer.n_head as usize } else { 0 };
+        let mut b = Builder::on(device, self.n_nodes(n_query, n_each, needs.fourth_powers, measures))?;
+        let mut out = b.results(rows.n_kv, part.clone());
+        if looks {
+            self.look(&mut b, &mut out, &rows);
+        }
+        if measures {
+            self.measure(&mut b, &mut out, &rows);
+        }
+        b.compute(device)?;
+        read(&mut scores.data[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor);
+        Ok(())
+    }
+
+    /// Tensors of a graph for so many queries, at most; `n_each`: query heads whose probabilities are noted one by one; `powers`:
+    /// fourth powers are summed up; `measures`: keys and values are measured.
+    pub(super) fn n_nodes(&self, n_query: usize, n_each: usize, powers: bool, measures: bool) -> usize {
         let n_sets = n_query.div_ceil(self.queries_at_once());
         let head_chunks = self.n_head_kv().div_ceil(self.grain.kv_heads);
         let cell_chunks = self.view.n_kv.div_ceil(self.grain.cells);
-        n_sets * (SET_NODES + head_chunks * CHUNK_NODES + n_each * EACH_NODES)
-            + cell_chunks * CELLS_NODES
-            + head_chunks * HEADS_NODES
+        let of = |nodes: usize, is_there: bool| if is_there { nodes } else { 0 };
+        let logits = LOGITS_NODES
+            + of(ERROR_NODES, self.coarseness.is_some())
+            + of(SOFTCAP_NODES, self.queries.scale.softcap)
+            + of(POWERS_NODES, powers);
+        // one chunk has queries of both kinds, at most
+        let chunks = n_sets * logits + (n_sets + 1) * MEAN_NODES;
+        n_sets * (SET_NODES + n_each * EACH_NODES)
+            + head_chunks * (chunks + HEADS_NODES)
+            + of(cell_chunks * CELLS_NODES, measures)
             + OTHER_NODES
     }
 
@@ -304,7 +344,7 @@ impl LayerGraph<'_> {
             let n_newest = self.view.n_kv - first;
             let halves = b.halves([d, n_head, n], &data[start * d * n_head..][..n * d * n_head]);
             QuerySet {
-                data: self.by_kv_head(b, halves),
+                data: if self.grain.is_coarse { self.by_kv_head(b, halves, 0, self.n_head_kv()) } else { halves },
                 mask: if n_newest > 0 { b.input([n_newest, 1, n], mask) } else { std::ptr::null_mut() },
                 first,
                 start,
@@ -314,15 +354,16 @@ impl LayerGraph<'_> {
         which.clone().step_by(at_once).map(set).collect()
     }
 
-    /// Queries `[d, n_head, n]` f16 as f32, those of a KV head one after another. `[d, group * n, n_head_kv]`
-    fn by_kv_head(&self, b: &Builder, queries: Tensor) -> Tensor {
+    /// Of queries `[d, n_head, n]` f16 those that belong to `kv_heads` KV heads from `kv` on, as f32, one KV head's after another's.
+    /// `[d, group * n, kv_heads]`
+    fn by_kv_head(&self, b: &Builder, queries: Tensor, kv: usize, kv_heads: usize) -> Tensor {
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
             let ([d, _, n, _], [_, nb1, nb2, _]) = ((*queries).ne, (*queries).nb);
-            let (group, heads) = (self.group() as i64, self.n_head_kv() as i64);
-            let split = sys::ggml_view_4d(b.ctx, queries, d, group, heads, n, nb1, nb1 * group as usize, nb2, 0);
-            let by_head = sys::ggml_permute(b.ctx, split, 0, 1, 3, 2);
-            let floats = sys::ggml_cast(b.ctx, by_head, sys::GGML_TYPE_F32); // [d, group, n, heads]
+            let (group, heads) = (self.group() as i64, kv_heads as i64);
+            let of_kv = nb1 * group as usize;
+            let own = sys::ggml_view_4d(b.ctx, queries, d, group, heads, n, nb1, of_kv, nb2, kv * of_kv);
+            let floats = sys::ggml_cast(b.ctx, sys::ggml_permute(b.ctx, own, 0, 1, 3, 2), sys::GGML_TYPE_F32);
             sys::ggml_reshape_3d(b.ctx, floats, d, group * n, heads)
         }
     }
@@ -382,8 +423,12 @@ impl LayerGraph<'_> {
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
             let [d, n_kv, kv_heads, _] = (*k).ne;
-            let [_, nb1, nb2, _] = (*set.data).nb;
-            let q = sys::ggml_view_3d(b.ctx, set.data, d, group * n, kv_heads, nb1, nb2, kv * nb2);
+            let q = if self.grain.is_coarse {
+                let [_, nb1, nb2, _] = (*set.data).nb;
+                sys::ggml_view_3d(b.ctx, set.data, d, group * n, kv_heads, nb1, nb2, kv * nb2)
+            } else {
+                self.by_kv_head(b, set.data, kv, kv_heads as usize)
+            };
             let kq = sys::ggml_mul_mat(b.ctx, k, q);
             // as attention does
             sys::ggml_mul_mat_set_prec(kq, sys::GGML_PREC_F32);

@@ -28,7 +28,7 @@ impl LayerGraph<'_> {
     /// [`crate::policy::HeadScores::value_norm`]. `numbers`: of as many rows as are worked on at once.
     fn measure_values(&self, b: &mut Builder, out: &mut Results, to: Block, numbers: Tensor) {
         let d = self.layer.n_embd_head_v;
-        let by_channel = self.v_trans || self.grain.by_channel;
+        let by_channel = self.v_trans || self.grain.is_coarse;
         let sums = Sums::new(self, b, d, by_channel);
         for (first, n) in self.cell_chunks() {
             let squared = if by_channel {
@@ -49,7 +49,7 @@ impl LayerGraph<'_> {
     /// [`crate::policy::HeadScores::key_similarity`]: the cosine of each key to the mean direction of its head's.
     fn compare_keys<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, to: Block, numbers: Tensor) {
         let (d, heads) = (self.layer.n_embd_head_k, self.n_head_kv() as i64);
-        let by_channel = self.grain.by_channel;
+        let by_channel = self.grain.is_coarse;
         let sums = Sums::new(self, b, d, by_channel);
         let mut sum: Tensor = std::ptr::null_mut();
         let mut inverse_lengths = Vec::new();

@@ -66,14 +66,26 @@ impl Rows {
             observed: sum(needs.observed, 0),
             future: sum(foresees, usize::from(needs.observed)),
             fourth_powers: block(needs.observed && needs.fourth_powers, 1),
+            each: block(needs.each, n_each),
             value_norm: block(needs.value_norm, 1),
             key_similarity: block(needs.key_similarity, 1),
             expected: block(needs.expected, 1),
-            each: block(needs.each, n_each),
             n_kv,
             heads,
             n,
         }
+    }
+}
+
+impl Rows {
+    /// Those that come of queries.
+    pub fn looks(&self) -> Range<usize> {
+        0..self.value_norm.first
+    }
+
+    /// Those that come of keys and values by themselves.
+    pub fn measures(&self) -> Range<usize> {
+        self.value_norm.first..self.expected.first
     }
 }
 
