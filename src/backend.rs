@@ -4,7 +4,8 @@
 mod device;
 mod graph;
 
-use std::thread::{Scope, ScopedJoinHandle};
+use std::io;
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 pub(crate) use self::device::{Device, Devices, HostMemory, place};
 pub(crate) use self::graph::{Builder, Results, Tensor, read};
@@ -13,10 +14,13 @@ pub(crate) use self::graph::{Builder, Results, Tensor, read};
 pub(crate) const DEVICE_LAYERS: usize = 2;
 
 /// A thread of `scope` that works with devices.
-pub(crate) fn start<'s, T: Send + 's>(
+///
+/// # Errors
+/// The system's, where it starts no more threads.
+pub(crate) fn try_start<'s, T: Send + 's>(
     scope: &'s Scope<'s, '_>,
     work: impl FnOnce() -> T + Send + 's,
-) -> ScopedJoinHandle<'s, T> {
+) -> io::Result<ScopedJoinHandle<'s, T>> {
     #[cfg(test)]
     let work = {
         let pretends = crate::cache::PRETEND_DEVICE.get();
@@ -25,7 +29,15 @@ pub(crate) fn start<'s, T: Send + 's>(
             work()
         }
     };
-    scope.spawn(work)
+    thread::Builder::new().spawn_scoped(scope, work)
+}
+
+/// The same where nothing is lost by a panic.
+pub(crate) fn start<'s, T: Send + 's>(
+    scope: &'s Scope<'s, '_>,
+    work: impl FnOnce() -> T + Send + 's,
+) -> ScopedJoinHandle<'s, T> {
+    try_start(scope, work).expect("the system starts a thread")
 }
 
 /// Why something could not be computed.

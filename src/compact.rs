@@ -333,11 +333,12 @@ fn move_rows(layout: &Layout, mover: &mut Mover, order: &Order, n_threads: usize
     };
     thread::scope(|scope| {
         let move_layers = &move_layers;
-        for t in 1..n_threads {
-            scope.spawn(move || move_layers(t * per_thread));
-        }
+        let start = |t: usize| thread::Builder::new().spawn_scoped(scope, move || move_layers(t * per_thread));
+        // there is no way back once a row has moved: what the system starts no thread for, this one does
+        let left: Vec<usize> = (1..n_threads).filter(|&t| start(t).is_err()).collect();
         meanwhile();
         move_layers(0);
+        left.into_iter().for_each(|t| move_layers(t * per_thread));
     });
 }
 

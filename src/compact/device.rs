@@ -57,33 +57,42 @@ impl Mover {
             Rows::Device(from)
         };
         let next = AtomicUsize::new(0);
+        let take_next = || {
+            let il = next.fetch_add(1, Ordering::Relaxed);
+            (il < layout.n_layer()).then(|| (il, rows_of(il)))
+        };
         let (ready, to_move) = mpsc::sync_channel(DEVICE_LAYERS);
         let to_move = Mutex::new(to_move);
-        thread::scope(|scope| {
-            let (next, rows_of, to_move) = (&next, &rows_of, &to_move);
-            for devices in &mut self.threads {
-                backend::start(scope, move || {
-                    // whichever layer is ready; the lock is held for as long as none is
-                    let take = || to_move.lock().expect(ALIVE).recv();
-                    while let Ok((il, rows)) = take() {
-                        move_layer(devices, layout, &layout.layers[il], rows, order);
-                    }
-                });
+        let move_one = |devices: &mut Devices, (il, rows)| move_layer(devices, layout, &layout.layers[il], rows, order);
+        let move_all = |devices: &mut Devices| {
+            // whichever layer is ready; the lock is held for as long as none is
+            let take = || to_move.lock().expect(ALIVE).recv();
+            while let Ok(layer) = take() {
+                move_one(devices, layer);
             }
+        };
+        let Some((own, others)) = self.threads.split_first_mut() else { return };
+        thread::scope(|scope| {
+            let (take_next, move_all) = (&take_next, &move_all);
             for _ in 0..n_threads {
                 let ready = ready.clone();
-                scope.spawn(move || {
-                    loop {
-                        let il = next.fetch_add(1, Ordering::Relaxed);
-                        if il >= layout.n_layer() {
-                            return;
-                        }
-                        ready.send((il, rows_of(il))).expect(ALIVE);
+                let list = move || {
+                    while let Some(layer) = take_next() {
+                        ready.send(layer).expect(ALIVE);
                     }
-                });
+                };
+                // there is no way back once a row has moved: where the system starts no more threads, fewer do it, or this one alone
+                let _ = thread::Builder::new().spawn_scoped(scope, list);
             }
             drop(ready);
+            for devices in others {
+                let _ = backend::try_start(scope, move || move_all(devices));
+            }
             meanwhile();
+            move_all(own);
+            while let Some(layer) = take_next() {
+                move_one(own, layer);
+            }
         });
     }
 }
@@ -115,11 +124,11 @@ fn reserved(layout: &Layout, n: usize) -> Result<Devices, ComputeError> {
 fn move_layer(devices: &mut Devices, layout: &Layout, layer: &sys::gvote_shim_layer, rows: Rows, order: &Order) {
     match rows {
         Rows::Device(from) => {
-            let moved = try_move(devices, layout, layer, &from, order.to);
-            debug_assert!(
-                moved.is_ok(),
-                "the memory was taken before, and a device that fails ends the process: {moved:?}"
-            );
+            // its memory was taken before; other rows have moved, and ggml ends the process, too, where a device fails
+            if let Err(error) = try_move(devices, layout, layer, &from, order.to) {
+                eprintln!("gvote: rows of the KV cache could not be moved, and others were: {error}");
+                std::process::abort();
+            }
         }
         // SAFETY: the cache is idle, and no other thread works on this layer.
         Rows::Host(moves) => unsafe { host::move_layer(layout, layer, &moves, order.ascending) },
@@ -165,6 +174,7 @@ fn describe(b: &mut Builder, layout: &Layout, layer: &sys::gvote_shim_layer, fro
         }
     }
 }
+
 /// Nodes, views and inputs of one layer.
 const NODES: usize = 16;
 
