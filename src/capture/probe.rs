@@ -60,13 +60,14 @@ impl Samples {
         thread::scope(|scope| {
             for (part, out) in out.chunks_mut(share * n_embd.max(1)).enumerate() {
                 scope.spawn(move || {
-                    let mut of_layer = None;
+                    let mut of_layer: Option<Gaussian> = None;
                     for (row, out) in (part * share..).zip(out.chunks_exact_mut(n_embd)) {
                         let layer = layers[row / self.n];
-                        let gaussian = of_layer.take_if(|g: &mut Gaussian| g.layer == layer);
-                        let gaussian = gaussian.unwrap_or_else(|| Gaussian::new(&self.layers[layer].moments, layer));
+                        let gaussian = match &mut of_layer {
+                            Some(gaussian) if gaussian.layer == layer => gaussian,
+                            other => other.insert(Gaussian::new(&self.layers[layer].moments, layer)),
+                        };
                         gaussian.sample(self.seed, self.first + row % self.n, out);
-                        of_layer = Some(gaussian);
                     }
                 });
             }
