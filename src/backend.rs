@@ -5,10 +5,11 @@ mod device;
 mod graph;
 
 use std::io;
-use std::thread::{self, Scope, ScopedJoinHandle};
+use std::thread::{Scope, ScopedJoinHandle};
 
 pub(crate) use self::device::{Device, Devices, HostMemory, place};
 pub(crate) use self::graph::{Builder, Results, Tensor, read};
+use crate::threads;
 
 /// Layers that a device works on at once: while it computes one, another is described to it, and what came of one before is read.
 pub(crate) const DEVICE_LAYERS: usize = 2;
@@ -17,7 +18,7 @@ pub(crate) const DEVICE_LAYERS: usize = 2;
 ///
 /// # Errors
 /// The system's, where it starts no more threads.
-pub(crate) fn try_start<'s, T: Send + 's>(
+pub(crate) fn start<'s, T: Send + 's>(
     scope: &'s Scope<'s, '_>,
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
@@ -29,15 +30,7 @@ pub(crate) fn try_start<'s, T: Send + 's>(
             work()
         }
     };
-    thread::Builder::new().spawn_scoped(scope, work)
-}
-
-/// The same where nothing is lost by a panic.
-pub(crate) fn start<'s, T: Send + 's>(
-    scope: &'s Scope<'s, '_>,
-    work: impl FnOnce() -> T + Send + 's,
-) -> ScopedJoinHandle<'s, T> {
-    try_start(scope, work).expect("the system starts a thread")
+    threads::start(scope, work)
 }
 
 /// Why something could not be computed.

@@ -27,11 +27,11 @@ use std::ptr::NonNull;
 use std::thread;
 
 use self::device::Mover;
-use crate::backend::{self, ComputeError};
+use crate::backend::ComputeError;
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, SeqId};
 use crate::policy::{Kept, Selection};
-use crate::sys;
+use crate::{sys, threads};
 
 pub(crate) use mask::Mask;
 pub use mask::MaskError;
@@ -157,17 +157,8 @@ pub fn compact(
     let mut slots: Vec<u32> = cells.iter().map(|c| c.index).collect();
     slots.sort_unstable();
     let to = &slots[..n_cells];
-    let (mover, table) = thread::scope(|scope| {
-        let new_mover = || Mover::new(&layout, n_cells);
-        let new_table = || Table::new(ctx, seq, cells, to, &last);
-        if layout.is_host() {
-            return (new_mover(), new_table());
-        }
-        let mover = backend::start(scope, new_mover);
-        let table = new_table();
-        (mover.join().expect("taking memory does not panic"), table)
-    });
-    let (mut mover, table) = (mover?, table?);
+    let mut mover = Mover::new(&layout, n_cells)?;
+    let table = Table::new(ctx, seq, cells, to, &last)?;
 
     // llama.cpp may still be computing into the cache
     // SAFETY: valid context.
@@ -324,22 +315,10 @@ fn move_rows(layout: &Layout, mover: &mut Mover, order: &Order, n_threads: usize
     if !layout.is_host() {
         return mover.move_layers(layout, order, &moves_of, n_threads, meanwhile);
     }
-    let per_thread = n_layer.div_ceil(n_threads);
-    let move_layers = |first: usize| {
-        for il in first..(first + per_thread).min(n_layer) {
-            // SAFETY: the cache is idle and no other thread works on this layer.
-            unsafe { host::move_layer(layout, &layout.layers[il], &moves_of(il), order.ascending) };
-        }
-    };
-    thread::scope(|scope| {
-        let move_layers = &move_layers;
-        let start = |t: usize| thread::Builder::new().spawn_scoped(scope, move || move_layers(t * per_thread));
-        // there is no way back once a row has moved: what the system starts no thread for, this one does
-        let left: Vec<usize> = (1..n_threads).filter(|&t| start(t).is_err()).collect();
-        meanwhile();
-        move_layers(0);
-        left.into_iter().for_each(|t| move_layers(t * per_thread));
-    });
+    // SAFETY: the cache is idle and no other thread works on this layer.
+    let move_layer =
+        |il: usize| unsafe { host::move_layer(layout, &layout.layers[il], &moves_of(il), order.ascending) };
+    threads::share_out(n_threads, 0..n_layer, move_layer, meanwhile);
 }
 
 #[cfg(test)]

@@ -54,6 +54,7 @@ pub mod session;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod threads;
 pub mod vote;
 
 pub use session::{Session, SessionError, SessionParams};

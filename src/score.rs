@@ -212,6 +212,7 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
             }
             to_do
         });
+        let thread = thread.expect("the system starts a thread");
         Self { layers, scores, thread }
     }
 

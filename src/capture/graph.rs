@@ -276,12 +276,12 @@ impl Inner {
         let (first, n) = (tokens.start, tokens.len() * n_stream);
         let mut b = Builder::new(8)?;
         // SAFETY: a node that has been computed, and stays as it is while ggml waits for us.
-        let (device, halves) = unsafe { (self.devices.at(q.buffer())?, halves(&b, q, tokens)) };
-        let halves = b.output(halves);
+        let (device, rounded) = unsafe { (self.devices.at(q.buffer())?, halves(&b, q, tokens)) };
+        b.output(rounded);
         b.compute(device)?;
         self.scratch.resize(device, (n * n_q).div_ceil(2))?;
         let read_back = &mut self.scratch.halves()[..n * n_q];
-        read(read_back, halves);
+        read(read_back, rounded);
         if let Mode::Replay(_, queries) = &mut self.mode {
             queries[layer].data.resize(wanted.len() * n_q, f16::ZERO);
             queries[layer].pos = wanted.iter().map(|w| w.pos).collect();

@@ -10,7 +10,7 @@ use std::thread;
 use super::{Moves, Order, host};
 use crate::backend::{self, Builder, ComputeError, DEVICE_LAYERS, Devices, Tensor};
 use crate::cache::Layout;
-use crate::sys;
+use crate::{sys, threads};
 
 /// What moves the rows of a sequence, with the memory for it.
 pub(super) struct Mover {
@@ -82,11 +82,11 @@ impl Mover {
                     }
                 };
                 // there is no way back once a row has moved: where the system starts no more threads, fewer do it, or this one alone
-                let _ = thread::Builder::new().spawn_scoped(scope, list);
+                let _ = threads::start(scope, list);
             }
             drop(ready);
             for devices in others {
-                let _ = backend::try_start(scope, move || move_all(devices));
+                let _ = backend::start(scope, move || move_all(devices));
             }
             meanwhile();
             move_all(own);

@@ -75,9 +75,7 @@ impl Rows {
             n,
         }
     }
-}
 
-impl Rows {
     /// Those that come of queries.
     pub fn looks(&self) -> Range<usize> {
         0..self.value_norm.first

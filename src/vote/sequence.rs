@@ -1,7 +1,6 @@
 //! What gvote knows of a sequence beside what llama.cpp's cache says.
 
 use std::ops::Range;
-use std::thread;
 
 use super::VoteError;
 use crate::bytes::{Reader, put_numbers, put_part};
@@ -10,6 +9,7 @@ use crate::capture::{Capture, Restored};
 use crate::compact::share;
 use crate::llama::{Pos, SeqId, Token};
 use crate::policy::{Kept, Selection};
+use crate::threads;
 
 /// What the bytes of a saved sequence begin with, and the version of what follows.
 const MAGIC: [u8; 8] = *b"gvote\0\0\x02";
@@ -154,19 +154,16 @@ impl Held {
             Kept::Tokens(index) if !self.pos.is_empty() => index.repeat(self.pos.len() / self.n_cells),
             Kept::All | Kept::Tokens(_) | Kept::Ragged { .. } => return,
         };
-        let share = share(pos.len() / n_cells.max(1), n_cells, n_threads);
-        let look_up = |first: usize, lists: &mut [u32]| {
+        let n_lists = pos.len() / n_cells.max(1);
+        let share = share(n_lists, n_cells, n_threads);
+        let look_up = |(first, lists): (usize, &mut [u32])| {
             for (head, places) in (first..).zip(lists.chunks_mut(n_cells)) {
                 places.iter_mut().for_each(|place| *place = self.at(cells, head, *place as usize));
             }
         };
-        thread::scope(|scope| {
-            let look_up = &look_up;
-            let mut parts = (0..).step_by(share).zip(pos.chunks_mut((share * n_cells).max(1)));
-            let own = parts.next();
-            parts.for_each(|(first, lists)| drop(scope.spawn(move || look_up(first, lists))));
-            own.into_iter().for_each(|(first, lists)| look_up(first, lists));
-        });
+        let parts = (0..).step_by(share).zip(pos.chunks_mut((share * n_cells).max(1)));
+        // the cache is compacted, so this comes to its end
+        threads::share_out(n_lists.div_ceil(share), parts, look_up, || ());
         *self = Self { n_cells, pos };
     }
 
