@@ -128,6 +128,26 @@ pub struct Queries {
     pub pos: Vec<Pos>,
 }
 
+/// The queries of an observation window in one layer, as [`Queries`], in parts that lie where they were captured.
+pub struct Window<'a> {
+    pub parts: Vec<&'a [f16]>,
+    pub pos: Vec<Pos>,
+}
+
+impl<'a> Window<'a> {
+    /// The newest query. `[n_head][n_embd_head_k]`
+    pub fn current(&self) -> &'a [f16] {
+        let n_q = self.parts.iter().map(|part| part.len()).sum::<usize>() / self.pos.len().max(1);
+        self.parts.last().map_or(&[], |part| &part[part.len() - n_q..])
+    }
+
+    /// All in one piece.
+    #[cfg(test)]
+    pub fn joined(&self) -> Queries {
+        Queries { data: self.parts.concat(), pos: self.pos.clone() }
+    }
+}
+
 /// `n` zeros: as integers, of which the system has zeros at hand, whose pages cost nothing before they are written to.
 fn zeros(n: usize) -> Vec<f16> {
     vec![0_u16; n].reinterpret_into()
@@ -274,7 +294,7 @@ impl Capture {
     ///
     /// # Errors
     /// [`CaptureError::Empty`] when the query at `pos_last` was not captured.
-    pub fn window(&self, seq: SeqId, layer: usize, pos_last: Pos) -> Result<Queries, CaptureError> {
+    pub fn window(&self, seq: SeqId, layer: usize, pos_last: Pos) -> Result<Window<'_>, CaptureError> {
         let record = self.inner.records.get(&seq).ok_or(CaptureError::Empty)?;
         record.window(layer, self.inner.window, pos_last).ok_or(CaptureError::Empty)
     }

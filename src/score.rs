@@ -34,37 +34,67 @@ mod graph;
 mod measure;
 mod results;
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, Scope, ScopedJoinHandle};
+
+use half::f16;
 
 use self::graph::{CellsView, Coarseness, Grain, LayerGraph};
 use self::results::{Gathered, LayerScores};
 use crate::backend::{self, ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{Cell, Layout};
-use crate::capture::{LogitScale, Queries};
+use crate::capture::{LogitScale, Queries, Window};
+use crate::llama::Pos;
 use crate::policy::{HeadScores, Needs};
 
 /// Of the bytes of K and V, what a device may need to compute scores, or [`DEVICE_LEAST`]: it starts fewer kernels then.
 const DEVICE_SHARE: f64 = 0.05;
 const DEVICE_LEAST: usize = 64 << 20;
 
-/// The queries of a vote for one layer of the cache.
-pub struct LayerQueries {
-    /// The observation window, real queries; then synthetic queries, and the current one. Each sees the cells up to its own
-    /// position.
-    queries: Queries,
+/// About so many scores of a device are handed over at once, those of several layers where they have few: threads take them in,
+/// which are not worth their start for less.
+const HANDED_OVER: usize = 1 << 20;
+
+/// The queries of a vote for one layer of the cache: the observation window, real queries; then synthetic queries, and the
+/// current one. Each sees the cells up to its own position.
+pub struct LayerQueries<'a> {
+    /// `[n_query][n_head][n_embd_head_k]`, in parts.
+    parts: Vec<Cow<'a, [f16]>>,
+    pos: Vec<Pos>,
     n_observed: usize,
     scale: LogitScale,
 }
 
-impl LayerQueries {
+impl<'a> LayerQueries<'a> {
     /// `observed`: the observation window. `future`: synthetic queries, then the current query.
-    pub fn new(observed: Queries, future: &Queries, scale: LogitScale) -> Self {
+    pub fn new(observed: Queries, future: Queries, scale: LogitScale) -> Self {
         let n_observed = observed.pos.len();
-        let mut queries = observed;
-        queries.data.extend_from_slice(&future.data);
-        queries.pos.extend_from_slice(&future.pos);
-        Self { queries, n_observed, scale }
+        let parts = vec![observed.data.into(), future.data.into()];
+        Self { parts, pos: [observed.pos, future.pos].concat(), n_observed, scale }
+    }
+
+    /// The same of a window that stays where it is, and whose last query is the current one.
+    pub fn of_window(window: &Window<'a>, synthetic: Queries, scale: LogitScale) -> Self {
+        let observed = window.parts.iter().map(|&part| Cow::from(part));
+        let parts = observed.chain([synthetic.data.into(), window.current().into()]).collect();
+        let pos = window.pos.iter().chain(&synthetic.pos).chain(window.pos.last()).copied().collect();
+        Self { parts, pos, n_observed: window.pos.len(), scale }
+    }
+
+    /// Some of the numbers of all queries.
+    fn numbers(&self, mut range: Range<usize>) -> Vec<&[f16]> {
+        let mut out = Vec::new();
+        for part in &self.parts {
+            if let Some(own) = part.get(range.start..range.end.min(part.len()))
+                && !own.is_empty()
+            {
+                out.push(own);
+            }
+            range = range.start.saturating_sub(part.len())..range.end.saturating_sub(part.len());
+        }
+        out
     }
 }
 
@@ -110,44 +140,48 @@ impl Scorer {
         scores.sum::<usize>() + self.threads.iter_mut().map(Devices::release).sum::<usize>()
     }
 
-    /// Computes the scores of every KV head, layer by layer, and hands those of a layer to `sink(first, heads)`, where `first`
-    /// counts heads over all layers and scores are indexed by the place in `cells`. `queries` gives those of the i-th layer.
+    /// Computes the scores of every KV head, layer by layer, and hands those of one or more layers to `sink(first, heads)`, where
+    /// `first` counts heads over all layers and scores are indexed by the place in `cells`. `queries` gives those of the i-th layer.
     /// `account_error`: raise logits by half their variance where K is quantized.
     ///
     /// # Errors
     /// [`ComputeError`], or what `queries` fails with; the cache is only read.
-    pub fn score<E: From<ComputeError>>(
+    pub fn score<'q, E: From<ComputeError>>(
         &mut self,
         layout: &Layout,
         cells: &[Cell],
         needs: Needs,
         account_error: bool,
-        mut queries: impl FnMut(usize) -> Result<LayerQueries, E>,
+        mut queries: impl FnMut(usize) -> Result<LayerQueries<'q>, E>,
         mut sink: impl FnMut(usize, &[HeadScores]),
     ) -> Result<(), E> {
         let in_order = cells.iter().enumerate().all(|(i, c)| c.index as usize == i);
         let view = CellsView::new(cells);
         let mut head = 0;
-        let mut gathered = Gathered::default();
-        let mut hand_over = |scores: &LayerScores| {
-            let heads = 0..scores.rows.heads;
-            let heads: Vec<_> = if in_order {
-                heads.map(|i| scores.head(i)).collect()
+        let mut gathered = Vec::new();
+        let mut hand_over = |layers: &[LayerScores]| {
+            let mut heads = Vec::new();
+            if in_order {
+                layers.iter().for_each(|scores| heads.extend((0..scores.rows.heads).map(|i| scores.head(i))));
             } else {
-                gathered.fill(scores, cells);
-                heads.map(|i| gathered.head(i)).collect()
-            };
+                gathered.resize_with(layers.len(), Gathered::default);
+                for (gathered, scores) in gathered.iter_mut().zip(layers) {
+                    gathered.fill(scores, cells);
+                    heads.extend((0..scores.rows.heads).map(|i| gathered.head(i)));
+                }
+            }
             sink(head, &heads);
             head += heads.len();
         };
         let is_host = layout.is_host();
+        let layers_at_once = |scores: &LayerScores| if is_host { 1 } else { HANDED_OVER / scores.data.len().max(1) };
         let n_workers = if is_host { self.n_threads } else { DEVICE_LAYERS }.min(layout.n_layer());
         let room = (DEVICE_SHARE * (view.n_kv * layout.bytes_per_cell()) as f64) as usize;
         let room = room.max(DEVICE_LEAST) / n_workers;
         let mut describe = |il: usize| -> Result<LayerGraph, E> {
             let layer = &layout.layers[il];
             let queries: LayerQueries = queries(il)?;
-            let n_query = queries.queries.pos.len();
+            let n_query = queries.pos.len();
             // SAFETY: K's storage lives as long as the context, which the caller holds.
             let type_ = unsafe { (*layer.k).type_ };
             Ok(LayerGraph {
@@ -168,6 +202,7 @@ impl Scorer {
         thread::scope(|scope| {
             let workers: Vec<_> =
                 threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs)).collect();
+            let mut ready: Vec<LayerScores> = Vec::new();
             // each has one layer in work and one to go on with
             for il in 0..layout.n_layer() + n_workers {
                 if il < layout.n_layer() {
@@ -175,8 +210,12 @@ impl Scorer {
                 }
                 if il >= n_workers {
                     let scores = workers[il % n_workers].take()?;
-                    hand_over(&scores);
-                    spare.push(scores);
+                    let at_once = layers_at_once(&scores);
+                    ready.push(scores);
+                    if ready.len() >= at_once || il + 1 == layout.n_layer() + n_workers {
+                        hand_over(&ready);
+                        spare.append(&mut ready);
+                    }
                 }
             }
             workers.into_iter().for_each(Worker::end);

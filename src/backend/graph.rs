@@ -34,7 +34,8 @@ pub(crate) struct Results {
 /// What an input gets.
 enum Input<'a> {
     Floats(Cow<'a, [f32]>),
-    Halves(&'a [f16]),
+    /// One part after another.
+    Halves(Vec<&'a [f16]>),
     Rows(Cow<'a, [u32]>),
 }
 
@@ -44,13 +45,21 @@ impl Input<'_> {
     /// # Safety
     /// The tensor has memory of the back end for as many elements of this kind.
     unsafe fn set(&self, backend: sys::ggml_backend_t, t: Tensor) {
-        let (data, bytes): (*const c_void, usize) = match self {
-            Self::Floats(data) => (data.as_ptr().cast(), size_of_val(&data[..])),
-            Self::Halves(data) => (data.as_ptr().cast(), size_of_val(*data)),
-            Self::Rows(data) => (data.as_ptr().cast(), size_of_val(&data[..])),
+        let set = |data: *const c_void, offset: usize, bytes: usize| {
+            // SAFETY: see above.
+            unsafe { sys::ggml_backend_tensor_set_async(backend, t, data, offset, bytes) };
         };
-        // SAFETY: see above.
-        unsafe { sys::ggml_backend_tensor_set_async(backend, t, data, 0, bytes) };
+        match self {
+            Self::Floats(data) => set(data.as_ptr().cast(), 0, size_of_val(&data[..])),
+            Self::Rows(data) => set(data.as_ptr().cast(), 0, size_of_val(&data[..])),
+            Self::Halves(parts) => {
+                let mut offset = 0;
+                for part in parts {
+                    set(part.as_ptr().cast(), offset, size_of_val(*part));
+                    offset += size_of_val(*part);
+                }
+            }
+        }
     }
 }
 
@@ -112,9 +121,10 @@ impl<'a> Builder<'a> {
         self.add_input(sys::GGML_TYPE_F32, ne, Input::Floats(data))
     }
 
-    pub fn halves(&mut self, ne: [usize; 3], data: &'a [f16]) -> Tensor {
-        debug_assert_eq!(data.len(), ne.iter().product::<usize>());
-        self.add_input(sys::GGML_TYPE_F16, ne, Input::Halves(data))
+    /// One of `parts` after another.
+    pub fn halves(&mut self, ne: [usize; 3], parts: Vec<&'a [f16]>) -> Tensor {
+        debug_assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), ne.iter().product::<usize>());
+        self.add_input(sys::GGML_TYPE_F16, ne, Input::Halves(parts))
     }
 
     /// Numbers of rows.
@@ -182,15 +192,20 @@ impl<'a> Builder<'a> {
         self.run(t)
     }
 
-    /// Rows of `n` numbers that other nodes are written to: some of more that there are.
-    pub fn results(&mut self, n: usize, rows: Range<usize>) -> Results {
+    /// Memory for `rows` of `n` numbers that other nodes are written to.
+    pub fn memory(&mut self, type_: sys::ggml_type, n: usize, rows: usize) -> Tensor {
         // SAFETY: the context has room for the tensor; an input has memory from the start, and an output keeps it.
-        let tensor = unsafe {
-            let t = sys::ggml_new_tensor_2d(self.ctx, sys::GGML_TYPE_F32, n as i64, rows.len() as i64);
+        unsafe {
+            let t = sys::ggml_new_tensor_2d(self.ctx, type_, n as i64, rows as i64);
             sys::ggml_set_input(t);
             sys::ggml_set_output(t);
             t
-        };
+        }
+    }
+
+    /// Rows of `n` numbers that other nodes are written to: some of more that there are.
+    pub fn results(&mut self, n: usize, rows: Range<usize>) -> Results {
+        let tensor = self.memory(sys::GGML_TYPE_F32, n, rows.len());
         Results { tensor, first: rows.start, written: vec![false; rows.len()] }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use half::f16;
 
 use super::moments::Moments;
-use super::{Layer, Queries, zeros};
+use super::{Layer, Window, zeros};
 use crate::llama::{Pos, Token};
 use crate::sys;
 
@@ -127,17 +127,17 @@ impl Record {
     }
 
     /// The queries of a layer's window that ends at `pos_last`, if that one is there.
-    pub fn window(&self, layer: usize, window: usize, pos_last: Pos) -> Option<Queries> {
-        let layer = &self.layers[layer];
-        let mut out = Queries::default();
-        for pos in (pos_last - window as Pos + 1).max(0)..=pos_last {
-            let slot = pos as usize % window;
-            if layer.window_pos[slot] == pos {
-                out.data.extend_from_slice(&layer.window_q[slot * layer.n_q..][..layer.n_q]);
-                out.pos.push(pos);
-            }
+    pub fn window(&self, layer: usize, window: usize, pos_last: Pos) -> Option<Window<'_>> {
+        let LayerRecord { n_q, window_q, window_pos, .. } = &*self.layers[layer];
+        let is_there = |pos: &Pos| window_pos[*pos as usize % window] == *pos;
+        let pos: Vec<Pos> = ((pos_last - window as Pos + 1).max(0)..=pos_last).filter(is_there).collect();
+        if pos.last() != Some(&pos_last) {
+            return None;
         }
-        (out.pos.last() == Some(&pos_last)).then_some(out)
+        let slots: Vec<usize> = pos.iter().map(|&pos| pos as usize % window).collect();
+        let side_by_side = slots.chunk_by(|slot, next| slot + 1 == *next);
+        let parts = side_by_side.map(|slots| &window_q[slots[0] * n_q..][..slots.len() * n_q]).collect();
+        Some(Window { parts, pos })
     }
 
     pub fn statistics(&self, layer: usize) -> (Vec<f64>, Vec<f64>) {

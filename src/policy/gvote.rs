@@ -322,10 +322,10 @@ impl Policy for Gvote {
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
-        self.observe_layer(head, std::slice::from_ref(scores));
+        self.observe_heads(head, std::slice::from_ref(scores));
     }
 
-    fn observe_layer(&mut self, first: usize, heads: &[HeadScores<'_>]) {
+    fn observe_heads(&mut self, first: usize, heads: &[HeadScores<'_>]) {
         self.check(first, heads);
         self.seen += heads.len();
         match self.params.evict {

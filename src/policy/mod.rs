@@ -219,7 +219,7 @@ pub trait Policy {
     ///
     /// # Panics
     /// As [`observe`](Policy::observe).
-    fn observe_layer(&mut self, first: usize, heads: &[HeadScores<'_>]) {
+    fn observe_heads(&mut self, first: usize, heads: &[HeadScores<'_>]) {
         for (i, scores) in heads.iter().enumerate() {
             self.observe(first + i, scores);
         }

@@ -10,7 +10,7 @@ impl LayerGraph<'_> {
     pub(super) fn expect(&self, device: &mut Device, scores: &mut LayerScores) -> Result<(), ComputeError> {
         let (n_kv, n_head, group) = (self.view.n_kv, self.layer.n_head as usize, self.group());
         // the current query, last of all, is no sample
-        let samples = self.queries.n_observed..self.queries.queries.pos.len() - 1;
+        let samples = self.queries.n_observed..self.queries.pos.len() - 1;
         let n_samples = samples.len();
 
         // squares take no more than fourth powers

@@ -8,7 +8,6 @@ use super::LayerQueries;
 use super::results::{LayerScores, Rows};
 use crate::backend::{Builder, ComputeError, Device, Results, Tensor, read};
 use crate::cache::Cell;
-use crate::capture::Queries;
 use crate::llama::Pos;
 use crate::policy::Needs;
 use crate::sys;
@@ -151,7 +150,7 @@ pub(super) struct LayerGraph<'a> {
     pub layer: &'a sys::gvote_shim_layer,
     pub stream: usize,
     pub view: &'a CellsView,
-    pub queries: LayerQueries,
+    pub queries: LayerQueries<'a>,
     pub coarseness: Option<Coarseness>,
     pub grain: Grain,
     /// V is stored transposed, in rows of so many cells.
@@ -179,8 +178,8 @@ const OTHER_NODES: usize = 32;
 impl LayerGraph<'_> {
     /// The scores of each KV head, in place of what `scores` holds.
     pub fn compute(&self, device: &mut Device, needs: Needs, scores: &mut LayerScores) -> Result<(), ComputeError> {
-        let LayerQueries { queries, n_observed, .. } = &self.queries;
-        let n_future = queries.pos.len() - n_observed;
+        let LayerQueries { pos, n_observed, .. } = &self.queries;
+        let n_future = pos.len() - n_observed;
         let rows = Rows::new(self.view.n_kv, self.n_head_kv(), needs, self.group() * n_future);
         scores.rows = rows;
         scores.data.resize(device, rows.n * rows.n_kv)?;
@@ -213,7 +212,7 @@ impl LayerGraph<'_> {
         }
         let looks = part.start < rows.looks().end;
         let measures = part.end > rows.measures().start;
-        let n_query = if looks { self.queries.queries.pos.len() } else { 0 };
+        let n_query = if looks { self.queries.pos.len() } else { 0 };
         let n_each = if needs.each { self.layer.n_head as usize } else { 0 };
         let mut b = Builder::on(device, self.n_nodes(n_query, n_each, needs.fourth_powers, measures))?;
         let mut out = b.results(rows.n_kv, part.clone());
@@ -250,8 +249,8 @@ impl LayerGraph<'_> {
     /// Where the queries look: the mean probabilities of the observed and of the future ones, and where they are asked for, the
     /// sum of the fourth powers of those, and each of these.
     fn look<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, rows: &Rows) {
-        let LayerQueries { queries, n_observed, .. } = &self.queries;
-        let (n_query, group) = (queries.pos.len(), self.group());
+        let LayerQueries { pos, n_observed, .. } = &self.queries;
+        let (n_query, group) = (pos.len(), self.group());
         let (observes, foresees) = (rows.observed.of_head > 0, rows.future.of_head > 0);
         let first = if observes { 0 } else { *n_observed };
         let end = if foresees { n_query } else { *n_observed };
@@ -336,13 +335,13 @@ impl LayerGraph<'_> {
     /// Chunks of some of the queries.
     pub(super) fn query_sets<'b>(&'b self, b: &mut Builder<'b>, which: Range<usize>) -> Vec<QuerySet> {
         let (d, n_head) = (self.layer.n_embd_head_k as usize, self.layer.n_head as usize);
-        let Queries { data, pos } = &self.queries.queries;
         let at_once = self.queries_at_once();
         let set = |start: usize| {
             let n = at_once.min(which.end - start);
-            let Mask { first, data: mask } = self.view.mask(&pos[start..start + n]);
+            let Mask { first, data: mask } = self.view.mask(&self.queries.pos[start..start + n]);
             let n_newest = self.view.n_kv - first;
-            let halves = b.halves([d, n_head, n], &data[start * d * n_head..][..n * d * n_head]);
+            let numbers = self.queries.numbers(start * d * n_head..(start + n) * d * n_head);
+            let halves = b.halves([d, n_head, n], numbers);
             QuerySet {
                 data: if self.grain.is_coarse { self.by_kv_head(b, halves, 0, self.n_head_kv()) } else { halves },
                 mask: if n_newest > 0 { b.input([n_newest, 1, n], mask) } else { std::ptr::null_mut() },

@@ -45,7 +45,7 @@ fn measure(ctx: &crate::llama::Context, layout: &Layout) -> Vec<Measured> {
             false,
             |il| {
                 let observed = Queries::default();
-                Ok::<_, ComputeError>(LayerQueries::new(observed, &queries(layout, il), SCALE))
+                Ok::<_, ComputeError>(LayerQueries::new(observed, queries(layout, il), SCALE))
             },
             |_, heads: &[HeadScores]| {
                 out.extend(heads.iter().map(|s| Measured {

@@ -37,7 +37,7 @@ fn capture_and_probe_see_the_same() {
             let mut ctx = context(&model, setup, 512, 64);
             let mut capture = captured(&mut ctx, &tokens);
             let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 40, 3).unwrap();
-            let window = capture.window(0, 7, N as Pos - 1).unwrap();
+            let window = capture.window(0, 7, N as Pos - 1).unwrap().joined();
             (capture.statistics(0, 7), window.data, probe[7].data.clone(), probe[29].data.clone(), cells(&ctx))
         };
         let (host, device) = (run(), on_device(run));
@@ -96,8 +96,7 @@ fn keys_get_the_same_scores() {
             let mut out: Vec<f32> = Vec::new();
             let queries = |il| {
                 let observed = capture.window(0, il, N as Pos - 1).unwrap();
-                let future = probe[il].clone();
-                Ok::<_, ComputeError>(LayerQueries::new(observed, &future, capture.logit_scale(il)))
+                Ok::<_, ComputeError>(LayerQueries::of_window(&observed, probe[il].clone(), capture.logit_scale(il)))
             };
             let mut scorer = Scorer::new(2);
             let sink = |_, heads: &[HeadScores]| {
@@ -128,7 +127,7 @@ fn scores_take_little_memory_beside_the_cache() {
     let needs = Needs { future: true, observed: true, value_norm: true, key_similarity: true, ..Needs::default() };
     let queries = |il| {
         let observed = capture.window(0, il, 999).unwrap();
-        Ok::<_, ComputeError>(LayerQueries::new(observed, &probe[il], capture.logit_scale(il)))
+        Ok::<_, ComputeError>(LayerQueries::of_window(&observed, probe[il].clone(), capture.logit_scale(il)))
     };
     let mut scorer = Scorer::new(1);
     scorer.score(&layout, &cells(&ctx), needs, true, queries, |_, _: &[HeadScores]| ()).unwrap();

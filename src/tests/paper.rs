@@ -53,15 +53,11 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
             Needs { each: true, ..policy.needs() },
             false,
             |il| {
-                let observed = capture.window(0, il, last).unwrap();
-                let mut future = synthetic[il].clone();
-                let n_q = observed.data.len() / observed.pos.len();
-                future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
-                future.pos.push(last);
-                Ok::<_, ComputeError>(LayerQueries::new(observed, &future, capture.logit_scale(il)))
+                let window = capture.window(0, il, last).unwrap();
+                Ok::<_, ComputeError>(LayerQueries::of_window(&window, synthetic[il].clone(), capture.logit_scale(il)))
             },
             |first, heads: &[HeadScores]| {
-                policy.observe_layer(first, heads);
+                policy.observe_heads(first, heads);
                 for s in heads {
                     let mut votes = vec![0usize; N];
                     for query_head in s.each.chunks((params.samples + 1) * N) {

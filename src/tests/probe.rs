@@ -35,7 +35,7 @@ fn captures_the_same_however_the_prompt_is_split() {
         let mut ctx = context(&model, F16, 512, n_ubatch);
         let mut capture = captured(&mut ctx, &tokens);
         let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 40, 9).unwrap();
-        let window = capture.window(0, 5, N as Pos - 1).unwrap();
+        let window = capture.window(0, 5, N as Pos - 1).unwrap().joined();
         assert_eq!(window.pos, (N as Pos - WINDOW as Pos..N as Pos).collect::<Vec<_>>());
         (capture.statistics(0, 5), window, probe, is_on_gpu(&Layout::of(&ctx, 0).unwrap()))
     };

@@ -41,7 +41,7 @@ fn run(ctx: &Context, layout: &Layout, scale: LogitScale, account_error: bool) -
             |il| {
                 Ok::<_, ComputeError>(LayerQueries::new(
                     random_queries(layout, il, &observed_pos()),
-                    &random_queries(layout, il, &[N as Pos; 5]),
+                    random_queries(layout, il, &[N as Pos; 5]),
                     scale,
                 ))
             },

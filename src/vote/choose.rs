@@ -244,7 +244,7 @@ impl Vote<'_> {
                 if let Some(opinions) = notes.as_mut().and_then(Notes::opinions) {
                     heads.iter().for_each(|scores| opinions.observe(scores));
                 }
-                policy.observe_layer(first, &heads);
+                policy.observe_heads(first, &heads);
             },
         )?;
         report.score_time = clock.elapsed();
@@ -283,11 +283,8 @@ fn layer_queries(
     seq: SeqId,
     layer: usize,
     pos_last: Pos,
-    mut future: Queries,
-) -> Result<LayerQueries, VoteError> {
-    let observed = capture.window(seq, layer, pos_last)?;
-    let n_q = observed.data.len() / observed.pos.len();
-    future.data.extend_from_slice(&observed.data[observed.data.len() - n_q..]);
-    future.pos.push(pos_last);
-    Ok(LayerQueries::new(observed, &future, capture.logit_scale(layer)))
+    synthetic: Queries,
+) -> Result<LayerQueries<'_>, VoteError> {
+    let window = capture.window(seq, layer, pos_last)?;
+    Ok(LayerQueries::of_window(&window, synthetic, capture.logit_scale(layer)))
 }

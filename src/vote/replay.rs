@@ -122,8 +122,7 @@ impl Vote<'_> {
                     let n_q = observed.data.len() / observed.pos.len().max(1);
                     observed.data.drain(..own * n_q);
                     observed.pos.drain(..own);
-                    let none = Queries::default();
-                    Ok::<_, VoteError>(LayerQueries::new(observed, &none, capture.logit_scale(il)))
+                    Ok::<_, VoteError>(LayerQueries::new(observed, Queries::default(), capture.logit_scale(il)))
                 },
                 |first, heads| {
                     for (head, scores) in (first..).zip(heads) {

@@ -20,7 +20,7 @@ fn ranking_of(params: &Params, shape: Shape, request: &Request, at_once: usize) 
     });
     let scores: Vec<_> = scores.collect();
     for (first, heads) in (0..).step_by(at_once).zip(scores.chunks(at_once)) {
-        policy.observe_layer(first, heads);
+        policy.observe_heads(first, heads);
     }
     match policy.decide() {
         Decision::Ranking(ranking) => ranking,
