@@ -276,7 +276,10 @@ impl Inner {
         let (first, n) = (tokens.start, tokens.len() * n_stream);
         let mut b = Builder::new(8)?;
         // SAFETY: a node that has been computed, and stays as it is while ggml waits for us.
-        let (device, rounded) = unsafe { (self.devices.at(q.buffer())?, halves(&b, q, tokens)) };
+        let (device, rounded) = unsafe {
+            let rounded = sys::ggml_cast(b.ctx, by_token(&b, q, tokens), sys::GGML_TYPE_F16);
+            (self.devices.at(q.buffer())?, rounded)
+        };
         b.output(rounded);
         b.compute(device)?;
         self.scratch.resize(device, (n * n_q).div_ceil(2))?;
@@ -301,16 +304,16 @@ impl Inner {
     }
 }
 
-/// Some `tokens` of q as f16, token by token; all of them where there are several streams. `[n_embd_head_k, n_head, n_tokens, n_stream]`
+/// Some `tokens` of q, token by token; all of them where there are several streams. `[n_embd_head_k, n_head, n_tokens, n_stream]`
 ///
 /// # Safety
 /// As for [`Builder::elsewhere`].
-pub(super) unsafe fn halves(b: &Builder, q: Node, tokens: Range<usize>) -> Tensor {
+pub(super) unsafe fn by_token(b: &Builder, q: Node, tokens: Range<usize>) -> Tensor {
     // SAFETY: a part of q.
     unsafe {
         let ([d, _, heads, n_stream], [_, nb1, nb2, nb3]) = (q.0.ne, q.0.nb);
         let (n, offset) = (tokens.len() as i64, tokens.start * nb1);
         let part = sys::ggml_view_4d(b.ctx, b.elsewhere(q.0), d, n, heads, n_stream, nb1, nb2, nb3, offset);
-        sys::ggml_cast(b.ctx, sys::ggml_permute(b.ctx, part, 0, 2, 1, 3), sys::GGML_TYPE_F16)
+        sys::ggml_permute(b.ctx, part, 0, 2, 1, 3)
     }
 }

@@ -8,7 +8,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-use super::graph::{Attention, halves, nodes};
+use super::graph::{Attention, by_token, nodes};
 use super::moments::Moments;
 use super::node::{Node, Path};
 use super::record::LayerRecord;
@@ -34,51 +34,51 @@ thread_local! {
     pub(crate) static PRETEND_SCATTERED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Layers whose samples become queries in one graph: while a device computes it, the samples of the next are drawn.
-const LAYERS_AT_ONCE: usize = 8;
-/// Tensors of such a graph for each layer, beside the nodes of its path; and for all of them.
-const LAYER_NODES: usize = 8;
-const OTHER_NODES: usize = 4;
+/// Tensors of the probe's graph for each layer, beside the nodes of its path; and for all of them.
+const LAYER_NODES: usize = 12;
+const OTHER_NODES: usize = 8;
 
-/// The hidden states that stand for those of future tokens, which one ubatch is filled with. Each depends on nothing but the
-/// statistics of its layer, the seed, the layer, and its number: however many are drawn at once.
+/// What stands for the hidden states of future tokens, in one ubatch: how far each channel lies from its mean, in deviations.
+/// All layers take the same, each with a mean and deviations of its own: a layer's queries only meet its own keys. Each sample
+/// depends on nothing but the seed and its number: however many are drawn at once.
 struct Samples {
     seed: u64,
     layers: Vec<Arc<LayerRecord>>,
     /// The number of the first.
     first: usize,
     n: usize,
-    n_threads: usize,
+    /// `[n][n_embd]`
+    z: Vec<f32>,
 }
 
 impl Samples {
-    /// Those of some layers. `[layer][n][n_embd]`
-    fn draw(&self, layers: &[usize]) -> Vec<f32> {
+    fn none(seed: u64, layers: Vec<Arc<LayerRecord>>) -> Self {
+        Self { seed, layers, first: 0, n: 0, z: Vec::new() }
+    }
+
+    /// `n` others, from the `first` on.
+    fn draw(&mut self, first: usize, n: usize, n_threads: usize) {
         let n_embd = self.layers.first().map_or(0, |layer| layer.moments.mean.len());
-        let mut out = vec![0.0; layers.len() * self.n * n_embd];
-        let share = (layers.len() * self.n).div_ceil(self.n_threads).max(1);
+        (self.first, self.n) = (first, n);
+        self.z.resize(n * n_embd, 0.0);
+        let share = n.div_ceil(n_threads).max(1);
+        let seed = self.seed;
         thread::scope(|scope| {
-            for (part, out) in out.chunks_mut(share * n_embd.max(1)).enumerate() {
-                scope.spawn(move || {
-                    let mut of_layer: Option<Gaussian> = None;
-                    for (row, out) in (part * share..).zip(out.chunks_exact_mut(n_embd)) {
-                        let layer = layers[row / self.n];
-                        let gaussian = match &mut of_layer {
-                            Some(gaussian) if gaussian.layer == layer => gaussian,
-                            other => other.insert(Gaussian::new(&self.layers[layer].moments, layer)),
-                        };
-                        gaussian.sample(self.seed, self.first + row % self.n, out);
+            for (first, rows) in (first..).step_by(share).zip(self.z.chunks_mut(share * n_embd.max(1))) {
+                let mut draw = move || {
+                    for (number, row) in (first..).zip(rows.chunks_exact_mut(n_embd)) {
+                        deviations(seed, number, row);
                     }
-                });
+                };
+                if share < n { drop(scope.spawn(draw)) } else { draw() }
             }
         });
-        out
     }
 }
 
 pub(super) struct Probe {
     /// Those of the ubatch in work.
-    samples: Arc<Samples>,
+    samples: Samples,
     /// Layers whose queries of the ubatch in work are there.
     pub(super) taken: Vec<bool>,
     /// How the ubatch in work is read; None before its first node.
@@ -116,10 +116,8 @@ impl Capture {
             return Err(CaptureError::Empty);
         };
 
-        let n_threads = ctx.n_threads_batch();
-        let samples = Samples { seed, layers: record.layers.clone(), first: 0, n: 0, n_threads };
         self.inner.mode = Mode::Probe(Probe {
-            samples: Arc::new(samples),
+            samples: Samples::none(seed, record.layers.clone()),
             taken: Vec::new(),
             way: None,
             queries: self.inner.layers.iter().map(|l| zeros(n * l.n_q)).collect(),
@@ -149,9 +147,7 @@ impl Capture {
                 batch.add(0, pos + 1 + i as Pos, seq, false)?;
             }
             if let Mode::Probe(probe) = &mut self.inner.mode {
-                let Samples { seed, n_threads, .. } = *probe.samples;
-                let layers = probe.samples.layers.clone();
-                probe.samples = Arc::new(Samples { seed, layers, first: start, n: batch.len(), n_threads });
+                probe.samples.draw(start, batch.len(), parked.n_threads_batch());
                 (probe.way, probe.taken) = (None, vec![false; self.inner.layers.len()]);
             }
             self.during(&mut parked, |ctx| ctx.decode(&batch))?;
@@ -168,7 +164,8 @@ impl Capture {
     pub fn sample(&self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
         let mut out = vec![0.0; self.inner.n_embd];
         if let Some(record) = self.inner.records.get(&seq) {
-            Gaussian::new(&record.layers[layer].moments, layer).sample(seed, index, &mut out);
+            deviations(seed, index, &mut out);
+            Gaussian::of(&record.layers[layer].moments).place(&mut out);
         }
         out
     }
@@ -227,20 +224,7 @@ impl Inner {
         let found: Vec<_> = nodes(self.ctx).filter_map(|node| self.attention(&node)).collect();
         let here = found.into_iter().filter(|attention| attention.q.place() == node.place());
         let here: Vec<_> = here.filter(|attention| !self.mark_taken(attention.layer)).collect();
-        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
-        let samples = &*probe.samples.clone();
-        let layers: Vec<_> = here.iter().map(|attention| attention.layer).collect();
-        let mut ahead = layers.chunks(LAYERS_AT_ONCE);
-        let mut drawn = samples.draw(ahead.next().unwrap_or_default());
-        for group in here.chunks(LAYERS_AT_ONCE) {
-            let next = ahead.next().unwrap_or_default();
-            drawn = thread::scope(|scope| {
-                let next = scope.spawn(|| samples.draw(next));
-                self.take_group(group, samples.n, &drawn)?;
-                Ok::<_, CaptureError>(next.join().expect("drawing does not panic"))
-            })?;
-        }
-        Ok(())
+        if here.is_empty() { Ok(()) } else { self.turn_into_queries(&here) }
     }
 
     /// Notes that the queries of a layer are there, and says whether they were before.
@@ -259,15 +243,22 @@ impl Inner {
         Ok(path)
     }
 
-    /// Turns samples of some layers into queries: `n` of each, `drawn` `[layer][n][n_embd]`.
-    fn take_group(&mut self, group: &[Attention], n: usize, drawn: &[f32]) -> Result<(), CaptureError> {
-        let Some(first) = group.first() else { return Ok(()) };
-        let paths = group.iter().map(|attention| self.path(attention)).collect::<Result<Vec<_>, _>>()?;
+    /// Turns the samples of some layers, which lie side by side, into queries.
+    fn turn_into_queries(&mut self, here: &[Attention]) -> Result<(), CaptureError> {
+        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
+        let Samples { layers, n, z, .. } = &probe.samples;
+        let (n, n_embd) = (*n, self.n_embd);
+        let paths = here.iter().map(|attention| self.path(attention)).collect::<Result<Vec<_>, _>>()?;
         let n_nodes = paths.iter().map(|path| path.nodes.len() + LAYER_NODES).sum::<usize>() + OTHER_NODES;
         let mut b = Builder::new(n_nodes)?;
-        let samples = b.input([self.n_embd, n, group.len()], drawn);
-        let mut queries = Vec::with_capacity(group.len());
-        for (i, (attention, path)) in group.iter().zip(&paths).enumerate() {
+        let z = b.input([n_embd, n, 1], &z[..]);
+        let gaussians = here.iter().map(|attention| Gaussian::of(&layers[attention.layer].moments));
+        let gaussians: Vec<_> = gaussians.flat_map(|Gaussian { mean, deviation }| [deviation, mean].concat()).collect();
+        let gaussians = b.input([n_embd, 2, here.len()], gaussians);
+        let n_q: Vec<usize> = here.iter().map(|attention| self.layers[attention.layer].n_q).collect();
+        let queries = b.memory(sys::GGML_TYPE_F16, n * n_q.iter().sum::<usize>(), 1);
+        let mut end = 0;
+        for (i, ((attention, path), n_q)) in here.iter().zip(&paths).zip(&n_q).enumerate() {
             self.check_queries(attention)?;
             let hidden = path.hidden.ok_or(CaptureError::NoHidden(self.layers[attention.layer].il))?;
             self.check_hidden(&hidden)?;
@@ -277,27 +268,41 @@ impl Inner {
             // SAFETY: llama.cpp has allocated its graph and set its inputs, and lets nobody else compute before we return. What is on
             // a path reads nothing else of the graph.
             unsafe {
-                let [_, nb1, nb2, _] = (*samples).nb;
-                let own = sys::ggml_view_2d(b.ctx, samples, self.n_embd as i64, n as i64, nb1, i * nb2);
-                b.run(sys::ggml_cpy(b.ctx, own, b.elsewhere(hidden.0)));
+                let [_, nb1, nb2, _] = (*gaussians).nb;
+                let [deviation, mean] =
+                    [0, nb1].map(|offset| sys::ggml_view_1d(b.ctx, gaussians, n_embd as i64, i * nb2 + offset));
+                let hidden = sys::ggml_cpy(b.ctx, z, b.elsewhere(hidden.0));
+                let hidden = sys::ggml_mul_inplace(b.ctx, hidden, deviation);
+                b.run(sys::ggml_add_inplace(b.ctx, hidden, mean));
                 path.nodes.iter().for_each(|&node| b.run_other(node));
-                let halves = halves(&b, attention.q, 0..attention.q.0.ne[1] as usize);
-                queries.push(b.output(halves));
+                let of_tokens = by_token(&b, attention.q, 0..attention.q.0.ne[1] as usize);
+                let own = sys::ggml_view_1d(b.ctx, queries, (n * n_q) as i64, end * size_of::<f16>());
+                b.run(sys::ggml_cpy(b.ctx, of_tokens, own));
             }
+            end += n * n_q;
         }
         // SAFETY: a node of the graph in work has a buffer.
-        b.compute(unsafe { self.devices.at(first.q.buffer())? })?;
+        let device = unsafe { self.devices.at(here[0].q.buffer())? };
+        b.compute(device)?;
+        self.scratch.resize(device, end.div_ceil(2))?;
+        let mut read_back = &mut self.scratch.halves()[..end];
+        read(read_back, queries);
+        drop(b);
         let Mode::Probe(probe) = &mut self.mode else { return Ok(()) };
-        for (attention, queries) in group.iter().zip(queries) {
-            let n_q = self.layers[attention.layer].n_q;
-            read(&mut probe.queries[attention.layer][probe.samples.first * n_q..][..n * n_q], queries);
+        for (attention, n_q) in here.iter().zip(n_q) {
+            let (own, rest) = read_back.split_at_mut(n * n_q);
+            probe.queries[attention.layer][probe.samples.first * n_q..][..n * n_q].copy_from_slice(own);
+            read_back = rest;
         }
         Ok(())
     }
 
     fn inject(&mut self, hidden: &Node, layer: usize) -> Result<(), CaptureError> {
         let Mode::Probe(probe) = &self.mode else { return Ok(()) };
-        let samples = probe.samples.draw(&[layer]);
+        let Samples { layers, z, .. } = &probe.samples;
+        let gaussian = Gaussian::of(&layers[layer].moments);
+        let mut samples = z.clone();
+        samples.chunks_exact_mut(self.n_embd).for_each(|sample| gaussian.place(sample));
         if hidden.0.ne[1] as usize != probe.samples.n {
             return Err(hidden.shape_error());
         }
@@ -308,25 +313,29 @@ impl Inner {
     }
 }
 
-/// What the hidden states of a layer are drawn from: independent channels.
-struct Gaussian<'a> {
-    layer: usize,
-    mean: &'a [f64],
-    deviation: Vec<f64>,
+/// How far the channels of a sample lie from their means, in deviations.
+fn deviations(seed: u64, number: usize, out: &mut [f32]) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(number as u64);
+    out.iter_mut().for_each(|z| *z = StandardNormal.sample(&mut rng));
 }
 
-impl<'a> Gaussian<'a> {
-    fn new(moments: &'a Moments, layer: usize) -> Self {
-        let deviation = moments.m2.iter().map(|m2| (m2 / moments.count).sqrt()).collect();
-        Self { layer, mean: &moments.mean, deviation }
+/// What the hidden states of a layer are drawn from: independent channels. `[n_embd]` each
+struct Gaussian {
+    mean: Vec<f32>,
+    deviation: Vec<f32>,
+}
+
+impl Gaussian {
+    fn of(moments: &Moments) -> Self {
+        let deviation = moments.m2.iter().map(|m2| (m2 / moments.count).sqrt() as f32);
+        Self { mean: moments.mean.iter().map(|&mean| mean as f32).collect(), deviation: deviation.collect() }
     }
 
-    fn sample(&self, seed: u64, number: usize, out: &mut [f32]) {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(((self.layer as u64) << 32) | number as u64);
-        for ((x, mean), deviation) in out.iter_mut().zip(self.mean).zip(&self.deviation) {
-            let z: f64 = StandardNormal.sample(&mut rng);
-            *x = (mean + deviation * z) as f32;
+    /// Turns deviations into a hidden state.
+    fn place(&self, sample: &mut [f32]) {
+        for ((x, mean), deviation) in sample.iter_mut().zip(&self.mean).zip(&self.deviation) {
+            *x = *x * deviation + mean;
         }
     }
 }
