@@ -46,6 +46,8 @@ pub enum ComputeError {
         "the device that holds the KV cache cannot compute {0} of gvote's own: another -ctk or -ctv, or -ngl 0, may do; --policy full runs the model as it is"
     )]
     Unsupported(String),
+    #[error("the system starts no more threads ({0})")]
+    Threads(#[from] io::Error),
     #[error("a graph of gvote's own failed (ggml status {0}); --policy full runs the model as it is")]
     Failed(i32),
 }

@@ -49,9 +49,11 @@ use crate::capture::{LogitScale, Queries, Window};
 use crate::llama::Pos;
 use crate::policy::{HeadScores, Needs};
 
-/// Of the bytes of K and V, what a device may need to compute scores, or [`DEVICE_LEAST`]: it starts fewer kernels then.
+/// Of the bytes of K and V, what a device may need to compute scores; or [`DEVICE_LEAST`] where that is no more than
+/// [`DEVICE_FREE`] of what is free there: it starts fewer kernels then.
 const DEVICE_SHARE: f64 = 0.05;
-const DEVICE_LEAST: usize = 64 << 20;
+const DEVICE_LEAST: usize = 288 << 20;
+const DEVICE_FREE: f64 = 0.125;
 
 /// About so many scores of a device are handed over at once, those of several layers where they have few: threads take them in,
 /// which are not worth their start for less.
@@ -68,6 +70,11 @@ pub struct LayerQueries<'a> {
 }
 
 impl<'a> LayerQueries<'a> {
+    /// For scores that come of keys and values alone.
+    pub fn none() -> Self {
+        Self::new(Queries::default(), Queries::default(), LogitScale::default())
+    }
+
     /// `observed`: the observation window. `future`: synthetic queries, then the current query.
     pub fn new(observed: Queries, future: Queries, scale: LogitScale) -> Self {
         let n_observed = observed.pos.len();
@@ -134,10 +141,26 @@ impl Scorer {
         Ok(())
     }
 
-    /// Gives the compute memory back and says how many bytes it was.
+    /// Bytes that a device may need to compute the scores of `n_kv` cells.
+    fn room(&mut self, layout: &Layout, n_kv: usize) -> Result<usize, ComputeError> {
+        let mut least = DEVICE_LEAST;
+        let mut seen = std::ptr::null_mut();
+        for layer in &layout.layers {
+            // SAFETY: K's storage lives as long as the context, which the caller holds.
+            let buffer = unsafe { (*layer.k).buffer };
+            if std::mem::replace(&mut seen, buffer) != buffer {
+                // SAFETY: as above.
+                let free = unsafe { self.threads[0].at(buffer)?.free_bytes() };
+                least = least.min((DEVICE_FREE * free as f64) as usize);
+            }
+        }
+        Ok(least.max((DEVICE_SHARE * (n_kv * layout.bytes_per_cell()) as f64) as usize))
+    }
+
+    /// Gives the compute memory back and says how many bytes of it were ggml's.
     pub fn release(&mut self) -> usize {
-        let scores = self.spare.drain(..).map(|scores| scores.data.bytes());
-        scores.sum::<usize>() + self.threads.iter_mut().map(Devices::release).sum::<usize>()
+        self.spare = Vec::new();
+        self.threads.iter_mut().map(Devices::release).sum()
     }
 
     /// Computes the scores of every KV head, layer by layer, and hands those of one or more layers to `sink(first, heads)`, where
@@ -176,8 +199,7 @@ impl Scorer {
         let is_host = layout.is_host();
         let layers_at_once = |scores: &LayerScores| if is_host { 1 } else { HANDED_OVER / scores.data.len().max(1) };
         let n_workers = if is_host { self.n_threads } else { DEVICE_LAYERS }.min(layout.n_layer());
-        let room = (DEVICE_SHARE * (view.n_kv * layout.bytes_per_cell()) as f64) as usize;
-        let room = room.max(DEVICE_LEAST) / n_workers;
+        let room = if is_host { 0 } else { self.room(layout, view.n_kv)? / n_workers };
         let mut describe = |il: usize| -> Result<LayerGraph, E> {
             let layer = &layout.layers[il];
             let queries: LayerQueries = queries(il)?;
@@ -200,8 +222,8 @@ impl Scorer {
         };
         let Self { threads, spare, .. } = self;
         thread::scope(|scope| {
-            let workers: Vec<_> =
-                threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs)).collect();
+            let workers = threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs));
+            let workers = workers.collect::<Result<Vec<_>, _>>()?;
             let mut ready: Vec<LayerScores> = Vec::new();
             // each has one layer in work and one to go on with
             for il in 0..layout.n_layer() + n_workers {
@@ -235,7 +257,7 @@ struct Worker<'s, 'a> {
 }
 
 impl<'s, 'a: 's> Worker<'s, 'a> {
-    fn start(scope: &'s Scope<'s, '_>, devices: &'s mut Devices, needs: Needs) -> Self {
+    fn start(scope: &'s Scope<'s, '_>, devices: &'s mut Devices, needs: Needs) -> Result<Self, ComputeError> {
         let (layers, to_do) = mpsc::sync_channel::<Task>(2);
         let (done, scores) = mpsc::sync_channel(2);
         let thread = backend::start(scope, move || {
@@ -251,8 +273,7 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
             }
             to_do
         });
-        let thread = thread.expect("the system starts a thread");
-        Self { layers, scores, thread }
+        Ok(Self { layers, scores, thread: thread? })
     }
 
     /// `out`: memory for the scores.

@@ -4,7 +4,7 @@ use std::ops::{Deref, DerefMut};
 
 use half::f16;
 
-use super::{Builder, ComputeError};
+use super::{Builder, ComputeError, Tensor, read};
 use crate::cache;
 use crate::sys;
 
@@ -17,7 +17,13 @@ pub(crate) struct Device {
     alloc: sys::ggml_gallocr_t,
     is_warm: bool,
     has_out_prod: bool,
+    /// What results go through on their way to the host.
+    stage: HostMemory,
 }
+
+/// Bytes of it. The driver takes half a millisecond to make so much memory that a device can write to; other memory it writes to
+/// several times more slowly.
+const STAGE: usize = 1 << 20;
 
 impl Drop for Device {
     fn drop(&mut self) {
@@ -44,8 +50,15 @@ impl Device {
             if sys::ggml_backend_is_cpu(backend) {
                 sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
             }
-            let mut device = Self { place, backend, alloc: std::ptr::null_mut(), is_warm: false, has_out_prod: true };
+            let alloc = std::ptr::null_mut();
+            let mut device =
+                Self { place, backend, alloc, is_warm: false, has_out_prod: true, stage: HostMemory::default() };
             device.has_out_prod = device.can_sum_columns()?;
+            if !place.is_null() && !sys::ggml_backend_dev_host_buffer_type(place).is_null() {
+                let mut stage = HostMemory::default();
+                stage.resize(&device, STAGE / size_of::<f32>())?;
+                device.stage = stage;
+            }
             Ok(device)
         }
     }
@@ -75,6 +88,32 @@ impl Device {
             b.run(b.out_prod(product, a));
         }
         b.compute(self)
+    }
+
+    /// Reads a contiguous result of `out.len()` elements, of the type that they have.
+    pub fn read<T: Copy>(&mut self, out: &mut [T], t: Tensor) {
+        if self.stage.is_empty() {
+            return read(out, t);
+        }
+        let bytes = size_of_val(out);
+        let to: *mut u8 = out.as_mut_ptr().cast();
+        for offset in (0..bytes).step_by(STAGE) {
+            let n = STAGE.min(bytes - offset);
+            // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks that it is as large. The stage
+            // holds as much, and any bits that ggml stores are an element.
+            unsafe {
+                sys::ggml_backend_tensor_get(t, self.stage.as_mut_ptr().cast(), offset, n);
+                std::ptr::copy_nonoverlapping(self.stage.as_ptr().cast(), to.add(offset), n);
+            }
+        }
+    }
+
+    /// Bytes of memory that are free there now.
+    pub fn free_bytes(&self) -> usize {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: a device that is there.
+        unsafe { sys::ggml_backend_dev_memory(self.place, &raw mut free, &raw mut total) };
+        free
     }
 
     /// Whether it can sum up columns: see [`Builder::out_prod`].

@@ -1,7 +1,6 @@
 //! The probe pass: sampled hidden states become queries. See the module above.
 
 use std::sync::Arc;
-use std::thread;
 
 use half::f16;
 use rand::SeedableRng;
@@ -13,10 +12,10 @@ use super::moments::Moments;
 use super::node::{Node, Path};
 use super::record::LayerRecord;
 use super::{Capture, CaptureError, Inner, Mode, Queries, zeros};
-use crate::backend::{Builder, read};
+use crate::backend::Builder;
 use crate::cache::{self, Parked};
 use crate::llama::{Batch, Context, Pos, SeqId};
-use crate::sys;
+use crate::{sys, threads};
 
 /// How a ubatch becomes queries.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,46 +37,53 @@ thread_local! {
 const LAYER_NODES: usize = 12;
 const OTHER_NODES: usize = 8;
 
-/// What stands for the hidden states of future tokens, in one ubatch: how far each channel lies from its mean, in deviations.
-/// All layers take the same, each with a mean and deviations of its own: a layer's queries only meet its own keys. Each sample
-/// depends on nothing but the seed and its number: however many are drawn at once.
+/// More threads would take longer to start than to draw.
+const DRAWING_THREADS: usize = 4;
+
+/// What stands for the hidden states of future tokens.
+///
+/// All layers take the same samples, each with a Gaussian of its own: a layer's queries only meet its own keys. A sample depends on
+/// nothing but the seed and its number, however many are drawn at once.
 struct Samples {
     seed: u64,
-    layers: Vec<Arc<LayerRecord>>,
-    /// The number of the first.
+    n_embd: usize,
+    n_threads: usize,
+    /// Independent channels. `[layer][2][n_embd]`: deviations, then means
+    gaussians: Vec<f32>,
+    /// The number of the first of those that fill the ubatch in work.
     first: usize,
-    n: usize,
-    /// `[n][n_embd]`
+    /// How far each channel of those lies from its mean, in deviations. `[n][n_embd]`
     z: Vec<f32>,
 }
 
 impl Samples {
-    fn none(seed: u64, layers: Vec<Arc<LayerRecord>>) -> Self {
-        Self { seed, layers, first: 0, n: 0, z: Vec::new() }
+    fn new(seed: u64, n_embd: usize, layers: &[Arc<LayerRecord>], n_threads: usize) -> Self {
+        let n_threads = n_threads.min(DRAWING_THREADS);
+        let mut gaussians = vec![0.0; layers.len() * 2 * n_embd];
+        let parts = layers.iter().zip(gaussians.chunks_exact_mut(2 * n_embd));
+        threads::share_out(n_threads, parts, |(layer, out)| gaussian(&layer.moments, out), || ());
+        Self { seed, n_embd, n_threads, gaussians, first: 0, z: Vec::new() }
     }
 
-    /// `n` others, from the `first` on.
-    fn draw(&mut self, first: usize, n: usize, n_threads: usize) {
-        let n_embd = self.layers.first().map_or(0, |layer| layer.moments.mean.len());
-        (self.first, self.n) = (first, n);
-        self.z.resize(n * n_embd, 0.0);
-        let share = n.div_ceil(n_threads).max(1);
-        let seed = self.seed;
-        thread::scope(|scope| {
-            for (first, rows) in (first..).step_by(share).zip(self.z.chunks_mut(share * n_embd.max(1))) {
-                let mut draw = move || {
-                    for (number, row) in (first..).zip(rows.chunks_exact_mut(n_embd)) {
-                        deviations(seed, number, row);
-                    }
-                };
-                if share < n { drop(scope.spawn(draw)) } else { draw() }
-            }
-        });
+    /// Draws `n` others, from the `first` on.
+    fn draw(&mut self, first: usize, n: usize) {
+        self.first = first;
+        self.z.resize(n * self.n_embd, 0.0);
+        let rows = (first..).zip(self.z.chunks_exact_mut(self.n_embd));
+        threads::share_out(self.n_threads, rows, |(number, row)| deviations(self.seed, number, row), || ());
+    }
+
+    /// How many fill the ubatch in work.
+    fn n(&self) -> usize {
+        self.z.len() / self.n_embd
+    }
+
+    fn gaussian(&self, layer: usize) -> &[f32] {
+        &self.gaussians[layer * 2 * self.n_embd..][..2 * self.n_embd]
     }
 }
 
 pub(super) struct Probe {
-    /// Those of the ubatch in work.
     samples: Samples,
     /// Layers whose queries of the ubatch in work are there.
     pub(super) taken: Vec<bool>,
@@ -117,7 +123,7 @@ impl Capture {
         };
 
         self.inner.mode = Mode::Probe(Probe {
-            samples: Samples::none(seed, record.layers.clone()),
+            samples: Samples::new(seed, self.inner.n_embd, &record.layers, ctx.n_threads_batch()),
             taken: Vec::new(),
             way: None,
             queries: self.inner.layers.iter().map(|l| zeros(n * l.n_q)).collect(),
@@ -147,7 +153,7 @@ impl Capture {
                 batch.add(0, pos + 1 + i as Pos, seq, false)?;
             }
             if let Mode::Probe(probe) = &mut self.inner.mode {
-                probe.samples.draw(start, batch.len(), parked.n_threads_batch());
+                probe.samples.draw(start, batch.len());
                 (probe.way, probe.taken) = (None, vec![false; self.inner.layers.len()]);
             }
             self.during(&mut parked, |ctx| ctx.decode(&batch))?;
@@ -164,8 +170,10 @@ impl Capture {
     pub fn sample(&self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
         let mut out = vec![0.0; self.inner.n_embd];
         if let Some(record) = self.inner.records.get(&seq) {
+            let mut own = vec![0.0; 2 * out.len()];
+            gaussian(&record.layers[layer].moments, &mut own);
             deviations(seed, index, &mut out);
-            Gaussian::of(&record.layers[layer].moments).place(&mut out);
+            place(&own, &mut out);
         }
         out
     }
@@ -175,12 +183,7 @@ impl Inner {
     /// Reads a node of the probe's ubatch; false ends the part of the graph that it belongs to.
     pub(super) fn read_probe(&mut self, node: &Node) -> Result<bool, CaptureError> {
         let Mode::Probe(probe) = &self.mode else { return Ok(true) };
-        let way = match probe.way {
-            Some(way) => way,
-            None => self.choose_way()?,
-        };
-        if way == Way::Paths {
-            self.take_paths(node)?;
+        if probe.way != Some(Way::Whole) && self.take_paths(node)? {
             return Ok(false);
         }
         if let Some(layer) = self.hidden_layer(node) {
@@ -202,36 +205,34 @@ impl Inner {
         }
     }
 
-    fn choose_way(&mut self) -> Result<Way, CaptureError> {
-        let mut way = Way::Paths;
-        for attention in nodes(self.ctx).filter_map(|node| self.attention(&node)) {
-            if !self.path(&attention)?.is_complete() {
-                way = Way::Whole;
-            }
-        }
-        #[cfg(test)]
-        if PRETEND_SCATTERED.get() {
-            way = Way::Whole;
-        }
-        if let Mode::Probe(probe) = &mut self.mode {
-            probe.way = Some(way);
-        }
-        Ok(way)
-    }
-
-    /// Turns the samples of all layers that lie where `node` does into queries.
-    fn take_paths(&mut self, node: &Node) -> Result<(), CaptureError> {
+    /// Turns the samples of all layers that lie where `node` does into queries, unless a path leads over several back ends.
+    fn take_paths(&mut self, node: &Node) -> Result<bool, CaptureError> {
         let found: Vec<_> = nodes(self.ctx).filter_map(|node| self.attention(&node)).collect();
-        let here = found.into_iter().filter(|attention| attention.q.place() == node.place());
-        let here: Vec<_> = here.filter(|attention| !self.mark_taken(attention.layer)).collect();
-        if here.is_empty() { Ok(()) } else { self.turn_into_queries(&here) }
+        let place = node.place();
+        let Mode::Probe(Probe { way, taken, .. }) = &self.mode else { return Ok(true) };
+        let is_first = way.is_none();
+        let here = |attention: &Attention| attention.q.place() == place && !taken[attention.layer];
+        let wanted = found.into_iter().filter(|attention| is_first || here(attention));
+        let with_path = wanted.map(|attention| Ok((self.path(&attention)?, attention)));
+        let mut paths = with_path.collect::<Result<Vec<_>, CaptureError>>()?;
+        let is_complete = paths.iter().all(|(path, _)| path.is_complete());
+        #[cfg(test)]
+        let is_complete = is_complete && !PRETEND_SCATTERED.get();
+        paths.retain(|(_, attention)| here(attention));
+        if let Mode::Probe(probe) = &mut self.mode {
+            probe.way = Some(if is_complete { Way::Paths } else { Way::Whole });
+        }
+        if is_complete && !paths.is_empty() {
+            self.turn_into_queries(&paths)?;
+            paths.iter().for_each(|(_, attention)| self.mark_taken(attention.layer));
+        }
+        Ok(is_complete)
     }
 
-    /// Notes that the queries of a layer are there, and says whether they were before.
-    fn mark_taken(&mut self, layer: usize) -> bool {
-        match &mut self.mode {
-            Mode::Probe(probe) => std::mem::replace(&mut probe.taken[layer], true),
-            _ => true,
+    /// Notes that the queries of a layer are there.
+    fn mark_taken(&mut self, layer: usize) {
+        if let Mode::Probe(probe) = &mut self.mode {
+            probe.taken[layer] = true;
         }
     }
 
@@ -243,67 +244,57 @@ impl Inner {
         Ok(path)
     }
 
-    /// Turns the samples of some layers, which lie side by side, into queries.
-    fn turn_into_queries(&mut self, here: &[Attention]) -> Result<(), CaptureError> {
-        let Mode::Probe(probe) = &self.mode else { return Ok(()) };
-        let Samples { layers, n, z, .. } = &probe.samples;
-        let (n, n_embd) = (*n, self.n_embd);
-        let paths = here.iter().map(|attention| self.path(attention)).collect::<Result<Vec<_>, _>>()?;
-        let n_nodes = paths.iter().map(|path| path.nodes.len() + LAYER_NODES).sum::<usize>() + OTHER_NODES;
-        let mut b = Builder::new(n_nodes)?;
-        let z = b.input([n_embd, n, 1], &z[..]);
-        let gaussians = here.iter().map(|attention| Gaussian::of(&layers[attention.layer].moments));
-        let gaussians: Vec<_> = gaussians.flat_map(|Gaussian { mean, deviation }| [deviation, mean].concat()).collect();
-        let gaussians = b.input([n_embd, 2, here.len()], gaussians);
-        let n_q: Vec<usize> = here.iter().map(|attention| self.layers[attention.layer].n_q).collect();
-        let queries = b.memory(sys::GGML_TYPE_F16, n * n_q.iter().sum::<usize>(), 1);
-        let mut end = 0;
-        for (i, ((attention, path), n_q)) in here.iter().zip(&paths).zip(&n_q).enumerate() {
+    /// Turns the samples of some layers, which lie on one device, into queries.
+    fn turn_into_queries(&mut self, paths: &[(Path, Attention)]) -> Result<(), CaptureError> {
+        let mut hidden_states = Vec::with_capacity(paths.len());
+        for (path, attention) in paths {
             self.check_queries(attention)?;
             let hidden = path.hidden.ok_or(CaptureError::NoHidden(self.layers[attention.layer].il))?;
             self.check_hidden(&hidden)?;
-            if hidden.0.ne[1] as usize != n {
-                return Err(hidden.shape_error());
-            }
+            hidden_states.push(hidden);
+        }
+        let Mode::Probe(Probe { samples, queries: out, .. }) = &mut self.mode else { return Ok(()) };
+        let (n, n_embd) = (samples.n(), samples.n_embd);
+        if let Some(other) = hidden_states.iter().find(|hidden| hidden.0.ne[1] as usize != n) {
+            return Err(other.shape_error());
+        }
+        let n_nodes = paths.iter().map(|(path, _)| path.nodes.len() + LAYER_NODES).sum::<usize>() + OTHER_NODES;
+        let mut b = Builder::new(n_nodes)?;
+        let z = b.input([n_embd, n, 1], &samples.z[..]);
+        let gaussians = b.input([n_embd, 2, samples.gaussians.len() / (2 * n_embd)], &samples.gaussians[..]);
+        let mut queries = Vec::with_capacity(paths.len());
+        for ((path, attention), hidden) in paths.iter().zip(hidden_states) {
             // SAFETY: llama.cpp has allocated its graph and set its inputs, and lets nobody else compute before we return. What is on
             // a path reads nothing else of the graph.
             unsafe {
                 let [_, nb1, nb2, _] = (*gaussians).nb;
+                let own = attention.layer * nb2;
                 let [deviation, mean] =
-                    [0, nb1].map(|offset| sys::ggml_view_1d(b.ctx, gaussians, n_embd as i64, i * nb2 + offset));
+                    [own, own + nb1].map(|offset| sys::ggml_view_1d(b.ctx, gaussians, n_embd as i64, offset));
                 let hidden = sys::ggml_cpy(b.ctx, z, b.elsewhere(hidden.0));
                 let hidden = sys::ggml_mul_inplace(b.ctx, hidden, deviation);
                 b.run(sys::ggml_add_inplace(b.ctx, hidden, mean));
                 path.nodes.iter().for_each(|&node| b.run_other(node));
                 let of_tokens = by_token(&b, attention.q, 0..attention.q.0.ne[1] as usize);
-                let own = sys::ggml_view_1d(b.ctx, queries, (n * n_q) as i64, end * size_of::<f16>());
-                b.run(sys::ggml_cpy(b.ctx, of_tokens, own));
+                queries.push(b.output(sys::ggml_cast(b.ctx, of_tokens, sys::GGML_TYPE_F16)));
             }
-            end += n * n_q;
         }
+        let Some((_, first)) = paths.first() else { return Ok(()) };
         // SAFETY: a node of the graph in work has a buffer.
-        let device = unsafe { self.devices.at(here[0].q.buffer())? };
+        let device = unsafe { self.devices.at(first.q.buffer())? };
         b.compute(device)?;
-        self.scratch.resize(device, end.div_ceil(2))?;
-        let mut read_back = &mut self.scratch.halves()[..end];
-        read(read_back, queries);
-        drop(b);
-        let Mode::Probe(probe) = &mut self.mode else { return Ok(()) };
-        for (attention, n_q) in here.iter().zip(n_q) {
-            let (own, rest) = read_back.split_at_mut(n * n_q);
-            probe.queries[attention.layer][probe.samples.first * n_q..][..n * n_q].copy_from_slice(own);
-            read_back = rest;
+        for ((_, attention), queries) in paths.iter().zip(queries) {
+            let n_q = self.layers[attention.layer].n_q;
+            device.read(&mut out[attention.layer][samples.first * n_q..][..n * n_q], queries);
         }
         Ok(())
     }
 
     fn inject(&mut self, hidden: &Node, layer: usize) -> Result<(), CaptureError> {
         let Mode::Probe(probe) = &self.mode else { return Ok(()) };
-        let Samples { layers, z, .. } = &probe.samples;
-        let gaussian = Gaussian::of(&layers[layer].moments);
-        let mut samples = z.clone();
-        samples.chunks_exact_mut(self.n_embd).for_each(|sample| gaussian.place(sample));
-        if hidden.0.ne[1] as usize != probe.samples.n {
+        let mut samples = probe.samples.z.clone();
+        samples.chunks_exact_mut(self.n_embd).for_each(|sample| place(probe.samples.gaussian(layer), sample));
+        if hidden.0.ne[1] as usize != probe.samples.n() {
             return Err(hidden.shape_error());
         }
         let tensor = std::ptr::from_ref(hidden.0).cast_mut();
@@ -320,22 +311,17 @@ fn deviations(seed: u64, number: usize, out: &mut [f32]) {
     out.iter_mut().for_each(|z| *z = StandardNormal.sample(&mut rng));
 }
 
-/// What the hidden states of a layer are drawn from: independent channels. `[n_embd]` each
-struct Gaussian {
-    mean: Vec<f32>,
-    deviation: Vec<f32>,
+/// What the hidden states of a layer are drawn from: see [`Samples`].
+fn gaussian(moments: &Moments, out: &mut [f32]) {
+    let (deviations, means) = out.split_at_mut(moments.mean.len());
+    for (deviation, m2) in deviations.iter_mut().zip(&moments.m2) {
+        *deviation = (m2 / moments.count).sqrt() as f32;
+    }
+    means.iter_mut().zip(&moments.mean).for_each(|(to, &mean)| *to = mean as f32);
 }
 
-impl Gaussian {
-    fn of(moments: &Moments) -> Self {
-        let deviation = moments.m2.iter().map(|m2| (m2 / moments.count).sqrt() as f32);
-        Self { mean: moments.mean.iter().map(|&mean| mean as f32).collect(), deviation: deviation.collect() }
-    }
-
-    /// Turns deviations into a hidden state.
-    fn place(&self, sample: &mut [f32]) {
-        for ((x, mean), deviation) in sample.iter_mut().zip(&self.mean).zip(&self.deviation) {
-            *x = *x * deviation + mean;
-        }
-    }
+/// Turns deviations into a hidden state.
+fn place(gaussian: &[f32], sample: &mut [f32]) {
+    let (deviations, means) = gaussian.split_at(sample.len());
+    sample.iter_mut().zip(deviations).zip(means).for_each(|((x, deviation), mean)| *x = *x * deviation + mean);
 }

@@ -2,7 +2,7 @@
 
 use super::graph::{LayerGraph, Logits};
 use super::results::LayerScores;
-use crate::backend::{Builder, ComputeError, Device, HostMemory, read};
+use crate::backend::{Builder, ComputeError, Device};
 use crate::sys;
 
 impl LayerGraph<'_> {
@@ -36,9 +36,8 @@ impl LayerGraph<'_> {
             }
         }
         b.compute(device)?;
-        let mut sums = HostMemory::default();
-        sums.resize(device, 2 * n_head * n_kv)?;
-        read(&mut sums, out.tensor);
+        let mut sums = vec![0.0; 2 * n_head * n_kv];
+        device.read(&mut sums, out.tensor);
         let (sums, squares) = sums.split_at(n_head * n_kv);
         for head in 0..n_head {
             let row = head * n_kv..(head + 1) * n_kv;

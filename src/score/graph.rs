@@ -6,7 +6,7 @@ use half::f16;
 
 use super::LayerQueries;
 use super::results::{LayerScores, Rows};
-use crate::backend::{Builder, ComputeError, Device, Results, Tensor, read};
+use crate::backend::{Builder, ComputeError, Device, Results, Tensor};
 use crate::cache::Cell;
 use crate::llama::Pos;
 use crate::policy::Needs;
@@ -139,6 +139,8 @@ impl Grain {
         // the keys of a head are turned into f32 on the way
         let columns = (room / number).saturating_sub(d).clamp(1, all);
         let kv_heads = (room / (number * (columns + d))).clamp(1, n_head_kv);
+        // in parts of one size
+        let kv_heads = n_head_kv.div_ceil(n_head_kv.div_ceil(kv_heads));
         // as f32, and squared
         let cell = 2 * n_head_kv * d * size_of::<f32>();
         Self { columns, kv_heads, cells: (room / cell).max(1), is_coarse: true }
@@ -181,8 +183,7 @@ impl LayerGraph<'_> {
         let LayerQueries { pos, n_observed, .. } = &self.queries;
         let n_future = pos.len() - n_observed;
         let rows = Rows::new(self.view.n_kv, self.n_head_kv(), needs, self.group() * n_future);
-        scores.rows = rows;
-        scores.data.resize(device, rows.n * rows.n_kv)?;
+        scores.resize(rows)?;
 
         let (looks, measures) = (rows.looks(), rows.measures());
         // one after the other they need less memory
@@ -223,7 +224,7 @@ impl LayerGraph<'_> {
             self.measure(&mut b, &mut out, &rows);
         }
         b.compute(device)?;
-        read(&mut scores.data[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor);
+        device.read(&mut scores.data[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::backend::HostMemory;
+use crate::backend::ComputeError;
 use crate::cache::Cell;
 use crate::policy::{HeadScores, Needs};
 
@@ -92,10 +92,22 @@ impl Rows {
 pub(super) struct LayerScores {
     pub rows: Rows,
     /// `[rows.n][rows.n_kv]`
-    pub data: HostMemory,
+    pub data: Vec<f32>,
 }
 
 impl LayerScores {
+    /// Makes room for these rows.
+    ///
+    /// # Errors
+    /// [`ComputeError::Memory`].
+    pub fn resize(&mut self, rows: Rows) -> Result<(), ComputeError> {
+        let (have, n) = (self.data.len(), rows.n * rows.n_kv);
+        self.data.try_reserve_exact(n.saturating_sub(have)).map_err(|_| ComputeError::Memory("scores"))?;
+        self.data.resize(n, 0.0);
+        self.rows = rows;
+        Ok(())
+    }
+
     pub fn head(&self, head: usize) -> HeadScores<'_> {
         head_of(&self.rows, &self.data, head)
     }

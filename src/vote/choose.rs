@@ -1,15 +1,17 @@
 //! A vote, from queries to fewer cells.
 
+use std::thread;
 use std::time::Instant;
 
 use super::replay::Replayed;
 use super::trial::Trial;
 use super::{CompressReport, Notes, Stage, Vote, VoteError, Voter, chunk, uniform_shape};
+use crate::backend::{self, ComputeError};
 use crate::cache::{self, Cell, Layout, Parked};
 use crate::capture::{Capture, Queries};
 use crate::compact;
 use crate::llama::{Batch, Pos, SeqId, Token};
-use crate::policy::{self, Bound, Decision, HeadScores, Kind, Policy, Ranking, Selection};
+use crate::policy::{self, Bound, Decision, HeadScores, Kind, Needs, Policy, Ranking, Selection};
 use crate::score::LayerQueries;
 
 impl Vote<'_> {
@@ -208,13 +210,19 @@ impl Vote<'_> {
         policy: &mut dyn Policy,
         report: &mut CompressReport,
     ) -> Result<(), VoteError> {
-        let needs = policy.needs();
+        let mut needs = policy.needs();
         let (seq, pos_last) = (self.sequence.id, self.sequence.n_past - 1);
         let clock = Instant::now();
+        let mut measured = Measured::default();
         let mut future = if needs.samples() {
             self.enter(Stage::Probe)?;
-            let Voter { capture, policy, .. } = &mut *self.voter;
-            capture.probe(self.ctx, seq, pos_last, policy.samples, policy.seed)?
+            if self.voter.layout.is_host() || needs.of_cells().nothing() {
+                self.probe(pos_last)?
+            } else {
+                let (future, of_cells) = self.probe_and_measure(cells, needs.of_cells(), pos_last)?;
+                (measured, needs) = (of_cells, needs.of_queries());
+                future
+            }
         } else {
             vec![Queries::default(); self.voter.layout.n_layer()]
         };
@@ -231,7 +239,8 @@ impl Vote<'_> {
             *account_error,
             |il| layer_queries(capture, seq, il, pos_last, std::mem::take(&mut future[il])),
             |first, heads| {
-                let heads = (first..).zip(heads.iter().copied()).map(|(head, scores)| match reread {
+                let heads = (first..).zip(heads).map(|(head, scores)| (head, measured.with(head, *scores)));
+                let heads = heads.map(|(head, scores)| match reread {
                     Some(reread) if is_replay => HeadScores {
                         replayed: reread.mean_of(head),
                         fourth_powers: reread.fourth_powers_of(head),
@@ -250,6 +259,35 @@ impl Vote<'_> {
         report.score_time = clock.elapsed();
         report.compute_bytes = scorer.release();
         Ok(())
+    }
+
+    /// Synthetic queries of each layer, that follow `pos_last`.
+    fn probe(&mut self, pos_last: Pos) -> Result<Vec<Queries>, VoteError> {
+        let Voter { capture, policy, .. } = &mut *self.voter;
+        Ok(capture.probe(self.ctx, self.sequence.id, pos_last, policy.samples, policy.seed)?)
+    }
+
+    /// The same, while a device measures keys and values: it has little to do for the probe.
+    fn probe_and_measure(
+        &mut self,
+        cells: &[Cell],
+        needs: Needs,
+        pos_last: Pos,
+    ) -> Result<(Vec<Queries>, Measured), VoteError> {
+        let Self { ctx, voter, sequence, .. } = self;
+        let Voter { layout, capture, scorer, policy, .. } = &mut **voter;
+        let mut measured = Measured::default();
+        thread::scope(|scope| {
+            let measure = || {
+                let none = |_| Ok::<_, ComputeError>(LayerQueries::none());
+                scorer.score(layout, cells, needs, false, none, |_, heads| measured.take(heads))
+            };
+            let measuring = backend::start(scope, measure).map_err(ComputeError::from)?;
+            let future = capture.probe(ctx, sequence.id, pos_last, policy.samples, policy.seed);
+            measuring.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            Ok(future?)
+        })
+        .map(|future| (future, measured))
     }
 
     /// Finds out how much of a ranking stays.
@@ -274,6 +312,37 @@ impl Vote<'_> {
         };
         report.select_time += clock.elapsed();
         Ok(selection)
+    }
+}
+
+/// What was measured of keys and values before queries met them. `[head][n]` each; empty where it was not.
+#[derive(Default)]
+struct Measured {
+    n: usize,
+    value_norm: Vec<f32>,
+    key_similarity: Vec<f32>,
+}
+
+impl Measured {
+    /// Takes in the heads that follow.
+    fn take(&mut self, heads: &[HeadScores]) {
+        for scores in heads {
+            self.n = scores.value_norm.len().max(scores.key_similarity.len());
+            self.value_norm.extend_from_slice(scores.value_norm);
+            self.key_similarity.extend_from_slice(scores.key_similarity);
+        }
+    }
+
+    /// The scores of a head with it.
+    fn with<'a>(&'a self, head: usize, scores: HeadScores<'a>) -> HeadScores<'a> {
+        let row = head * self.n..(head + 1) * self.n;
+        let of_head =
+            |all: &'a [f32], own: &'a [f32]| all.get(row.clone()).filter(|row| !row.is_empty()).unwrap_or(own);
+        HeadScores {
+            value_norm: of_head(&self.value_norm, scores.value_norm),
+            key_similarity: of_head(&self.key_similarity, scores.key_similarity),
+            ..scores
+        }
     }
 }
 
