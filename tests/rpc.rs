@@ -146,7 +146,7 @@ fn a_vote_that_drops_nothing_leaves_k_and_v_where_they_are() {
 
 #[test]
 fn a_vote_that_drops_cells_leaves_k_and_v_where_they_are() {
-    let (report, traffic) = traffic(&["--target-kl", "0.5", "-n", "8"]);
+    let (report, traffic) = traffic(&["--target-kl", "1", "-n", "8"]);
     let vote = &report["vote"];
     assert!(number(&vote["cells_after"]) < number(&vote["cells_before"]), "{vote}");
     let cache = BYTES_PER_CELL * number(&vote["cells_before"]);

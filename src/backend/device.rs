@@ -54,11 +54,6 @@ impl Device {
             let mut device =
                 Self { place, backend, alloc, is_warm: false, has_out_prod: true, stage: HostMemory::default() };
             device.has_out_prod = device.can_sum_columns()?;
-            if !place.is_null() && !sys::ggml_backend_dev_host_buffer_type(place).is_null() {
-                let mut stage = HostMemory::default();
-                stage.resize(&device, STAGE / size_of::<f32>())?;
-                device.stage = stage;
-            }
             Ok(device)
         }
     }
@@ -80,6 +75,7 @@ impl Device {
         if std::mem::replace(&mut self.is_warm, true) {
             return Ok(());
         }
+        self.set_stage();
         let mut b = Builder::on(self, 16)?;
         let a = b.input([N, N, 1], vec![1.0; N * N]);
         // SAFETY: square matrices.
@@ -90,8 +86,19 @@ impl Device {
         b.compute(self)
     }
 
+    /// Takes the stage, where the device's driver has such memory; nothing is lost where there is none.
+    fn set_stage(&mut self) {
+        // SAFETY: a device that is there, or NULL for the host.
+        let has_own = unsafe { !self.place.is_null() && !sys::ggml_backend_dev_host_buffer_type(self.place).is_null() };
+        let mut stage = HostMemory::default();
+        if has_own && self.stage.is_empty() && stage.resize(self, STAGE / size_of::<f32>()).is_ok() {
+            self.stage = stage;
+        }
+    }
+
     /// Reads a contiguous result of `out.len()` elements, of the type that they have.
     pub fn read<T: Copy>(&mut self, out: &mut [T], t: Tensor) {
+        self.set_stage();
         if self.stage.is_empty() {
             return read(out, t);
         }
