@@ -36,6 +36,7 @@ mod results;
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
@@ -57,7 +58,7 @@ const DEVICE_FREE: f64 = 0.125;
 
 /// About so many scores of a device are handed over at once, those of several layers where they have few: threads take them in,
 /// which are not worth their start for less.
-const HANDED_OVER: usize = 1 << 20;
+const HANDED_OVER: usize = 1 << 19;
 
 /// The queries of a vote for one layer of the cache: the observation window, real queries; then synthetic queries, and the
 /// current one. Each sees the cells up to its own position.
@@ -113,14 +114,14 @@ pub struct Scorer {
     /// Those that work where the host computes.
     n_threads: usize,
     /// Memory for the scores of a layer, used again: fresh memory would cost as much time as what fills it.
-    spare: Vec<LayerScores>,
+    spare: Mutex<Vec<LayerScores>>,
 }
 
 impl Scorer {
     /// A scorer that works on `n_threads` layers at once, where the host computes.
     pub fn new(n_threads: usize) -> Self {
         let threads = (0..n_threads.max(DEVICE_LAYERS)).map(|_| Devices::new(1)).collect();
-        Self { threads, n_threads: n_threads.max(1), spare: Vec::new() }
+        Self { threads, n_threads: n_threads.max(1), spare: Mutex::default() }
     }
 
     /// Starts the back ends of the devices that hold the cache: what CUDA and its libraries load for it takes as long as the scores of
@@ -159,7 +160,7 @@ impl Scorer {
 
     /// Gives the compute memory back and says how many bytes of it were ggml's.
     pub fn release(&mut self) -> usize {
-        self.spare = Vec::new();
+        self.spare = Mutex::default();
         self.threads.iter_mut().map(Devices::release).sum()
     }
 
@@ -220,23 +221,27 @@ impl Scorer {
                 n_cells: layout.n_cells(),
             })
         };
+        // on the host each worker has one layer in work and one to go on with; a device is told of all at once, and never waits
+        let ahead = if is_host { n_workers } else { layout.n_layer() };
         let Self { threads, spare, .. } = self;
+        let spare = &*spare;
         thread::scope(|scope| {
-            let workers = threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs));
+            let in_queue = ahead / n_workers + 1;
+            let workers =
+                threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs, spare, in_queue));
             let workers = workers.collect::<Result<Vec<_>, _>>()?;
             let mut ready: Vec<LayerScores> = Vec::new();
-            // each has one layer in work and one to go on with
-            for il in 0..layout.n_layer() + n_workers {
+            for il in 0..layout.n_layer() + ahead {
                 if il < layout.n_layer() {
-                    workers[il % n_workers].give(describe(il)?, spare.pop().unwrap_or_default());
+                    workers[il % n_workers].give(describe(il)?);
                 }
-                if il >= n_workers {
+                if let Some(il) = il.checked_sub(ahead) {
                     let scores = workers[il % n_workers].take()?;
                     let at_once = layers_at_once(&scores);
                     ready.push(scores);
-                    if ready.len() >= at_once || il + 1 == layout.n_layer() + n_workers {
+                    if ready.len() >= at_once || il + 1 == layout.n_layer() {
                         hand_over(&ready);
-                        spare.append(&mut ready);
+                        spare.lock().expect(ALIVE).append(&mut ready);
                     }
                 }
             }
@@ -246,22 +251,27 @@ impl Scorer {
     }
 }
 
-/// A layer that a worker gets, and memory for its scores.
-type Task<'a> = (LayerGraph<'a>, LayerScores);
-
-/// A thread that computes the scores of layers, one after another. It frees nothing that another thread has taken.
+/// A thread that computes the scores of layers, one after another. It frees no description that another thread has made.
 struct Worker<'s, 'a> {
-    layers: SyncSender<Task<'a>>,
+    layers: SyncSender<LayerGraph<'a>>,
     scores: Receiver<(LayerGraph<'a>, Result<LayerScores, ComputeError>)>,
-    thread: ScopedJoinHandle<'s, Receiver<Task<'a>>>,
+    thread: ScopedJoinHandle<'s, Receiver<LayerGraph<'a>>>,
 }
 
 impl<'s, 'a: 's> Worker<'s, 'a> {
-    fn start(scope: &'s Scope<'s, '_>, devices: &'s mut Devices, needs: Needs) -> Result<Self, ComputeError> {
-        let (layers, to_do) = mpsc::sync_channel::<Task>(2);
-        let (done, scores) = mpsc::sync_channel(2);
+    /// `spare`: memory for scores. `in_queue`: layers that it has been given, at most.
+    fn start(
+        scope: &'s Scope<'s, '_>,
+        devices: &'s mut Devices,
+        needs: Needs,
+        spare: &'s Mutex<Vec<LayerScores>>,
+        in_queue: usize,
+    ) -> Result<Self, ComputeError> {
+        let (layers, to_do) = mpsc::sync_channel::<LayerGraph>(in_queue);
+        let (done, scores) = mpsc::sync_channel(in_queue);
         let thread = backend::start(scope, move || {
-            while let Ok((graph, mut out)) = to_do.recv() {
+            while let Ok(graph) = to_do.recv() {
+                let mut out = spare.lock().expect(ALIVE).pop().unwrap_or_default();
                 // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
                 let device = unsafe { devices.at((*graph.layer.k).buffer) };
                 let computed = device.and_then(|device| graph.compute(device, needs, &mut out));
@@ -276,9 +286,8 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
         Ok(Self { layers, scores, thread: thread? })
     }
 
-    /// `out`: memory for the scores.
-    fn give(&self, layer: LayerGraph<'a>, out: LayerScores) {
-        self.layers.send((layer, out)).expect(ALIVE);
+    fn give(&self, layer: LayerGraph<'a>) {
+        self.layers.send(layer).expect(ALIVE);
     }
 
     /// The scores of the layer that was given to it before all others that it still has.

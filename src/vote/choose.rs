@@ -276,7 +276,7 @@ impl Vote<'_> {
     ) -> Result<(Vec<Queries>, Measured), VoteError> {
         let Self { ctx, voter, sequence, .. } = self;
         let Voter { layout, capture, scorer, policy, .. } = &mut **voter;
-        let mut measured = Measured::default();
+        let mut measured = Measured::new(needs, layout.n_head_kv().sum::<usize>() * cells.len());
         thread::scope(|scope| {
             let measure = || {
                 let none = |_| Ok::<_, ComputeError>(LayerQueries::none());
@@ -324,6 +324,11 @@ struct Measured {
 }
 
 impl Measured {
+    fn new(needs: Needs, len: usize) -> Self {
+        let room = |is_needed| Vec::with_capacity(if is_needed { len } else { 0 });
+        Self { n: 0, value_norm: room(needs.value_norm), key_similarity: room(needs.key_similarity) }
+    }
+
     /// Takes in the heads that follow.
     fn take(&mut self, heads: &[HeadScores]) {
         for scores in heads {
