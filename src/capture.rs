@@ -25,6 +25,7 @@
 mod graph;
 mod moments;
 pub(crate) mod node;
+mod pending;
 mod probe;
 mod record;
 mod state;
@@ -36,6 +37,7 @@ use half::f16;
 use half::vec::HalfBitsVecExt;
 
 use self::node::Node;
+use self::pending::Pending;
 #[cfg(test)]
 pub(crate) use self::probe::PRETEND_SCATTERED;
 use self::probe::Probe;
@@ -43,7 +45,7 @@ use self::record::Record;
 pub(crate) use self::record::Seen;
 pub(crate) use self::state::{Captured, Restored};
 use self::watch::Watch;
-use crate::backend::{ComputeError, Devices, HostMemory};
+use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
@@ -148,7 +150,8 @@ struct Inner {
     /// What is wanted of the ubatch in work.
     reads: Reads,
     devices: Devices,
-    scratch: HostMemory,
+    /// What lies on devices yet, each its own.
+    pending: Vec<Pending>,
 }
 
 /// Reads what the forward passes of a context tell, sequence by sequence.
@@ -187,7 +190,7 @@ impl Capture {
                 records: BTreeMap::new(),
                 reads: Reads::default(),
                 devices: Devices::new(ctx.n_threads_batch()),
-                scratch: HostMemory::default(),
+                pending: Vec::new(),
             },
         }
     }
@@ -295,6 +298,7 @@ impl Capture {
         f: impl FnOnce(&mut Context) -> Result<T, LlamaError>,
     ) -> Result<T, CaptureError> {
         debug_assert_eq!(self.inner.ctx, ctx.as_ptr());
+        self.inner.give_up()?;
         watch::during(&mut self.inner, ctx, f)
     }
 
