@@ -8,7 +8,8 @@
 //!
 //! Every node that is read stops the graph, which a GPU notices. So most ubatches pass unread: of a long text every
 //! sixteenth gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
-//! that is not known, as behind the C interface, a vote decodes the newest tokens once more.
+//! that is not known, as behind the C interface, a vote decodes the newest tokens once more. What is computed about a node on a
+//! device stays there until the last layer has passed: see `src/capture/pending.rs`.
 //!
 //! The **probe pass** turns sampled hidden states into queries with the model's own weights: dummy tokens are decoded at the
 //! next positions while the sequence is parked. Of llama.cpp's graph only the nodes between `attn_norm` and q are needed (a
@@ -150,7 +151,7 @@ struct Inner {
     /// What is wanted of the ubatch in work.
     reads: Reads,
     devices: Devices,
-    /// What lies on devices yet, each its own.
+    /// What lies on devices still, one entry for each.
     pending: Vec<Pending>,
 }
 

@@ -26,6 +26,7 @@ pub(crate) struct Lane {
     host: HostMemory,
     /// What the queue may not have taken yet.
     sent: Vec<Vec<u32>>,
+    /// Whether anything may be in the queue.
     is_busy: bool,
 }
 
@@ -127,7 +128,7 @@ impl Lane {
     /// [`ComputeError`].
     ///
     /// # Safety
-    /// What the graph reads elsewhere is written to by nobody but what comes later in the queue.
+    /// What the graph reads elsewhere lies on the same device, and is written to by nobody but what comes later in the queue.
     pub unsafe fn enqueue(&mut self, b: &mut Builder) -> Result<bool, ComputeError> {
         self.is_busy = true;
         // the next graph in the queue may have it

@@ -69,7 +69,7 @@ impl Sums {
     /// [`ComputeError`].
     ///
     /// # Safety
-    /// The tensor is written to by nobody but what comes later in the queue.
+    /// As for [`Lane::enqueue`].
     pub unsafe fn enqueue(
         lane: &mut Lane,
         t: &sys::ggml_tensor,

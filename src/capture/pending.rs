@@ -1,8 +1,9 @@
 //! What was taken of the ubatch in work, and is still where it was computed.
 //!
-//! Where a node lies on a device, what is taken of it is computed in the queue of llama.cpp's own back end, behind the node and before
-//! whatever overwrites it: our graph is as good as one more node of llama.cpp's. So nobody waits for it, layer after layer. All is
-//! read with one wait when the last layer has been taken. Each layer needs what the one before has computed, so by then all were.
+//! Where a node lies on a device, what is taken of it is computed in the queue of llama.cpp's own back end, behind the node and
+//! before whatever overwrites it: our graph is as good as one more node of llama.cpp's. So nobody waits for it in each layer. All
+//! is read with one wait when the last layer has been taken: each layer needs what the one before has computed, so by then all
+//! have been. Of a decode that ends earlier nothing is read. ggml has waited for its queue by then, so that ours may be dropped.
 
 use std::ops::Range;
 
@@ -19,7 +20,7 @@ use crate::sys;
 /// What lies on one device.
 pub(super) struct Pending {
     lane: Lane,
-    /// Whether the queue is llama.cpp's. Where it is not, nothing must wait.
+    /// Whether the queue is llama.cpp's. Where it is not, the host waits for each graph before llama.cpp goes on.
     is_theirs: bool,
     taken: Vec<Taken>,
     /// Where the rows of sequences are that do not follow each other.
