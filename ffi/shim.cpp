@@ -232,6 +232,36 @@ ggml_status gvote_shim_graph_compute(ggml_backend_t backend, ggml_cgraph * graph
     return status;
 }
 
+ggml_status gvote_shim_graph_compute_async(ggml_backend_t backend, ggml_cgraph * graph) {
+    ggml_status status = GGML_STATUS_ALLOC_FAILED;
+    guarded([&]() -> const char * {
+        status = ggml_backend_graph_compute_async(backend, graph);
+        return nullptr;
+    });
+    return status;
+}
+
+bool gvote_shim_tensor_set_async(ggml_backend_t backend, ggml_tensor * tensor, const void * data) {
+    return nullptr == guarded([&]() -> const char * {
+        ggml_backend_tensor_set_async(backend, tensor, data, 0, ggml_nbytes(tensor));
+        return nullptr;
+    });
+}
+
+bool gvote_shim_tensor_get_async(ggml_backend_t backend, const ggml_tensor * tensor, void * data) {
+    return nullptr == guarded([&]() -> const char * {
+        ggml_backend_tensor_get_async(backend, tensor, data, 0, ggml_nbytes(tensor));
+        return nullptr;
+    });
+}
+
+bool gvote_shim_synchronize(ggml_backend_t backend) {
+    return nullptr == guarded([&]() -> const char * {
+        ggml_backend_synchronize(backend);
+        return nullptr;
+    });
+}
+
 void gvote_shim_update(llama_context * ctx) {
     guarded([&]() -> const char * {
         ctx->memory_update(false);
@@ -343,6 +373,10 @@ void gvote_shim_get_eval_callback(llama_context * ctx, ggml_backend_sched_eval_c
 ggml_cgraph * gvote_shim_graph(llama_context * ctx) {
     llm_graph_result * active = ctx->*member_of(llama_context_gf_res_prev_active{});
     return active == nullptr ? nullptr : active->get_gf();
+}
+
+ggml_backend_t gvote_shim_backend_of(llama_context * ctx, const ggml_tensor * node) {
+    return ggml_backend_sched_get_tensor_backend(ctx->get_sched(), const_cast<ggml_tensor *>(node));
 }
 
 uint32_t gvote_shim_outputs_max(llama_context * ctx) {

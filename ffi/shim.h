@@ -100,6 +100,18 @@ bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, struct ggml_cgraph * graph);
 // ggml_backend_graph_compute().
 enum ggml_status gvote_shim_graph_compute(ggml_backend_t backend, struct ggml_cgraph * graph);
 
+// ggml_backend_graph_compute_async().
+enum ggml_status gvote_shim_graph_compute_async(ggml_backend_t backend, struct ggml_cgraph * graph);
+
+// ggml_backend_tensor_set_async() of the whole tensor.
+bool gvote_shim_tensor_set_async(ggml_backend_t backend, struct ggml_tensor * tensor, const void * data);
+
+// ggml_backend_tensor_get_async() of the whole tensor.
+bool gvote_shim_tensor_get_async(ggml_backend_t backend, const struct ggml_tensor * tensor, void * data);
+
+// ggml_backend_synchronize().
+bool gvote_shim_synchronize(ggml_backend_t backend);
+
 // Applies what llama.cpp has put off until the next batch: shifts of positions, copies between streams.
 void gvote_shim_update(struct llama_context * ctx);
 
@@ -204,6 +216,9 @@ const char * gvote_shim_check_layout(struct llama_context * ctx);
 
 // The graph that the context has in work: for eval callbacks.
 struct ggml_cgraph * gvote_shim_graph(struct llama_context * ctx);
+
+// The back end that computes a node of that graph.
+ggml_backend_t gvote_shim_backend_of(struct llama_context * ctx, const struct ggml_tensor * node);
 
 // Most rows of outputs that a batch may ask for.
 uint32_t gvote_shim_outputs_max(struct llama_context * ctx);

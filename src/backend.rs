@@ -3,12 +3,14 @@
 
 mod device;
 mod graph;
+mod lane;
 
 use std::io;
 use std::thread::{Scope, ScopedJoinHandle};
 
 pub(crate) use self::device::{Device, Devices, HostMemory, place};
 pub(crate) use self::graph::{Builder, Results, Tensor, read};
+pub(crate) use self::lane::Lane;
 use crate::threads;
 
 /// Layers that a device works on at once: while it computes one, another is described to it, and what came of one before is read.

@@ -8,7 +8,8 @@
 //!
 //! Every node that is read stops the graph, which a GPU notices. So most ubatches pass unread: of a long text every
 //! sixteenth gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
-//! that is not known, as behind the C interface, a vote decodes the newest tokens once more.
+//! that is not known, as behind the C interface, a vote decodes the newest tokens once more. What is computed about a node on a
+//! device stays there until the last layer has passed: see `src/capture/pending.rs`.
 //!
 //! The **probe pass** turns sampled hidden states into queries with the model's own weights: dummy tokens are decoded at the
 //! next positions while the sequence is parked. Of llama.cpp's graph only the nodes between `attn_norm` and q are needed (a
@@ -25,6 +26,7 @@
 mod graph;
 mod moments;
 pub(crate) mod node;
+mod pending;
 mod probe;
 mod record;
 mod state;
@@ -36,6 +38,7 @@ use half::f16;
 use half::vec::HalfBitsVecExt;
 
 use self::node::Node;
+use self::pending::Pending;
 #[cfg(test)]
 pub(crate) use self::probe::PRETEND_SCATTERED;
 use self::probe::Probe;
@@ -43,7 +46,7 @@ use self::record::Record;
 pub(crate) use self::record::Seen;
 pub(crate) use self::state::{Captured, Restored};
 use self::watch::Watch;
-use crate::backend::{ComputeError, Devices, HostMemory};
+use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
@@ -168,7 +171,8 @@ struct Inner {
     /// What is wanted of the ubatch in work.
     reads: Reads,
     devices: Devices,
-    scratch: HostMemory,
+    /// What lies on devices still, one entry for each.
+    pending: Vec<Pending>,
 }
 
 /// Reads what the forward passes of a context tell, sequence by sequence.
@@ -207,7 +211,7 @@ impl Capture {
                 records: BTreeMap::new(),
                 reads: Reads::default(),
                 devices: Devices::new(ctx.n_threads_batch()),
-                scratch: HostMemory::default(),
+                pending: Vec::new(),
             },
         }
     }
@@ -315,6 +319,7 @@ impl Capture {
         f: impl FnOnce(&mut Context) -> Result<T, LlamaError>,
     ) -> Result<T, CaptureError> {
         debug_assert_eq!(self.inner.ctx, ctx.as_ptr());
+        self.inner.give_up()?;
         watch::during(&mut self.inner, ctx, f)
     }
 

@@ -23,7 +23,7 @@ pub(crate) struct Device {
 
 /// Bytes of it. The driver takes half a millisecond to make so much memory that a device can write to; other memory it writes to
 /// several times more slowly.
-const STAGE: usize = 1 << 20;
+pub(super) const STAGE: usize = 1 << 20;
 
 impl Drop for Device {
     fn drop(&mut self) {
@@ -128,7 +128,11 @@ impl Device {
         self.has_out_prod
     }
 
-    pub(super) fn backend(&self) -> sys::ggml_backend_t {
+    pub fn place(&self) -> sys::ggml_backend_dev_t {
+        self.place
+    }
+
+    pub fn backend(&self) -> sys::ggml_backend_t {
         self.backend
     }
 
@@ -175,14 +179,22 @@ impl HostMemory {
     /// # Errors
     /// [`ComputeError::Memory`].
     pub fn resize(&mut self, device: &Device, len: usize) -> Result<(), ComputeError> {
+        self.resize_for(device.place, len)
+    }
+
+    /// The same for what is at a [`place`].
+    ///
+    /// # Errors
+    /// [`ComputeError::Memory`].
+    pub fn resize_for(&mut self, place: sys::ggml_backend_dev_t, len: usize) -> Result<(), ComputeError> {
         self.len = 0;
-        if self.place != device.place || self.bytes() < len * size_of::<f32>() {
+        if self.place != place || self.bytes() < len * size_of::<f32>() {
             // SAFETY: a device that is there; NULL stands for a device without such memory, and the host.
             unsafe {
                 sys::ggml_backend_buffer_free(std::mem::replace(&mut self.buffer, std::ptr::null_mut()));
-                let own = match device.place.is_null() {
+                let own = match place.is_null() {
                     true => std::ptr::null_mut(),
-                    false => sys::ggml_backend_dev_host_buffer_type(device.place),
+                    false => sys::ggml_backend_dev_host_buffer_type(place),
                 };
                 let kind = if own.is_null() { sys::ggml_backend_cpu_buffer_type() } else { own };
                 self.buffer = sys::gvote_shim_alloc_buffer(kind, len * size_of::<f32>());
@@ -192,17 +204,17 @@ impl HostMemory {
             }
             // SAFETY: a valid buffer.
             unsafe { sys::ggml_backend_buffer_clear(self.buffer, 0) };
-            self.place = device.place;
+            self.place = place;
         }
         self.len = len;
         Ok(())
     }
 
     /// The same memory as halves, two for each number.
-    pub fn halves(&mut self) -> &mut [f16] {
-        let numbers: &mut [f32] = self;
+    pub fn halves(&self) -> &[f16] {
+        let numbers: &[f32] = self;
         // SAFETY: any bits are a half, and memory for f32 is aligned for it.
-        unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), 2 * numbers.len()) }
+        unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), 2 * numbers.len()) }
     }
 
     pub fn bytes(&self) -> usize {

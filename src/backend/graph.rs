@@ -251,7 +251,7 @@ impl<'a> Builder<'a> {
 
     pub fn compute(&mut self, device: &mut Device) -> Result<(), ComputeError> {
         self.reserve(device)?;
-        self.check(device)?;
+        self.check(device.backend())?;
         // SAFETY: inputs are allocated before they are set and sized as declared.
         unsafe {
             // an input that no node reads has no memory
@@ -260,25 +260,48 @@ impl<'a> Builder<'a> {
             }
         }
         // SAFETY: every tensor of the graph has memory; the inputs' data is ours until all has been computed.
-        match unsafe { sys::gvote_shim_graph_compute(device.backend(), self.graph) } {
-            sys::GGML_STATUS_SUCCESS => Ok(()),
-            sys::GGML_STATUS_ALLOC_FAILED => Err(ComputeError::Memory("computing")),
-            status => Err(ComputeError::Failed(status)),
-        }
+        outcome(unsafe { sys::gvote_shim_graph_compute(device.backend(), self.graph) })
     }
 
-    /// That the back end can compute every node: it would end the process.
-    fn check(&self, device: &Device) -> Result<(), ComputeError> {
-        // SAFETY: nodes of a complete graph.
-        unsafe {
-            for i in 0..sys::ggml_graph_n_nodes(self.graph) {
-                let node = sys::ggml_graph_node(self.graph, i);
-                if !sys::ggml_backend_supports_op(device.backend(), node) {
-                    return Err(unsupported(node));
+    /// Puts the graph into the queue of a back end.
+    ///
+    /// # Safety
+    /// All its tensors have memory, but for views; it stays theirs until the back end has been waited for.
+    pub(super) unsafe fn enqueue(&mut self, backend: sys::ggml_backend_t) -> Result<(), ComputeError> {
+        for node in self.nodes() {
+            // SAFETY: what a view looks at has memory.
+            unsafe {
+                if !(*node).view_src.is_null() && (*node).buffer.is_null() {
+                    sys::ggml_backend_view_init(node);
                 }
             }
         }
-        Ok(())
+        self.check(backend)?;
+        // SAFETY: see above. Back ends take what they need of the description before they return: llama.cpp's own lives no longer.
+        outcome(unsafe { sys::gvote_shim_graph_compute_async(backend, self.graph) })
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = Tensor> {
+        let graph = self.graph;
+        // SAFETY: the graph of this builder, and places in it.
+        unsafe { (0..sys::ggml_graph_n_nodes(graph)).map(move |i| sys::ggml_graph_node(graph, i)) }
+    }
+
+    /// That the back end can compute every node: it would end the process.
+    fn check(&self, backend: sys::ggml_backend_t) -> Result<(), ComputeError> {
+        // SAFETY: nodes of a complete graph.
+        match self.nodes().find(|&node| unsafe { !sys::ggml_backend_supports_op(backend, node) }) {
+            Some(node) => Err(unsafe { unsupported(node) }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn outcome(status: sys::ggml_status) -> Result<(), ComputeError> {
+    match status {
+        sys::GGML_STATUS_SUCCESS => Ok(()),
+        sys::GGML_STATUS_ALLOC_FAILED => Err(ComputeError::Memory("computing")),
+        status => Err(ComputeError::Failed(status)),
     }
 }
 

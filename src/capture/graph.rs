@@ -2,30 +2,29 @@
 
 use std::ops::Range;
 
-use half::f16;
-
 use super::moments::Block;
 use super::node::Node;
 use super::record::Record;
 use super::watch::Watch;
 use super::{CaptureError, Inner, LogitScale, Mode, Reads};
-use crate::backend::{Builder, Tensor, read};
+use crate::backend::{Builder, Tensor};
 use crate::cache;
 use crate::llama::{Pos, SeqId};
 use crate::sys;
 
 /// The attention op of a layer, by its operands.
 pub(super) struct Attention<'a> {
+    pub op: Node<'a>,
     pub q: Node<'a>,
     pub layer: usize,
 }
 
 /// A row of q that is wanted, and where it goes.
-struct Wanted {
-    row: usize,
-    seq: SeqId,
-    slot: usize,
-    pos: Pos,
+pub(super) struct Wanted {
+    pub row: usize,
+    pub seq: SeqId,
+    pub slot: usize,
+    pub pos: Pos,
 }
 
 impl Watch for Inner {
@@ -116,12 +115,13 @@ impl Inner {
         // SAFETY: called from inside the graph.
         let k = k.original(unsafe { sys::gvote_shim_graph(self.ctx) }).unwrap_or(k);
         let layer = *self.by_tensor.get(&k.storage())?;
-        Some(Attention { q, layer })
+        Some(Attention { op: *node, q, layer })
     }
 
     /// Looks at a ubatch: the rows that K is about to be stored in say which cells, and so which sequences and positions, its
     /// tokens have. Then what is read of it is known.
     fn begin(&mut self, stored: &Node) -> Result<(), CaptureError> {
+        self.give_up()?;
         // SET_ROWS keeps the destination in src[2]; its result is a view of it
         let idxs = stored.src(1).ok_or_else(|| stored.shape_error())?;
         if idxs.0.type_ != sys::GGML_TYPE_I64 {
@@ -211,22 +211,18 @@ impl Inner {
 
     fn on_hidden(&mut self, node: &Node, layer: usize) -> Result<(), CaptureError> {
         self.check_hidden(node)?;
-        for record in self.records.values_mut() {
-            let rows = record.counted(self.skip);
-            if rows.is_empty() {
-                continue;
+        let counted = self.records.iter().map(|(seq, record)| (*seq, record.counted(self.skip)));
+        let counted: Vec<_> = counted.filter(|(_, rows)| !rows.is_empty()).collect();
+        for (seq, rows) in counted {
+            if !node.place().is_null() {
+                self.take_sums(node, seq, layer, &rows)?;
+            } else if let Some(record) = self.records.get_mut(&seq) {
+                // SAFETY: the node has been computed, and stays as it is while ggml waits for us.
+                let block = Block::of(unsafe { node.floats() }, self.n_embd, &rows);
+                record.layer_mut(layer).moments.merge(&block);
             }
-            // SAFETY: the node has been computed, and stays as it is while ggml waits for us.
-            let block = unsafe {
-                if node.place().is_null() {
-                    Block::of(node.floats(), self.n_embd, &rows)
-                } else {
-                    Block::on(self.devices.at(node.buffer())?, node.0, &rows)?
-                }
-            };
-            record.layer_mut(layer).moments.merge(&block);
         }
-        Ok(())
+        if self.reads.queries { Ok(()) } else { self.collect_behind(layer) }
     }
 
     /// The rows of q that are wanted of this ubatch.
@@ -266,41 +262,14 @@ impl Inner {
 
     pub(super) fn on_queries(&mut self, attention: &Attention) -> Result<(), CaptureError> {
         self.check_queries(attention)?;
-        let (q, layer) = (attention.q, attention.layer);
-        let n_q = self.layers[layer].n_q;
-        let [_, n_tok, _, n_stream] = q.0.ne.map(|n| n as usize);
+        let [_, n_tok, _, n_stream] = attention.q.0.ne.map(|n| n as usize);
         let wanted = self.wanted(n_tok * n_stream);
-        let Some(first) = wanted.iter().map(|w| w.row).min() else { return Ok(()) };
-        let end = wanted.iter().map(|w| w.row).max().map_or(first, |last| last + 1);
-        let tokens = if n_stream == 1 { first..end } else { 0..n_tok };
-        let (first, n) = (tokens.start, tokens.len() * n_stream);
-        let mut b = Builder::new(8)?;
-        // SAFETY: a node that has been computed, and stays as it is while ggml waits for us.
-        let (device, rounded) = unsafe {
-            let rounded = sys::ggml_cast(b.ctx, by_token(&b, q, tokens), sys::GGML_TYPE_F16);
-            (self.devices.at(q.buffer())?, rounded)
-        };
-        b.output(rounded);
-        b.compute(device)?;
-        self.scratch.resize(device, (n * n_q).div_ceil(2))?;
-        let read_back = &mut self.scratch.halves()[..n * n_q];
-        read(read_back, rounded);
-        if let Mode::Replay(_, queries) = &mut self.mode {
-            queries[layer].data.resize(wanted.len() * n_q, f16::ZERO);
-            queries[layer].pos = wanted.iter().map(|w| w.pos).collect();
+        if let Some(first) = wanted.iter().map(|w| w.row).min() {
+            let end = wanted.iter().map(|w| w.row).max().map_or(first, |last| last + 1);
+            let tokens = if n_stream == 1 { first..end } else { 0..n_tok };
+            self.take_queries(attention, tokens, wanted)?;
         }
-        for Wanted { row, seq, slot, pos } in wanted {
-            let out = match &mut self.mode {
-                Mode::Probe(probe) => &mut probe.queries[layer],
-                Mode::Replay(_, queries) => &mut queries[layer].data,
-                Mode::Listen | Mode::Prompt { .. } | Mode::Again => match self.records.get_mut(&seq) {
-                    Some(record) => record.window_at(layer, slot, pos),
-                    None => continue,
-                },
-            };
-            out[slot * n_q..][..n_q].copy_from_slice(&read_back[(row - first) * n_q..][..n_q]);
-        }
-        Ok(())
+        self.collect_behind(attention.layer)
     }
 }
 

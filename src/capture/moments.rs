@@ -1,6 +1,6 @@
 //! Streaming mean and variance (Chan, Golub & LeVeque 1979).
 
-use crate::backend::{Builder, ComputeError, Device, read};
+use crate::backend::{Builder, ComputeError, Lane};
 use crate::sys;
 
 /// Mean and variance of each channel, streaming.
@@ -39,40 +39,69 @@ impl Block {
         Self { count: rows.len(), mean, m2 }
     }
 
-    /// Some `rows` of a contiguous f32 tensor `[n_embd, n_row]` that has been computed, where it lies.
+    /// What [`Sums`] has computed, fetched.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn fetched(lane: &mut Lane, sums: &Sums, n_embd: usize) -> Result<Self, ComputeError> {
+        let mean = lane.floats(sums.mean, n_embd)?.to_vec();
+        Ok(Self { count: sums.count, mean, m2: lane.floats(sums.m2, n_embd)?.to_vec() })
+    }
+}
+
+/// Some rows of a tensor.
+#[derive(Clone, Copy)]
+pub(super) enum Rows {
+    From(usize),
+    /// Their numbers were sent to the device.
+    Sent(usize),
+}
+
+/// Where a device keeps the mean and `m2` of the rows of one block.
+pub(super) struct Sums {
+    count: usize,
+    mean: usize,
+    m2: usize,
+}
+
+impl Sums {
+    /// Puts the sums of `n` rows of a contiguous f32 tensor `[n_embd, n_row]` into the queue of the device that it lies on; None:
+    /// see [`Lane::enqueue`].
     ///
     /// # Errors
     /// [`ComputeError`].
     ///
     /// # Safety
-    /// The tensor lies on the device, and is not written meanwhile.
-    pub unsafe fn on(device: &mut Device, t: &sys::ggml_tensor, rows: &[u32]) -> Result<Self, ComputeError> {
-        let n_embd = t.ne[0] as usize;
-        let is_range = rows.windows(2).all(|w| w[0] + 1 == w[1]);
+    /// As for [`Lane::enqueue`].
+    pub unsafe fn enqueue(
+        lane: &mut Lane,
+        t: &sys::ggml_tensor,
+        rows: Rows,
+        n: usize,
+    ) -> Result<Option<Self>, ComputeError> {
         let mut b = Builder::new(20)?;
-        let mut out = b.results(n_embd, 0..2);
         // SAFETY: shapes as noted; every tensor belongs to the builder's context.
-        unsafe {
+        let (mean, m2) = unsafe {
             let data = b.elsewhere(t);
-            let picked = if is_range {
-                let first = rows.first().map_or(0, |&row| row as usize);
-                sys::ggml_view_2d(b.ctx, data, t.ne[0], rows.len() as i64, t.nb[1], first * t.nb[1])
-            } else {
-                let index = b.rows([rows.len(), 1, 1], rows.to_vec());
-                sys::ggml_get_rows(b.ctx, data, index)
+            let picked = match rows {
+                Rows::From(first) => sys::ggml_view_2d(b.ctx, data, t.ne[0], n as i64, t.nb[1], first * t.nb[1]),
+                Rows::Sent(at) => {
+                    let picked = sys::ggml_get_rows(b.ctx, data, lane.sent(&b, at, n));
+                    lane.lend(picked);
+                    picked
+                }
             };
             let channels = sys::ggml_cont(b.ctx, sys::ggml_transpose(b.ctx, picked)); // [n, n_embd]
+            lane.lend(channels);
             let mean = sys::ggml_mean(b.ctx, channels); // [1, n_embd]
-            b.write(&mut out, 0, mean);
-            let off = sys::ggml_sub(b.ctx, channels, mean);
-            let m2 = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr_inplace(b.ctx, off));
-            b.write(&mut out, 1, m2);
-        }
-        b.compute(device)?;
-        let mut mean = vec![0.0; 2 * n_embd];
-        read(&mut mean, out.tensor);
-        let m2 = mean.split_off(n_embd);
-        Ok(Self { count: rows.len(), mean, m2 })
+            let off = sys::ggml_sub_inplace(b.ctx, channels, mean);
+            let m2 = sys::ggml_sum_rows(b.ctx, sys::ggml_sqr_inplace(b.ctx, off)); // [1, n_embd]
+            (mean, m2)
+        };
+        let kept = Self { count: n, mean: lane.keep(mean), m2: lane.keep(m2) };
+        b.run(m2);
+        // SAFETY: all has memory but the views.
+        Ok(unsafe { lane.enqueue(&mut b)? }.then_some(kept))
     }
 }
 

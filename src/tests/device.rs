@@ -1,11 +1,13 @@
 //! The ways that memory of a device takes, walked on the host: they give what the direct ways give.
 
+use half::f16;
+
 use super::fixture::*;
 use crate::backend::ComputeError;
 use crate::cache::{Layout, PRETEND_DEVICE};
-use crate::capture::PRETEND_SCATTERED;
+use crate::capture::{Capture, CaptureError, PRETEND_SCATTERED};
 use crate::compact::Reorder;
-use crate::llama::{Context, Pos, devices};
+use crate::llama::{Batch, Context, ContextParams, LlamaError, Pos, SeqId, devices};
 use crate::policy::{HeadScores, Needs};
 use crate::score::{LayerQueries, Scorer};
 use crate::threads::PRETEND_NONE;
@@ -53,6 +55,91 @@ fn capture_and_probe_see_the_same() {
             assert!((error / norm).sqrt() < 1e-2, "{setup:?}: synthetic queries differ by {}", (error / norm).sqrt());
         }
     }
+}
+
+/// Statistics of all layers, and the windows up to `pos_last`, of some sequences.
+fn seen(capture: &Capture, layout: &Layout, seqs: &[SeqId], pos_last: Pos) -> (Vec<f64>, Vec<f16>) {
+    let (mut statistics, mut windows) = (Vec::new(), Vec::new());
+    for &seq in seqs {
+        for layer in 0..layout.layers.len() {
+            let (mean, variance) = capture.statistics(seq, layer);
+            statistics.extend([mean, variance].concat());
+            windows.extend(capture.window(seq, layer, pos_last).unwrap().joined().data);
+        }
+    }
+    (statistics, windows)
+}
+
+/// Where rows follow each other, a device takes a part of the hidden state; else it gathers them.
+#[test]
+fn sequences_that_take_turns_in_a_ubatch_are_told_apart() {
+    const EACH: usize = 60;
+    let model = model();
+    let tokens = tokens(&model, EACH + 1);
+    for kv_unified in [true, false] {
+        let params = ContextParams { n_ctx: 1024, n_ubatch: 128, n_seq_max: 3, kv_unified, ..ContextParams::default() };
+        let run = || {
+            let mut ctx = Context::new(&model, &params).unwrap();
+            let layout = Layout::of(&ctx, 0).unwrap();
+            let mut capture = Capture::new(&ctx, &layout, 32, 4);
+            let mut batch = Batch::new(2 * EACH);
+            for i in 0..EACH {
+                for seq in [0, 1] {
+                    batch.add(tokens[i + seq], i as Pos, seq as SeqId, i + 1 == EACH).unwrap();
+                }
+            }
+            [0, 1].into_iter().for_each(|seq| capture.follow(seq));
+            capture.decode(&mut ctx, &batch, true).unwrap();
+            assert_eq!(capture.pending(), 0);
+            seen(&capture, &layout, &[0, 1], EACH as Pos - 1)
+        };
+        let (host, device) = (run(), on_device(run));
+        let alike = |a: &[f64], b: &[f64]| largest(a.iter().zip(b).map(|(a, b)| (a - b) / (1.0 + a.abs()))) < 1e-5;
+        let (first, second) = host.0.split_at(host.0.len() / 2);
+        assert!(!alike(first, second), "{kv_unified}: the sequences differ");
+        assert!(alike(&host.0, &device.0), "{kv_unified}: statistics");
+        assert!(host.1 == device.1, "{kv_unified}: windows");
+    }
+}
+
+/// What a ubatch gives waits on a device until its last layer. Where the decode is cancelled before, it belongs to no other.
+#[test]
+fn what_a_cancelled_ubatch_left_on_a_device_is_given_up() {
+    const N: usize = 100;
+    let model = model();
+    if is_on_gpu(&Layout::of(&context(&model, F16_FLASH, 512, 512), 0).unwrap()) {
+        return; // it comes to the end of a ubatch, whoever cancels
+    }
+    let tokens = tokens(&model, N);
+    let mut batch = Batch::new(N);
+    tokens.iter().enumerate().for_each(|(i, &token)| batch.add(token, i as Pos, 0, i + 1 == N).unwrap());
+    let run = |cancels: bool| {
+        let mut ctx = context(&model, F16_FLASH, 512, 512);
+        let layout = Layout::of(&ctx, 0).unwrap();
+        let mut capture = Capture::new(&ctx, &layout, 64, 4);
+        capture.follow(0);
+        ctx.cancel_at(0);
+        capture.decode(&mut ctx, &batch, true).unwrap();
+        let asked = ctx.cancel_at(0);
+        capture.forget(0);
+        capture.follow(0);
+        for part in if cancels { 1..4 } else { 0..0 } {
+            ctx.clear();
+            ctx.cancel_at(part * asked / 4);
+            let cancelled = capture.decode(&mut ctx, &batch, true).unwrap_err();
+            assert!(matches!(cancelled, CaptureError::Llama(LlamaError::Cancelled)), "{cancelled}");
+            // statistics and queries of each layer so far
+            let left = part * 2 * layout.layers.len() / 4;
+            assert!(capture.pending().abs_diff(left) < 5, "{} wait, not {left}", capture.pending());
+        }
+        ctx.clear();
+        ctx.cancel_at(0);
+        capture.decode(&mut ctx, &batch, true).unwrap();
+        assert_eq!(capture.pending(), 0);
+        seen(&capture, &layout, &[0], N as Pos - 1)
+    };
+    let (alone, after) = on_device(|| (run(false), run(true)));
+    assert!(alone == after);
 }
 
 #[test]

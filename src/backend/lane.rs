@@ -1,0 +1,288 @@
+//! Small graphs in the queue of a back end that has other work, too.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::device::STAGE;
+use super::{Builder, ComputeError, HostMemory, Tensor};
+use crate::sys;
+
+/// Bytes of results that may wait on a device; a single one may be larger.
+const MOST_KEPT: usize = 64 << 20;
+
+/// The queue of a back end, and memory where it works: the results of graphs stay there until they are read together.
+///
+/// A back end works its queue off in order. So nobody waits between two pieces of work: the later one may overwrite what the
+/// earlier one reads, or needs on the way, and a copy that comes last finds all results. It is the host that has to wait: before
+/// it reads what was copied, lets go of what is sent, or gives memory back.
+pub(crate) struct Lane {
+    /// NULL for the host.
+    place: sys::ggml_backend_dev_t,
+    /// NULL before the first work.
+    backend: sys::ggml_backend_t,
+    /// Results and what was sent, until the results are read.
+    kept: Memory,
+    /// What a single graph needs on the way.
+    work: Memory,
+    /// A part of what is kept, as it was read: which bytes of it.
+    host: HostMemory,
+    loaded: Range<usize>,
+    /// What the queue may not have taken yet.
+    sent: Vec<Vec<u32>>,
+    /// Whether anything may be in the queue.
+    is_busy: bool,
+}
+
+impl Lane {
+    /// `place`: see [`super::place`].
+    pub fn new(place: sys::ggml_backend_dev_t) -> Self {
+        let (kept, work, host) = (Memory::default(), Memory::default(), HostMemory::default());
+        Self { place, backend: std::ptr::null_mut(), kept, work, host, loaded: 0..0, sent: Vec::new(), is_busy: false }
+    }
+
+    pub fn place(&self) -> sys::ggml_backend_dev_t {
+        self.place
+    }
+
+    /// What follows goes into the queue of this back end, after what waits in that of another one on the same device.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    ///
+    /// # Safety
+    /// The back end lives until [`Self::wait`], or is not used any more.
+    pub unsafe fn enter(&mut self, backend: sys::ggml_backend_t) -> Result<(), ComputeError> {
+        if self.backend != backend {
+            self.wait()?;
+            self.backend = backend;
+        }
+        Ok(())
+    }
+
+    /// Whether there is room for some results: bytes of each.
+    pub fn has_room(&self, results: &[usize]) -> bool {
+        self.kept.has_room(results)
+    }
+
+    /// Whether there is room for what a graph needs on the way: bytes of each.
+    pub fn has_work_room(&self, work: &[usize]) -> bool {
+        self.work.has_room(work)
+    }
+
+    /// Gives up what is kept and makes room for `n` times as much as some results more, within limits, but at least for them.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn grow(&mut self, results: &[usize], n: usize) -> Result<(), ComputeError> {
+        self.clear()?;
+        self.kept.grow(self.backend, results, n)
+    }
+
+    /// Makes room for what a graph needs on the way.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn grow_work(&mut self, work: &[usize]) -> Result<(), ComputeError> {
+        self.wait()?;
+        self.work.grow(self.backend, work, 0)
+    }
+
+    /// Gives a result memory, for which there is room, and says where it will be found.
+    pub fn keep(&mut self, t: Tensor) -> usize {
+        self.kept.give(t)
+    }
+
+    /// Gives memory, for which there is room, to what a graph needs on the way.
+    pub fn lend(&mut self, t: Tensor) {
+        self.work.give(t);
+    }
+
+    /// Sends numbers of rows, for which there is room among the results, and says where they will be.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn send(&mut self, rows: Vec<u32>) -> Result<usize, ComputeError> {
+        let b = Builder::new(1)?;
+        // SAFETY: the tensor gets as many bytes; they stay as they are until they are there.
+        let (at, done) = unsafe {
+            let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_I32, rows.len() as i64);
+            let at = self.kept.give(t);
+            self.is_busy = true;
+            (at, sys::gvote_shim_tensor_set_async(self.backend, t, rows.as_ptr().cast()))
+        };
+        self.sent.push(rows);
+        if done { Ok(at) } else { Err(ComputeError::Memory("rows")) }
+    }
+
+    /// Rows that were sent, as a tensor of another graph.
+    pub fn sent(&self, b: &Builder, at: usize, n: usize) -> Tensor {
+        // SAFETY: the tensor belongs to the builder's context; it lies where the rows are.
+        unsafe {
+            let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_I32, n as i64);
+            self.kept.put(t, at);
+            t
+        }
+    }
+
+    /// Puts a graph into the queue, all of whose tensors were given memory, but for views. False: whoever has the back end wants it
+    /// to stop, and nothing is computed.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    ///
+    /// # Safety
+    /// What the graph reads elsewhere lies on the same device, and is written to by nobody but what comes later in the queue.
+    pub unsafe fn enqueue(&mut self, b: &mut Builder) -> Result<bool, ComputeError> {
+        self.is_busy = true;
+        // the next graph in the queue may have it
+        self.work.used = 0;
+        // SAFETY: our memory stays until the queue has been waited for.
+        match unsafe { b.enqueue(self.backend) } {
+            Err(ComputeError::Failed(sys::GGML_STATUS_ABORTED)) => Ok(false),
+            done => done.map(|()| true),
+        }
+    }
+
+    /// Waits until all that is in the queue has been done.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn wait(&mut self) -> Result<(), ComputeError> {
+        // SAFETY: a back end with work of ours lives.
+        if self.is_busy && unsafe { !sys::gvote_shim_synchronize(self.backend) } {
+            return Err(ComputeError::Memory("waiting"));
+        }
+        self.is_busy = false;
+        self.sent.clear();
+        Ok(())
+    }
+
+    /// Numbers of a result. What is kept is read piece by piece, in the order in which it was kept.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn floats(&mut self, at: usize, n: usize) -> Result<&[f32], ComputeError> {
+        self.load(at, n * size_of::<f32>())?;
+        Ok(&self.host[(at - self.loaded.start) / size_of::<f32>()..][..n])
+    }
+
+    /// The same of a result in halves.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn halves(&mut self, at: usize, n: usize) -> Result<&[f16], ComputeError> {
+        self.load(at, n * size_of::<f16>())?;
+        Ok(&self.host.halves()[(at - self.loaded.start) / size_of::<f16>()..][..n])
+    }
+
+    /// Sees to it that some bytes of what is kept are on the host.
+    fn load(&mut self, at: usize, bytes: usize) -> Result<(), ComputeError> {
+        if self.loaded.start <= at && at + bytes <= self.loaded.end {
+            return Ok(());
+        }
+        let bytes = bytes.max(STAGE).min(self.kept.used - at);
+        let len = bytes / size_of::<f32>();
+        self.host.resize_for(self.place, len.max(STAGE / size_of::<f32>()))?;
+        let b = Builder::new(1)?;
+        // SAFETY: both sides hold as many bytes, and stay until they were waited for.
+        let done = unsafe {
+            let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_F32, len as i64);
+            self.kept.put(t, at);
+            self.is_busy = true;
+            sys::gvote_shim_tensor_get_async(self.backend, t, self.host.as_mut_ptr().cast())
+        };
+        if !done {
+            return Err(ComputeError::Memory("reading"));
+        }
+        self.wait()?;
+        self.loaded = at..at + bytes;
+        Ok(())
+    }
+
+    /// Gives up what is kept.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn clear(&mut self) -> Result<(), ComputeError> {
+        self.wait()?;
+        (self.kept.used, self.work.used, self.loaded) = (0, 0, 0..0);
+        Ok(())
+    }
+}
+
+/// Memory of a back end that is given away from its start.
+#[derive(Default)]
+struct Memory {
+    /// NULL before there is any.
+    buffer: sys::ggml_backend_buffer_t,
+    used: usize,
+    /// Of what is given away: bytes.
+    alignment: usize,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: ours, freed once; NULL is fine.
+        unsafe { sys::ggml_backend_buffer_free(self.buffer) };
+    }
+}
+
+// SAFETY: plain memory.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    fn bytes(&self) -> usize {
+        // SAFETY: a valid buffer.
+        if self.buffer.is_null() { 0 } else { unsafe { sys::ggml_backend_buffer_get_size(self.buffer) } }
+    }
+
+    fn has_room(&self, sizes: &[usize]) -> bool {
+        self.used + padded(sizes, self.alignment) <= self.bytes()
+    }
+
+    /// Takes other memory, as much as there was and `n` times what `sizes` need, or just what they need where there is no more.
+    fn grow(&mut self, backend: sys::ggml_backend_t, sizes: &[usize], n: usize) -> Result<(), ComputeError> {
+        // SAFETY: a back end that is there; the buffer is ours, and NULL is fine.
+        unsafe {
+            self.alignment = sys::ggml_backend_get_alignment(backend).max(size_of::<f32>());
+            let needed = padded(sizes, self.alignment);
+            let ample = (self.bytes() + n * needed).min(MOST_KEPT).max(needed);
+            if ample <= self.bytes() {
+                return Ok(());
+            }
+            let buffer_type = sys::ggml_backend_get_default_buffer_type(backend);
+            sys::ggml_backend_buffer_free(std::mem::replace(&mut self.buffer, std::ptr::null_mut()));
+            for bytes in [ample, needed] {
+                self.buffer = sys::gvote_shim_alloc_buffer(buffer_type, bytes);
+                if !self.buffer.is_null() {
+                    return Ok(());
+                }
+            }
+        }
+        Err(ComputeError::Memory("statistics and queries"))
+    }
+
+    /// Gives a tensor the next bytes, and says which.
+    fn give(&mut self, t: Tensor) -> usize {
+        let at = self.used;
+        self.put(t, at);
+        // SAFETY: plain query of a valid tensor.
+        self.used += padded(&[unsafe { sys::ggml_nbytes(t) }], self.alignment);
+        at
+    }
+
+    /// Lets a tensor lie here.
+    fn put(&self, t: Tensor, at: usize) {
+        // SAFETY: ggml checks that the tensor has no memory, and that it lies inside.
+        unsafe {
+            let base: *mut u8 = sys::ggml_backend_buffer_get_base(self.buffer).cast();
+            sys::ggml_backend_tensor_alloc(self.buffer, t, base.wrapping_add(at).cast());
+        }
+    }
+}
+
+/// Bytes of tensors that begin at multiples of `alignment`.
+fn padded(sizes: &[usize], alignment: usize) -> usize {
+    sizes.iter().map(|size| size.next_multiple_of(alignment.max(1))).sum()
+}

@@ -1,0 +1,218 @@
+//! What was taken of the ubatch in work, and is still where it was computed.
+//!
+//! Where a node lies on a device, what is taken of it is computed in the queue of llama.cpp's own back end, behind the node and
+//! before whatever overwrites it: our graph is as good as one more node of llama.cpp's. So nobody waits for it in each layer. All
+//! is read with one wait when the last layer has been taken: each layer needs what the one before has computed, so by then all
+//! have been. Of a decode that ends earlier nothing is read. ggml has waited for its queue by then, so that ours may be dropped.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::graph::{Attention, Wanted, by_token};
+use super::moments::{Block, Rows, Sums};
+use super::node::Node;
+use super::{CaptureError, Inner, Mode};
+use crate::backend::{Builder, Lane};
+use crate::llama::SeqId;
+use crate::sys;
+
+/// What lies on one device.
+pub(super) struct Pending {
+    lane: Lane,
+    /// Whether the queue is llama.cpp's. Where it is not, the host waits for each graph before llama.cpp goes on.
+    is_theirs: bool,
+    taken: Vec<Taken>,
+    /// Where the rows of sequences are that do not follow each other.
+    sent: Vec<(SeqId, usize)>,
+}
+
+/// What was taken of a layer, and where it is kept.
+enum Taken {
+    Sums {
+        seq: SeqId,
+        layer: usize,
+        sums: Sums,
+    },
+    /// Of `n` tokens from `first` on.
+    Queries {
+        layer: usize,
+        first: usize,
+        n: usize,
+        wanted: Vec<Wanted>,
+        at: usize,
+    },
+}
+
+impl Pending {
+    /// Gives up what was not read.
+    fn clear(&mut self) -> Result<(), CaptureError> {
+        self.taken.clear();
+        self.sent.clear();
+        Ok(self.lane.clear()?)
+    }
+
+    fn rows(&mut self, seq: SeqId, rows: &[u32]) -> Result<Rows, CaptureError> {
+        if is_range(rows) {
+            return Ok(Rows::From(rows.first().map_or(0, |&row| row as usize)));
+        }
+        // they are the same in every layer
+        if let Some((_, at)) = self.sent.iter().find(|(of, _)| *of == seq) {
+            return Ok(Rows::Sent(*at));
+        }
+        let at = self.lane.send(rows.to_vec())?;
+        self.sent.push((seq, at));
+        Ok(Rows::Sent(at))
+    }
+}
+
+fn is_range(rows: &[u32]) -> bool {
+    rows.windows(2).all(|w| w[0] + 1 == w[1])
+}
+
+impl Inner {
+    /// Takes the statistics of some rows of a hidden state that lies on a device.
+    pub(super) fn take_sums(
+        &mut self,
+        node: &Node,
+        seq: SeqId,
+        layer: usize,
+        rows: &[u32],
+    ) -> Result<(), CaptureError> {
+        let row = self.n_embd * size_of::<f32>();
+        let (numbers, picked) = if is_range(rows) { (0, 0) } else { (size_of_val(rows), rows.len() * row) };
+        let i = self.pending_for(node, node, &[row, row, numbers], &[rows.len() * row, picked])?;
+        let pending = &mut self.pending[i];
+        let picked = pending.rows(seq, rows)?;
+        // SAFETY: the node has been computed, and llama.cpp goes on behind us in the same queue, or after our wait.
+        if let Some(sums) = unsafe { Sums::enqueue(&mut pending.lane, node.0, picked, rows.len())? } {
+            pending.taken.push(Taken::Sums { seq, layer, sums });
+        }
+        self.collect_unordered(i)
+    }
+
+    /// Takes the queries of some tokens in every stream, of which some are wanted.
+    pub(super) fn take_queries(
+        &mut self,
+        attention: &Attention,
+        tokens: Range<usize>,
+        wanted: Vec<Wanted>,
+    ) -> Result<(), CaptureError> {
+        let (q, layer) = (attention.q, attention.layer);
+        let (first, n) = (tokens.start, tokens.len() * q.0.ne[3] as usize);
+        let bytes = n * self.layers[layer].n_q * size_of::<f16>();
+        let i = self.pending_for(&attention.op, &q, &[bytes], &[])?;
+        let pending = &mut self.pending[i];
+        let mut b = Builder::new(8)?;
+        // SAFETY: as in `take_sums`.
+        let is_done = unsafe {
+            let rounded = sys::ggml_cast(b.ctx, by_token(&b, q, tokens), sys::GGML_TYPE_F16);
+            let at = pending.lane.keep(rounded);
+            b.run(rounded);
+            pending.lane.enqueue(&mut b)?.then_some(at)
+        };
+        if let Some(at) = is_done {
+            pending.taken.push(Taken::Queries { layer, first, n, wanted, at });
+        }
+        self.collect_unordered(i)
+    }
+
+    /// What is pending where `t` lies, which `op` has computed or is about to read, with room for some bytes of results and of what
+    /// is needed on the way.
+    fn pending_for(&mut self, op: &Node, t: &Node, results: &[usize], work: &[usize]) -> Result<usize, CaptureError> {
+        // SAFETY: nodes of the graph in work, which have buffers; a back end of the context lives as long as the context, and ours
+        // until it is released.
+        let i = unsafe {
+            let device = self.devices.at(t.buffer())?;
+            let place = device.place();
+            let theirs = sys::gvote_shim_backend_of(self.ctx, op.0);
+            let is_theirs = !place.is_null() && !theirs.is_null() && sys::ggml_backend_get_device(theirs) == place;
+            let i = self.pending.iter().position(|pending| pending.lane.place() == place).unwrap_or_else(|| {
+                let (taken, sent) = (Vec::new(), Vec::new());
+                self.pending.push(Pending { lane: Lane::new(place), is_theirs, taken, sent });
+                self.pending.len() - 1
+            });
+            self.pending[i].is_theirs = is_theirs;
+            self.pending[i].lane.enter(if is_theirs { theirs } else { device.backend() })?;
+            i
+        };
+        if !self.pending[i].lane.has_room(results) {
+            self.collect(i..i + 1)?;
+            self.pending[i].clear()?;
+            self.pending[i].lane.grow(results, self.layers.len())?;
+        }
+        if !self.pending[i].lane.has_work_room(work) {
+            self.pending[i].lane.grow_work(work)?;
+        }
+        Ok(i)
+    }
+
+    /// Collects what is pending in a queue that llama.cpp does not go on in.
+    fn collect_unordered(&mut self, i: usize) -> Result<(), CaptureError> {
+        if self.pending[i].is_theirs { Ok(()) } else { self.collect(i..i + 1) }
+    }
+
+    /// Collects all that is pending if this was the last layer.
+    pub(super) fn collect_behind(&mut self, layer: usize) -> Result<(), CaptureError> {
+        if layer + 1 == self.layers.len() { self.collect(0..self.pending.len()) } else { Ok(()) }
+    }
+
+    /// Reads what is pending on some devices.
+    fn collect(&mut self, which: Range<usize>) -> Result<(), CaptureError> {
+        let mut pending = std::mem::take(&mut self.pending);
+        let done = pending[which].iter_mut().try_for_each(|pending| self.merge(pending));
+        self.pending = pending;
+        done
+    }
+
+    fn merge(&mut self, pending: &mut Pending) -> Result<(), CaptureError> {
+        for taken in std::mem::take(&mut pending.taken) {
+            match taken {
+                Taken::Sums { seq, layer, sums } => {
+                    if let Some(record) = self.records.get_mut(&seq) {
+                        let block = Block::fetched(&mut pending.lane, &sums, self.n_embd)?;
+                        record.layer_mut(layer).moments.merge(&block);
+                    }
+                }
+                Taken::Queries { layer, first, n, wanted, at } => {
+                    let n_q = self.layers[layer].n_q;
+                    self.file_queries(layer, first, &wanted, pending.lane.halves(at, n * n_q)?);
+                }
+            }
+        }
+        pending.clear()
+    }
+
+    /// Copies wanted queries of a layer to where they belong. `queries`: those of the tokens from `first` on.
+    fn file_queries(&mut self, layer: usize, first: usize, wanted: &[Wanted], queries: &[f16]) {
+        let n_q = self.layers[layer].n_q;
+        if let Mode::Replay(_, replayed) = &mut self.mode {
+            replayed[layer].data.resize(wanted.len() * n_q, f16::ZERO);
+            replayed[layer].pos = wanted.iter().map(|w| w.pos).collect();
+        }
+        for &Wanted { row, seq, slot, pos } in wanted {
+            let out = match &mut self.mode {
+                Mode::Probe(probe) => &mut probe.queries[layer],
+                Mode::Replay(_, replayed) => &mut replayed[layer].data,
+                Mode::Listen | Mode::Prompt { .. } | Mode::Again => match self.records.get_mut(&seq) {
+                    Some(record) => record.window_at(layer, slot, pos),
+                    None => continue,
+                },
+            };
+            out[slot * n_q..][..n_q].copy_from_slice(&queries[(row - first) * n_q..][..n_q]);
+        }
+    }
+
+    /// Gives up what a decode left behind that failed or was cancelled.
+    pub(super) fn give_up(&mut self) -> Result<(), CaptureError> {
+        self.pending.iter_mut().try_for_each(Pending::clear)
+    }
+}
+
+#[cfg(test)]
+impl super::Capture {
+    /// How many results wait on devices.
+    pub(crate) fn pending(&self) -> usize {
+        self.inner.pending.iter().map(|pending| pending.taken.len()).sum()
+    }
+}
