@@ -340,6 +340,10 @@ void gvote_shim_get_eval_callback(llama_context * ctx, ggml_backend_sched_eval_c
     *user_data = ctx->get_cparams().cb_eval_user_data;
 }
 
+void gvote_shim_rest_eval_callback(llama_context * ctx) {
+    ggml_backend_sched_set_eval_callback(ctx->get_sched(), nullptr, nullptr);
+}
+
 ggml_cgraph * gvote_shim_graph(llama_context * ctx) {
     llm_graph_result * active = ctx->*member_of(llama_context_gf_res_prev_active{});
     return active == nullptr ? nullptr : active->get_gf();
