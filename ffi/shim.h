@@ -178,6 +178,10 @@ struct gvote_shim_memory_use {
 const char * gvote_shim_memory(
         struct llama_context * ctx, struct gvote_shim_memory_use * host, struct gvote_shim_memory_use * device);
 
+// That part of it which lies in the own memory of one device.
+const char * gvote_shim_memory_on(
+        struct llama_context * ctx, ggml_backend_dev_t device, struct gvote_shim_memory_use * out);
+
 // Installs, replaces or (NULL) removes the eval callback of a living context.
 void gvote_shim_set_eval_callback(
         struct llama_context * ctx, ggml_backend_sched_eval_callback cb, void * user_data);
