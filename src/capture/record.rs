@@ -44,7 +44,7 @@ pub(super) struct Record {
     pub n_tokens: usize,
     /// The tokens of the ubatch in work that belong to the sequence: place in the ubatch, and position.
     pub rows: Vec<(usize, Pos)>,
-    /// Tokens since they were last asked for, by position: those of which none was heard anew.
+    /// Tokens since they were last asked for, by position; what is heard at one forgets those behind it.
     seen: Vec<Seen>,
 }
 
@@ -98,7 +98,7 @@ impl Record {
         let mut heard: Vec<_> = rows.map(|(&cell, row)| Seen { cell, pos: row.pos, token: row.token }).collect();
         heard.sort_unstable_by_key(|seen| seen.pos);
         let Some(oldest) = heard.first().map(|seen| seen.pos) else { return };
-        self.seen.retain(|seen| seen.pos < oldest);
+        self.seen.truncate(self.seen.partition_point(|seen| seen.pos < oldest));
         self.seen.append(&mut heard);
         self.forget(|pos| pos >= oldest);
         // not all that came before was heard

@@ -361,24 +361,24 @@ fn a_callback_of_the_apps_own_stays_during_an_answer() {
 
     // one that is named while gvote's is away comes with it, as soon as that is attached again
     let app = App::new(&tiny("llama"), &ONE);
-    let handle_of_two = Handle::at(&app);
+    let second = Handle::at(&app);
     drop(handle);
     app.decode(&[(0, 0, &words(N, 0))]);
-    answer(&app, &handle_of_two, 0, N as Pos, &words(5, 1), false);
+    answer(&app, &second, 0, N as Pos, &words(5, 1), false);
     // SAFETY: all live.
-    assert_eq!(unsafe { gvote_set_next_callback(handle_of_two.0, Some(count), data) }, GVOTE_OK);
-    attach(&app, &handle_of_two);
+    assert_eq!(unsafe { gvote_set_next_callback(second.0, Some(count), data) }, GVOTE_OK);
+    attach(&app, &second);
     for i in 5..10 {
         let before = seen;
         app.decode(&[(0, (N + i) as Pos, &[1])]);
         assert!(seen > before, "step {i}");
     }
     // SAFETY: all live.
-    assert_eq!(unsafe { gvote_set_next_callback(handle_of_two.0, None, ptr::null_mut()) }, GVOTE_OK);
+    assert_eq!(unsafe { gvote_set_next_callback(second.0, None, ptr::null_mut()) }, GVOTE_OK);
     app.decode(&[(0, N as Pos + 10, &[1])]);
     assert_eq!(asked(|| app.decode(&[(0, N as Pos + 11, &[1])])), 0);
     // detached while it is away
     // SAFETY: all live.
-    assert_eq!(unsafe { gvote_detach(handle_of_two.0, app.ctx) }, GVOTE_OK);
+    assert_eq!(unsafe { gvote_detach(second.0, app.ctx) }, GVOTE_OK);
     assert_eq!(asked(|| app.decode(&[(0, N as Pos + 12, &words(20, 3))])), 0);
 }
