@@ -291,10 +291,12 @@ GVOTE_API gvote_status gvote_cancel_clear(gvote_t * g);
 
 /* ---- listening ----------------------------------------------------------------------------------------------------------- */
 
-/* Listens to a living context from now on: every batch that it decodes is looked at, of all its sequences. Call it after
- * llama_init_from_model() and before the prompt; what was decoded before is not known. An eval callback that the context has
- * already is called beside gvote's. Attaching to the same context again changes nothing; attaching to another one forgets the
- * first, which is not touched and may be freed already.
+/* Listens to a living context from now on, to all its sequences. Call it after llama_init_from_model() and before the prompt;
+ * what was decoded before is not known. While answers are written, a token of each sequence at a time, and nobody else has a
+ * callback in the context, gvote's gets out of the way at the end of a step and comes back with the next graph that llama.cpp
+ * builds, for a prompt at the latest; the tokens meanwhile are taken from the cells. An eval callback that the context has
+ * already is called beside gvote's, which stays then. Attaching to the same context again changes nothing but that the callback
+ * is back at once; attaching to another one forgets the first, which is not touched and may be freed already.
  * Before anything is changed, the structures of the context are compared with those that gvote was built for.
  * Errors: GVOTE_ERROR_UNSUPPORTED, GVOTE_ERROR_VERSION, GVOTE_ERROR_MEMORY. */
 GVOTE_API gvote_status gvote_attach(gvote_t * g, struct llama_context * ctx);
@@ -311,7 +313,8 @@ GVOTE_API bool gvote_cb_eval(struct ggml_tensor * t, bool ask, void * user_data)
 
 /* Calls another eval callback beside gvote's, for every node that it asks for, in the thread that decodes. NULL: none.
  * `user_data` is passed on, and belongs to the app. A callback that gvote_attach() finds in the context is set like this by
- * itself. */
+ * itself. Where gvote's is out of the way, because the context writes an answer already, the other one is called from the next
+ * prompt on, or at once after gvote_attach() to the same context. */
 GVOTE_API gvote_status gvote_set_next_callback(gvote_t * g, gvote_eval_callback callback, void * user_data);
 
 /* ---- votes --------------------------------------------------------------------------------------------------------------- */

@@ -339,6 +339,24 @@ void gvote_shim_table_commit(llama_context * ctx, llama_seq_id seq, gvote_shim_t
     delete table;
 }
 
+static void add(gvote_shim_memory_use & sum, const llama_memory_breakdown_data & use) {
+    sum.model   += use.model;
+    sum.cache   += use.context;
+    sum.compute += use.compute;
+}
+
+const char * gvote_shim_memory_on(llama_context * ctx, ggml_backend_dev_t device, gvote_shim_memory_use * out) {
+    return guarded([&]() -> const char * {
+        *out = {};
+        for (const auto & [buft, use] : llama_get_memory_breakdown(ctx)) {
+            if (ggml_backend_buft_get_device(buft) == device && !ggml_backend_buft_is_host(buft)) {
+                add(*out, use);
+            }
+        }
+        return nullptr;
+    });
+}
+
 const char * gvote_shim_memory(llama_context * ctx, gvote_shim_memory_use * host, gvote_shim_memory_use * device) {
     return guarded([&]() -> const char * {
         *host   = {};
@@ -348,10 +366,7 @@ const char * gvote_shim_memory(llama_context * ctx, gvote_shim_memory_use * host
             const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
             const auto type = dev == nullptr ? GGML_BACKEND_DEVICE_TYPE_CPU : ggml_backend_dev_type(dev);
             const bool is_gpu = type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
-            gvote_shim_memory_use * sum = is_gpu && !ggml_backend_buft_is_host(buft) ? device : host;
-            sum->model   += use.model;
-            sum->cache   += use.context;
-            sum->compute += use.compute;
+            add(is_gpu && !ggml_backend_buft_is_host(buft) ? *device : *host, use);
         }
         return nullptr;
     });
@@ -368,6 +383,10 @@ void gvote_shim_set_eval_callback(llama_context * ctx, ggml_backend_sched_eval_c
 void gvote_shim_get_eval_callback(llama_context * ctx, ggml_backend_sched_eval_callback * cb, void ** user_data) {
     *cb        = ctx->get_cparams().cb_eval;
     *user_data = ctx->get_cparams().cb_eval_user_data;
+}
+
+void gvote_shim_rest_eval_callback(llama_context * ctx) {
+    ggml_backend_sched_set_eval_callback(ctx->get_sched(), nullptr, nullptr);
 }
 
 ggml_cgraph * gvote_shim_graph(llama_context * ctx) {

@@ -190,9 +190,18 @@ struct gvote_shim_memory_use {
 const char * gvote_shim_memory(
         struct llama_context * ctx, struct gvote_shim_memory_use * host, struct gvote_shim_memory_use * device);
 
+// That part of it which lies in the own memory of one device.
+const char * gvote_shim_memory_on(
+        struct llama_context * ctx, ggml_backend_dev_t device, struct gvote_shim_memory_use * out);
+
 // Installs, replaces or (NULL) removes the eval callback of a living context.
 void gvote_shim_set_eval_callback(
         struct llama_context * ctx, ggml_backend_sched_eval_callback cb, void * user_data);
+
+// Takes the eval callback away until the context builds its next graph; a graph that is reused runs without. May be called from
+// the callback where it says no to the last node of a graph: ggml asks about nodes one after another, looks whether there is a
+// callback when it begins with a part of the graph, and calls it afterwards only for a node that it said yes to.
+void gvote_shim_rest_eval_callback(struct llama_context * ctx);
 
 // What a context shows to its owner, put away while gvote works in it: callbacks, outputs of the last batch, counters.
 struct gvote_shim_visit;

@@ -21,7 +21,7 @@
 //! One capture serves all sequences of a context: which of them a token belongs to is told by the cells that its K goes to.
 //!
 //! In a context of our own the callback is installed only around the decode calls that need it; a decoding step never meets
-//! it. In a context of an app it stays: see `src/guest.rs`.
+//! it. In a context of an app it goes and comes back by itself: see `src/guest.rs`.
 
 mod graph;
 mod moments;
@@ -43,7 +43,7 @@ use self::pending::Pending;
 pub(crate) use self::probe::PRETEND_SCATTERED;
 use self::probe::Probe;
 use self::record::Record;
-pub(crate) use self::record::Seen;
+pub(crate) use self::record::{FIRST, Seen};
 pub(crate) use self::state::{Captured, Restored};
 use self::watch::Watch;
 use crate::backend::{ComputeError, Devices};
@@ -122,6 +122,8 @@ struct Reads {
     begun: bool,
     hidden: bool,
     queries: bool,
+    /// A step of answers: one token for each sequence that goes on, none of which is read.
+    step: bool,
 }
 
 /// Queries of one layer. `[n_query][n_head][n_embd_head_k]`
@@ -222,9 +224,9 @@ impl Capture {
         records.entry(seq).or_insert_with(|| Record::new(layers, *window));
     }
 
-    /// What was decoded since the last call, by sequence and in order.
-    pub(crate) fn take_seen(&mut self) -> Vec<(SeqId, Vec<Seen>)> {
-        self.inner.records.iter_mut().map(|(seq, record)| (*seq, record.take_seen())).collect()
+    /// What was heard of a sequence since the last call, by position.
+    pub(crate) fn take_seen(&mut self, seq: SeqId) -> Vec<Seen> {
+        self.inner.records.get_mut(&seq).map(Record::take_seen).unwrap_or_default()
     }
 
     /// Forgets everything captured of a sequence, and follows it no longer.
@@ -232,11 +234,16 @@ impl Capture {
         self.inner.records.remove(&seq);
     }
 
-    /// Forgets the queries of positions from `p0` on: they were removed from the cache.
-    pub fn forget_from(&mut self, seq: SeqId, p0: Pos) {
+    /// Forgets the queries of these positions of a sequence: they were removed from the cache.
+    pub(crate) fn forget_at(&mut self, seq: SeqId, is_gone: impl Fn(Pos) -> bool) {
         if let Some(record) = self.inner.records.get_mut(&seq) {
-            record.forget_from(p0);
+            record.forget(is_gone);
         }
+    }
+
+    /// Forgets the queries of positions from `p0` on.
+    pub fn forget_from(&mut self, seq: SeqId, p0: Pos) {
+        self.forget_at(seq, |pos| pos >= p0);
     }
 
     /// Decodes a batch of the sequences that are followed, and reads of it what is due. `wants_queries`: its end belongs to an
@@ -303,6 +310,11 @@ impl Capture {
         record.window(layer, self.inner.window, pos_last).ok_or(CaptureError::Empty)
     }
 
+    /// Whether there are statistics of every layer.
+    pub(crate) fn has_statistics(&self, seq: SeqId) -> bool {
+        self.inner.records.get(&seq).is_some_and(Record::has_moments)
+    }
+
     /// How the i-th layer of the cache scales its attention logits.
     pub fn logit_scale(&self, layer: usize) -> LogitScale {
         self.inner.layers[layer].scale
@@ -321,6 +333,11 @@ impl Capture {
         debug_assert_eq!(self.inner.ctx, ctx.as_ptr());
         self.inner.give_up()?;
         watch::during(&mut self.inner, ctx, f)
+    }
+
+    /// Whether the graph in work is a step of answers, of which `node` is the last one.
+    pub(crate) fn ends_step(&self, node: &Node) -> bool {
+        self.inner.reads.step && graph::last_node(self.inner.ctx).is_some_and(|last| std::ptr::eq(last.0, node.0))
     }
 
     /// Looks at a node for somebody who has the callback installed already: see [`watch::Watch`].

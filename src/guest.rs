@@ -1,8 +1,10 @@
 //! A guest in an app's context: the app decodes as it always did, we listen, and on request we vote.
 //!
-//! The app's sequences, positions, outputs and callbacks are its own. What we know of a sequence is what was decoded while we
-//! listened; before every vote the cells of the sequence are compared with it, one by one, so that what an app did without us
-//! (`llama_memory_seq_rm`, `seq_add`, a loaded state) is noticed: a removed tail is followed, anything else is refused.
+//! The app's sequences, positions, outputs and callbacks are its own. While it writes answers, a token at a time, nothing is read,
+//! and our callback is out of its way: it leaves at the end of such a step, and comes back with the next graph that llama.cpp
+//! builds. So not every token is heard. What a sequence is, its cells say, which are compared one by one with what is known before
+//! every call: where they go on, or another tail follows, that is taken over; what an app did behind our back otherwise
+//! (`llama_memory_seq_add`, a hole, a loaded state) is refused.
 
 mod known;
 
@@ -87,6 +89,8 @@ unsafe impl Send for Guest {}
 struct Home {
     ctx: Context,
     voter: Voter,
+    /// Ours, as it is installed.
+    callback: Callback,
     known: BTreeMap<SeqId, Known>,
     /// Why nothing is listened to any more.
     deaf: Option<CaptureError>,
@@ -122,7 +126,7 @@ impl Guest {
         self.home.as_ref()?.deaf.as_ref().map(ToString::to_string)
     }
 
-    /// The callback that is called beside ours.
+    /// The callback that is called beside ours. Where ours is out of the way, so is this one until [`Self::attach`].
     pub fn set_next_callback(&mut self, next: Option<Callback>) {
         self.next = next;
     }
@@ -162,6 +166,9 @@ impl Guest {
         let ctx = unsafe { Context::lent(ctx, self.cancel.clone()) };
         let present = eval_callback(&ctx);
         if present == Some(callback) && self.home.as_ref().is_some_and(|home| home.is_in(&ctx)) {
+            // it may be out of the way
+            // SAFETY: as below.
+            unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
             return Ok(());
         }
         if let Some(reason) = ctx.model().unsupported() {
@@ -173,7 +180,9 @@ impl Guest {
         }
         // SAFETY: valid context; the caller's callback outlives its stay there.
         unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
-        self.home = Some(Home { ctx, voter, known: BTreeMap::new(), deaf: None, asked: (false, false) });
+        let there = (0..ctx.n_seq_max() as SeqId).filter(|&seq| !cache::cells(&ctx, seq).is_empty());
+        let known = there.map(|seq| (seq, Known::stranger(seq))).collect();
+        self.home = Some(Home { ctx, voter, callback, known, deaf: None, asked: (false, false) });
         Ok(())
     }
 
@@ -199,11 +208,14 @@ impl Guest {
         home.ok_or(GuestError::NotAttached)
     }
 
-    /// A node of a graph in work, before (`ask`) and after it was computed. See [`crate::capture::watch`].
+    /// A node of a graph in work, before (`ask`) and after it was computed. See [`crate::capture::watch`]. At the end of a step of
+    /// which nobody wants anything, the callback gets out of the way.
     ///
     /// # Safety
     /// `t` is a node that ggml passes to an eval callback of the context.
     pub unsafe fn on_node(&mut self, t: *mut sys::ggml_tensor, ask: bool) -> bool {
+        #[cfg(test)]
+        ASKED.set(ASKED.get() + usize::from(ask));
         let asked = self.home.as_ref().map_or((false, true), |home| home.asked);
         let ours = match &mut self.home {
             // SAFETY: see above.
@@ -218,6 +230,11 @@ impl Guest {
         if ask {
             if let Some(home) = &mut self.home {
                 home.asked = (ours, theirs);
+                // SAFETY: as above.
+                if !ours && self.next.is_none() && home.may_rest(&unsafe { Node::new(t) }) {
+                    // SAFETY: the last node of the graph, to which the answer is no.
+                    unsafe { sys::gvote_shim_rest_eval_callback(home.ctx.as_ptr()) };
+                }
             }
             ours || theirs
         } else {
@@ -464,6 +481,11 @@ impl Home {
         Ok(self.voter.layout.n_head_kv().take(i).sum())
     }
 
+    /// Whether `node` ends a step of answers in a context that has our callback.
+    fn may_rest(&self, node: &Node) -> bool {
+        self.deaf.is_none() && self.voter.capture.ends_step(node) && eval_callback(&self.ctx) == Some(self.callback)
+    }
+
     fn on_node(&mut self, node: &Node, ask: bool) -> bool {
         if self.deaf.is_some() {
             return !ask;
@@ -476,6 +498,12 @@ impl Home {
             }
         }
     }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Nodes that guests were asked about.
+    pub(crate) static ASKED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 /// The eval callback that a context has.

@@ -107,6 +107,61 @@ fn the_layers_are_on_the_workers() {
     assert_eq!(sizes("CPU", "KV"), 0.0, "{log}");
 }
 
+/// Beside what llama.cpp logs in a run of the command that the plan names.
+#[test]
+fn a_plan_says_how_much_each_worker_holds() {
+    let (workers, endpoints) = two();
+    let model = cli::model();
+    let args = [model.to_str().unwrap(), "--prompt", "700", "-n", "68", "-ngl", "all", "--rpc", &endpoints];
+    let plan = finish(&mut bare(&[&["plan", "--json"], &args[..]].concat())).ok().json().remove(0);
+    let command = plan["command"].as_str().unwrap();
+    assert!(command.contains("-c 768") && command.ends_with(&format!("--rpc {endpoints}")), "{command}");
+
+    let run = ["-p", "Hi", "-n", "1", "-c", "768", "-ngl", "all", "--rpc", &endpoints, "-v"];
+    let log = finish(&mut gvote("run", &run)).ok().stderr;
+    let logged = |name: &str, what: &str| -> f64 {
+        let is_one = |line: &&str| line.contains(name) && line.contains(&format!("{what} buffer size ="));
+        let sizes = log.lines().filter(is_one).map(|line| line.split(['=', 'M']).nth_back(1).unwrap().trim());
+        sizes.map(|size| size.parse::<f64>().unwrap_or_else(|_| panic!("{size}"))).sum()
+    };
+    let devices = plan["devices"].as_array().unwrap();
+    assert_eq!(devices.len(), 2, "{plan}");
+    let mut sum = 0;
+    for (device, worker) in devices.iter().zip(&workers) {
+        assert_eq!(device["description"], worker.endpoint.as_str());
+        for (field, what) in [("weights", "model"), ("kv_cache", "KV"), ("compute", "compute")] {
+            let (planned, logged) =
+                (number(&device[field]) as f64 / f64::from(1 << 20), logged(&worker.endpoint, what));
+            // llama.cpp works out a little more to compute in than it takes where devices hand over to each other
+            let apart = if what == "compute" { 0.05 } else { 0.001 };
+            assert!(logged > 0.1 && (planned - logged).abs() < apart * logged, "{what}: {planned} of {logged} MiB");
+        }
+        assert!(number(&device["free"]) > number(&device["total"]), "{device}");
+        sum += number(&device["total"]);
+    }
+    // what the limit is about
+    let f16 = plan["types"].as_array().unwrap().iter().find(|need| need["type"] == "f16").unwrap();
+    assert_eq!(number(&f16["total"]), sum);
+    let short = |memory: u64| {
+        let memory = memory.to_string();
+        let limited = [&["plan", "--json", "--memory", &memory], &args[..]].concat();
+        finish(&mut bare(&limited)).ok().json().remove(0)["chosen"].clone()
+    };
+    assert_eq!([short(sum), short(sum - 1)], ["f16", "q8_0"]);
+
+    let words = finish(&mut bare(&[&["plan"], &args[..]].concat())).ok().stdout;
+    let of = |endpoint: &str| words.lines().filter(|line| line.contains(&format!("({endpoint})"))).count();
+    assert!(workers.iter().all(|worker| of(&worker.endpoint) == 1), "{words}");
+
+    // and one that is not there
+    let gone = Worker::start();
+    let endpoint = gone.endpoint.clone();
+    drop(gone);
+    let done = finish(&mut bare(&["plan", model.to_str().unwrap(), "--rpc", &endpoint]));
+    assert_eq!(done.status, 1);
+    assert!(done.stderr.contains(&format!("cannot reach the worker {endpoint}")), "{}", done.stderr);
+}
+
 #[test]
 fn chat_and_bench_run_on_workers_too() {
     let (_workers, endpoints) = two();

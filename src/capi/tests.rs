@@ -1,6 +1,7 @@
 //! What the C interface promises, seen by an app that uses llama.cpp on its own:
 //! - `votes`: a vote does what a session's does, and disturbs nothing;
 //! - `changes`: what an app does behind our back is noticed;
+//! - `steps`: gvote is out of the way while an app writes an answer, and misses nothing that matters;
 //! - `room`: more tokens than cells, read as a session reads them;
 //! - `protect`: what an app names, and the template's markers where that is asked for, stay in every head;
 //! - `walk`: whatever an app does in whatever order, no sequence meets the cells of another;
@@ -15,5 +16,6 @@ mod each;
 mod protect;
 mod room;
 mod saved;
+mod steps;
 mod votes;
 mod walk;

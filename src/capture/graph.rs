@@ -96,6 +96,16 @@ pub(super) fn nodes<'a>(ctx: *mut sys::llama_context) -> impl Iterator<Item = No
     }
 }
 
+/// The last of them.
+pub(super) fn last_node<'a>(ctx: *mut sys::llama_context) -> Option<Node<'a>> {
+    // SAFETY: as above.
+    unsafe {
+        let graph = sys::gvote_shim_graph(ctx);
+        let has_nodes = !graph.is_null() && sys::ggml_graph_n_nodes(graph) > 0;
+        has_nodes.then(|| Node::new(sys::ggml_graph_node(graph, -1)))
+    }
+}
+
 impl Inner {
     fn stores_first_k(&self, node: &Node) -> bool {
         node.0.op == sys::GGML_OP_SET_ROWS && self.by_tensor.get(&node.storage()) == Some(&0)
@@ -167,6 +177,9 @@ impl Inner {
                 record.count(record.rows.len());
             }
         }
+        reads.step = matches!(self.mode, Mode::Listen)
+            && !(reads.hidden || reads.queries)
+            && self.records.values().all(|record| record.rows.len() <= 1);
         self.reads = reads;
         Ok(())
     }

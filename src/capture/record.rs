@@ -9,7 +9,7 @@ use super::{Layer, Window, zeros};
 use crate::llama::{Pos, Token};
 use crate::sys;
 
-/// A token that was decoded, and where it went.
+/// A token that was heard, and where it went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
     /// Cell, in the sequence's stream or over all of them: whatever llama.cpp counts in its graph.
@@ -32,7 +32,7 @@ pub(super) struct LayerRecord {
 
 /// The first so many tokens give the statistics, and of those that follow one in [`SHARE`]: see docs/performance.md for what
 /// that costs and changes.
-const FIRST: usize = 256;
+pub(crate) const FIRST: usize = 256;
 pub(super) const SHARE: usize = 16;
 
 /// What is captured of one sequence.
@@ -44,7 +44,7 @@ pub(super) struct Record {
     pub n_tokens: usize,
     /// The tokens of the ubatch in work that belong to the sequence: place in the ubatch, and position.
     pub rows: Vec<(usize, Pos)>,
-    /// Tokens since they were last asked for.
+    /// Tokens since they were last asked for, by position; what is heard at one forgets those behind it.
     seen: Vec<Seen>,
 }
 
@@ -81,11 +81,13 @@ impl Record {
         self.n_tokens += n;
     }
 
-    pub fn forget_from(&mut self, p0: Pos) {
+    /// Forgets the queries of these positions.
+    pub fn forget(&mut self, is_gone: impl Fn(Pos) -> bool) {
+        let is_gone = |pos: &Pos| *pos >= 0 && is_gone(*pos);
         for layer in &mut self.layers {
-            if layer.window_pos.iter().any(|p| *p >= p0) {
-                let forget = |pos: &mut Pos| *pos = if *pos >= p0 { -1 } else { *pos };
-                Arc::make_mut(layer).window_pos.iter_mut().for_each(forget);
+            if layer.window_pos.iter().any(is_gone) {
+                let gone = Arc::make_mut(layer).window_pos.iter_mut().filter(|pos| is_gone(pos));
+                gone.for_each(|pos| *pos = -1);
             }
         }
     }
@@ -93,15 +95,17 @@ impl Record {
     /// Notes the tokens of a ubatch. A token at position 0 begins the sequence anew.
     pub fn list(&mut self, cells: &[i64], rows: &[sys::gvote_shim_row]) {
         let rows = cells.iter().zip(rows).filter(|(_, row)| row.pos >= 0);
-        let first = self.seen.len();
-        self.seen.extend(rows.map(|(&cell, row)| Seen { cell, pos: row.pos, token: row.token }));
-        if let Some(oldest) = self.seen[first..].iter().map(|seen| seen.pos).min() {
-            self.forget_from(oldest);
-            if oldest == 0 {
-                self.n_tokens = 0;
-                for layer in &mut self.layers {
-                    Arc::make_mut(layer).moments = Moments::default();
-                }
+        let mut heard: Vec<_> = rows.map(|(&cell, row)| Seen { cell, pos: row.pos, token: row.token }).collect();
+        heard.sort_unstable_by_key(|seen| seen.pos);
+        let Some(oldest) = heard.first().map(|seen| seen.pos) else { return };
+        self.seen.truncate(self.seen.partition_point(|seen| seen.pos < oldest));
+        self.seen.append(&mut heard);
+        self.forget(|pos| pos >= oldest);
+        // not all that came before was heard
+        self.n_tokens = oldest as usize;
+        if oldest == 0 {
+            for layer in &mut self.layers {
+                Arc::make_mut(layer).moments = Moments::default();
             }
         }
     }

@@ -3,11 +3,13 @@
 mod fit;
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use anyhow::Result;
 use clap::Args;
 use gvote::SessionParams;
 use gvote::gguf::{Gguf, ModelInfo, Support};
+use gvote::llama::rpc::Endpoint;
 use gvote::llama::{CacheType, ContextParams, FlashAttention, ModelParams, Simulation};
 use gvote::policy::{Kind, Params};
 use serde::Serialize;
@@ -15,7 +17,7 @@ use serde::Serialize;
 use super::args::{flash_attention, gpu_layers};
 use super::report::print_json;
 use super::table::{labelled, plain, table};
-use super::turn::print;
+use super::turn::{connect, print};
 use super::words::{bytes, count, note};
 pub use fit::size;
 use fit::{Need, Sizes, vote_bytes};
@@ -25,6 +27,7 @@ Examples:
   gvote plan model.gguf --memory 8G --prompt 30000
   gvote plan model.gguf --memory 24G --prompt 100000 -ngl all --json | jq -r .command
   gvote plan model.gguf --prompt 4096 -ub 128
+  gvote plan model.gguf --prompt 100000 -ngl all --rpc 192.168.1.7:50052,192.168.1.8:50052
 
 The sizes of weights, KV cache and compute buffers are llama.cpp's own: it works them out for this machine without allocating or \
 reading the weights. Not in them: the vocabulary, the program itself, and what a vote needs while it works; the report names an \
@@ -40,7 +43,7 @@ pub struct PlanArgs {
     #[arg(value_name = "MODEL")]
     model: PathBuf,
 
-    /// Memory to stay within, such as 8G or 512M: the GPU's, if layers go there, else the machine's
+    /// Memory to stay within, such as 8G or 512M: that of GPUs and workers together, if layers go there, else the machine's
     #[arg(long, value_name = "SIZE", value_parser = size, allow_hyphen_values = true)]
     memory: Option<usize>,
 
@@ -53,9 +56,14 @@ pub struct PlanArgs {
           value_parser = clap::value_parser!(u32).range(0..1 << 24))]
     predict: u32,
 
-    /// Layers to keep on the GPU, where there is one: a number, or `auto` or `all`
+    /// Layers to keep on GPUs and workers, if any: a number, or `auto` or `all`
     #[arg(long, visible_alias = "gpu-layers", value_name = "N", default_value = "auto", value_parser = gpu_layers)]
     n_gpu_layers: i32,
+
+    /// Put layers on the devices of these workers too, and say how much each of them holds. They must be running: llama.cpp shares
+    /// layers out by the memory that is free there
+    #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',', value_parser = Endpoint::from_str)]
+    rpc: Vec<Endpoint>,
 
     /// Most tokens computed at once: fewer take smaller compute buffers, and more time
     #[arg(long, value_name = "N", default_value_t = ContextParams::default().n_ubatch,
@@ -96,11 +104,26 @@ struct Plan {
     types: Vec<Need>,
     /// The one to use: the most exact that fits, of those that are not larger than f16.
     chosen: Option<&'static str>,
+    /// With the chosen type, or f16: the GPUs and workers that hold something, as llama.cpp would share it out now.
+    devices: Vec<OnDevice>,
     command: Option<String>,
     /// With the chosen type. Shares are examples.
     after_vote: Vec<Kept>,
     /// An estimate, of the vote's memory while it works.
     vote_bytes: usize,
+}
+
+#[derive(Serialize)]
+struct OnDevice {
+    name: String,
+    /// Where a worker listens; of a GPU, its maker's name for it.
+    description: String,
+    weights: usize,
+    kv_cache: usize,
+    compute: usize,
+    total: usize,
+    /// Now, as far as it is known.
+    free: Option<usize>,
 }
 
 #[derive(Serialize)]
@@ -125,6 +148,12 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     if plan.cells > plan.n_ctx_train {
         note(&format!("the model was trained for {} tokens; past them it may talk nonsense", count(plan.n_ctx_train)));
     }
+    for device in &plan.devices {
+        if let Some(free) = device.free.filter(|&free| free < device.total) {
+            let (name, free) = (&device.name, bytes(free, free));
+            note(&format!("{name} ({}) has {free} free, and that is too little", plain(&device.description)));
+        }
+    }
     plan.verdict()
 }
 
@@ -142,6 +171,7 @@ impl Plan {
             _ => None,
         };
         let policy = Params::new(if refused.is_some() { Kind::Full } else { Kind::Gvote });
+        connect(&args.rpc)?;
         let simulation = Simulation::load(&args.model, &ModelParams { n_gpu_layers: args.n_gpu_layers })?;
         let context =
             ContextParams { n_ubatch: args.ubatch_size, flash_attn: args.flash_attn, ..ContextParams::default() };
@@ -160,6 +190,16 @@ impl Plan {
             Some(need) if refused.is_none() => kept(info, need.cache_type, prompt, cells),
             _ => Vec::new(),
         };
+        let devices = sizes.devices(chosen.map_or(CacheType::F16, |need| need.cache_type), cells)?;
+        let devices = devices.into_iter().map(|(device, buffers)| OnDevice {
+            free: device.memory().map(|memory| memory.free),
+            name: device.name,
+            description: device.description,
+            weights: buffers.weights,
+            kv_cache: buffers.cache,
+            compute: buffers.compute,
+            total: buffers.total(),
+        });
         let heads = info.cached(false).sum();
         Ok(Self {
             model: info.name.clone().unwrap_or_else(|| info.architecture.clone()),
@@ -171,6 +211,7 @@ impl Plan {
             weights: memory.host.weights + memory.device.weights,
             command: chosen.map(|need| command(args, need.cache_type, cells, refused.is_some())),
             chosen: chosen.map(|need| need.name),
+            devices: devices.collect(),
             vote_bytes: match refused {
                 Some(_) => 0,
                 None => vote_bytes(draft, info.n_vocab.unwrap_or(0) as usize, heads, prompt, threads),
@@ -219,7 +260,24 @@ impl Plan {
             ),
         };
         if let Some(host) = self.types.iter().map(|need| need.host).max().filter(|&n| n > 0) {
-            out += &labelled("", &format!("on the GPU; besides up to {} in the machine's memory", size(host)));
+            let there =
+                if self.devices.len() > 1 { "on all of these devices together" } else { "on the GPU or worker" };
+            out += &labelled("", &format!("{there}; besides up to {} in this machine's memory", size(host)));
+        }
+        if !self.devices.is_empty() {
+            let name = self.chosen.unwrap_or(CacheType::F16.name());
+            out += &labelled("devices", &format!("as llama.cpp shares the layers out now, with {name}"));
+            let rows = self.devices.iter().map(|device| {
+                [
+                    format!("{} ({})", plain(&device.name), plain(&device.description)),
+                    size(device.weights),
+                    size(device.kv_cache),
+                    size(device.compute),
+                    size(device.total),
+                    device.free.map_or_else(String::new, size),
+                ]
+            });
+            out += &table(["device", "weights", "KV cache", "compute", "together", "free"], rows, 1);
         }
         out += &self.vote_in_words();
         if let Some(command) = &self.command {
@@ -303,6 +361,10 @@ fn command(args: &PlanArgs, cache_type: CacheType, cells: usize, is_refused: boo
         n => format!(" -ngl {n}"),
     }
     .as_str();
+    if !args.rpc.is_empty() {
+        let workers: Vec<String> = args.rpc.iter().map(ToString::to_string).collect();
+        out += &format!(" --rpc {}", workers.join(","));
+    }
     out += match args.flash_attn {
         FlashAttention::Auto => "",
         FlashAttention::On => " -fa on",

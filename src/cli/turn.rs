@@ -150,7 +150,7 @@ impl Steps {
 }
 
 /// Makes the devices of workers known to llama.cpp.
-fn connect(workers: &[Endpoint]) -> Result<()> {
+pub fn connect(workers: &[Endpoint]) -> Result<()> {
     if !workers.is_empty() {
         llama::on_abort(on_abort);
     }

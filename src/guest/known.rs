@@ -1,27 +1,42 @@
 //! What a guest knows of a sequence, and whether the cells still say so.
+//!
+//! Not every token is heard, so the cells are what counts. They can be followed because of what a compaction leaves: in every head a
+//! cell holds a position that is no larger than the cell's own, and larger than that of the cell before. Where cells have all the
+//! positions from 0 on, each therefore holds just its own, whatever was done before; and so does each that follows the known ones.
 
 use std::collections::BTreeMap;
 
 use super::GuestError;
-use crate::cache::{Cell, Layout};
-use crate::capture::Seen;
+use crate::cache::Cell;
 use crate::llama::{Pos, SeqId, Token};
 use crate::vote::{Sequence, Voter};
 
 /// Tells cells apart: another token at the same place is another cell.
-type Mark = (u32, Pos, Token);
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Mark {
+    index: u32,
+    pos: Pos,
+    token: Token,
+}
 
 /// What is known of a sequence.
 pub(super) struct Known {
     pub sequence: Sequence,
-    /// Its cells, as they should be.
+    /// Its cells as they should be, by position: those that `sequence` speaks of, then others that were heard.
     marks: Vec<Mark>,
-    /// Why it is not known any more, until it begins anew.
-    lost: Option<&'static str>,
+    /// How many of them `sequence` speaks of; fewer than its own where it went on elsewhere.
+    n_bound: usize,
+    /// It had cells before anybody listened, and has not begun anew.
+    is_stranger: bool,
 }
 
 fn mark(cell: &Cell) -> Mark {
-    (cell.index, cell.pos, cell.token)
+    Mark { index: cell.index, pos: cell.pos, token: cell.token }
+}
+
+/// Whether no position is missing.
+fn is_whole(cells: &[Cell]) -> bool {
+    cells.iter().zip(0..).all(|(cell, pos)| cell.pos == pos)
 }
 
 impl Known {
@@ -29,17 +44,25 @@ impl Known {
         Self::of(Sequence::new(seq), &[])
     }
 
+    /// A sequence of which nothing is known until it begins anew.
+    pub fn stranger(seq: SeqId) -> Self {
+        Self { is_stranger: true, ..Self::new(seq) }
+    }
+
     /// What is known of a sequence that has these cells.
     pub fn of(sequence: Sequence, cells: &[Cell]) -> Self {
-        Self { sequence, marks: cells.iter().map(mark).collect(), lost: None }
+        let mut known = Self { sequence, marks: Vec::new(), n_bound: 0, is_stranger: false };
+        known.bind(cells);
+        known
     }
 
     /// Takes the cells for the right ones.
     pub fn bind(&mut self, cells: &[Cell]) {
         self.marks = cells.iter().map(mark).collect();
+        self.n_bound = cells.len();
     }
 
-    /// The sequence `seq`, after all that was heard, if its cells agree.
+    /// The sequence `seq` as its cells say, if they can be followed.
     ///
     /// # Errors
     /// [`GuestError::NotSeen`], [`GuestError::Changed`].
@@ -49,79 +72,105 @@ impl Known {
         seq: SeqId,
         cells: &[Cell],
     ) -> Result<&'a mut Self, GuestError> {
-        for (seq, seen) in voter.capture.take_seen() {
-            let entry = known.entry(seq).or_insert_with(|| Self::new(seq));
-            for token in seen {
-                entry.hear(&token, &voter.layout);
-            }
-        }
         if cells.is_empty() {
             known.remove(&seq);
             voter.capture.forget(seq);
             return Err(GuestError::NotSeen { seq, reason: "it is empty" });
         }
-        let not_seen = GuestError::NotSeen { seq, reason: "it was decoded before gvote_attach, copied, or loaded" };
-        let entry = known.get_mut(&seq).ok_or(not_seen)?;
-        entry.compare(voter, cells)?;
+        let entry = known.entry(seq).or_insert_with(|| Self::new(seq));
+        let n_cells = i64::from(voter.layout.info.n_cells);
+        let heard = voter.capture.take_seen(seq).into_iter();
+        entry.hear(heard.map(|seen| Mark { index: (seen.cell % n_cells) as u32, pos: seen.pos, token: seen.token }));
+        entry.follow(voter, cells)?;
         Ok(entry)
     }
 
-    /// Notes a token that was decoded.
-    fn hear(&mut self, seen: &Seen, layout: &Layout) {
-        if seen.pos == 0 {
+    /// Notes tokens that were heard, by position: all behind the first of them is other than it was.
+    fn hear(&mut self, heard: impl Iterator<Item = Mark>) {
+        let mut heard = heard.peekable();
+        let Some(first) = heard.peek().map(|mark| mark.pos) else { return };
+        if first == 0 {
             *self = Self::new(self.sequence.id());
         }
-        if self.lost.is_some() {
-            return;
+        self.marks.truncate(self.marks.partition_point(|mark| mark.pos < first));
+        self.n_bound = self.n_bound.min(self.marks.len());
+        self.marks.extend(heard);
+    }
+
+    /// Whether a cell is as it should be.
+    fn expects(&self, cell: &Cell) -> bool {
+        let at = self.marks.binary_search_by_key(&cell.pos, |mark| mark.pos);
+        at.is_ok_and(|at| self.marks[at] == mark(cell))
+    }
+
+    /// Whether a cell was at another position.
+    fn has_moved(&self, cell: &Cell) -> bool {
+        let is_same = |mark: &Mark| mark.index == cell.index && mark.token == cell.token && mark.pos != cell.pos;
+        self.marks.iter().any(is_same)
+    }
+
+    /// Compares with the cells that are there, and takes over what came in or went.
+    fn follow(&mut self, voter: &mut Voter, cells: &[Cell]) -> Result<(), GuestError> {
+        let seq = self.sequence.id();
+        if self.is_stranger {
+            return Err(GuestError::NotSeen { seq, reason: "it was decoded before gvote_attach" });
         }
-        if seen.pos < self.sequence.n_past() {
-            // the app went back without telling us
-            if seen.pos < self.sequence.exact_from() {
-                self.lost = Some("tokens were decoded inside its compressed part");
-            }
-            self.truncate(seen.pos);
+        let bound = &self.marks[..self.n_bound];
+        let same = bound.iter().zip(cells).take_while(|(known, cell)| **known == mark(cell)).count();
+        let (end, new) = (cells[..same].last().map_or(0, |cell| cell.pos + 1), &cells[same..]);
+        if new.is_empty() && end == self.sequence.n_past() {
+            self.marks.truncate(same);
+            return Ok(());
         }
-        if seen.pos > self.sequence.n_past() {
-            self.lost = Some(match self.sequence.n_past() {
-                0 => "its beginning was not decoded while gvote was attached",
-                _ => "positions were left out",
+        let refused = |reason| {
+            // of what has a beginning that was heard, or loaded by gvote
+            let is_known = self.marks.first().is_some_and(|mark| mark.pos == 0);
+            Err(if is_known { GuestError::Changed { seq, reason } } else { GuestError::NotSeen { seq, reason } })
+        };
+        let is_exact = end >= self.sequence.exact_from();
+        if !is_exact && !is_whole(cells) {
+            return refused(match new {
+                [] => "its end was removed inside the compressed part",
+                _ => "its cells are not those that were decoded (removed, moved, or loaded)",
             });
         }
-        if self.lost.is_none() {
-            let index = (seen.cell % i64::from(layout.info.n_cells)) as u32;
-            self.marks.push((index, seen.pos, seen.token));
-            self.sequence.extend(&[seen.token]);
+        if new.iter().zip(end..).any(|(cell, pos)| cell.pos != pos) {
+            return refused("positions are missing, or its cells were moved");
         }
-    }
-
-    fn truncate(&mut self, pos: Pos) {
-        self.marks.retain(|mark| mark.1 < pos);
-        self.sequence.truncate(pos, self.marks.len());
-    }
-
-    /// Compares with the cells that are there, and follows where the app removed the last ones.
-    fn compare(&mut self, voter: &mut Voter, cells: &[Cell]) -> Result<(), GuestError> {
-        let seq = self.sequence.id();
-        if let Some(reason) = self.lost {
-            return Err(GuestError::NotSeen { seq, reason });
+        // of tokens that are decoded anew one may by chance be where it was, at another position
+        let n_looked_at = if is_exact { 2 } else { 1 };
+        let mut others = new.iter().filter(|cell| !self.expects(cell)).take(n_looked_at).peekable();
+        if others.peek().is_some() && others.all(|cell| self.has_moved(cell)) {
+            return refused("its cells were moved");
         }
-        let changed = |reason| Err(GuestError::Changed { seq, reason });
-        let common = self.marks.iter().zip(cells).take_while(|(known, cell)| **known == mark(cell)).count();
-        if common < cells.len() {
-            return if common == self.marks.len() {
-                Err(GuestError::NotSeen { seq, reason: "its last tokens were decoded while gvote was not attached" })
-            } else {
-                changed("its cells are not those that were decoded (removed, moved, or loaded)")
-            };
+        // llama.cpp writes no tokens into the state of most models, and reads them as 0
+        let first = &cells[..cells.len().min(2)];
+        let is_loaded = first.len() == 2 && first.iter().all(|cell| cell.token == 0);
+        if (is_loaded && !first.iter().all(|cell| self.expects(cell)))
+            || new.iter().any(|cell| cell.token < 0 && !self.expects(cell))
+        {
+            return refused("its cells were loaded without gvote_state_set");
         }
-        if common < self.marks.len() {
-            let pos = cells[common - 1].pos + 1;
-            if pos < self.sequence.exact_from() {
-                return changed("its end was removed inside the compressed part");
-            }
-            self.truncate(pos);
-            voter.capture.forget_from(seq, pos);
-        }
+        self.forget_others(voter, cells);
+        self.sequence.truncate(end, same);
+        self.sequence.extend(&new.iter().map(|cell| cell.token).collect::<Vec<_>>());
+        self.bind(cells);
         Ok(())
+    }
+
+    /// Forgets what was captured of tokens that are not there any more.
+    fn forget_others(&self, voter: &mut Voter, cells: &[Cell]) {
+        let seq = self.sequence.id();
+        let is_gone = |known: &&Mark| {
+            let at = cells.binary_search_by_key(&known.pos, |cell| cell.pos);
+            at.map_or(true, |at| **known != mark(&cells[at]))
+        };
+        if self.marks.iter().find(is_gone).is_some_and(|first| first.pos <= voter.policy.sinks as Pos) {
+            // all that the statistics are of
+            voter.capture.forget(seq);
+        }
+        let sure: Vec<Pos> = cells.iter().filter(|cell| self.expects(cell)).map(|cell| cell.pos).collect();
+        voter.capture.forget_at(seq, |pos| sure.binary_search(&pos).is_err());
+        voter.capture.follow(seq);
     }
 }

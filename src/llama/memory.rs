@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Context, ContextParams, LlamaError, Model, ModelParams};
+use super::{Context, ContextParams, Device, LlamaError, Model, ModelParams, device};
 use crate::sys;
 
 /// Bytes of buffers.
@@ -31,7 +31,24 @@ pub struct Memory {
     pub device: Buffers,
 }
 
+impl From<sys::gvote_shim_memory_use> for Buffers {
+    fn from(raw: sys::gvote_shim_memory_use) -> Self {
+        Self { weights: raw.model, cache: raw.cache, compute: raw.compute }
+    }
+}
+
 impl Context {
+    /// Those of them that lie on one accelerator, or a worker's device.
+    fn buffers_on(&self, device: &Device) -> Buffers {
+        let Some(device) = device::find(&device.name) else { return Buffers::default() };
+        // SAFETY: valid context and device; a plain struct that the shim fills.
+        unsafe {
+            let mut used = std::mem::zeroed();
+            sys::gvote_shim_memory_on(self.as_ptr(), device, &raw mut used);
+            used.into()
+        }
+    }
+
     /// The buffers that llama.cpp holds for this context and its model.
     pub fn buffers(&self) -> Memory {
         // SAFETY: valid context; plain structs that the shim fills.
@@ -40,9 +57,7 @@ impl Context {
             sys::gvote_shim_memory(self.as_ptr(), &raw mut host, &raw mut device);
             (host, device)
         };
-        let buffers =
-            |raw: sys::gvote_shim_memory_use| Buffers { weights: raw.model, cache: raw.cache, compute: raw.compute };
-        Memory { host: buffers(host), device: buffers(device) }
+        Memory { host: host.into(), device: device.into() }
     }
 }
 
@@ -65,5 +80,21 @@ impl Simulation {
     pub fn memory(&self, params: &ContextParams) -> Result<Memory, LlamaError> {
         // the context has no buffers behind it: it must not leave this function
         Context::new(&self.0, params).map(|context| context.buffers())
+    }
+
+    /// The accelerators and workers' devices that would hold some of it, with what they would hold.
+    ///
+    /// # Errors
+    /// As [`Context::new`].
+    pub fn devices(&self, params: &ContextParams) -> Result<Vec<(Device, Buffers)>, LlamaError> {
+        let context = Context::new(&self.0, params)?;
+        let mut used = Vec::new();
+        for device in device::devices().into_iter().filter(|device| device.is_gpu) {
+            let buffers = context.buffers_on(&device);
+            if buffers.total() > 0 {
+                used.push((device, buffers));
+            }
+        }
+        Ok(used)
     }
 }

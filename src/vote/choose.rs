@@ -8,7 +8,7 @@ use super::trial::Trial;
 use super::{CompressReport, Notes, Stage, Vote, VoteError, Voter, chunk, uniform_shape};
 use crate::backend::{self, ComputeError};
 use crate::cache::{self, Cell, Layout, Parked};
-use crate::capture::{Capture, Queries};
+use crate::capture::{self, Capture, Queries};
 use crate::compact;
 use crate::llama::{Batch, Pos, SeqId, Token};
 use crate::policy::{self, Bound, Decision, HeadScores, Kind, Needs, Policy, Ranking, Selection};
@@ -76,7 +76,8 @@ impl Vote<'_> {
 
     /// Sees to it that the queries of the newest tokens are known, those of an answer or of an app's prompt too, of which none
     /// were read: they are computed once more. The cache is as before afterwards. `ahead`: see [`Self::choose_most`]; where there is
-    /// some, the newest token's are enough.
+    /// some, the newest token's are enough. Where there are no statistics, because none of the sequence was heard, they are taken of
+    /// these tokens, and of some more.
     ///
     /// # Errors
     /// [`VoteError`]; the cache is then as before.
@@ -85,11 +86,15 @@ impl Vote<'_> {
         let chunk = chunk(self.ctx);
         let Self { ctx, voter, sequence, .. } = self;
         let (seq, n_past) = (sequence.id, sequence.n_past);
+        // the first tokens give no statistics
+        let is_blind = !voter.capture.has_statistics(seq) && n_past as usize > voter.policy.sinks;
+        // a cache of a sliding window has no room for so many
+        let more = if is_blind && !voter.layout.info.has_window { capture::FIRST } else { 0 };
         let known = voter.capture.window(seq, 0, n_past - 1).map_or(0, |queries| queries.pos.len());
-        let most = wanted.min((n_past - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
+        let most = wanted.max(more).min((n_past - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
         // embeddings cannot be decoded once more
         let n = sequence.tokens.iter().rev().take(most).take_while(|token| **token >= 0).count();
-        if known >= n {
+        if n == 0 || (known >= n && !is_blind) {
             return Ok(());
         }
         let tokens = &sequence.tokens[sequence.tokens.len() - n..];

@@ -24,6 +24,8 @@ const MAX_CELLS: u32 = 60;
 #[derive(Clone, Debug)]
 enum Step {
     Decode(usize, usize),
+    /// The same, a token at a time.
+    Answer(usize, usize),
     /// One more token for all that have some, in one batch.
     Together,
     Compress(usize),
@@ -50,6 +52,7 @@ fn step() -> impl Strategy<Value = Step> {
     let share = || 0..1000usize;
     prop_oneof![
         6 => (seq(), 1..110usize).prop_map(|(seq, n)| Decode(seq, n)),
+        3 => (seq(), 1..8usize).prop_map(|(seq, n)| Answer(seq, n)),
         2 => Just(Together),
         6 => seq().prop_map(Compress),
         1 => seq().prop_map(Plan),
@@ -70,7 +73,7 @@ struct Expected {
     n_past: Pos,
     /// A name of its own for every cell, by label; shared cells have the same in two sequences.
     cells: BTreeMap<Pos, usize>,
-    /// gvote has heard all of it.
+    /// gvote can follow it.
     known: bool,
     /// Its newest token was not cut off since: that is the one that asks.
     asks: bool,
@@ -184,6 +187,11 @@ impl Walk {
                     self.grow(seq, n);
                 }
             }
+            Answer(seq, n) => {
+                for _ in 0..n {
+                    self.take(&Decode(seq, 1));
+                }
+            }
             Together => {
                 let fits = |expected: &Expected| expected.n_past > 0 && expected.cells.len() < MOST;
                 let seqs: Vec<usize> = (0..N_SEQ).filter(|&seq| fits(&self.expected[seq])).collect();
@@ -269,10 +277,20 @@ impl Walk {
             Remove(seq, to) => {
                 let pos = self.place(seq, to);
                 self.app.remove(seq as SeqId, pos, -1);
-                // what comes in at position 0 begins the sequence anew
-                let inside = pos > 0 && pos < self.expected[seq].exact_from;
-                self.cut(seq, pos);
+                let left: Vec<Pos> = self.expected[seq].cells.range(..pos).map(|(label, _)| *label).collect();
+                let is_whole = left.iter().copied().eq(0..left.len() as Pos);
+                let inside = pos > 0 && pos < self.expected[seq].exact_from && !is_whole;
+                self.cut(seq, if is_whole { left.len() as Pos } else { pos });
+                let is_heard = is_whole && !left.is_empty() && self.handle.cells(&self.app, seq as SeqId).0 == GVOTE_OK;
                 let expected = &mut self.expected[seq];
+                expected.exact_from = expected.exact_from.min(expected.n_past);
+                if is_heard && !expected.known {
+                    // what is left are its first tokens, each in a cell of its own
+                    expected.known = true;
+                    expected.held.clear();
+                    expected.keys.clear();
+                }
+                // what comes in at position 0 begins the sequence anew
                 expected.known &= !inside;
                 if !expected.known && pos > 0 {
                     // the app goes on behind what is left
@@ -289,8 +307,15 @@ impl Walk {
                 }
                 // SAFETY: valid memory.
                 unsafe { sys::llama_memory_seq_cp(self.app.memory(), from as SeqId, to as SeqId, -1, -1) };
+                if !self.unified {
+                    // SAFETY: valid context; the copy is put off until then.
+                    unsafe { sys::gvote_shim_update(self.app.ctx) };
+                }
+                let cells = self.cells(to);
+                // a copy of what was loaded is as good as loaded
+                let is_loaded = cells.len() > 1 && cells[..2].iter().all(|cell| cell.token == 0);
                 let mut copy = Expected {
-                    known: false,
+                    known: !is_loaded && cells.iter().map(|cell| cell.pos).eq(0..cells.len() as Pos),
                     exact_from: 0,
                     held: Vec::new(),
                     protected: BTreeSet::new(),
@@ -303,8 +328,6 @@ impl Walk {
                         self.drawn += 1;
                         *name = self.drawn;
                     });
-                    // SAFETY: valid context; the copy is put off until then.
-                    unsafe { sys::gvote_shim_update(self.app.ctx) };
                 }
                 self.expected[to] = copy;
             }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use gvote::SessionParams;
 use gvote::gguf::ModelInfo;
-use gvote::llama::{CacheType, ContextParams, LlamaError, Memory, Simulation};
+use gvote::llama::{Buffers, CacheType, ContextParams, Device, LlamaError, Memory, Simulation};
 use serde::Serialize;
 
 /// llama.cpp rounds the cells of a cache up to a multiple of this (`GGML_PAD` in `llama-context.cpp`).
@@ -22,9 +22,9 @@ pub struct Need {
     pub cache_type: CacheType,
     pub kv_cache: usize,
     pub compute: usize,
-    /// With the weights. In the memory that the limit is about: that of the GPU where layers go there.
+    /// With the weights. In the memory that the limit is about: that of GPUs and workers where layers go there.
     pub total: usize,
-    /// In the machine's memory besides, where layers go to a GPU.
+    /// In the machine's memory besides, where layers go to a GPU or a worker.
     pub host: usize,
     pub fits: Option<bool>,
     /// The largest -c within the limit.
@@ -47,6 +47,11 @@ impl Sizes<'_> {
 
     pub fn memory(&self, cache_type: CacheType, cells: usize) -> Result<Memory, LlamaError> {
         self.simulation.memory(&self.context(cache_type, cells))
+    }
+
+    /// What of it lies on each device that has some of it.
+    pub fn devices(&self, cache_type: CacheType, cells: usize) -> Result<Vec<(Device, Buffers)>, LlamaError> {
+        self.simulation.devices(&self.context(cache_type, cells))
     }
 
     /// What `cells` cells of a type take, and how many would fit into `limit` bytes.
