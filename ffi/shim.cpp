@@ -223,15 +223,6 @@ bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, ggml_cgraph * graph) {
     return done;
 }
 
-ggml_status gvote_shim_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
-    ggml_status status = GGML_STATUS_ALLOC_FAILED;
-    guarded([&]() -> const char * {
-        status = ggml_backend_graph_compute(backend, graph);
-        return nullptr;
-    });
-    return status;
-}
-
 ggml_status gvote_shim_graph_compute_async(ggml_backend_t backend, ggml_cgraph * graph) {
     ggml_status status = GGML_STATUS_ALLOC_FAILED;
     guarded([&]() -> const char * {

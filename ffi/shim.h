@@ -97,9 +97,6 @@ ggml_backend_buffer_t gvote_shim_alloc_buffer(ggml_backend_buffer_type_t type, s
 // given up, and `alloc` is NULL then.
 bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, struct ggml_cgraph * graph);
 
-// ggml_backend_graph_compute().
-enum ggml_status gvote_shim_graph_compute(ggml_backend_t backend, struct ggml_cgraph * graph);
-
 // ggml_backend_graph_compute_async().
 enum ggml_status gvote_shim_graph_compute_async(ggml_backend_t backend, struct ggml_cgraph * graph);
 

@@ -96,23 +96,39 @@ impl Device {
         }
     }
 
-    /// Reads a contiguous result of `out.len()` elements, of the type that they have.
-    pub fn read<T: Copy>(&mut self, out: &mut [T], t: Tensor) {
+    /// Waits until all has been computed that was begun.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn wait(&mut self) -> Result<(), ComputeError> {
+        // SAFETY: the back end lives.
+        let done = unsafe { sys::gvote_shim_synchronize(self.backend) };
+        if done { Ok(()) } else { Err(ComputeError::Memory("waiting")) }
+    }
+
+    /// Reads a contiguous result of `out.len()` elements, of the type that they have, when it has been computed.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn read<T: Copy>(&mut self, out: &mut [T], t: Tensor) -> Result<(), ComputeError> {
         self.set_stage();
         if self.stage.is_empty() {
-            return read(out, t);
+            self.wait()?;
+            read(out, t);
+            return Ok(());
         }
         let bytes = size_of_val(out);
         let to: *mut u8 = out.as_mut_ptr().cast();
         for offset in (0..bytes).step_by(STAGE) {
             let n = STAGE.min(bytes - offset);
-            // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks that it is as large. The stage
-            // holds as much, and any bits that ggml stores are an element.
-            unsafe {
-                sys::ggml_backend_tensor_get(t, self.stage.as_mut_ptr().cast(), offset, n);
-                std::ptr::copy_nonoverlapping(self.stage.as_ptr().cast(), to.add(offset), n);
-            }
+            // SAFETY: the tensor stays allocated until the next graph; ggml checks that it is as large. The stage holds as much, and is
+            // waited for.
+            unsafe { sys::ggml_backend_tensor_get_async(self.backend, t, self.stage.as_mut_ptr().cast(), offset, n) };
+            self.wait()?;
+            // SAFETY: `out` has as many bytes from `offset` on, and any bits that ggml stores are an element.
+            unsafe { std::ptr::copy_nonoverlapping(self.stage.as_ptr().cast(), to.add(offset), n) };
         }
+        Ok(())
     }
 
     /// Bytes of memory that are free there now.

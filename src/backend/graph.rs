@@ -249,7 +249,21 @@ impl<'a> Builder<'a> {
         if done { Ok(()) } else { Err(ComputeError::Memory("compute buffer")) }
     }
 
+    /// Computes the graph.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
     pub fn compute(&mut self, device: &mut Device) -> Result<(), ComputeError> {
+        self.begin(device)?;
+        device.wait()
+    }
+
+    /// Begins to compute the graph; what [`Device::read`] reads of it is there. The builder must live until then, or until
+    /// [`Device::wait`].
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn begin(&mut self, device: &mut Device) -> Result<(), ComputeError> {
         self.reserve(device)?;
         self.check(device.backend())?;
         // SAFETY: inputs are allocated before they are set and sized as declared.
@@ -260,7 +274,7 @@ impl<'a> Builder<'a> {
             }
         }
         // SAFETY: every tensor of the graph has memory; the inputs' data is ours until all has been computed.
-        outcome(unsafe { sys::gvote_shim_graph_compute(device.backend(), self.graph) })
+        outcome(unsafe { sys::gvote_shim_graph_compute_async(device.backend(), self.graph) })
     }
 
     /// Puts the graph into the queue of a back end.

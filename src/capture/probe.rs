@@ -282,10 +282,10 @@ impl Inner {
         let Some((_, first)) = paths.first() else { return Ok(()) };
         // SAFETY: a node of the graph in work has a buffer.
         let device = unsafe { self.devices.at(first.q.buffer())? };
-        b.compute(device)?;
+        b.begin(device)?;
         for ((_, attention), queries) in paths.iter().zip(queries) {
             let n_q = self.layers[attention.layer].n_q;
-            device.read(&mut out[attention.layer][samples.first * n_q..][..n * n_q], queries);
+            device.read(&mut out[attention.layer][samples.first * n_q..][..n * n_q], queries)?;
         }
         Ok(())
     }

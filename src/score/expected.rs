@@ -35,9 +35,9 @@ impl LayerGraph<'_> {
                 b.write(&mut out, n_head + kv * group, squares);
             }
         }
-        b.compute(device)?;
+        b.begin(device)?;
         let mut sums = vec![0.0; 2 * n_head * n_kv];
-        device.read(&mut sums, out.tensor);
+        device.read(&mut sums, out.tensor)?;
         let (sums, squares) = sums.split_at(n_head * n_kv);
         for head in 0..n_head {
             let row = head * n_kv..(head + 1) * n_kv;

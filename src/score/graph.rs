@@ -223,9 +223,8 @@ impl LayerGraph<'_> {
         if measures {
             self.measure(&mut b, &mut out, &rows);
         }
-        b.compute(device)?;
-        device.read(&mut scores.data[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor);
-        Ok(())
+        b.begin(device)?;
+        device.read(&mut scores.data[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor)
     }
 
     /// Tensors of a graph for so many queries, at most; `n_each`: query heads whose probabilities are noted one by one; `powers`:
