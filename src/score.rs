@@ -35,6 +35,7 @@ mod measure;
 mod results;
 
 use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::mpsc::{self, Receiver, SyncSender};
@@ -201,13 +202,12 @@ impl Scorer {
         let layers_at_once = |scores: &LayerScores| if is_host { 1 } else { HANDED_OVER / scores.data.len().max(1) };
         let n_workers = if is_host { self.n_threads } else { DEVICE_LAYERS }.min(layout.n_layer());
         let room = if is_host { 0 } else { self.room(layout, view.n_kv)? / n_workers };
-        let mut describe = |il: usize| -> Result<LayerGraph, E> {
+        let describe = |il: usize, queries: LayerQueries<'q>| {
             let layer = &layout.layers[il];
-            let queries: LayerQueries = queries(il)?;
             let n_query = queries.pos.len();
             // SAFETY: K's storage lives as long as the context, which the caller holds.
             let type_ = unsafe { (*layer.k).type_ };
-            Ok(LayerGraph {
+            LayerGraph {
                 layer,
                 stream: layout.info.stream as usize,
                 view: &view,
@@ -219,21 +219,29 @@ impl Scorer {
                 },
                 v_trans: layout.info.v_trans,
                 n_cells: layout.n_cells(),
-            })
+            }
         };
+        // where queries are still to be made, a device measures keys and values of all layers meanwhile
+        let measures_first = !is_host && needs.samples() && !needs.each && !needs.of_cells().nothing();
         // on the host each worker has one layer in work and one to go on with; a device is told of all at once, and never waits
         let ahead = if is_host { n_workers } else { layout.n_layer() };
         let Self { threads, spare, .. } = self;
         let spare = &*spare;
         thread::scope(|scope| {
-            let in_queue = ahead / n_workers + 1;
+            let in_queue = 2 * (ahead / n_workers + 1);
             let workers =
                 threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs, spare, in_queue));
             let workers = workers.collect::<Result<Vec<_>, _>>()?;
+            if measures_first {
+                for il in 0..layout.n_layer() {
+                    workers[il % n_workers].give(Part::Cells, describe(il, LayerQueries::none()));
+                }
+            }
+            let part = if measures_first { Part::Queries } else { Part::All };
             let mut ready: Vec<LayerScores> = Vec::new();
             for il in 0..layout.n_layer() + ahead {
                 if il < layout.n_layer() {
-                    workers[il % n_workers].give(describe(il)?);
+                    workers[il % n_workers].give(part, describe(il, queries(il)?));
                 }
                 if let Some(il) = il.checked_sub(ahead) {
                     let scores = workers[il % n_workers].take()?;
@@ -251,11 +259,23 @@ impl Scorer {
     }
 }
 
-/// A thread that computes the scores of layers, one after another. It frees no description that another thread has made.
+/// What of a layer's scores is computed.
+#[derive(Clone, Copy)]
+enum Part {
+    All,
+    /// What comes of keys and values alone; the rest follows.
+    Cells,
+    /// The rest.
+    Queries,
+}
+
+type Task<'a> = (Part, LayerGraph<'a>);
+
+/// A thread that computes the scores of layers, one after another. It frees no queries that another thread has made.
 struct Worker<'s, 'a> {
-    layers: SyncSender<LayerGraph<'a>>,
+    layers: SyncSender<Task<'a>>,
     scores: Receiver<(LayerGraph<'a>, Result<LayerScores, ComputeError>)>,
-    thread: ScopedJoinHandle<'s, Receiver<LayerGraph<'a>>>,
+    thread: ScopedJoinHandle<'s, Receiver<Task<'a>>>,
 }
 
 impl<'s, 'a: 's> Worker<'s, 'a> {
@@ -267,15 +287,26 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
         spare: &'s Mutex<Vec<LayerScores>>,
         in_queue: usize,
     ) -> Result<Self, ComputeError> {
-        let (layers, to_do) = mpsc::sync_channel::<LayerGraph>(in_queue);
+        let (layers, to_do) = mpsc::sync_channel::<Task>(in_queue);
         let (done, scores) = mpsc::sync_channel(in_queue);
         let thread = backend::start(scope, move || {
-            while let Ok(graph) = to_do.recv() {
-                let mut out = spare.lock().expect(ALIVE).pop().unwrap_or_default();
-                // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
-                let device = unsafe { devices.at((*graph.layer.k).buffer) };
-                let computed = device.and_then(|device| graph.compute(device, needs, &mut out));
-                let computed = computed.map(|()| out);
+            let mut begun = VecDeque::new();
+            while let Ok((part, graph)) = to_do.recv() {
+                let empty = || Ok(spare.lock().expect(ALIVE).pop().unwrap_or_default());
+                let out: Result<LayerScores, ComputeError> = match part {
+                    Part::All | Part::Cells => empty(),
+                    Part::Queries => begun.pop_front().unwrap_or_else(empty),
+                };
+                let computed = out.and_then(|mut out| {
+                    // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
+                    let device = unsafe { devices.at((*graph.layer.k).buffer)? };
+                    graph.compute(device, needs, part, &mut out)?;
+                    Ok(out)
+                });
+                if let Part::Cells = part {
+                    begun.push_back(computed);
+                    continue;
+                }
                 // nobody listens any more where another layer has failed
                 if done.send((graph, computed)).is_err() {
                     break;
@@ -286,8 +317,9 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
         Ok(Self { layers, scores, thread: thread? })
     }
 
-    fn give(&self, layer: LayerGraph<'a>) {
-        self.layers.send(layer).expect(ALIVE);
+    /// After `Part::Cells` of some layers, `Part::Queries` of the same follow in the same order.
+    fn give(&self, part: Part, layer: LayerGraph<'a>) {
+        self.layers.send((part, layer)).expect(ALIVE);
     }
 
     /// The scores of the layer that was given to it before all others that it still has.

@@ -194,11 +194,6 @@ impl Needs {
         Self { value_norm: self.value_norm, key_similarity: self.key_similarity, ..Self::default() }
     }
 
-    /// What comes of queries.
-    pub(crate) fn of_queries(self) -> Self {
-        Self { value_norm: false, key_similarity: false, ..self }
-    }
-
     /// No scores at all: the probe pass and the scorer can be skipped.
     pub const fn nothing(&self) -> bool {
         !(self.samples() || self.observed || self.value_norm || self.key_similarity)

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::LayerQueries;
 use super::results::{LayerScores, Rows};
+use super::{LayerQueries, Part};
 use crate::backend::{Builder, ComputeError, Device, Results, Tensor};
 use crate::cache::Cell;
 use crate::llama::Pos;
@@ -179,19 +179,31 @@ const OTHER_NODES: usize = 32;
 
 impl LayerGraph<'_> {
     /// The scores of each KV head, in place of what `scores` holds.
-    pub fn compute(&self, device: &mut Device, needs: Needs, scores: &mut LayerScores) -> Result<(), ComputeError> {
+    /// Where only a part of them is asked for, the other part of `scores` stays.
+    pub fn compute(
+        &self,
+        device: &mut Device,
+        needs: Needs,
+        part: Part,
+        scores: &mut LayerScores,
+    ) -> Result<(), ComputeError> {
         let LayerQueries { pos, n_observed, .. } = &self.queries;
         let n_future = pos.len() - n_observed;
         let rows = Rows::new(self.view.n_kv, self.n_head_kv(), needs, self.group() * n_future);
         scores.resize(rows)?;
 
         let (looks, measures) = (rows.looks(), rows.measures());
-        // one after the other they need less memory
-        if self.grain.is_coarse {
-            self.compute_rows(device, needs, scores, looks.start..measures.end)?;
-        } else {
-            self.compute_rows(device, needs, scores, looks)?;
-            self.compute_rows(device, needs, scores, measures)?;
+        match part {
+            Part::Cells => return self.compute_rows(device, needs, scores, measures),
+            Part::Queries => self.compute_rows(device, needs, scores, looks)?,
+            Part::All if self.grain.is_coarse => {
+                self.compute_rows(device, needs, scores, looks.start..measures.end)?;
+            }
+            // one after the other they need less memory
+            Part::All => {
+                self.compute_rows(device, needs, scores, looks)?;
+                self.compute_rows(device, needs, scores, measures)?;
+            }
         }
         if needs.expected {
             self.expect(device, scores)?;

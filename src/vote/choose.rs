@@ -1,17 +1,19 @@
 //! A vote, from queries to fewer cells.
 
+use std::panic::resume_unwind;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
 use super::replay::Replayed;
 use super::trial::Trial;
-use super::{CompressReport, Notes, Stage, Vote, VoteError, Voter, chunk, uniform_shape};
+use super::{CompressReport, Notes, Stage, Vote, VoteError, Voter, chunk, enter, uniform_shape};
 use crate::backend::{self, ComputeError};
 use crate::cache::{self, Cell, Layout, Parked};
-use crate::capture::{self, Capture, Queries};
+use crate::capture::{self, CaptureError, Queries};
 use crate::compact;
-use crate::llama::{Batch, Pos, SeqId, Token};
-use crate::policy::{self, Bound, Decision, HeadScores, Kind, Needs, Policy, Ranking, Selection};
+use crate::llama::{Batch, LlamaError, Pos, Token};
+use crate::policy::{self, Bound, Decision, HeadScores, Kind, Policy, Ranking, Selection};
 use crate::score::LayerQueries;
 
 impl Vote<'_> {
@@ -212,87 +214,82 @@ impl Vote<'_> {
         &mut self,
         cells: &[Cell],
         reread: Option<&Replayed>,
-        policy: &mut dyn Policy,
+        policy: &mut (dyn Policy + Send),
         report: &mut CompressReport,
     ) -> Result<(), VoteError> {
-        let mut needs = policy.needs();
+        let needs = policy.needs();
         let (seq, pos_last) = (self.sequence.id, self.sequence.n_past - 1);
-        let clock = Instant::now();
-        let mut measured = Measured::default();
-        let mut future = if needs.samples() {
-            self.enter(Stage::Probe)?;
-            if self.voter.layout.is_host() || needs.of_cells().nothing() {
-                self.probe(pos_last)?
-            } else {
-                let (future, of_cells) = self.probe_and_measure(cells, needs.of_cells(), pos_last)?;
-                (measured, needs) = (of_cells, needs.of_queries());
-                future
-            }
-        } else {
-            vec![Queries::default(); self.voter.layout.n_layer()]
-        };
-        report.probe_time = clock.elapsed();
-
-        self.enter(Stage::Score)?;
-        let clock = Instant::now();
-        let Voter { layout, capture, scorer, policy: params, account_error, notes, .. } = &mut *self.voter;
+        self.enter(if needs.samples() { Stage::Probe } else { Stage::Score })?;
+        let Self { ctx, voter, progress, .. } = self;
+        let Voter { layout, capture, scorer, policy: params, account_error, notes, .. } = &mut **voter;
         let is_replay = params.replay;
-        scorer.score(
-            layout,
-            cells,
-            needs,
-            *account_error,
-            |il| layer_queries(capture, seq, il, pos_last, std::mem::take(&mut future[il])),
-            |first, heads| {
-                let heads = (first..).zip(heads).map(|(head, scores)| (head, measured.with(head, *scores)));
-                let heads = heads.map(|(head, scores)| match reread {
-                    Some(reread) if is_replay => HeadScores {
-                        replayed: reread.mean_of(head),
-                        fourth_powers: reread.fourth_powers_of(head),
-                        ..scores
-                    },
-                    Some(reread) => HeadScores { observed: reread.mean_of(head), ..scores },
-                    None => scores,
-                });
-                let heads: Vec<_> = heads.collect();
-                if let Some(opinions) = notes.as_mut().and_then(Notes::opinions) {
-                    heads.iter().for_each(|scores| opinions.observe(scores));
-                }
-                policy.observe_heads(first, &heads);
-            },
-        )?;
-        report.score_time = clock.elapsed();
-        report.compute_bytes = scorer.release();
-        Ok(())
-    }
+        let show = |first, heads: &[HeadScores]| {
+            let heads = (first..).zip(heads.iter().copied()).map(|(head, scores)| match reread {
+                Some(reread) if is_replay => HeadScores {
+                    replayed: reread.mean_of(head),
+                    fourth_powers: reread.fourth_powers_of(head),
+                    ..scores
+                },
+                Some(reread) => HeadScores { observed: reread.mean_of(head), ..scores },
+                None => scores,
+            });
+            let heads: Vec<_> = heads.collect();
+            if let Some(opinions) = notes.as_mut().and_then(Notes::opinions) {
+                heads.iter().for_each(|scores| opinions.observe(scores));
+            }
+            policy.observe_heads(first, &heads);
+        };
 
-    /// Synthetic queries of each layer, that follow `pos_last`.
-    fn probe(&mut self, pos_last: Pos) -> Result<Vec<Queries>, VoteError> {
-        let Voter { capture, policy, .. } = &mut *self.voter;
-        Ok(capture.probe(self.ctx, self.sequence.id, pos_last, policy.samples, policy.seed)?)
-    }
-
-    /// The same, while a device measures keys and values: it has little to do for the probe.
-    fn probe_and_measure(
-        &mut self,
-        cells: &[Cell],
-        needs: Needs,
-        pos_last: Pos,
-    ) -> Result<(Vec<Queries>, Measured), VoteError> {
-        let Self { ctx, voter, sequence, .. } = self;
-        let Voter { layout, capture, scorer, policy, .. } = &mut **voter;
-        let mut measured = Measured::new(needs, layout.n_head_kv().sum::<usize>() * cells.len());
+        let mut clock = Instant::now();
         thread::scope(|scope| {
-            let measure = || {
-                let none = |_| Ok::<_, ComputeError>(LayerQueries::none());
-                scorer.score(layout, cells, needs, false, none, |_, heads| measured.take(heads))
+            let (tell, told) = mpsc::sync_channel::<Vec<LayerQueries>>(1);
+            let mut queries = Vec::new().into_iter();
+            let (layout, account_error) = (&*layout, *account_error);
+            let score = move || {
+                scorer.score(
+                    layout,
+                    cells,
+                    needs,
+                    account_error,
+                    |il| {
+                        if il == 0 {
+                            // nothing comes where the probe has failed
+                            queries = told.recv().unwrap_or_default().into_iter();
+                        }
+                        queries.next().ok_or(VoteError::Llama(LlamaError::Cancelled))
+                    },
+                    show,
+                )?;
+                Ok::<_, VoteError>(scorer.release())
             };
-            let measuring = backend::start(scope, measure).map_err(ComputeError::from)?;
-            let future = capture.probe(ctx, sequence.id, pos_last, policy.samples, policy.seed);
-            measuring.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            Ok(future?)
+            // a device has time for keys and values while the probe decodes
+            let scored: Box<dyn FnOnce() -> Result<usize, VoteError> + '_> = if needs.samples() && !layout.is_host() {
+                let thread = backend::start(scope, score).map_err(ComputeError::from)?;
+                Box::new(|| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            } else {
+                Box::new(score)
+            };
+            let synthetic = match needs.samples() {
+                true => capture.probe(ctx, seq, pos_last, params.samples, params.seed)?,
+                false => vec![Queries::default(); layout.n_layer()],
+            };
+            let capture = &*capture;
+            let queries = synthetic.into_iter().enumerate().map(|(layer, synthetic)| {
+                let window = capture.window(seq, layer, pos_last)?;
+                Ok(LayerQueries::of_window(&window, synthetic, capture.logit_scale(layer)))
+            });
+            let queries = queries.collect::<Result<Vec<_>, CaptureError>>()?;
+            report.probe_time = clock.elapsed();
+            if needs.samples() {
+                enter(ctx, *progress, Stage::Score)?;
+            }
+            clock = Instant::now();
+            // nobody listens any more where scoring has failed
+            let _ = tell.send(queries);
+            report.compute_bytes = scored()?;
+            report.score_time = clock.elapsed();
+            Ok(())
         })
-        .map(|future| (future, measured))
     }
 
     /// Finds out how much of a ranking stays.
@@ -318,52 +315,4 @@ impl Vote<'_> {
         report.select_time += clock.elapsed();
         Ok(selection)
     }
-}
-
-/// What was measured of keys and values before queries met them. `[head][n]` each; empty where it was not.
-#[derive(Default)]
-struct Measured {
-    n: usize,
-    value_norm: Vec<f32>,
-    key_similarity: Vec<f32>,
-}
-
-impl Measured {
-    fn new(needs: Needs, len: usize) -> Self {
-        let room = |is_needed| Vec::with_capacity(if is_needed { len } else { 0 });
-        Self { n: 0, value_norm: room(needs.value_norm), key_similarity: room(needs.key_similarity) }
-    }
-
-    /// Takes in the heads that follow.
-    fn take(&mut self, heads: &[HeadScores]) {
-        for scores in heads {
-            self.n = scores.value_norm.len().max(scores.key_similarity.len());
-            self.value_norm.extend_from_slice(scores.value_norm);
-            self.key_similarity.extend_from_slice(scores.key_similarity);
-        }
-    }
-
-    /// The scores of a head with it.
-    fn with<'a>(&'a self, head: usize, scores: HeadScores<'a>) -> HeadScores<'a> {
-        let row = head * self.n..(head + 1) * self.n;
-        let of_head =
-            |all: &'a [f32], own: &'a [f32]| all.get(row.clone()).filter(|row| !row.is_empty()).unwrap_or(own);
-        HeadScores {
-            value_norm: of_head(&self.value_norm, scores.value_norm),
-            key_similarity: of_head(&self.key_similarity, scores.key_similarity),
-            ..scores
-        }
-    }
-}
-
-/// The queries that vote in one layer: the observation window, and the synthetic queries with the current one behind them.
-fn layer_queries(
-    capture: &Capture,
-    seq: SeqId,
-    layer: usize,
-    pos_last: Pos,
-    synthetic: Queries,
-) -> Result<LayerQueries<'_>, VoteError> {
-    let window = capture.window(seq, layer, pos_last)?;
-    Ok(LayerQueries::of_window(&window, synthetic, capture.logit_scale(layer)))
 }
