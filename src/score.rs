@@ -59,7 +59,7 @@ const DEVICE_FREE: f64 = 0.125;
 
 /// About so many scores of a device are handed over at once, those of several layers where they have few: threads take them in,
 /// which are not worth their start for less.
-const HANDED_OVER: usize = 1 << 19;
+const HANDED_OVER: usize = 1 << 21;
 
 /// The queries of a vote for one layer of the cache: the observation window, real queries; then synthetic queries, and the
 /// current one. Each sees the cells up to its own position.

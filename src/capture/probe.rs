@@ -58,11 +58,11 @@ struct Samples {
 
 impl Samples {
     fn new(seed: u64, n_embd: usize, layers: &[Arc<LayerRecord>], n_threads: usize) -> Self {
-        let n_threads = n_threads.min(DRAWING_THREADS);
         let mut gaussians = vec![0.0; layers.len() * 2 * n_embd];
-        let parts = layers.iter().zip(gaussians.chunks_exact_mut(2 * n_embd));
-        threads::share_out(n_threads, parts, |(layer, out)| gaussian(&layer.moments, out), || ());
-        Self { seed, n_embd, n_threads, gaussians, first: 0, z: Vec::new() }
+        for (layer, out) in layers.iter().zip(gaussians.chunks_exact_mut(2 * n_embd)) {
+            gaussian(&layer.moments, out);
+        }
+        Self { seed, n_embd, n_threads: n_threads.min(DRAWING_THREADS), gaussians, first: 0, z: Vec::new() }
     }
 
     /// Draws `n` others, from the `first` on.
@@ -315,7 +315,7 @@ fn deviations(seed: u64, number: usize, out: &mut [f32]) {
 fn gaussian(moments: &Moments, out: &mut [f32]) {
     let (deviations, means) = out.split_at_mut(moments.mean.len());
     for (deviation, m2) in deviations.iter_mut().zip(&moments.m2) {
-        *deviation = (m2 / moments.count).sqrt() as f32;
+        *deviation = ((m2 / moments.count) as f32).sqrt();
     }
     means.iter_mut().zip(&moments.mean).for_each(|(to, &mean)| *to = mean as f32);
 }
