@@ -218,6 +218,14 @@ impl Capture {
         }
     }
 
+    /// See [`Devices::start`].
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn start(&mut self, layout: &Layout) -> Result<(), ComputeError> {
+        if layout.is_host() { Ok(()) } else { self.inner.devices.start(layout) }
+    }
+
     /// Follows a sequence from now on.
     pub fn follow(&mut self, seq: SeqId) {
         let Inner { records, layers, window, .. } = &mut self.inner;

@@ -125,8 +125,7 @@ impl Scorer {
         Self { threads, n_threads: n_threads.max(1), spare: Mutex::default() }
     }
 
-    /// Starts the back ends of the devices that hold the cache: what CUDA and its libraries load for it takes as long as the scores of
-    /// a short prompt.
+    /// See [`Devices::start`].
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -134,13 +133,7 @@ impl Scorer {
         if layout.is_host() {
             return Ok(());
         }
-        for devices in &mut self.threads[..DEVICE_LAYERS] {
-            for layer in &layout.layers {
-                // SAFETY: K's storage lives as long as the context, which the caller holds.
-                unsafe { devices.at((*layer.k).buffer)?.warm_up()? };
-            }
-        }
-        Ok(())
+        self.threads[..DEVICE_LAYERS].iter_mut().try_for_each(|devices| devices.start(layout))
     }
 
     /// Bytes that a device may need to compute the scores of `n_kv` cells.

@@ -110,15 +110,9 @@ impl Voter {
         let (window, skip) = (policy.window, policy.sinks);
         let mut scorer = Scorer::new(ctx.n_threads_batch());
         scorer.start(&layout)?;
-        Ok(Self {
-            capture: Capture::new(ctx, &layout, window, skip),
-            scorer,
-            policy: policy.clone(),
-            account_error,
-            system_end: 0,
-            notes: None,
-            layout,
-        })
+        let mut capture = Capture::new(ctx, &layout, window, skip);
+        capture.start(&layout)?;
+        Ok(Self { capture, scorer, policy: policy.clone(), account_error, system_end: 0, notes: None, layout })
     }
 
     /// Cells that a vote needs beside those of the sequence.

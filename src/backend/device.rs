@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 use half::f16;
 
 use super::{Builder, ComputeError, Tensor, read};
-use crate::cache;
+use crate::cache::{self, Layout};
 use crate::sys;
 
 /// A back end of our own on one device.
@@ -17,13 +17,14 @@ pub(crate) struct Device {
     alloc: sys::ggml_gallocr_t,
     is_warm: bool,
     has_out_prod: bool,
-    /// What results go through on their way to the host.
+    /// What inputs and results go through between the device and the host; bytes of it that inputs wait in.
     stage: HostMemory,
+    sent: usize,
 }
 
-/// Bytes of it. The driver takes half a millisecond to make so much memory that a device can write to; other memory it writes to
-/// several times more slowly.
-pub(super) const STAGE: usize = 1 << 20;
+/// Bytes of a stage. The driver takes half a millisecond to make half as much memory that a device can read and write; with other
+/// memory everything takes several times as long, and others wait for the driver meanwhile.
+pub(super) const STAGE: usize = 2 << 20;
 
 impl Drop for Device {
     fn drop(&mut self) {
@@ -51,8 +52,15 @@ impl Device {
                 sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
             }
             let alloc = std::ptr::null_mut();
-            let mut device =
-                Self { place, backend, alloc, is_warm: false, has_out_prod: true, stage: HostMemory::default() };
+            let mut device = Self {
+                place,
+                backend,
+                alloc,
+                is_warm: false,
+                has_out_prod: true,
+                stage: HostMemory::default(),
+                sent: 0,
+            };
             device.has_out_prod = device.can_sum_columns()?;
             Ok(device)
         }
@@ -103,7 +111,39 @@ impl Device {
     pub fn wait(&mut self) -> Result<(), ComputeError> {
         // SAFETY: the back end lives.
         let done = unsafe { sys::gvote_shim_synchronize(self.backend) };
+        self.sent = 0;
         if done { Ok(()) } else { Err(ComputeError::Memory("waiting")) }
+    }
+
+    /// Inputs of another graph follow.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub(super) fn begin_sending(&mut self) -> Result<(), ComputeError> {
+        if self.sent > 0 { self.wait() } else { Ok(()) }
+    }
+
+    /// Begins to send what a tensor holds, by way of the stage where there is room.
+    ///
+    /// # Safety
+    /// The tensor has memory of the back end for as many bytes; they stay as they are until [`Self::wait`].
+    pub(super) unsafe fn send(&mut self, t: Tensor, parts: &[&[u8]]) {
+        let mut offset = 0;
+        for part in parts {
+            let mut from = part.as_ptr();
+            if self.sent + part.len() <= self.stage.len() * size_of::<f32>() {
+                // SAFETY: there is room for it.
+                unsafe {
+                    let own: *mut u8 = self.stage.as_mut_ptr().cast::<u8>().add(self.sent);
+                    std::ptr::copy_nonoverlapping(from, own, part.len());
+                    from = own;
+                }
+                self.sent += part.len();
+            }
+            // SAFETY: see above.
+            unsafe { sys::ggml_backend_tensor_set_async(self.backend, t, from.cast(), offset, part.len()) };
+            offset += part.len();
+        }
     }
 
     /// Reads a contiguous result of `out.len()` elements, of the type that they have, when it has been computed.
@@ -122,7 +162,7 @@ impl Device {
         for offset in (0..bytes).step_by(STAGE) {
             let n = STAGE.min(bytes - offset);
             // SAFETY: the tensor stays allocated until the next graph; ggml checks that it is as large. The stage holds as much, and is
-            // waited for.
+            // waited for. Inputs have left it by then: the queue is worked off in order.
             unsafe { sys::ggml_backend_tensor_get_async(self.backend, t, self.stage.as_mut_ptr().cast(), offset, n) };
             self.wait()?;
             // SAFETY: `out` has as many bytes from `offset` on, and any bits that ggml stores are an element.
@@ -291,6 +331,19 @@ impl Devices {
             }
         };
         Ok(&mut self.met[i])
+    }
+
+    /// Starts the back ends of the devices that hold a cache: what CUDA and its libraries load for it takes as long as the scores of a
+    /// short prompt.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn start(&mut self, layout: &Layout) -> Result<(), ComputeError> {
+        for layer in &layout.layers {
+            // SAFETY: K's storage lives as long as the context, which the caller holds.
+            unsafe { self.at((*layer.k).buffer)?.warm_up()? };
+        }
+        Ok(())
     }
 
     /// Gives the compute memory back and says how many bytes it was. Back ends on other devices stay: starting one takes long.

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, c_char};
 use std::ops::Range;
 
 use half::f16;
@@ -40,27 +40,19 @@ enum Input<'a> {
 }
 
 impl Input<'_> {
-    /// Begins to set it: the data must stay as it is until the back end has been waited for.
-    ///
-    /// # Safety
-    /// The tensor has memory of the back end for as many elements of this kind.
-    unsafe fn set(&self, backend: sys::ggml_backend_t, t: Tensor) {
-        let set = |data: *const c_void, offset: usize, bytes: usize| {
-            // SAFETY: see above.
-            unsafe { sys::ggml_backend_tensor_set_async(backend, t, data, offset, bytes) };
-        };
+    /// Its bytes, one part after another.
+    fn parts(&self) -> Vec<&[u8]> {
         match self {
-            Self::Floats(data) => set(data.as_ptr().cast(), 0, size_of_val(&data[..])),
-            Self::Rows(data) => set(data.as_ptr().cast(), 0, size_of_val(&data[..])),
-            Self::Halves(parts) => {
-                let mut offset = 0;
-                for part in parts {
-                    set(part.as_ptr().cast(), offset, size_of_val(*part));
-                    offset += size_of_val(*part);
-                }
-            }
+            Self::Floats(data) => vec![bytes(data)],
+            Self::Rows(data) => vec![bytes(data)],
+            Self::Halves(parts) => parts.iter().map(|part| bytes(part)).collect(),
         }
     }
+}
+
+fn bytes<T: Copy>(data: &[T]) -> &[u8] {
+    // SAFETY: numbers without padding, any byte of which may be read.
+    unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), size_of_val(data)) }
 }
 
 thread_local! {
@@ -266,11 +258,14 @@ impl<'a> Builder<'a> {
     pub fn begin(&mut self, device: &mut Device) -> Result<(), ComputeError> {
         self.reserve(device)?;
         self.check(device.backend())?;
-        // SAFETY: inputs are allocated before they are set and sized as declared.
-        unsafe {
-            // an input that no node reads has no memory
-            for (t, data) in self.inputs.iter().filter(|(t, _)| !(**t).buffer.is_null()) {
-                data.set(device.backend(), *t);
+        device.begin_sending()?;
+        for (t, data) in &self.inputs {
+            // SAFETY: an input is allocated before it is set, and sized as declared; one that no node reads has no memory. What is sent
+            // stays as it is until all has been computed.
+            unsafe {
+                if !(**t).buffer.is_null() {
+                    device.send(*t, &data.parts());
+                }
             }
         }
         // SAFETY: every tensor of the graph has memory; the inputs' data is ours until all has been computed.

@@ -17,26 +17,31 @@ impl LayerGraph<'_> {
     pub(super) fn measure<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, rows: &Rows) {
         let at_once = self.grain.cells.min(rows.n_kv);
         let numbers = b.rows([at_once, 1, 1], &self.view.numbers[..at_once]);
+        let (d_k, d_v) = (self.layer.n_embd_head_k, self.layer.n_embd_head_v);
+        let of_keys = Sums::new(self, b, d_k, self.grain.is_coarse);
+        let of_values = match d_k == d_v && self.grain.is_coarse {
+            true => of_keys,
+            false => Sums::new(self, b, d_v, self.grain.is_coarse || self.v_trans),
+        };
         if rows.value_norm.of_head > 0 {
-            self.measure_values(b, out, rows.value_norm, numbers);
+            self.measure_values(b, out, rows.value_norm, numbers, of_values);
         }
         if rows.key_similarity.of_head > 0 {
-            self.compare_keys(b, out, rows.key_similarity, numbers);
+            self.compare_keys(b, out, rows.key_similarity, numbers, of_keys);
         }
     }
 
     /// [`crate::policy::HeadScores::value_norm`]. `numbers`: of as many rows as are worked on at once.
-    fn measure_values(&self, b: &mut Builder, out: &mut Results, to: Block, numbers: Tensor) {
+    fn measure_values(&self, b: &mut Builder, out: &mut Results, to: Block, numbers: Tensor, sums: Sums) {
         let d = self.layer.n_embd_head_v;
         let by_channel = self.v_trans || self.grain.is_coarse;
-        let sums = Sums::new(self, b, d, by_channel);
         for (first, n) in self.cell_chunks() {
             let squared = if by_channel {
                 let values = match self.v_trans {
                     true => self.stored_channels(b, first, n),
-                    false => self.channels(b, self.layer.v, d, first, n, &sums),
+                    false => self.channels(b, self.layer.v, d, first, n, sums),
                 };
-                self.squared_over_channels(b, values, &sums)
+                self.squared_over_channels(b, values, sums)
             } else {
                 self.squared_in_rows(b, self.rows(b, self.layer.v, d, first, n, numbers))
             };
@@ -47,18 +52,17 @@ impl LayerGraph<'_> {
     }
 
     /// [`crate::policy::HeadScores::key_similarity`]: the cosine of each key to the mean direction of its head's.
-    fn compare_keys<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, to: Block, numbers: Tensor) {
+    fn compare_keys<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, to: Block, numbers: Tensor, sums: Sums) {
         let (d, heads) = (self.layer.n_embd_head_k, self.n_head_kv() as i64);
         let by_channel = self.grain.is_coarse;
-        let sums = Sums::new(self, b, d, by_channel);
         let mut sum: Tensor = std::ptr::null_mut();
         let mut inverse_lengths = Vec::new();
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
             for (first, n) in self.cell_chunks() {
                 let (keys, squared) = if by_channel {
-                    let keys = self.channels(b, self.layer.k, d, first, n, &sums);
-                    (keys, self.squared_over_channels(b, keys, &sums))
+                    let keys = self.channels(b, self.layer.k, d, first, n, sums);
+                    (keys, self.squared_over_channels(b, keys, sums))
                 } else {
                     let keys = self.rows(b, self.layer.k, d, first, n, numbers);
                     (keys, self.squared_in_rows(b, keys))
@@ -99,7 +103,7 @@ impl LayerGraph<'_> {
     }
 
     /// The same of `channels` `[n, d, heads]`.
-    fn squared_over_channels(&self, b: &Builder, channels: Tensor, sums: &Sums) -> Tensor {
+    fn squared_over_channels(&self, b: &Builder, channels: Tensor, sums: Sums) -> Tensor {
         // SAFETY: contiguous tensors of this context.
         unsafe {
             let [n, _, heads, _] = (*channels).ne;
@@ -129,7 +133,7 @@ impl LayerGraph<'_> {
     }
 
     /// K or V as f32 by channel: `n` cells from `first` on. `[n, d, heads]`
-    fn channels(&self, b: &Builder, storage: Tensor, d: u32, first: usize, n: usize, sums: &Sums) -> Tensor {
+    fn channels(&self, b: &Builder, storage: Tensor, d: u32, first: usize, n: usize, sums: Sums) -> Tensor {
         // SAFETY: shapes as noted.
         unsafe {
             let rows = self.head_rows(b, storage, d, 0..self.n_head_kv(), first..first + n);
@@ -155,6 +159,7 @@ impl LayerGraph<'_> {
 }
 
 /// What channels are made and summed up with; NULL where there are none.
+#[derive(Clone, Copy)]
 struct Sums {
     /// `[d, d, heads]`
     identity: Tensor,
@@ -169,7 +174,8 @@ impl Sums {
             return Self { identity: std::ptr::null_mut(), ones: std::ptr::null_mut() };
         }
         let ones = b.input([1, d, heads], vec![1.0; d * heads]);
-        let identity: Vec<f32> = (0..d * d).map(|i| if i % (d + 1) == 0 { 1.0 } else { 0.0 }).collect();
+        let mut identity = vec![0.0; d * d];
+        identity.iter_mut().step_by(d + 1).for_each(|x| *x = 1.0);
         let identity = b.input([d, d, 1], identity);
         // SAFETY: a tensor of this context.
         let identity = unsafe { sys::ggml_repeat_4d(b.ctx, identity, d as i64, d as i64, heads as i64, 1) };
