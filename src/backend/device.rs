@@ -24,7 +24,8 @@ pub(crate) struct Device {
 
 /// Bytes of a stage. The driver takes half a millisecond to make half as much memory that a device can read and write; with other
 /// memory everything takes several times as long, and others wait for the driver meanwhile.
-pub(super) const STAGE: usize = 2 << 20;
+/// In tests it is small, so that their inputs and results take more than one.
+pub(super) const STAGE: usize = if cfg!(test) { 4096 } else { 2 << 20 };
 
 impl Drop for Device {
     fn drop(&mut self) {
@@ -98,6 +99,8 @@ impl Device {
     fn set_stage(&mut self) {
         // SAFETY: a device that is there, or NULL for the host.
         let has_own = unsafe { !self.place.is_null() && !sys::ggml_backend_dev_host_buffer_type(self.place).is_null() };
+        #[cfg(test)]
+        let has_own = has_own || cache::PRETEND_DEVICE.get();
         let mut stage = HostMemory::default();
         if has_own && self.stage.is_empty() && stage.resize(self, STAGE / size_of::<f32>()).is_ok() {
             self.stage = stage;
