@@ -146,7 +146,7 @@ impl Scorer {
             if std::mem::replace(&mut seen, buffer) != buffer {
                 // SAFETY: as above.
                 let free = unsafe { self.threads[0].at(buffer)?.free_bytes() };
-                least = least.min((DEVICE_FREE * free as f64) as usize);
+                least = free.map_or(least, |free| least.min((DEVICE_FREE * free as f64) as usize));
             }
         }
         Ok(least.max((DEVICE_SHARE * (n_kv * layout.bytes_per_cell()) as f64) as usize))

@@ -174,12 +174,15 @@ impl Device {
         Ok(())
     }
 
-    /// Bytes of memory that are free there now.
-    pub fn free_bytes(&self) -> usize {
+    /// Bytes of memory that are free on a device now; None for the host.
+    pub fn free_bytes(&self) -> Option<usize> {
+        if self.place.is_null() {
+            return None;
+        }
         let (mut free, mut total) = (0, 0);
         // SAFETY: a device that is there.
         unsafe { sys::ggml_backend_dev_memory(self.place, &raw mut free, &raw mut total) };
-        free
+        Some(free)
     }
 
     /// Whether it can sum up columns: see [`Builder::out_prod`].
