@@ -222,7 +222,7 @@ impl Capture {
     ///
     /// # Errors
     /// [`ComputeError`].
-    pub fn start(&mut self, layout: &Layout) -> Result<(), ComputeError> {
+    pub(crate) fn start(&mut self, layout: &Layout) -> Result<(), ComputeError> {
         if layout.is_host() { Ok(()) } else { self.inner.devices.start(layout) }
     }
 

@@ -129,7 +129,7 @@ impl Scorer {
     ///
     /// # Errors
     /// [`ComputeError`].
-    pub fn start(&mut self, layout: &Layout) -> Result<(), ComputeError> {
+    pub(crate) fn start(&mut self, layout: &Layout) -> Result<(), ComputeError> {
         if layout.is_host() {
             return Ok(());
         }
