@@ -98,16 +98,19 @@ fn the_answer_after_a_vote_begins_the_same() {
     assert!(alike >= 16, "{here}\n{there}");
 }
 
+/// MiB of a device's buffers of one kind, as llama.cpp logs them.
+fn logged(log: &str, name: &str, what: &str) -> f64 {
+    let is_one = |line: &&str| line.contains(name) && line.contains(&format!("{what} buffer size ="));
+    let sizes = log.lines().filter(is_one).map(|line| line.split(['=', 'M']).nth_back(1).unwrap().trim());
+    sizes.map(|size| size.parse::<f64>().unwrap_or_else(|_| panic!("{size}"))).sum()
+}
+
 #[test]
 fn the_layers_are_on_the_workers() {
     let (workers, endpoints) = two();
     let args = ["-p", "Hi", "-n", "2", "--temp", "0", "-ngl", "99", "--rpc", &endpoints, "-v"];
     let log = finish(&mut gvote("run", &args)).ok().stderr;
-    let sizes = |name: &str, what: &str| -> f64 {
-        let is_one = |line: &&str| line.contains(name) && line.contains(&format!("{what} buffer size ="));
-        let sizes = log.lines().filter(is_one).map(|line| line.split(['=', 'M']).nth_back(1).unwrap().trim());
-        sizes.map(|size| size.parse::<f64>().unwrap_or_else(|_| panic!("{size}"))).sum()
-    };
+    let sizes = |name: &str, what: &str| logged(&log, name, what);
     for worker in &workers {
         // half of the layers at least, and their part of a cache of 256 cells
         assert!(sizes(&worker.endpoint, "model") > 30.0 && sizes(&worker.endpoint, "KV") > 2.5, "{log}");
@@ -127,11 +130,7 @@ fn a_plan_says_how_much_each_worker_holds() {
 
     let run = ["-p", "Hi", "-n", "1", "-c", "768", "-ngl", "all", "--rpc", &endpoints, "-v"];
     let log = finish(&mut gvote("run", &run)).ok().stderr;
-    let logged = |name: &str, what: &str| -> f64 {
-        let is_one = |line: &&str| line.contains(name) && line.contains(&format!("{what} buffer size ="));
-        let sizes = log.lines().filter(is_one).map(|line| line.split(['=', 'M']).nth_back(1).unwrap().trim());
-        sizes.map(|size| size.parse::<f64>().unwrap_or_else(|_| panic!("{size}"))).sum()
-    };
+    let logged = |name: &str, what: &str| logged(&log, name, what);
     let devices = plan["devices"].as_array().unwrap();
     assert_eq!(devices.len(), 2, "{plan}");
     let mut sum = 0;

@@ -184,20 +184,15 @@ impl<'a> Builder<'a> {
         self.run(t)
     }
 
-    /// Memory for `rows` of `n` numbers that other nodes are written to.
-    pub fn memory(&mut self, type_: sys::ggml_type, n: usize, rows: usize) -> Tensor {
+    /// Rows of `n` numbers that other nodes are written to: some of more that there are.
+    pub fn results(&mut self, n: usize, rows: Range<usize>) -> Results {
         // SAFETY: the context has room for the tensor; an input has memory from the start, and an output keeps it.
-        unsafe {
-            let t = sys::ggml_new_tensor_2d(self.ctx, type_, n as i64, rows as i64);
+        let tensor = unsafe {
+            let t = sys::ggml_new_tensor_2d(self.ctx, sys::GGML_TYPE_F32, n as i64, rows.len() as i64);
             sys::ggml_set_input(t);
             sys::ggml_set_output(t);
             t
-        }
-    }
-
-    /// Rows of `n` numbers that other nodes are written to: some of more that there are.
-    pub fn results(&mut self, n: usize, rows: Range<usize>) -> Results {
-        let tensor = self.memory(sys::GGML_TYPE_F32, n, rows.len());
+        };
         Results { tensor, first: rows.start, written: vec![false; rows.len()] }
     }
 
