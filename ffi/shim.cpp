@@ -1,6 +1,7 @@
 #include "shim.hpp"
 
 #include "ggml-cpu.h"
+#include "ggml-impl.h"
 #include "llama-ext.h"
 
 #include <algorithm>
@@ -387,6 +388,20 @@ ggml_cgraph * gvote_shim_graph(llama_context * ctx) {
 
 ggml_backend_t gvote_shim_backend_of(llama_context * ctx, const ggml_tensor * node) {
     return ggml_backend_sched_get_tensor_backend(ctx->get_sched(), const_cast<ggml_tensor *>(node));
+}
+
+int gvote_shim_n_parts(llama_context * ctx) {
+    return ggml_backend_sched_get_n_splits(ctx->get_sched());
+}
+
+ggml_status gvote_shim_graph_compute_part(ggml_backend_t backend, const ggml_cgraph * graph, int first, int end) {
+    // uses of nodes are looked up in the whole graph, so that nodes are fused as ever; leafs are not computed
+    ggml_cgraph part = *graph;
+    part.nodes   = graph->nodes + first;
+    part.n_nodes = end - first;
+    part.n_leafs = 0;
+    part.uid     = 0;
+    return gvote_shim_graph_compute_async(backend, &part);
 }
 
 uint32_t gvote_shim_outputs_max(llama_context * ctx) {

@@ -226,6 +226,12 @@ struct ggml_cgraph * gvote_shim_graph(struct llama_context * ctx);
 // The back end that computes a node of that graph.
 ggml_backend_t gvote_shim_backend_of(struct llama_context * ctx, const struct ggml_tensor * node);
 
+// In how many parts the scheduler computes that graph.
+int gvote_shim_n_parts(struct llama_context * ctx);
+
+// Puts the nodes of a graph from `first` up to `end` into the queue of a back end, as the scheduler does.
+enum ggml_status gvote_shim_graph_compute_part(ggml_backend_t backend, const struct ggml_cgraph * graph, int first, int end);
+
 // Most rows of outputs that a batch may ask for.
 uint32_t gvote_shim_outputs_max(struct llama_context * ctx);
 

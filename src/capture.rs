@@ -6,7 +6,7 @@
 //! - q at the attention op `[n_embd_head_k, n_tokens, n_head]`, rotated just as the cached K is: those of the newest
 //!   `window` positions are kept as f16, what ggml makes of them anyway before it multiplies with an f16 cache.
 //!
-//! Every node that is read stops the graph, which a GPU notices. So most ubatches pass unread: of a long text every
+//! Every node that is read stops the graph, which a GPU notices: see `src/capture/part.rs`. So most ubatches pass unread: of a long text every
 //! sixteenth gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
 //! that is not known, as behind the C interface, a vote decodes the newest tokens once more. What is computed about a node on a
 //! device stays there until the last layer has passed: see `src/capture/pending.rs`.
@@ -26,6 +26,7 @@
 mod graph;
 mod moments;
 pub(crate) mod node;
+mod part;
 mod pending;
 mod probe;
 mod record;
@@ -175,6 +176,10 @@ struct Inner {
     devices: Devices,
     /// What lies on devices still, one entry for each.
     pending: Vec<Pending>,
+    /// Whether nobody else is to see the nodes of the graph in work.
+    is_alone: bool,
+    /// What went wrong where it could not be said at once; nothing is read any more then.
+    failed: Option<CaptureError>,
 }
 
 /// Reads what the forward passes of a context tell, sequence by sequence.
@@ -214,6 +219,8 @@ impl Capture {
                 reads: Reads::default(),
                 devices: Devices::new(ctx.n_threads_batch()),
                 pending: Vec::new(),
+                is_alone: true,
+                failed: None,
             },
         }
     }
@@ -340,7 +347,17 @@ impl Capture {
     ) -> Result<T, CaptureError> {
         debug_assert_eq!(self.inner.ctx, ctx.as_ptr());
         self.inner.give_up()?;
-        watch::during(&mut self.inner, ctx, f)
+        self.inner.is_alone = true;
+        let result = watch::during(&mut self.inner, ctx, f);
+        match self.failure() {
+            Some(error) => Err(error),
+            None => result,
+        }
+    }
+
+    /// What went wrong in the part of a graph that was ended in [`Self::on_node`].
+    pub(crate) fn failure(&mut self) -> Option<CaptureError> {
+        self.inner.failed.take()
     }
 
     /// Whether the graph in work is a step of answers, of which `node` is the last one.
@@ -348,8 +365,9 @@ impl Capture {
         self.inner.reads.step && graph::last_node(self.inner.ctx).is_some_and(|last| std::ptr::eq(last.0, node.0))
     }
 
-    /// Looks at a node for somebody who has the callback installed already: see [`watch::Watch`].
-    pub(crate) fn on_node(&mut self, node: &Node, ask: bool) -> Result<bool, CaptureError> {
+    /// Looks at a node for somebody who has the callback installed already: see [`watch::Watch`]. `is_alone`: nobody else is to see it.
+    pub(crate) fn on_node(&mut self, node: &Node, ask: bool, is_alone: bool) -> Result<bool, CaptureError> {
+        self.inner.is_alone = is_alone;
         if ask { self.inner.ask(node) } else { self.inner.read(node) }
     }
 }

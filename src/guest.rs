@@ -219,7 +219,7 @@ impl Guest {
         let asked = self.home.as_ref().map_or((false, true), |home| home.asked);
         let ours = match &mut self.home {
             // SAFETY: see above.
-            Some(home) if ask || asked.0 => home.on_node(&unsafe { Node::new(t) }, ask),
+            Some(home) if ask || asked.0 => home.on_node(&unsafe { Node::new(t) }, ask, self.next.is_none()),
             _ => !ask,
         };
         let theirs = match self.next {
@@ -486,12 +486,15 @@ impl Home {
         self.deaf.is_none() && self.voter.capture.ends_step(node) && eval_callback(&self.ctx) == Some(self.callback)
     }
 
-    fn on_node(&mut self, node: &Node, ask: bool) -> bool {
+    fn on_node(&mut self, node: &Node, ask: bool, is_alone: bool) -> bool {
         if self.deaf.is_some() {
             return !ask;
         }
-        match self.voter.capture.on_node(node, ask) {
-            Ok(answer) => answer,
+        match self.voter.capture.on_node(node, ask, is_alone) {
+            Ok(answer) => {
+                self.deaf = self.voter.capture.failure();
+                answer
+            }
             Err(error) => {
                 self.deaf = Some(error);
                 !ask

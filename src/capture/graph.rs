@@ -31,6 +31,9 @@ impl Watch for Inner {
     type Error = CaptureError;
 
     fn ask(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        if self.failed.is_some() {
+            return Ok(false);
+        }
         if let Mode::Probe(probe) = &self.mode {
             return Ok(self.asks_for(probe.way, node));
         }
@@ -73,10 +76,12 @@ impl Watch for Inner {
         if let Mode::Probe(_) = self.mode {
             return self.read_probe(node);
         }
-        if let Some(layer) = self.hidden_layer(node) {
-            self.on_hidden(node, layer)?;
-        } else if let Some(attention) = self.attention(node) {
-            self.on_queries(&attention)?;
+        if self.take(node)? {
+            self.collect_all()?;
+        } else if self.is_alone
+            && let Some(part) = self.part_behind(node)
+        {
+            return Ok(!self.go_on(&part));
         }
         Ok(true)
     }
@@ -107,7 +112,24 @@ pub(super) fn last_node<'a>(ctx: *mut sys::llama_context) -> Option<Node<'a>> {
 }
 
 impl Inner {
-    fn stores_first_k(&self, node: &Node) -> bool {
+    /// Takes what is read of a node. Whether it is the last one of its ubatch.
+    pub(super) fn take(&mut self, node: &Node) -> Result<bool, CaptureError> {
+        if let Some(layer) = self.hidden_layer(node) {
+            self.on_hidden(node, layer)?;
+            Ok(!self.reads.queries && self.is_last(layer))
+        } else if let Some(attention) = self.attention(node) {
+            self.on_queries(&attention)?;
+            Ok(self.is_last(attention.layer))
+        } else {
+            Ok(false)
+        }
+    }
+
+    fn is_last(&self, layer: usize) -> bool {
+        layer + 1 == self.layers.len()
+    }
+
+    pub(super) fn stores_first_k(&self, node: &Node) -> bool {
         node.0.op == sys::GGML_OP_SET_ROWS && self.by_tensor.get(&node.storage()) == Some(&0)
     }
 
@@ -235,7 +257,7 @@ impl Inner {
                 record.layer_mut(layer).moments.merge(&block);
             }
         }
-        if self.reads.queries { Ok(()) } else { self.collect_behind(layer) }
+        Ok(())
     }
 
     /// The rows of q that are wanted of this ubatch.
@@ -282,7 +304,7 @@ impl Inner {
             let tokens = if n_stream == 1 { first..end } else { 0..n_tok };
             self.take_queries(attention, tokens, wanted)?;
         }
-        self.collect_behind(attention.layer)
+        Ok(())
     }
 }
 

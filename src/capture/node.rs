@@ -105,6 +105,11 @@ impl<'a> Node<'a> {
         unsafe { self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer) }
     }
 
+    /// Whether it only names memory: nothing is computed then.
+    pub fn is_view(&self) -> bool {
+        matches!(self.0.op, sys::GGML_OP_VIEW | sys::GGML_OP_RESHAPE | sys::GGML_OP_PERMUTE | sys::GGML_OP_TRANSPOSE)
+    }
+
     /// Whether this leaf of a graph is what the scheduler copies from one back end to another in the midst of it: a weight in host
     /// memory for a device that computes with it, or what another back end has computed. Inputs are copied before.
     fn is_copy(&self, graph: *const sys::ggml_cgraph) -> bool {

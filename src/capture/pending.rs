@@ -2,7 +2,7 @@
 //!
 //! Where a node lies on a device, what is taken of it is computed in the queue of llama.cpp's own back end, behind the node and
 //! before whatever overwrites it: our graph is as good as one more node of llama.cpp's. So nobody waits for it in each layer. All
-//! is read with one wait when the last layer has been taken: each layer needs what the one before has computed, so by then all
+//! is read with one wait when the last layer is behind: each layer needs what the one before has computed, so by then all
 //! have been. Of a decode that ends earlier nothing is read. ggml has waited for its queue by then, so that ours may be dropped.
 
 use std::ops::Range;
@@ -152,9 +152,9 @@ impl Inner {
         if self.pending[i].is_theirs { Ok(()) } else { self.collect(i..i + 1) }
     }
 
-    /// Collects all that is pending if this was the last layer.
-    pub(super) fn collect_behind(&mut self, layer: usize) -> Result<(), CaptureError> {
-        if layer + 1 == self.layers.len() { self.collect(0..self.pending.len()) } else { Ok(()) }
+    /// Collects all that is pending, when the last layer has been taken.
+    pub(super) fn collect_all(&mut self) -> Result<(), CaptureError> {
+        self.collect(0..self.pending.len())
     }
 
     /// Reads what is pending on some devices.

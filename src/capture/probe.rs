@@ -190,7 +190,9 @@ impl Inner {
             self.check_hidden(node)?;
             self.inject(node, layer)?;
         } else if let Some(attention) = self.attention(node) {
-            self.on_queries(&attention)?;
+            if self.take(node)? {
+                self.collect_all()?;
+            }
             self.mark_taken(attention.layer);
         }
         Ok(true)

@@ -4,7 +4,7 @@ use half::f16;
 
 use super::fixture::*;
 use crate::backend::ComputeError;
-use crate::cache::{Layout, PRETEND_DEVICE};
+use crate::cache::Layout;
 use crate::capture::{Capture, CaptureError, PRETEND_SCATTERED};
 use crate::compact::Reorder;
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Pos, SeqId, devices};
@@ -20,14 +20,6 @@ fn the_tests_use_a_gpu_where_there_is_one() {
     let layout = Layout::of(&ctx, 0).unwrap();
     println!("measured: the tests of the library use {}", place(&layout));
     assert_eq!(is_on_gpu(&layout), devices().iter().any(|device| device.is_gpu), "{:?}", devices());
-}
-
-/// Runs `f` as if no memory were within the host's reach.
-pub fn on_device<T>(f: impl FnOnce() -> T) -> T {
-    PRETEND_DEVICE.set(true);
-    let out = f();
-    PRETEND_DEVICE.set(false);
-    out
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use crate::Session;
-use crate::cache::{self, Cell, Layout};
+use crate::cache::{self, Cell, Layout, PRETEND_DEVICE};
 use crate::capture::Capture;
 use crate::compact::{self, CompactError};
 use crate::llama::{
@@ -77,6 +77,14 @@ pub const Q8_0: Setup = Setup { flash: true, k: CacheType::Q8_0, v: CacheType::Q
 pub const Q4_0: Setup = Setup { flash: true, k: CacheType::Q4_0, v: CacheType::Q4_0 };
 pub const Q5_1: Setup = Setup { flash: true, k: CacheType::Q5_1, v: CacheType::Q5_1 };
 pub const IQ4_NL: Setup = Setup { flash: true, k: CacheType::Iq4Nl, v: CacheType::Iq4Nl };
+
+/// Runs `f` as if no memory were within the host's reach.
+pub fn on_device<T>(f: impl FnOnce() -> T) -> T {
+    PRETEND_DEVICE.set(true);
+    let out = f();
+    PRETEND_DEVICE.set(false);
+    out
+}
 
 pub fn context(model: &Model, setup: Setup, n_ctx: u32, n_ubatch: u32) -> Context {
     Context::new(

@@ -2,7 +2,6 @@
 
 use rand::{RngExt, SeedableRng};
 
-use super::device::on_device;
 use super::fixture::*;
 use crate::cache::Layout;
 use crate::capture::node::Node;

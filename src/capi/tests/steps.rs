@@ -62,6 +62,32 @@ fn steps_of_an_answer_are_not_disturbed_and_the_next_prompt_is_heard() {
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, report.cells_after + 6));
 }
 
+/// A device takes the rest of a part of the graph at once, with all that is read of it, unless the app reads nodes, too.
+#[test]
+fn a_device_stops_once_for_a_prompt() {
+    unsafe extern "C" fn look_on(_: *mut sys::ggml_tensor, _: bool, _: *mut c_void) -> bool {
+        false
+    }
+    let decode = |looks_on: bool| {
+        let app = App::new(&tiny("llama"), &Shape { flash: true, ..ONE });
+        let handle = Handle::with(&app, &capped());
+        if looks_on {
+            // SAFETY: the handle lives; the callback needs no data.
+            let set = unsafe { gvote_set_next_callback(handle.0, Some(look_on), ptr::null_mut()) };
+            assert_eq!(set, GVOTE_OK);
+        }
+        let n_asked = asked(|| app.decode(&[(0, 0, &words(N, 0))]));
+        let (status, _) = handle.compress(&app, 0);
+        assert_eq!(status, GVOTE_OK, "{}", handle.error());
+        let heads = kept(&app, &handle, 0);
+        app.decode(&[(0, N as Pos, &words(1, 7))]);
+        (n_asked, heads, app.logits(0).1)
+    };
+    let ((stops, kept, logits), (looked_at, others, expected)) = fixture::on_device(|| (decode(false), decode(true)));
+    assert!(10 * stops < looked_at, "{stops} and {looked_at}");
+    assert!(kept == others && logits == expected);
+}
+
 /// Of every cell what it would have been, and of every head what it would have kept.
 #[test]
 fn a_vote_after_unheard_steps_is_that_of_one_who_heard_everything() {

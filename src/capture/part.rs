@@ -1,0 +1,106 @@
+//! The rest of a part of llama.cpp's graph, which we put into the queue of its back end.
+//!
+//! After each node that an eval callback asked for ggml waits for the device, which runs dry and has to be fed anew: for a node or two
+//! of each layer that is a hundredth of a prefill. So a device stops only once. At the first node of a part that is read we do what
+//! ggml would do next, and put what we compute of a node behind it, in the same queue. Then we tell ggml that the part has ended,
+//! and it goes on with the next.
+//!
+//! A part is what the scheduler calls a split: nodes of one back end that need nothing copied on the way. It does not say where they
+//! end. Each change from one back end to another is an end; where there are as many parts as changes tell, there are no others.
+
+use super::graph::nodes;
+use super::node::Node;
+use super::watch::Watch;
+use super::{Inner, Reads};
+use crate::sys;
+
+/// Nodes of a part that are still to be computed.
+pub(super) struct Part {
+    backend: sys::ggml_backend_t,
+    graph: *mut sys::ggml_cgraph,
+    first: usize,
+    end: usize,
+}
+
+impl Part {
+    /// With their numbers.
+    fn nodes<'a>(&self) -> impl Iterator<Item = (usize, Node<'a>)> + use<'a> {
+        let graph = self.graph;
+        // SAFETY: a node of the graph in work.
+        (self.first..self.end).map(move |i| (i, unsafe { Node::new(sys::ggml_graph_node(graph, i as i32)) }))
+    }
+}
+
+impl Inner {
+    /// What follows `node` in its part, where that lies on a device. None, too, where the ends of parts cannot be told.
+    pub(super) fn part_behind(&self, node: &Node) -> Option<Part> {
+        if node.place().is_null() {
+            return None;
+        }
+        let mut n_parts = 0;
+        let mut last = std::ptr::null_mut();
+        let (mut at, mut backend, mut end, mut n) = (None, last, None, 0);
+        for (i, other) in nodes(self.ctx).enumerate() {
+            n = i + 1;
+            if !other.is_view() {
+                // SAFETY: a node of the graph in work.
+                let own = unsafe { sys::gvote_shim_backend_of(self.ctx, other.0) };
+                if own != last {
+                    n_parts += 1;
+                    last = own;
+                    if at.is_some() && end.is_none() {
+                        end = Some(i);
+                    }
+                }
+            }
+            if std::ptr::eq(other.0, node.0) {
+                (at, backend) = (Some(i), last);
+            }
+        }
+        // SAFETY: called from inside the graph; its back ends live as long as the context.
+        let is_known = unsafe {
+            n_parts == sys::gvote_shim_n_parts(self.ctx)
+                && !backend.is_null()
+                && sys::ggml_backend_get_device(backend) == node.place()
+        };
+        let first = at.filter(|_| is_known)? + 1;
+        // SAFETY: as above.
+        Some(Part { backend, graph: unsafe { sys::gvote_shim_graph(self.ctx) }, first, end: end.unwrap_or(n) })
+    }
+
+    /// Puts a part into its queue, with what is read of it. False: the back end did not take all of it, and ggml is to hear it for itself.
+    /// Where something of ours fails, llama.cpp's own nodes are computed all the same.
+    pub(super) fn go_on(&mut self, part: &Part) -> bool {
+        let mut first = part.first;
+        let mut is_last = false;
+        for (i, node) in part.nodes() {
+            let is_wanted = self.ask(&node).unwrap_or_else(|error| {
+                self.failed = Some(error);
+                false
+            });
+            if !is_wanted && i + 1 < part.end {
+                continue;
+            }
+            // SAFETY: nodes of one back end, whose inputs are there; what came before them is in its queue.
+            let status =
+                unsafe { sys::gvote_shim_graph_compute_part(part.backend, part.graph, first as i32, i as i32 + 1) };
+            if status != sys::GGML_STATUS_SUCCESS {
+                // it asks about all of them once more, and has been told what is read of this ubatch
+                let begun = part.nodes().any(|(_, node)| self.stores_first_k(&node));
+                self.reads = Reads { begun, ..Reads::default() };
+                return false;
+            }
+            first = i + 1;
+            if is_wanted {
+                match self.take(&node) {
+                    Ok(is_done) => is_last |= is_done,
+                    Err(error) => self.failed = Some(error),
+                }
+            }
+        }
+        if is_last && let Err(error) = self.collect_all() {
+            self.failed = Some(error);
+        }
+        true
+    }
+}
