@@ -176,6 +176,8 @@ struct Inner {
     devices: Devices,
     /// What lies on devices still, one entry for each.
     pending: Vec<Pending>,
+    /// Whether that is all of a ubatch.
+    is_whole: bool,
     /// Whether nobody else is to see the nodes of the graph in work.
     is_alone: bool,
     /// What went wrong where it could not be said at once; nothing is read any more then.
@@ -219,6 +221,7 @@ impl Capture {
                 reads: Reads::default(),
                 devices: Devices::new(ctx.n_threads_batch()),
                 pending: Vec::new(),
+                is_whole: false,
                 is_alone: true,
                 failed: None,
             },
@@ -230,7 +233,11 @@ impl Capture {
     /// # Errors
     /// [`ComputeError`].
     pub(crate) fn start(&mut self, layout: &Layout) -> Result<(), ComputeError> {
-        if layout.is_host() { Ok(()) } else { self.inner.devices.start(layout) }
+        if layout.is_host() {
+            return Ok(());
+        }
+        self.inner.devices.start(layout)?;
+        self.inner.prepare(layout)
     }
 
     /// Follows a sequence from now on.
@@ -246,6 +253,7 @@ impl Capture {
 
     /// Forgets everything captured of a sequence, and follows it no longer.
     pub fn forget(&mut self, seq: SeqId) {
+        self.settle();
         self.inner.records.remove(&seq);
     }
 
@@ -325,6 +333,13 @@ impl Capture {
         record.window(layer, self.inner.window, pos_last).ok_or(CaptureError::Empty)
     }
 
+    /// Reads what still waits on devices. What goes wrong is said by what is asked for next.
+    pub(crate) fn settle(&mut self) {
+        if let Err(error) = self.inner.settle() {
+            self.inner.failed = Some(error);
+        }
+    }
+
     /// Whether there are statistics of every layer.
     pub(crate) fn has_statistics(&self, seq: SeqId) -> bool {
         self.inner.records.get(&seq).is_some_and(Record::has_moments)
@@ -336,7 +351,8 @@ impl Capture {
     }
 
     /// Mean and variance per channel of the hidden state that enters attention in the i-th layer of the cache.
-    pub fn statistics(&self, seq: SeqId, layer: usize) -> (Vec<f64>, Vec<f64>) {
+    pub fn statistics(&mut self, seq: SeqId, layer: usize) -> (Vec<f64>, Vec<f64>) {
+        self.settle();
         self.inner.records.get(&seq).map(|record| record.statistics(layer)).unwrap_or_default()
     }
 
@@ -346,7 +362,7 @@ impl Capture {
         f: impl FnOnce(&mut Context) -> Result<T, LlamaError>,
     ) -> Result<T, CaptureError> {
         debug_assert_eq!(self.inner.ctx, ctx.as_ptr());
-        self.inner.give_up()?;
+        self.inner.settle()?;
         self.inner.is_alone = true;
         let result = watch::during(&mut self.inner, ctx, f);
         match self.failure() {

@@ -431,7 +431,7 @@ impl Guest {
     pub fn save(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Vec<u8>, GuestError> {
         let (cells, sequence) = self.sequence(ctx, seq)?;
         let sequence = sequence.clone();
-        Ok(sequence.save(&self.home_in(ctx)?.voter.capture, &cells))
+        Ok(sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells))
     }
 
     /// Takes over what [`Self::save`] wrote, for a sequence whose cells llama.cpp has loaded already.

@@ -70,6 +70,15 @@ impl Lane {
         self.work.has_room(work)
     }
 
+    /// Takes the memory for `n` times some results, within limits, and for reading them.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn prepare(&mut self, results: &[usize], n: usize) -> Result<(), ComputeError> {
+        self.grow(results, n)?;
+        self.host.resize_for(self.place, STAGE / size_of::<f32>())
+    }
+
     /// Gives up what is kept and makes room for `n` times as much as some results more, within limits, but at least for them.
     ///
     /// # Errors

@@ -77,7 +77,7 @@ impl Watch for Inner {
             return self.read_probe(node);
         }
         if self.take(node)? {
-            self.collect_all()?;
+            self.end_ubatch()?;
         } else if self.is_alone
             && let Some(part) = self.part_behind(node)
         {
@@ -153,7 +153,7 @@ impl Inner {
     /// Looks at a ubatch: the rows that K is about to be stored in say which cells, and so which sequences and positions, its
     /// tokens have. Then what is read of it is known.
     fn begin(&mut self, stored: &Node) -> Result<(), CaptureError> {
-        self.give_up()?;
+        self.settle()?;
         // SET_ROWS keeps the destination in src[2]; its result is a view of it
         let idxs = stored.src(1).ok_or_else(|| stored.shape_error())?;
         if idxs.0.type_ != sys::GGML_TYPE_I64 {
@@ -251,6 +251,11 @@ impl Inner {
         for (seq, rows) in counted {
             if !node.place().is_null() {
                 self.take_sums(node, seq, layer, &rows)?;
+                if layer == 0
+                    && let Some(record) = self.records.get_mut(&seq)
+                {
+                    record.waiting = rows.len();
+                }
             } else if let Some(record) = self.records.get_mut(&seq) {
                 // SAFETY: the node has been computed, and stays as it is while ggml waits for us.
                 let block = Block::of(unsafe { node.floats() }, self.n_embd, &rows);

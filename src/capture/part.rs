@@ -98,7 +98,7 @@ impl Inner {
                 }
             }
         }
-        if is_last && let Err(error) = self.collect_all() {
+        if is_last && let Err(error) = self.end_ubatch() {
             self.failed = Some(error);
         }
         true

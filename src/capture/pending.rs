@@ -2,8 +2,8 @@
 //!
 //! Where a node lies on a device, what is taken of it is computed in the queue of llama.cpp's own back end, behind the node and
 //! before whatever overwrites it: our graph is as good as one more node of llama.cpp's. So nobody waits for it in each layer. All
-//! is read with one wait when the last layer is behind: each layer needs what the one before has computed, so by then all
-//! have been. Of a decode that ends earlier nothing is read. ggml has waited for its queue by then, so that ours may be dropped.
+//! is read with one wait, queries when the last layer is behind, statistics alone when somebody wants them, or the next ubatch is
+//! looked at. Of a decode that ends before its last layer nothing is read.
 
 use std::ops::Range;
 
@@ -13,7 +13,8 @@ use super::graph::{Attention, Wanted, by_token};
 use super::moments::{Block, Rows, Sums};
 use super::node::Node;
 use super::{CaptureError, Inner, Mode};
-use crate::backend::{Builder, Lane};
+use crate::backend::{Builder, ComputeError, Lane};
+use crate::cache::Layout;
 use crate::llama::SeqId;
 use crate::sys;
 
@@ -147,14 +148,52 @@ impl Inner {
         Ok(i)
     }
 
+    /// Takes the memory for what a ubatch leaves on a device: some of it takes a driver as long as a layer of the prefill.
+    ///
+    /// # Errors
+    /// [`ComputeError::Memory`].
+    pub(super) fn prepare(&mut self, layout: &Layout) -> Result<(), ComputeError> {
+        for layer in &layout.layers {
+            // SAFETY: K's storage and the back ends live as long as this.
+            unsafe {
+                let device = self.devices.at((*layer.k).buffer)?;
+                let place = device.place();
+                if place.is_null() || self.pending.iter().any(|pending| pending.lane.place() == place) {
+                    continue;
+                }
+                let mut lane = Lane::new(place);
+                lane.enter(device.backend())?;
+                let (moments, queries) =
+                    (self.n_embd * size_of::<f32>(), self.window * self.layers[0].n_q * size_of::<f16>());
+                lane.prepare(&[moments, moments, queries], self.layers.len())?;
+                self.pending.push(Pending { lane, is_theirs: false, taken: Vec::new(), sent: Vec::new() });
+            }
+        }
+        Ok(())
+    }
+
     /// Collects what is pending in a queue that llama.cpp does not go on in.
     fn collect_unordered(&mut self, i: usize) -> Result<(), CaptureError> {
         if self.pending[i].is_theirs { Ok(()) } else { self.collect(i..i + 1) }
     }
 
-    /// Collects all that is pending, when the last layer has been taken.
-    pub(super) fn collect_all(&mut self) -> Result<(), CaptureError> {
-        self.collect(0..self.pending.len())
+    /// The last layer has been taken. Who reads queries wants them now; statistics may wait, so that the next ubatch is prepared
+    /// while the device is at work.
+    pub(super) fn end_ubatch(&mut self) -> Result<(), CaptureError> {
+        self.is_whole = true;
+        if self.reads.queries { self.settle() } else { Ok(()) }
+    }
+
+    /// Reads what is pending of a whole ubatch, and gives up what a decode left behind that failed or was cancelled.
+    pub(super) fn settle(&mut self) -> Result<(), CaptureError> {
+        if std::mem::take(&mut self.is_whole) { self.collect(0..self.pending.len()) } else { self.give_up() }
+    }
+
+    /// Gives up all that is pending.
+    pub(super) fn give_up(&mut self) -> Result<(), CaptureError> {
+        self.is_whole = false;
+        self.records.values_mut().for_each(|record| record.waiting = 0);
+        self.pending.iter_mut().try_for_each(Pending::clear)
     }
 
     /// Reads what is pending on some devices.
@@ -170,6 +209,7 @@ impl Inner {
             match taken {
                 Taken::Sums { seq, layer, sums } => {
                     if let Some(record) = self.records.get_mut(&seq) {
+                        record.waiting = 0;
                         let block = Block::fetched(&mut pending.lane, &sums, self.n_embd)?;
                         record.layer_mut(layer).moments.merge(&block);
                     }
@@ -190,22 +230,19 @@ impl Inner {
             replayed[layer].data.resize(wanted.len() * n_q, f16::ZERO);
             replayed[layer].pos = wanted.iter().map(|w| w.pos).collect();
         }
-        for &Wanted { row, seq, slot, pos } in wanted {
+        for of_one in wanted.chunk_by(|a, b| a.seq == b.seq) {
             let out = match &mut self.mode {
                 Mode::Probe(probe) => &mut probe.queries[layer],
                 Mode::Replay(_, replayed) => &mut replayed[layer].data,
-                Mode::Listen | Mode::Prompt { .. } | Mode::Again => match self.records.get_mut(&seq) {
-                    Some(record) => record.window_at(layer, slot, pos),
+                Mode::Listen | Mode::Prompt { .. } | Mode::Again => match self.records.get_mut(&of_one[0].seq) {
+                    Some(record) => record.window_at(layer, of_one.iter().map(|wanted| (wanted.slot, wanted.pos))),
                     None => continue,
                 },
             };
-            out[slot * n_q..][..n_q].copy_from_slice(&queries[(row - first) * n_q..][..n_q]);
+            for Wanted { row, slot, .. } in of_one {
+                out[slot * n_q..][..n_q].copy_from_slice(&queries[(row - first) * n_q..][..n_q]);
+            }
         }
-    }
-
-    /// Gives up what a decode left behind that failed or was cancelled.
-    pub(super) fn give_up(&mut self) -> Result<(), CaptureError> {
-        self.pending.iter_mut().try_for_each(Pending::clear)
     }
 }
 

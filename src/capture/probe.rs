@@ -114,6 +114,10 @@ impl Capture {
         n: usize,
         seed: u64,
     ) -> Result<Vec<Queries>, CaptureError> {
+        self.settle();
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
         let free = cache::cells_free(ctx, seq);
         if free < n {
             return Err(CaptureError::NoCells { needed: n, free });
@@ -167,7 +171,8 @@ impl Capture {
     }
 
     /// The hidden state that the probe of `seq` uses as sample `index` in the i-th layer of the cache. `[n_embd]`
-    pub fn sample(&self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
+    pub fn sample(&mut self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
+        self.settle();
         let mut out = vec![0.0; self.inner.n_embd];
         if let Some(record) = self.inner.records.get(&seq) {
             let mut own = vec![0.0; 2 * out.len()];
@@ -191,7 +196,7 @@ impl Inner {
             self.inject(node, layer)?;
         } else if let Some(attention) = self.attention(node) {
             if self.take(node)? {
-                self.collect_all()?;
+                self.end_ubatch()?;
             }
             self.mark_taken(attention.layer);
         }

@@ -42,6 +42,8 @@ pub(super) struct Record {
     pub layers: Vec<Arc<LayerRecord>>,
     /// Tokens so far, read or not.
     pub n_tokens: usize,
+    /// Tokens whose statistics wait on a device still.
+    pub waiting: usize,
     /// The tokens of the ubatch in work that belong to the sequence: place in the ubatch, and position.
     pub rows: Vec<(usize, Pos)>,
     /// Tokens since they were last asked for, by position; what is heard at one forgets those behind it.
@@ -61,7 +63,7 @@ impl Record {
 
     pub fn of(layers: Vec<LayerRecord>, n_tokens: usize) -> Self {
         let layers = layers.into_iter().map(Arc::new).collect();
-        Self { layers, n_tokens, rows: Vec::new(), seen: Vec::new() }
+        Self { layers, n_tokens, waiting: 0, rows: Vec::new(), seen: Vec::new() }
     }
 
     /// Whether nothing was captured or counted so far.
@@ -72,7 +74,7 @@ impl Record {
     /// Whether the next `n` tokens should give statistics. A single one is a step of an answer, and not worth a graph that
     /// stops at every layer unless nothing else is known.
     pub fn is_due(&self, n: usize) -> bool {
-        let read = self.layers.first().map_or(0.0, |layer| layer.moments.count) as usize;
+        let read = self.layers.first().map_or(0.0, |layer| layer.moments.count) as usize + self.waiting;
         read == 0 || (n > 1 && (read < FIRST || SHARE * read <= self.n_tokens))
     }
 
@@ -123,10 +125,17 @@ impl Record {
         Arc::make_mut(&mut self.layers[layer])
     }
 
-    /// The window's queries, of which those at `slot` are about to become those of `pos`.
-    pub fn window_at(&mut self, layer: usize, slot: usize, pos: Pos) -> &mut Vec<f16> {
-        let layer = self.layer_mut(layer);
-        layer.window_pos[slot] = pos;
+    /// The window's queries, of which some are about to become those of other positions.
+    pub fn window_at(&mut self, layer: usize, new: impl ExactSizeIterator<Item = (usize, Pos)>) -> &mut Vec<f16> {
+        let layer = &mut self.layers[layer];
+        if new.len() == layer.window_pos.len() && Arc::get_mut(layer).is_none() {
+            // nothing of those that a copy has would stay
+            let LayerRecord { ref moments, n_q, ref window_q, ref window_pos } = **layer;
+            let (moments, window_q) = (moments.clone(), zeros(window_q.len()));
+            *layer = Arc::new(LayerRecord { moments, n_q, window_q, window_pos: window_pos.clone() });
+        }
+        let layer = Arc::make_mut(layer);
+        new.for_each(|(slot, pos)| layer.window_pos[slot] = pos);
         &mut layer.window_q
     }
 
@@ -151,6 +160,6 @@ impl Record {
 
     /// Whether something is known of every layer.
     pub fn has_moments(&self) -> bool {
-        self.layers.iter().all(|layer| layer.moments.count >= 1.0)
+        self.waiting > 0 || self.layers.iter().all(|layer| layer.moments.count >= 1.0)
     }
 }

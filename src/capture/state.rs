@@ -25,19 +25,24 @@ impl From<Restored> for Captured {
 
 impl Capture {
     /// What is captured of a sequence now, for [`Self::set_back`].
-    pub(crate) fn captured(&self, seq: SeqId) -> Captured {
+    pub(crate) fn captured(&mut self, seq: SeqId) -> Captured {
+        self.settle();
         Captured(self.inner.records.get(&seq).filter(|record| !record.is_new()).cloned())
     }
 
     /// Forgets what was captured of a sequence since.
     pub(crate) fn set_back(&mut self, seq: SeqId, captured: Captured) {
+        if let Err(error) = self.inner.give_up() {
+            self.inner.failed = Some(error);
+        }
         let record = captured.0.unwrap_or_else(|| Record::new(&self.inner.layers, self.inner.window));
         self.inner.records.insert(seq, record);
     }
 
     /// What was captured of a sequence, as bytes: the number of tokens, and per layer the moments and the window's queries.
-    pub fn save(&self, seq: SeqId) -> Vec<u8> {
-        self.encode(&self.captured(seq))
+    pub fn save(&mut self, seq: SeqId) -> Vec<u8> {
+        let captured = self.captured(seq);
+        self.encode(&captured)
     }
 
     /// The same of what was put aside.
@@ -121,6 +126,7 @@ impl Capture {
 
     /// Replaces what is known of a sequence.
     pub fn restore(&mut self, seq: SeqId, restored: Restored) {
+        self.settle();
         for (layer, scale) in self.inner.layers.iter_mut().zip(restored.scales) {
             layer.scale = scale;
         }

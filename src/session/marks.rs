@@ -29,7 +29,8 @@ impl Session {
         if self.marks.len() == MARKS {
             self.marks.remove(0);
         }
-        self.marks.push(Mark { pos, logits: self.logits.clone(), captured: self.captured() });
+        let captured = self.captured();
+        self.marks.push(Mark { pos, logits: self.logits.clone(), captured });
     }
 
     /// After everything from `pos` on is gone: brings back what else was there, if that was marked.

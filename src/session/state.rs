@@ -49,12 +49,12 @@ impl Session {
         self.ctx.write_sequence(SEQ, out)
     }
 
-    fn head(&self) -> Vec<u8> {
+    fn head(&mut self) -> Vec<u8> {
         let put_logits = |out: &mut Vec<u8>, logits: &[f32]| put_numbers(out, logits.iter().map(|x| x.to_le_bytes()));
         let mut out = vec![u8::from(self.voter.is_some())];
         put_logits(&mut out, &self.logits);
-        match &self.voter {
-            Some(voter) => put_part(&mut out, &self.sequence.save(&voter.capture, &cache::cells(&self.ctx, SEQ))),
+        match &mut self.voter {
+            Some(voter) => put_part(&mut out, &self.sequence.save(&mut voter.capture, &cache::cells(&self.ctx, SEQ))),
             None => put_numbers(&mut out, self.sequence.tokens.iter().map(|token| token.to_le_bytes())),
         }
         for mark in &self.marks[self.marks.len().saturating_sub(SAVED_MARKS)..] {

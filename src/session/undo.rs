@@ -53,8 +53,8 @@ impl Session {
     }
 
     /// What was captured so far.
-    pub(super) fn captured(&self) -> Option<Captured> {
-        Some(self.voter.as_ref()?.capture.captured(SEQ))
+    pub(super) fn captured(&mut self) -> Option<Captured> {
+        Some(self.voter.as_mut()?.capture.captured(SEQ))
     }
 
     /// Nothing was captured since.

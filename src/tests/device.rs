@@ -50,7 +50,7 @@ fn capture_and_probe_see_the_same() {
 }
 
 /// Statistics of all layers, and the windows up to `pos_last`, of some sequences.
-fn seen(capture: &Capture, layout: &Layout, seqs: &[SeqId], pos_last: Pos) -> (Vec<f64>, Vec<f16>) {
+fn seen(capture: &mut Capture, layout: &Layout, seqs: &[SeqId], pos_last: Pos) -> (Vec<f64>, Vec<f16>) {
     let (mut statistics, mut windows) = (Vec::new(), Vec::new());
     for &seq in seqs {
         for layer in 0..layout.layers.len() {
@@ -83,7 +83,7 @@ fn sequences_that_take_turns_in_a_ubatch_are_told_apart() {
             [0, 1].into_iter().for_each(|seq| capture.follow(seq));
             capture.decode(&mut ctx, &batch, true).unwrap();
             assert_eq!(capture.pending(), 0);
-            seen(&capture, &layout, &[0, 1], EACH as Pos - 1)
+            seen(&mut capture, &layout, &[0, 1], EACH as Pos - 1)
         };
         let (host, device) = (run(), on_device(run));
         let alike = |a: &[f64], b: &[f64]| largest(a.iter().zip(b).map(|(a, b)| (a - b) / (1.0 + a.abs()))) < 1e-5;
@@ -128,7 +128,7 @@ fn what_a_cancelled_ubatch_left_on_a_device_is_given_up() {
         ctx.cancel_at(0);
         capture.decode(&mut ctx, &batch, true).unwrap();
         assert_eq!(capture.pending(), 0);
-        seen(&capture, &layout, &[0], N as Pos - 1)
+        seen(&mut capture, &layout, &[0], N as Pos - 1)
     };
     let (alone, after) = on_device(|| (run(false), run(true)));
     assert!(alone == after);

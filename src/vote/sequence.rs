@@ -125,7 +125,7 @@ impl Sequence {
     }
 
     /// All of it as bytes, with what was captured. `cells`: those of the sequence.
-    pub(crate) fn save(&self, capture: &Capture, cells: &[Cell]) -> Vec<u8> {
+    pub(crate) fn save(&self, capture: &mut Capture, cells: &[Cell]) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
         out.extend_from_slice(&self.n_past.to_le_bytes());
         out.extend_from_slice(&self.exact_from.to_le_bytes());
