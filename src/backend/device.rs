@@ -141,7 +141,10 @@ impl Device {
     ///
     /// # Errors
     /// [`ComputeError`].
-    pub(super) fn send_together<'b>(
+    ///
+    /// # Safety
+    /// The tensor has memory, and all parts lie inside it; nothing else was sent since [`Self::begin_sending`].
+    pub(super) unsafe fn send_together<'b>(
         &mut self,
         t: Tensor,
         inputs: impl Iterator<Item = (usize, Vec<&'b [u8]>)>,
@@ -149,7 +152,7 @@ impl Device {
         let stage: *mut u8 = self.stage.as_mut_ptr().cast();
         for (mut at, parts) in inputs {
             for part in parts {
-                // SAFETY: the stage is as large as the inputs' memory, and nothing waits in it.
+                // SAFETY: see above; the stage is as large as the inputs' memory.
                 unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), stage.add(at), part.len()) };
                 at += part.len();
             }

@@ -327,7 +327,8 @@ impl<'a> Builder<'a> {
         if !self.together.is_null() {
             // over what the graph before has read: both are in the queue of this device, where a copy waits for the kernels before it
             let inputs = self.inputs.iter().filter_map(|input| Some((input.at?, input.data.parts())));
-            device.send_together(self.together, inputs)?;
+            // SAFETY: it has memory as far as the last of the inputs.
+            unsafe { device.send_together(self.together, inputs)? };
         }
         for Input { tensor, data, .. } in self.inputs.iter().filter(|input| input.at.is_none()) {
             // SAFETY: an input is allocated before it is set, and sized as declared; one that no node reads has no memory. What is sent
