@@ -4,6 +4,7 @@
 mod device;
 mod graph;
 mod lane;
+mod memory;
 
 use std::io;
 use std::thread::{Scope, ScopedJoinHandle};

@@ -4,6 +4,7 @@ use std::ops::{Deref, DerefMut};
 
 use half::f16;
 
+use super::memory::Memory;
 use super::{Builder, ComputeError, Tensor, read};
 use crate::cache::{self, Layout};
 use crate::sys;
@@ -20,6 +21,8 @@ pub(crate) struct Device {
     /// What inputs and results go through between the device and the host; bytes of it that inputs wait in.
     stage: HostMemory,
     sent: usize,
+    /// Where the device has the inputs of a graph that come together, as many bytes as the stage; nothing where they come one by one.
+    inputs: Memory,
 }
 
 /// Bytes of a stage. The driver takes half a millisecond to make half as much memory that a device can read and write; with other
@@ -61,6 +64,7 @@ impl Device {
                 has_out_prod: true,
                 stage: HostMemory::default(),
                 sent: 0,
+                inputs: Memory::default(),
             };
             device.has_out_prod = device.can_sum_columns()?;
             Ok(device)
@@ -95,7 +99,7 @@ impl Device {
         b.compute(self)
     }
 
-    /// Takes the stage, where the device's driver has such memory; nothing is lost where there is none.
+    /// Takes the stage, and what it is sent to, where the device's driver has such memory; nothing is lost where there is none.
     fn set_stage(&mut self) {
         // SAFETY: a device that is there, or NULL for the host.
         let has_own = unsafe { !self.place.is_null() && !sys::ggml_backend_dev_host_buffer_type(self.place).is_null() };
@@ -104,7 +108,13 @@ impl Device {
         let mut stage = HostMemory::default();
         if has_own && self.stage.is_empty() && stage.resize(self, STAGE / size_of::<f32>()).is_ok() {
             self.stage = stage;
+            let _ = self.inputs.grow(self.backend, &[STAGE], 0);
         }
+    }
+
+    /// Where inputs of a graph lie that are sent together.
+    pub(super) fn inputs(&mut self) -> &mut Memory {
+        &mut self.inputs
     }
 
     /// Waits until all has been computed that was begun.
@@ -124,6 +134,35 @@ impl Device {
     /// As [`Self::wait`].
     pub(super) fn begin_sending(&mut self) -> Result<(), ComputeError> {
         if self.sent > 0 { self.wait() } else { Ok(()) }
+    }
+
+    /// Begins to send all that lies in `t`, from the start of [`Self::inputs`], in one piece: what holds which bytes, one part after
+    /// another from where it begins.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    ///
+    /// # Safety
+    /// The tensor has memory, and all parts lie inside it; nothing else was sent since [`Self::begin_sending`].
+    pub(super) unsafe fn send_together<'b>(
+        &mut self,
+        t: Tensor,
+        inputs: impl Iterator<Item = (usize, Vec<&'b [u8]>)>,
+    ) -> Result<(), ComputeError> {
+        let stage: *mut u8 = self.stage.as_mut_ptr().cast();
+        for (mut at, parts) in inputs {
+            for part in parts {
+                // SAFETY: see above; the stage is as large as the inputs' memory.
+                unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), stage.add(at), part.len()) };
+                at += part.len();
+            }
+        }
+        // SAFETY: a tensor with memory; what is in the stage stays there until it has been waited for.
+        let done = unsafe {
+            self.sent = sys::ggml_nbytes(t);
+            sys::gvote_shim_tensor_set_async(self.backend, t, stage.cast())
+        };
+        if done { Ok(()) } else { Err(ComputeError::Memory("inputs")) }
     }
 
     /// Begins to send what a tensor holds, by way of the stage where there is room.

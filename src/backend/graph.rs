@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::device::STAGE;
 use super::{ComputeError, Device};
 use crate::sys;
 
@@ -18,7 +19,9 @@ pub(crate) struct Builder<'a> {
     graph: *mut sys::ggml_cgraph,
     /// What `ctx` describes tensors in: its capacity.
     memory: Vec<u128>,
-    inputs: Vec<(Tensor, Input<'a>)>,
+    inputs: Vec<Input<'a>>,
+    /// All inputs that are sent in one piece; NULL where there are none.
+    together: Tensor,
     has_out_prod: bool,
 }
 
@@ -31,15 +34,22 @@ pub(crate) struct Results {
     written: Vec<bool>,
 }
 
-/// What an input gets.
-enum Input<'a> {
+/// An input, and what it gets.
+struct Input<'a> {
+    tensor: Tensor,
+    data: Data<'a>,
+    /// The byte at which it begins in what is sent in one piece; None: it is sent by itself.
+    at: Option<usize>,
+}
+
+enum Data<'a> {
     Floats(Cow<'a, [f32]>),
     /// One part after another.
     Halves(Vec<&'a [f16]>),
     Rows(Cow<'a, [u32]>),
 }
 
-impl Input<'_> {
+impl Data<'_> {
     /// Its bytes, one part after another.
     fn parts(&self) -> Vec<&[u8]> {
         match self {
@@ -73,7 +83,9 @@ impl<'a> Builder<'a> {
     pub fn new(n_nodes: usize) -> Result<Self, ComputeError> {
         // SAFETY: a context for descriptions only, whose memory the builder keeps; sizes come from ggml.
         unsafe {
-            let mem_size = n_nodes * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(n_nodes, false);
+            // one more: what is sent in one piece
+            let mem_size =
+                (n_nodes + 1) * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(n_nodes, false);
             let mut memory = MEMORY.take();
             memory
                 .try_reserve_exact(mem_size.div_ceil(size_of::<u128>()))
@@ -84,7 +96,8 @@ impl<'a> Builder<'a> {
                 return Err(ComputeError::Memory("graph"));
             }
             let graph = sys::ggml_new_graph_custom(ctx, n_nodes, false);
-            Ok(Self { ctx, graph, memory, inputs: Vec::new(), has_out_prod: true })
+            let together = std::ptr::null_mut();
+            Ok(Self { ctx, graph, memory, inputs: Vec::new(), together, has_out_prod: true })
         }
     }
 
@@ -110,31 +123,31 @@ impl<'a> Builder<'a> {
     pub fn input(&mut self, ne: [usize; 3], data: impl Into<Cow<'a, [f32]>>) -> Tensor {
         let data = data.into();
         debug_assert_eq!(data.len(), ne.iter().product::<usize>());
-        self.add_input(sys::GGML_TYPE_F32, ne, Input::Floats(data))
+        self.add_input(sys::GGML_TYPE_F32, ne, Data::Floats(data))
     }
 
     /// One of `parts` after another.
     pub fn halves(&mut self, ne: [usize; 3], parts: Vec<&'a [f16]>) -> Tensor {
         debug_assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), ne.iter().product::<usize>());
-        self.add_input(sys::GGML_TYPE_F16, ne, Input::Halves(parts))
+        self.add_input(sys::GGML_TYPE_F16, ne, Data::Halves(parts))
     }
 
     /// Numbers of rows.
     pub fn rows(&mut self, ne: [usize; 3], data: impl Into<Cow<'a, [u32]>>) -> Tensor {
         let data = data.into();
         debug_assert_eq!(data.len(), ne.iter().product::<usize>());
-        self.add_input(sys::GGML_TYPE_I32, ne, Input::Rows(data))
+        self.add_input(sys::GGML_TYPE_I32, ne, Data::Rows(data))
     }
 
-    fn add_input(&mut self, type_: sys::ggml_type, ne: [usize; 3], data: Input<'a>) -> Tensor {
+    fn add_input(&mut self, type_: sys::ggml_type, ne: [usize; 3], data: Data<'a>) -> Tensor {
         // SAFETY: the context has room for the tensor.
-        let t = unsafe {
+        let tensor = unsafe {
             let t = sys::ggml_new_tensor_3d(self.ctx, type_, ne[0] as i64, ne[1] as i64, ne[2] as i64);
             sys::ggml_set_input(t);
             t
         };
-        self.inputs.push((t, data));
-        t
+        self.inputs.push(Input { tensor, data, at: None });
+        tensor
     }
 
     /// What another graph has computed, or is about to: this one does not compute it again.
@@ -196,12 +209,31 @@ impl<'a> Builder<'a> {
         Results { tensor, first: rows.start, written: vec![false; rows.len()] }
     }
 
+    /// Lets a node of `n` numbers a row that holds all rows be the results, where nothing was written to them: no copy is needed.
+    fn is_all(&mut self, to: &mut Results, rows: usize, n: i64, t: Tensor) -> bool {
+        // SAFETY: tensors of this context.
+        unsafe {
+            let is_all = rows == to.written.len()
+                && n == (*to.tensor).ne[0]
+                && !to.written.contains(&true)
+                && (*t).view_src.is_null();
+            if is_all {
+                to.tensor = self.output(t);
+                to.written.fill(true);
+            }
+            is_all
+        }
+    }
+
     /// Writes `t`, contiguous and of whole rows, to the rows from `first` on; where they were written to before, adds it.
     pub fn write(&mut self, to: &mut Results, first: usize, t: Tensor) {
         // SAFETY: tensors of this context; the view has the shape of `t`, and ggml checks that it lies inside.
         unsafe {
             let (n, row, first) = ((*to.tensor).ne[0], (*to.tensor).nb[1], first - to.first);
             let rows = sys::ggml_nelements(t) / n;
+            if self.is_all(to, rows as usize, n, t) {
+                return;
+            }
             let view = sys::ggml_view_2d(self.ctx, to.tensor, n, rows, row, first * row);
             let t = sys::ggml_reshape_2d(self.ctx, t, n, rows);
             let written = &mut to.written[first..first + rows as usize];
@@ -220,6 +252,9 @@ impl<'a> Builder<'a> {
         // SAFETY: as in `write`.
         unsafe {
             let [n, rows, ..] = (*t).ne;
+            if self.is_all(to, rows as usize, n, t) {
+                return;
+            }
             let (row, first) = ((*to.tensor).nb[1], first - to.first);
             let view = sys::ggml_view_2d(self.ctx, to.tensor, n, rows, row, first * row + start * size_of::<f32>());
             to.written[first..first + rows as usize].fill(true);
@@ -230,10 +265,45 @@ impl<'a> Builder<'a> {
 
     /// Takes the memory that the graph needs, so that [`Self::compute`] of this graph, or a smaller one, finds it there.
     pub fn reserve(&mut self, device: &mut Device) -> Result<(), ComputeError> {
+        self.put_together(device);
         // planned anew each time: a plan for a graph of the same size would be taken over, though other tensors must stay
         // SAFETY: the graph is complete.
         let done = unsafe { sys::gvote_shim_alloc_graph(device.allocator(), self.graph) };
         if done { Ok(()) } else { Err(ComputeError::Memory("compute buffer")) }
+    }
+
+    /// Gives inputs memory side by side, where one transfer brings them to, as long as there is room. Those that get none, and what
+    /// the graph writes, are left to the allocator.
+    fn put_together(&mut self, device: &mut Device) {
+        let memory = device.inputs();
+        if memory.bytes() == 0 {
+            return;
+        }
+        memory.used = 0;
+        // SAFETY: nodes of a complete graph, and what they read.
+        let leaves: Vec<Tensor> = unsafe {
+            let sources = self.nodes().flat_map(|node| (*node).src);
+            sources.filter(|&t| t.as_ref().is_some_and(|t| t.op == sys::GGML_OP_NONE)).collect()
+        };
+        let mut end = 0;
+        for input in &mut self.inputs {
+            // SAFETY: tensors of this context; there is room.
+            unsafe {
+                let bytes = sys::ggml_nbytes(input.tensor);
+                let is_read = leaves.contains(&input.tensor);
+                if is_read && (*input.tensor).buffer.is_null() && memory.used + bytes <= STAGE {
+                    let at = memory.give(input.tensor);
+                    (input.at, end) = (Some(at), at + bytes);
+                }
+            }
+        }
+        if end > 0 {
+            // SAFETY: the context has room for the tensor, and it begins and ends with what was given.
+            unsafe {
+                self.together = sys::ggml_new_tensor_1d(self.ctx, sys::GGML_TYPE_I8, end as i64);
+                memory.put(self.together, 0);
+            }
+        }
     }
 
     /// Computes the graph.
@@ -254,12 +324,18 @@ impl<'a> Builder<'a> {
         self.reserve(device)?;
         self.check(device.backend())?;
         device.begin_sending()?;
-        for (t, data) in &self.inputs {
+        if !self.together.is_null() {
+            // over what the graph before has read: both are in the queue of this device, where a copy waits for the kernels before it
+            let inputs = self.inputs.iter().filter_map(|input| Some((input.at?, input.data.parts())));
+            // SAFETY: it has memory as far as the last of the inputs.
+            unsafe { device.send_together(self.together, inputs)? };
+        }
+        for Input { tensor, data, .. } in self.inputs.iter().filter(|input| input.at.is_none()) {
             // SAFETY: an input is allocated before it is set, and sized as declared; one that no node reads has no memory. What is sent
             // stays as it is until all has been computed.
             unsafe {
-                if !(**t).buffer.is_null() {
-                    device.send(*t, &data.parts());
+                if !(**tensor).buffer.is_null() {
+                    device.send(*tensor, &data.parts());
                 }
             }
         }
@@ -331,6 +407,7 @@ pub(crate) fn read<T: Copy>(out: &mut [T], t: Tensor) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::PRETEND_DEVICE;
 
     /// Metal and others have no OUT_PROD.
     #[test]
@@ -352,5 +429,83 @@ mod tests {
         };
         let (with, without) = (run(true), run(false));
         assert!(with.iter().any(|x| *x != 0.0) && with == without);
+    }
+
+    #[test]
+    fn inputs_arrive_as_they_are_together_and_by_themselves() {
+        PRETEND_DEVICE.set(true);
+        // SAFETY: the host is always there.
+        let host = unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) };
+        let floats = |n: usize, start: usize| (start..start + n).map(|i| i as f32).collect::<Vec<_>>();
+        let compute = |device: &mut Device, start: usize| {
+            let halves: Vec<f16> = floats(33, start).into_iter().map(f16::from_f32).collect();
+            let numbers: Vec<u32> = (0..100).map(|i| ((7 * i + start) % 100) as u32).collect();
+            let (first, large, late, last) =
+                (floats(700, start), floats(2000, start), floats(300, start), [start as f32]);
+            let mut b = Builder::new(32).unwrap();
+            let inputs = [
+                b.input([700, 1, 1], &first[..]),
+                b.input([10, 1, 1], &first[..10]),
+                b.halves([33, 1, 1], vec![&halves[..10], &[], &halves[10..]]),
+                b.input([20, 100, 1], &large[..]),
+                b.rows([100, 1, 1], &numbers[..]),
+                b.input([300, 1, 1], &late[..]),
+                b.input([1, 1, 1], &last[..]),
+            ];
+            let copied = [0, 2, 5, 6].map(|i| {
+                // SAFETY: a tensor of this context.
+                let t = unsafe { sys::ggml_cast(b.ctx, inputs[i], sys::GGML_TYPE_F32) };
+                b.output(t)
+            });
+            // SAFETY: as many numbers as rows, all less than that.
+            let picked = unsafe { sys::ggml_get_rows(b.ctx, inputs[3], inputs[4]) };
+            b.output(picked);
+            b.begin(device).unwrap();
+            for (t, expected) in copied.into_iter().zip([&first[..], &floats(33, start), &late, &last]) {
+                let mut out = vec![0.0; expected.len()];
+                device.read(&mut out, t).unwrap();
+                assert!(out == expected, "{} numbers from {start} on", out.len());
+            }
+            let mut out = vec![0.0; 2000];
+            device.read(&mut out, picked).unwrap();
+            let rows = numbers.iter().flat_map(|&number| &large[20 * number as usize..][..20]);
+            assert!(out.iter().eq(rows), "rows from {start} on");
+            b.inputs.iter().map(|input| input.at.is_some()).collect::<Vec<_>>()
+        };
+        let mut device = Device::new(host, 1).unwrap();
+        assert_eq!(compute(&mut device, 1), [false; 7], "there is no stage yet");
+        for start in [2, 50] {
+            // one is read by nobody, one is larger than all of the stage, and one than what is left of it
+            assert_eq!(compute(&mut device, start), [true, false, true, false, true, false, true]);
+        }
+        PRETEND_DEVICE.set(false);
+    }
+
+    #[test]
+    fn a_node_that_holds_all_rows_is_the_results() {
+        let mut device = Device::new(std::ptr::null_mut(), 1).unwrap();
+        // rows that each node holds, in turn
+        for parts in [[0..3, 0..3], [1..3, 0..1]] {
+            let mut b = Builder::new(32).unwrap();
+            let numbers = b.input([5, 3, 1], (0..15).map(|i| i as f32).collect::<Vec<_>>());
+            let mut out = b.results(5, 7..10);
+            let mut nodes = Vec::new();
+            for Range { start, end } in parts.clone() {
+                // SAFETY: rows of a contiguous tensor of this context.
+                let node = unsafe {
+                    let row = (*numbers).nb[1];
+                    sys::ggml_sqr(b.ctx, sys::ggml_view_2d(b.ctx, numbers, 5, (end - start) as i64, row, start * row))
+                };
+                b.write(&mut out, 7 + start, node);
+                nodes.push(node);
+            }
+            b.compute(&mut device).unwrap();
+            let mut read_out = vec![0.0; 15];
+            read(&mut read_out, out.tensor);
+            let twice = parts[0] == parts[1];
+            let square = |i: usize| (i * i * if twice { 2 } else { 1 }) as f32;
+            assert!(read_out.into_iter().eq((0..15).map(square)), "{parts:?}");
+            assert_eq!(out.tensor == nodes[0], twice, "{parts:?}");
+        }
     }
 }

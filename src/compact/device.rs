@@ -3,6 +3,7 @@
 //! A row of one head is copied bit by bit, so it may be called floats whatever its type: then `get_rows` and `set_rows` neither
 //! convert nor round.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::thread;
@@ -20,7 +21,7 @@ pub(super) struct Mover {
 
 /// The rows of one layer, and where they come from.
 enum Rows<'a> {
-    /// On a device: the cells that give, head by head.
+    /// On a device: the cells that give, head by head, and those that receive.
     Device(Vec<u32>),
     /// In memory of the host, or to be fetched.
     Host(Vec<Moves<'a>>),
@@ -52,9 +53,10 @@ impl Mover {
             if !on_device[il] {
                 return Rows::Host(moves);
             }
-            let mut from = Vec::with_capacity(moves.len() * order.to.len());
-            moves.iter().for_each(|moves| moves.sources(&mut from));
-            Rows::Device(from)
+            let mut cells = Vec::with_capacity((moves.len() + 1) * order.to.len());
+            moves.iter().for_each(|moves| moves.sources(&mut cells));
+            cells.extend(order.to);
+            Rows::Device(cells)
         };
         let next = AtomicUsize::new(0);
         let take_next = || {
@@ -112,9 +114,7 @@ fn reserved(layout: &Layout, n: usize) -> Result<Devices, ComputeError> {
         }
         reserved.push(shape);
         let mut b = Builder::new(NODES)?;
-        let from = b.rows([n, layer.n_head_kv as usize, 1], vec![0; n * layer.n_head_kv as usize]);
-        let to = b.rows([n, 1, 1], vec![0; n]);
-        describe(&mut b, layout, layer, from, to);
+        describe(&mut b, layout, layer, n, vec![0; n * numbers(layer)]);
         // SAFETY: the storage tensors live as long as the context, which the caller holds.
         b.reserve(unsafe { devices.at((*layer.k).buffer)? })?;
     }
@@ -123,9 +123,9 @@ fn reserved(layout: &Layout, n: usize) -> Result<Devices, ComputeError> {
 
 fn move_layer(devices: &mut Devices, layout: &Layout, layer: &sys::gvote_shim_layer, rows: Rows, order: &Order) {
     match rows {
-        Rows::Device(from) => {
+        Rows::Device(cells) => {
             // its memory was taken before; other rows have moved, and ggml ends the process, too, where a device fails
-            if let Err(error) = try_move(devices, layout, layer, &from, order.to) {
+            if let Err(error) = try_move(devices, layout, layer, &cells) {
                 eprintln!("gvote: rows of the KV cache could not be moved, and others were: {error}");
                 std::process::abort();
             }
@@ -139,19 +139,33 @@ fn try_move(
     devices: &mut Devices,
     layout: &Layout,
     layer: &sys::gvote_shim_layer,
-    from: &[u32],
-    to: &[u32],
+    cells: &[u32],
 ) -> Result<(), ComputeError> {
     let mut b = Builder::new(NODES)?;
-    let from = b.rows([to.len(), layer.n_head_kv as usize, 1], from);
-    let to = b.rows([to.len(), 1, 1], to);
-    describe(&mut b, layout, layer, from, to);
+    describe(&mut b, layout, layer, cells.len() / numbers(layer), cells);
     // SAFETY: the storage tensors live as long as the context, which the caller holds.
     b.compute(unsafe { devices.at((*layer.k).buffer)? })
 }
 
-/// `from` `[n, n_head_kv]`, `to` `[n]`: numbers of cells.
-fn describe(b: &mut Builder, layout: &Layout, layer: &sys::gvote_shim_layer, from: Tensor, to: Tensor) {
+/// Cells that are named for each one that receives: one gives for each head.
+fn numbers(layer: &sys::gvote_shim_layer) -> usize {
+    layer.n_head_kv as usize + 1
+}
+
+/// `cells` `[n_head_kv + 1][n]`: those that give, and last those that receive, in one piece to be sent as one.
+fn describe<'a>(
+    b: &mut Builder<'a>,
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    n: usize,
+    cells: impl Into<Cow<'a, [u32]>>,
+) {
+    let cells = b.rows([n, numbers(layer), 1], cells);
+    // SAFETY: parts of a contiguous tensor of this context.
+    let (from, to) = unsafe {
+        let (n, heads, row) = (n as i64, i64::from(layer.n_head_kv), (*cells).nb[1]);
+        (sys::ggml_view_2d(b.ctx, cells, n, heads, row, 0), sys::ggml_view_1d(b.ctx, cells, n, heads as usize * row))
+    };
     for (storage, d) in [(layer.k, layer.n_embd_head_k), (layer.v, layer.n_embd_head_v)] {
         // SAFETY: shapes as noted; the views lie inside the storage, and the floats inside their rows.
         unsafe {
