@@ -208,7 +208,7 @@ impl Scorer {
                 queries,
                 grain: match is_host {
                     true => Grain::on_host(layer),
-                    false => Grain::on_device(layer, view.n_kv, n_query, room),
+                    false => Grain::on_device(layer, view.n_kv, layout.n_cells(), n_query, room),
                 },
                 v_trans: layout.info.v_trans,
                 n_cells: layout.n_cells(),

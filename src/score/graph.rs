@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::measure::{GRAM, STEP, is_f16};
 use super::results::{LayerScores, Rows};
 use super::{LayerQueries, Part};
 use crate::backend::{Builder, ComputeError, Device, Results, Tensor};
@@ -51,7 +52,7 @@ pub(super) struct CellsView {
     pub(super) n_kv: usize,
     /// Position of each cell, -1 where the sequence owns none.
     pos: Vec<Pos>,
-    /// 1 for each cell that the sequence owns, else 0.
+    /// 1 for each cell that the sequence owns, else 0; as far as cells are measured.
     pub(super) owned: Vec<f32>,
     /// Their numbers.
     pub(super) numbers: Vec<u32>,
@@ -71,7 +72,8 @@ impl CellsView {
         for cell in cells {
             pos[cell.index as usize] = cell.pos;
         }
-        let owned = pos.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 }).collect();
+        let mut owned: Vec<f32> = pos.iter().map(|p| if *p >= 0 { 1.0 } else { 0.0 }).collect();
+        owned.resize(n_kv.next_multiple_of(STEP), 0.0);
         Self { n_kv, pos, owned, numbers: (0..n_kv as u32).collect() }
     }
 
@@ -116,8 +118,10 @@ pub(super) struct Grain {
     pub columns: usize,
     /// KV heads whose keys meet queries.
     pub kv_heads: usize,
-    /// Cells whose keys and values are measured, of all heads.
+    /// Cells whose keys and values are measured, of all heads: a multiple of `step`.
     pub cells: usize,
+    /// So many are measured together, whether the sequence owns the last of them or not.
+    pub step: usize,
     /// Whether it is for a device, where a node is dear and memory is not: all is one graph, and cells are measured channel by channel
     /// rather than row by row.
     pub is_coarse: bool,
@@ -127,11 +131,11 @@ impl Grain {
     /// A few queries of one head, and cells that stay in the CPU's cache.
     pub fn on_host(layer: &sys::gvote_shim_layer) -> Self {
         let cells = (HOST_CELLS / layer.n_head_kv as usize).max(1);
-        Self { columns: HOST_COLUMNS, kv_heads: 1, cells, is_coarse: false }
+        Self { columns: HOST_COLUMNS, kv_heads: 1, cells, step: 1, is_coarse: false }
     }
 
-    /// As much as fits into `room` bytes, of at most `n_query` queries at once.
-    pub fn on_device(layer: &sys::gvote_shim_layer, n_kv: usize, n_query: usize, room: usize) -> Self {
+    /// As much as fits into `room` bytes, of at most `n_query` queries at once. `n_cells`: those of a stream.
+    pub fn on_device(layer: &sys::gvote_shim_layer, n_kv: usize, n_cells: usize, n_query: usize, room: usize) -> Self {
         let n_head_kv = layer.n_head_kv as usize;
         let d = layer.n_embd_head_k.max(layer.n_embd_head_v) as usize;
         let number = n_kv.max(1) * size_of::<f32>();
@@ -141,9 +145,12 @@ impl Grain {
         let kv_heads = (room / (number * (columns + d))).clamp(1, n_head_kv);
         // in parts of one size
         let kv_heads = n_head_kv.div_ceil(n_head_kv.div_ceil(kv_heads));
-        // as f32, and squared
-        let cell = 2 * n_head_kv * d * size_of::<f32>();
-        Self { columns, kv_heads, cells: (room / cell).max(1), is_coarse: true }
+        // llama.cpp's streams have a multiple of 256 cells; no step goes beyond the last one
+        let step = STEP.min(n_cells & n_cells.wrapping_neg()).max(1);
+        // as f32, and multiplied with each other, or squared
+        let of_row = if is_f16(layer.k) && is_f16(layer.v) { d + GRAM.max(n_head_kv) } else { 2 * d };
+        let cells = room / (n_head_kv * of_row * size_of::<f32>());
+        Self { columns, kv_heads, cells: (cells / step * step).max(step), step, is_coarse: true }
     }
 }
 
@@ -172,8 +179,9 @@ const SOFTCAP_NODES: usize = 2;
 const MEAN_NODES: usize = 10;
 const POWERS_NODES: usize = 14;
 const EACH_NODES: usize = 3;
-/// Of a chunk of cells, of a chunk of heads, and of what else there is.
+/// Of a chunk of cells on the host and on a device, of a chunk of heads, and of what else there is.
 const CELLS_NODES: usize = 40;
+const DEVICE_CELLS_NODES: usize = 56;
 const HEADS_NODES: usize = 8;
 const OTHER_NODES: usize = 32;
 
@@ -254,7 +262,7 @@ impl LayerGraph<'_> {
         let chunks = n_sets * logits + (n_sets + 1) * MEAN_NODES;
         n_sets * (SET_NODES + n_each * EACH_NODES)
             + head_chunks * (chunks + HEADS_NODES)
-            + of(cell_chunks * CELLS_NODES, measures)
+            + of(cell_chunks * if self.grain.is_coarse { DEVICE_CELLS_NODES } else { CELLS_NODES }, measures)
             + OTHER_NODES
     }
 

@@ -3,26 +3,43 @@
 //! On the host rows are turned into f32 as they lie, so many that they stay in the CPU's cache, and what is left of them, one
 //! number for each head and cell, is transposed. A GPU multiplies faster than it converts: there the product with an identity matrix
 //! gives the same numbers channel by channel, as a transposed V is stored anyway, and a sum over channels lies as it should.
+//!
+//! It multiplies faster than it squares, too. The squared length of a row is on the diagonal of the Gram matrix of some rows, the
+//! products of each with each: with so few of them what is beside the diagonal costs less than squares of all numbers that are
+//! written and read again. All heads' rows of a cell, and those of the next cell, follow each other without a gap, so blocks of them
+//! are one batch.
 
-use super::graph::LayerGraph;
+use super::graph::{Grain, LayerGraph};
 use super::results::{Block, Rows};
 use crate::backend::{Builder, Results, Tensor};
 use crate::sys;
 
 /// Keeps a key of length 0 from being divided by it.
 const LEAST_LENGTH: f32 = 1e-12;
+/// Rows that are multiplied with each other, about: a power of two. It takes whole cells, one of them at least.
+pub(super) const GRAM: usize = 64;
+/// A device measures a multiple of so many cells: whole blocks, and what CUDA's kernel for a few columns asks for (ggml-cuda/mmf.cu).
+pub(super) const STEP: usize = if GRAM > 64 { GRAM } else { 64 };
+/// Channels and columns of a part of an identity matrix: the same kernel takes no less of the ones and no more of the others.
+const WIDTH: usize = 64;
+const COLUMNS: usize = 16;
+
+/// Whether K or V is stored as f16: a device multiplies its rows with each other.
+pub(super) fn is_f16(storage: Tensor) -> bool {
+    // SAFETY: the storage lives as long as the context.
+    unsafe { (*storage).type_ == sys::GGML_TYPE_F16 }
+}
 
 impl LayerGraph<'_> {
     /// What is asked for of both.
     pub(super) fn measure<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, rows: &Rows) {
         let at_once = self.grain.cells.min(rows.n_kv);
         let numbers = b.rows([at_once, 1, 1], &self.view.numbers[..at_once]);
-        let (d_k, d_v) = (self.layer.n_embd_head_k, self.layer.n_embd_head_v);
-        let of_keys = Sums::new(self, b, d_k, self.grain.is_coarse);
-        let of_values = match d_k == d_v && self.grain.is_coarse {
-            true => of_keys,
-            false => Sums::new(self, b, d_v, self.grain.is_coarse || self.v_trans),
-        };
+        let Self { layer: &sys::gvote_shim_layer { k, v, n_embd_head_k: d_k, n_embd_head_v: d_v, .. }, .. } = *self;
+        // SAFETY: the storage lives as long as the context.
+        let alike = unsafe { d_k == d_v && (*k).type_ == (*v).type_ };
+        let of_keys = Sums::new(self, b, k, d_k);
+        let of_values = if alike && self.grain.is_coarse { of_keys } else { Sums::new(self, b, v, d_v) };
         if rows.value_norm.of_head > 0 {
             self.measure_values(b, out, rows.value_norm, numbers, of_values);
         }
@@ -33,45 +50,49 @@ impl LayerGraph<'_> {
 
     /// [`crate::policy::HeadScores::value_norm`]. `numbers`: of as many rows as are worked on at once.
     fn measure_values(&self, b: &mut Builder, out: &mut Results, to: Block, numbers: Tensor, sums: Sums) {
-        let d = self.layer.n_embd_head_v;
-        let by_channel = self.v_trans || self.grain.is_coarse;
-        for (first, n) in self.cell_chunks() {
-            let squared = if by_channel {
-                let values = match self.v_trans {
-                    true => self.stored_channels(b, first, n),
-                    false => self.channels(b, self.layer.v, d, first, n, sums),
-                };
-                self.squared_over_channels(b, values, sums)
+        let Self { layer: &sys::gvote_shim_layer { v, n_embd_head_v: d, .. }, .. } = *self;
+        for Cells { first, n, padded } in self.cell_chunks() {
+            let squared = if self.v_trans {
+                self.squared_over_channels(b, self.stored_channels(b, first, padded), sums)
+            } else if !self.grain.is_coarse {
+                self.squared_in_rows(b, self.rows(b, v, d, first, n, numbers))
+            } else if self.has_gram(v, d) {
+                self.squared_of_gram(b, v, d, first, padded, sums)
             } else {
-                self.squared_in_rows(b, self.rows(b, self.layer.v, d, first, n, numbers))
+                self.squared_over_channels(b, self.head_channels(b, v, d, first, padded, sums), sums)
             };
             // SAFETY: a tensor of this context.
             let norms = unsafe { sys::ggml_sqrt(b.ctx, squared) };
-            b.write_part(out, to.first, first, norms);
+            b.write_part(out, to.first, first, first_cells(b, norms, n));
         }
     }
 
     /// [`crate::policy::HeadScores::key_similarity`]: the cosine of each key to the mean direction of its head's.
     fn compare_keys<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, to: Block, numbers: Tensor, sums: Sums) {
-        let (d, heads) = (self.layer.n_embd_head_k, self.n_head_kv() as i64);
-        let by_channel = self.grain.is_coarse;
+        let Self { layer: &sys::gvote_shim_layer { k, n_embd_head_k: d, .. }, .. } = *self;
+        let heads = self.n_head_kv() as i64;
         let mut sum: Tensor = std::ptr::null_mut();
         let mut inverse_lengths = Vec::new();
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {
-            for (first, n) in self.cell_chunks() {
-                let (keys, squared) = if by_channel {
-                    let keys = self.channels(b, self.layer.k, d, first, n, sums);
-                    (keys, self.squared_over_channels(b, keys, sums))
-                } else {
-                    let keys = self.rows(b, self.layer.k, d, first, n, numbers);
+            for Cells { first, n, padded } in self.cell_chunks() {
+                let (keys, squared) = if !self.grain.is_coarse {
+                    let keys = self.rows(b, k, d, first, n, numbers);
                     (keys, self.squared_in_rows(b, keys))
+                } else if self.has_gram(k, d) {
+                    // done before the keys take memory once more
+                    let squared = self.squared_of_gram(b, k, d, first, padded, sums);
+                    b.run(squared);
+                    (self.head_channels(b, k, d, first, padded, sums), squared)
+                } else {
+                    let keys = self.head_channels(b, k, d, first, padded, sums);
+                    (keys, self.squared_over_channels(b, keys, sums))
                 };
                 let lengths = sys::ggml_clamp(b.ctx, sys::ggml_sqrt(b.ctx, squared), LEAST_LENGTH, f32::INFINITY);
-                let owned = b.input([n, 1, 1], &self.view.owned[first..first + n]);
-                let inverse = sys::ggml_div(b.ctx, sys::ggml_repeat(b.ctx, owned, lengths), lengths); // [n, heads]
-                let part = if by_channel {
-                    sys::ggml_mul_mat(b.ctx, keys, sys::ggml_reshape_3d(b.ctx, inverse, n as i64, 1, heads))
+                let owned = b.input([padded, 1, 1], &self.view.owned[first..first + padded]);
+                let inverse = sys::ggml_div(b.ctx, sys::ggml_repeat(b.ctx, owned, lengths), lengths); // [padded, heads]
+                let part = if self.grain.is_coarse {
+                    sys::ggml_mul_mat(b.ctx, keys, sys::ggml_reshape_3d(b.ctx, inverse, padded as i64, 1, heads))
                 } else {
                     let by_head = sys::ggml_permute(b.ctx, keys, 0, 2, 1, 3); // [d, n, heads]
                     b.out_prod(by_head, sys::ggml_reshape_3d(b.ctx, inverse, 1, n as i64, heads))
@@ -81,12 +102,13 @@ impl LayerGraph<'_> {
                 inverse_lengths.push(inverse);
             }
             let mean = sys::ggml_l2_norm(b.ctx, sum, LEAST_LENGTH);
-            for ((first, n), inverse) in self.cell_chunks().zip(inverse_lengths) {
-                let keys = self.k_rows(b, 0, heads as usize, first, n);
-                let products = sys::ggml_mul_mat(b.ctx, keys, mean); // [n, 1, heads]
+            for (Cells { first, n, padded }, inverse) in self.cell_chunks().zip(inverse_lengths) {
+                let keys = self.k_rows(b, 0, heads as usize, first, padded);
+                let products = sys::ggml_mul_mat(b.ctx, keys, mean); // [padded, 1, heads]
                 sys::ggml_mul_mat_set_prec(products, sys::GGML_PREC_F32);
-                let products = sys::ggml_reshape_2d(b.ctx, products, n as i64, heads);
-                b.write_part(out, to.first, first, sys::ggml_mul(b.ctx, products, inverse));
+                let products = sys::ggml_reshape_2d(b.ctx, products, padded as i64, heads);
+                let cosines = sys::ggml_mul(b.ctx, products, inverse);
+                b.write_part(out, to.first, first, first_cells(b, cosines, n));
             }
             debug_assert_eq!((*mean).ne, [i64::from(d), 1, heads, 1]);
         }
@@ -102,7 +124,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The same of `channels` `[n, d, heads]`.
+    /// The same of `channels` `[n, d, heads]`. `[n, heads]`
     fn squared_over_channels(&self, b: &Builder, channels: Tensor, sums: Sums) -> Tensor {
         // SAFETY: contiguous tensors of this context.
         unsafe {
@@ -112,10 +134,45 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The cells that are worked on at once: the first one, and how many.
-    fn cell_chunks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (n_kv, at_once) = (self.view.n_kv, self.grain.cells);
-        (0..n_kv).step_by(at_once).map(move |first| (first, at_once.min(n_kv - first)))
+    /// Whether [`Self::squared_of_gram`] can be used: the rows of all heads lie side by side.
+    fn has_gram(&self, storage: Tensor, d: u32) -> bool {
+        // SAFETY: the storage lives as long as the context.
+        let (row, head) = unsafe { ((*storage).nb[1], sys::ggml_row_size((*storage).type_, i64::from(d))) };
+        is_f16(storage) && row == self.n_head_kv() * head
+    }
+
+    /// The squared lengths of K or V: `n` cells from `first` on, a multiple of the grain's step. `[n, heads]`
+    fn squared_of_gram(&self, b: &Builder, storage: Tensor, d: u32, first: usize, n: usize, sums: Sums) -> Tensor {
+        let heads = self.n_head_kv();
+        // a power of two, as the step is
+        let cells = self.grain.step.min(1 << (GRAM / heads).max(1).ilog2());
+        let block = heads * cells;
+        // SAFETY: the view stays inside the storage: whole cells of one stream. Shapes as noted.
+        unsafe {
+            let head = sys::ggml_row_size((*storage).type_, i64::from(d));
+            let offset = self.stream * (*storage).nb[2] + first * (*storage).nb[1];
+            let (d, n_row, n_block) = (i64::from(d), (heads * n) as i64, (n / cells) as i64);
+            let rows = sys::ggml_view_2d(b.ctx, storage, d, n_row, head, offset);
+            let channels = channels(b, rows, sums.identity); // [heads * n, d]
+            let (channel, number) = ((*channels).nb[1], size_of::<f32>());
+            let blocks = sys::ggml_view_3d(b.ctx, channels, block as i64, d, n_block, channel, block * number, 0);
+            let gram = b.out_prod(blocks, blocks); // [block, block, n_block]
+            let next = (block + 1) * number;
+            let (cells, heads) = (cells as i64, heads as i64);
+            let of_block = (*gram).nb[2];
+            let diagonal =
+                sys::ggml_view_4d(b.ctx, gram, 1, cells, n_block, heads, heads as usize * next, of_block, next, 0);
+            sys::ggml_reshape_2d(b.ctx, sys::ggml_cont(b.ctx, diagonal), n as i64, heads)
+        }
+    }
+
+    /// The cells that are worked on at once.
+    fn cell_chunks(&self) -> impl Iterator<Item = Cells> + use<> {
+        let (n_kv, Grain { cells: at_once, step, .. }) = (self.view.n_kv, self.grain);
+        (0..n_kv).step_by(at_once).map(move |first| {
+            let n = at_once.min(n_kv - first);
+            Cells { first, n, padded: n.next_multiple_of(step) }
+        })
     }
 
     /// Rows of K or V as f32: `n` cells from `first` on. `[d, heads, n]`
@@ -133,14 +190,9 @@ impl LayerGraph<'_> {
     }
 
     /// K or V as f32 by channel: `n` cells from `first` on. `[n, d, heads]`
-    fn channels(&self, b: &Builder, storage: Tensor, d: u32, first: usize, n: usize, sums: Sums) -> Tensor {
-        // SAFETY: shapes as noted.
-        unsafe {
-            let rows = self.head_rows(b, storage, d, 0..self.n_head_kv(), first..first + n);
-            let channels = sys::ggml_mul_mat(b.ctx, rows, sums.identity);
-            sys::ggml_mul_mat_set_prec(channels, sys::GGML_PREC_F32);
-            channels
-        }
+    fn head_channels(&self, b: &Builder, storage: Tensor, d: u32, first: usize, n: usize, sums: Sums) -> Tensor {
+        let rows = self.head_rows(b, storage, d, 0..self.n_head_kv(), first..first + n);
+        channels(b, rows, sums.identity)
     }
 
     /// The channels of a transposed V as f32: `n` cells from `first` on. `[n, d, heads]`
@@ -161,24 +213,73 @@ impl LayerGraph<'_> {
 /// What channels are made and summed up with; NULL where there are none.
 #[derive(Clone, Copy)]
 struct Sums {
-    /// `[d, d, heads]`
+    /// The columns of an identity matrix, the same for each head, in parts: of each the `width` channels that it has a one in.
+    /// `[width, columns, d / columns, heads]`
     identity: Tensor,
     /// `[1, d, heads]`
     ones: Tensor,
 }
 
 impl Sums {
-    fn new(graph: &LayerGraph, b: &mut Builder, d: u32, by_channel: bool) -> Self {
+    fn new(graph: &LayerGraph, b: &mut Builder, storage: Tensor, d: u32) -> Self {
         let (d, heads) = (d as usize, graph.n_head_kv());
-        if !by_channel {
-            return Self { identity: std::ptr::null_mut(), ones: std::ptr::null_mut() };
+        let mut sums = Self { identity: std::ptr::null_mut(), ones: std::ptr::null_mut() };
+        if graph.grain.is_coarse || graph.v_trans {
+            sums.ones = b.input([1, d, heads], vec![1.0; d * heads]);
         }
-        let ones = b.input([1, d, heads], vec![1.0; d * heads]);
-        let mut identity = vec![0.0; d * d];
-        identity.iter_mut().step_by(d + 1).for_each(|x| *x = 1.0);
-        let identity = b.input([d, d, 1], identity);
-        // SAFETY: a tensor of this context.
-        let identity = unsafe { sys::ggml_repeat_4d(b.ctx, identity, d as i64, d as i64, heads as i64, 1) };
-        Self { identity, ones }
+        if graph.grain.is_coarse {
+            let is_in_parts = is_f16(storage) && d.is_multiple_of(WIDTH);
+            let (width, columns) = if is_in_parts { (WIDTH, COLUMNS) } else { (d, d) };
+            let mut identity = vec![0.0; width * d];
+            identity.chunks_exact_mut(width).enumerate().for_each(|(channel, column)| column[channel % width] = 1.0);
+            let identity = b.input([width, columns, d / columns], identity);
+            let [width, columns, parts, heads] = [width, columns, d / columns, heads].map(|n| n as i64);
+            // SAFETY: a tensor of this context.
+            sums.identity = unsafe { sys::ggml_repeat_4d(b.ctx, identity, width, columns, parts, heads) };
+        }
+        sums
     }
 }
+
+/// Cells that are worked on at once.
+struct Cells {
+    first: usize,
+    n: usize,
+    /// So many are computed; the sequence owns none of those behind `n`. llama.cpp's attention, too, reads cells that nobody owns.
+    padded: usize,
+}
+
+/// `rows` `[d, n, heads]` of K or V as f32, channel by channel. `[n, d, heads]`
+///
+/// Every number of it is one number of the rows times 1, and zeros: exact at any precision that has the numbers of the rows, so
+/// cuBLAS needs none higher for f16, which it would turn into f32 first.
+fn channels(b: &Builder, rows: Tensor, identity: Tensor) -> Tensor {
+    // SAFETY: shapes as noted; every tensor belongs to this context.
+    unsafe {
+        let ([d, n, heads, _], [_, row, head, _]) = ((*rows).ne, (*rows).nb);
+        let ([width, columns, parts, _], [_, nb1, nb2, nb3]) = ((*identity).ne, (*identity).nb);
+        let part = sys::ggml_row_size((*rows).type_, width);
+        // each of these channels meets width / columns parts in turn
+        let rows = sys::ggml_view_4d(b.ctx, rows, width, n, d / width, heads, row, part, head, 0);
+        let identity = sys::ggml_view_4d(b.ctx, identity, width, columns, parts, heads, nb1, nb2, nb3, 0);
+        let channels = sys::ggml_mul_mat(b.ctx, rows, identity); // [n, columns, parts, heads]
+        if !is_f16(rows) {
+            sys::ggml_mul_mat_set_prec(channels, sys::GGML_PREC_F32);
+        }
+        sys::ggml_reshape_3d(b.ctx, channels, n, d, heads)
+    }
+}
+
+/// Of numbers `[padded, heads]` those of the first `n` cells. `[n, heads]`
+fn first_cells(b: &Builder, t: Tensor, n: usize) -> Tensor {
+    // SAFETY: a part of a tensor of this context, if not all of it.
+    unsafe {
+        if (*t).ne[0] == n as i64 {
+            return t;
+        }
+        sys::ggml_view_2d(b.ctx, t, n as i64, (*t).ne[1], (*t).nb[1], 0)
+    }
+}
+
+#[cfg(test)]
+mod tests;
