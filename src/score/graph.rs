@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::measure::{GRAM, STEP, is_f16};
+use super::measure::{GRAM, STEP};
 use super::results::{LayerScores, Rows};
 use super::{LayerQueries, Part};
 use crate::backend::{Builder, ComputeError, Device, Results, Tensor};
@@ -147,8 +147,8 @@ impl Grain {
         let kv_heads = n_head_kv.div_ceil(n_head_kv.div_ceil(kv_heads));
         // llama.cpp's streams have a multiple of 256 cells; no step goes beyond the last one
         let step = STEP.min(n_cells & n_cells.wrapping_neg()).max(1);
-        // as f32, and multiplied with each other, or squared
-        let of_row = if is_f16(layer.k) && is_f16(layer.v) { d + GRAM.max(n_head_kv) } else { 2 * d };
+        // as f32, and squared or multiplied with each other
+        let of_row = d + d.max(GRAM).max(n_head_kv);
         let cells = room / (n_head_kv * of_row * size_of::<f32>());
         Self { columns, kv_heads, cells: (cells / step * step).max(step), step, is_coarse: true }
     }

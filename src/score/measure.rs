@@ -7,7 +7,7 @@
 //! It multiplies faster than it squares, too. The squared length of a row is on the diagonal of the Gram matrix of some rows, the
 //! products of each with each: with so few of them what is beside the diagonal costs less than squares of all numbers that are
 //! written and read again. All heads' rows of a cell, and those of the next cell, follow each other without a gap, so blocks of them
-//! are one batch.
+//! are one batch. Keys are needed head by head for their mean direction anyway, and a second time by rows would cost what is gained.
 
 use super::graph::{Grain, LayerGraph};
 use super::results::{Block, Rows};
@@ -25,7 +25,7 @@ const WIDTH: usize = 64;
 const COLUMNS: usize = 16;
 
 /// Whether K or V is stored as f16: a device multiplies its rows with each other.
-pub(super) fn is_f16(storage: Tensor) -> bool {
+fn is_f16(storage: Tensor) -> bool {
     // SAFETY: the storage lives as long as the context.
     unsafe { (*storage).type_ == sys::GGML_TYPE_F16 }
 }
@@ -79,11 +79,6 @@ impl LayerGraph<'_> {
                 let (keys, squared) = if !self.grain.is_coarse {
                     let keys = self.rows(b, k, d, first, n, numbers);
                     (keys, self.squared_in_rows(b, keys))
-                } else if self.has_gram(k, d) {
-                    // done before the keys take memory once more
-                    let squared = self.squared_of_gram(b, k, d, first, padded, sums);
-                    b.run(squared);
-                    (self.head_channels(b, k, d, first, padded, sums), squared)
                 } else {
                     let keys = self.head_channels(b, k, d, first, padded, sums);
                     (keys, self.squared_over_channels(b, keys, sums))

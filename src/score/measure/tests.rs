@@ -6,7 +6,7 @@ use rand::{RngExt, SeedableRng};
 use super::super::graph::{CellsView, Coarseness, Grain, LayerGraph};
 use super::super::results::{Gathered, LayerScores};
 use super::super::{LayerQueries, Part};
-use super::{GRAM, STEP};
+use super::STEP;
 use crate::backend::Devices;
 use crate::cache::{self, Cell, Layout, PRETEND_DEVICE};
 use crate::llama::{CacheType, Context, Token};
@@ -187,8 +187,7 @@ fn a_chunk_takes_no_more_room_than_there_is() {
         let room = 400 << 10;
         let grain = Grain::on_device(layer, cells.len(), layout.n_cells(), 0, room);
         // as f32, with products, or with squares
-        let row = if setup.k == CacheType::F16 { 128 + GRAM } else { 2 * 128 };
-        assert_eq!((grain.step, grain.cells), (STEP, room / (2 * row * 4) / STEP * STEP), "{setup}");
+        assert_eq!((grain.step, grain.cells), (STEP, room / (2 * 2 * 128 * 4) / STEP * STEP), "{setup}");
         assert!(cells.len() > 3 * grain.cells / 2, "{setup}: several chunks");
         let measured = measure(&layout, &cells, grain);
         // two numbers of a head and cell that are read, a third for a while, and an identity matrix
