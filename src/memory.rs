@@ -1,6 +1,8 @@
 //! Memory that is large and fresh. The system makes a page ready when it is first written to: in pages of 4 KiB that takes several
 //! times as long as to write, in large ones a quarter of that.
 
+use std::alloc::{Layout, alloc_zeroed};
+
 /// Half of so much lies in whole large pages, wherever it begins.
 #[cfg(target_os = "linux")]
 const LEAST_BYTES: usize = 4 << 20;
@@ -21,4 +23,22 @@ pub(crate) fn ask_for_large_pages<T>(memory: &mut [T]) {
         // SAFETY: whole pages inside of memory that is ours; its contents stay as they are.
         unsafe { libc::madvise(start.with_addr(first).cast(), end - first, libc::MADV_HUGEPAGE) };
     }
+}
+
+/// `n` zeros, of which none takes up memory before it is written to; None where the system has not as much.
+pub(crate) fn zeros(n: usize) -> Option<Vec<f32>> {
+    let layout = Layout::array::<f32>(n).ok()?;
+    if layout.size() == 0 {
+        return Some(Vec::new());
+    }
+    // SAFETY: the layout is not empty; it is that of a vector of as many numbers, which may be all zero bits.
+    let mut zeros = unsafe {
+        let start = alloc_zeroed(layout).cast::<f32>();
+        if start.is_null() {
+            return None;
+        }
+        Vec::from_raw_parts(start, n, n)
+    };
+    ask_for_large_pages(&mut zeros);
+    Some(zeros)
 }
