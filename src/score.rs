@@ -132,7 +132,12 @@ impl Scorer {
         if layout.is_host() {
             return Ok(());
         }
-        self.threads[..DEVICE_LAYERS].iter_mut().try_for_each(|devices| devices.start(layout))
+        self.devices().iter_mut().try_for_each(|devices| devices.start(layout))
+    }
+
+    /// Back ends for other work between scores, of as many threads as a device is worked on by.
+    pub(crate) fn devices(&mut self) -> &mut [Devices] {
+        &mut self.threads[..DEVICE_LAYERS]
     }
 
     /// Bytes that a device may need to compute the scores of `n_kv` cells.
