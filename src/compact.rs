@@ -24,10 +24,10 @@ use std::borrow::Cow;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::thread;
+use std::sync::Mutex;
 
 use self::device::Mover;
-use crate::backend::ComputeError;
+use crate::backend::{ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, SeqId};
 use crate::policy::{Kept, Selection};
@@ -103,7 +103,7 @@ impl<'a> Order<'a> {
 pub(crate) struct Reorder {
     layout: Layout,
     cells: Vec<Cell>,
-    mover: Mover,
+    mover: Mover<Vec<Devices>>,
 }
 
 impl Reorder {
@@ -115,7 +115,8 @@ impl Reorder {
         if cells.iter().any(|c| c.shared) {
             return Err(CompactError::Shared);
         }
-        let mover = Mover::new(&layout, cells.len())?;
+        let devices = (0..DEVICE_LAYERS).map(|_| Devices::new(1)).collect();
+        let mover = Mover::new(devices, &layout, cells.len())?;
         Ok(Self { layout, cells, mover })
     }
 
@@ -133,15 +134,16 @@ impl Reorder {
 }
 
 /// Keeps what `selection` says of `cells`, which are those of `seq`, frees the others, and leaves other sequences untouched.
-/// Its cells afterwards.
+/// Its cells afterwards. `devices`: what moves rows, see [`Scorer::devices`](crate::score::Scorer::devices).
 ///
 /// # Errors
 /// [`CompactError`]; the cache is then as it was.
-pub fn compact(
+pub(crate) fn compact(
     ctx: &mut Context,
     seq: SeqId,
     cells: &[Cell],
     selection: &Selection,
+    devices: &mut [Devices],
 ) -> Result<Vec<Cell>, CompactError> {
     if let Kept::Ragged { .. } = selection.kept {
         return Err(CompactError::Ragged);
@@ -157,7 +159,7 @@ pub fn compact(
     let mut slots: Vec<u32> = cells.iter().map(|c| c.index).collect();
     slots.sort_unstable();
     let to = &slots[..n_cells];
-    let mut mover = Mover::new(&layout, n_cells)?;
+    let mut mover = Mover::new(devices, &layout, n_cells)?;
     let table = Table::new(ctx, seq, cells, to, &last)?;
 
     // llama.cpp may still be computing into the cache
@@ -241,19 +243,16 @@ fn check(n_heads: usize, cells: &[Cell], selection: &Selection, n_threads: usize
     if !complete {
         return Err(malformed);
     }
-    let lists = |heads: Range<usize>| {
-        let mut lists = Lists { last: vec![0; n_cells], ascend: true, keep_newest: false };
-        heads.filter_map(|head| selection.kept_by(head)).for_each(|kept| lists.add(kept, n));
-        lists
-    };
+    let all = Mutex::new(Lists { last: vec![0; n_cells], ascend: true, keep_newest: false });
     let share = share(n_lists, n_cells, n_threads);
-    let all = thread::scope(|scope| {
-        let lists = &lists;
-        let parts = (share..n_lists).step_by(share).map(|first| first..(first + share).min(n_lists));
-        let others: Vec<_> = parts.map(|part| scope.spawn(move || lists(part))).collect();
-        let own = lists(0..share.min(n_lists));
-        others.into_iter().fold(own, |sum, part| sum.with(&part.join().expect("reading lists does not panic")))
-    });
+    let look_through = |first: usize| {
+        let mut lists = Lists { last: vec![0; n_cells], ascend: true, keep_newest: false };
+        let heads = first..(first + share).min(n_lists);
+        heads.filter_map(|head| selection.kept_by(head)).for_each(|kept| lists.add(kept, n));
+        all.lock().expect(ALIVE).add_all(&lists);
+    };
+    threads::share_out(n_lists.div_ceil(share), (0..n_lists).step_by(share), look_through, || ());
+    let all = all.into_inner().expect(ALIVE);
     if !all.ascend {
         return Err(malformed);
     }
@@ -262,6 +261,8 @@ fn check(n_heads: usize, cells: &[Cell], selection: &Selection, n_threads: usize
     }
     Ok(all.last)
 }
+
+const ALIVE: &str = "reading lists does not panic";
 
 /// What some heads keep, looked through.
 struct Lists {
@@ -285,11 +286,10 @@ impl Lists {
         self.last.iter_mut().zip(kept).for_each(|(last, &place)| *last = (*last).max(place));
     }
 
-    fn with(mut self, other: &Self) -> Self {
+    fn add_all(&mut self, other: &Self) {
         self.ascend &= other.ascend;
         self.keep_newest |= other.keep_newest;
         self.last.iter_mut().zip(&other.last).for_each(|(last, &place)| *last = (*last).max(place));
-        self
     }
 }
 
@@ -302,7 +302,13 @@ pub(crate) fn share(n_lists: usize, len: usize, n_threads: usize) -> usize {
 }
 
 /// Moves the rows of all layers, and does something else meanwhile.
-fn move_rows(layout: &Layout, mover: &mut Mover, order: &Order, n_threads: usize, meanwhile: impl FnOnce()) {
+fn move_rows(
+    layout: &Layout,
+    mover: &mut Mover<impl AsMut<[Devices]>>,
+    order: &Order,
+    n_threads: usize,
+    meanwhile: impl FnOnce(),
+) {
     let mut end = 0;
     let heads = layout.n_head_kv().map(|n| {
         end += n;

@@ -46,6 +46,7 @@ pub mod explain;
 pub mod gguf;
 mod guest;
 pub mod llama;
+mod memory;
 mod page;
 mod plot;
 pub mod policy;

@@ -44,11 +44,12 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 use half::f16;
 
 use self::graph::{CellsView, Coarseness, Grain, LayerGraph};
-use self::results::{Gathered, LayerScores};
+use self::results::{Gathered, LayerScores, Rows};
 use crate::backend::{self, ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{Cell, Layout};
 use crate::capture::{LogitScale, Queries, Window};
 use crate::llama::Pos;
+use crate::memory;
 use crate::policy::{HeadScores, Needs};
 
 /// Of the bytes of K and V, what a device may need to compute scores; or [`DEVICE_LEAST`] where that is no more than
@@ -114,15 +115,13 @@ pub struct Scorer {
     threads: Vec<Devices>,
     /// Those that work where the host computes.
     n_threads: usize,
-    /// Memory for the scores of a layer, used again: fresh memory would cost as much time as what fills it.
-    spare: Mutex<Vec<LayerScores>>,
 }
 
 impl Scorer {
     /// A scorer that works on `n_threads` layers at once, where the host computes.
     pub fn new(n_threads: usize) -> Self {
         let threads = (0..n_threads.max(DEVICE_LAYERS)).map(|_| Devices::new(1)).collect();
-        Self { threads, n_threads: n_threads.max(1), spare: Mutex::default() }
+        Self { threads, n_threads: n_threads.max(1) }
     }
 
     /// See [`Devices::start`].
@@ -133,7 +132,12 @@ impl Scorer {
         if layout.is_host() {
             return Ok(());
         }
-        self.threads[..DEVICE_LAYERS].iter_mut().try_for_each(|devices| devices.start(layout))
+        self.devices().iter_mut().try_for_each(|devices| devices.start(layout))
+    }
+
+    /// Back ends for other work between scores, of as many threads as a device is worked on by.
+    pub(crate) fn devices(&mut self) -> &mut [Devices] {
+        &mut self.threads[..DEVICE_LAYERS]
     }
 
     /// Bytes that a device may need to compute the scores of `n_kv` cells.
@@ -154,7 +158,6 @@ impl Scorer {
 
     /// Gives the compute memory back and says how many bytes of it were ggml's.
     pub fn release(&mut self) -> usize {
-        self.spare = Mutex::default();
         self.threads.iter_mut().map(Devices::release).sum()
     }
 
@@ -192,7 +195,7 @@ impl Scorer {
             head += heads.len();
         };
         let is_host = layout.is_host();
-        let layers_at_once = |scores: &LayerScores| if is_host { 1 } else { HANDED_OVER / scores.data.len().max(1) };
+        let layers_at_once = |scores: &LayerScores| if is_host { 1 } else { HANDED_OVER / scores.data().len().max(1) };
         let n_workers = if is_host { self.n_threads } else { DEVICE_LAYERS }.min(layout.n_layer());
         let room = if is_host { 0 } else { self.room(layout, view.n_kv)? / n_workers };
         let describe = |il: usize, queries: LayerQueries<'q>| {
@@ -218,9 +221,17 @@ impl Scorer {
         let measures_first = !is_host && needs.samples() && !needs.each && !needs.of_cells().nothing();
         // on the host each worker has one layer in work and one to go on with; a device is told of all at once, and never waits
         let ahead = if is_host { n_workers } else { layout.n_layer() };
-        let Self { threads, spare, .. } = self;
-        let spare = &*spare;
+        let threads = &mut self.threads;
+        // memory for the scores of a layer is used again, since fresh memory takes as much time as what fills it; those that all
+        // layers begin with have it in one piece
+        let heads = layout.n_head_kv().max().unwrap_or(0);
+        let one = Rows::new(view.n_kv, heads, needs, 0).n * view.n_kv;
+        let mut memory = memory::zeros(if measures_first { layout.n_layer() * one } else { 0 })
+            .ok_or(ComputeError::Memory("scores"))?;
+        // the first layer begins where the memory does
+        let spare = Mutex::new(memory.chunks_mut(one.max(1)).rev().map(LayerScores::within).collect());
         thread::scope(|scope| {
+            let spare = &spare;
             let in_queue = 2 * (ahead / n_workers + 1);
             let workers =
                 threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs, spare, in_queue));
@@ -267,7 +278,7 @@ type Task<'a> = (Part, LayerGraph<'a>);
 /// A thread that computes the scores of layers, one after another. It frees no queries that another thread has made.
 struct Worker<'s, 'a> {
     layers: SyncSender<Task<'a>>,
-    scores: Receiver<(LayerGraph<'a>, Result<LayerScores, ComputeError>)>,
+    scores: Receiver<(LayerGraph<'a>, Result<LayerScores<'a>, ComputeError>)>,
     thread: ScopedJoinHandle<'s, Receiver<Task<'a>>>,
 }
 
@@ -277,7 +288,7 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
         scope: &'s Scope<'s, '_>,
         devices: &'s mut Devices,
         needs: Needs,
-        spare: &'s Mutex<Vec<LayerScores>>,
+        spare: &'s Mutex<Vec<LayerScores<'a>>>,
         in_queue: usize,
     ) -> Result<Self, ComputeError> {
         let (layers, to_do) = mpsc::sync_channel::<Task>(in_queue);
@@ -286,7 +297,7 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
             let mut begun = VecDeque::new();
             while let Ok((part, graph)) = to_do.recv() {
                 let empty = || Ok(spare.lock().expect(ALIVE).pop().unwrap_or_default());
-                let out: Result<LayerScores, ComputeError> = match part {
+                let out: Result<LayerScores<'a>, ComputeError> = match part {
                     Part::All | Part::Cells => empty(),
                     Part::Queries => begun.pop_front().unwrap_or_else(empty),
                 };
@@ -316,7 +327,7 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
     }
 
     /// The scores of the layer that was given to it before all others that it still has.
-    fn take(&self) -> Result<LayerScores, ComputeError> {
+    fn take(&self) -> Result<LayerScores<'a>, ComputeError> {
         let (_, scores) = self.scores.recv().expect(ALIVE);
         scores
     }

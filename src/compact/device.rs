@@ -14,9 +14,15 @@ use crate::cache::Layout;
 use crate::{sys, threads};
 
 /// What moves the rows of a sequence, with the memory for it.
-pub(super) struct Mover {
+pub(super) struct Mover<D: AsMut<[Devices]>> {
     /// The back ends of each thread.
-    threads: Vec<Devices>,
+    threads: D,
+}
+
+impl<D: AsMut<[Devices]>> Drop for Mover<D> {
+    fn drop(&mut self) {
+        self.threads.as_mut().iter_mut().for_each(|devices| _ = devices.release());
+    }
 }
 
 /// The rows of one layer, and where they come from.
@@ -27,14 +33,16 @@ enum Rows<'a> {
     Host(Vec<Moves<'a>>),
 }
 
-impl Mover {
-    /// Takes the memory to move `n` cells of any layer.
+impl<D: AsMut<[Devices]>> Mover<D> {
+    /// Takes the memory to move `n` cells of any layer, and gives it back in the end. `threads`: one's back ends at least, or those of
+    /// each of several.
     ///
     /// # Errors
     /// [`ComputeError`].
-    pub fn new(layout: &Layout, n: usize) -> Result<Self, ComputeError> {
-        let threads = (0..DEVICE_LAYERS).map(|_| reserved(layout, n));
-        Ok(Self { threads: threads.collect::<Result<_, _>>()? })
+    pub fn new(threads: D, layout: &Layout, n: usize) -> Result<Self, ComputeError> {
+        let mut mover = Self { threads };
+        mover.threads.as_mut().iter_mut().try_for_each(|devices| reserve(devices, layout, n))?;
+        Ok(mover)
     }
 
     /// Moves the rows of all layers. `moves_of`: of each head of a layer. While a device works on one layer, the next is described to it,
@@ -73,7 +81,7 @@ impl Mover {
                 move_one(devices, layer);
             }
         };
-        let Some((own, others)) = self.threads.split_first_mut() else { return };
+        let Some((own, others)) = self.threads.as_mut().split_first_mut() else { return };
         thread::scope(|scope| {
             let (take_next, move_all) = (&take_next, &move_all);
             for _ in 0..n_threads {
@@ -102,9 +110,8 @@ impl Mover {
 /// ggml aborts rather than unwinds, and this crate's code here does not panic.
 const ALIVE: &str = "who moves rows ends when there are no more";
 
-/// Back ends with the memory to move `n` cells of any layer.
-fn reserved(layout: &Layout, n: usize) -> Result<Devices, ComputeError> {
-    let mut devices = Devices::new(1);
+/// Takes the memory to move `n` cells of any layer.
+fn reserve(devices: &mut Devices, layout: &Layout, n: usize) -> Result<(), ComputeError> {
     let mut reserved = Vec::new();
     for layer in layout.layers.iter().filter(|layer| moves_on_device(layout, layer)) {
         // SAFETY: the storage tensors live as long as the context, which the caller holds.
@@ -118,7 +125,7 @@ fn reserved(layout: &Layout, n: usize) -> Result<Devices, ComputeError> {
         // SAFETY: the storage tensors live as long as the context, which the caller holds.
         b.reserve(unsafe { devices.at((*layer.k).buffer)? })?;
     }
-    Ok(devices)
+    Ok(())
 }
 
 fn move_layer(devices: &mut Devices, layout: &Layout, layer: &sys::gvote_shim_layer, rows: Rows, order: &Order) {

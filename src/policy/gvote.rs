@@ -32,7 +32,7 @@
 //! some heads in each thread; the result depends neither on the number of threads nor on the order of their work.
 
 use std::ops::Range;
-use std::thread;
+use std::sync::Mutex;
 
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -41,6 +41,7 @@ use super::rank::{self, Forced, Sum};
 use super::ranking::Ranking;
 use super::turns::{self, Turns};
 use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
+use crate::{memory, threads};
 
 /// `m`, `a` and `b` are stored as f16 times this. The largest, 1, becomes half of f16's range; what underflows
 /// is below 2e-12, which no count of entries turns into a loss. Every stored value is a multiple of
@@ -51,8 +52,12 @@ const SCALE: f32 = 32768.0;
 const ENTRIES_A_THREAD: usize = 65536;
 /// A thread that ranks needs 24 bytes an entry: 3 for each of so many heads.
 const HEADS_A_THREAD: usize = 8;
+/// Adding up so many takes a tenth of a millisecond.
+const SUMMED_A_THREAD: usize = 1 << 17;
 /// Entries that are scored at a time: few enough to stay in the fastest cache.
 const BLOCK: usize = 1024;
+
+const ALIVE: &str = "what is done to a head does not panic";
 
 pub(super) struct Gvote {
     params: Params,
@@ -71,8 +76,8 @@ pub(super) struct Gvote {
     passages_sum: Vec<f64>,
     single_sum: Vec<f64>,
     mass_sum: Vec<f64>,
-    /// One for each thread.
-    scratch: Vec<Scratch>,
+    /// One for each thread, when none scores.
+    scratch: Mutex<Vec<Scratch>>,
     /// `[heads][n]` `a` of the heads that were observed last, which `passages_sum` still lacks, and room for the next.
     passages: Vec<f32>,
     next_passages: Vec<f32>,
@@ -202,18 +207,21 @@ impl Gvote {
             Evict::Cells => (n, 0),
             Evict::Composite => (0, shape.heads() * n),
         };
+        let (mut score, mut mass) = (vec![0; per_head], vec![0; per_head]);
+        memory::ask_for_large_pages(&mut score);
+        memory::ask_for_large_pages(&mut mass);
         Self {
             params: params.clone(),
             shape,
             forced: Forced::new(params, n, protected),
             seen: 0,
             threads: rank::threads(),
-            score: vec![0; per_head],
-            mass: vec![0; per_head],
+            score,
+            mass,
             passages_sum: vec![0.0; n],
             single_sum: vec![0.0; per_token],
             mass_sum: vec![0.0; per_token],
-            scratch: vec![Scratch::new(n)],
+            scratch: Mutex::default(),
             passages: Vec::new(),
             next_passages: Vec::new(),
         }
@@ -238,33 +246,34 @@ impl Gvote {
     /// Scores heads, some of them in each thread, and keeps what ranks them later.
     fn keep_scores(&mut self, first: usize, heads: &[HeadScores<'_>]) {
         let Self { params, shape, score, mass, passages_sum, passages, next_passages, scratch, .. } = self;
-        let (n, params) = (shape.n, &*params);
+        let (n, params, scratch) = (shape.n, &*params, &*scratch);
         let threads = self.threads.min(heads.len() * n / ENTRIES_A_THREAD).max(1);
-        let share = heads.len().div_ceil(threads);
-        scratch.resize_with(threads.max(scratch.len()), || Scratch::new(n));
-        next_passages.resize(heads.len() * n, 0.0);
+        // one of the threads is late
+        let share = heads.len().div_ceil(2 * threads).max(1);
+        if next_passages.len() < heads.len() * n {
+            // not longer by zeros that one thread writes and others write over
+            *next_passages = vec![0.0; heads.len() * n];
+        }
+        next_passages.truncate(heads.len() * n);
         let new = first * n..(first + heads.len()) * n;
         let parts = score[new.clone()].chunks_mut(share * n).zip(mass[new].chunks_mut(share * n));
-        let parts = parts.zip(next_passages.chunks_mut(share * n)).zip(heads.chunks(share)).zip(scratch);
-        let parts =
-            parts.map(|((((score, mass), passages), heads), scratch)| Part { score, mass, passages, heads, scratch });
-        thread::scope(|scope| {
-            if threads == 1 {
-                parts.for_each(|part| part.score(params, n));
-            } else {
-                parts.for_each(|part| drop(scope.spawn(move || part.score(params, n))));
-            }
-            // meanwhile the heads before these, one after another, so that the sum does not depend on the number of threads
-            passages.chunks(n.max(1)).for_each(|row| add(passages_sum, row));
-        });
+        let parts = parts.zip(next_passages.chunks_mut(share * n)).zip(heads.chunks(share));
+        let parts = parts.map(|(((score, mass), passages), heads)| Part { score, mass, passages, heads });
+        let work = |part: Part<'_>| {
+            let mut own = scratch.lock().expect(ALIVE).pop().unwrap_or_else(|| Scratch::new(n));
+            part.score(params, &mut own);
+            scratch.lock().expect(ALIVE).push(own);
+        };
+        // meanwhile the heads before these, one after another, so that the sum does not depend on the number of threads
+        threads::share_out(threads, parts, work, || add_all(passages_sum, passages, n));
         std::mem::swap(passages, next_passages);
     }
 
     /// Steps 3 and 4 with each head's own opinions.
     fn rank_heads(mut self) -> Ranking {
         let (n, heads) = (self.shape.n, self.shape.heads());
-        self.passages.chunks(n.max(1)).for_each(|row| add(&mut self.passages_sum, row));
-        (self.passages, self.next_passages, self.scratch) = (Vec::new(), Vec::new(), Vec::new());
+        self.sum_up_passages();
+        (self.passages, self.next_passages, self.scratch) = Default::default();
         // with a replay each head's own opinion is all there is
         let head_mix = if self.params.replay { 0.0 } else { self.params.head_mix };
         let weight = f64::from(head_mix * SCALE) / heads as f64;
@@ -273,21 +282,33 @@ impl Gvote {
 
         let threads = self.threads.min(heads.div_ceil(HEADS_A_THREAD));
         let share = heads.div_ceil(threads);
-        let mut at_rank = vec![0.0; n];
-        thread::scope(|scope| {
-            let work = self.score.chunks_mut(share * n).zip(self.mass.chunks(share * n));
-            let (common, forced) = (&common, &self.forced);
-            let start = |(first, (score, mass))| scope.spawn(move || rank_some(score, mass, common, forced, first));
-            let running: Vec<_> = (0..).step_by(share).zip(work).map(start).collect();
-            for thread in running {
-                let part = thread.join().expect("a ranking thread panicked");
-                at_rank.iter_mut().zip(part).for_each(|(sum, mass)| *sum += mass);
-            }
-        });
+        let parts = self.score.chunks_mut(share * n).zip(self.mass.chunks(share * n));
+        let forced = &self.forced;
+        let at_rank = Mutex::new(vec![0.0; n]);
+        let work = |(first, (score, mass))| {
+            let part = rank_some(score, mass, &common, forced, first);
+            at_rank.lock().expect(ALIVE).iter_mut().zip(part).for_each(|(sum, mass)| *sum += mass);
+        };
+        threads::share_out(threads, (0..).step_by(share).zip(parts), work, || ());
+        let at_rank = at_rank.into_inner().expect(ALIVE);
         drop(std::mem::take(&mut self.mass));
 
         let curve = rank::lost_curve(at_rank, heads as f64 * f64::from(SCALE));
         Ranking::new(self.params, self.forced, heads, self.score, curve)
+    }
+
+    /// Adds what `passages_sum` still lacks, some entries in each thread.
+    fn sum_up_passages(&mut self) {
+        let (n, passages) = (self.shape.n, &self.passages);
+        let threads = self.threads.min(passages.len() / SUMMED_A_THREAD).max(1);
+        let share = n.div_ceil(threads).max(1);
+        let parts = (0..).step_by(share).zip(self.passages_sum.chunks_mut(share));
+        threads::share_out(
+            threads,
+            parts,
+            |(first, sum)| add_all(sum, passages.get(first..).unwrap_or_default(), n),
+            || (),
+        );
     }
 
     /// Steps 3 and 4 with one ranking for all.
@@ -331,15 +352,17 @@ impl Policy for Gvote {
         match self.params.evict {
             Evict::Composite => self.keep_scores(first, heads),
             Evict::Cells => {
-                let scratch = &mut self.scratch[0];
+                let scratch = self.scratch.get_mut().expect(ALIVE);
+                let mut own = scratch.pop().unwrap_or_else(|| Scratch::new(self.shape.n));
                 for scores in heads {
-                    scratch.score(&self.params, scores, |scored| {
+                    own.score(&self.params, scores, |scored| {
                         let part = scored.part();
                         add(&mut self.passages_sum[part.clone()], scored.passages);
                         add(&mut self.single_sum[part.clone()], scored.single);
                         add(&mut self.mass_sum[part], scored.mass);
                     });
                 }
+                scratch.push(own);
             }
         }
     }
@@ -367,14 +390,14 @@ struct Part<'a> {
     mass: &'a mut [u16],
     passages: &'a mut [f32],
     heads: &'a [HeadScores<'a>],
-    scratch: &'a mut Scratch,
 }
 
 impl Part<'_> {
-    fn score(self, params: &Params, n: usize) {
+    fn score(self, params: &Params, scratch: &mut Scratch) {
+        let n = scratch.observed.len();
         let rows = self.score.chunks_mut(n).zip(self.mass.chunks_mut(n)).zip(self.passages.chunks_mut(n));
         for (((score, mass), passages), scores) in rows.zip(self.heads) {
-            self.scratch.score(params, scores, |scored| scored.pack(score, mass, passages));
+            scratch.score(params, scores, |scored| scored.pack(score, mass, passages));
         }
     }
 }
@@ -386,6 +409,13 @@ fn blocks(n: usize) -> impl Iterator<Item = Range<usize>> {
 
 fn add(sum: &mut [f64], row: &[f32]) {
     sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
+}
+
+/// [`add`] of rows that begin `n` apart, one after another; a block of all of them at a time.
+fn add_all(sum: &mut [f64], rows: &[f32], n: usize) {
+    for (first, sum) in (0..).step_by(BLOCK).zip(sum.chunks_mut(BLOCK)) {
+        rows.chunks(n.max(1)).for_each(|row| add(sum, row.get(first..).unwrap_or_default()));
+    }
 }
 
 /// What the heads have in common, to be mixed into the `a` of each.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::thread;
 
 use super::{Bound, Evict, Kept, Kind, Params, Protected, Span};
+use crate::threads;
 
 /// More threads than this wait for memory.
 const MAX_THREADS: usize = 16;
@@ -287,12 +288,8 @@ pub(super) fn keep_ragged(mut ranking: Vec<u32>, n: usize, counts: &[u32]) -> Ke
 fn cut(ranking: &mut Vec<u32>, n: usize, counts: &[u32]) {
     let threads = threads().min(ranking.len() / CUT_A_THREAD).max(1);
     let share = counts.len().div_ceil(threads).max(1);
-    thread::scope(|scope| {
-        let mut parts = ranking.chunks_mut(share * n).zip(counts.chunks(share));
-        let own = parts.next();
-        parts.for_each(|(rows, counts)| drop(scope.spawn(move || sort_best(rows, n, counts))));
-        own.into_iter().for_each(|(rows, counts)| sort_best(rows, n, counts));
-    });
+    let parts = ranking.chunks_mut(share * n).zip(counts.chunks(share));
+    threads::share_out(threads, parts, |(rows, counts)| sort_best(rows, n, counts), || ());
     let mut end = 0;
     for (head, &count) in counts.iter().enumerate() {
         ranking.copy_within(head * n..head * n + count as usize, end);

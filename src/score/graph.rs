@@ -244,7 +244,7 @@ impl LayerGraph<'_> {
             self.measure(&mut b, &mut out, &rows);
         }
         b.begin(device)?;
-        device.read(&mut scores.data[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor)
+        device.read(&mut scores.data_mut()[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor)
     }
 
     /// Tensors of a graph for so many queries, at most; `n_each`: query heads whose probabilities are noted one by one; `powers`:

@@ -17,6 +17,7 @@ use crate::llama::{
     Token,
 };
 use crate::policy::{Bound, Kept, Params, Selection};
+use crate::score::Scorer;
 use crate::session::Stop;
 use crate::sys;
 
@@ -366,7 +367,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f64 {
 /// Keeps what `selection` says of the cells of a sequence.
 pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
     let cells = cache::cells(ctx, seq);
-    let left = compact::compact(ctx, seq, &cells, selection)?;
+    let left = compact::compact(ctx, seq, &cells, selection, Scorer::new(1).devices())?;
     assert_eq!(cache::cells(ctx, seq), left);
     Ok(())
 }

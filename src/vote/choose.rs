@@ -126,7 +126,9 @@ impl Vote<'_> {
     ) -> Result<Vec<Cell>, VoteError> {
         self.enter(Stage::Compact)?;
         let clock = Instant::now();
-        let left = compact::compact(self.ctx, self.sequence.id, cells, &selection)?;
+        // those that made the scores are there, and started
+        let devices = self.voter.scorer.devices();
+        let left = compact::compact(self.ctx, self.sequence.id, cells, &selection, devices)?;
         self.sequence.compacted(cells, selection, self.voter.policy.recent, self.ctx.n_threads_batch());
         self.sequence.bound(&left);
         report.compact_time = clock.elapsed();
