@@ -254,6 +254,26 @@ bool gvote_shim_synchronize(ggml_backend_t backend) {
     });
 }
 
+bool gvote_shim_event_record(ggml_backend_event_t * event, ggml_backend_t backend) {
+    return nullptr == guarded([&]() -> const char * {
+        if (*event == nullptr) {
+            *event = ggml_backend_event_new(ggml_backend_get_device(backend));
+        }
+        if (*event == nullptr) {
+            return "no events";
+        }
+        ggml_backend_event_record(*event, backend);
+        return nullptr;
+    });
+}
+
+bool gvote_shim_event_synchronize(ggml_backend_event_t event) {
+    return nullptr == guarded([&]() -> const char * {
+        ggml_backend_event_synchronize(event);
+        return nullptr;
+    });
+}
+
 void gvote_shim_update(llama_context * ctx) {
     guarded([&]() -> const char * {
         ctx->memory_update(false);

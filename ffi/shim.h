@@ -109,6 +109,12 @@ bool gvote_shim_tensor_get_async(ggml_backend_t backend, const struct ggml_tenso
 // ggml_backend_synchronize().
 bool gvote_shim_synchronize(ggml_backend_t backend);
 
+// Notes how far the queue of a back end is now, for which an event is made if *event is NULL. False: its device has none.
+bool gvote_shim_event_record(ggml_backend_event_t * event, ggml_backend_t backend);
+
+// Waits until a queue is as far as was noted.
+bool gvote_shim_event_synchronize(ggml_backend_event_t event);
+
 // Applies what llama.cpp has put off until the next batch: shifts of positions, copies between streams.
 void gvote_shim_update(struct llama_context * ctx);
 

@@ -30,13 +30,26 @@ pub(crate) struct Lane {
     sent: Vec<Vec<u32>>,
     /// Whether anything may be in the queue.
     is_busy: bool,
+    /// NULL before there is one, and where a device has none.
+    event: sys::ggml_backend_event_t,
+    /// Whether the event comes behind all that is ours in the queue.
+    is_noted: bool,
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // SAFETY: ours, freed once; NULL is fine.
+        unsafe { sys::ggml_backend_event_free(self.event) };
+    }
 }
 
 impl Lane {
     /// `place`: see [`super::place`].
     pub fn new(place: sys::ggml_backend_dev_t) -> Self {
         let (kept, work, host) = (Memory::default(), Memory::default(), HostMemory::default());
-        Self { place, backend: std::ptr::null_mut(), kept, work, host, loaded: 0..0, sent: Vec::new(), is_busy: false }
+        let (backend, event) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let sent = Vec::new();
+        Self { place, backend, kept, work, host, loaded: 0..0, sent, is_busy: false, event, is_noted: false }
     }
 
     pub fn place(&self) -> sys::ggml_backend_dev_t {
@@ -115,7 +128,7 @@ impl Lane {
         let (at, done) = unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_I32, rows.len() as i64);
             let at = self.kept.give(t);
-            self.is_busy = true;
+            (self.is_busy, self.is_noted) = (true, false);
             (at, sys::gvote_shim_tensor_set_async(self.backend, t, rows.as_ptr().cast()))
         };
         self.sent.push(rows);
@@ -141,7 +154,7 @@ impl Lane {
     /// # Safety
     /// What the graph reads elsewhere lies on the same device, and is written to by nobody but what comes later in the queue.
     pub unsafe fn enqueue(&mut self, b: &mut Builder) -> Result<bool, ComputeError> {
-        self.is_busy = true;
+        (self.is_busy, self.is_noted) = (true, false);
         // the next graph in the queue may have it
         self.work.used = 0;
         // SAFETY: our memory stays until the queue has been waited for.
@@ -151,18 +164,40 @@ impl Lane {
         }
     }
 
-    /// Waits until all that is in the queue has been done.
+    /// Waits until all that is ours in the queue has been done.
     ///
     /// # Errors
     /// [`ComputeError`].
     pub fn wait(&mut self) -> Result<(), ComputeError> {
-        // SAFETY: a back end with work of ours lives.
-        if self.is_busy && unsafe { !sys::gvote_shim_synchronize(self.backend) } {
+        // SAFETY: a back end with work of ours lives, and so does the event.
+        let done = unsafe {
+            match (self.is_busy, self.is_noted) {
+                (false, _) => true,
+                (true, true) => sys::gvote_shim_event_synchronize(self.event),
+                (true, false) => sys::gvote_shim_synchronize(self.backend),
+            }
+        };
+        if !done {
             return Err(ComputeError::Memory("waiting"));
         }
-        self.is_busy = false;
+        (self.is_busy, self.is_noted) = (false, false);
         self.sent.clear();
         Ok(())
+    }
+
+    /// Begins to read all that is kept, so that it can be waited for without what comes later in the queue. False: there is more than a
+    /// piece, or the device cannot tell; then it is read as it is asked for.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn fetch(&mut self) -> Result<bool, ComputeError> {
+        if !(1..=STAGE).contains(&self.kept.used) {
+            return Ok(self.kept.used == 0);
+        }
+        self.begin_loading(0, self.kept.used)?;
+        // SAFETY: the back end lives.
+        self.is_noted = unsafe { sys::gvote_shim_event_record(&raw mut self.event, self.backend) };
+        Ok(self.is_noted)
     }
 
     /// Numbers of a result. What is kept is read piece by piece, in the order in which it was kept.
@@ -185,10 +220,18 @@ impl Lane {
 
     /// Sees to it that some bytes of what is kept are on the host.
     fn load(&mut self, at: usize, bytes: usize) -> Result<(), ComputeError> {
-        if self.loaded.start <= at && at + bytes <= self.loaded.end {
-            return Ok(());
+        if !(self.loaded.start <= at && at + bytes <= self.loaded.end) {
+            self.begin_loading(at, bytes.max(STAGE).min(self.kept.used - at))?;
         }
-        let bytes = bytes.max(STAGE).min(self.kept.used - at);
+        self.wait()
+    }
+
+    fn begin_loading(&mut self, at: usize, bytes: usize) -> Result<(), ComputeError> {
+        if self.is_noted {
+            // what was fetched may be on its way still
+            self.wait()?;
+        }
+        self.loaded = 0..0;
         let len = bytes / size_of::<f32>();
         self.host.resize_for(self.place, len.max(STAGE / size_of::<f32>()))?;
         let b = Builder::new(1)?;
@@ -196,13 +239,12 @@ impl Lane {
         let done = unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_F32, len as i64);
             self.kept.put(t, at);
-            self.is_busy = true;
+            (self.is_busy, self.is_noted) = (true, false);
             sys::gvote_shim_tensor_get_async(self.backend, t, self.host.as_mut_ptr().cast())
         };
         if !done {
             return Err(ComputeError::Memory("reading"));
         }
-        self.wait()?;
         self.loaded = at..at + bytes;
         Ok(())
     }

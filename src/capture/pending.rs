@@ -181,7 +181,11 @@ impl Inner {
     /// while the device is at work.
     pub(super) fn end_ubatch(&mut self) -> Result<(), CaptureError> {
         self.is_whole = true;
-        if self.reads.queries { self.settle() } else { Ok(()) }
+        let mut is_on_its_way = !self.reads.queries;
+        for pending in &mut self.pending {
+            is_on_its_way = is_on_its_way && pending.lane.fetch()?;
+        }
+        if is_on_its_way { Ok(()) } else { self.settle() }
     }
 
     /// Reads what is pending of a whole ubatch, and gives up what a decode left behind that failed or was cancelled.
