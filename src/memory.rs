@@ -25,6 +25,13 @@ pub(crate) fn ask_for_large_pages<T>(memory: &mut [T]) {
     }
 }
 
+/// Has pages of zeros made ready before several threads write to them at once, each of which would make a large one ready by itself.
+pub(crate) fn touch<T: Copy + Default>(zeros: &mut [T]) {
+    /// The least that any system makes ready at once.
+    const STEP: usize = 4096;
+    zeros.iter_mut().step_by(STEP / size_of::<T>()).for_each(|x| *x = T::default());
+}
+
 /// `n` zeros, of which none takes up memory before it is written to; None where the system has not as much.
 pub(crate) fn zeros(n: usize) -> Option<Vec<f32>> {
     let layout = Layout::array::<f32>(n).ok()?;

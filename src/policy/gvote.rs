@@ -67,8 +67,8 @@ pub(super) struct Gvote {
     seen: usize,
     threads: usize,
     /// `[head][n]` the bits of `a * SCALE` and `b * SCALE` as f16, `a` above; ranking the heads turns them into entries from
-    /// best to worst, in place. Empty for `Evict::Cells`. This and `mass` are asked for at once, but take up memory only layer
-    /// by layer, as they are written to, while the queries that were scored are freed.
+    /// best to worst, in place. Empty for `Evict::Cells`. This and `mass` are asked for at once, but take up memory only some
+    /// layers at a time, as they are written to, while the queries that were scored are freed.
     score: Vec<u32>,
     /// `[head][n]` the bits of `m * SCALE` as f16. Empty for `Evict::Cells`.
     mass: Vec<u16>,
@@ -255,8 +255,14 @@ impl Gvote {
             *next_passages = vec![0.0; heads.len() * n];
         }
         next_passages.truncate(heads.len() * n);
-        let new = first * n..(first + heads.len()) * n;
-        let parts = score[new.clone()].chunks_mut(share * n).zip(mass[new].chunks_mut(share * n));
+        let (score, next_score) = score[first * n..].split_at_mut(heads.len() * n);
+        let (mass, next_mass) = mass[first * n..].split_at_mut(heads.len() * n);
+        if first == 0 {
+            memory::touch(score);
+            memory::touch(mass);
+        }
+        let n_next = next_mass.len().min(heads.len() * n);
+        let parts = score.chunks_mut(share * n).zip(mass.chunks_mut(share * n));
         let parts = parts.zip(next_passages.chunks_mut(share * n)).zip(heads.chunks(share));
         let parts = parts.map(|(((score, mass), passages), heads)| Part { score, mass, passages, heads });
         let work = |part: Part<'_>| {
@@ -264,8 +270,13 @@ impl Gvote {
             part.score(params, &mut own);
             scratch.lock().expect(ALIVE).push(own);
         };
-        // meanwhile the heads before these, one after another, so that the sum does not depend on the number of threads
-        threads::share_out(threads, parts, work, || add_all(passages_sum, passages, n));
+        let meanwhile = || {
+            // the heads before these, one after another, so that the sum does not depend on the number of threads
+            add_all(passages_sum, passages, n);
+            memory::touch(&mut next_score[..n_next]);
+            memory::touch(&mut next_mass[..n_next]);
+        };
+        threads::share_out(threads, parts, work, meanwhile);
         std::mem::swap(passages, next_passages);
     }
 
