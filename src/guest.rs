@@ -262,8 +262,8 @@ impl Guest {
         let cells = cache::cells(&visit, seq);
         let known = Known::up_to_date(known, voter, seq, &cells)?;
         let captured = voter.capture.captured(seq);
-        let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
         let mut done = || {
+            let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
             vote.observe_newest(&[])?;
             let (selection, mut report) = vote.choose(&cells)?;
             let left = if is_rehearsal { None } else { Some(vote.compact(&cells, selection, &mut report)?) };
@@ -318,8 +318,8 @@ impl Guest {
         // SAFETY: valid context, and our callbacks are in it.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let captured = voter.capture.captured(seq);
-        let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
         let mut done = || {
+            let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
             vote.observe_newest(ahead)?;
             let (selection, mut report) = vote.choose_most(&cells, most, ahead)?;
             let left = vote.compact(&cells, selection, &mut report)?;

@@ -60,7 +60,7 @@ const DEVICE_FREE: f64 = 0.125;
 
 /// About so many scores of a device are handed over at once, those of several layers where they have few: threads take them in,
 /// which are not worth their start for less.
-const HANDED_OVER: usize = 1 << 21;
+const HANDED_OVER: usize = 1 << 20;
 
 /// The queries of a vote for one layer of the cache: the observation window, real queries; then synthetic queries, and the
 /// current one. Each sees the cells up to its own position.
@@ -156,7 +156,12 @@ impl Scorer {
         Ok(least.max((DEVICE_SHARE * (n_kv * layout.bytes_per_cell()) as f64) as usize))
     }
 
-    /// Gives the compute memory back and says how many bytes of it were ggml's.
+    /// Bytes of the compute memory.
+    pub fn compute_bytes(&self) -> usize {
+        self.threads.iter().map(Devices::compute_bytes).sum()
+    }
+
+    /// Gives the compute memory back and says how many bytes it was.
     pub fn release(&mut self) -> usize {
         self.threads.iter_mut().map(Devices::release).sum()
     }

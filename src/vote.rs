@@ -131,6 +131,12 @@ pub(crate) struct Vote<'a> {
     pub progress: &'a dyn Fn(Stage) -> ControlFlow<()>,
 }
 
+impl Drop for Vote<'_> {
+    fn drop(&mut self) {
+        self.voter.scorer.release();
+    }
+}
+
 impl Vote<'_> {
     fn enter(&self, stage: Stage) -> Result<(), VoteError> {
         enter(self.ctx, self.progress, stage)

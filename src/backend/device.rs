@@ -391,9 +391,14 @@ impl Devices {
         Ok(())
     }
 
+    /// Bytes of the compute memory.
+    pub fn compute_bytes(&self) -> usize {
+        self.met.iter().map(Device::compute_bytes).sum()
+    }
+
     /// Gives the compute memory back and says how many bytes it was. Back ends on other devices stay: starting one takes long.
     pub fn release(&mut self) -> usize {
-        let bytes = self.met.iter().map(Device::compute_bytes).sum();
+        let bytes = self.compute_bytes();
         self.met.retain(|device| !device.place.is_null());
         for device in &mut self.met {
             // SAFETY: ours; NULL is fine, and stands for none.

@@ -48,8 +48,8 @@ use crate::{memory, threads};
 /// 2^-24, so that sums over up to 16,384 heads are exact in f64 and the same in any order.
 const SCALE: f32 = 32768.0;
 
-/// Scoring so many entries takes half a millisecond: fewer are not worth a thread.
-const ENTRIES_A_THREAD: usize = 65536;
+/// Scoring so many entries takes a quarter of a millisecond: fewer are not worth a thread.
+const ENTRIES_A_THREAD: usize = 32768;
 /// A thread that ranks needs 24 bytes an entry: 3 for each of so many heads.
 const HEADS_A_THREAD: usize = 8;
 /// Adding up so many takes a tenth of a millisecond.

@@ -37,6 +37,7 @@ impl Session {
         let cells = cache::cells(vote.ctx, SEQ);
         let (selection, mut report) = vote.choose(&cells)?;
         if let Kept::Ragged { .. } = selection.kept {
+            drop(vote);
             let clock = Instant::now();
             self.mask = Some(Mask::new(&self.ctx, SEQ, &selection)?);
             report.compact_time = clock.elapsed();

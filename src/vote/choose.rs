@@ -262,7 +262,8 @@ impl Vote<'_> {
                     },
                     show,
                 )?;
-                Ok::<_, VoteError>(scorer.release())
+                // of a device it serves the compaction, too
+                Ok::<_, VoteError>(if layout.is_host() { scorer.release() } else { scorer.compute_bytes() })
             };
             // a device has time for keys and values while the probe decodes
             let scored: Box<dyn FnOnce() -> Result<usize, VoteError> + '_> = if needs.samples() && !layout.is_host() {

@@ -292,8 +292,9 @@ mod tests {
             session.load(&before).unwrap();
             let selection = ranking.clone().keep(count, Bound::Trial);
             assert_eq!(selection.n_cells(), count);
-            let Vote { ctx, voter, .. } = session.vote().unwrap();
-            crate::compact::compact(ctx, 0, &cells, &selection, voter.scorer.devices()).unwrap();
+            let vote = session.vote().unwrap();
+            crate::compact::compact(vote.ctx, 0, &cells, &selection, vote.voter.scorer.devices()).unwrap();
+            drop(vote);
             let mut real = 0.0;
             let each = |i: usize, logits: &[f32]| {
                 real += draft.expected[i].kl(logits) / draft.tokens.len() as f64;
