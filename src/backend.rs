@@ -10,7 +10,7 @@ use std::io;
 use std::thread::{Scope, ScopedJoinHandle};
 
 pub(crate) use self::device::{Device, Devices, HostMemory, place};
-pub(crate) use self::graph::{Builder, Results, Tensor, read};
+pub(crate) use self::graph::{Builder, Results, Tensor};
 pub(crate) use self::lane::Lane;
 use crate::threads;
 

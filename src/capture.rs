@@ -43,6 +43,7 @@ use self::pending::Pending;
 #[cfg(test)]
 pub(crate) use self::probe::PRETEND_SCATTERED;
 use self::probe::Probe;
+pub use self::probe::SyntheticQueries;
 use self::record::Record;
 pub(crate) use self::record::{FIRST, Seen};
 pub(crate) use self::state::{Captured, Restored};

@@ -3,6 +3,8 @@
 
 use std::alloc::{Layout, alloc_zeroed};
 
+use half::f16;
+
 /// Half of so much lies in whole large pages, wherever it begins.
 #[cfg(target_os = "linux")]
 const LEAST_BYTES: usize = 4 << 20;
@@ -32,15 +34,25 @@ pub(crate) fn touch<T: Copy + Default>(zeros: &mut [T]) {
     zeros.iter_mut().step_by(STEP / size_of::<T>()).for_each(|x| *x = T::default());
 }
 
+/// Numbers that are zero where all their bits are.
+///
+/// # Safety
+/// So it is.
+pub(crate) unsafe trait Number {}
+
+// SAFETY: floats of any width.
+unsafe impl Number for f32 {}
+unsafe impl Number for f16 {}
+
 /// `n` zeros, of which none takes up memory before it is written to; None where the system has not as much.
-pub(crate) fn zeros(n: usize) -> Option<Vec<f32>> {
-    let layout = Layout::array::<f32>(n).ok()?;
+pub(crate) fn zeros<T: Number>(n: usize) -> Option<Vec<T>> {
+    let layout = Layout::array::<T>(n).ok()?;
     if layout.size() == 0 {
         return Some(Vec::new());
     }
     // SAFETY: the layout is not empty; it is that of a vector of as many numbers, which may be all zero bits.
     let mut zeros = unsafe {
-        let start = alloc_zeroed(layout).cast::<f32>();
+        let start = alloc_zeroed(layout).cast::<T>();
         if start.is_null() {
             return None;
         }

@@ -85,11 +85,11 @@ impl<'a> LayerQueries<'a> {
         Self { parts, pos: [observed.pos, future.pos].concat(), n_observed, scale }
     }
 
-    /// The same of a window that stays where it is, and whose last query is the current one.
-    pub fn of_window(window: &Window<'a>, synthetic: Queries, scale: LogitScale) -> Self {
-        let observed = window.parts.iter().map(|&part| Cow::from(part));
-        let parts = observed.chain([synthetic.data.into(), window.current().into()]).collect();
-        let pos = window.pos.iter().chain(&synthetic.pos).chain(window.pos.last()).copied().collect();
+    /// The same of queries that stay where they are: a window, whose last query is the current one, and synthetic queries at
+    /// `synthetic_pos`.
+    pub fn of_window(window: &Window<'a>, synthetic: &'a [f16], synthetic_pos: &[Pos], scale: LogitScale) -> Self {
+        let parts = window.parts.iter().copied().chain([synthetic, window.current()]).map(Cow::from).collect();
+        let pos = window.pos.iter().chain(synthetic_pos).chain(window.pos.last()).copied().collect();
         Self { parts, pos, n_observed: window.pos.len(), scale }
     }
 

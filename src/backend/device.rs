@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 use half::f16;
 
 use super::memory::Memory;
-use super::{Builder, ComputeError, Tensor, read};
+use super::{Builder, ComputeError, Tensor};
 use crate::cache::{self, Layout};
 use crate::sys;
 
@@ -29,6 +29,8 @@ pub(crate) struct Device {
 /// memory everything takes several times as long, and others wait for the driver meanwhile.
 /// In tests it is small, so that their inputs and results take more than one.
 pub(super) const STAGE: usize = if cfg!(test) { 4096 } else { 2 << 20 };
+/// Of a result, what is read at once.
+const PIECE: usize = STAGE / 2;
 
 impl Drop for Device {
     fn drop(&mut self) {
@@ -193,22 +195,47 @@ impl Device {
     /// # Errors
     /// [`ComputeError`].
     pub fn read<T: Copy>(&mut self, out: &mut [T], t: Tensor) -> Result<(), ComputeError> {
+        self.read_from(0, out, t)
+    }
+
+    /// The same of the elements from `first` on.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn read_from<T: Copy>(&mut self, first: usize, out: &mut [T], t: Tensor) -> Result<(), ComputeError> {
+        // SAFETY: a valid tensor.
+        debug_assert_eq!(unsafe { sys::ggml_type_size((*t).type_) }, size_of::<T>());
         self.set_stage();
+        let (start, bytes) = (first * size_of::<T>(), size_of_val(out));
+        let to: *mut u8 = out.as_mut_ptr().cast();
         if self.stage.is_empty() {
             self.wait()?;
-            read(out, t);
+            // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks that it is as large.
+            unsafe { sys::ggml_backend_tensor_get(t, to.cast(), start, bytes) };
             return Ok(());
         }
-        let bytes = size_of_val(out);
-        let to: *mut u8 = out.as_mut_ptr().cast();
-        for offset in (0..bytes).step_by(STAGE) {
-            let n = STAGE.min(bytes - offset);
-            // SAFETY: the tensor stays allocated until the next graph; ggml checks that it is as large. The stage holds as much, and is
-            // waited for. Inputs have left it by then: the queue is worked off in order.
-            unsafe { sys::ggml_backend_tensor_get_async(self.backend, t, self.stage.as_mut_ptr().cast(), offset, n) };
-            self.wait()?;
-            // SAFETY: `out` has as many bytes from `offset` on, and any bits that ggml stores are an element.
-            unsafe { std::ptr::copy_nonoverlapping(self.stage.as_ptr().cast(), to.add(offset), n) };
+        // a piece comes into one half of the stage while the one before is copied out of the other
+        let stage: *mut u8 = self.stage.as_mut_ptr().cast();
+        let n_pieces = bytes.div_ceil(PIECE);
+        let piece = |i: usize| (i % 2 * PIECE, i * PIECE, PIECE.min(bytes - i * PIECE));
+        for i in 0..=n_pieces {
+            if i > 0 {
+                self.wait()?;
+            }
+            if i < n_pieces {
+                let (half, offset, n) = piece(i);
+                // SAFETY: see above. The half has as many bytes, is waited for, and was copied out. Inputs have left the stage by then:
+                // the queue is worked off in order.
+                unsafe {
+                    let half = stage.add(half).cast();
+                    sys::ggml_backend_tensor_get_async(self.backend, t, half, start + offset, n);
+                }
+            }
+            if i > 0 {
+                let (half, offset, n) = piece(i - 1);
+                // SAFETY: `out` has as many bytes from `offset` on, and any bits that ggml stores are an element.
+                unsafe { std::ptr::copy_nonoverlapping(stage.add(half), to.add(offset), n) };
+            }
         }
         Ok(())
     }

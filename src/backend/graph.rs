@@ -25,7 +25,7 @@ pub(crate) struct Builder<'a> {
     has_out_prod: bool,
 }
 
-/// Rows of a graph's results, which [`read`] reads.
+/// Rows of a graph's results, which [`Device::read`] reads.
 pub(crate) struct Results {
     pub tensor: Tensor,
     /// The number of the first.
@@ -165,6 +165,19 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Lets a node that is no view write where another graph has memory for a tensor of its shape.
+    ///
+    /// # Safety
+    /// As for [`Self::elsewhere`].
+    pub unsafe fn place(&self, node: Tensor, t: &sys::ggml_tensor) {
+        // SAFETY: see above; a node of this context.
+        unsafe {
+            debug_assert!((*node).ne == t.ne && (*node).nb == t.nb);
+            (*node).buffer = t.view_src.as_ref().map_or(t.buffer, |src| src.buffer);
+            (*node).data = t.data;
+        }
+    }
+
     /// Appends a node of another graph, to be computed where it is.
     ///
     /// # Safety
@@ -199,14 +212,36 @@ impl<'a> Builder<'a> {
 
     /// Rows of `n` numbers that other nodes are written to: some of more that there are.
     pub fn results(&mut self, n: usize, rows: Range<usize>) -> Results {
+        let tensor = self.written_to(sys::GGML_TYPE_F32, n, rows.len());
+        Results { tensor, first: rows.start, written: vec![false; rows.len()] }
+    }
+
+    /// `n` halves that other nodes are written to.
+    pub fn half_results(&mut self, n: usize) -> Tensor {
+        self.written_to(sys::GGML_TYPE_F16, n, 1)
+    }
+
+    fn written_to(&self, type_: sys::ggml_type, n: usize, rows: usize) -> Tensor {
         // SAFETY: the context has room for the tensor; an input has memory from the start, and an output keeps it.
-        let tensor = unsafe {
-            let t = sys::ggml_new_tensor_2d(self.ctx, sys::GGML_TYPE_F32, n as i64, rows.len() as i64);
+        unsafe {
+            let t = sys::ggml_new_tensor_2d(self.ctx, type_, n as i64, rows as i64);
             sys::ggml_set_input(t);
             sys::ggml_set_output(t);
             t
-        };
-        Results { tensor, first: rows.start, written: vec![false; rows.len()] }
+        }
+    }
+
+    /// Writes all of `t` to halves from `start` on.
+    pub fn write_halves(&mut self, to: Tensor, start: usize, t: Tensor) {
+        // SAFETY: tensors of this context; the view has the shape of `t`, and ggml checks that it lies inside.
+        unsafe {
+            let [n0, n1, n2, n3] = (*t).ne;
+            let half = size_of::<f16>();
+            let nb1 = n0 as usize * half;
+            let (nb2, nb3) = (nb1 * n1 as usize, nb1 * (n1 * n2) as usize);
+            let view = sys::ggml_view_4d(self.ctx, to, n0, n1, n2, n3, nb1, nb2, nb3, start * half);
+            self.run(sys::ggml_cpy(self.ctx, t, view));
+        }
     }
 
     /// Lets a node of `n` numbers a row that holds all rows be the results, where nothing was written to them: no copy is needed.
@@ -395,15 +430,6 @@ unsafe fn unsupported(node: *const sys::ggml_tensor) -> ComputeError {
     }
 }
 
-/// Reads a contiguous result of `out.len()` elements, of the type that they have.
-pub(crate) fn read<T: Copy>(out: &mut [T], t: Tensor) {
-    // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks the size.
-    unsafe {
-        debug_assert_eq!(sys::ggml_type_size((*t).type_), size_of::<T>());
-        sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, size_of_val(out));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -424,7 +450,7 @@ mod tests {
             b.output(sums);
             b.compute(&mut device).unwrap();
             let mut out = vec![0.0_f32; m * n * heads];
-            read(&mut out, sums);
+            device.read(&mut out, sums).unwrap();
             out
         };
         let (with, without) = (run(true), run(false));
@@ -470,6 +496,9 @@ mod tests {
             device.read(&mut out, picked).unwrap();
             let rows = numbers.iter().flat_map(|&number| &large[20 * number as usize..][..20]);
             assert!(out.iter().eq(rows), "rows from {start} on");
+            let mut part = vec![0.0; 1700];
+            device.read_from(150, &mut part, picked).unwrap();
+            assert!(part == out[150..1850], "a part of the rows from {start} on");
             b.inputs.iter().map(|input| input.at.is_some()).collect::<Vec<_>>()
         };
         let mut device = Device::new(host, 1).unwrap();
@@ -501,7 +530,7 @@ mod tests {
             }
             b.compute(&mut device).unwrap();
             let mut read_out = vec![0.0; 15];
-            read(&mut read_out, out.tensor);
+            device.read(&mut read_out, out.tensor).unwrap();
             let twice = parts[0] == parts[1];
             let square = |i: usize| (i * i * if twice { 2 } else { 1 }) as f32;
             assert!(read_out.into_iter().eq((0..15).map(square)), "{parts:?}");

@@ -235,8 +235,8 @@ impl Inner {
             replayed[layer].pos = wanted.iter().map(|w| w.pos).collect();
         }
         for of_one in wanted.chunk_by(|a, b| a.seq == b.seq) {
-            let out = match &mut self.mode {
-                Mode::Probe(probe) => &mut probe.queries[layer],
+            let out: &mut [f16] = match &mut self.mode {
+                Mode::Probe(probe) => probe.queries.layer_mut(layer),
                 Mode::Replay(_, replayed) => &mut replayed[layer].data,
                 Mode::Listen | Mode::Prompt { .. } | Mode::Again => match self.records.get_mut(&of_one[0].seq) {
                     Some(record) => record.window_at(layer, of_one.iter().map(|wanted| (wanted.slot, wanted.pos))),

@@ -1,5 +1,6 @@
 //! The probe pass: sampled hidden states become queries. See the module above.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -11,11 +12,11 @@ use super::graph::{Attention, by_token, nodes};
 use super::moments::Moments;
 use super::node::{Node, Path};
 use super::record::LayerRecord;
-use super::{Capture, CaptureError, Inner, Mode, Queries, zeros};
-use crate::backend::Builder;
+use super::{Capture, CaptureError, Inner, Layer, Mode};
+use crate::backend::{Builder, ComputeError};
 use crate::cache::{self, Parked};
 use crate::llama::{Batch, Context, Pos, SeqId};
-use crate::{sys, threads};
+use crate::{memory, sys, threads};
 
 /// How a ubatch becomes queries.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -48,7 +49,9 @@ struct Samples {
     seed: u64,
     n_embd: usize,
     n_threads: usize,
-    /// Independent channels. `[layer][2][n_embd]`: deviations, then means
+    /// Whose statistics they come of.
+    layers: Vec<Arc<LayerRecord>>,
+    /// Independent channels; empty before the first are drawn. `[layer][2][n_embd]`: deviations, then means
     gaussians: Vec<f32>,
     /// The number of the first of those that fill the ubatch in work.
     first: usize,
@@ -57,20 +60,27 @@ struct Samples {
 }
 
 impl Samples {
-    fn new(seed: u64, n_embd: usize, layers: &[Arc<LayerRecord>], n_threads: usize) -> Self {
-        let mut gaussians = vec![0.0; layers.len() * 2 * n_embd];
-        for (layer, out) in layers.iter().zip(gaussians.chunks_exact_mut(2 * n_embd)) {
-            gaussian(&layer.moments, out);
-        }
-        Self { seed, n_embd, n_threads: n_threads.min(DRAWING_THREADS), gaussians, first: 0, z: Vec::new() }
+    fn new(seed: u64, n_embd: usize, layers: Vec<Arc<LayerRecord>>, n_threads: usize) -> Self {
+        let n_threads = n_threads.min(DRAWING_THREADS);
+        Self { seed, n_embd, n_threads, layers, gaussians: Vec::new(), first: 0, z: Vec::new() }
     }
 
     /// Draws `n` others, from the `first` on.
     fn draw(&mut self, first: usize, n: usize) {
+        let Self { seed, n_embd, n_threads, ref layers, .. } = *self;
         self.first = first;
-        self.z.resize(n * self.n_embd, 0.0);
-        let rows = (first..).zip(self.z.chunks_exact_mut(self.n_embd));
-        threads::share_out(self.n_threads, rows, |(number, row)| deviations(self.seed, number, row), || ());
+        // fresh zeros, whose pages are made ready by those who write to them
+        self.z = vec![0.0; n * n_embd];
+        let rows = (first..).zip(self.z.chunks_exact_mut(n_embd));
+        let gaussians = &mut self.gaussians;
+        let describe = || {
+            if gaussians.is_empty() {
+                *gaussians = vec![0.0; layers.len() * 2 * n_embd];
+                let of_layers = layers.iter().zip(gaussians.chunks_exact_mut(2 * n_embd));
+                of_layers.for_each(|(layer, out)| gaussian(&layer.moments, out));
+            }
+        };
+        threads::share_out(n_threads, rows, |(number, row)| deviations(seed, number, row), describe);
     }
 
     /// How many fill the ubatch in work.
@@ -83,14 +93,52 @@ impl Samples {
     }
 }
 
+/// Synthetic queries of every layer of the cache, at the same positions in each; or none.
+#[derive(Debug, Default)]
+pub struct SyntheticQueries {
+    /// `[layer][sample][n_head][n_embd_head_k]`
+    data: Vec<f16>,
+    /// Where those of each layer are.
+    layers: Vec<Range<usize>>,
+    pos: Vec<Pos>,
+}
+
+impl SyntheticQueries {
+    /// Zeros, in place of the queries at `pos`.
+    fn zeros(layers: &[Layer], pos: Vec<Pos>) -> Result<Self, CaptureError> {
+        let mut end = 0;
+        let ranges = layers.iter().map(|layer| {
+            let start = end;
+            end += pos.len() * layer.n_q;
+            start..end
+        });
+        let layers = ranges.collect();
+        let data = memory::zeros(end).ok_or(ComputeError::Memory("queries"))?;
+        Ok(Self { data, layers, pos })
+    }
+
+    /// Those of the i-th layer of the cache. `[sample][n_head][n_embd_head_k]`
+    pub fn layer(&self, layer: usize) -> &[f16] {
+        self.layers.get(layer).map_or(&[], |own| &self.data[own.clone()])
+    }
+
+    pub(super) fn layer_mut(&mut self, layer: usize) -> &mut [f16] {
+        &mut self.data[self.layers[layer].clone()]
+    }
+
+    /// `[sample]`
+    pub fn pos(&self) -> &[Pos] {
+        &self.pos
+    }
+}
+
 pub(super) struct Probe {
     samples: Samples,
     /// Layers whose queries of the ubatch in work are there.
     pub(super) taken: Vec<bool>,
     /// How the ubatch in work is read; None before its first node.
     pub(super) way: Option<Way>,
-    /// `[layer][sample][n_q]`
-    pub(super) queries: Vec<Vec<f16>>,
+    pub(super) queries: SyntheticQueries,
 }
 
 impl Probe {
@@ -113,7 +161,7 @@ impl Capture {
         pos: Pos,
         n: usize,
         seed: u64,
-    ) -> Result<Vec<Queries>, CaptureError> {
+    ) -> Result<SyntheticQueries, CaptureError> {
         self.settle();
         if let Some(error) = self.failure() {
             return Err(error);
@@ -127,22 +175,18 @@ impl Capture {
         };
 
         self.inner.mode = Mode::Probe(Probe {
-            samples: Samples::new(seed, self.inner.n_embd, &record.layers, ctx.n_threads_batch()),
+            samples: Samples::new(seed, self.inner.n_embd, record.layers.clone(), ctx.n_threads_batch()),
             taken: Vec::new(),
             way: None,
-            queries: self.inner.layers.iter().map(|l| zeros(n * l.n_q)).collect(),
+            queries: SyntheticQueries::zeros(&self.inner.layers, (1..=n as Pos).map(|i| pos + i).collect())?,
         });
         let result = self.probe_in_chunks(ctx, seq, pos, n);
         let mode = std::mem::replace(&mut self.inner.mode, Mode::Listen);
         result?;
-        let Mode::Probe(probe) = mode else {
-            return Err(CaptureError::Empty);
-        };
-        Ok(probe
-            .queries
-            .into_iter()
-            .map(|data| Queries { data, pos: (1..=n as Pos).map(|i| pos + i).collect() })
-            .collect())
+        match mode {
+            Mode::Probe(probe) => Ok(probe.queries),
+            _ => Err(CaptureError::Empty),
+        }
     }
 
     /// Decodes dummy tokens where the sequence has no others: what their graphs compute behind q is not wanted.
@@ -266,11 +310,19 @@ impl Inner {
             return Err(other.shape_error());
         }
         let n_nodes = paths.iter().map(|(path, _)| path.nodes.len() + LAYER_NODES).sum::<usize>() + OTHER_NODES;
+        // where the queries of each layer belong
+        let places = paths.iter().map(|(_, attention)| {
+            let n_q = self.layers[attention.layer].n_q;
+            let start = out.layers[attention.layer].start + samples.first * n_q;
+            start..start + n * n_q
+        });
+        let places: Vec<_> = places.collect();
         let mut b = Builder::new(n_nodes)?;
         let z = b.input([n_embd, n, 1], &samples.z[..]);
         let gaussians = b.input([n_embd, 2, samples.gaussians.len() / (2 * n_embd)], &samples.gaussians[..]);
-        let mut queries = Vec::with_capacity(paths.len());
-        for ((path, attention), hidden) in paths.iter().zip(hidden_states) {
+        let queries = b.half_results(places.iter().map(Range::len).sum());
+        let mut end = 0;
+        for (((path, attention), hidden), place) in paths.iter().zip(hidden_states).zip(&places) {
             // SAFETY: llama.cpp has allocated its graph and set its inputs, and lets nobody else compute before we return. What is on
             // a path reads nothing else of the graph.
             unsafe {
@@ -278,21 +330,25 @@ impl Inner {
                 let own = attention.layer * nb2;
                 let [deviation, mean] =
                     [own, own + nb1].map(|offset| sys::ggml_view_1d(b.ctx, gaussians, n_embd as i64, offset));
-                let hidden = sys::ggml_cpy(b.ctx, z, b.elsewhere(hidden.0));
-                let hidden = sys::ggml_mul_inplace(b.ctx, hidden, deviation);
-                b.run(sys::ggml_add_inplace(b.ctx, hidden, mean));
+                let scaled = sys::ggml_mul(b.ctx, z, deviation);
+                b.place(scaled, hidden.0);
+                b.run(sys::ggml_add_inplace(b.ctx, scaled, mean));
                 path.nodes.iter().for_each(|&node| b.run_other(node));
                 let of_tokens = by_token(&b, attention.q, 0..attention.q.0.ne[1] as usize);
-                queries.push(b.output(sys::ggml_cast(b.ctx, of_tokens, sys::GGML_TYPE_F16)));
+                b.write_halves(queries, end, of_tokens);
             }
+            end += place.len();
         }
         let Some((_, first)) = paths.first() else { return Ok(()) };
         // SAFETY: a node of the graph in work has a buffer.
         let device = unsafe { self.devices.at(first.q.buffer())? };
         b.begin(device)?;
-        for ((_, attention), queries) in paths.iter().zip(queries) {
-            let n_q = self.layers[attention.layer].n_q;
-            device.read(&mut out[attention.layer][samples.first * n_q..][..n * n_q], queries)?;
+        let mut start = 0;
+        // all at once where one ubatch has all samples of layers that follow each other
+        for places in places.chunk_by(|place, next| place.end == next.start) {
+            let side_by_side = &mut out.data[places[0].start..places[places.len() - 1].end];
+            device.read_from(start, side_by_side, queries)?;
+            start += side_by_side.len();
         }
         Ok(())
     }

@@ -30,9 +30,10 @@ fn capture_and_probe_see_the_same() {
         let run = || {
             let mut ctx = context(&model, setup, 512, 64);
             let mut capture = captured(&mut ctx, &tokens);
-            let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 40, 3).unwrap();
+            // more samples than one ubatch takes
+            let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 70, 3).unwrap();
             let window = capture.window(0, 7, N as Pos - 1).unwrap().joined();
-            (capture.statistics(0, 7), window.data, probe[7].data.clone(), probe[29].data.clone(), cells(&ctx))
+            (capture.statistics(0, 7), window.data, probe.layer(7).to_vec(), probe.layer(29).to_vec(), cells(&ctx))
         };
         let (host, device) = (run(), on_device(run));
         // sums of a graph are added up in another order
@@ -144,10 +145,10 @@ fn a_graph_over_several_back_ends_gives_the_same_queries() {
             let mut ctx = context(&model, setup, 512, 64);
             let mut capture = captured(&mut ctx, &tokens);
             let before = cells(&ctx);
-            let queries = capture.probe(&mut ctx, 0, N as Pos - 1, 40, 3).unwrap();
+            let queries = capture.probe(&mut ctx, 0, N as Pos - 1, 70, 3).unwrap();
             PRETEND_SCATTERED.set(false);
             assert!(cells(&ctx) == before, "{setup:?}");
-            queries.into_iter().map(|queries| queries.data).collect::<Vec<_>>()
+            (0..30).map(|il| queries.layer(il).to_vec()).collect::<Vec<_>>()
         };
         assert!(probe(false) == probe(true), "{setup:?}");
     }
@@ -175,7 +176,12 @@ fn keys_get_the_same_scores() {
             let mut out: Vec<f32> = Vec::new();
             let queries = |il| {
                 let observed = capture.window(0, il, N as Pos - 1).unwrap();
-                Ok::<_, ComputeError>(LayerQueries::of_window(&observed, probe[il].clone(), capture.logit_scale(il)))
+                Ok::<_, ComputeError>(LayerQueries::of_window(
+                    &observed,
+                    probe.layer(il),
+                    probe.pos(),
+                    capture.logit_scale(il),
+                ))
             };
             let mut scorer = Scorer::new(2);
             let sink = |_, heads: &[HeadScores]| {
@@ -209,7 +215,7 @@ fn scores_take_little_memory_beside_the_cache() {
     let needs = Needs { future: true, observed: true, value_norm: true, key_similarity: true, ..Needs::default() };
     let queries = |il| {
         let observed = capture.window(0, il, 999).unwrap();
-        Ok::<_, ComputeError>(LayerQueries::of_window(&observed, probe[il].clone(), capture.logit_scale(il)))
+        Ok::<_, ComputeError>(LayerQueries::of_window(&observed, probe.layer(il), probe.pos(), capture.logit_scale(il)))
     };
     let mut scorer = Scorer::new(1);
     scorer.score(&layout, &cells(&ctx), needs, true, queries, |_, _: &[HeadScores]| ()).unwrap();

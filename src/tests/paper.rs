@@ -54,7 +54,12 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
             false,
             |il| {
                 let window = capture.window(0, il, last).unwrap();
-                Ok::<_, ComputeError>(LayerQueries::of_window(&window, synthetic[il].clone(), capture.logit_scale(il)))
+                Ok::<_, ComputeError>(LayerQueries::of_window(
+                    &window,
+                    synthetic.layer(il),
+                    synthetic.pos(),
+                    capture.logit_scale(il),
+                ))
             },
             |first, heads: &[HeadScores]| {
                 policy.observe_heads(first, heads);

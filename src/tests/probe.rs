@@ -47,10 +47,10 @@ fn captures_the_same_however_the_prompt_is_split() {
     let far = |a: &[f64], b: &[f64]| largest(a.iter().zip(b).map(|(a, b)| (a - b) / (1.0 + a.abs())));
     let mut all_hold = is_within("means of another split", far(&a.0.0, &b.0.0), moments);
     all_hold &= is_within("variances of another split", far(&a.0.1, &b.0.1), moments);
-    for (name, x, y) in [("window", &a.1, &b.1), ("synthetic queries", &a.2[5], &b.2[5])] {
-        assert_eq!(x.data.len(), y.data.len());
+    for (name, x, y) in [("window", &a.1.data[..], &b.1.data[..]), ("synthetic queries", a.2.layer(5), b.2.layer(5))] {
+        assert_eq!(x.len(), y.len());
         let (mut error, mut norm) = (0.0, 0.0);
-        for (x, y) in x.data.iter().zip(&y.data) {
+        for (x, y) in x.iter().zip(y) {
             error += (x.to_f64() - y.to_f64()).powi(2);
             norm += x.to_f64().powi(2);
         }
@@ -64,7 +64,7 @@ fn the_same_seed_gives_the_same_queries_and_another_seed_others() {
     let model = model();
     let mut ctx = context(&model, F16, 512, 512);
     let mut capture = captured(&mut ctx, &tokens(&model, N));
-    let mut probe = |seed| capture.probe(&mut ctx, 0, N as Pos - 1, 8, seed).unwrap()[7].data.clone();
+    let mut probe = |seed| capture.probe(&mut ctx, 0, N as Pos - 1, 8, seed).unwrap().layer(7).to_vec();
     let (a, b, c) = (probe(1), probe(1), probe(2));
     assert!(a == b);
     assert!(a != c);

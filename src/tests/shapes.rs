@@ -46,7 +46,7 @@ fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) -> bool {
                 if rotated {
                     rotate(&mut expected);
                 }
-                let got = &probe[i].data[(sample * tiny.spec.n_head + head) * tiny.spec.head..][..tiny.spec.head];
+                let got = &probe.layer(i)[(sample * tiny.spec.n_head + head) * tiny.spec.head..][..tiny.spec.head];
                 let norm = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
                 let error = got.iter().zip(&expected).map(|(g, e)| (g.to_f64() - e).powi(2)).sum::<f64>().sqrt();
                 errors.push(error / norm);

@@ -10,7 +10,7 @@ use super::trial::Trial;
 use super::{CompressReport, Notes, Stage, Vote, VoteError, Voter, chunk, enter, uniform_shape};
 use crate::backend::{self, ComputeError};
 use crate::cache::{self, Cell, Layout, Parked};
-use crate::capture::{self, CaptureError, Queries};
+use crate::capture::{self, CaptureError, SyntheticQueries};
 use crate::compact;
 use crate::llama::{Batch, LlamaError, Pos, Token};
 use crate::policy::{self, Bound, Decision, HeadScores, Kind, Policy, Ranking, Selection};
@@ -243,6 +243,7 @@ impl Vote<'_> {
         };
 
         let mut clock = Instant::now();
+        let mut synthetic = SyntheticQueries::default();
         thread::scope(|scope| {
             let (tell, told) = mpsc::sync_channel::<Vec<LayerQueries>>(1);
             let mut queries = Vec::new().into_iter();
@@ -272,14 +273,13 @@ impl Vote<'_> {
             } else {
                 Box::new(score)
             };
-            let synthetic = match needs.samples() {
-                true => capture.probe(ctx, seq, pos_last, params.samples, params.seed)?,
-                false => vec![Queries::default(); layout.n_layer()],
-            };
-            let capture = &*capture;
-            let queries = synthetic.into_iter().enumerate().map(|(layer, synthetic)| {
-                let window = capture.window(seq, layer, pos_last)?;
-                Ok(LayerQueries::of_window(&window, synthetic, capture.logit_scale(layer)))
+            if needs.samples() {
+                synthetic = capture.probe(ctx, seq, pos_last, params.samples, params.seed)?;
+            }
+            let (capture, synthetic) = (&*capture, &synthetic);
+            let queries = (0..layout.n_layer()).map(|il| {
+                let (window, scale) = (capture.window(seq, il, pos_last)?, capture.logit_scale(il));
+                Ok(LayerQueries::of_window(&window, synthetic.layer(il), synthetic.pos(), scale))
             });
             let queries = queries.collect::<Result<Vec<_>, CaptureError>>()?;
             report.probe_time = clock.elapsed();
