@@ -44,12 +44,11 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 use half::f16;
 
 use self::graph::{CellsView, Coarseness, Grain, LayerGraph};
-use self::results::{Gathered, LayerScores, Rows};
+use self::results::{Gathered, LayerScores};
 use crate::backend::{self, ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{Cell, Layout};
 use crate::capture::{LogitScale, Queries, Window};
 use crate::llama::Pos;
-use crate::memory;
 use crate::policy::{HeadScores, Needs};
 
 /// Of the bytes of K and V, what a device may need to compute scores; or [`DEVICE_LEAST`] where that is no more than
@@ -200,7 +199,7 @@ impl Scorer {
             head += heads.len();
         };
         let is_host = layout.is_host();
-        let layers_at_once = |scores: &LayerScores| if is_host { 1 } else { HANDED_OVER / scores.data().len().max(1) };
+        let layers_at_once = |scores: &LayerScores| if is_host { 1 } else { HANDED_OVER / scores.data.len().max(1) };
         let n_workers = if is_host { self.n_threads } else { DEVICE_LAYERS }.min(layout.n_layer());
         let room = if is_host { 0 } else { self.room(layout, view.n_kv)? / n_workers };
         let describe = |il: usize, queries: LayerQueries<'q>| {
@@ -227,19 +226,13 @@ impl Scorer {
         // on the host each worker has one layer in work and one to go on with; a device is told of all at once, and never waits
         let ahead = if is_host { n_workers } else { layout.n_layer() };
         let threads = &mut self.threads;
-        // memory for the scores of a layer is used again, since fresh memory takes as much time as what fills it; those that all
-        // layers begin with have it in one piece
-        let heads = layout.n_head_kv().max().unwrap_or(0);
-        let one = Rows::new(view.n_kv, heads, needs, 0).n * view.n_kv;
-        let mut memory = memory::zeros(if measures_first { layout.n_layer() * one } else { 0 })
-            .ok_or(ComputeError::Memory("scores"))?;
-        // the first layer begins where the memory does
-        let spare = Mutex::new(memory.chunks_mut(one.max(1)).rev().map(LayerScores::within).collect());
+        // memory for the scores of a layer is used again, since fresh memory takes as much time as what fills it
+        let spare = Mutex::new(Vec::new());
         thread::scope(|scope| {
             let spare = &spare;
-            let in_queue = 2 * (ahead / n_workers + 1);
+            let n_layers = ahead / n_workers + 1;
             let workers =
-                threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs, spare, in_queue));
+                threads[..n_workers].iter_mut().map(|devices| Worker::start(scope, devices, needs, spare, n_layers));
             let workers = workers.collect::<Result<Vec<_>, _>>()?;
             if measures_first {
                 for il in 0..layout.n_layer() {
@@ -272,9 +265,9 @@ impl Scorer {
 #[derive(Clone, Copy)]
 enum Part {
     All,
-    /// What comes of keys and values alone; the rest follows.
+    /// What comes of keys and values alone, which stays where it is computed.
     Cells,
-    /// The rest.
+    /// The rest, with that.
     Queries,
 }
 
@@ -283,39 +276,38 @@ type Task<'a> = (Part, LayerGraph<'a>);
 /// A thread that computes the scores of layers, one after another. It frees no queries that another thread has made.
 struct Worker<'s, 'a> {
     layers: SyncSender<Task<'a>>,
-    scores: Receiver<(LayerGraph<'a>, Result<LayerScores<'a>, ComputeError>)>,
+    scores: Receiver<(LayerGraph<'a>, Result<LayerScores, ComputeError>)>,
     thread: ScopedJoinHandle<'s, Receiver<Task<'a>>>,
 }
 
 impl<'s, 'a: 's> Worker<'s, 'a> {
-    /// `spare`: memory for scores. `in_queue`: layers that it has been given, at most.
+    /// `spare`: memory for scores. `n_layers`: that it is given ahead, at most.
     fn start(
         scope: &'s Scope<'s, '_>,
         devices: &'s mut Devices,
         needs: Needs,
-        spare: &'s Mutex<Vec<LayerScores<'a>>>,
-        in_queue: usize,
+        spare: &'s Mutex<Vec<LayerScores>>,
+        n_layers: usize,
     ) -> Result<Self, ComputeError> {
-        let (layers, to_do) = mpsc::sync_channel::<Task>(in_queue);
-        let (done, scores) = mpsc::sync_channel(in_queue);
+        let (layers, to_do) = mpsc::sync_channel::<Task>(2 * n_layers);
+        // scores of more layers would be as much fresh memory
+        let (done, scores) = mpsc::sync_channel(2);
         let thread = backend::start(scope, move || {
-            let mut begun = VecDeque::new();
+            devices.forget_kept();
+            let mut measured: VecDeque<Result<Option<usize>, ComputeError>> = VecDeque::new();
             while let Ok((part, graph)) = to_do.recv() {
-                let empty = || Ok(spare.lock().expect(ALIVE).pop().unwrap_or_default());
-                let out: Result<LayerScores<'a>, ComputeError> = match part {
-                    Part::All | Part::Cells => empty(),
-                    Part::Queries => begun.pop_front().unwrap_or_else(empty),
-                };
-                let computed = out.and_then(|mut out| {
-                    // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
-                    let device = unsafe { devices.at((*graph.layer.k).buffer)? };
-                    graph.compute(device, needs, part, &mut out)?;
-                    Ok(out)
-                });
+                // SAFETY: K's storage lives as long as the context, which the caller of `score` holds.
+                let device = unsafe { devices.at((*graph.layer.k).buffer) };
                 if let Part::Cells = part {
-                    begun.push_back(computed);
+                    measured.push_back(device.and_then(|device| graph.measure_ahead(device, needs, n_layers)));
                     continue;
                 }
+                let measured = if let Part::Queries = part { measured.pop_front() } else { None };
+                let computed = measured.unwrap_or(Ok(None)).and_then(|measured| {
+                    let mut out = spare.lock().expect(ALIVE).pop().unwrap_or_default();
+                    graph.compute(device?, needs, measured, &mut out)?;
+                    Ok(out)
+                });
                 // nobody listens any more where another layer has failed
                 if done.send((graph, computed)).is_err() {
                     break;
@@ -332,7 +324,7 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
     }
 
     /// The scores of the layer that was given to it before all others that it still has.
-    fn take(&self) -> Result<LayerScores<'a>, ComputeError> {
+    fn take(&self) -> Result<LayerScores, ComputeError> {
         let (_, scores) = self.scores.recv().expect(ALIVE);
         scores
     }

@@ -23,6 +23,8 @@ pub(crate) struct Device {
     sent: usize,
     /// Where the device has the inputs of a graph that come together, as many bytes as the stage; nothing where they come one by one.
     inputs: Memory,
+    /// Results that are read when others have been computed.
+    kept: Memory,
 }
 
 /// Bytes of a stage. The driver takes half a millisecond to make half as much memory that a device can read and write; with other
@@ -67,6 +69,7 @@ impl Device {
                 stage: HostMemory::default(),
                 sent: 0,
                 inputs: Memory::default(),
+                kept: Memory::default(),
             };
             device.has_out_prod = device.can_sum_columns()?;
             Ok(device)
@@ -112,6 +115,36 @@ impl Device {
             self.stage = stage;
             let _ = self.inputs.grow(self.backend, &[STAGE], 0);
         }
+    }
+
+    /// Whether there is room for so many bytes of results, which are kept until [`Devices::release`]. The first time it is taken for
+    /// `n` times as many, within limits.
+    pub fn has_room(&mut self, bytes: usize, n: usize) -> bool {
+        if self.kept.bytes() == 0 && self.kept.grow(self.backend, &[bytes], n).is_err() {
+            return false;
+        }
+        self.kept.has_room(&[bytes])
+    }
+
+    pub(super) fn kept(&mut self) -> &mut Memory {
+        &mut self.kept
+    }
+
+    /// Reads kept results.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn read_kept(&mut self, out: &mut [f32], at: usize) -> Result<(), ComputeError> {
+        let b = Builder::new(1)?;
+        // SAFETY: the context has room for the tensor, which lies where the results are.
+        let t = unsafe { sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_F32, out.len() as i64) };
+        self.kept.put(t, at);
+        self.read(out, t)
+    }
+
+    /// Whether what was begun needs nothing of the host any more: its inputs wait in the stage.
+    pub fn is_on_its_own(&self) -> bool {
+        !self.stage.is_empty()
     }
 
     /// Where inputs of a graph lie that are sent together.
@@ -273,10 +306,11 @@ impl Device {
         &mut self.alloc
     }
 
-    /// Bytes of its compute buffer.
+    /// Bytes of its compute buffer, and of what is kept.
     fn compute_bytes(&self) -> usize {
         // SAFETY: a valid allocator, with one buffer.
-        if self.alloc.is_null() { 0 } else { unsafe { sys::ggml_gallocr_get_buffer_size(self.alloc, 0) } }
+        let own = if self.alloc.is_null() { 0 } else { unsafe { sys::ggml_gallocr_get_buffer_size(self.alloc, 0) } };
+        own + self.kept.bytes()
     }
 }
 
@@ -423,6 +457,11 @@ impl Devices {
         self.met.iter().map(Device::compute_bytes).sum()
     }
 
+    /// What is kept will not be read any more.
+    pub fn forget_kept(&mut self) {
+        self.met.iter_mut().for_each(|device| device.kept.used = 0);
+    }
+
     /// Gives the compute memory back and says how many bytes it was. Back ends on other devices stay: starting one takes long.
     pub fn release(&mut self) -> usize {
         let bytes = self.compute_bytes();
@@ -430,6 +469,7 @@ impl Devices {
         for device in &mut self.met {
             // SAFETY: ours; NULL is fine, and stands for none.
             unsafe { sys::ggml_gallocr_free(std::mem::replace(&mut device.alloc, std::ptr::null_mut())) };
+            device.kept = Memory::default();
         }
         bytes
     }

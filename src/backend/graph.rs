@@ -32,6 +32,16 @@ pub(crate) struct Results {
     first: usize,
     /// Rows that hold something.
     written: Vec<bool>,
+    /// Whether they stay on the device when others are computed.
+    is_kept: bool,
+}
+
+impl Results {
+    /// Lets them lie in memory that a device was asked for with [`Device::has_room`], and says where.
+    pub fn keep(&mut self, device: &mut Device) -> usize {
+        self.is_kept = true;
+        device.kept().give(self.tensor)
+    }
 }
 
 /// An input, and what it gets.
@@ -213,7 +223,7 @@ impl<'a> Builder<'a> {
     /// Rows of `n` numbers that other nodes are written to: some of more that there are.
     pub fn results(&mut self, n: usize, rows: Range<usize>) -> Results {
         let tensor = self.written_to(sys::GGML_TYPE_F32, n, rows.len());
-        Results { tensor, first: rows.start, written: vec![false; rows.len()] }
+        Results { tensor, first: rows.start, written: vec![false; rows.len()], is_kept: false }
     }
 
     /// `n` halves that other nodes are written to.
@@ -248,7 +258,8 @@ impl<'a> Builder<'a> {
     fn is_all(&mut self, to: &mut Results, rows: usize, n: i64, t: Tensor) -> bool {
         // SAFETY: tensors of this context.
         unsafe {
-            let is_all = rows == to.written.len()
+            let is_all = !to.is_kept
+                && rows == to.written.len()
                 && n == (*to.tensor).ne[0]
                 && !to.written.contains(&true)
                 && (*t).view_src.is_null();
@@ -356,9 +367,9 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// [`ComputeError`].
     pub fn begin(&mut self, device: &mut Device) -> Result<(), ComputeError> {
+        device.begin_sending()?;
         self.reserve(device)?;
         self.check(device.backend())?;
-        device.begin_sending()?;
         if !self.together.is_null() {
             // over what the graph before has read: both are in the queue of this device, where a copy waits for the kernels before it
             let inputs = self.inputs.iter().filter_map(|input| Some((input.at?, input.data.parts())));

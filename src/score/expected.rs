@@ -41,8 +41,7 @@ impl LayerGraph<'_> {
         let (sums, squares) = sums.split_at(n_head * n_kv);
         for head in 0..n_head {
             let row = head * n_kv..(head + 1) * n_kv;
-            let first = scores.rows.expected.at(head / group) * n_kv;
-            let to = &mut scores.data_mut()[first..][..n_kv];
+            let to = &mut scores.data[scores.rows.expected.at(head / group) * n_kv..][..n_kv];
             if head % group == 0 {
                 to.fill(0.0);
             }

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::LayerQueries;
 use super::measure::{GRAM, STEP};
 use super::results::{LayerScores, Rows};
-use super::{LayerQueries, Part};
 use crate::backend::{Builder, ComputeError, Device, Results, Tensor};
 use crate::cache::Cell;
 use crate::llama::Pos;
@@ -186,13 +186,36 @@ const HEADS_NODES: usize = 8;
 const OTHER_NODES: usize = 32;
 
 impl LayerGraph<'_> {
-    /// The scores of each KV head, in place of what `scores` holds.
-    /// Where only a part of them is asked for, the other part of `scores` stays.
+    /// Begins to compute what comes of keys and values alone, which stays on the device for [`Self::compute`], and says where; None: it has
+    /// no room for it. `n_layers`: those that it will be asked for.
+    pub fn measure_ahead(
+        &self,
+        device: &mut Device,
+        needs: Needs,
+        n_layers: usize,
+    ) -> Result<Option<usize>, ComputeError> {
+        let rows = Rows::new(self.view.n_kv, self.n_head_kv(), needs, 0);
+        let part = rows.measures();
+        if !device.has_room(part.len() * rows.n_kv * size_of::<f32>(), n_layers) {
+            return Ok(None);
+        }
+        let mut b = Builder::on(device, self.n_nodes(0, 0, false, true))?;
+        let mut out = b.results(rows.n_kv, part);
+        let at = out.keep(device);
+        self.measure(&mut b, &mut out, &rows);
+        b.begin(device)?;
+        if !device.is_on_its_own() {
+            device.wait()?;
+        }
+        Ok(Some(at))
+    }
+
+    /// The scores of each KV head, in place of what `scores` holds. `measured`: what [`Self::measure_ahead`] has said.
     pub fn compute(
         &self,
         device: &mut Device,
         needs: Needs,
-        part: Part,
+        measured: Option<usize>,
         scores: &mut LayerScores,
     ) -> Result<(), ComputeError> {
         let LayerQueries { pos, n_observed, .. } = &self.queries;
@@ -201,14 +224,14 @@ impl LayerGraph<'_> {
         scores.resize(rows)?;
 
         let (looks, measures) = (rows.looks(), rows.measures());
-        match part {
-            Part::Cells => return self.compute_rows(device, needs, scores, measures),
-            Part::Queries => self.compute_rows(device, needs, scores, looks)?,
-            Part::All if self.grain.is_coarse => {
-                self.compute_rows(device, needs, scores, looks.start..measures.end)?;
+        match measured {
+            Some(at) => {
+                self.compute_rows(device, needs, scores, looks)?;
+                device.read_kept(&mut scores.data[measures.start * rows.n_kv..measures.end * rows.n_kv], at)?;
             }
+            None if self.grain.is_coarse => self.compute_rows(device, needs, scores, looks.start..measures.end)?,
             // one after the other they need less memory
-            Part::All => {
+            None => {
                 self.compute_rows(device, needs, scores, looks)?;
                 self.compute_rows(device, needs, scores, measures)?;
             }
@@ -244,7 +267,7 @@ impl LayerGraph<'_> {
             self.measure(&mut b, &mut out, &rows);
         }
         b.begin(device)?;
-        device.read(&mut scores.data_mut()[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor)
+        device.read(&mut scores.data[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor)
     }
 
     /// Tensors of a graph for so many queries, at most; `n_each`: query heads whose probabilities are noted one by one; `powers`:

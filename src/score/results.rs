@@ -90,48 +90,30 @@ impl Rows {
 
 /// The scores of one layer.
 #[derive(Default)]
-pub(super) struct LayerScores<'m> {
+pub(super) struct LayerScores {
     pub rows: Rows,
-    /// Where they are, if it has room for them.
-    lent: &'m mut [f32],
-    /// Where they are otherwise.
-    own: Vec<f32>,
+    /// `[rows.n][rows.n_kv]`
+    pub data: Vec<f32>,
 }
 
-impl<'m> LayerScores<'m> {
-    /// Memory for some, in that of another.
-    pub fn within(lent: &'m mut [f32]) -> Self {
-        Self { lent, ..Self::default() }
-    }
-
+impl LayerScores {
     /// Makes room for these rows.
     ///
     /// # Errors
     /// [`ComputeError::Memory`].
     pub fn resize(&mut self, rows: Rows) -> Result<(), ComputeError> {
         let n = rows.n * rows.n_kv;
-        if self.lent.len().max(self.own.len()) < n {
-            self.own = Vec::new();
-            self.own = memory::zeros(n).ok_or(ComputeError::Memory("scores"))?;
+        if self.data.len() < n {
+            self.data = Vec::new();
+            self.data = memory::zeros(n).ok_or(ComputeError::Memory("scores"))?;
         }
+        self.data.truncate(n);
         self.rows = rows;
         Ok(())
     }
 
-    /// `[rows.n][rows.n_kv]`
-    pub fn data(&self) -> &[f32] {
-        let n = self.rows.n * self.rows.n_kv;
-        if self.lent.len() < n { &self.own[..n] } else { &self.lent[..n] }
-    }
-
-    /// The same.
-    pub fn data_mut(&mut self) -> &mut [f32] {
-        let n = self.rows.n * self.rows.n_kv;
-        if self.lent.len() < n { &mut self.own[..n] } else { &mut self.lent[..n] }
-    }
-
     pub fn head(&self, head: usize) -> HeadScores<'_> {
-        head_of(&self.rows, self.data(), head)
+        head_of(&self.rows, &self.data, head)
     }
 }
 
@@ -146,7 +128,7 @@ impl Gathered {
     pub fn fill(&mut self, from: &LayerScores, cells: &[Cell]) {
         self.rows = Rows { n_kv: cells.len(), ..from.rows };
         self.data.clear();
-        for row in from.data().chunks_exact(from.rows.n_kv) {
+        for row in from.data.chunks_exact(from.rows.n_kv) {
             self.data.extend(cells.iter().map(|c| row[c.index as usize]));
         }
     }

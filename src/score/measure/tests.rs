@@ -43,7 +43,7 @@ fn measure(layout: &Layout, cells: &[Cell], grain: Grain) -> Measured {
     let mut scores = LayerScores::default();
     // SAFETY: K's storage lives as long as the context.
     let device = unsafe { devices.at((*layer.k).buffer) }.unwrap();
-    graph.compute(device, needs, Part::Cells, &mut scores).unwrap();
+    graph.compute(device, needs, None, &mut scores).unwrap();
     let mut gathered = Gathered::default();
     gathered.fill(&scores, cells);
     let heads = (0..layer.n_head_kv as usize).map(|head| gathered.head(head));
