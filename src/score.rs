@@ -167,7 +167,7 @@ impl Scorer {
 
     /// Computes the scores of every KV head, layer by layer, and hands those of one or more layers to `sink(first, heads)`, where
     /// `first` counts heads over all layers and scores are indexed by the place in `cells`. `queries` gives those of the i-th layer.
-    /// `account_error`: raise logits by half their variance where K is quantized.
+    /// `account_error`: raise logits by half their variance where K is quantized. `sink` may be given none first.
     ///
     /// # Errors
     /// [`ComputeError`], or what `queries` fails with; the cache is only read.
@@ -238,6 +238,8 @@ impl Scorer {
                 for il in 0..layout.n_layer() {
                     workers[il % n_workers].give(Part::Cells, describe(il, LayerQueries::none()));
                 }
+                // meanwhile there is time to make ready for scores
+                hand_over(&[]);
             }
             let part = if measures_first { Part::Queries } else { Part::All };
             let mut ready: Vec<LayerScores> = Vec::new();

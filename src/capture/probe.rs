@@ -104,17 +104,24 @@ pub struct SyntheticQueries {
 }
 
 impl SyntheticQueries {
-    /// Zeros, in place of the queries at `pos`.
-    fn zeros(layers: &[Layer], pos: Vec<Pos>) -> Result<Self, CaptureError> {
+    /// Places for the queries at `pos`.
+    fn at(layers: &[Layer], pos: Vec<Pos>) -> Self {
         let mut end = 0;
         let ranges = layers.iter().map(|layer| {
             let start = end;
             end += pos.len() * layer.n_q;
             start..end
         });
-        let layers = ranges.collect();
-        let data = memory::zeros(end).ok_or(ComputeError::Memory("queries"))?;
-        Ok(Self { data, layers, pos })
+        Self { data: Vec::new(), layers: ranges.collect(), pos }
+    }
+
+    /// Takes the memory for them, if that has not been done.
+    fn take_memory(&mut self) -> Result<(), ComputeError> {
+        let n = self.layers.last().map_or(0, |last| last.end);
+        if self.data.len() < n {
+            self.data = memory::zeros(n).ok_or(ComputeError::Memory("queries"))?;
+        }
+        Ok(())
     }
 
     /// Those of the i-th layer of the cache. `[sample][n_head][n_embd_head_k]`
@@ -178,7 +185,7 @@ impl Capture {
             samples: Samples::new(seed, self.inner.n_embd, record.layers.clone(), ctx.n_threads_batch()),
             taken: Vec::new(),
             way: None,
-            queries: SyntheticQueries::zeros(&self.inner.layers, (1..=n as Pos).map(|i| pos + i).collect())?,
+            queries: SyntheticQueries::at(&self.inner.layers, (1..=n as Pos).map(|i| pos + i).collect()),
         });
         let result = self.probe_in_chunks(ctx, seq, pos, n);
         let mode = std::mem::replace(&mut self.inner.mode, Mode::Listen);
@@ -272,6 +279,9 @@ impl Inner {
         paths.retain(|(_, attention)| here(attention));
         if let Mode::Probe(probe) = &mut self.mode {
             probe.way = Some(if is_complete { Way::Paths } else { Way::Whole });
+            if !is_complete {
+                probe.queries.take_memory()?;
+            }
         }
         if is_complete && !paths.is_empty() {
             self.turn_into_queries(&paths)?;
@@ -343,6 +353,11 @@ impl Inner {
         // SAFETY: a node of the graph in work has a buffer.
         let device = unsafe { self.devices.at(first.q.buffer())? };
         b.begin(device)?;
+        // while the device is at work
+        if let Err(error) = out.take_memory() {
+            device.wait()?;
+            return Err(error.into());
+        }
         let mut start = 0;
         // all at once where one ubatch has all samples of layers that follow each other
         for places in places.chunk_by(|place, next| place.end == next.start) {

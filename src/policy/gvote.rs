@@ -203,21 +203,15 @@ impl Scored<'_> {
 impl Gvote {
     pub fn new(params: &Params, shape: Shape, protected: &Protected) -> Self {
         let n = shape.n;
-        let (per_token, per_head) = match params.evict {
-            Evict::Cells => (n, 0),
-            Evict::Composite => (0, shape.heads() * n),
-        };
-        let (mut score, mut mass) = (vec![0; per_head], vec![0; per_head]);
-        memory::ask_for_large_pages(&mut score);
-        memory::ask_for_large_pages(&mut mass);
+        let per_token = if params.evict == Evict::Cells { n } else { 0 };
         Self {
             params: params.clone(),
             shape,
             forced: Forced::new(params, n, protected),
             seen: 0,
             threads: rank::threads(),
-            score,
-            mass,
+            score: Vec::new(),
+            mass: Vec::new(),
             passages_sum: vec![0.0; n],
             single_sum: vec![0.0; per_token],
             mass_sum: vec![0.0; per_token],
@@ -247,6 +241,11 @@ impl Gvote {
     fn keep_scores(&mut self, first: usize, heads: &[HeadScores<'_>]) {
         let Self { params, shape, score, mass, passages_sum, passages, next_passages, scratch, .. } = self;
         let (n, params, scratch) = (shape.n, &*params, &*scratch);
+        if score.is_empty() {
+            (*score, *mass) = (vec![0; shape.heads() * n], vec![0; shape.heads() * n]);
+            memory::ask_for_large_pages(score);
+            memory::ask_for_large_pages(mass);
+        }
         let threads = self.threads.min(heads.len() * n / ENTRIES_A_THREAD).max(1);
         // one of the threads is late
         let share = heads.len().div_ceil(2 * threads).max(1);

@@ -220,7 +220,7 @@ pub trait Policy {
     /// If a head is skipped or repeated, or a needed slice has the wrong length. Values never panic.
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>);
 
-    /// [`observe`](Policy::observe) for several heads, `first` and those that follow it.
+    /// [`observe`](Policy::observe) for several heads, `first` and those that follow it. Where there are none, scores are about to come.
     ///
     /// # Panics
     /// As [`observe`](Policy::observe).

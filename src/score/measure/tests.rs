@@ -3,9 +3,9 @@
 use half::f16;
 use rand::{RngExt, SeedableRng};
 
+use super::super::LayerQueries;
 use super::super::graph::{CellsView, Coarseness, Grain, LayerGraph};
 use super::super::results::{Gathered, LayerScores};
-use super::super::{LayerQueries, Part};
 use super::STEP;
 use crate::backend::Devices;
 use crate::cache::{self, Cell, Layout, PRETEND_DEVICE};
