@@ -95,7 +95,8 @@ uint32_t gvote_shim_cells(llama_context * ctx, llama_seq_id seq, gvote_shim_cell
     uint32_t n = 0;
     for (auto cell = by_pos.begin(); cell != by_pos.end() && n < n_max; ++cell) {
         const auto & [pos, i] = *cell;
-        out[n++] = { i, pos, cells.ext_get(i).tok, owners_beside(cells, i, seq) > 0 };
+        const bool shared = cells.seq_count(i) > 1 && owners_beside(cells, i, seq) > 0;
+        out[n++] = { i, pos, cells.ext_get(i).tok, shared };
     }
     return by_pos.size();
 }

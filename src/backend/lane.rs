@@ -44,6 +44,9 @@ impl Drop for Lane {
 }
 
 impl Lane {
+    /// Bytes that are read at once, at least.
+    pub const PIECE: usize = STAGE;
+
     /// `place`: see [`super::place`].
     pub fn new(place: sys::ggml_backend_dev_t) -> Self {
         let (kept, work, host) = (Memory::default(), Memory::default(), HostMemory::default());

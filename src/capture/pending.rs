@@ -12,11 +12,12 @@ use half::f16;
 use super::graph::{Attention, Wanted, by_token};
 use super::moments::{Block, Rows, Sums};
 use super::node::Node;
+use super::record::LayerRecord;
 use super::{CaptureError, Inner, Mode};
 use crate::backend::{Builder, ComputeError, Lane};
 use crate::cache::Layout;
 use crate::llama::SeqId;
-use crate::sys;
+use crate::{sys, threads};
 
 /// What lies on one device.
 pub(super) struct Pending {
@@ -30,19 +31,48 @@ pub(super) struct Pending {
 
 /// What was taken of a layer, and where it is kept.
 enum Taken {
-    Sums {
-        seq: SeqId,
-        layer: usize,
-        sums: Sums,
-    },
-    /// Of `n` tokens from `first` on.
-    Queries {
-        layer: usize,
-        first: usize,
-        n: usize,
-        wanted: Vec<Wanted>,
-        at: usize,
-    },
+    Sums { seq: SeqId, layer: usize, sums: Sums },
+    Queries(TakenQueries),
+}
+
+/// Queries of `n` tokens from `first` on.
+struct TakenQueries {
+    layer: usize,
+    first: usize,
+    n: usize,
+    wanted: Vec<Wanted>,
+    at: usize,
+}
+
+/// More threads would take longer to start than to copy.
+const COPYING_THREADS: usize = 4;
+
+/// What becomes of a layer's queries in an observation window.
+struct Filing<'a> {
+    /// `[window][n_q]`; what is in it does not matter where all of it is replaced.
+    to: &'a mut Vec<f16>,
+    n_q: usize,
+    is_whole: bool,
+    /// Those of the tokens from `first` on.
+    from: &'a [f16],
+    first: usize,
+    wanted: &'a [Wanted],
+}
+
+impl Filing<'_> {
+    fn file(self) {
+        let Self { to, n_q, from, first, .. } = self;
+        let of = |wanted: &Wanted| &from[(wanted.row - first) * n_q..][..n_q];
+        if self.is_whole {
+            let mut by_slot: Vec<&Wanted> = self.wanted.iter().collect();
+            by_slot.sort_unstable_by_key(|wanted| wanted.slot);
+            to.clear();
+            to.reserve_exact(by_slot.len() * n_q);
+            by_slot.into_iter().for_each(|wanted| to.extend_from_slice(of(wanted)));
+        } else {
+            self.wanted.iter().for_each(|wanted| to[wanted.slot * n_q..][..n_q].copy_from_slice(of(wanted)));
+        }
+    }
 }
 
 impl Pending {
@@ -113,7 +143,7 @@ impl Inner {
             pending.lane.enqueue(&mut b)?.then_some(at)
         };
         if let Some(at) = is_done {
-            pending.taken.push(Taken::Queries { layer, first, n, wanted, at });
+            pending.taken.push(Taken::Queries(TakenQueries { layer, first, n, wanted, at }));
         }
         self.collect_unordered(i)
     }
@@ -209,6 +239,7 @@ impl Inner {
     }
 
     fn merge(&mut self, pending: &mut Pending) -> Result<(), CaptureError> {
+        let mut queries = Vec::new();
         for taken in std::mem::take(&mut pending.taken) {
             match taken {
                 Taken::Sums { seq, layer, sums } => {
@@ -218,33 +249,60 @@ impl Inner {
                         record.layer_mut(layer).moments.merge(&block);
                     }
                 }
-                Taken::Queries { layer, first, n, wanted, at } => {
-                    let n_q = self.layers[layer].n_q;
-                    self.file_queries(layer, first, &wanted, pending.lane.halves(at, n * n_q)?);
-                }
+                Taken::Queries(taken) => queries.push(taken),
             }
+        }
+        let mut left = &queries[..];
+        while let Some(first) = left.first() {
+            // as many layers as are read at once
+            let end = |taken: &TakenQueries| taken.at + taken.n * self.layers[taken.layer].n_q * size_of::<f16>();
+            let n = left.iter().take_while(|taken| end(taken) <= first.at + Lane::PIECE).count().max(1);
+            let (piece, others) = left.split_at(n);
+            let bytes = end(&piece[n - 1]) - first.at;
+            self.file_queries(piece, pending.lane.halves(first.at, bytes / size_of::<f16>())?);
+            left = others;
         }
         pending.clear()
     }
 
-    /// Copies wanted queries of a layer to where they belong. `queries`: those of the tokens from `first` on.
-    fn file_queries(&mut self, layer: usize, first: usize, wanted: &[Wanted], queries: &[f16]) {
-        let n_q = self.layers[layer].n_q;
-        if let Mode::Replay(_, replayed) = &mut self.mode {
-            replayed[layer].data.resize(wanted.len() * n_q, f16::ZERO);
-            replayed[layer].pos = wanted.iter().map(|w| w.pos).collect();
-        }
-        for of_one in wanted.chunk_by(|a, b| a.seq == b.seq) {
-            let out: &mut [f16] = match &mut self.mode {
-                Mode::Probe(probe) => probe.queries.layer_mut(layer),
-                Mode::Replay(_, replayed) => &mut replayed[layer].data,
-                Mode::Listen | Mode::Prompt { .. } | Mode::Again => match self.records.get_mut(&of_one[0].seq) {
-                    Some(record) => record.window_at(layer, of_one.iter().map(|wanted| (wanted.slot, wanted.pos))),
-                    None => continue,
-                },
-            };
-            for Wanted { row, slot, .. } in of_one {
-                out[slot * n_q..][..n_q].copy_from_slice(&queries[(row - first) * n_q..][..n_q]);
+    /// Copies the wanted ones among queries of some layers to where they belong. `queries`: from where the first of them are on.
+    fn file_queries(&mut self, taken: &[TakenQueries], queries: &[f16]) {
+        let start = taken.first().map_or(0, |taken| taken.at);
+        let of = |taken: &TakenQueries| &queries[(taken.at - start) / size_of::<f16>()..];
+        let Self { mode, records, layers, .. } = self;
+        let copy = |to: &mut [f16], taken: &TakenQueries, n_q: usize| {
+            for Wanted { row, slot, .. } in &taken.wanted {
+                to[slot * n_q..][..n_q].copy_from_slice(&of(taken)[(row - taken.first) * n_q..][..n_q]);
+            }
+        };
+        let n_q = |taken: &TakenQueries| layers[taken.layer].n_q;
+        match mode {
+            Mode::Probe(probe) => {
+                taken.iter().for_each(|taken| copy(probe.queries.layer_mut(taken.layer), taken, n_q(taken)));
+            }
+            Mode::Replay(_, replayed) => {
+                for taken in taken {
+                    let out = &mut replayed[taken.layer];
+                    out.data.resize(taken.wanted.len() * n_q(taken), f16::ZERO);
+                    out.pos = taken.wanted.iter().map(|wanted| wanted.pos).collect();
+                    copy(&mut out.data, taken, n_q(taken));
+                }
+            }
+            Mode::Listen | Mode::Prompt { .. } | Mode::Again => {
+                let mut filings = Vec::new();
+                for (seq, record) in records {
+                    for (layer, of_layer) in record.layers.iter_mut().enumerate() {
+                        let Some(taken) = taken.iter().find(|taken| taken.layer == layer) else { continue };
+                        let mut of_seq = taken.wanted.chunk_by(|a, b| a.seq == b.seq);
+                        let Some(wanted) = of_seq.find(|wanted| wanted[0].seq == *seq) else { continue };
+                        let new = wanted.iter().map(|wanted| (wanted.slot, wanted.pos));
+                        let (to, is_whole) = LayerRecord::window_at(of_layer, new);
+                        let (n_q, from, first) = (n_q(taken), of(taken), taken.first);
+                        filings.push(Filing { to, n_q, is_whole, from, first, wanted });
+                    }
+                }
+                let n_threads = filings.len().min(COPYING_THREADS);
+                threads::share_out(n_threads, filings.into_iter(), Filing::file, || ());
             }
         }
     }

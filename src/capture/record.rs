@@ -50,6 +50,23 @@ pub(super) struct Record {
     seen: Vec<Seen>,
 }
 
+impl LayerRecord {
+    /// The window's queries, of which those in some slots are about to become those of other positions, and whether that is all
+    /// of them.
+    pub fn window_at(this: &mut Arc<Self>, new: impl ExactSizeIterator<Item = (usize, Pos)>) -> (&mut Vec<f16>, bool) {
+        let is_whole = new.len() == this.window_pos.len();
+        if is_whole && Arc::get_mut(this).is_none() {
+            // nothing of what others have would stay
+            let Self { ref moments, n_q, ref window_pos, .. } = **this;
+            let (moments, window_pos) = (moments.clone(), window_pos.clone());
+            *this = Arc::new(Self { moments, n_q, window_q: Vec::new(), window_pos });
+        }
+        let own = Arc::make_mut(this);
+        new.for_each(|(slot, pos)| own.window_pos[slot] = pos);
+        (&mut own.window_q, is_whole)
+    }
+}
+
 impl Record {
     pub fn new(layers: &[Layer], window: usize) -> Self {
         let layers = layers.iter().map(|layer| LayerRecord {
@@ -123,20 +140,6 @@ impl Record {
 
     pub fn layer_mut(&mut self, layer: usize) -> &mut LayerRecord {
         Arc::make_mut(&mut self.layers[layer])
-    }
-
-    /// The window's queries, of which some are about to become those of other positions.
-    pub fn window_at(&mut self, layer: usize, new: impl ExactSizeIterator<Item = (usize, Pos)>) -> &mut Vec<f16> {
-        let layer = &mut self.layers[layer];
-        if new.len() == layer.window_pos.len() && Arc::get_mut(layer).is_none() {
-            // nothing of those that a copy has would stay
-            let LayerRecord { ref moments, n_q, ref window_q, ref window_pos } = **layer;
-            let (moments, window_q) = (moments.clone(), zeros(window_q.len()));
-            *layer = Arc::new(LayerRecord { moments, n_q, window_q, window_pos: window_pos.clone() });
-        }
-        let layer = Arc::make_mut(layer);
-        new.for_each(|(slot, pos)| layer.window_pos[slot] = pos);
-        &mut layer.window_q
     }
 
     /// The queries of a layer's window that ends at `pos_last`, if that one is there.
