@@ -219,7 +219,11 @@ impl Guest {
         let asked = self.home.as_ref().map_or((false, true), |home| home.asked);
         let ours = match &mut self.home {
             // SAFETY: see above.
-            Some(home) if ask || asked.0 => home.on_node(&unsafe { Node::new(t) }, ask, self.next.is_none()),
+            Some(home) if ask || asked.0 => {
+                let is_alone = !ask && self.next.is_none() && home.has_callback();
+                // SAFETY: see above.
+                home.on_node(&unsafe { Node::new(t) }, ask, is_alone)
+            }
             _ => !ask,
         };
         let theirs = match self.next {
@@ -483,7 +487,12 @@ impl Home {
 
     /// Whether `node` ends a step of answers in a context that has our callback.
     fn may_rest(&self, node: &Node) -> bool {
-        self.deaf.is_none() && self.voter.capture.ends_step(node) && eval_callback(&self.ctx) == Some(self.callback)
+        self.deaf.is_none() && self.voter.capture.ends_step(node) && self.has_callback()
+    }
+
+    /// Whether our callback is the context's, and not called by another one.
+    fn has_callback(&self) -> bool {
+        eval_callback(&self.ctx) == Some(self.callback)
     }
 
     fn on_node(&mut self, node: &Node, ask: bool, is_alone: bool) -> bool {

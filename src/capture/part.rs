@@ -1,9 +1,9 @@
 //! The rest of a part of llama.cpp's graph, which we put into the queue of its back end.
 //!
-//! After each node that an eval callback asked for ggml waits for the device, which runs dry and has to be fed anew: for a node or two
-//! of each layer that is a hundredth of a prefill. So a device stops only once. At the first node of a part that is read we do what
-//! ggml would do next, and put what we compute of a node behind it, in the same queue. Then we tell ggml that the part has ended,
-//! and it goes on with the next.
+//! After each node that an eval callback asked for ggml waits for the device, which runs dry and has to be fed anew, once or twice in
+//! each layer; and the host cannot prepare the next ubatch before this one is done. So a device stops only once. At the first node of a
+//! part that is read we do what ggml would do next, and put what we compute of a node behind it, in the same queue. Then we tell ggml
+//! that the part has ended, and it goes on with the next.
 //!
 //! A part is what the scheduler calls a split: nodes of one back end that need nothing copied on the way. It does not say where they
 //! end. Each change from one back end to another is an end; where there are as many parts as changes tell, there are no others.

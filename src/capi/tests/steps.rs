@@ -68,13 +68,26 @@ fn a_device_stops_once_for_a_prompt() {
     unsafe extern "C" fn look_on(_: *mut sys::ggml_tensor, _: bool, _: *mut c_void) -> bool {
         false
     }
-    let decode = |looks_on: bool| {
+    unsafe extern "C" fn call_it(t: *mut sys::ggml_tensor, ask: bool, handle: *mut c_void) -> bool {
+        // SAFETY: what ggml passes on.
+        unsafe { gvote_cb_eval(t, ask, handle) }
+    }
+    #[derive(PartialEq)]
+    enum Callback {
+        IsBlind,
+        LooksOn,
+        CallsIt,
+    }
+    let decode = |who: Callback| {
         let app = App::new(&tiny("llama"), &Shape { flash: true, ..ONE });
         let handle = Handle::with(&app, &capped());
-        if looks_on {
-            // SAFETY: the handle lives; the callback needs no data.
-            let set = unsafe { gvote_set_next_callback(handle.0, Some(look_on), ptr::null_mut()) };
-            assert_eq!(set, GVOTE_OK);
+        // SAFETY: the handle and the context live; the first callback needs no data.
+        unsafe {
+            if who == Callback::LooksOn {
+                assert_eq!(gvote_set_next_callback(handle.0, Some(look_on), ptr::null_mut()), GVOTE_OK);
+            } else if who == Callback::CallsIt {
+                sys::gvote_shim_set_eval_callback(app.ctx, Some(call_it), handle.0.cast());
+            }
         }
         let n_asked = asked(|| app.decode(&[(0, 0, &words(N, 0))]));
         let (status, _) = handle.compress(&app, 0);
@@ -83,9 +96,12 @@ fn a_device_stops_once_for_a_prompt() {
         app.decode(&[(0, N as Pos, &words(1, 7))]);
         (n_asked, heads, app.logits(0).1)
     };
-    let ((stops, kept, logits), (looked_at, others, expected)) = fixture::on_device(|| (decode(false), decode(true)));
-    assert!(10 * stops < looked_at, "{stops} and {looked_at}");
-    assert!(kept == others && logits == expected);
+    let [(stops, kept, logits), looked_on, called] =
+        fixture::on_device(|| [Callback::IsBlind, Callback::LooksOn, Callback::CallsIt].map(decode));
+    for (asked, others, expected) in [looked_on, called] {
+        assert!(10 * stops < asked, "{stops} and {asked}");
+        assert!(kept == others && logits == expected);
+    }
 }
 
 /// Of every cell what it would have been, and of every head what it would have kept.
