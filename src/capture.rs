@@ -6,8 +6,8 @@
 //! - q at the attention op `[n_embd_head_k, n_tokens, n_head]`, rotated just as the cached K is: those of the newest
 //!   `window` positions are kept as f16, what ggml makes of them anyway before it multiplies with an f16 cache.
 //!
-//! Every node that is read stops the graph, which a GPU notices: see `src/capture/part.rs`. So most ubatches pass unread: of a long text every
-//! sixteenth gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
+//! Every node that is read stops the graph, which a GPU notices: see `src/capture/part.rs`. So most ubatches pass unread: of a
+//! long text every sixteenth gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
 //! that is not known, as behind the C interface, a vote decodes the newest tokens once more. What is computed about a node on a
 //! device stays there until the last layer has passed: see `src/capture/pending.rs`.
 //!

@@ -21,6 +21,8 @@ pub(crate) struct Device {
     /// What inputs and results go through between the device and the host; bytes of it that inputs wait in.
     stage: HostMemory,
     sent: usize,
+    /// Whether an input goes there straight from the host's memory, past the stage.
+    sends_straight: bool,
     /// Where the device has the inputs of a graph that come together, as many bytes as the stage; nothing where they come one by one.
     inputs: Memory,
     /// Results that are read when others have been computed.
@@ -68,6 +70,7 @@ impl Device {
                 has_out_prod: true,
                 stage: HostMemory::default(),
                 sent: 0,
+                sends_straight: false,
                 inputs: Memory::default(),
                 kept: Memory::default(),
             };
@@ -142,9 +145,9 @@ impl Device {
         self.read(out, t)
     }
 
-    /// Whether what was begun needs nothing of the host any more: its inputs wait in the stage.
+    /// Whether what was begun needs nothing of the host any more: all of its inputs wait in the stage.
     pub fn is_on_its_own(&self) -> bool {
-        !self.stage.is_empty()
+        !self.sends_straight
     }
 
     /// Where inputs of a graph lie that are sent together.
@@ -159,7 +162,7 @@ impl Device {
     pub fn wait(&mut self) -> Result<(), ComputeError> {
         // SAFETY: the back end lives.
         let done = unsafe { sys::gvote_shim_synchronize(self.backend) };
-        self.sent = 0;
+        (self.sent, self.sends_straight) = (0, false);
         if done { Ok(()) } else { Err(ComputeError::Memory("waiting")) }
     }
 
@@ -216,6 +219,8 @@ impl Device {
                     from = own;
                 }
                 self.sent += part.len();
+            } else {
+                self.sends_straight = true;
             }
             // SAFETY: see above.
             unsafe { sys::ggml_backend_tensor_set_async(self.backend, t, from.cast(), offset, part.len()) };
