@@ -25,6 +25,11 @@ pub(crate) fn start<'s, T: Send + 's>(
     scope: &'s Scope<'s, '_>,
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
+    threads::start(scope, elsewhere(work))
+}
+
+/// Work with devices that another thread is to do.
+pub(crate) fn elsewhere<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
     #[cfg(test)]
     let work = {
         let pretends = crate::cache::PRETEND_DEVICE.get();
@@ -33,7 +38,7 @@ pub(crate) fn start<'s, T: Send + 's>(
             work()
         }
     };
-    threads::start(scope, work)
+    work
 }
 
 /// Why something could not be computed.

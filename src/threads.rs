@@ -1,13 +1,26 @@
 //! Threads for what must come to its end: where the system starts no more of them, fewer do the work, or one alone.
+//!
+//! To start a thread takes some systems a tenth of a millisecond, which is more than it has to do in a vote on a device. So threads
+//! may be kept that wait for work: see [`Kept`].
 
 use std::io;
-use std::sync::Mutex;
-use std::thread::{self, Scope, ScopedJoinHandle};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::{self, JoinHandle, Scope, ScopedJoinHandle};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+/// More threads than this wait for memory.
+const MOST: usize = 16;
 
 #[cfg(test)]
 thread_local! {
     /// Tests set it to be a system that starts no more threads.
     pub(crate) static PRETEND_NONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// How many work well together here, at most.
+pub(crate) fn at_most() -> usize {
+    thread::available_parallelism().map_or(1, |n| n.get()).min(MOST)
 }
 
 /// Starts a thread of `scope`.
@@ -25,6 +38,79 @@ pub(crate) fn start<'s, T: Send + 's>(
     thread::Builder::new().spawn_scoped(scope, work)
 }
 
+/// Threads that wait for what [`scope`] has for them, until nobody has this any more. They have ended then: a library may be unloaded.
+pub(crate) struct Kept {
+    /// None while they end.
+    pool: Option<ThreadPool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Those of the process.
+static KEPT: Mutex<Weak<Kept>> = Mutex::new(Weak::new());
+
+impl Kept {
+    /// The process's threads; None where the system does not start them.
+    pub fn start() -> Option<Arc<Self>> {
+        let mut shared = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = shared.upgrade() {
+            return Some(kept);
+        }
+        let mut kept = Self { pool: None, threads: Vec::new() };
+        let n = (at_most() - 1).max(1);
+        let builder = ThreadPoolBuilder::new().num_threads(n).spawn_handler(|thread| {
+            kept.threads.push(thread::Builder::new().name("gvote".into()).spawn(|| thread.run())?);
+            Ok(())
+        });
+        kept.pool = Some(builder.build().ok()?);
+        let kept = Arc::new(kept);
+        *shared = Arc::downgrade(&kept);
+        Some(kept)
+    }
+
+    fn at_hand() -> Option<Arc<Self>> {
+        #[cfg(test)]
+        if PRETEND_NONE.get() {
+            return None;
+        }
+        KEPT.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.pool = None;
+        for thread in self.threads.drain(..) {
+            // none has work, so none can have panicked
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Who helps with some work: threads that were kept, or are started for it.
+pub(crate) enum Crew<'s, 'env> {
+    Kept(&'s rayon::Scope<'env>),
+    Started(&'s Scope<'s, 'env>),
+}
+
+impl<'env> Crew<'_, 'env> {
+    /// Has another thread do `work`, or nobody, where the system starts no more threads. It may begin when all others have ended.
+    pub fn start(&self, work: impl FnOnce() + Send + 'env) {
+        match self {
+            Self::Kept(scope) => scope.spawn(|_| work()),
+            Self::Started(scope) => _ = start(scope, work),
+        }
+    }
+}
+
+/// Does `work`, some of it in other threads, and waits for them.
+pub(crate) fn scope<'env>(work: impl FnOnce(&Crew<'_, 'env>)) {
+    let kept = Kept::at_hand();
+    match kept.as_ref().and_then(|kept| kept.pool.as_ref()) {
+        Some(pool) => pool.in_place_scope(|scope| work(&Crew::Kept(scope))),
+        None => thread::scope(|scope| work(&Crew::Started(scope))),
+    }
+}
+
 /// Does `work` to each of `parts` in at most `n_threads` threads, of which this is one that does something else first.
 pub(crate) fn share_out<T>(
     n_threads: usize,
@@ -39,9 +125,10 @@ pub(crate) fn share_out<T>(
             work(part);
         }
     };
-    thread::scope(|scope| {
+    let work_on = &work_on;
+    scope(|crew| {
         for _ in 1..n_threads {
-            let _ = start(scope, work_on);
+            crew.start(work_on);
         }
         first();
         work_on();

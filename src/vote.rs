@@ -13,6 +13,7 @@ mod sequence;
 mod trial;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 pub(crate) use self::notes::Notes;
 pub use self::report::CompressReport;
@@ -25,6 +26,7 @@ use crate::compact::CompactError;
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId, Token};
 use crate::policy::{self, PolicyError, Shape};
 use crate::score::Scorer;
+use crate::threads;
 
 /// Why there was no vote. The cache is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +100,8 @@ pub struct Voter {
     pub(crate) system_end: Pos,
     /// Where the next vote is to be explained.
     pub(crate) notes: Option<Notes>,
+    /// What a vote on a device has to do is not worth the start of a thread.
+    _threads: Option<Arc<threads::Kept>>,
 }
 
 impl Voter {
@@ -112,7 +116,17 @@ impl Voter {
         scorer.start(&layout)?;
         let mut capture = Capture::new(ctx, &layout, window, skip);
         capture.start(&layout)?;
-        Ok(Self { capture, scorer, policy: policy.clone(), account_error, system_end: 0, notes: None, layout })
+        let _threads = if layout.is_host() { None } else { threads::Kept::start() };
+        Ok(Self {
+            _threads,
+            capture,
+            scorer,
+            policy: policy.clone(),
+            account_error,
+            system_end: 0,
+            notes: None,
+            layout,
+        })
     }
 
     /// Cells that a vote needs beside those of the sequence.

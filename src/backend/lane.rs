@@ -23,9 +23,9 @@ pub(crate) struct Lane {
     kept: Memory,
     /// What a single graph needs on the way.
     work: Memory,
-    /// A part of what is kept, as it was read: which bytes of it.
-    host: HostMemory,
-    loaded: Range<usize>,
+    /// A part of what is kept, as it was read, and another that is on its way.
+    read: Piece,
+    next: Piece,
     /// What the queue may not have taken yet.
     sent: Vec<Vec<u32>>,
     /// Whether anything may be in the queue.
@@ -34,6 +34,19 @@ pub(crate) struct Lane {
     event: sys::ggml_backend_event_t,
     /// Whether the event comes behind all that is ours in the queue.
     is_noted: bool,
+}
+
+/// Some bytes of what is kept, on the host.
+#[derive(Default)]
+struct Piece {
+    host: HostMemory,
+    bytes: Range<usize>,
+}
+
+impl Piece {
+    fn holds(&self, at: usize, bytes: usize) -> bool {
+        self.bytes.start <= at && at + bytes <= self.bytes.end
+    }
 }
 
 impl Drop for Lane {
@@ -49,10 +62,10 @@ impl Lane {
 
     /// `place`: see [`super::place`].
     pub fn new(place: sys::ggml_backend_dev_t) -> Self {
-        let (kept, work, host) = (Memory::default(), Memory::default(), HostMemory::default());
+        let (kept, work, read, next) = Default::default();
         let (backend, event) = (std::ptr::null_mut(), std::ptr::null_mut());
         let sent = Vec::new();
-        Self { place, backend, kept, work, host, loaded: 0..0, sent, is_busy: false, event, is_noted: false }
+        Self { place, backend, kept, work, read, next, sent, is_busy: false, event, is_noted: false }
     }
 
     pub fn place(&self) -> sys::ggml_backend_dev_t {
@@ -90,7 +103,9 @@ impl Lane {
     /// [`ComputeError`].
     pub fn prepare(&mut self, results: &[usize], n: usize) -> Result<(), ComputeError> {
         self.grow(results, n)?;
-        self.host.resize_for(self.place, STAGE / size_of::<f32>())
+        [&mut self.read, &mut self.next]
+            .into_iter()
+            .try_for_each(|piece| piece.host.resize_for(self.place, STAGE / size_of::<f32>()))
     }
 
     /// Gives up what is kept and makes room for `n` times as much as some results more, within limits, but at least for them.
@@ -198,6 +213,7 @@ impl Lane {
             return Ok(self.kept.used == 0);
         }
         self.begin_loading(0, self.kept.used)?;
+        std::mem::swap(&mut self.read, &mut self.next);
         // SAFETY: the back end lives.
         self.is_noted = unsafe { sys::gvote_shim_event_record(&raw mut self.event, self.backend) };
         Ok(self.is_noted)
@@ -209,46 +225,55 @@ impl Lane {
     /// As [`Self::wait`].
     pub fn floats(&mut self, at: usize, n: usize) -> Result<&[f32], ComputeError> {
         self.load(at, n * size_of::<f32>())?;
-        Ok(&self.host[(at - self.loaded.start) / size_of::<f32>()..][..n])
+        Ok(&self.read.host[(at - self.read.bytes.start) / size_of::<f32>()..][..n])
     }
 
-    /// The same of a result in halves.
+    /// The same of some results in halves, which begin at `at`; while the caller looks at them, what is kept behind them is on its way.
     ///
     /// # Errors
     /// As [`Self::wait`].
     pub fn halves(&mut self, at: usize, n: usize) -> Result<&[f16], ComputeError> {
-        self.load(at, n * size_of::<f16>())?;
-        Ok(&self.host.halves()[(at - self.loaded.start) / size_of::<f16>()..][..n])
+        let bytes = n * size_of::<f16>();
+        self.load(at, bytes)?;
+        let end = at + bytes.next_multiple_of(size_of::<f32>());
+        if end < self.kept.used {
+            self.begin_loading(end, STAGE.min(self.kept.used - end))?;
+        }
+        Ok(&self.read.host.halves()[(at - self.read.bytes.start) / size_of::<f16>()..][..n])
     }
 
     /// Sees to it that some bytes of what is kept are on the host.
     fn load(&mut self, at: usize, bytes: usize) -> Result<(), ComputeError> {
-        if !(self.loaded.start <= at && at + bytes <= self.loaded.end) {
-            self.begin_loading(at, bytes.max(STAGE).min(self.kept.used - at))?;
+        if !self.read.holds(at, bytes) {
+            if !self.next.holds(at, bytes) {
+                self.begin_loading(at, bytes.max(STAGE).min(self.kept.used - at))?;
+            }
+            std::mem::swap(&mut self.read, &mut self.next);
         }
         self.wait()
     }
 
     fn begin_loading(&mut self, at: usize, bytes: usize) -> Result<(), ComputeError> {
-        if self.is_noted {
-            // what was fetched may be on its way still
+        if self.is_noted || !self.next.bytes.is_empty() {
+            // what was fetched, or expected to be asked for, may be on its way still
             self.wait()?;
         }
-        self.loaded = 0..0;
+        let Piece { host, bytes: held } = &mut self.next;
+        *held = 0..0;
         let len = bytes / size_of::<f32>();
-        self.host.resize_for(self.place, len.max(STAGE / size_of::<f32>()))?;
+        host.resize_for(self.place, len.max(STAGE / size_of::<f32>()))?;
         let b = Builder::new(1)?;
         // SAFETY: both sides hold as many bytes, and stay until they were waited for.
         let done = unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_F32, len as i64);
             self.kept.put(t, at);
             (self.is_busy, self.is_noted) = (true, false);
-            sys::gvote_shim_tensor_get_async(self.backend, t, self.host.as_mut_ptr().cast())
+            sys::gvote_shim_tensor_get_async(self.backend, t, host.as_mut_ptr().cast())
         };
         if !done {
             return Err(ComputeError::Memory("reading"));
         }
-        self.loaded = at..at + bytes;
+        *held = at..at + bytes;
         Ok(())
     }
 
@@ -258,7 +283,7 @@ impl Lane {
     /// As [`Self::wait`].
     pub fn clear(&mut self) -> Result<(), ComputeError> {
         self.wait()?;
-        (self.kept.used, self.work.used, self.loaded) = (0, 0, 0..0);
+        (self.kept.used, self.work.used, self.read.bytes, self.next.bytes) = (0, 0, 0..0, 0..0);
         Ok(())
     }
 }

@@ -120,6 +120,7 @@ impl SyntheticQueries {
         let n = self.layers.last().map_or(0, |last| last.end);
         if self.data.len() < n {
             self.data = memory::zeros(n).ok_or(ComputeError::Memory("queries"))?;
+            memory::touch(&mut self.data);
         }
         Ok(())
     }

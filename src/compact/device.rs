@@ -4,9 +4,9 @@
 //! convert nor round.
 
 use std::borrow::Cow;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, mpsc};
-use std::thread;
+use std::sync::mpsc::{self, Receiver};
 
 use super::{Moves, Order, host};
 use crate::backend::{self, Builder, ComputeError, DEVICE_LAYERS, Devices, Tensor};
@@ -46,7 +46,7 @@ impl<D: AsMut<[Devices]>> Mover<D> {
     }
 
     /// Moves the rows of all layers. `moves_of`: of each head of a layer. While a device works on one layer, the next is described to it,
-    /// and those after that are put together in `n_threads` others.
+    /// and those after that are put together in at most `n_threads` others.
     pub fn move_layers<'a>(
         &mut self,
         layout: &Layout,
@@ -66,45 +66,59 @@ impl<D: AsMut<[Devices]>> Mover<D> {
             cells.extend(order.to);
             Rows::Device(cells)
         };
+        let n_layer = layout.n_layer();
         let next = AtomicUsize::new(0);
-        let take_next = || {
-            let il = next.fetch_add(1, Ordering::Relaxed);
-            (il < layout.n_layer()).then(|| (il, rows_of(il)))
+        let begin = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&il| il < n_layer);
+        let (ready, listed) = mpsc::sync_channel(DEVICE_LAYERS);
+        let line = Mutex::new(Line { listed, n_left: n_layer });
+        // there is no way back once a row has moved: so nobody waits for a thread that may not have started
+        let take = || {
+            let mut line = line.lock().expect(ALIVE);
+            line.n_left = line.n_left.checked_sub(1)?;
+            Some(match line.listed.try_recv() {
+                Ok(layer) => layer,
+                Err(_) => match begin() {
+                    Some(il) => {
+                        drop(line);
+                        (il, rows_of(il))
+                    }
+                    // somebody has begun with it
+                    None => line.listed.recv().expect(ALIVE),
+                },
+            })
         };
-        let (ready, to_move) = mpsc::sync_channel(DEVICE_LAYERS);
-        let to_move = Mutex::new(to_move);
-        let move_one = |devices: &mut Devices, (il, rows)| move_layer(devices, layout, &layout.layers[il], rows, order);
         let move_all = |devices: &mut Devices| {
-            // whichever layer is ready; the lock is held for as long as none is
-            let take = || to_move.lock().expect(ALIVE).recv();
-            while let Ok(layer) = take() {
-                move_one(devices, layer);
+            while let Some((il, rows)) = take() {
+                move_layer(devices, layout, &layout.layers[il], rows, order);
+            }
+        };
+        let list = || {
+            while let Some(il) = begin() {
+                ready.send((il, rows_of(il))).expect(ALIVE);
             }
         };
         let Some((own, others)) = self.threads.as_mut().split_first_mut() else { return };
-        thread::scope(|scope| {
-            let (take_next, move_all) = (&take_next, &move_all);
-            for _ in 0..n_threads {
-                let ready = ready.clone();
-                let list = move || {
-                    while let Some(layer) = take_next() {
-                        ready.send(layer).expect(ALIVE);
-                    }
-                };
-                // there is no way back once a row has moved: where the system starts no more threads, fewer do it, or this one alone
-                let _ = threads::start(scope, list);
-            }
-            drop(ready);
+        let n_lists = n_threads.saturating_sub(others.len()).max(1);
+        let (move_all, list) = (&move_all, &list);
+        threads::scope(|crew| {
             for devices in others {
-                let _ = backend::start(scope, move || move_all(devices));
+                crew.start(backend::elsewhere(move || move_all(devices)));
+            }
+            for _ in 0..n_lists {
+                crew.start(list);
             }
             meanwhile();
             move_all(own);
-            while let Some(layer) = take_next() {
-                move_one(own, layer);
-            }
         });
     }
+}
+
+/// What is to be moved.
+struct Line<'a> {
+    /// Layers whose rows are put together.
+    listed: Receiver<(usize, Rows<'a>)>,
+    /// Layers that nobody has taken from here.
+    n_left: usize,
 }
 
 /// ggml aborts rather than unwinds, and this crate's code here does not panic.

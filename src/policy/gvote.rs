@@ -209,7 +209,7 @@ impl Gvote {
             shape,
             forced: Forced::new(params, n, protected),
             seen: 0,
-            threads: rank::threads(),
+            threads: threads::at_most(),
             score: Vec::new(),
             mass: Vec::new(),
             passages_sum: vec![0.0; n],
@@ -291,17 +291,22 @@ impl Gvote {
         let common = Common { passages, share: 1.0 / (1.0 + head_mix) };
 
         let threads = self.threads.min(heads.div_ceil(HEADS_A_THREAD));
-        let share = heads.div_ceil(threads);
+        // some of the threads are late
+        let share = heads.div_ceil(8 * threads);
         let parts = self.score.chunks_mut(share * n).zip(self.mass.chunks(share * n));
         let forced = &self.forced;
-        let at_rank = Mutex::new(vec![0.0; n]);
+        let rankers = Mutex::new(Vec::new());
         let work = |(first, (score, mass))| {
-            let part = rank_some(score, mass, &common, forced, first);
-            at_rank.lock().expect(ALIVE).iter_mut().zip(part).for_each(|(sum, mass)| *sum += mass);
+            let mut own = rankers.lock().expect(ALIVE).pop().unwrap_or_else(|| Ranker::new(n));
+            own.rank(score, mass, &common, forced, first);
+            rankers.lock().expect(ALIVE).push(own);
         };
         threads::share_out(threads, (0..).step_by(share).zip(parts), work, || ());
-        let at_rank = at_rank.into_inner().expect(ALIVE);
         drop(std::mem::take(&mut self.mass));
+        let mut at_rank = vec![0.0; n];
+        for ranker in rankers.into_inner().expect(ALIVE) {
+            at_rank.iter_mut().zip(ranker.at_rank).for_each(|(sum, mass)| *sum += mass);
+        }
 
         let curve = rank::lost_curve(at_rank, heads as f64 * f64::from(SCALE));
         Ranking::new(self.params, self.forced, heads, self.score, curve)
@@ -450,23 +455,34 @@ impl Common {
     }
 }
 
-/// Ranks some heads: `score` is `[head][n]` pairs of `a` and `b` and becomes `[head][n]` entries from
-/// best to worst; `first` is the number of the first of them. Returns `[n]` the `mass` at each rank, summed over these heads.
-fn rank_some(score: &mut [u32], mass: &[u16], common: &Common, forced: &Forced, first: usize) -> Vec<f64> {
-    let n = forced.n;
-    let mut at_rank = vec![0.0; n];
-    let mut turns = Turns::new(n);
-    let (mut half, mut wide) = ([0_u16; BLOCK], [0.0_f32; BLOCK]);
-    for (head, (score, mass)) in (first..).zip(score.chunks_mut(n).zip(mass.chunks(n))) {
-        common.mix_into(score);
-        turns.rank(forced, head, score);
-        for (at_rank, score) in at_rank.chunks_mut(BLOCK).zip(score.chunks(BLOCK)) {
-            half.iter_mut().zip(score).for_each(|(half, &entry)| *half = mass[entry as usize]);
-            half.reinterpret_cast::<f16>().convert_to_f32_slice(&mut wide);
-            add(at_rank, &wide);
+/// What a thread ranks heads with.
+struct Ranker {
+    turns: Turns,
+    /// `[n]` the `mass` at each rank, summed over the heads that it ranked.
+    at_rank: Vec<f64>,
+}
+
+impl Ranker {
+    fn new(n: usize) -> Self {
+        Self { turns: Turns::new(n), at_rank: vec![0.0; n] }
+    }
+
+    /// Ranks some heads: `score` is `[head][n]` pairs of `a` and `b` and becomes `[head][n]` entries from best to worst; `first` is
+    /// the number of the first of them.
+    fn rank(&mut self, score: &mut [u32], mass: &[u16], common: &Common, forced: &Forced, first: usize) {
+        let Self { turns, at_rank } = self;
+        let n = forced.n;
+        let (mut half, mut wide) = ([0_u16; BLOCK], [0.0_f32; BLOCK]);
+        for (head, (score, mass)) in (first..).zip(score.chunks_mut(n).zip(mass.chunks(n))) {
+            common.mix_into(score);
+            turns.rank(forced, head, score);
+            for (at_rank, score) in at_rank.chunks_mut(BLOCK).zip(score.chunks(BLOCK)) {
+                half.iter_mut().zip(score).for_each(|(half, &entry)| *half = mass[entry as usize]);
+                half.reinterpret_cast::<f16>().convert_to_f32_slice(&mut wide);
+                add(at_rank, &wide);
+            }
         }
     }
-    at_rank
 }
 
 #[cfg(test)]

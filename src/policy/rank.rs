@@ -2,20 +2,12 @@
 //! the lost mass, and the bounds on `C`.
 
 use std::ops::Range;
-use std::thread;
 
 use super::{Bound, Evict, Kept, Kind, Params, Protected, Span};
 use crate::threads;
 
-/// More threads than this wait for memory.
-const MAX_THREADS: usize = 16;
 /// Cutting so many entries takes a third of a millisecond: fewer are not worth a thread.
 const CUT_A_THREAD: usize = 1 << 18;
-
-/// Threads to work with, at most.
-pub(super) fn threads() -> usize {
-    thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS)
-}
 
 /// What always stays: the first `sinks` and the last `recent` of `n` entries, and what is protected between them.
 #[derive(Debug, Clone)]
@@ -286,7 +278,7 @@ pub(super) fn keep_ragged(mut ranking: Vec<u32>, n: usize, counts: &[u32]) -> Ke
 
 /// Cuts a ranking of `[head][n]` entries to the `counts` best of each head, ascending; some heads in each thread.
 fn cut(ranking: &mut Vec<u32>, n: usize, counts: &[u32]) {
-    let threads = threads().min(ranking.len() / CUT_A_THREAD).max(1);
+    let threads = threads::at_most().min(ranking.len() / CUT_A_THREAD).max(1);
     let share = counts.len().div_ceil(threads).max(1);
     let parts = ranking.chunks_mut(share * n).zip(counts.chunks(share));
     threads::share_out(threads, parts, |(rows, counts)| sort_best(rows, n, counts), || ());
