@@ -1,7 +1,7 @@
 //! Threads for what must come to its end: where the system starts no more of them, fewer do the work, or one alone.
 //!
 //! To start a thread takes some systems a tenth of a millisecond, which is more than it has to do in a vote on a device. So threads
-//! may be kept that wait for work: see [`Kept`].
+//! may be kept that wait for work: see [`Pool`].
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -39,19 +39,19 @@ pub(crate) fn start<'s, T: Send + 's>(
 }
 
 /// Threads that wait for what [`scope`] has for them, until nobody has this any more. They have ended then: a library may be unloaded.
-pub(crate) struct Kept {
+pub(crate) struct Pool {
     /// None while they end.
     pool: Option<ThreadPool>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Those of the process.
-static KEPT: Mutex<Weak<Kept>> = Mutex::new(Weak::new());
+/// That of the process.
+static POOL: Mutex<Weak<Pool>> = Mutex::new(Weak::new());
 
-impl Kept {
-    /// The process's threads; None where the system does not start them.
-    pub fn start() -> Option<Arc<Self>> {
-        let mut shared = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+impl Pool {
+    /// The process's pool, as long as somebody has it; None where the system does not start its threads.
+    pub fn keep() -> Option<Arc<Self>> {
+        let mut shared = POOL.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kept) = shared.upgrade() {
             return Some(kept);
         }
@@ -72,11 +72,11 @@ impl Kept {
         if PRETEND_NONE.get() {
             return None;
         }
-        KEPT.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+        POOL.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
     }
 }
 
-impl Drop for Kept {
+impl Drop for Pool {
     fn drop(&mut self) {
         self.pool = None;
         for thread in self.threads.drain(..) {
@@ -88,7 +88,7 @@ impl Drop for Kept {
 
 /// Who helps with some work: threads that were kept, or are started for it.
 pub(crate) enum Crew<'s, 'env> {
-    Kept(&'s rayon::Scope<'env>),
+    Pool(&'s rayon::Scope<'env>),
     Started(&'s Scope<'s, 'env>),
 }
 
@@ -96,7 +96,7 @@ impl<'env> Crew<'_, 'env> {
     /// Has another thread do `work`, or nobody, where the system starts no more threads. It may begin when all others have ended.
     pub fn start(&self, work: impl FnOnce() + Send + 'env) {
         match self {
-            Self::Kept(scope) => scope.spawn(|_| work()),
+            Self::Pool(scope) => scope.spawn(|_| work()),
             Self::Started(scope) => _ = start(scope, work),
         }
     }
@@ -104,9 +104,9 @@ impl<'env> Crew<'_, 'env> {
 
 /// Does `work`, some of it in other threads, and waits for them.
 pub(crate) fn scope<'env>(work: impl FnOnce(&Crew<'_, 'env>)) {
-    let kept = Kept::at_hand();
+    let kept = Pool::at_hand();
     match kept.as_ref().and_then(|kept| kept.pool.as_ref()) {
-        Some(pool) => pool.in_place_scope(|scope| work(&Crew::Kept(scope))),
+        Some(pool) => pool.in_place_scope(|scope| work(&Crew::Pool(scope))),
         None => thread::scope(|scope| work(&Crew::Started(scope))),
     }
 }
@@ -133,4 +133,55 @@ pub(crate) fn share_out<T>(
         first();
         work_on();
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// How often each of some parts was worked on.
+    fn counts(n_threads: usize) -> Vec<usize> {
+        let counts: Vec<_> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+        let here = thread::current().id();
+        let mut is_here = false;
+        let work = |part: &AtomicUsize| _ = part.fetch_add(1, Ordering::Relaxed);
+        share_out(n_threads, counts.iter(), work, || is_here = thread::current().id() == here);
+        assert!(is_here);
+        counts.into_iter().map(AtomicUsize::into_inner).collect()
+    }
+
+    #[test]
+    fn every_part_is_worked_on_once_by_whomever() {
+        let all = || [1, 2, 3, 100].map(counts).iter().all(|counts| counts.iter().all(|&n| n == 1));
+        assert!(all());
+        let kept = Pool::keep().unwrap();
+        assert!(Arc::ptr_eq(&kept, &Pool::keep().unwrap()));
+        assert!(all());
+        PRETEND_NONE.set(true);
+        assert!(all());
+        PRETEND_NONE.set(false);
+        drop(kept);
+        assert!(all());
+    }
+
+    #[test]
+    fn kept_threads_outlive_a_panic() {
+        let _kept = Pool::keep().unwrap();
+        let fails = || share_out(3, 0..100, |part| assert_ne!(part, 60), || ());
+        assert!(catch_unwind(AssertUnwindSafe(fails)).is_err());
+        assert!(counts(3).iter().all(|&n| n == 1));
+    }
+
+    #[test]
+    fn nobody_needs_more_threads_than_there_are() {
+        let _kept = Pool::keep().unwrap();
+        // each of more than there are has others do some of its work
+        let done = AtomicUsize::new(0);
+        let inner = |_| share_out(4, 0..10, |_| _ = done.fetch_add(1, Ordering::Relaxed), || ());
+        share_out(4 * MOST, 0..4 * MOST, inner, || ());
+        assert_eq!(done.into_inner(), 40 * MOST);
+    }
 }

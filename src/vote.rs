@@ -101,7 +101,7 @@ pub struct Voter {
     /// Where the next vote is to be explained.
     pub(crate) notes: Option<Notes>,
     /// What a vote on a device has to do is not worth the start of a thread.
-    _threads: Option<Arc<threads::Kept>>,
+    _threads: Option<Arc<threads::Pool>>,
 }
 
 impl Voter {
@@ -116,7 +116,7 @@ impl Voter {
         scorer.start(&layout)?;
         let mut capture = Capture::new(ctx, &layout, window, skip);
         capture.start(&layout)?;
-        let _threads = if layout.is_host() { None } else { threads::Kept::start() };
+        let _threads = if layout.is_host() { None } else { threads::Pool::keep() };
         Ok(Self {
             _threads,
             capture,

@@ -10,7 +10,7 @@ use crate::compact::Reorder;
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Pos, SeqId, devices};
 use crate::policy::{HeadScores, Needs};
 use crate::score::{LayerQueries, Scorer};
-use crate::threads::PRETEND_NONE;
+use crate::threads::{PRETEND_NONE, Pool};
 
 const N: usize = 300;
 
@@ -265,6 +265,9 @@ fn compaction_moves_the_same_rows() {
         };
         let expected = run();
         assert!(expected == on_device(run), "{setup:?}");
+        let kept = Pool::keep().unwrap();
+        assert!(expected == on_device(run), "{setup:?}");
+        drop(kept);
         // a compaction that has begun comes to its end without other threads
         PRETEND_NONE.set(true);
         let alone = [run(), on_device(run)];

@@ -1,7 +1,7 @@
 //! The ranking that a trial works on.
 
 use super::*;
-use crate::threads::PRETEND_NONE;
+use crate::threads::{PRETEND_NONE, Pool};
 
 const SHAPE: Shape = Shape { n: 300, n_layer: 2, n_head_kv: 2, group: 1 };
 
@@ -34,9 +34,12 @@ fn heads_in_several_threads_rank_and_are_cut_as_one_after_another() {
     let shape = Shape { n: 70_000, n_layer: 2, n_head_kv: 4, group: 1 };
     let request = Request::random(&shape, 1, 9);
     let alone = ranking_of(&Params::default(), shape, &request, 1);
-    // the last ones are fewer; and where the system starts no threads
-    for (at_once, pretends_none) in [(4, false), (3, false), (8, false), (8, true)] {
+    // the last ones are fewer; and where the system starts no threads, and where they wait
+    for (at_once, pretends_none, keeps) in
+        [(4, false, false), (3, false, false), (8, false, false), (8, true, false), (3, false, true)]
+    {
         PRETEND_NONE.set(pretends_none);
+        let _threads = keeps.then(Pool::keep);
         let layers = ranking_of(&Params::default(), shape, &request, at_once);
         let kept = layers.clone().keep(20_000, Bound::Trial);
         PRETEND_NONE.set(false);
