@@ -114,13 +114,16 @@ pub struct Scorer {
     threads: Vec<Devices>,
     /// Those that work where the host computes.
     n_threads: usize,
+    /// Queries of a layer, about.
+    n_query: usize,
 }
 
 impl Scorer {
-    /// A scorer that works on `n_threads` layers at once, where the host computes.
-    pub fn new(n_threads: usize) -> Self {
+    /// A scorer that works on `n_threads` layers at once, where the host computes. `n_query`: how many queries a layer has, about, by which
+    /// the memory of a device is shared out.
+    pub fn new(n_threads: usize, n_query: usize) -> Self {
         let threads = (0..n_threads.max(DEVICE_LAYERS)).map(|_| Devices::new(1)).collect();
-        Self { threads, n_threads: n_threads.max(1) }
+        Self { threads, n_threads: n_threads.max(1), n_query }
     }
 
     /// See [`Devices::start`].
@@ -153,6 +156,13 @@ impl Scorer {
             }
         }
         Ok(least.max((DEVICE_SHARE * (n_kv * layout.bytes_per_cell()) as f64) as usize))
+    }
+
+    /// How many layers of `n_kv` cells a device works on at once, which share `room`: one fewer where a layer would not have enough of it
+    /// for all queries of a KV head.
+    fn layers_at_once(&self, layout: &Layout, n_kv: usize, room: usize) -> usize {
+        let least = layout.layers.iter().map(|layer| Grain::least_room(layer, n_kv, self.n_query)).max();
+        if least.is_some_and(|least| least > room / DEVICE_LAYERS) { DEVICE_LAYERS - 1 } else { DEVICE_LAYERS }
     }
 
     /// Bytes of the compute memory.
@@ -200,8 +210,10 @@ impl Scorer {
         };
         let is_host = layout.is_host();
         let layers_at_once = |scores: &LayerScores| if is_host { 1 } else { HANDED_OVER / scores.data.len().max(1) };
-        let n_workers = if is_host { self.n_threads } else { DEVICE_LAYERS }.min(layout.n_layer());
-        let room = if is_host { 0 } else { self.room(layout, view.n_kv)? / n_workers };
+        let room = if is_host { 0 } else { self.room(layout, view.n_kv)? };
+        let n_workers = if is_host { self.n_threads } else { self.layers_at_once(layout, view.n_kv, room) };
+        let n_workers = n_workers.min(layout.n_layer());
+        let room = room / n_workers;
         let describe = |il: usize, queries: LayerQueries<'q>| {
             let layer = &layout.layers[il];
             let n_query = queries.pos.len();
@@ -339,3 +351,24 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
 
 /// ggml aborts rather than unwinds, and this crate's code in a graph does not panic.
 const ALIVE: &str = "a worker ends when it is no longer needed";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::fixture::{F16_FLASH, context};
+    use crate::tests::tiny::{SPECS, Tiny};
+
+    #[test]
+    fn layers_share_a_device_as_long_as_each_has_room_for_the_queries_of_a_head() {
+        let dir = tempfile::tempdir().unwrap();
+        let tiny = Tiny::new(dir.path(), SPECS[0]);
+        let layout = Layout::of(&context(&tiny.model, F16_FLASH, 512, 512), 0).unwrap();
+        let (n_kv, scorer) = (40_000, Scorer::new(1, 97));
+        let graph = |room| Grain::on_device(&layout.layers[0], n_kv, layout.n_cells(), 97, room);
+        let all = graph(usize::MAX >> 1).columns;
+        let least = (1..).map(|mb| mb << 20).find(|&room| graph(room).columns == all).unwrap();
+        for (room, n_layers) in [(4 * least, 4), (4 * (least - (1 << 20)), 3), (0, 3)] {
+            assert_eq!(scorer.layers_at_once(&layout, n_kv, room), n_layers, "{room} bytes");
+        }
+    }
+}

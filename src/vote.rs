@@ -112,7 +112,7 @@ impl Voter {
         let layout = Layout::of(ctx, 0)?;
         uniform_shape(&layout, 0)?;
         let (window, skip) = (policy.window, policy.sinks);
-        let mut scorer = Scorer::new(ctx.n_threads_batch());
+        let mut scorer = Scorer::new(ctx.n_threads_batch(), window + policy.samples + 1);
         scorer.start(&layout)?;
         let mut capture = Capture::new(ctx, &layout, window, skip);
         capture.start(&layout)?;

@@ -134,11 +134,25 @@ impl Grain {
         Self { columns: HOST_COLUMNS, kv_heads: 1, cells, step: 1, is_coarse: false }
     }
 
+    /// Bytes that `n_query` queries of a KV head need at once.
+    pub fn least_room(layer: &sys::gvote_shim_layer, n_kv: usize, n_query: usize) -> usize {
+        let columns = n_query.max(1) * (layer.n_head / layer.n_head_kv) as usize;
+        Self::bytes_of_row(n_kv) * (columns + Self::channels(layer))
+    }
+
+    fn bytes_of_row(n_kv: usize) -> usize {
+        n_kv.max(1) * size_of::<f32>()
+    }
+
+    fn channels(layer: &sys::gvote_shim_layer) -> usize {
+        layer.n_embd_head_k.max(layer.n_embd_head_v) as usize
+    }
+
     /// As much as fits into `room` bytes, of at most `n_query` queries at once. `n_cells`: those of a stream.
     pub fn on_device(layer: &sys::gvote_shim_layer, n_kv: usize, n_cells: usize, n_query: usize, room: usize) -> Self {
         let n_head_kv = layer.n_head_kv as usize;
-        let d = layer.n_embd_head_k.max(layer.n_embd_head_v) as usize;
-        let number = n_kv.max(1) * size_of::<f32>();
+        let d = Self::channels(layer);
+        let number = Self::bytes_of_row(n_kv);
         let all = n_query.max(1) * (layer.n_head / layer.n_head_kv) as usize;
         // the keys of a head are turned into f32 on the way
         let columns = (room / number).saturating_sub(d).clamp(1, all);

@@ -37,7 +37,7 @@ struct Measured {
 
 fn measure(ctx: &crate::llama::Context, layout: &Layout) -> Vec<Measured> {
     let mut out = Vec::new();
-    Scorer::new(2)
+    Scorer::new(2, 1)
         .score(
             layout,
             &cache::cells(ctx, 0),

@@ -367,7 +367,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f64 {
 /// Keeps what `selection` says of the cells of a sequence.
 pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
     let cells = cache::cells(ctx, seq);
-    let left = compact::compact(ctx, seq, &cells, selection, Scorer::new(1).devices())?;
+    let left = compact::compact(ctx, seq, &cells, selection, Scorer::new(1, 1).devices())?;
     assert_eq!(cache::cells(ctx, seq), left);
     Ok(())
 }

@@ -46,7 +46,7 @@ fn budgets_votes_and_unions_equal_a_naive_reference() {
     let mut policy = policy::build(&params, shape).unwrap();
     let mut votes_of = Vec::new();
     let mut unions = Vec::new();
-    Scorer::new(2)
+    Scorer::new(2, 1)
         .score(
             &layout,
             &cells(&ctx),

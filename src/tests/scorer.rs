@@ -32,7 +32,7 @@ struct Scores {
 
 fn run(ctx: &Context, layout: &Layout, scale: LogitScale, account_error: bool) -> Vec<Scores> {
     let mut out: Vec<Scores> = Vec::new();
-    Scorer::new(2)
+    Scorer::new(2, 1)
         .score(
             layout,
             &cache::cells(ctx, 0),
