@@ -55,16 +55,20 @@ impl Pool {
         if let Some(kept) = shared.upgrade() {
             return Some(kept);
         }
-        let mut kept = Self { pool: None, threads: Vec::new() };
-        let n = (at_most() - 1).max(1);
-        let builder = ThreadPoolBuilder::new().num_threads(n).spawn_handler(|thread| {
-            kept.threads.push(thread::Builder::new().name("gvote".into()).spawn(|| thread.run())?);
-            Ok(())
-        });
-        kept.pool = Some(builder.build().ok()?);
-        let kept = Arc::new(kept);
+        let kept = Arc::new(Self::start()?);
         *shared = Arc::downgrade(&kept);
         Some(kept)
+    }
+
+    fn start() -> Option<Self> {
+        let mut started = Self { pool: None, threads: Vec::new() };
+        let n = (at_most() - 1).max(1);
+        let builder = ThreadPoolBuilder::new().num_threads(n).spawn_handler(|thread| {
+            started.threads.push(thread::Builder::new().name("gvote".into()).spawn(|| thread.run())?);
+            Ok(())
+        });
+        started.pool = Some(builder.build().ok()?);
+        Some(started)
     }
 
     fn at_hand() -> Option<Arc<Self>> {
@@ -137,6 +141,7 @@ pub(crate) fn share_out<T>(
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -165,6 +170,17 @@ mod tests {
         PRETEND_NONE.set(false);
         drop(kept);
         assert!(all());
+    }
+
+    #[test]
+    fn threads_have_ended_when_nobody_keeps_them() {
+        thread_local!(static OF_THREAD: RefCell<Option<Arc<()>>> = const { RefCell::new(None) });
+        let (pool, shared) = (Pool::start().unwrap(), Arc::new(()));
+        let n = pool.threads.len();
+        pool.pool.as_ref().unwrap().broadcast(|_| OF_THREAD.replace(Some(shared.clone())));
+        assert_eq!((n, Arc::strong_count(&shared)), ((at_most() - 1).max(1), n + 1));
+        drop(pool);
+        assert_eq!(Arc::strong_count(&shared), 1);
     }
 
     #[test]

@@ -216,6 +216,22 @@ fn a_vote_that_drops_cells_leaves_k_and_v_where_they_are() {
     assert_eq!((traffic.kv_to_worker, traffic.kv_from_worker), (0, 0));
 }
 
+/// All of a prompt in one batch: its statistics, and queries of the observation window, lie side by side on the worker.
+#[test]
+fn what_a_vote_brings_back_comes_once() {
+    let once = ["-b", "1024", "-ub", "1024", "-n", "1"];
+    let (_, read) = traffic(&[&["--policy", "full"], &once[..]].concat());
+    let (report, scored) = traffic(&[&["--ratio", "1"], &once[..]].concat());
+    let (layers, heads, kv_heads, d) = (30, 9, 3, 64);
+    let queries = (64 + 32) * heads * d * 2;
+    let statistics = 2 * heads * d * 4;
+    let scores = 4 * 4 * kv_heads * number(&report["vote"]["cells_before"]);
+    let all = layers * (queries + statistics + scores);
+    let back = scored.from_worker - read.from_worker;
+    eprintln!("{back} bytes came back, of {all}");
+    assert!(back < all + all / 20);
+}
+
 /// The figures of docs/across-machines.md.
 #[test]
 #[ignore = "measures"]

@@ -1,5 +1,7 @@
 //! Streaming mean and variance (Chan, Golub & LeVeque 1979).
 
+use std::ops::Range;
+
 use crate::backend::{Builder, ComputeError, Lane};
 use crate::sys;
 
@@ -65,6 +67,11 @@ pub(super) struct Sums {
 }
 
 impl Sums {
+    /// From the start of one to the end of the other.
+    pub fn bytes(&self, n_embd: usize) -> Range<usize> {
+        self.mean..self.m2 + n_embd * size_of::<f32>()
+    }
+
     /// Puts the sums of `n` rows of a contiguous f32 tensor `[n_embd, n_row]` into the queue of the device that it lies on; None:
     /// see [`Lane::enqueue`].
     ///

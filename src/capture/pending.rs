@@ -44,7 +44,7 @@ struct TakenQueries {
     at: usize,
 }
 
-/// More threads would take longer to start than to copy.
+/// More threads would wait for memory.
 const COPYING_THREADS: usize = 4;
 
 /// What becomes of a layer's queries in an observation window.
@@ -239,34 +239,46 @@ impl Inner {
     }
 
     fn merge(&mut self, pending: &mut Pending) -> Result<(), CaptureError> {
-        let mut queries = Vec::new();
-        for taken in std::mem::take(&mut pending.taken) {
-            match taken {
-                Taken::Sums { seq, layer, sums } => {
-                    if let Some(record) = self.records.get_mut(&seq) {
-                        record.waiting = 0;
-                        let block = Block::fetched(&mut pending.lane, &sums, self.n_embd)?;
-                        record.layer_mut(layer).moments.merge(&block);
-                    }
-                }
-                Taken::Queries(taken) => queries.push(taken),
-            }
-        }
-        let mut left = &queries[..];
+        let all = std::mem::take(&mut pending.taken);
+        let mut left = &all[..];
         while let Some(first) = left.first() {
             // as many layers as are read at once
-            let end = |taken: &TakenQueries| taken.at + taken.n * self.layers[taken.layer].n_q * size_of::<f16>();
-            let n = left.iter().take_while(|taken| end(taken) <= first.at + Lane::PIECE).count().max(1);
+            let most = self.bytes(first).start + Lane::PIECE;
+            let n = left.iter().take_while(|taken| self.bytes(taken).end <= most).count().max(1);
             let (piece, others) = left.split_at(n);
-            let bytes = end(&piece[n - 1]) - first.at;
-            self.file_queries(piece, pending.lane.halves(first.at, bytes / size_of::<f16>())?);
             left = others;
+
+            let mut queries = Vec::new();
+            for taken in piece {
+                match taken {
+                    Taken::Sums { seq, layer, sums } => {
+                        if let Some(record) = self.records.get_mut(seq) {
+                            record.waiting = 0;
+                            let block = Block::fetched(&mut pending.lane, sums, self.n_embd)?;
+                            record.layer_mut(*layer).moments.merge(&block);
+                        }
+                    }
+                    Taken::Queries(taken) => queries.push(taken),
+                }
+            }
+            if let ([first, ..], Some(last)) = (&queries[..], piece.last()) {
+                let n = (self.bytes(last).end - first.at) / size_of::<f16>();
+                self.file_queries(&queries, pending.lane.halves(first.at, n)?);
+            }
         }
         pending.clear()
     }
 
+    /// Where it is kept: which bytes.
+    fn bytes(&self, taken: &Taken) -> Range<usize> {
+        match taken {
+            Taken::Sums { sums, .. } => sums.bytes(self.n_embd),
+            Taken::Queries(taken) => taken.at..taken.at + taken.n * self.layers[taken.layer].n_q * size_of::<f16>(),
+        }
+    }
+
     /// Copies the wanted ones among queries of some layers to where they belong. `queries`: from where the first of them are on.
-    fn file_queries(&mut self, taken: &[TakenQueries], queries: &[f16]) {
+    fn file_queries(&mut self, taken: &[&TakenQueries], queries: &[f16]) {
         let start = taken.first().map_or(0, |taken| taken.at);
         let of = |taken: &TakenQueries| &queries[(taken.at - start) / size_of::<f16>()..];
         let Self { mode, records, layers, .. } = self;

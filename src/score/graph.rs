@@ -136,8 +136,11 @@ impl Grain {
 
     /// Bytes that `n_query` queries of a KV head need at once.
     pub fn least_room(layer: &sys::gvote_shim_layer, n_kv: usize, n_query: usize) -> usize {
-        let columns = n_query.max(1) * (layer.n_head / layer.n_head_kv) as usize;
-        Self::bytes_of_row(n_kv) * (columns + Self::channels(layer))
+        Self::bytes_of_row(n_kv) * (Self::columns(layer, n_query) + Self::channels(layer))
+    }
+
+    fn columns(layer: &sys::gvote_shim_layer, n_query: usize) -> usize {
+        n_query.max(1) * (layer.n_head / layer.n_head_kv) as usize
     }
 
     fn bytes_of_row(n_kv: usize) -> usize {
@@ -153,9 +156,8 @@ impl Grain {
         let n_head_kv = layer.n_head_kv as usize;
         let d = Self::channels(layer);
         let number = Self::bytes_of_row(n_kv);
-        let all = n_query.max(1) * (layer.n_head / layer.n_head_kv) as usize;
         // the keys of a head are turned into f32 on the way
-        let columns = (room / number).saturating_sub(d).clamp(1, all);
+        let columns = (room / number).saturating_sub(d).clamp(1, Self::columns(layer, n_query));
         let kv_heads = (room / (number * (columns + d))).clamp(1, n_head_kv);
         // in parts of one size
         let kv_heads = n_head_kv.div_ceil(n_head_kv.div_ceil(kv_heads));
