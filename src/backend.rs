@@ -14,7 +14,7 @@ pub(crate) use self::graph::{Builder, Results, Tensor};
 pub(crate) use self::lane::Lane;
 use crate::threads;
 
-/// Layers that a device works on at once: while it computes one, another is described to it, and what came of one before is read.
+/// Layers that a device works on at once, at most: while it computes one, another is described to it, and what came of one before is read.
 pub(crate) const DEVICE_LAYERS: usize = 4;
 
 /// A thread of `scope` that works with devices.
