@@ -79,7 +79,7 @@ fn pinned_llama() -> PathBuf {
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
     let manifest = json["packages"]
         .as_array()
-        .and_then(|packages| packages.iter().find(|p| p["name"] == "llama-cpp-sys-4"))
+        .and_then(|packages| packages.iter().find(|p| p["name"] == "llama-cpp-sys-2"))
         .and_then(|package| package["manifest_path"].as_str())
         .expect("vendor/Cargo.toml depends on the package");
     Path::new(manifest).with_file_name("llama.cpp")
