@@ -1,5 +1,7 @@
 //! Numbers and parts in a row of bytes, little-endian. What is read may come from anywhere, and may be cut off anywhere.
 
+#![forbid(unsafe_code)]
+
 /// Bytes still to be read.
 pub(crate) struct Reader<'a>(pub &'a [u8]);
 

@@ -1,5 +1,7 @@
 //! How far two next-token distributions are apart.
 
+#![forbid(unsafe_code)]
+
 /// One step of a continuation under two caches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Divergence {

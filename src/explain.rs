@@ -3,6 +3,8 @@
 //! [`crate::Session::explain`] makes an [`Explanation`]. Which tokens stayed is read off the cache after the vote; the scores
 //! are those that the policy saw.
 
+#![forbid(unsafe_code)]
+
 mod bits;
 mod html;
 mod plot;

@@ -11,6 +11,8 @@
 //! The format: `ggml/include/gguf.h`; the checks follow `ggml/src/gguf.cpp`, the keys and defaults `src/llama-arch.cpp`,
 //! `src/llama-model.cpp` and `src/models/*.cpp` of the pinned llama.cpp.
 
+#![forbid(unsafe_code)]
+
 mod entry;
 mod info;
 mod split;

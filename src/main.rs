@@ -1,5 +1,7 @@
 //! The program `gvote`: see `gvote --help`.
 
+#![forbid(unsafe_code)]
+
 mod cli;
 
 use std::process::ExitCode;

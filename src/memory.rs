@@ -34,14 +34,15 @@ pub(crate) fn touch<T: Copy + Default>(zeros: &mut [T]) {
     zeros.iter_mut().step_by(STEP / size_of::<T>()).for_each(|x| *x = T::default());
 }
 
-/// Numbers that are zero where all their bits are.
+/// Types for which all-zero bytes are a valid zero.
 ///
 /// # Safety
-/// So it is.
+/// All-zero bytes are a valid value.
 pub(crate) unsafe trait Number {}
 
-// SAFETY: floats of any width.
+// SAFETY: all zero bits are 0.0.
 unsafe impl Number for f32 {}
+// SAFETY: all zero bits are 0.0.
 unsafe impl Number for f16 {}
 
 /// `n` zeros, of which none takes up memory before it is written to; None where the system has not as much.

@@ -1,5 +1,7 @@
 //! Pages that stand alone: one file without external resources, for light and dark screens, for a desk and for a phone.
 
+#![forbid(unsafe_code)]
+
 use minijinja::{Environment, Value};
 
 /// The extension turns escaping on.

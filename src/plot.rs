@@ -3,6 +3,8 @@
 //! Text and axes are drawn in [`INK`] and [`GRID`], which the style sheet of [`crate::page`] replaces in dark mode; every
 //! other colour is legible on both grounds.
 
+#![forbid(unsafe_code)]
+
 mod axis;
 
 use std::{array, io};

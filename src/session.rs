@@ -1,5 +1,7 @@
 //! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
 
+#![forbid(unsafe_code)]
+
 mod compress;
 mod explain;
 mod file;

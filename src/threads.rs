@@ -3,6 +3,8 @@
 //! To start a thread takes some systems a tenth of a millisecond, which is more than it has to do in a vote on a device. So threads
 //! may be kept that wait for work: see [`Pool`].
 
+#![forbid(unsafe_code)]
+
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle, Scope, ScopedJoinHandle};

@@ -3,6 +3,8 @@
 //! [`Voter`] is what a context needs for it, [`Sequence`] what is known of a sequence, and a vote in work brings both
 //! together with the context. A [`crate::Session`] has a context of its own; behind the C interface it is one of an app.
 
+#![forbid(unsafe_code)]
+
 mod choose;
 mod notes;
 mod protect;

@@ -338,6 +338,7 @@ impl Drop for HostMemory {
 
 // SAFETY: plain memory.
 unsafe impl Send for HostMemory {}
+// SAFETY: shared access only reads it.
 unsafe impl Sync for HostMemory {}
 
 impl HostMemory {

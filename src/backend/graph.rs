@@ -417,6 +417,7 @@ impl<'a> Builder<'a> {
     fn check(&self, backend: sys::ggml_backend_t) -> Result<(), ComputeError> {
         // SAFETY: nodes of a complete graph.
         match self.nodes().find(|&node| unsafe { !sys::ggml_backend_supports_op(backend, node) }) {
+            // SAFETY: as above.
             Some(node) => Err(unsafe { unsupported(node) }),
             None => Ok(()),
         }
@@ -432,6 +433,9 @@ fn outcome(status: sys::ggml_status) -> Result<(), ComputeError> {
 }
 
 /// Why a back end cannot compute a node.
+///
+/// # Safety
+/// `node` is a valid tensor.
 unsafe fn unsupported(node: *const sys::ggml_tensor) -> ComputeError {
     // SAFETY: a valid node; the names are static.
     unsafe {

@@ -1,5 +1,7 @@
 //! Settings as C has them.
 
+#![forbid(unsafe_code)]
+
 use super::handle::Failure;
 use super::header::*;
 use super::ptr;

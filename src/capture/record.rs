@@ -1,5 +1,7 @@
 //! What is captured of one sequence.
 
+#![forbid(unsafe_code)]
+
 use std::sync::Arc;
 
 use half::f16;

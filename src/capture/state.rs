@@ -1,5 +1,7 @@
 //! What was captured of a sequence, as bytes.
 
+#![forbid(unsafe_code)]
+
 use half::f16;
 
 use super::moments::Moments;

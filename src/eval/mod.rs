@@ -2,6 +2,8 @@
 //!
 //! Every measurement is one [`Record`], one line of a JSONL file. Tables, plots and figures are made from such files alone.
 
+#![forbid(unsafe_code)]
+
 pub mod config;
 pub mod metrics;
 pub mod provenance;

@@ -4,6 +4,8 @@
 //! cell holds a position that is no larger than the cell's own, and larger than that of the cell before. Where cells have all the
 //! positions from 0 on, each therefore holds just its own, whatever was done before; and so does each that follows the known ones.
 
+#![forbid(unsafe_code)]
+
 use std::collections::BTreeMap;
 
 use super::GuestError;

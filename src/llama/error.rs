@@ -1,3 +1,5 @@
+#![forbid(unsafe_code)]
+
 use std::path::PathBuf;
 
 /// What can go wrong between us and llama.cpp. One readable line each, with what to do.

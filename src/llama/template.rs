@@ -1,3 +1,5 @@
+#![forbid(unsafe_code)]
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};

@@ -21,6 +21,8 @@
 //! Source of the method: Tang, Liu, Xu, Huang, "Adaptive KV-Cache Compression without Manually
 //! Setting Budget", arXiv 2509.03136; what differs from it is said in `gvote.rs`.
 
+#![forbid(unsafe_code)]
+
 mod adakv;
 mod expected_attention;
 mod fixed;

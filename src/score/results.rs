@@ -1,5 +1,7 @@
 //! The scores of one layer, as the graph leaves them: rows of one number for each cell.
 
+#![forbid(unsafe_code)]
+
 use std::ops::Range;
 
 use crate::backend::ComputeError;

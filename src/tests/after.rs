@@ -1,5 +1,7 @@
 //! After a compaction the cache is an ordinary cache: decoding, reuse, removal, saving, compacting again.
 
+#![forbid(unsafe_code)]
+
 use super::fixture::*;
 use crate::cache::{Layout, cells_free};
 use crate::compact::{self, CompactError};

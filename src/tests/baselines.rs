@@ -1,5 +1,7 @@
 //! What the scorer measures for the baselines equals naive float64 over dequantized keys and values.
 
+#![forbid(unsafe_code)]
+
 use half::f16;
 use rand::{RngExt, SeedableRng};
 

@@ -1,5 +1,7 @@
 //! The ways that memory of a device takes, walked on the host: they give what the direct ways give.
 
+#![forbid(unsafe_code)]
+
 use half::f16;
 
 use super::fixture::*;

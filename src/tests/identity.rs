@@ -1,5 +1,7 @@
 //! Keeping everything changes no bit of the next logits.
 
+#![forbid(unsafe_code)]
+
 use super::fixture::*;
 use crate::cache::Layout;
 use crate::policy::{Kept, Selection};

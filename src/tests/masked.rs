@@ -1,5 +1,7 @@
 //! Unequal budgets behind a mask: no trace where nothing is dropped, and what attention over the kept rows alone would be.
 
+#![forbid(unsafe_code)]
+
 use rand::{RngExt, SeedableRng};
 
 use super::fixture::*;

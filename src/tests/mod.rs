@@ -15,3 +15,4 @@ mod shapes;
 mod sizes;
 mod subset;
 pub(crate) mod tiny;
+mod unsafe_code;

@@ -1,5 +1,7 @@
 //! The paper's budgets, votes and unions on tensors captured from the real model.
 
+#![forbid(unsafe_code)]
+
 use super::fixture::*;
 use crate::backend::ComputeError;
 use crate::cache::Layout;

@@ -1,5 +1,7 @@
 //! The probe's queries, and the statistics they are drawn from.
 
+#![forbid(unsafe_code)]
+
 use super::fixture::*;
 use crate::cache::Layout;
 use crate::capture::{Capture, CaptureError};

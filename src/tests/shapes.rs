@@ -1,5 +1,7 @@
 //! Models of other shapes: fused QKV, biases, q-norm, one KV head, both kinds of RoPE and none, softcap.
 
+#![forbid(unsafe_code)]
+
 use std::ops::ControlFlow;
 
 use rand::{RngExt, SeedableRng};

@@ -1,5 +1,7 @@
 //! What a model file tells, and what llama.cpp works out without weights, against models and contexts that really exist.
 
+#![forbid(unsafe_code)]
+
 use super::tiny::{SPECS, Tiny};
 use crate::SessionParams;
 use crate::cache::Layout;

@@ -1,5 +1,7 @@
 //! A different random subset in every head equals naive attention over that subset, at every layer.
 
+#![forbid(unsafe_code)]
+
 use rand::SeedableRng;
 
 use super::fixture::*;

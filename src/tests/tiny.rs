@@ -1,5 +1,7 @@
 //! Tiny random models in GGUF files of our own, for shapes that the real models do not have.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;

@@ -187,6 +187,7 @@ fn calls_out_of_order_are_refused() {
     let wider = gvote_params { window: 32, ..defaults() };
     // SAFETY: all live.
     assert_eq!(unsafe { gvote_set_params(handle.0, &raw const wider) }, GVOTE_ERROR_PARAMS);
+    // SAFETY: all live.
     assert_eq!(unsafe { gvote_detach(handle.0, app.ctx) }, GVOTE_OK);
     // SAFETY: all live.
     assert_eq!(unsafe { gvote_set_params(handle.0, &raw const wider) }, GVOTE_OK);
