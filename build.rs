@@ -235,7 +235,7 @@ fn compile_shim(source: &Path) {
         .cpp(true)
         .std("c++17")
         .flags(sanitizer_flags())
-        .files(["ffi/shim.cpp", "ffi/park.cpp", "ffi/state.cpp", "ffi/visit.cpp"])
+        .files(["grammar", "park", "sampler", "shim", "state", "visit"].map(|name| format!("ffi/{name}.cpp")))
         .includes(include_dirs(source))
         // llama.cpp's own headers warn
         .warnings(false)

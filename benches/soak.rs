@@ -65,7 +65,7 @@ fn main() -> Result<(), Error> {
         ..ContextParams::default()
     };
     let mut session = Session::new(&model, &SessionParams { context, ..SessionParams::default() })?;
-    let mut sampler = Sampler::new(&model, &SamplerParams { seed: 1, ..SamplerParams::default() });
+    let mut sampler = Sampler::new(&model, &SamplerParams { seed: 1, ..SamplerParams::default() }, 0)?;
     // the model may end its text whenever it likes: then another begins
     let read = |text: &str, add_special: bool| match model.tokenize(text, add_special, false) {
         Err(LlamaError::Tokenize) => Ok(common::random_tokens(&model, text.len())),

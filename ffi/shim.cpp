@@ -4,7 +4,6 @@
 #include "ggml-impl.h"
 #include "llama-ext.h"
 
-#include <algorithm>
 
 struct gvote_shim_table {
     llama_kv_cells cells;
@@ -172,19 +171,6 @@ int32_t gvote_shim_decode(llama_context * ctx, llama_batch batch) {
     }
     mend(ctx);
     return reason == OUT_OF_MEMORY ? GVOTE_SHIM_NO_MEMORY : GVOTE_SHIM_EXCEPTION;
-}
-
-llama_token gvote_shim_sample(llama_sampler * chain, llama_token_data_array * candidates) {
-    llama_token token = LLAMA_TOKEN_NULL;
-    guarded([&]() -> const char * {
-        llama_sampler_apply(chain, candidates);
-        // every chain ends in a sampler that selects (greedy or dist)
-        const llama_token chosen = candidates->data[std::max<int64_t>(candidates->selected, 0)].id;
-        llama_sampler_accept(chain, chosen);
-        token = chosen;
-        return nullptr;
-    });
-    return token;
 }
 
 void gvote_shim_model_desc(const llama_model * model, char * out, size_t size) {

@@ -173,8 +173,74 @@ const char * gvote_shim_state_write(
 const char * gvote_shim_state_read(
         struct llama_context * ctx, llama_seq_id seq, llama_state_seq_flags flags, gvote_shim_read read, void * user_data);
 
-// Lets a chain of samplers choose one of the candidates and remember it; LLAMA_TOKEN_NULL where memory runs out.
-llama_token gvote_shim_sample(struct llama_sampler * chain, llama_token_data_array * candidates);
+// Steps of a chain of samplers: what llama.cpp's programs take for --samplers.
+enum gvote_shim_sampler_kind {
+    GVOTE_SHIM_SAMPLER_PENALTIES,
+    GVOTE_SHIM_SAMPLER_DRY,
+    GVOTE_SHIM_SAMPLER_TOP_N_SIGMA,
+    GVOTE_SHIM_SAMPLER_TOP_K,
+    GVOTE_SHIM_SAMPLER_TYPICAL_P,
+    GVOTE_SHIM_SAMPLER_TOP_P,
+    GVOTE_SHIM_SAMPLER_MIN_P,
+    GVOTE_SHIM_SAMPLER_XTC,
+    GVOTE_SHIM_SAMPLER_TEMPERATURE,
+    GVOTE_SHIM_SAMPLER_ADAPTIVE_P,
+};
+
+// The settings of a chain of samplers, named as in llama.cpp's common_params_sampling.
+struct gvote_shim_sampling {
+    uint32_t seed; // not LLAMA_DEFAULT_SEED
+    float    temp;
+    float    dynatemp_range;
+    float    dynatemp_exponent;
+    int32_t  top_k;
+    float    top_p;
+    float    min_p;
+    float    typical_p;
+    float    top_n_sigma;
+    float    xtc_probability;
+    float    xtc_threshold;
+    int32_t  penalty_last_n;
+    float    penalty_repeat;
+    float    penalty_freq;
+    float    penalty_present;
+    float    dry_multiplier;
+    float    dry_base;
+    int32_t  dry_allowed_length;
+    int32_t  dry_penalty_last_n;
+    const char * const * dry_sequence_breakers;
+    size_t   n_dry_sequence_breakers;
+    float    adaptive_target;
+    float    adaptive_decay;
+    int32_t  mirostat; // 0, 1 or 2
+    float    mirostat_tau;
+    float    mirostat_eta;
+    const enum gvote_shim_sampler_kind * samplers;
+    size_t   n_samplers;
+    const llama_logit_bias * logit_bias;
+    size_t   n_logit_bias;
+    bool     ignore_eos;
+    const char * grammar; // NULL: none
+};
+
+// A chain of samplers, and the grammar that it keeps to.
+struct gvote_shim_sampler;
+
+// Whether llama.cpp can work with a grammar; where it cannot, `reason` says why.
+bool gvote_shim_grammar_check(const struct llama_vocab * vocab, const char * grammar, char * reason, size_t size);
+
+// `params->grammar` has been checked.
+const char * gvote_shim_sampler_new(
+        const struct llama_vocab * vocab, const struct gvote_shim_sampling * params, struct gvote_shim_sampler ** out);
+
+void gvote_shim_sampler_free(struct gvote_shim_sampler * sampler);
+
+// Draws a token from the logits of the whole vocabulary, and remembers it.
+const char * gvote_shim_sampler_sample(
+        struct gvote_shim_sampler * sampler, const float * logits, size_t n, llama_token * out);
+
+// Remembers tokens that were not drawn: of the prompt. A grammar does not hear of them.
+const char * gvote_shim_sampler_accept(struct gvote_shim_sampler * sampler, const llama_token * tokens, size_t n);
 
 // What llama_model_desc() writes; nothing where memory runs out.
 void gvote_shim_model_desc(const struct llama_model * model, char * out, size_t size);

@@ -7,7 +7,7 @@
 //!
 //! ```no_run
 //! use std::{ops::ControlFlow, path::Path};
-//! use gvote::llama::{Model, ModelParams, Sampler, SamplerParams};
+//! use gvote::llama::{Model, ModelParams, SamplerParams};
 //! use gvote::{Session, SessionParams};
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -19,7 +19,7 @@
 //!     let report = session.compress()?;
 //!     eprintln!("{} -> {} cells", report.cells_before, report.cells_after);
 //!
-//!     let mut sampler = Sampler::new(&model, &SamplerParams::default());
+//!     let mut sampler = session.sampler(&SamplerParams::of(&model), 256)?;
 //!     session.generate(&mut sampler, 256, |token| {
 //!         print!("{}", String::from_utf8_lossy(&model.piece(token, false)));
 //!         ControlFlow::Continue(())

@@ -25,7 +25,9 @@ use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
-use crate::llama::{Batch, CacheType, Context, ContextParams, LlamaError, Model, Pos, Sampler, SeqId, Token};
+use crate::llama::{
+    Batch, CacheType, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token,
+};
 use crate::policy::{self, Kind, PolicyError};
 pub use crate::vote::CompressReport;
 use crate::vote::{Sequence, VoteError, Voter};
@@ -354,6 +356,21 @@ impl Session {
         }
         self.keep_logits()?;
         Ok(())
+    }
+
+    /// A sampler that knows what the session has read, for an answer of `n_predict` tokens (see [`Session::generate`]).
+    ///
+    /// # Errors
+    /// Those of [`Sampler::new`].
+    pub fn sampler(&self, params: &SamplerParams, n_predict: i32) -> Result<Sampler, LlamaError> {
+        let tokens = self.sequence.tokens();
+        let most = match usize::try_from(n_predict) {
+            Ok(n) => tokens.len().saturating_add(n),
+            Err(_) => tokens.len().max(self.model().n_ctx_train()),
+        };
+        let mut sampler = Sampler::new(self.model(), params, most)?;
+        sampler.accept(tokens)?;
+        Ok(sampler)
     }
 
     /// Generates up to `n_predict` tokens (negative: until the model ends, or has come as far as it was trained for).

@@ -152,3 +152,52 @@ fn another_version_of_the_program_is_refused_with_the_line_that_is_missing() {
     assert_eq!(done.status, 1);
     assert!(done.stderr.contains(&format!("has 0 lines `{anchor}`")), "{}", done.stderr);
 }
+
+/// What a prompt is continued with, by the program as it is and by gvote beside it, which share llama.cpp's libraries.
+fn continued(flags: &[&str]) -> [String; 2] {
+    let prompt = "A shopping list:\n- two apples\n- two pears\n- two";
+    let common = ["-p", prompt, "-n", "16", "-c", "256", "-t", "1", "-fa", "off", "--no-display-prompt"];
+    let gvote = programs().with_file_name("image/usr/local/bin/gvote");
+    let texts =
+        [(programs().join(PLAIN), &["-no-cnv", "--no-warmup"][..]), (gvote, &["run", "--raw", "--policy", "full"])];
+    texts.map(|(program, own)| {
+        let mut command = Command::new(program);
+        command.args(own).args(["-m".as_ref(), model().as_os_str()]).args(common).args(flags);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_remove("LD_LIBRARY_PATH");
+        let done = finish(&mut command).ok();
+        done.stdout.replace(" [end of text]", "").trim_end().to_owned()
+    })
+}
+
+#[test]
+fn gvote_draws_what_llama_completion_draws() {
+    let mut texts = Vec::new();
+    for flags in [
+        "",
+        "--top-k 0 --top-p 0.8 --min-p 0.1",
+        "--temp 0 --repeat-penalty 1.4 --repeat-last-n 20 --presence-penalty 0.5 --frequency-penalty 0.7",
+        "--temp 0 --dry-multiplier 3 --dry-base 1.5 --dry-allowed-length 1 --dry-penalty-last-n 30",
+        "--dry-multiplier 3 --dry-allowed-length 1 --dry-sequence-breaker \\n --dry-sequence-breaker pp",
+        "--xtc-probability 0.8 --xtc-threshold 0.02",
+        "--typical 0.6 --top-k 0 --top-p 1",
+        "--top-nsigma 0.8 --top-k 0",
+        "--mirostat 1 --mirostat-lr 0.2 --mirostat-ent 4",
+        "--mirostat 2 --temp 1.2",
+        "--dynatemp-range 0.7 --dynatemp-exp 1.3 --temp 1.2",
+        "--samplers top_k;temp;penalties --repeat-penalty 2 --temp 1.5",
+        "--sampler-seq kta --adaptive-target 0.3 --adaptive-decay 0.5",
+        "--temp 0 -l 30-inf -l 29+2.5 --ignore-eos",
+        "--grammar-file GRAMMAR --temp 1.2",
+    ] {
+        let mut grammar = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut grammar, b"root ::= (\" \" [a-z]+ \"\\n\" \"-\")+").unwrap();
+        let flags = flags.replace("GRAMMAR", grammar.path().to_str().unwrap());
+        let flags: Vec<&str> = flags.split_whitespace().chain(["-s", "7"]).collect();
+        let [theirs, ours] = continued(&flags);
+        assert_eq!(ours, theirs, "{flags:?}");
+        texts.push(ours);
+    }
+    texts.sort();
+    texts.dedup();
+    assert!(texts.len() > 12, "the flags make a difference: {texts:?}");
+}

@@ -221,7 +221,7 @@ fn an_answer_holds_what_was_decoded_so_far() {
         read_long(&mut session, &words(N_CTX as usize - 4, 1), 0).unwrap();
         let before = session.save();
         let greedy = SamplerParams { temp: 0.0, ..SamplerParams::default() };
-        let sampler = RefCell::new(Sampler::new(session.model(), &greedy));
+        let sampler = RefCell::new(Sampler::new(session.model(), &greedy, 0).unwrap());
         let answer = |session: &mut Session, n| {
             let sampler = &mut sampler.borrow_mut();
             session.generate(sampler, n, |_| ControlFlow::Continue(())).map_err(|error| error.to_string())

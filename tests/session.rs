@@ -56,7 +56,8 @@ fn prefill(session: &mut Session, tokens: &[Token]) -> Result<(), SessionError> 
 
 /// Greedy continuation.
 fn generate(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
-    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
+    let mut sampler =
+        Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() }, 0).unwrap();
     let mut tokens = Vec::new();
     let report = session
         .generate(&mut sampler, n, |token| {

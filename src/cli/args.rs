@@ -1,5 +1,7 @@
 //! The flags that several commands share, and what they become in the library.
 
+mod sampling;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -8,9 +10,10 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
 use gvote::SessionParams;
 use gvote::llama::rpc::Endpoint;
-use gvote::llama::{CacheType, ContextParams, FlashAttention, ModelParams, SamplerParams};
+use gvote::llama::{CacheType, ContextParams, FlashAttention, ModelParams};
 use gvote::policy::{Evict, Kind, Params, Preset, Span};
 
+pub use self::sampling::SamplingArgs;
 use super::Exit;
 
 #[derive(Args)]
@@ -284,64 +287,12 @@ where
     PossibleValuesParser::new(all.iter().map(|&one| name(one))).try_map(|text| text.parse::<T>())
 }
 
-#[derive(Args)]
-#[command(next_help_heading = "Sampling")]
-pub struct SamplingArgs {
-    /// Random seed; -1 = a new one each time
-    #[arg(short, long, value_name = "N", default_value_t = -1,
-          value_parser = clap::value_parser!(i64).range(-1..=i64::from(u32::MAX)))]
-    seed: i64,
-
-    /// Temperature; 0 or less = always the likeliest token
-    #[arg(long, value_name = "T", default_value_t = SamplerParams::default().temp, value_parser = finite)]
-    temp: f32,
-
-    /// Choose among the K likeliest tokens; 0 = all
-    #[arg(long, value_name = "K", default_value_t = SamplerParams::default().top_k)]
-    top_k: i32,
-
-    /// Choose among the likeliest tokens that together reach P; 1 = all
-    #[arg(long, value_name = "P", default_value_t = SamplerParams::default().top_p, value_parser = share)]
-    top_p: f32,
-
-    /// Drop tokens less likely than P times the likeliest; 0 = none
-    #[arg(long, value_name = "P", default_value_t = SamplerParams::default().min_p, value_parser = share)]
-    min_p: f32,
-
-    /// Make recent tokens less likely by this factor; 1 = do not
-    #[arg(long, value_name = "X", default_value_t = SamplerParams::default().repeat_penalty, value_parser = positive)]
-    repeat_penalty: f32,
-
-    /// How many tokens count as recent; 0 = none, -1 = all in the context
-    #[arg(long, value_name = "N", default_value_t = SamplerParams::default().repeat_last_n)]
-    repeat_last_n: i32,
-}
-
-impl SamplingArgs {
-    /// Every call draws a seed of its own where none is given.
-    pub fn params(&self) -> SamplerParams {
-        SamplerParams {
-            seed: u32::try_from(self.seed).unwrap_or_else(|_| rand::random()),
-            temp: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repeat_penalty: self.repeat_penalty,
-            repeat_last_n: self.repeat_last_n,
-        }
-    }
-}
-
 fn number(text: &str, fits: fn(f32) -> bool, what: &str) -> Result<f32, String> {
     text.parse().ok().filter(|&x: &f32| x.is_finite() && fits(x)).ok_or_else(|| format!("use {what}"))
 }
 
 fn finite(text: &str) -> Result<f32, String> {
     number(text, |_| true, "a number")
-}
-
-fn positive(text: &str) -> Result<f32, String> {
-    number(text, |x| x > 0.0, "a number above 0")
 }
 
 pub fn share(text: &str) -> Result<f32, String> {

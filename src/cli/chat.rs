@@ -96,9 +96,11 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     let on_terminal = io::stdin().is_terminal() && io::stdout().is_terminal() && !args.output.json;
     let steps = Steps::new(&args.output)?;
     let first = args.prompt.text()?;
+    let grammar = args.sampling.grammar()?;
 
     steps.interrupt.begin();
     let model = steps.load_model(&args.model, params.policy.policy)?;
+    let sampling = args.sampling.params(&model, grammar.as_ref())?;
     let template = args.prompt.template(&model);
     if template.is_fallback() {
         note("this model has no chat template; ChatML is used");
@@ -106,7 +108,6 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     let session = steps.open(&model, &params)?;
     steps.interrupt.end();
 
-    let sampling = args.sampling.params();
     let revote_share = f64::from(args.revote_share);
     let mut chat = Chat {
         args,

@@ -282,7 +282,7 @@ impl Conversation {
         steps: &Steps,
         show: impl FnMut(&str) -> io::Result<()>,
     ) -> Result<TurnReport> {
-        let mut sampler = self.sampler();
+        let mut sampler = self.sampler()?;
         self.state.drawn += 1;
         let answer = steps.answer(&mut self.session, &mut sampler, self.predict, show)?;
         self.state.rendered.push_str(&answer.0);
@@ -294,13 +294,9 @@ impl Conversation {
 
     /// A sampler for the next answer. What it draws depends on the seed, on how many answers there were, and on the newest
     /// tokens, so that a conversation that was saved goes on as one that never was.
-    fn sampler(&self) -> Sampler {
-        let seed = self.sampling.seed.wrapping_add(self.state.drawn);
-        let mut sampler = Sampler::new(self.session.model(), &SamplerParams { seed, ..self.sampling.clone() });
-        for &token in self.session.sequence().tokens() {
-            sampler.accept(token);
-        }
-        sampler
+    fn sampler(&self) -> Result<Sampler> {
+        let seed = seed_of_answer(self.sampling.seed, self.state.drawn);
+        Ok(self.session.sampler(&SamplerParams { seed, ..self.sampling.clone() }, self.predict)?)
     }
 
     fn forget_cache(&mut self) {
@@ -308,5 +304,20 @@ impl Conversation {
         self.state.rendered.clear();
         self.state.turn = None;
         self.state.cells_after_vote = None;
+    }
+}
+
+/// One after another, but not llama.cpp's mark for a random one.
+fn seed_of_answer(seed: u32, drawn: u32) -> u32 {
+    ((u64::from(seed) + u64::from(drawn)) % u64::from(SamplerParams::RANDOM)) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_answer_of_a_conversation_has_a_random_seed() {
+        assert_eq!([0, 1, 2].map(|drawn| seed_of_answer(u32::MAX - 2, drawn)), [u32::MAX - 2, u32::MAX - 1, 0]);
     }
 }

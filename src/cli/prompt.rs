@@ -157,13 +157,22 @@ pub fn read_file(path: &Path) -> Result<String> {
         (path.display().to_string(), std::fs::read(path))
     };
     let bytes = bytes.with_context(|| format!("cannot read the prompt from {name} (-f)"))?;
-    let mut text = String::from_utf8(bytes)
-        .map_err(|e| e.utf8_error())
-        .with_context(|| format!("{name} (-f) is not UTF-8 text"))?;
+    let mut text = text_of(bytes, &name, "-f")?;
     if text.ends_with('\n') {
         text.pop();
     }
     Ok(text)
+}
+
+/// The text of the file that a flag names, as it is.
+pub fn read_text(path: &Path, flag: &str) -> Result<String> {
+    let name = path.display().to_string();
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {name} ({flag})"))?;
+    text_of(bytes, &name, flag)
+}
+
+fn text_of(bytes: Vec<u8>, name: &str, flag: &str) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| e.utf8_error()).with_context(|| format!("{name} ({flag}) is not UTF-8 text"))
 }
 
 /// Tokens of a prompt that starts the sequence, with BOS where the model wants one, but not a second one after a chat
@@ -182,7 +191,7 @@ pub fn tokenize_more(model: &Model, text: &str) -> Result<Vec<Token>> {
 }
 
 /// Replaces escapes by what they stand for; an unknown one stays as it is.
-fn unescape(text: &str) -> String {
+pub fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&byte, tail)) = rest.split_first() {

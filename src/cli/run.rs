@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::Args;
-use gvote::llama::{Model, Sampler};
+use gvote::llama::Model;
 use gvote::session::Stop;
 
 use super::Exit;
@@ -51,8 +51,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let policy = args.policy.params()?.policy;
     let steps = Steps::new(&args.output)?;
     let text = args.request.text()?;
+    let grammar = args.sampling.grammar()?;
     steps.interrupt.begin();
     let model = steps.load_model(&args.model, policy)?;
+    let sampling = args.sampling.params(&model, grammar.as_ref())?;
     let prompt = args.request.request(&model, text)?;
     let n_ctx = cells_needed(&model, prompt.tokens.len(), args.length.predict);
     let (trained, predict) = (model.n_ctx_train(), usize::try_from(args.length.predict).unwrap_or(0));
@@ -66,8 +68,6 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
     session.set_system_tokens(prompt.system);
-    let sampling = args.sampling.params();
-    let mut sampler = Sampler::new(&model, &sampling);
 
     let prefill = steps.prefill_long(&mut session, &prompt.tokens)?;
     let vote = steps.compress(&mut session)?;
@@ -75,6 +75,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if prompt.is_raw && !args.no_display_prompt {
         shown.show(&prompt.text)?;
     }
+    let mut sampler = session.sampler(&sampling, args.length.predict)?;
     let answer = steps.answer(&mut session, &mut sampler, args.length.predict, |piece| shown.show(piece))?;
     let report = TurnReport::new(&session, prefill, Some(vote), answer);
 

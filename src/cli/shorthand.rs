@@ -6,7 +6,7 @@ use std::ffi::{OsStr, OsString};
 use clap::{Arg, Command};
 
 /// Spelling on the command line, and the long flag it stands for.
-const SHORTHANDS: [(&str, &str); 9] = [
+pub const SHORTHANDS: [(&str, &str); 9] = [
     ("-sys", "system-prompt"),
     ("-ub", "ubatch-size"),
     ("-tb", "threads-batch"),
@@ -64,7 +64,7 @@ fn spellings_with_value(command: &Command) -> HashSet<String> {
     own.chain(command.get_subcommands().flat_map(spellings_with_value)).collect()
 }
 
-fn spellings(arg: &Arg) -> Vec<String> {
+pub fn spellings(arg: &Arg) -> Vec<String> {
     let long = arg.get_long_and_visible_aliases().unwrap_or_default();
     let short = arg.get_short_and_visible_aliases().unwrap_or_default();
     long.iter().map(|l| format!("--{l}")).chain(short.iter().map(|s| format!("-{s}"))).collect()

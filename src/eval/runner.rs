@@ -289,13 +289,13 @@ impl Runner {
         Ok(model.tokenize(text, !has_bos, true)?)
     }
 
-    fn greedy(&self) -> Sampler {
-        Sampler::new(self.session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() })
+    fn greedy(&self) -> Result<Sampler, LlamaError> {
+        Sampler::new(self.session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() }, 0)
     }
 
     /// The most likely answer; without the token that ends it.
     fn answer(&mut self, max_tokens: i32) -> Result<Vec<Token>, EvalError> {
-        let mut sampler = self.greedy();
+        let mut sampler = self.greedy()?;
         let mut tokens = Vec::new();
         let report = self.session.generate(&mut sampler, max_tokens, |token| {
             tokens.push(token);

@@ -33,6 +33,16 @@ pub enum LlamaError {
     BatchFull(usize),
     #[error("there are no logits to sample from: decode a batch that asks for them first")]
     NoLogits,
+    #[error("the grammar cannot be used: {0}")]
+    Grammar(String),
+    #[error("there is no token {token}: this model's are 0 to {}", n.saturating_sub(1))]
+    NoSuchToken { token: i32, n: usize },
+    #[error("no token can be drawn: {0}")]
+    Sampling(String),
+    #[error(
+        "unknown sampler {0:?}: use some of penalties, dry, top_n_sigma, top_k, typ_p, top_p, min_p, xtc, temperature, adaptive_p"
+    )]
+    SamplerKind(String),
     #[error("the saved state does not fit this context{0}")]
     State(&'static str),
     #[error("unknown cache type {0:?}: use one of f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1")]

@@ -14,6 +14,7 @@ mod memory;
 mod model;
 pub mod rpc;
 mod sampler;
+mod sampling;
 mod state;
 mod template;
 mod tensor_type;
@@ -27,7 +28,8 @@ pub use error::LlamaError;
 pub use memory::{Buffers, Memory, Simulation};
 pub(crate) use model::Special;
 pub use model::{Model, ModelParams, Pieces, Token};
-pub use sampler::{Sampler, SamplerParams};
+pub use sampler::Sampler;
+pub use sampling::{Dry, Mirostat, SamplerKind, SamplerParams, is_repeat_penalty};
 pub use template::{ChatTemplate, Message, Role, TemplateError};
 pub use tensor_type::TensorType;
 

@@ -103,9 +103,15 @@ impl Model {
         Self(Arc::new(Owned { ptr, is_lent: true }))
     }
 
-    fn vocab(&self) -> *const sys::llama_vocab {
+    pub(super) fn vocab(&self) -> *const sys::llama_vocab {
         // SAFETY: the vocabulary lives as long as the model.
         unsafe { sys::llama_model_get_vocab(self.as_ptr()) }
+    }
+
+    /// Whether its file says what its tokens are. Where it does not, llama.cpp aborts when it is asked for texts.
+    pub(super) fn has_tokenizer(&self) -> bool {
+        // SAFETY: valid vocabulary.
+        unsafe { sys::llama_vocab_type(self.vocab()) != sys::LLAMA_VOCAB_TYPE_NONE }
     }
 
     /// Tokens in the vocabulary.
@@ -217,10 +223,7 @@ impl Model {
     /// Whether a token is markup of a chat template and the like, no text.
     pub fn is_control(&self, token: Token) -> bool {
         // SAFETY: valid vocabulary; llama.cpp checks the token, but aborts where there is no vocabulary at all.
-        unsafe {
-            let has_text = sys::llama_vocab_type(self.vocab()) != sys::LLAMA_VOCAB_TYPE_NONE;
-            has_text && sys::llama_vocab_is_control(self.vocab(), token)
-        }
+        self.has_tokenizer() && unsafe { sys::llama_vocab_is_control(self.vocab(), token) }
     }
 
     /// Whether the token ends a generation (end of text, end of turn).
@@ -253,8 +256,7 @@ impl Model {
     /// # Errors
     /// [`LlamaError::Tokenize`] when the model has no tokenizer.
     pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, LlamaError> {
-        // SAFETY: plain query. Asked first because llama.cpp aborts on a model without a tokenizer.
-        if unsafe { sys::llama_vocab_type(self.vocab()) } == sys::LLAMA_VOCAB_TYPE_NONE {
+        if !self.has_tokenizer() {
             return Err(LlamaError::Tokenize);
         }
         let len = i32::try_from(text.len()).map_err(|_| LlamaError::Tokenize)?;

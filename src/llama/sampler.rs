@@ -1,120 +1,155 @@
+use std::ffi::{CStr, CString, c_char};
 use std::ptr::NonNull;
 
-use super::{LlamaError, Model, Token};
+use super::{LlamaError, Model, SamplerParams, Token};
 use crate::sys;
 
-/// How the next token is chosen; names and defaults as in llama.cpp.
-#[derive(Clone, Debug)]
-pub struct SamplerParams {
-    /// Random seed (`-s`).
-    pub seed: u32,
-    /// Temperature (`--temp`); 0 or below is greedy.
-    pub temp: f32,
-    /// Keep the k most likely (`--top-k`); 0 = all.
-    pub top_k: i32,
-    /// Nucleus (`--top-p`); 1 = off.
-    pub top_p: f32,
-    /// Least probability relative to the best token (`--min-p`); 0 = off.
-    pub min_p: f32,
-    /// Penalty for tokens of the last `repeat_last_n` (`--repeat-penalty`); 1 = off.
-    pub repeat_penalty: f32,
-    /// Tokens the penalty looks back (`--repeat-last-n`).
-    pub repeat_last_n: i32,
-}
+/// Logits divided by less overflow; whatever is likeliest has all the probability before.
+const LEAST_TEMP: f32 = 1e-6;
+/// Tokens that penalties look back at most, which takes 64 MiB: "all" may be said of texts without an end.
+const MOST_REMEMBERED: usize = 1 << 24;
+/// Bytes of what is wrong with a grammar, which may quote its rest.
+const REASON_SIZE: usize = 256;
 
-impl Default for SamplerParams {
-    fn default() -> Self {
-        Self {
-            seed: sys::LLAMA_DEFAULT_SEED,
-            temp: 0.8,
-            top_k: 40,
-            top_p: 0.95,
-            min_p: 0.05,
-            repeat_penalty: 1.0,
-            repeat_last_n: 64,
-        }
-    }
-}
-
-/// A chain of llama.cpp samplers.
+/// A chain of llama.cpp's samplers, and the grammar that it keeps to.
 pub struct Sampler {
-    chain: NonNull<sys::llama_sampler>,
-    candidates: Vec<sys::llama_token_data>,
+    ptr: NonNull<sys::gvote_shim_sampler>,
+    seed: u32,
 }
 
-// SAFETY: a chain owns its samplers and touches no global state.
+// SAFETY: it owns its samplers, and reads only the vocabulary of a model, which nobody changes.
 unsafe impl Send for Sampler {}
 
 impl Sampler {
-    /// The chain penalties, top-k, top-p, min-p, temperature, draw; or penalties and greedy for `temp <= 0`.
-    pub fn new(model: &Model, params: &SamplerParams) -> Self {
-        // SAFETY: each init returns a sampler that the chain takes over.
-        unsafe {
-            let chain = sys::llama_sampler_chain_init(sys::llama_sampler_chain_default_params());
-            let add = |sampler| sys::llama_sampler_chain_add(chain, sampler);
-            if params.repeat_penalty != 1.0 {
-                add(sys::llama_sampler_init_penalties(
-                    model.n_vocab() as i32,
-                    params.repeat_last_n,
-                    params.repeat_penalty,
-                    0.0,
-                    0.0,
-                ));
-            }
-            if params.temp <= 0.0 {
-                add(sys::llama_sampler_init_greedy());
-            } else {
-                add(sys::llama_sampler_init_top_k(params.top_k));
-                add(sys::llama_sampler_init_top_p(params.top_p, 1));
-                add(sys::llama_sampler_init_min_p(params.min_p, 1));
-                add(sys::llama_sampler_init_temp(params.temp));
-                add(sys::llama_sampler_init_dist(params.seed));
-            }
-            Self {
-                chain: NonNull::new(chain).expect("llama.cpp allocates samplers with new, which never returns NULL"),
-                candidates: Vec::new(),
-            }
-        }
+    /// Samplers for a text of up to `n_context` tokens, prompt and answer: so far look those back that look back at all of it.
+    ///
+    /// # Errors
+    /// [`LlamaError::Grammar`], [`LlamaError::NoSuchToken`], [`LlamaError::Sampling`], [`LlamaError::Memory`].
+    pub fn new(model: &Model, params: &SamplerParams, n_context: usize) -> Result<Self, LlamaError> {
+        params.check(model)?;
+        let most = n_context.min(MOST_REMEMBERED) as i32;
+        let last_n = |n: i32| if n < 0 { most } else { n.min(most) };
+        let seed = match params.seed {
+            SamplerParams::RANDOM => rand::random_range(0..SamplerParams::RANDOM),
+            seed => seed,
+        };
+        let breakers = params.dry.sequence_breakers.iter();
+        // llama.cpp reads each up to its first NUL byte
+        let breakers: Vec<CString> = breakers
+            .map(|text| CString::new(text.split('\0').next().unwrap_or_default()).unwrap_or_default())
+            .collect();
+        let breakers: Vec<*const c_char> = breakers.iter().map(|text| text.as_ptr()).collect();
+        let biases: Vec<_> =
+            params.logit_bias.iter().map(|&(token, bias)| sys::llama_logit_bias { token, bias }).collect();
+        let kinds: Vec<_> = params.samplers.iter().map(|&kind| kind as sys::gvote_shim_sampler_kind).collect();
+        let raw = sys::gvote_shim_sampling {
+            seed,
+            temp: if params.temp < LEAST_TEMP { 0.0 } else { params.temp },
+            dynatemp_range: params.dynatemp_range,
+            dynatemp_exponent: params.dynatemp_exponent,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            typical_p: params.typical_p,
+            top_n_sigma: params.top_n_sigma,
+            xtc_probability: params.xtc_probability,
+            xtc_threshold: params.xtc_threshold,
+            penalty_last_n: last_n(params.repeat_last_n),
+            penalty_repeat: params.repeat_penalty,
+            penalty_freq: params.frequency_penalty,
+            penalty_present: params.presence_penalty,
+            dry_multiplier: params.dry.multiplier,
+            dry_base: params.dry.base,
+            dry_allowed_length: params.dry.allowed_length.max(0),
+            dry_penalty_last_n: last_n(params.dry.penalty_last_n),
+            dry_sequence_breakers: breakers.as_ptr(),
+            n_dry_sequence_breakers: breakers.len(),
+            adaptive_target: params.adaptive_target,
+            adaptive_decay: params.adaptive_decay,
+            mirostat: params.mirostat as i32,
+            mirostat_tau: params.mirostat_tau,
+            mirostat_eta: params.mirostat_eta,
+            samplers: kinds.as_ptr(),
+            n_samplers: kinds.len(),
+            logit_bias: biases.as_ptr(),
+            n_logit_bias: biases.len(),
+            ignore_eos: params.ignore_eos,
+            grammar: params.grammar.as_ref().map_or(std::ptr::null(), |grammar| grammar.as_ptr()),
+        };
+        let mut ptr = std::ptr::null_mut();
+        // SAFETY: the vocabulary is that of a living model; the settings and what they point to outlive the call, and their
+        // counts are those of the vectors.
+        let reason = unsafe { sys::gvote_shim_sampler_new(model.vocab(), &raw, &raw mut ptr) };
+        Self::done(reason)?;
+        let ptr = NonNull::new(ptr).ok_or(LlamaError::Memory)?;
+        Ok(Self { ptr, seed })
+    }
+
+    /// The seed that it draws with: the one that was given, or its own.
+    pub fn seed(&self) -> u32 {
+        self.seed
     }
 
     /// Chooses the next token from its logits `[n_vocab]`, and remembers the choice.
     ///
     /// # Errors
-    /// [`LlamaError::Memory`].
+    /// [`LlamaError::NoLogits`] for none, [`LlamaError::Sampling`] where the grammar leaves no token, [`LlamaError::Memory`].
     pub fn sample(&mut self, logits: &[f32]) -> Result<Token, LlamaError> {
-        self.candidates.clear();
-        self.candidates.extend(logits.iter().enumerate().map(|(id, &logit)| sys::llama_token_data {
-            id: id as Token,
-            logit,
-            p: 0.0,
-        }));
-        let mut array = sys::llama_token_data_array {
-            data: self.candidates.as_mut_ptr(),
-            size: self.candidates.len(),
-            selected: -1,
-            sorted: false,
-        };
-        // SAFETY: the array describes our candidates; samplers reorder and shrink it in place.
-        let token = unsafe { sys::gvote_shim_sample(self.chain.as_ptr(), &raw mut array) };
-        if token == sys::LLAMA_TOKEN_NULL { Err(LlamaError::Memory) } else { Ok(token) }
+        if logits.is_empty() {
+            return Err(LlamaError::NoLogits);
+        }
+        let mut token = sys::LLAMA_TOKEN_NULL;
+        // SAFETY: ours alone; the logits are as many as is said.
+        let reason =
+            unsafe { sys::gvote_shim_sampler_sample(self.ptr.as_ptr(), logits.as_ptr(), logits.len(), &raw mut token) };
+        Self::done(reason).map(|()| token)
     }
 
-    /// Remembers a token that was not sampled here (for the repetition penalty).
-    pub fn accept(&mut self, token: Token) {
-        // SAFETY: valid chain.
-        unsafe { sys::llama_sampler_accept(self.chain.as_ptr(), token) };
+    /// Remembers tokens that were not drawn here, such as those of the prompt. A grammar speaks of the answer, and does not
+    /// hear of them.
+    ///
+    /// # Errors
+    /// [`LlamaError::Memory`].
+    pub fn accept(&mut self, tokens: &[Token]) -> Result<(), LlamaError> {
+        // SAFETY: ours alone; the tokens are as many as is said.
+        let reason = unsafe { sys::gvote_shim_sampler_accept(self.ptr.as_ptr(), tokens.as_ptr(), tokens.len()) };
+        Self::done(reason)
     }
 
-    /// Forgets what was sampled.
-    pub fn reset(&mut self) {
-        // SAFETY: valid chain.
-        unsafe { sys::llama_sampler_reset(self.chain.as_ptr()) };
+    fn done(reason: *const c_char) -> Result<(), LlamaError> {
+        if reason.is_null() {
+            return Ok(());
+        }
+        // SAFETY: the shim answers with a static string.
+        match unsafe { CStr::from_ptr(reason) } {
+            reason if reason == c"out of memory" => Err(LlamaError::Memory),
+            reason => Err(LlamaError::Sampling(reason.to_string_lossy().into_owned())),
+        }
     }
 }
 
 impl Drop for Sampler {
     fn drop(&mut self) {
-        // SAFETY: the chain and its samplers are freed once.
-        unsafe { sys::llama_sampler_free(self.chain.as_ptr()) };
+        // SAFETY: freed once.
+        unsafe { sys::gvote_shim_sampler_free(self.ptr.as_ptr()) };
+    }
+}
+
+impl Model {
+    /// Says what is wrong with a grammar.
+    pub(super) fn check_grammar(&self, grammar: &CStr) -> Result<(), LlamaError> {
+        if !self.has_tokenizer() {
+            return Err(LlamaError::Grammar("this model has no tokenizer".into()));
+        }
+        let mut reason = [0u8; REASON_SIZE];
+        // SAFETY: a valid vocabulary and string; the buffer's true size is passed.
+        let fits = unsafe {
+            sys::gvote_shim_grammar_check(self.vocab(), grammar.as_ptr(), reason.as_mut_ptr().cast(), reason.len())
+        };
+        if fits {
+            return Ok(());
+        }
+        let reason = CStr::from_bytes_until_nul(&reason).map_or("".into(), CStr::to_string_lossy);
+        Err(LlamaError::Grammar(reason.lines().next().unwrap_or_default().trim_end().to_owned()))
     }
 }

@@ -82,7 +82,8 @@ fn words(n: usize, kind: usize) -> Vec<Token> {
 }
 
 fn answer(session: &mut Session, n: i32) -> Vec<Token> {
-    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
+    let mut sampler =
+        Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() }, 0).unwrap();
     let mut tokens = Vec::new();
     let each = |token| {
         tokens.push(token);

@@ -39,7 +39,8 @@ pub fn model() -> Model {
 
 /// The likeliest answer, of at most `n` tokens, and why it ended.
 pub fn greedy(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
-    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
+    let mut sampler =
+        Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() }, 0).unwrap();
     let mut tokens = Vec::new();
     let each = |token| {
         tokens.push(token);

@@ -11,6 +11,7 @@ pub fn string(text: &str) -> Vec<u8> {
 #[derive(Clone, Copy)]
 pub enum Value<'a> {
     U32(u32),
+    I32(i32),
     U64(u64),
     F32(f32),
     Bool(bool),
@@ -28,6 +29,7 @@ impl Value<'_> {
         };
         match self {
             U32(n) => kind(4, &n.to_le_bytes()),
+            I32(n) => kind(5, &n.to_le_bytes()),
             U64(n) => kind(10, &n.to_le_bytes()),
             F32(x) => kind(6, &x.to_le_bytes()),
             Bool(b) => kind(7, &[u8::from(*b)]),
@@ -79,6 +81,19 @@ pub fn head(entries: &[(&str, Value)], tensors: &[Tensor]) -> (Vec<u8>, u64) {
     file.resize(file.len().next_multiple_of(32), 0);
     let size = (file.len() as u64).saturating_add(end);
     (file, size)
+}
+
+/// A model file with more metadata, which stands before its own.
+pub fn with_entries(file: &[u8], entries: &[(&str, Value)]) -> Vec<u8> {
+    const COUNT: std::ops::Range<usize> = 16..24;
+    let entry = |key: &str, value: Value| [string(key), value.encode()].concat();
+    let mut added: Vec<u8> = entries.iter().flat_map(|(key, value)| entry(key, *value)).collect();
+    // the data stays aligned
+    let filled = |n: usize| entry("filler", Text(&" ".repeat(n)));
+    let n = (0..32).find(|&n| (added.len() + filled(n).len()).is_multiple_of(32)).unwrap();
+    added.extend(filled(n));
+    let count = u64::from_le_bytes(file[COUNT].try_into().unwrap()) + entries.len() as u64 + 1;
+    [&file[..COUNT.start], &count.to_le_bytes(), &added, &file[COUNT.end..]].concat()
 }
 
 /// A file with a tensor of this ggml type and 256 values, and room for its data.

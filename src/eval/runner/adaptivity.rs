@@ -119,7 +119,7 @@ impl Runner {
                 if tokens.is_empty() {
                     return Err(EvalError::NoAnswer(request.item.clone()));
                 }
-                tokens.push(self.greedy().sample(self.session.logits())?);
+                tokens.push(self.greedy()?.sample(self.session.logits())?);
                 self.reference(prompt, tokens, from)
             }
         }

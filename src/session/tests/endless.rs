@@ -18,7 +18,8 @@ fn an_answer_without_end_takes_no_more_cells_and_no_more_memory() {
     const CELLS: usize = 160;
     for (arch, kind) in [("llama", Kind::Gvote), ("gemma2", Kind::SnapKv)] {
         let mut session = open(arch, F16, CELLS, Params { policy: kind, ..quick() });
-        let mut sampler = Sampler::new(session.model(), &SamplerParams { seed: 1, ..SamplerParams::default() });
+        let mut sampler =
+            Sampler::new(session.model(), &SamplerParams { seed: 1, ..SamplerParams::default() }, 0).unwrap();
         read(&mut session, &words(100, 1));
         let mut marks = Vec::new();
         for part in 1..=5 {

@@ -186,7 +186,8 @@ fn an_answer_cancelled_while_room_is_made_is_whole() {
 }
 
 fn generate(session: &mut Session, n: i32) -> Stop {
-    let mut sampler = Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() });
+    let mut sampler =
+        Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() }, 0).unwrap();
     session.generate(&mut sampler, n, |_| ControlFlow::Continue(())).unwrap().stop
 }
 
