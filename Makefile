@@ -10,10 +10,12 @@ PREFIX   ?= /usr/local
 PROFILE  ?= release
 # Seconds of each fuzz target
 FUZZ_S   ?= 600
+# The llama.cpp of test-llama
+LLAMA    ?= oldest
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test check-memory fuzz bench bench-peers bench-memory soak completion bench-completion results \
+.PHONY: help run test test-llama check-memory fuzz bench bench-peers bench-memory soak completion bench-completion results \
         gallery cuda-kit doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
@@ -25,6 +27,9 @@ run: setup ## install what is needed, build, and ask a question about a long doc
 
 test: setup ## run the whole test suite
 	cargo test
+
+test-llama: setup ## run the library's tests with another llama.cpp: LLAMA=VERSION names one of vendor/sources.json
+	LLAMA_CPP_DIR="$$(scripts/fetch-llama $(LLAMA))" cargo test --lib
 
 check-memory: setup ## run the C and C++ test programs under sanitizers and valgrind; TOOLS="address thread valgrind" picks some
 	scripts/check-memory $(TOOLS)

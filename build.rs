@@ -1,10 +1,15 @@
 //! Finds llama.cpp, builds it (cmake), compiles the shim (cc), generates bindings (bindgen), and links.
 
+use std::cell::RefCell;
 use std::env;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
+
+use bindgen::FieldVisibilityKind;
+use bindgen::callbacks::{FieldInfo, ParseCallbacks};
 
 /// GPU back ends: cargo feature, cmake option, static library, and what that library needs besides.
 const BACKENDS: &[(&str, &str, &str, &[&str])] = &[
@@ -34,7 +39,8 @@ fn main() {
         version_of(&source.join(file), prefix).unwrap_or_else(|| fail(&format!("{file} of llama.cpp names no version")))
     });
     let libraries = built_llama(&llama).unwrap_or_else(|| build_llama(&source));
-    compile_shim(&source);
+    list_context_members(&source);
+    compile_shim(&source, &llama);
     generate_bindings(&source);
     link(&libraries);
     println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={llama}");
@@ -95,7 +101,7 @@ fn built_llama(version: &str) -> Option<PathBuf> {
     let Ok(library) = fs::canonicalize(dir.join(&file)) else {
         fail(&format!("there is no {file} in LLAMA_LIB_DIR={}", dir.display()));
     };
-    // on Linux the file that the link leads to is libllama.so.0.8.0; where no version is named, gvote_new() compares
+    // on Linux the link leads to a file that ends in the version, as in libllama.so.1.2.3; where no version is named, gvote_new() compares
     let named = library.to_string_lossy().rsplit_once(".so.").map(|(_, version)| version.to_owned());
     if let Some(named) = named.filter(|named| named != version) {
         fail(&format!("{} is llama.cpp {named}, but the source in LLAMA_CPP_DIR is {version}", library.display()));
@@ -143,7 +149,7 @@ fn build_llama(source: &Path) -> PathBuf {
     let shared = is_shared();
 
     // OUT_DIR is <target>/<profile>/build/gvote-<hash>/out
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let out = out_dir();
     let target = out.ancestors().nth(4).expect("OUT_DIR lies deep inside the target folder");
     // one folder for each source and its settings: another checkout, or another pin, is another build
     let mut hasher = DefaultHasher::new();
@@ -230,12 +236,53 @@ fn include_dirs(source: &Path) -> [PathBuf; 4] {
     ["include", "src", "ggml/include", "ggml/src"].map(|dir| source.join(dir))
 }
 
-fn compile_shim(source: &Path) {
+/// Writes llama_context_members.h, a list of all members of llama_context, for ffi/visit.cpp to check that it knows each.
+fn list_context_members(source: &Path) {
+    let members = Members::default();
+    let mut builder = bindgen::Builder::default()
+        .header_contents("llama-context.hpp", "#include \"llama-context.h\"\n")
+        .clang_args(["-x", "c++", "-std=c++17"])
+        .allowlist_type("llama_context")
+        .allowlist_recursively(false)
+        .with_codegen_config(bindgen::CodegenConfig::TYPES)
+        .opaque_type("std::.*")
+        .parse_callbacks(Box::new(members.clone()));
+    for dir in include_dirs(source) {
+        builder = builder.clang_arg(format!("-I{}", dir.display()));
+    }
+    generate(builder);
+    let names = members.0.borrow();
+    if names.is_empty() {
+        fail("llama-context.h of llama.cpp declares no members of llama_context");
+    }
+    let list: String = names.iter().map(|name| format!(" \\\n    X({name})")).collect();
+    let file = out_dir().join("llama_context_members.h");
+    fs::write(file, format!("#define LLAMA_CONTEXT_MEMBERS(X){list}\n")).expect("OUT_DIR can be written");
+}
+
+/// The names of llama_context's members, as bindgen meets them.
+#[derive(Clone, Debug, Default)]
+struct Members(Rc<RefCell<Vec<String>>>);
+
+impl ParseCallbacks for Members {
+    fn field_visibility(&self, field: FieldInfo<'_>) -> Option<FieldVisibilityKind> {
+        if field.type_name == "llama_context" {
+            self.0.borrow_mut().push(field.field_name.to_owned());
+        }
+        None
+    }
+}
+
+fn compile_shim(source: &Path, version: &str) {
+    // as ffi/versions.hpp counts: 10000*major + 100*minor + patch
+    let number = version.split('.').fold(0, |sum, part| 100 * sum + part.parse::<u32>().expect("a number"));
     cc::Build::new()
         .cpp(true)
         .std("c++17")
         .flags(sanitizer_flags())
+        .define("GVOTE_LLAMA_VERSION", number.to_string().as_str())
         .files(["grammar", "park", "sampler", "shim", "state", "visit"].map(|name| format!("ffi/{name}.cpp")))
+        .include(out_dir())
         .includes(include_dirs(source))
         // llama.cpp's own headers warn
         .warnings(false)
@@ -270,15 +317,21 @@ fn generate_bindings(source: &Path) {
 }
 
 fn write_bindings(builder: bindgen::Builder, name: &str) {
+    generate(builder).write_to_file(out_dir().join(name)).expect("OUT_DIR can be written");
+}
+
+fn generate(builder: bindgen::Builder) -> bindgen::Bindings {
     // bindgen panics where libclang is missing, with a text that names no package
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| builder.generate()));
-    let bindings = match result {
+    match result {
         Ok(Ok(bindings)) => bindings,
         Ok(Err(error)) => fail(&format!("bindgen cannot read llama.cpp's headers: {error}")),
         Err(_) => fail("libclang is missing; on Debian: apt-get install libclang-dev"),
-    };
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    bindings.write_to_file(out.join(name)).expect("OUT_DIR can be written");
+    }
+}
+
+fn out_dir() -> PathBuf {
+    env::var_os("OUT_DIR").expect("cargo sets it").into()
 }
 
 fn link(libraries: &Path) {

@@ -231,7 +231,7 @@ typedef void (*gvote_log_callback)(gvote_log_level level, const char * text, voi
 /* The version of this library, such as "0.1.0". Never NULL; static. Any thread. */
 GVOTE_API const char * gvote_version(void);
 
-/* The version of llama.cpp that this library was built for, such as "0.8.0". Never NULL; static. Any thread. */
+/* The version of llama.cpp that this library was built for: major, minor and patch. Never NULL; static. Any thread. */
 GVOTE_API const char * gvote_llama_version(void);
 
 /* A few words for a status. Never NULL, also for a number that is no status; static. Any thread. */

@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 
 use cli::{Done, finish, finish_with, model};
 use harbour::{FERRY, LIGHTHOUSE};
-use installed::{llama_source, make, run, source};
+use installed::{llama_tools, make, run, source};
 
 /// What the guide promises.
 const MOST_ADDED_LINES: usize = 10;
@@ -64,7 +64,7 @@ fn votes(done: &Done) -> Vec<(u32, u32)> {
 
 #[test]
 fn ten_lines_are_enough() {
-    let original = fs::read_to_string(llama_source().join("tools/completion/completion.cpp")).unwrap();
+    let original = fs::read_to_string(llama_tools().join("tools/completion/completion.cpp")).unwrap();
     let changed = fs::read_to_string(programs().join("completion-gvote.cpp")).unwrap();
     let mut expected = original.lines().peekable();
     let added = changed.lines().filter(|line| expected.next_if_eq(line).is_none()).count();
@@ -144,7 +144,7 @@ fn another_version_of_the_program_is_refused_with_the_line_that_is_missing() {
     let dir = tempfile::tempdir().unwrap();
     let tool = dir.path().join("tools/completion");
     fs::create_dir_all(&tool).unwrap();
-    let original = fs::read_to_string(llama_source().join("tools/completion/completion.cpp")).unwrap();
+    let original = fs::read_to_string(llama_tools().join("tools/completion/completion.cpp")).unwrap();
     let anchor = "auto llama_init = common_init_from_params(params);";
     fs::write(tool.join("completion.cpp"), original.replace(anchor, "")).unwrap();
     let mut command = Command::new(source("scripts/build-completion"));

@@ -50,7 +50,44 @@ fn wrong_combinations_are_refused(source: &Path, libraries: &Path) {
     fs::write(dir.path().join("libllama.so.0.7.3"), "").unwrap();
     symlink("libllama.so.0.7.3", dir.path().join("libllama.so")).unwrap();
     let text = refusal(Some(source), dir.path());
-    assert!(text.contains("is llama.cpp 0.7.3, but the source in LLAMA_CPP_DIR is 0.8.0"), "{text}");
+    assert!(text.contains("is llama.cpp 0.7.3, but the source in LLAMA_CPP_DIR is "), "{text}");
+}
+
+/// A source like `source` but for one line of one file, before which another line stands.
+fn changed(source: &Path, file: &str, line: &str, added: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("src")).unwrap();
+    for name in ["CMakeLists.txt", "include", "ggml"] {
+        symlink(source.join(name), dir.path().join(name)).unwrap();
+    }
+    for header in fs::read_dir(source.join("src")).unwrap().map(|entry| entry.unwrap()) {
+        if header.path().extension().is_some_and(|ending| ending == "h") {
+            fs::copy(header.path(), dir.path().join("src").join(header.file_name())).unwrap();
+        }
+    }
+    let text = fs::read_to_string(source.join(file)).unwrap();
+    assert_eq!(text.matches(line).count(), 1, "{line}");
+    // a link would be written through
+    let _ = fs::remove_file(dir.path().join(file));
+    fs::write(dir.path().join(file), text.replacen(line, &format!("{added}\n{line}"), 1)).unwrap();
+    dir
+}
+
+/// What upstream adds does not compile until somebody has looked at it, even where it hides in padding.
+fn other_structures_are_refused(source: &Path, libraries: &Path) {
+    let (context, cache) = ("src/llama-context.h", "src/llama-kv-cache.h");
+    for (file, line, added, reason) in [
+        (context, "    bool graph_reuse_disable = false;", "bool added = false;", "does with llama_context::added"),
+        (cache, "    const uint32_t n_seq_max = 1;", "int64_t added = 0;", "llama_kv_cache has changed"),
+        ("CMakeLists.txt", "set(LLAMA_VERSION_MAJOR 0)", "set(LLAMA_VERSION_MAJOR 77)", "does not know this version"),
+    ] {
+        let other = changed(source, file, line, added);
+        // of no version, so that only the source is looked at
+        let unnamed = tempfile::tempdir().unwrap();
+        fs::copy(libraries.join("libllama.so"), unnamed.path().join("libllama.so")).unwrap();
+        let text = refusal(Some(other.path()), unnamed.path());
+        assert!(text.contains(reason), "{reason}: {text}");
+    }
 }
 
 /// Whatever is loaded comes from the user's own folder.
@@ -67,6 +104,7 @@ fn a_users_own_llama_serves_gvote_and_apps_and_is_not_copied() {
     let (source, libraries) = (llama_source(), libraries());
     // first, since cargo builds again after them
     wrong_combinations_are_refused(&source, &libraries);
+    other_structures_are_refused(&source, &libraries);
 
     let target = scratch().join("target");
     let [level, debug] = UNOPTIMISED.map(|(name, value)| (name, Path::new(value)));

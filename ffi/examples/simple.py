@@ -3,48 +3,27 @@
 
     python3 simple.py PREFIX/lib/libgvote.so MODEL.gguf DOCUMENT.txt QUESTION
 
-The structs follow llama.h and gvote.h of the versions that this was written for, and those are compared first.
+llama.cpp's structs are read from the llama.h that is installed beside the library: they differ between versions of llama.cpp.
 """
 
 import ctypes as c
+import re
 import sys
+from pathlib import Path
 
 N_BATCH, N_ANSWER = 512, 64
 p, i32, u32, f32, flag, size_t = c.c_void_p, c.c_int32, c.c_uint32, c.c_float, c.c_bool, c.c_size_t
+TYPES = {"bool": flag, "float": f32, "int32_t": i32, "uint32_t": u32, "size_t": size_t, "enum": i32}
 
 
-def struct(name, **fields):
-    """Each keyword is a type, its value the fields of that type that follow one another."""
-    types = {"p": p, "i": i32, "u": u32, "f": f32, "b": flag, "z": size_t, "s": c.c_char_p, "d": c.c_double, "U": c.c_uint64}
-    members = [(field, types[key[0]]) for key, names in fields.items() for field in names.split()]
-    return type(name, (c.Structure,), {"_fields_": members})
-
-
-ModelParams = struct(
-    "llama_model_params",
-    p1="devices tensor_buft_overrides",
-    i1="n_gpu_layers split_mode load_mode lazy_mode main_gpu",
-    p2="tensor_split progress_callback progress_callback_user_data kv_overrides",
-    b1="vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp",
-)
-ContextParams = struct(
-    "llama_context_params",
-    u1="n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq",
-    i1="n_threads n_threads_batch ctx_type rope_scaling_type pooling_type attention_type flash_attn_type",
-    f1="rope_freq_base rope_freq_scale yarn_ext_factor yarn_attn_factor yarn_beta_fast yarn_beta_slow",
-    u2="yarn_orig_ctx",
-    f2="defrag_thold",
-    p1="cb_eval cb_eval_user_data",
-    i2="type_k type_v",
-    z1="moe_cache_size",
-    p2="abort_callback abort_callback_data",
-    b1="embeddings offload_kqv no_perf op_offload swa_full kv_unified",
-    p3="samplers",
-    z2="n_samplers",
-    p4="ctx_other",
-)
-Batch = struct("llama_batch", i1="n_tokens", p1="token embd pos n_seq_id seq_id logits")
-Message = struct("llama_chat_message", s1="role content")
+def struct(header, name):
+    """A struct of a C header whose members are numbers, enums and pointers."""
+    text = re.sub(r"//.*|/\*.*?\*/", "", header)
+    body = re.search(rf"struct {name} \{{(.*?)\}}", text, re.DOTALL)[1]
+    members = [re.search(r"(\w+).*?(\w+)$", line.strip(), re.DOTALL) for line in body.split(";")[:-1]]
+    # what is no number and no enum is a pointer
+    fields = [(m[2], p if "*" in m[0] else TYPES.get(m[1], p)) for m in members]
+    return type(name, (c.Structure,), {"_fields_": fields})
 
 
 class Report(c.Structure):
@@ -62,13 +41,18 @@ def load(path):
         getattr(lib, name).restype = p
     for name in "gvote_version gvote_llama_version gvote_last_error llama_model_chat_template".split():
         getattr(lib, name).restype = c.c_char_p
-    lib.llama_model_default_params.restype = ModelParams
-    lib.llama_context_default_params.restype = ContextParams
-    lib.llama_batch_get_one.restype = Batch
+    header = (Path(path).parent.parent / "include/gvote/llama.h").read_text()
+    lib.llama_model_default_params.restype = struct(header, "llama_model_params")
+    lib.llama_context_default_params.restype = struct(header, "llama_context_params")
+    lib.llama_batch_get_one.restype = struct(header, "llama_batch")
     lib.llama_vocab_is_eog.restype = flag
-    if (lib.gvote_version(), lib.gvote_llama_version()) != (b"0.1.0", b"0.8.0"):
-        sys.exit("error: the structs in this file are those of gvote 0.1.0 and llama.cpp 0.8.0")
+    if lib.gvote_version() != b"0.1.0":
+        sys.exit("error: the struct Report in this file is that of gvote 0.1.0")
     return lib
+
+
+class Message(c.Structure):
+    _fields_ = [("role", c.c_char_p), ("content", c.c_char_p)]
 
 
 def make_prompt(lib, model, vocab, text):

@@ -19,7 +19,7 @@ pub(super) fn check_libraries() -> Result<(), Failure> {
 }
 
 fn compare(name: &str, found: &str, expected: &str) -> Result<(), Failure> {
-    // what comes behind the number says how it was built, as in 0.8.0-dev
+    // what comes behind the number says how it was built, as in 1.2.3-dev
     let number = found.split(['-', '+']).next().unwrap_or_default();
     if number == expected {
         return Ok(());
@@ -53,8 +53,8 @@ mod tests {
 
     #[test]
     fn another_version_is_refused_and_named() {
-        for (found, right) in [("0.8.0", true), ("0.8.0-dev", true), ("0.8.1", false), ("0.8", false), ("", false)] {
-            let outcome = compare("llama.cpp", found, "0.8.0");
+        for (found, right) in [("1.2.3", true), ("1.2.3-dev", true), ("1.2.4", false), ("1.2", false), ("", false)] {
+            let outcome = compare("llama.cpp", found, "1.2.3");
             assert_eq!(outcome.is_ok(), right, "{found}");
             if let Err(failure) = outcome {
                 assert_eq!(failure.status, GVOTE_ERROR_VERSION);

@@ -95,6 +95,11 @@ pub fn guide_program(dir: &Path) -> PathBuf {
     file
 }
 
+/// llama.cpp's own programs, of the version that gvote is built from.
+pub fn llama_tools() -> PathBuf {
+    run(Command::new(source("scripts/find-llama")).arg("--tools")).trim_end().into()
+}
+
 /// The source of llama.cpp that gvote is built from.
 pub fn llama_source() -> PathBuf {
     run(&mut Command::new(source("scripts/find-llama"))).trim_end().into()
