@@ -307,6 +307,23 @@ mod piped {
     }
 
     #[test]
+    fn after_a_reverse_prompt_the_chat_goes_on_without_reading_again() {
+        let talk = |args: &[&str], lines: &str| {
+            let args = [&["-n", "24", "--temp", "0", "--json"], args].concat();
+            finish_with(&mut gvote("chat", &args), lines).ok().json()
+        };
+        let whole = talk(&[], "Name three animals.\n").remove(0);
+        let whole = whole["answer"].as_str().unwrap();
+        // it begins and ends within tokens
+        let (middle, _) = whole.char_indices().filter(|(_, c)| c.is_alphabetic()).nth(11).unwrap();
+        let end = &whole[middle..middle + 4];
+        let turns = talk(&["-r", end], "Name three animals.\nAnd three plants?\n");
+        assert_eq!(turns[0]["answer"], whole[..whole.find(end).unwrap()]);
+        assert_eq!(turns[0]["decode"]["stop"], "reverse-prompt");
+        assert!(number(&turns[1]["prefill"]["tokens"]) < number(&turns[0]["prefill"]["tokens"]), "{}", turns[1]);
+    }
+
+    #[test]
     fn what_was_compressed_meanwhile_is_read_again_for_an_edit() {
         let capped = ["--max-cells", "200"];
         let edit = format!("/edit {}", long_line(400));

@@ -190,6 +190,19 @@ fn the_system_message_and_the_template_reach_the_model() {
 }
 
 #[test]
+fn a_reverse_prompt_ends_the_answer_and_is_no_part_of_it() {
+    let args = ["-p", "Count from one to ten in words.", "-n", "24", "--temp", "0"];
+    let whole = json(&args)["answer"].as_str().unwrap().to_owned();
+    let word = whole.split_whitespace().nth(3).unwrap();
+    let report = json(&[&args[..], &["-r", "no such text", "-r", word]].concat());
+    assert_eq!(report["answer"], whole[..whole.find(word).unwrap()]);
+    assert_eq!(report["decode"]["stop"], "reverse-prompt");
+    let line = run(&[&args[..], &["-r", r"\n"]].concat()).ok();
+    assert_eq!(line.stdout.trim_end_matches('\n'), whole.lines().next().unwrap());
+    assert!(line.stderr.contains("stopped by -r") || !whole.contains('\n'), "{}", line.stderr);
+}
+
+#[test]
 fn a_cap_below_what_is_protected_names_the_flag() {
     let document = document(CHARS);
     let args = ["-f", document.path().to_str().unwrap(), "-n", "1", "--temp", "0", "--max-cells", "75"];

@@ -113,7 +113,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
         args,
         steps,
         seed: sampling.seed,
-        conversation: Conversation::new(session, sampling, template, args.length.predict, revote_share),
+        conversation: Conversation::new(session, sampling, template, &args.length, revote_share),
         last: None,
         is_interactive: on_terminal,
         failed: 0,

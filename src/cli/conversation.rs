@@ -10,7 +10,7 @@ use gvote::policy::Kind;
 use gvote::session::{CompressReport, PrefillReport};
 use serde::{Deserialize, Serialize};
 
-use super::prompt::{tokenize_more, tokenize_start};
+use super::prompt::{LengthArgs, tokenize_more, tokenize_start};
 use super::report::{Totals, TurnReport};
 use super::turn::Steps;
 use super::words::note;
@@ -23,6 +23,7 @@ pub struct Conversation {
     sampling: SamplerParams,
     template: ChatTemplate,
     predict: i32,
+    reverse_prompts: Vec<String>,
     revote_share: f64,
     state: State,
     /// The file that says what this is, where nothing has changed since.
@@ -66,11 +67,12 @@ impl Conversation {
         session: Session,
         sampling: SamplerParams,
         template: ChatTemplate,
-        predict: i32,
+        length: &LengthArgs,
         revote_share: f64,
     ) -> Self {
         let (state, totals) = (State::default(), Totals::default());
-        Self { session, sampling, template, predict, revote_share, state, file: None, totals }
+        let (predict, reverse_prompts) = (length.predict, length.reverse_prompts());
+        Self { session, sampling, template, predict, reverse_prompts, revote_share, state, file: None, totals }
     }
 
     pub fn session(&self) -> &Session {
@@ -284,9 +286,9 @@ impl Conversation {
     ) -> Result<TurnReport> {
         let mut sampler = self.sampler()?;
         self.state.drawn += 1;
-        let answer = steps.answer(&mut self.session, &mut sampler, self.predict, show)?;
-        self.state.rendered.push_str(&answer.0);
-        self.state.messages.push(Message::new(Role::Assistant, &answer.0));
+        let answer = steps.answer(&mut self.session, &mut sampler, self.predict, &self.reverse_prompts, show)?;
+        self.state.rendered.push_str(&answer.cached);
+        self.state.messages.push(Message::new(Role::Assistant, &answer.text));
         let report = TurnReport::new(&self.session, prefill, vote, answer);
         self.totals.add(&report);
         Ok(report)

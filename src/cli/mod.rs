@@ -13,6 +13,7 @@ mod manual;
 mod plan;
 mod prompt;
 mod report;
+mod reverse;
 mod rpc_server;
 mod run;
 mod shorthand;

@@ -41,6 +41,17 @@ pub struct LengthArgs {
     /// or has come as far as it was trained for
     #[arg(short = 'n', long, visible_alias = "n-predict", value_name = "N", default_value_t = -1)]
     pub predict: i32,
+
+    /// End the answer where this text would come, and leave it out; may be given several times. \n and the like are read as by -e
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    reverse_prompt: Vec<String>,
+}
+
+impl LengthArgs {
+    /// The texts that end an answer.
+    pub fn reverse_prompts(&self) -> Vec<String> {
+        self.reverse_prompt.iter().map(|text| unescape(text)).filter(|text| !text.is_empty()).collect()
+    }
 }
 
 /// The prompt of a single request.

@@ -5,10 +5,10 @@ use std::time::Duration;
 use anyhow::Result;
 use gvote::Session;
 use gvote::policy::{Bound, Kind, Params};
-use gvote::session::{CompressReport, GenerateReport, PrefillReport, Squeezes, Stop};
+use gvote::session::{CompressReport, PrefillReport, Squeezes, Stop};
 use serde::Serialize;
 
-use super::turn::print;
+use super::turn::{Reply, print};
 use super::words::{bytes, count, line, number_of_bytes, plural, short};
 
 /// One prompt and its answer.
@@ -141,7 +141,7 @@ impl TurnReport {
         session: &Session,
         prefill: PrefillReport,
         vote: Option<CompressReport>,
-        (answer, decode): (String, GenerateReport),
+        Reply { text: answer, report: decode, .. }: Reply,
     ) -> Self {
         Self {
             answer,
@@ -312,6 +312,7 @@ fn stop_in_words(stop: Stop) -> &'static str {
         Stop::EndOfGeneration => "end of generation",
         Stop::Limit => "stopped by -n",
         Stop::ContextFull => "the context is full",
+        Stop::ReversePrompt => "stopped by -r",
         Stop::Cancelled => "stopped with Ctrl-C",
     }
 }

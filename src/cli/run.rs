@@ -76,7 +76,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
         shown.show(&prompt.text)?;
     }
     let mut sampler = session.sampler(&sampling, args.length.predict)?;
-    let answer = steps.answer(&mut session, &mut sampler, args.length.predict, |piece| shown.show(piece))?;
+    let ends = args.length.reverse_prompts();
+    let answer = steps.answer(&mut session, &mut sampler, args.length.predict, &ends, |piece| shown.show(piece))?;
     let report = TurnReport::new(&session, prefill, Some(vote), answer);
 
     if args.output.json {

@@ -11,14 +11,15 @@ use anyhow::{Result, anyhow, bail};
 use gvote::explain::Explanation;
 use gvote::gguf::{self, Support};
 use gvote::llama::rpc::{self, Endpoint};
-use gvote::llama::{self, Model, Pieces, Sampler, Token};
+use gvote::llama::{self, Model, Pieces, Pos, Sampler, Token};
 use gvote::policy::Kind;
-use gvote::session::{CompressReport, GenerateReport, PrefillReport};
+use gvote::session::{CompressReport, GenerateReport, PrefillReport, Stop};
 use gvote::{Session, SessionError, SessionParams};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::args::{ModelArgs, OutputArgs};
 use super::interrupt::Interrupt;
+use super::reverse::Reverse;
 use super::words::{count, note};
 use super::{Exit, STATUS_FAILED, print_error};
 
@@ -94,37 +95,50 @@ impl Steps {
         self.unless_cancelled(explanation)
     }
 
-    /// Generates an answer and hands its text to `show` as it comes. The text returned is what the cache holds.
+    /// Generates an answer and hands its text to `show` as it comes, up to the first of `reverse_prompts`.
     pub fn answer(
         &self,
         session: &mut Session,
         sampler: &mut Sampler,
         n_predict: i32,
+        reverse_prompts: &[String],
         mut show: impl FnMut(&str) -> io::Result<()>,
-    ) -> Result<(String, GenerateReport)> {
+    ) -> Result<Reply> {
         let model = session.model().clone();
-        let (mut text, mut pieces) = (String::new(), Pieces::default());
-        let (mut shown, mut before_last) = (0, 0);
+        let first = session.n_past();
+        let (mut text, mut pieces, mut reverse) = (String::new(), Pieces::default(), Reverse::new(reverse_prompts));
+        // bytes of the text after each token, and of what was shown
+        let (mut lengths, mut shown, mut is_reversed) = (Vec::new(), 0, false);
         let mut broken = Ok(());
         let report = session.generate(sampler, n_predict, |token| {
             let piece = pieces.push(&model.piece(token, false));
-            before_last = text.len();
             text.push_str(&piece);
-            shown += 1;
-            broken = show(&piece);
-            if broken.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            lengths.push(text.len());
+            let (part, is_end) = reverse.push(&piece);
+            is_reversed = is_end;
+            shown += part.len();
+            broken = show(&part);
+            if broken.is_err() || is_end { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         broken?;
-        let report = report?;
-        if shown > report.tokens {
-            // stopped between showing the token and decoding it
-            text.truncate(before_last);
-        } else {
-            let rest = pieces.finish();
-            show(&rest)?;
-            text.push_str(&rest);
+        let mut report = report?;
+        if is_reversed {
+            report.stop = Stop::ReversePrompt;
+            let cached = cut(session, first, &lengths, shown).map_or(text.clone(), |length| text[..length].to_owned());
+            text.truncate(shown);
+            return Ok(Reply { text, cached, report });
         }
-        Ok((text, report))
+        let mut rest = reverse.finish();
+        if lengths.len() > report.tokens {
+            // stopped between showing the token and decoding it
+            text.truncate(lengths.iter().rev().nth(1).copied().unwrap_or(0));
+        } else {
+            let unfinished = pieces.finish();
+            text.push_str(&unfinished);
+            rest += &unfinished;
+        }
+        show(&rest)?;
+        Ok(Reply { cached: text.clone(), text, report })
     }
 
     /// What llama.cpp or the library say after Ctrl-C is only its echo.
@@ -147,6 +161,24 @@ impl Steps {
         bar.enable_steady_tick(Duration::from_secs(1) / u32::from(REDRAWS));
         bar
     }
+}
+
+/// An answer.
+pub struct Reply {
+    pub text: String,
+    /// The text whose tokens the cache holds: less than all of it where a reverse prompt began within a token, or more where the
+    /// cache could not be cut.
+    pub cached: String,
+    pub report: GenerateReport,
+}
+
+/// Takes the tokens of an answer that go past `end` out of the cache again; `lengths`: bytes of its text after each token. Returns
+/// the bytes whose tokens stay; None: the cache cannot be cut there.
+fn cut(session: &mut Session, first: Pos, lengths: &[usize], end: usize) -> Option<usize> {
+    let length = lengths.iter().copied().filter(|&length| length <= end).max().unwrap_or(0);
+    // a token without a text of its own belongs to what comes after it
+    let kept = if length == 0 { 0 } else { lengths.partition_point(|&l| l < length) + 1 };
+    session.truncate(first + kept as Pos).ok().map(|()| length)
 }
 
 /// Makes the devices of workers known to llama.cpp.

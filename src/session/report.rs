@@ -51,6 +51,8 @@ pub enum Stop {
     Limit,
     /// No free cell is left and none can be spared, or the model has come as far as it was trained for.
     ContextFull,
+    /// A text that ends answers would have come: for callers that look for one, see [`super::Session::generate`].
+    ReversePrompt,
     /// The caller, or the cancel flag, said so.
     Cancelled,
 }
