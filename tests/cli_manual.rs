@@ -82,7 +82,8 @@ fn a_page_describes_every_flag() {
     let help = output(&["run", "--help"]);
     let flags: Vec<&str> = help
         .lines()
-        .filter(|line| line.trim_start().starts_with('-'))
+        // further to the right is a description's own text
+        .filter(|line| line.find(|c| c != ' ').is_some_and(|indent| indent <= 6) && line.trim_start().starts_with('-'))
         .filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")))
         .collect();
     for flag in &flags {

@@ -243,6 +243,23 @@ fn nonsense_flags_are_a_usage_error() {
 }
 
 #[test]
+fn llama_cpps_variables_count_where_the_command_line_says_nothing() {
+    let with = |variables: &[(&str, &str)], args: &[&str]| {
+        let args = [&["run", "-t", "1", "-p", "Hi", "--temp", "0", "--json"], args].concat();
+        finish(cli::bare(&args).env("LLAMA_ARG_MODEL", model()).envs(variables.iter().copied()))
+    };
+    let tokens = |done: Done| number(&done.ok().json()[0]["decode"]["tokens"]);
+    let three = [("LLAMA_ARG_N_PREDICT", "3"), ("LLAMA_ARG_CHAT_TEMPLATE", "chatml")];
+    assert_eq!(tokens(with(&three, &[])), 3);
+    assert_eq!(tokens(with(&three, &["-n", "2", "--raw"])), 2, "a flag beside --raw would be refused");
+    let many = [("LLAMA_ARG_N_PREDICT", "many")];
+    assert_eq!(tokens(with(&many, &["--n-predict=2"])), 2);
+    let done = with(&many, &[]);
+    assert_eq!((done.status, done.stderr.lines().count()), (2, 1), "{}", done.stderr);
+    assert!(done.stderr.contains("many") && done.stderr.contains("LLAMA_ARG_N_PREDICT"), "{}", done.stderr);
+}
+
+#[test]
 fn a_prompt_is_asked_for() {
     let done = run(&[]);
     assert_eq!(done.status, 2);
@@ -378,6 +395,9 @@ fn the_help_teaches() {
         "--lost-mass",
         "--max-cells",
         "--json",
+        "Repetition:",
+        "Grammar:",
+        "LLAMA_ARG_CTX_SIZE",
     ] {
         assert!(text.contains(part), "{part:?} is not in the help");
     }

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod conversation;
+mod env;
 mod eval;
 mod explain;
 mod input;
@@ -31,7 +32,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 const CLOSING: &str = "\
 Exit status: 0 done, 1 failed, 2 wrong flags, 130 stopped with Ctrl-C.
-`gvote COMMAND --help` explains the flags of a command; their names and meanings are llama.cpp's where it has them.";
+`gvote COMMAND --help` explains the flags of a command; their names and meanings are llama.cpp's where it has them.
+A flag that is not given takes the value of llama.cpp's environment variable for it (LLAMA_ARG_...), if that is set.";
 
 /// An adaptive KV cache for llama.cpp: keeps the part of the cache that a prompt turns out to need, frees the rest
 #[derive(Parser)]
@@ -75,11 +77,12 @@ const STATUS_CANCELLED: u8 = 128 + 2;
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     let command = described();
     let args = shorthand::expand(&command, args);
-    let parsed = command.try_get_matches_from(args).and_then(|m| Cli::from_arg_matches(&m));
+    let command = env::attach(command, &args);
+    let parsed = command.clone().try_get_matches_from(&args).and_then(|m| Cli::from_arg_matches(&m));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => return Ok(error.print()?),
-        Err(error) => return Err(usage_error(&error)),
+        Err(error) => return Err(usage_error(&error, env::origin(&command, &error, &args))),
     };
     match cli.command {
         Command::Run(args) => run::run(&args),
@@ -90,8 +93,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::RpcServer(args) => rpc_server::run(&args),
-        Command::Completions(args) => manual::completions(described(), &args),
-        Command::Man(args) => manual::man(described(), &args),
+        Command::Completions(args) => manual::completions(command, &args),
+        Command::Man(args) => manual::man(command, &args),
     }
 }
 
@@ -124,8 +127,8 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     causes.any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// clap explains itself over several lines; here they become one.
-fn usage_error(error: &clap::Error) -> anyhow::Error {
+/// clap explains itself over several lines; here they become one. `origin`: the variable that has said what is wrong.
+fn usage_error(error: &clap::Error, origin: Option<&str>) -> anyhow::Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return Exit::Usage(
             "name a command: gvote run, chat, explain, eval, bench, inspect, plan, rpc-server; see gvote --help".into(),
@@ -144,7 +147,8 @@ fn usage_error(error: &clap::Error) -> anyhow::Error {
         }
         line.push_str(part);
     }
-    Exit::Usage(format!("{line}; see --help")).into()
+    let origin = origin.map_or_else(String::new, |variable| format!(" (from the environment: {variable})"));
+    Exit::Usage(format!("{line}{origin}; see --help")).into()
 }
 
 #[cfg(test)]
