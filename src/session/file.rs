@@ -15,7 +15,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -78,7 +78,8 @@ struct Made {
 
 impl Session {
     /// Saves the session, with a note of the caller's own, to a file that is there whole or not at all: one that it replaces
-    /// stays until then. Readable by its owner alone, unless the file that it replaces says otherwise.
+    /// stays until then. Readable by its owner alone, unless the file that it replaces says otherwise. A symbolic link stays, and
+    /// the file that it leads to is written.
     ///
     /// Takes no memory worth mentioning beside what there is.
     ///
@@ -86,6 +87,7 @@ impl Session {
     /// [`FileError::Io`]; [`FileError::Session`] for a session behind a mask ([`policy::Params::exact`](crate::policy::Params)).
     pub fn save_to(&mut self, path: &Path, note: &[u8]) -> Result<(), FileError> {
         self.check_unmasked()?;
+        let path = &followed(path)?;
         if path.file_name().is_none() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "that is no file name").into());
         }
@@ -255,6 +257,21 @@ impl<W: Write> Write for Hashing<W> {
     fn flush(&mut self) -> io::Result<()> {
         self.inner.flush()
     }
+}
+
+/// Where a path leads: to itself, or through symbolic links to a file that need not be there yet.
+fn followed(path: &Path) -> io::Result<PathBuf> {
+    /// As many as Linux follows.
+    const LINKS: usize = 40;
+    let mut path = path.to_owned();
+    for _ in 0..LINKS {
+        match fs::read_link(&path) {
+            // a relative one begins in the folder of the link
+            Ok(target) => path = path.parent().unwrap_or(Path::new("")).join(target),
+            Err(_) => return Ok(path),
+        }
+    }
+    Err(io::Error::other("there are too many symbolic links on the way"))
 }
 
 /// A rename is lasting once the folder is on disk.

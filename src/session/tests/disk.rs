@@ -115,6 +115,31 @@ fn a_file_keeps_the_note_and_may_be_replaced() {
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_file_behind_symbolic_links_is_written_and_the_links_stay() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let (mut session, _) = saved(folder.path());
+    let [elsewhere, links] = ["elsewhere", "links"].map(|name| folder.path().join(name));
+    [&elsewhere, &links].into_iter().for_each(|folder| fs::create_dir(folder).unwrap());
+    let (target, first, second) = (elsewhere.join("chat"), links.join("first"), links.join("second"));
+    symlink("../elsewhere/chat", &first).unwrap();
+    symlink(&first, &second).unwrap();
+    // the file is not there yet, then it is replaced
+    for note in [&b"one"[..], b"two"] {
+        session.save_to(&second, note).unwrap();
+        assert_eq!(session.load_from(&target, keep).unwrap(), note);
+    }
+    assert_eq!(session.load_from(&second, keep).unwrap(), b"two");
+    assert!([&first, &second].iter().all(|link| link.is_symlink()) && !target.is_symlink());
+    assert_eq!([&elsewhere, &links].map(|folder| fs::read_dir(folder).unwrap().count()), [1, 2], "no temporary file");
+    let circle = links.join("circle");
+    symlink("circle", &circle).unwrap();
+    let error = session.save_to(&circle, b"").unwrap_err().to_string();
+    assert!(error.contains("symbolic links"), "{error}");
+}
+
 #[test]
 fn a_note_that_its_reader_refuses_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();
