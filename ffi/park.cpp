@@ -173,6 +173,9 @@ struct gvote_shim_parked {
 
 const char * gvote_shim_park(llama_context * ctx, llama_seq_id seq, uint32_t n_window, gvote_shim_parked ** out) {
     return guarded([&]() -> const char * {
+        if (base_cache(ctx) == nullptr || !has_sequence(*base_cache(ctx), seq)) {
+            return "no such sequence in an attention cache";
+        }
         llama_synchronize(ctx);
         auto parked = std::make_unique<gvote_shim_parked>();
         parked->ctx = ctx;

@@ -31,7 +31,8 @@ struct gvote_shim_sampler {
 
     llama_token choose(llama_token_data_array & array) {
         llama_sampler_apply(chain.get(), &array);
-        return array.selected < 0 ? LLAMA_TOKEN_NULL : array.data[array.selected].id;
+        const bool is_drawn = array.selected >= 0 && (size_t) array.selected < array.size;
+        return is_drawn ? array.data[array.selected].id : LLAMA_TOKEN_NULL;
     }
 
     bool allows(llama_token token) {

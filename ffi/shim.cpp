@@ -2,8 +2,11 @@
 
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "ggml-rpc.h"
 #include "llama-ext.h"
 
+#include <algorithm>
+#include <limits>
 
 struct gvote_shim_table {
     llama_kv_cells cells;
@@ -38,7 +41,7 @@ const char * gvote_shim_cache_open(llama_context * ctx, llama_seq_id seq, gvote_
         if (kv->get_n_seq_max() > (uint32_t) GUARD) {
             return "n_seq_max leaves no owner of cells for gvote: lower it by one";
         }
-        if (seq < 0 || (uint32_t) seq >= kv->get_n_seq_max()) {
+        if (!has_sequence(*kv, seq)) {
             return "no such sequence: raise n_seq_max";
         }
         const auto ids = kv->get_layer_ids();
@@ -89,7 +92,11 @@ const char * gvote_shim_cache_layers(llama_context * ctx, gvote_shim_layer * out
 }
 
 uint32_t gvote_shim_cells(llama_context * ctx, llama_seq_id seq, gvote_shim_cell * out, uint32_t n_max) {
-    const llama_kv_cells & cells = base_cache(ctx)->get_cells(seq);
+    const llama_kv_cache * kv = base_cache(ctx);
+    if (kv == nullptr || !has_sequence(*kv, seq)) {
+        return 0;
+    }
+    const llama_kv_cells & cells = kv->get_cells(seq);
     const auto & by_pos = cells.seq_pos_get(seq);
     uint32_t n = 0;
     for (auto cell = by_pos.begin(); cell != by_pos.end() && n < n_max; ++cell) {
@@ -101,7 +108,11 @@ uint32_t gvote_shim_cells(llama_context * ctx, llama_seq_id seq, gvote_shim_cell
 }
 
 uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
-    const llama_kv_cells & cells = base_cache(ctx)->get_cells(seq);
+    const llama_kv_cache * kv = base_cache(ctx);
+    if (kv == nullptr || !has_sequence(*kv, seq)) {
+        return 0;
+    }
+    const llama_kv_cells & cells = kv->get_cells(seq);
     return cells.size() - cells.get_used();
 }
 
@@ -110,18 +121,19 @@ llama_pos gvote_shim_cut_from(llama_context * ctx, llama_seq_id seq) {
     if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
         return llama_memory_seq_pos_max(llama_get_memory(ctx), seq) + 1;
     }
-    const llama_kv_cache * kv = llama_get_memory(ctx) == nullptr ? nullptr : window_cache(ctx);
-    if (kv == nullptr) {
+    const llama_kv_cache * kv = window_cache(ctx);
+    if (kv == nullptr || !has_sequence(*kv, seq)) {
         return 0;
     }
     const llama_kv_cells & cells = kv->get_cells(seq);
     const auto & by_pos = cells.seq_pos_get(seq);
-    llama_pos whole_from = cells.seq_pos_max(seq) + 1;
+    int64_t whole_from = (int64_t) cells.seq_pos_max(seq) + 1;
     for (auto cell = by_pos.rbegin(); cell != by_pos.rend() && cell->first >= whole_from - 1; ++cell) {
         whole_from = cell->first;
     }
     // a token sees itself and those before it, n_swa in all: see is_masked_swa()
-    return whole_from == 0 ? 0 : whole_from + (llama_pos) ctx->get_model().hparams.n_swa - 1;
+    const int64_t cut_from = whole_from == 0 ? 0 : whole_from + ctx->get_model().hparams.n_swa - 1;
+    return std::min<int64_t>(cut_from, std::numeric_limits<llama_pos>::max());
 }
 
 void gvote_shim_rows(
@@ -173,6 +185,51 @@ int32_t gvote_shim_decode(llama_context * ctx, llama_batch batch) {
     return reason == OUT_OF_MEMORY ? GVOTE_SHIM_NO_MEMORY : GVOTE_SHIM_EXCEPTION;
 }
 
+llama_model * gvote_shim_model_load(const char * path, llama_model_params params) {
+    return or_else((llama_model *) nullptr, [&] { return llama_model_load_from_file(path, params); });
+}
+
+llama_context * gvote_shim_context_new(llama_model * model, llama_context_params params) {
+    return or_else((llama_context *) nullptr, [&] { return llama_init_from_model(model, params); });
+}
+
+int32_t gvote_shim_tokenize(
+        const llama_vocab * vocab, const char * text, int32_t text_len, llama_token * tokens, int32_t n_tokens_max,
+        bool add_special, bool parse_special) {
+    return or_else(INT32_MIN, [&] {
+        return llama_tokenize(vocab, text, text_len, tokens, n_tokens_max, add_special, parse_special);
+    });
+}
+
+int32_t gvote_shim_token_to_piece(
+        const llama_vocab * vocab, llama_token token, char * buf, int32_t length, bool special) {
+    return or_else(INT32_MIN, [&] { return llama_token_to_piece(vocab, token, buf, length, 0, special); });
+}
+
+bool gvote_shim_context_synchronize(llama_context * ctx) {
+    return is_done([&] { llama_synchronize(ctx); });
+}
+
+bool gvote_shim_seq_rm(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1) {
+    return or_else(false, [&] { return llama_memory_seq_rm(llama_get_memory(ctx), seq, p0, p1); });
+}
+
+bool gvote_shim_seq_cp(llama_context * ctx, llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1) {
+    return is_done([&] { llama_memory_seq_cp(llama_get_memory(ctx), from, to, p0, p1); });
+}
+
+ggml_backend_reg_t gvote_shim_rpc_add_server(void * add_server, const char * endpoint) {
+    const auto f = reinterpret_cast<decltype(&ggml_backend_rpc_add_server)>(add_server);
+    return or_else((ggml_backend_reg_t) nullptr, [&] { return f(endpoint); });
+}
+
+bool gvote_shim_rpc_serve(
+        void * start_server, const char * endpoint, const char * cache, size_t n_threads, size_t n_devices,
+        ggml_backend_dev_t * devices) {
+    const auto f = reinterpret_cast<decltype(&ggml_backend_rpc_start_server)>(start_server);
+    return is_done([&] { f(endpoint, cache, n_threads, n_devices, devices); });
+}
+
 void gvote_shim_model_desc(const llama_model * model, char * out, size_t size) {
     out[0] = '\0';
     guarded([&]() -> const char * {
@@ -220,25 +277,26 @@ ggml_status gvote_shim_graph_compute_async(ggml_backend_t backend, ggml_cgraph *
     return status;
 }
 
-bool gvote_shim_tensor_set_async(ggml_backend_t backend, ggml_tensor * tensor, const void * data) {
-    return nullptr == guarded([&]() -> const char * {
-        ggml_backend_tensor_set_async(backend, tensor, data, 0, ggml_nbytes(tensor));
-        return nullptr;
-    });
+bool gvote_shim_tensor_set(ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    return is_done([&] { ggml_backend_tensor_set(tensor, data, offset, size); });
 }
 
-bool gvote_shim_tensor_get_async(ggml_backend_t backend, const ggml_tensor * tensor, void * data) {
-    return nullptr == guarded([&]() -> const char * {
-        ggml_backend_tensor_get_async(backend, tensor, data, 0, ggml_nbytes(tensor));
-        return nullptr;
-    });
+bool gvote_shim_tensor_get(const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    return is_done([&] { ggml_backend_tensor_get(tensor, data, offset, size); });
+}
+
+bool gvote_shim_tensor_set_async(
+        ggml_backend_t backend, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    return is_done([&] { ggml_backend_tensor_set_async(backend, tensor, data, offset, size); });
+}
+
+bool gvote_shim_tensor_get_async(
+        ggml_backend_t backend, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    return is_done([&] { ggml_backend_tensor_get_async(backend, tensor, data, offset, size); });
 }
 
 bool gvote_shim_synchronize(ggml_backend_t backend) {
-    return nullptr == guarded([&]() -> const char * {
-        ggml_backend_synchronize(backend);
-        return nullptr;
-    });
+    return is_done([&] { ggml_backend_synchronize(backend); });
 }
 
 bool gvote_shim_event_record(ggml_backend_event_t * event, ggml_backend_t backend) {
@@ -255,10 +313,7 @@ bool gvote_shim_event_record(ggml_backend_event_t * event, ggml_backend_t backen
 }
 
 bool gvote_shim_event_synchronize(ggml_backend_event_t event) {
-    return nullptr == guarded([&]() -> const char * {
-        ggml_backend_event_synchronize(event);
-        return nullptr;
-    });
+    return is_done([&] { ggml_backend_event_synchronize(event); });
 }
 
 void gvote_shim_update(llama_context * ctx) {
@@ -295,20 +350,7 @@ const char * gvote_shim_table_new(
 
         auto table = std::make_unique<gvote_shim_table>();
         llama_kv_cells & next = table->cells;
-        next.resize(now.size());
-
-        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            if (s == seq) {
-                continue;
-            }
-            for (const auto & [pos, i] : now.seq_pos_get(s)) {
-                if (next.is_empty(i)) {
-                    next.pos_set(i, pos);
-                    next.ext_set(i, now.ext_get(i));
-                }
-                next.seq_add(i, s);
-            }
-        }
+        next = without(now, seq);
 
         // what a cell remembers of its token belongs to the position, not to the slot
         for (uint32_t j = 0; j < n; ++j) {

@@ -58,10 +58,11 @@ const char * gvote_shim_cache_open(struct llama_context * ctx, llama_seq_id seq,
 // The layers of a cache that gvote_shim_cache_open() accepted; `out` has room for n_layer entries.
 const char * gvote_shim_cache_layers(struct llama_context * ctx, struct gvote_shim_layer * out);
 
-// The cells of `seq` ordered by position, then by index. Returns their number; writes at most `n_max` of them.
+// The cells of `seq` ordered by position, then by index. Returns their number; writes at most `n_max` of them. None where there
+// is no attention cache, or no such sequence.
 uint32_t gvote_shim_cells(struct llama_context * ctx, llama_seq_id seq, struct gvote_shim_cell * out, uint32_t n_max);
 
-// Cells of the sequence's stream that no sequence uses.
+// Cells of the sequence's stream that no sequence uses; 0 where there is no attention cache, or no such sequence.
 uint32_t gvote_shim_cells_free(struct llama_context * ctx, llama_seq_id seq);
 
 // The first position at which a sequence can be cut off, as far as a window cache or recurrent layers go: whoever is decoded
@@ -100,11 +101,13 @@ bool gvote_shim_alloc_graph(ggml_gallocr_t * alloc, struct ggml_cgraph * graph);
 // ggml_backend_graph_compute_async().
 enum ggml_status gvote_shim_graph_compute_async(ggml_backend_t backend, struct ggml_cgraph * graph);
 
-// ggml_backend_tensor_set_async() of the whole tensor.
-bool gvote_shim_tensor_set_async(ggml_backend_t backend, struct ggml_tensor * tensor, const void * data);
-
-// ggml_backend_tensor_get_async() of the whole tensor.
-bool gvote_shim_tensor_get_async(ggml_backend_t backend, const struct ggml_tensor * tensor, void * data);
+// ggml_backend_tensor_set(), ggml_backend_tensor_get(), and the same with `_async`.
+bool gvote_shim_tensor_set(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
+bool gvote_shim_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
+bool gvote_shim_tensor_set_async(
+        ggml_backend_t backend, struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
+bool gvote_shim_tensor_get_async(
+        ggml_backend_t backend, const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
 
 // ggml_backend_synchronize().
 bool gvote_shim_synchronize(ggml_backend_t backend);
@@ -242,7 +245,37 @@ const char * gvote_shim_sampler_sample(
 // Remembers tokens that were not drawn: of the prompt. A grammar does not hear of them.
 const char * gvote_shim_sampler_accept(struct gvote_shim_sampler * sampler, const llama_token * tokens, size_t n);
 
-// What llama_model_desc() writes; nothing where memory runs out.
+// What follows does as the functions of llama.h that are named, which let exceptions through.
+
+// llama_model_load_from_file() and llama_init_from_model(); NULL for an exception.
+struct llama_model * gvote_shim_model_load(const char * path, struct llama_model_params params);
+struct llama_context * gvote_shim_context_new(struct llama_model * model, struct llama_context_params params);
+
+// llama_tokenize(); INT32_MIN for an exception.
+int32_t gvote_shim_tokenize(
+        const struct llama_vocab * vocab, const char * text, int32_t text_len, llama_token * tokens, int32_t n_tokens_max,
+        bool add_special, bool parse_special);
+
+// llama_token_to_piece() of a token that the vocabulary has; INT32_MIN for an exception.
+int32_t gvote_shim_token_to_piece(
+        const struct llama_vocab * vocab, llama_token token, char * buf, int32_t length, bool special);
+
+// llama_synchronize().
+bool gvote_shim_context_synchronize(struct llama_context * ctx);
+
+// llama_memory_seq_rm() and llama_memory_seq_cp() for sequences that the context has; false for an exception.
+bool gvote_shim_seq_rm(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1);
+bool gvote_shim_seq_cp(struct llama_context * ctx, llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1);
+
+// ggml_backend_rpc_add_server() and ggml_backend_rpc_start_server(), which were found by their names; NULL and false for an
+// exception. The latter ends with its server.
+ggml_backend_reg_t gvote_shim_rpc_add_server(void * add_server, const char * endpoint);
+bool gvote_shim_rpc_serve(
+        void * start_server, const char * endpoint, const char * cache, size_t n_threads, size_t n_devices,
+        ggml_backend_dev_t * devices);
+
+
+// What llama_model_desc() writes; nothing for an exception.
 void gvote_shim_model_desc(const struct llama_model * model, char * out, size_t size);
 
 // The i-th tensor of a model in the order of its file, and its name; NULL behind the last one.

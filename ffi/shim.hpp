@@ -72,15 +72,17 @@ llama_kv_cache * base_cache(llama_context * ctx) {
 // The window cache beside the base cache, or NULL.
 llama_kv_cache * window_cache(llama_context * ctx) {
     llama_memory_i * mem = llama_get_memory(ctx);
-    return typeid(*mem) == typeid(llama_kv_cache_iswa) ? static_cast<llama_kv_cache_iswa *>(mem)->get_swa() : nullptr;
+    const bool has_window = mem != nullptr && typeid(*mem) == typeid(llama_kv_cache_iswa);
+    return has_window ? static_cast<llama_kv_cache_iswa *>(mem)->get_swa() : nullptr;
+}
+
+bool has_sequence(const llama_kv_cache & kv, llama_seq_id seq) {
+    return seq >= 0 && (uint32_t) seq < kv.get_n_seq_max();
 }
 
 // After an exception in the midst of llama.cpp: it gives a cell its position before its owner, and a cell without an owner would
 // never be free again. Needs no memory.
 void mend(llama_context * ctx) {
-    if (llama_get_memory(ctx) == nullptr) {
-        return;
-    }
     for (llama_kv_cache * kv : { base_cache(ctx), window_cache(ctx) }) {
         // with streams, each sequence has its own; without, any sequence shows all cells
         for (uint32_t s = 0; kv != nullptr && s < kv->get_n_stream(); ++s) {
@@ -92,6 +94,25 @@ void mend(llama_context * ctx) {
             }
         }
     }
+}
+
+// The cells of every other sequence, as they are.
+llama_kv_cells without(const llama_kv_cells & now, llama_seq_id seq) {
+    llama_kv_cells next;
+    next.resize(now.size());
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        if (s == seq) {
+            continue;
+        }
+        for (const auto & [pos, i] : now.seq_pos_get(s)) {
+            if (next.is_empty(i)) {
+                next.pos_set(i, pos);
+                next.ext_set(i, now.ext_get(i));
+            }
+            next.seq_add(i, s);
+        }
+    }
+    return next;
 }
 
 // get_v() is the only way to the V storage; one cell of stream 0 is enough of a view to reach it.
@@ -124,6 +145,26 @@ const char * guarded(F && f) {
     } catch (...) {
         return "llama.cpp raised an exception";
     }
+}
+
+// Whether `f` comes to its end without an exception.
+template <typename F>
+bool is_done(F && f) {
+    return nullptr == guarded([&]() -> const char * {
+        f();
+        return nullptr;
+    });
+}
+
+// What `f` returns, or `failed` for an exception.
+template <typename T, typename F>
+T or_else(T failed, F && f) {
+    T result = failed;
+    guarded([&]() -> const char * {
+        result = f();
+        return nullptr;
+    });
+    return result;
 }
 
 } // namespace

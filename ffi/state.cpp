@@ -3,8 +3,13 @@
 #include "shim.hpp"
 
 #include "llama-io.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <stdexcept>
 
 namespace {
@@ -45,6 +50,7 @@ struct stream_reader : llama_io_read_i {
     void * user_data;
     size_t n = 0;
     std::vector<uint8_t> piece;
+    bool begins_recurrent = false; // the next bytes are the first ones of a recurrent state
 
     stream_reader(gvote_shim_read f, void * user_data) : f(f), user_data(user_data) {}
 
@@ -53,6 +59,15 @@ struct stream_reader : llama_io_read_i {
             throw std::runtime_error("not read");
         }
         n += size;
+        if (begins_recurrent) {
+            // it is one cell, or none: llama.cpp ends the process for any other number
+            uint32_t n_cells = 0;
+            std::memcpy(&n_cells, dst, std::min(size, sizeof(n_cells)));
+            if (n_cells > 1) {
+                throw std::runtime_error("a recurrent state of several cells");
+            }
+            begins_recurrent = false;
+        }
     }
 
     void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
@@ -67,6 +82,67 @@ struct stream_reader : llama_io_read_i {
         return n;
     }
 };
+
+void read_recurrent(llama_memory_recurrent * mem, stream_reader & io, llama_seq_id seq, llama_state_seq_flags flags) {
+    io.begins_recurrent = true;
+    mem->state_read(io, seq, flags);
+}
+
+void read_memory(llama_memory_i * mem, stream_reader & io, llama_seq_id seq, llama_state_seq_flags flags) {
+    const bool is_whole = (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0;
+    if (typeid(*mem) == typeid(llama_memory_recurrent)) {
+        read_recurrent(static_cast<llama_memory_recurrent *>(mem), io, seq, flags);
+    } else if (typeid(*mem) == typeid(llama_memory_hybrid)) {
+        auto * hybrid = static_cast<llama_memory_hybrid *>(mem);
+        if (is_whole) {
+            hybrid->get_mem_attn()->state_read(io, seq, flags);
+        }
+        read_recurrent(hybrid->get_mem_recr(), io, seq, flags);
+    } else if (typeid(*mem) == typeid(llama_memory_hybrid_iswa)) {
+        auto * hybrid = static_cast<llama_memory_hybrid_iswa *>(mem);
+        hybrid->get_mem_attn()->state_read(io, seq, flags);
+        read_recurrent(hybrid->get_mem_recr(), io, seq, flags);
+    } else {
+        mem->state_read(io, seq, flags);
+    }
+}
+
+// Calls f(cache) for every attention cache in a memory.
+template <typename F>
+void each_cache(llama_memory_i * mem, F && f) {
+    if (typeid(*mem) == typeid(llama_kv_cache)) {
+        f(*static_cast<llama_kv_cache *>(mem));
+    } else if (typeid(*mem) == typeid(llama_kv_cache_iswa)) {
+        f(*static_cast<llama_kv_cache_iswa *>(mem)->get_base());
+        f(*static_cast<llama_kv_cache_iswa *>(mem)->get_swa());
+    } else if (typeid(*mem) == typeid(llama_memory_hybrid)) {
+        f(*static_cast<llama_memory_hybrid *>(mem)->get_mem_attn());
+    } else if (typeid(*mem) == typeid(llama_memory_hybrid_iswa)) {
+        each_cache(static_cast<llama_memory_hybrid_iswa *>(mem)->get_mem_attn(), f);
+    }
+}
+
+// A state may give a cell a position below 0, or the largest number, which llama.cpp takes, and does not find again to free it; -1
+// marks a free cell. Where there are such, the sequence is taken out of the table of cells as a whole. Whether there were any.
+bool drop_lost(llama_memory_i * mem, llama_seq_id seq) {
+    bool found = false;
+    each_cache(mem, [&](llama_kv_cache & kv) {
+        llama_kv_cells & cells = cells_of(kv, seq);
+        const auto & by_pos = cells.seq_pos_get(seq);
+        const auto is_found = [](llama_pos pos) { return pos >= 0 && pos < std::numeric_limits<llama_pos>::max(); };
+        if (by_pos.begin() == by_pos.end() || (is_found(by_pos.begin()->first) && is_found(by_pos.rbegin()->first))) {
+            return;
+        }
+        found = true;
+        try {
+            cells = without(cells, seq);
+        } catch (const std::bad_alloc &) {
+            cells.reset(); // of all sequences: nothing less can be done without memory
+        }
+        head_of(kv, seq) = 0;
+    });
+    return found;
+}
 
 } // namespace
 
@@ -93,10 +169,16 @@ const char * gvote_shim_state_read(
                 // of a state without cells llama.cpp reads nothing, and would leave what is there
                 llama_memory_seq_rm(llama_get_memory(ctx), seq, -1, -1);
             }
-            llama_get_memory(ctx)->state_read(io, seq, flags);
+            read_memory(llama_get_memory(ctx), io, seq, flags);
         }
         return nullptr;
     });
+    // after a failure, too, cells may be there
+    const char * lost = guarded([&]() -> const char * {
+        const bool found = llama_get_memory(ctx) != nullptr && drop_lost(llama_get_memory(ctx), seq);
+        return found ? "the state has positions that no cell can have" : nullptr;
+    });
+    failed = failed != nullptr ? failed : lost;
     if (failed != nullptr) {
         guarded([&]() -> const char * {
             if (is_whole) {

@@ -23,10 +23,15 @@ impl CacheError {
 }
 
 /// The attention cache of a context as one sequence sees it (the base cache, where a sliding-window cache lives beside it).
+///
+/// It may outlive the context: what it says itself was read when it was made.
 #[derive(Clone)]
 pub struct Layout {
     pub(crate) info: sys::gvote_shim_cache,
+    /// The storage tensors in it live as long as the context: only code that holds the context may follow them.
     pub(crate) layers: Vec<sys::gvote_shim_layer>,
+    bytes_per_cell: usize,
+    on_host: bool,
 }
 
 // SAFETY: the tensor pointers are only followed by code that holds the context.
@@ -58,13 +63,17 @@ impl Layout {
     /// # Errors
     /// [`CacheError`] for recurrent, hybrid and other layouts that cannot be compacted, with the reason.
     pub fn of(ctx: &Context, seq: SeqId) -> Result<Self, CacheError> {
-        // SAFETY: the shim fills the structs it is given when it answers NULL, and its strings are static.
+        // SAFETY: the shim fills the structs it is given when it answers NULL, and its strings are static. The storage tensors
+        // live as long as the context.
         unsafe {
             let mut info: sys::gvote_shim_cache = std::mem::zeroed();
             ok(sys::gvote_shim_cache_open(ctx.as_ptr(), seq, &raw mut info))?;
             let mut layers = vec![std::mem::zeroed(); info.n_layer as usize];
             ok(sys::gvote_shim_cache_layers(ctx.as_ptr(), layers.as_mut_ptr()))?;
-            Ok(Self { info, layers })
+            let tensors = || layers.iter().flat_map(|l: &sys::gvote_shim_layer| [&*l.k, &*l.v]);
+            let bytes_per_cell = tensors().map(|t| sys::ggml_row_size(t.type_, t.ne[0])).sum();
+            let on_host = tensors().all(|t| reaches(t.buffer));
+            Ok(Self { info, bytes_per_cell, on_host, layers })
         }
     }
 
@@ -85,25 +94,18 @@ impl Layout {
 
     /// Whether all of the cache lies in memory that the host can work on in place.
     pub(crate) fn is_host(&self) -> bool {
-        // SAFETY: the storage tensors and their buffers live as long as the context.
-        self.layers.iter().all(|l| unsafe { is_host((*l.k).buffer) && is_host((*l.v).buffer) })
+        self.on_host && !pretends_device()
     }
 
     /// Bytes of K and V that one cell takes over all layers.
     pub fn bytes_per_cell(&self) -> usize {
-        // SAFETY: the storage tensors live as long as the context.
-        self.layers
-            .iter()
-            .map(|l| unsafe {
-                sys::ggml_row_size((*l.k).type_, (*l.k).ne[0]) + sys::ggml_row_size((*l.v).type_, (*l.v).ne[0])
-            })
-            .sum()
+        self.bytes_per_cell
     }
 }
 
-/// The cells of `seq`, ordered by position.
+/// The cells of `seq`, ordered by position; none where there is no attention cache, or no such sequence.
 pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
-    // SAFETY: called with an accepted layout's context; writes at most the given number of entries.
+    // SAFETY: valid context; the shim checks the rest, and writes at most the given number of entries.
     unsafe {
         let n = sys::gvote_shim_cells(ctx.as_ptr(), seq, std::ptr::null_mut(), 0);
         let mut raw = vec![std::mem::zeroed::<sys::gvote_shim_cell>(); n as usize];
@@ -140,13 +142,13 @@ pub(crate) unsafe fn owners(ctx: *mut sys::llama_context, cells: &[i64]) -> Vec<
 /// The first position at which `seq` can be cut off and still be followed by what sees a whole sliding window, and a state of
 /// recurrent layers that knows no more; 0 where there is neither.
 pub(crate) fn cut_from(ctx: &Context, seq: SeqId) -> Pos {
-    // SAFETY: valid context; the sequence is one of it.
+    // SAFETY: valid context; the shim checks the rest.
     unsafe { sys::gvote_shim_cut_from(ctx.as_ptr(), seq) }
 }
 
-/// Cells of the stream of `seq` that no sequence uses.
+/// Cells of the stream of `seq` that no sequence uses; 0 where there is no attention cache, or no such sequence.
 pub fn cells_free(ctx: &Context, seq: SeqId) -> usize {
-    // SAFETY: called with an accepted layout's context.
+    // SAFETY: valid context; the shim checks the rest.
     unsafe { sys::gvote_shim_cells_free(ctx.as_ptr(), seq) as usize }
 }
 
@@ -164,8 +166,9 @@ impl<'a> Parked<'a> {
     /// [`CacheError`] when memory runs out; nothing has changed then.
     pub fn new(ctx: &'a mut Context, seq: SeqId, room: usize) -> Result<Self, CacheError> {
         let mut raw = std::ptr::null_mut();
-        // SAFETY: called with an accepted layout's context; the result is freed in drop.
-        unsafe { ok(sys::gvote_shim_park(ctx.as_ptr(), seq, room as u32, &raw mut raw))? };
+        let room = u32::try_from(room).unwrap_or(u32::MAX);
+        // SAFETY: valid context; the shim checks the rest. The result is freed in drop.
+        unsafe { ok(sys::gvote_shim_park(ctx.as_ptr(), seq, room, &raw mut raw))? };
         let raw = NonNull::new(raw).ok_or_else(|| CacheError(CacheError::OUT_OF_MEMORY.into()))?;
         Ok(Self { ctx, raw })
     }
@@ -227,12 +230,25 @@ impl Drop for Parked<'_> {
 /// # Safety
 /// `buffer` is valid or NULL (which is nowhere).
 pub(crate) unsafe fn is_host(buffer: sys::ggml_backend_buffer_t) -> bool {
-    #[cfg(test)]
-    if PRETEND_DEVICE.get() {
-        return false;
-    }
     // SAFETY: passed on.
-    unsafe { !buffer.is_null() && sys::ggml_backend_buffer_is_host(buffer) }
+    !pretends_device() && unsafe { reaches(buffer) }
+}
+
+/// Whether the host can reach a buffer, whatever tests pretend.
+///
+/// # Safety
+/// As for [`is_host`].
+unsafe fn reaches(buffer: sys::ggml_backend_buffer_t) -> bool {
+    // SAFETY: passed on.
+    !buffer.is_null() && unsafe { sys::ggml_backend_buffer_is_host(buffer) }
+}
+
+/// Whether tests have all memory be that of a device.
+fn pretends_device() -> bool {
+    #[cfg(test)]
+    return PRETEND_DEVICE.get();
+    #[cfg(not(test))]
+    false
 }
 
 #[cfg(test)]

@@ -66,6 +66,8 @@ pub enum CaptureError {
         "the graph node {0} has an unexpected shape or type: this architecture is not supported yet; --policy full runs it as it is"
     )]
     Shape(String),
+    #[error("the capture was made for another context")]
+    OtherContext,
     #[error("nothing was captured: decode a prompt with the capture on before compressing")]
     Empty,
     #[error("the probe needs {needed} free cells and the cache has {free}: raise -c, or lower --samples")]
@@ -276,6 +278,7 @@ impl Capture {
     /// # Errors
     /// What decoding fails with, or [`CaptureError`] when the graph is not one we know.
     pub fn decode(&mut self, ctx: &mut Context, batch: &Batch, wants_queries: bool) -> Result<(), CaptureError> {
+        self.check_context(ctx)?;
         if !self.reads(batch.len(), wants_queries) {
             ctx.decode(batch)?;
             self.pass(batch.len());
@@ -357,12 +360,17 @@ impl Capture {
         self.inner.records.get(&seq).map(|record| record.statistics(layer)).unwrap_or_default()
     }
 
+    /// That a context is the one whose graphs are read here.
+    fn check_context(&self, ctx: &Context) -> Result<(), CaptureError> {
+        if self.inner.ctx == ctx.as_ptr() { Ok(()) } else { Err(CaptureError::OtherContext) }
+    }
+
     fn during<T>(
         &mut self,
         ctx: &mut Context,
         f: impl FnOnce(&mut Context) -> Result<T, LlamaError>,
     ) -> Result<T, CaptureError> {
-        debug_assert_eq!(self.inner.ctx, ctx.as_ptr());
+        self.check_context(ctx)?;
         self.inner.settle()?;
         self.inner.is_alone = true;
         let result = watch::during(&mut self.inner, ctx, f);
@@ -379,7 +387,9 @@ impl Capture {
 
     /// Whether the graph in work is a step of answers, of which `node` is the last one.
     pub(crate) fn ends_step(&self, node: &Node) -> bool {
-        self.inner.reads.step && graph::last_node(self.inner.ctx).is_some_and(|last| std::ptr::eq(last.0, node.0))
+        // SAFETY: asked about a node of the graph in work.
+        let is_last = || unsafe { graph::last_node(self.inner.ctx) }.is_some_and(|last| std::ptr::eq(last.0, node.0));
+        self.inner.reads.step && is_last()
     }
 
     /// Looks at a node for somebody who has the callback installed already: see [`watch::Watch`]. `is_alone`: nobody else is to see it.

@@ -21,6 +21,7 @@ mod host;
 mod mask;
 
 use std::borrow::Cow;
+use std::fmt::Display;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -126,7 +127,7 @@ impl Reorder {
     pub fn permute(&mut self, ctx: &mut Context, sources: &(dyn Fn(usize) -> Vec<u32> + Sync)) {
         let to: Vec<u32> = self.cells.iter().map(|c| c.index).collect();
         // SAFETY: valid context; llama.cpp may still be computing into the cache.
-        unsafe { sys::llama_synchronize(ctx.as_ptr()) };
+        unsafe { sys::gvote_shim_context_synchronize(ctx.as_ptr()) };
         let sources = |head| Some(Cow::Owned(sources(head)));
         let order = Order { to: &to, cells: &self.cells, sources: &sources, ascending: false };
         move_rows(&self.layout, &mut self.mover, &order, ctx.n_threads_batch(), || ());
@@ -164,7 +165,7 @@ pub(crate) fn compact(
 
     // llama.cpp may still be computing into the cache
     // SAFETY: valid context.
-    unsafe { sys::llama_synchronize(ctx.as_ptr()) };
+    unsafe { sys::gvote_shim_context_synchronize(ctx.as_ptr()) };
     let order = Order {
         to,
         cells,
@@ -299,6 +300,12 @@ pub(crate) fn share(n_lists: usize, len: usize, n_threads: usize) -> usize {
     const A_THREAD: usize = 1 << 17;
     let threads = n_threads.min(n_lists * len / A_THREAD).max(1);
     n_lists.div_ceil(threads).max(1)
+}
+
+/// Ends the process, as ggml does where a device fails: rows of other layers have moved, and there is no way back.
+fn give_up(reason: impl Display) -> ! {
+    eprintln!("gvote: rows of the KV cache could not be moved, and others were: {reason}");
+    std::process::abort();
 }
 
 /// Moves the rows of all layers, and does something else meanwhile.

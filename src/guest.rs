@@ -50,6 +50,8 @@ pub enum GuestError {
     NoLayer(i32),
     #[error("layer {layer} has {n_head_kv} KV heads, and {head} is none of them")]
     NoHead { layer: i32, head: u32, n_head_kv: u32 },
+    #[error("there is no token {token}: the model has {n_vocab}")]
+    NoToken { token: Token, n_vocab: usize },
     #[error("the forward pass could not be read: {0}")]
     Deaf(String),
     #[error(
@@ -304,6 +306,9 @@ impl Guest {
         if voter.policy.policy == Kind::Full {
             return Err(GuestError::Full);
         }
+        if let Some(&token) = ahead.iter().find(|&&token| !ctx.model().has_token(token)) {
+            return Err(GuestError::NoToken { token, n_vocab: ctx.model().n_vocab() });
+        }
         let limit = (cells.len() + free).saturating_sub(spare);
         let always = room::least_cells(&voter.policy);
         let most = |protected| {
@@ -447,7 +452,7 @@ impl Guest {
         home.check_sequence(seq)?;
         let Home { ctx, voter, known, .. } = home;
         let layout = Layout::of(ctx, seq)?;
-        let saved = Saved::read(data, &layout, &voter.capture)?;
+        let saved = Saved::read(data, ctx.model(), &layout, &voter.capture)?;
         let cells = cache::cells(ctx, seq);
         if !saved.fits(&cells) {
             return Err(VoteError::Saved("the cells of the sequence are others: load llama.cpp's state first").into());

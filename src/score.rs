@@ -181,7 +181,7 @@ impl Scorer {
     ///
     /// # Errors
     /// [`ComputeError`], or what `queries` fails with; the cache is only read.
-    pub fn score<'q, E: From<ComputeError>>(
+    pub(crate) fn score<'q, E: From<ComputeError>>(
         &mut self,
         layout: &Layout,
         cells: &[Cell],

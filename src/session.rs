@@ -98,7 +98,7 @@ impl SessionParams {
     /// The context that a session with `n_ctx` cells of its own asks llama.cpp for.
     pub fn with_spare_cells(&self, n_ctx: usize) -> ContextParams {
         let mut context = self.context.clone();
-        context.n_ctx = n_ctx as u32;
+        context.n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
         if self.policy.policy != Kind::Full {
             context.n_ctx = context.n_ctx.saturating_add(Voter::spare_cells(&self.policy) as u32);
         }
@@ -230,7 +230,7 @@ impl Session {
     /// after [`Session::clear`]. A saved session does not carry it.
     pub fn set_system_tokens(&mut self, n: usize) {
         if let Some(voter) = &mut self.voter {
-            voter.system_end = n as Pos;
+            voter.system_end = Pos::try_from(n).unwrap_or(Pos::MAX);
         }
     }
 

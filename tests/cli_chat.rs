@@ -263,6 +263,35 @@ mod piped {
         assert!(number(&turn["cache"]["tokens"]) > tokens_in_turn(turn), "the right ones are gone on with");
     }
 
+    /// With a checksum that is right nothing but its numbers tells that a file was made by hand.
+    #[test]
+    fn a_session_made_to_do_harm_is_refused_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("talk.gvote");
+        let args = ["--session", path.to_str().unwrap(), "--protect", "--revote-share", "0"];
+        talk(&args, &["Hi!"]).ok();
+        let sound = fs::read(&path).unwrap();
+        let find = |what: &[u8]| sound.windows(what.len()).position(|bytes| bytes == what).unwrap();
+        // behind the magic: n_past, exact_from, the length of the labels, the labels, the length of the tokens
+        let known = find(b"gvote\0\0\x02") + 16;
+        let labels = u64::from_le_bytes(sound[known..][..8].try_into().unwrap()) as usize;
+        let token = known + 8 + labels + 8 + 4 * 5;
+        // a place in the text of the conversation: behind its end
+        let answer = find(b"\"answer\":");
+        let place = answer + sound[answer..].windows(7).position(|bytes| bytes == b"\"text\":").unwrap() + 7;
+        let digits = sound[place..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+        for (at, value) in [(token, 2_000_000_000_u32.to_le_bytes().to_vec()), (place, vec![b'9'; digits])] {
+            let mut bytes = sound[..sound.len() - blake3::OUT_LEN].to_vec();
+            bytes[at..at + value.len()].copy_from_slice(&value);
+            bytes.extend_from_slice(blake3::hash(&bytes).as_bytes());
+            fs::write(&path, &bytes).unwrap();
+            let done = talk(&args, &["And?"]);
+            assert_eq!((done.status, done.stdout.as_str()), (1, ""), "{}", done.stderr);
+            assert!(done.stderr.contains(args[1]) && done.stderr.lines().count() == 1, "{}", done.stderr);
+            assert!(fs::read(&path).unwrap() == bytes, "the file stays");
+        }
+    }
+
     #[test]
     fn quantized_caches_are_voted_on_saved_and_loaded() {
         let folder = tempfile::tempdir().unwrap();

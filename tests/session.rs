@@ -103,8 +103,8 @@ fn its_cells_go_on_in_a_context_of_several_sequences() {
         let many = ContextParams { n_ctx: 3 * each, n_seq_max: 3, kv_unified: false, ..params.context };
         let mut ctx = Context::new(&model(), &many).unwrap();
         ctx.adopt_sequence(0, &cells).unwrap();
-        ctx.copy(0, 1, -1, -1);
-        ctx.copy(0, 2, -1, -1);
+        ctx.copy(0, 1).unwrap();
+        ctx.copy(0, 2).unwrap();
         let next = [7, 345, 1234];
         let mut batch = Batch::new(3);
         for (seq, &token) in (0..).zip(&next) {

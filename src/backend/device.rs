@@ -198,16 +198,19 @@ impl Device {
         // SAFETY: a tensor with memory; what is in the stage stays there until it has been waited for.
         let done = unsafe {
             self.sent = sys::ggml_nbytes(t);
-            sys::gvote_shim_tensor_set_async(self.backend, t, stage.cast())
+            sys::gvote_shim_tensor_set_async(self.backend, t, stage.cast(), 0, sys::ggml_nbytes(t))
         };
         if done { Ok(()) } else { Err(ComputeError::Memory("inputs")) }
     }
 
     /// Begins to send what a tensor holds, by way of the stage where there is room.
     ///
+    /// # Errors
+    /// [`ComputeError`].
+    ///
     /// # Safety
     /// The tensor has memory of the back end for as many bytes; they stay as they are until [`Self::wait`].
-    pub(super) unsafe fn send(&mut self, t: Tensor, parts: &[&[u8]]) {
+    pub(super) unsafe fn send(&mut self, t: Tensor, parts: &[&[u8]]) -> Result<(), ComputeError> {
         let mut offset = 0;
         for part in parts {
             let mut from = part.as_ptr();
@@ -223,9 +226,12 @@ impl Device {
                 self.sends_straight = true;
             }
             // SAFETY: see above.
-            unsafe { sys::ggml_backend_tensor_set_async(self.backend, t, from.cast(), offset, part.len()) };
+            if !unsafe { sys::gvote_shim_tensor_set_async(self.backend, t, from.cast(), offset, part.len()) } {
+                return Err(ComputeError::Memory("sending"));
+            }
             offset += part.len();
         }
+        Ok(())
     }
 
     /// Reads a contiguous result of `out.len()` elements, of the type that they have, when it has been computed.
@@ -249,8 +255,8 @@ impl Device {
         if self.stage.is_empty() {
             self.wait()?;
             // SAFETY: the tensor was computed and stays allocated until the next graph; ggml checks that it is as large.
-            unsafe { sys::ggml_backend_tensor_get(t, to.cast(), start, bytes) };
-            return Ok(());
+            let is_read = unsafe { sys::gvote_shim_tensor_get(t, to.cast(), start, bytes) };
+            return if is_read { Ok(()) } else { Err(ComputeError::Memory("reading")) };
         }
         // a piece comes into one half of the stage while the one before is copied out of the other
         let stage: *mut u8 = self.stage.as_mut_ptr().cast();
@@ -264,9 +270,12 @@ impl Device {
                 let (half, offset, n) = piece(i);
                 // SAFETY: see above. The half has as many bytes, is waited for, and was copied out. Inputs have left the stage by then:
                 // the queue is worked off in order.
-                unsafe {
+                let begun = unsafe {
                     let half = stage.add(half).cast();
-                    sys::ggml_backend_tensor_get_async(self.backend, t, half, start + offset, n);
+                    sys::gvote_shim_tensor_get_async(self.backend, t, half, start + offset, n)
+                };
+                if !begun {
+                    return Err(ComputeError::Memory("reading"));
                 }
             }
             if i > 0 {

@@ -381,7 +381,7 @@ impl<'a> Builder<'a> {
             // stays as it is until all has been computed.
             unsafe {
                 if !(**tensor).buffer.is_null() {
-                    device.send(*tensor, &data.parts());
+                    device.send(*tensor, &data.parts())?;
                 }
             }
         }

@@ -147,7 +147,7 @@ impl Lane {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_I32, rows.len() as i64);
             let at = self.kept.give(t);
             (self.is_busy, self.is_noted) = (true, false);
-            (at, sys::gvote_shim_tensor_set_async(self.backend, t, rows.as_ptr().cast()))
+            (at, sys::gvote_shim_tensor_set_async(self.backend, t, rows.as_ptr().cast(), 0, size_of_val(&rows[..])))
         };
         self.sent.push(rows);
         if done { Ok(at) } else { Err(ComputeError::Memory("rows")) }
@@ -268,7 +268,7 @@ impl Lane {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_F32, len as i64);
             self.kept.put(t, at);
             (self.is_busy, self.is_noted) = (true, false);
-            sys::gvote_shim_tensor_get_async(self.backend, t, host.as_mut_ptr().cast())
+            sys::gvote_shim_tensor_get_async(self.backend, t, host.as_mut_ptr().cast(), 0, sys::ggml_nbytes(t))
         };
         if !done {
             return Err(ComputeError::Memory("reading"));

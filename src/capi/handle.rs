@@ -78,6 +78,7 @@ fn status_of(error: &GuestError) -> gvote_status {
         GuestError::Changed { .. } => GVOTE_ERROR_CHANGED,
         GuestError::Compressed { .. } => GVOTE_ERROR_COMPRESSED,
         GuestError::Fixed(_) => GVOTE_ERROR_PARAMS,
+        GuestError::NoToken { .. } => GVOTE_ERROR_DECODE,
         GuestError::TooFew { .. } | GuestError::Full => GVOTE_ERROR_NO_CELLS,
         GuestError::NoSequence { .. } | GuestError::NoLayer(_) | GuestError::NoHead { .. } => GVOTE_ERROR_NO_SEQUENCE,
         GuestError::Vote(error) => match error {

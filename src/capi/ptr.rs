@@ -19,23 +19,14 @@ pub(super) fn context(ctx: *mut llama_context) -> Result<NonNull<llama_context>,
     NonNull::new(ctx).ok_or_else(|| null("ctx"))
 }
 
-/// A struct that begins with its size, as bytes of that size. `sizes`: those that can be.
-pub(super) fn sized_bytes<'a, T>(
-    object: *const T,
-    what: &str,
-    is_known: impl Fn(usize) -> bool,
-) -> Result<&'a [u8], Failure> {
+/// The size that a caller's struct begins with. Of one that is to be filled nothing else need be initialised.
+pub(super) fn size_in<T>(object: *const T, what: &str, is_known: impl Fn(usize) -> bool) -> Result<usize, Failure> {
     if object.is_null() {
         return Err(null(what));
     }
-    // SAFETY: a caller's struct begins with a size_t, whatever the alignment of its memory; it has as many bytes as it says.
-    unsafe {
-        let size = object.cast::<usize>().read_unaligned();
-        if !is_known(size) {
-            return Err(super::params::unknown_size(what, size, size_of::<T>()));
-        }
-        Ok(std::slice::from_raw_parts(object.cast(), size))
-    }
+    // SAFETY: a caller's struct begins with a size_t, whatever the alignment of its memory.
+    let size = unsafe { object.cast::<usize>().read_unaligned() };
+    if is_known(size) { Ok(size) } else { Err(super::params::unknown_size(what, size, size_of::<T>())) }
 }
 
 /// Writes the first bytes of a struct to the caller's one, as far as its size says it reaches. The size stays.
@@ -45,9 +36,8 @@ pub(super) fn write_sized<T: Copy>(
     value: &T,
     is_known: impl Fn(usize) -> bool,
 ) -> Result<(), Failure> {
-    let size = sized_bytes(object, what, is_known)?.len();
-    let rest = size_of::<usize>()..size;
-    // SAFETY: both structs have `size` bytes at least, and are two.
+    let rest = size_of::<usize>()..size_in(object, what, is_known)?.min(size_of::<T>());
+    // SAFETY: both structs have so many bytes at least, and are two.
     unsafe {
         let from = std::ptr::from_ref(value).cast::<u8>().add(rest.start);
         std::ptr::copy_nonoverlapping(from, object.cast::<u8>().add(rest.start), rest.len());
@@ -62,10 +52,10 @@ pub(super) fn read_sized<T: Copy>(
     default: T,
     is_known: impl Fn(usize) -> bool,
 ) -> Result<T, Failure> {
-    let bytes = sized_bytes(object, what, is_known)?;
+    let size = size_in(object, what, is_known)?.min(size_of::<T>());
     let mut value = default;
-    // SAFETY: no more bytes than the struct has, which holds numbers only: any bytes are a value.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut value).cast(), bytes.len()) };
+    // SAFETY: the caller's struct has as many bytes as it says, and ours no fewer. It holds numbers only: any bytes are a value.
+    unsafe { std::ptr::copy_nonoverlapping(object.cast::<u8>(), (&raw mut value).cast(), size) };
     Ok(value)
 }
 
@@ -94,12 +84,12 @@ pub(super) fn copy_to<T: Copy>(values: &[T], to: *mut T) -> Result<(), Failure> 
     if to.is_null() {
         return Err(null("the buffer"));
     }
-    // SAFETY: the caller says that the buffer has room for as many.
-    unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len()) };
+    // SAFETY: the caller says that the buffer has room for as many, whatever the alignment of its memory.
+    unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), to.cast(), size_of_val(values)) };
     Ok(())
 }
 
-/// A caller's buffer.
+/// A caller's buffer of bytes that the header wants to be written: by `gvote_state_get()`.
 pub(super) fn bytes<'a>(data: *const c_void, size: usize) -> Result<&'a [u8], Failure> {
     if data.is_null() {
         return Err(null("data"));

@@ -52,7 +52,7 @@ fn told(
     let is_known = params::is_known_size::<gvote_report>;
     if !report.is_null() {
         // before anything happens
-        ptr::sized_bytes(report, "gvote_report", is_known)?;
+        ptr::size_in(report, "gvote_report", is_known)?;
     }
     let told = core.progress;
     let progress = |stage: Stage| match told {

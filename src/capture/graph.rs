@@ -19,6 +19,14 @@ pub(super) struct Attention<'a> {
     pub layer: usize,
 }
 
+impl Attention<'_> {
+    /// Tokens of q, which are split over a fourth dimension where the cache has several streams.
+    pub fn n_tokens(&self) -> usize {
+        let [_, n_tok, _, n_stream] = self.q.0.ne;
+        (n_tok * n_stream) as usize
+    }
+}
+
 /// A row of q that is wanted, and where it goes.
 pub(super) struct Wanted {
     pub row: usize,
@@ -62,7 +70,8 @@ impl Watch for Inner {
                     return Ok(false);
                 };
                 if layer == 0 {
-                    let stored = nodes(self.ctx).find(|node| self.stores_first_k(node));
+                    // SAFETY: called from inside the graph.
+                    let stored = unsafe { nodes(self.ctx) }.find(|node| self.stores_first_k(node));
                     self.begin(&stored.ok_or_else(|| node.shape_error())?)?;
                     self.reads.begun = true;
                 }
@@ -91,9 +100,17 @@ impl Watch for Inner {
     }
 }
 
+/// Rows of a tensor of any number of dimensions.
+fn rows_of(node: &Node) -> usize {
+    node.0.ne[1..].iter().map(|&n| n as usize).product()
+}
+
 /// The nodes of the graph that a context has in work.
-pub(super) fn nodes<'a>(ctx: *mut sys::llama_context) -> impl Iterator<Item = Node<'a>> {
-    // SAFETY: called from inside the graph, whose nodes live until it has been computed.
+///
+/// # Safety
+/// Called from inside that graph, for which `'a` lasts.
+pub(super) unsafe fn nodes<'a>(ctx: *mut sys::llama_context) -> impl Iterator<Item = Node<'a>> {
+    // SAFETY: see above.
     unsafe {
         let graph = sys::gvote_shim_graph(ctx);
         let n = if graph.is_null() { 0 } else { sys::ggml_graph_n_nodes(graph) };
@@ -102,7 +119,10 @@ pub(super) fn nodes<'a>(ctx: *mut sys::llama_context) -> impl Iterator<Item = No
 }
 
 /// The last of them.
-pub(super) fn last_node<'a>(ctx: *mut sys::llama_context) -> Option<Node<'a>> {
+///
+/// # Safety
+/// As for [`nodes`].
+pub(super) unsafe fn last_node<'a>(ctx: *mut sys::llama_context) -> Option<Node<'a>> {
     // SAFETY: as above.
     unsafe {
         let graph = sys::gvote_shim_graph(ctx);
@@ -160,7 +180,7 @@ impl Inner {
             return Err(idxs.shape_error());
         }
         let mut bytes = vec![0u8; idxs.0.ne[0] as usize * size_of::<i64>()];
-        idxs.get(0, &mut bytes);
+        idxs.get(0, &mut bytes)?;
         let cells: Vec<i64> = bytes
             .chunks_exact(size_of::<i64>())
             .map(|b| i64::from_le_bytes(b.try_into().expect("chunks of eight")))
@@ -248,6 +268,10 @@ impl Inner {
         self.check_hidden(node)?;
         let counted = self.records.iter().map(|(seq, record)| (*seq, record.counted(self.skip)));
         let counted: Vec<_> = counted.filter(|(_, rows)| !rows.is_empty()).collect();
+        let n_rows = rows_of(node);
+        if counted.iter().flat_map(|(_, rows)| rows).any(|&row| row as usize >= n_rows) {
+            return Err(node.shape_error());
+        }
         for (seq, rows) in counted {
             if !node.place().is_null() {
                 self.take_sums(node, seq, layer, &rows)?;
@@ -302,10 +326,18 @@ impl Inner {
 
     pub(super) fn on_queries(&mut self, attention: &Attention) -> Result<(), CaptureError> {
         self.check_queries(attention)?;
-        let [_, n_tok, _, n_stream] = attention.q.0.ne.map(|n| n as usize);
-        let wanted = self.wanted(n_tok * n_stream);
+        let n = attention.n_tokens();
+        let wanted = self.wanted(n);
+        let has_other_rows = match &self.mode {
+            Mode::Probe(probe) => probe.n() != n,
+            _ => wanted.iter().any(|wanted| wanted.row >= n),
+        };
+        if has_other_rows {
+            return Err(attention.q.shape_error());
+        }
         if let Some(first) = wanted.iter().map(|w| w.row).min() {
             let end = wanted.iter().map(|w| w.row).max().map_or(first, |last| last + 1);
+            let [_, n_tok, _, n_stream] = attention.q.0.ne.map(|n| n as usize);
             let tokens = if n_stream == 1 { first..end } else { 0..n_tok };
             self.take_queries(attention, tokens, wanted)?;
         }

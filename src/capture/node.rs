@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 
 use super::CaptureError;
-use crate::backend;
+use crate::backend::{self, ComputeError};
 use crate::sys;
 
 /// Most nodes between a hidden state and its query; the architectures of the pinned llama.cpp have about ten.
@@ -146,11 +146,13 @@ impl<'a> Node<'a> {
     }
 
     /// The bytes `offset..offset + out.len()` of the tensor, from wherever it lives.
-    pub fn get(&self, offset: usize, out: &mut [u8]) {
+    ///
+    /// # Errors
+    /// [`ComputeError`] where its device fails.
+    pub fn get(&self, offset: usize, out: &mut [u8]) -> Result<(), ComputeError> {
         // SAFETY: callers stay inside the tensor (ggml checks it again).
-        unsafe {
-            sys::ggml_backend_tensor_get(self.0, out.as_mut_ptr().cast(), offset, out.len());
-        }
+        let is_read = unsafe { sys::gvote_shim_tensor_get(self.0, out.as_mut_ptr().cast(), offset, out.len()) };
+        if is_read { Ok(()) } else { Err(ComputeError::Memory("reading")) }
     }
 
     /// All floats of a contiguous f32 tensor in host memory.
@@ -164,20 +166,27 @@ impl<'a> Node<'a> {
 
     /// Changes all floats of a contiguous f32 tensor that has been computed: in place if it lives in host memory, else in
     /// `scratch` and back.
-    pub fn change_floats(&self, scratch: &mut Vec<f32>, change: impl FnOnce(&mut [f32])) {
+    ///
+    /// # Errors
+    /// [`ComputeError`] where its device fails.
+    pub fn change_floats(&self, scratch: &mut Vec<f32>, change: impl FnOnce(&mut [f32])) -> Result<(), ComputeError> {
         // SAFETY: a computed node has data, aligned for its type, of as many elements; nobody else uses it while ggml waits
         // for the eval callback.
         unsafe {
             let n = sys::ggml_nelements(self.0) as usize;
             if self.place().is_null() {
-                return change(std::slice::from_raw_parts_mut(self.0.data.cast(), n));
+                change(std::slice::from_raw_parts_mut(self.0.data.cast(), n));
+                return Ok(());
             }
             scratch.resize(n, 0.0);
             let bytes = n * size_of::<f32>();
-            sys::ggml_backend_tensor_get(self.0, scratch.as_mut_ptr().cast(), 0, bytes);
-            change(scratch);
             let tensor = std::ptr::from_ref(self.0).cast_mut();
-            sys::ggml_backend_tensor_set(tensor, scratch.as_ptr().cast(), 0, bytes);
+            if !sys::gvote_shim_tensor_get(tensor, scratch.as_mut_ptr().cast(), 0, bytes) {
+                return Err(ComputeError::Memory("reading"));
+            }
+            change(scratch);
+            let is_set = sys::gvote_shim_tensor_set(tensor, scratch.as_ptr().cast(), 0, bytes);
+            if is_set { Ok(()) } else { Err(ComputeError::Memory("sending")) }
         }
     }
 }

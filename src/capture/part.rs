@@ -40,7 +40,8 @@ impl Inner {
         let mut n_parts = 0;
         let mut last = std::ptr::null_mut();
         let (mut at, mut backend, mut end, mut n) = (None, last, None, 0);
-        for (i, other) in nodes(self.ctx).enumerate() {
+        // SAFETY: called from inside the graph.
+        for (i, other) in unsafe { nodes(self.ctx) }.enumerate() {
             n = i + 1;
             if !other.is_view() {
                 // SAFETY: a node of the graph in work.

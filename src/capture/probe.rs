@@ -154,6 +154,11 @@ impl Probe {
     pub(super) fn number(&self, row: usize) -> usize {
         self.samples.first + row
     }
+
+    /// Tokens of the ubatch in work.
+    pub(super) fn n(&self) -> usize {
+        self.samples.n()
+    }
 }
 
 impl Capture {
@@ -266,7 +271,8 @@ impl Inner {
 
     /// Turns the samples of all layers that lie where `node` does into queries, unless a path leads over several back ends.
     fn take_paths(&mut self, node: &Node) -> Result<bool, CaptureError> {
-        let found: Vec<_> = nodes(self.ctx).filter_map(|node| self.attention(&node)).collect();
+        // SAFETY: called from inside the graph.
+        let found: Vec<_> = unsafe { nodes(self.ctx) }.filter_map(|node| self.attention(&node)).collect();
         let place = node.place();
         let Mode::Probe(Probe { way, taken, .. }) = &self.mode else { return Ok(true) };
         let is_first = way.is_none();
@@ -319,6 +325,9 @@ impl Inner {
         let (n, n_embd) = (samples.n(), samples.n_embd);
         if let Some(other) = hidden_states.iter().find(|hidden| hidden.0.ne[1] as usize != n) {
             return Err(other.shape_error());
+        }
+        if let Some((_, other)) = paths.iter().find(|(_, attention)| attention.n_tokens() != n) {
+            return Err(other.q.shape_error());
         }
         let n_nodes = paths.iter().map(|(path, _)| path.nodes.len() + LAYER_NODES).sum::<usize>() + OTHER_NODES;
         // where the queries of each layer belong
@@ -378,8 +387,9 @@ impl Inner {
         }
         let tensor = std::ptr::from_ref(hidden.0).cast_mut();
         // SAFETY: the tensor holds as many contiguous floats.
-        unsafe { sys::ggml_backend_tensor_set(tensor, samples.as_ptr().cast(), 0, size_of_val(&samples[..])) };
-        Ok(())
+        let is_set =
+            unsafe { sys::gvote_shim_tensor_set(tensor, samples.as_ptr().cast(), 0, size_of_val(&samples[..])) };
+        if is_set { Ok(()) } else { Err(ComputeError::Memory("sending").into()) }
     }
 }
 

@@ -9,6 +9,9 @@ use super::record::{LayerRecord, Record};
 use super::{Capture, LogitScale};
 use crate::llama::{Pos, SeqId};
 
+/// More tokens than a sequence can ever have read: numbers of tokens are multiplied by small ones.
+const MOST_TOKENS: u64 = 1 << 48;
+
 /// What [`Capture::save`] wrote, read and found to fit.
 pub struct Restored {
     record: Record,
@@ -88,20 +91,24 @@ impl Capture {
         }
         let inner = &self.inner;
         let mut rest = data;
-        let n_tokens = usize::try_from(u64::from_le_bytes(take(&mut rest)?)).ok()?;
+        let n_tokens = Some(u64::from_le_bytes(take(&mut rest)?)).filter(|&n| n <= MOST_TOKENS)?;
+        let n_tokens = usize::try_from(n_tokens).ok()?;
         let mut layers = Vec::with_capacity(inner.layers.len());
         let mut scales = Vec::with_capacity(inner.layers.len());
         for shape in &inner.layers {
             let n = usize::try_from(u64::from_le_bytes(take(&mut rest)?)).ok()?;
             let count = f64::from_le_bytes(take(&mut rest)?);
             // nothing was counted, or every channel
-            if n != if count > 0.0 { inner.n_embd } else { 0 } || !count.is_finite() {
+            if n != if count > 0.0 { inner.n_embd } else { 0 } || !(0.0..=MOST_TOKENS as f64).contains(&count) {
                 return None;
             }
             let mut floats =
                 |n: usize| -> Option<Vec<f64>> { (0..n).map(|_| Some(f64::from_le_bytes(take(&mut rest)?))).collect() };
             let (mean, m2) = (floats(n)?, floats(n)?);
-            if !mean.iter().all(|x| x.is_finite()) || !m2.iter().all(|x| (0.0..f64::INFINITY).contains(x)) {
+            // samples are made of them in f32
+            let is_mean = |x: &f64| (*x as f32).is_finite();
+            let is_sum = |x: &f64| *x >= 0.0 && ((x / count) as f32).is_finite();
+            if !mean.iter().all(is_mean) || !m2.iter().all(is_sum) {
                 return None;
             }
             let mut window_pos = Vec::with_capacity(inner.window);

@@ -62,6 +62,17 @@ struct Place {
     text: usize,
 }
 
+impl State {
+    /// That places lie in the text: the session checks positions.
+    fn checked(self) -> Result<Self, String> {
+        let places = self.turn.iter().flat_map(|turn| [turn.start.text, turn.answer.text]);
+        match places.into_iter().find(|&place| !self.rendered.is_char_boundary(place)) {
+            Some(place) => Err(format!("no turn can begin at byte {place} of the text")),
+            None => Ok(self),
+        }
+    }
+}
+
 impl Conversation {
     pub fn new(
         session: Session,
@@ -169,7 +180,8 @@ impl Conversation {
     /// # Errors
     /// When the file is damaged or does not fit this model or these flags; the conversation is then as before.
     pub fn load(&mut self, path: &Path) -> Result<usize> {
-        let read = |note: &[u8]| serde_json::from_slice(note).map_err(|error| error.to_string());
+        let read =
+            |note: &[u8]| serde_json::from_slice(note).map_err(|error| error.to_string()).and_then(State::checked);
         self.state = match self.session.load_from(path, read) {
             Ok(state) => state,
             Err(error) => {
@@ -285,7 +297,7 @@ impl Conversation {
         show: impl FnMut(&str) -> io::Result<()>,
     ) -> Result<TurnReport> {
         let mut sampler = self.sampler()?;
-        self.state.drawn += 1;
+        self.state.drawn = self.state.drawn.wrapping_add(1);
         let answer = steps.answer(&mut self.session, &mut sampler, self.predict, &self.reverse_prompts, show)?;
         self.state.rendered.push_str(&answer.cached);
         self.state.messages.push(Message::new(Role::Assistant, &answer.text));

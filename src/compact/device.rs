@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver};
 
-use super::{Moves, Order, host};
+use super::{Moves, Order, give_up, host};
 use crate::backend::{self, Builder, ComputeError, DEVICE_LAYERS, Devices, Tensor};
 use crate::cache::Layout;
 use crate::{sys, threads};
@@ -145,10 +145,9 @@ fn reserve(devices: &mut Devices, layout: &Layout, n: usize) -> Result<(), Compu
 fn move_layer(devices: &mut Devices, layout: &Layout, layer: &sys::gvote_shim_layer, rows: Rows, order: &Order) {
     match rows {
         Rows::Device(cells) => {
-            // its memory was taken before; other rows have moved, and ggml ends the process, too, where a device fails
+            // its memory was taken before
             if let Err(error) = try_move(devices, layout, layer, &cells) {
-                eprintln!("gvote: rows of the KV cache could not be moved, and others were: {error}");
-                std::process::abort();
+                give_up(error);
             }
         }
         // SAFETY: the cache is idle, and no other thread works on this layer.

@@ -1,7 +1,7 @@
 //! Rows in memory that the host can work on, or has fetched.
 
-use super::Moves;
-use crate::backend;
+use super::{Moves, give_up};
+use crate::backend::{self, ComputeError};
 use crate::cache::Layout;
 use crate::sys;
 
@@ -44,7 +44,9 @@ impl<'a> Storage<'a> {
             let offset = stream * tensor.nb[2];
             let copy = (!backend::place(tensor.buffer).is_null()).then(|| {
                 let mut bytes = vec![0; tensor.nb[2]];
-                sys::ggml_backend_tensor_get(tensor, bytes.as_mut_ptr().cast(), offset, bytes.len());
+                if !sys::gvote_shim_tensor_get(tensor, bytes.as_mut_ptr().cast(), offset, bytes.len()) {
+                    give_up(ComputeError::Memory("reading"));
+                }
                 bytes
             });
             Self { tensor, offset, copy }
@@ -63,7 +65,9 @@ impl<'a> Storage<'a> {
         if let Some(copy) = self.copy {
             let tensor = std::ptr::from_ref(self.tensor).cast_mut();
             // SAFETY: the range that was fetched.
-            unsafe { sys::ggml_backend_tensor_set(tensor, copy.as_ptr().cast(), self.offset, copy.len()) };
+            if !unsafe { sys::gvote_shim_tensor_set(tensor, copy.as_ptr().cast(), self.offset, copy.len()) } {
+                give_up(ComputeError::Memory("sending"));
+            }
         }
     }
 }

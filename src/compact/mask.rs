@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 
 use super::CompactError;
+use crate::backend::ComputeError;
 use crate::cache::{self, CacheError, Layout};
 use crate::capture::node::Node;
 use crate::capture::watch::{Watch, during};
@@ -32,6 +33,8 @@ pub enum MaskError {
     Graph(String),
     #[error("internal error in the eval callback: {0}")]
     Panic(String),
+    #[error(transparent)]
+    Compute(#[from] ComputeError),
     #[error(transparent)]
     Llama(#[from] LlamaError),
 }
@@ -139,7 +142,7 @@ impl Mask {
                     }
                 }
             }
-        });
+        })?;
         layer.masked += 1;
         Ok(())
     }

@@ -3,24 +3,40 @@ use crate::sys;
 
 /// Tokens to decode together. Holds at most the capacity it was made with.
 pub struct Batch {
-    raw: sys::llama_batch,
     capacity: usize,
+    tokens: Vec<Token>,
+    pos: Vec<Pos>,
+    /// Sequences of each token: one.
+    n_seq: Vec<i32>,
+    /// `[token]`, each one of `seq_ids`.
+    seq: Vec<*mut SeqId>,
+    /// The ids that `seq` points to.
+    #[allow(clippy::vec_box)] // their addresses stay while the vector grows
+    seq_ids: Vec<Box<SeqId>>,
+    logits: Vec<i8>,
 }
 
-// SAFETY: the batch owns plain arrays.
+// SAFETY: the pointers lead to memory of the batch itself.
 unsafe impl Send for Batch {}
 
 impl Batch {
-    /// A batch for up to `capacity` tokens, each in one sequence.
+    /// A batch for up to `capacity` tokens, each in one sequence. Takes memory as tokens come in.
     pub fn new(capacity: usize) -> Self {
-        // SAFETY: allocates plain arrays; freed in drop.
-        let raw = unsafe { sys::llama_batch_init(capacity as i32, 0, 1) };
-        Self { raw, capacity }
+        Self {
+            // llama.cpp counts tokens in an i32
+            capacity: capacity.min(i32::MAX as usize),
+            tokens: Vec::new(),
+            pos: Vec::new(),
+            n_seq: Vec::new(),
+            seq: Vec::new(),
+            seq_ids: Vec::new(),
+            logits: Vec::new(),
+        }
     }
 
     /// Tokens in the batch.
     pub fn len(&self) -> usize {
-        self.raw.n_tokens as usize
+        self.tokens.len()
     }
 
     /// Whether the batch holds no token.
@@ -30,44 +46,53 @@ impl Batch {
 
     /// Empties the batch.
     pub fn clear(&mut self) {
-        self.raw.n_tokens = 0;
+        self.tokens.clear();
+        self.pos.clear();
+        self.n_seq.clear();
+        self.seq.clear();
+        self.logits.clear();
     }
 
     /// Appends a token at a position of a sequence; `logits`: its next-token logits are wanted.
     ///
     /// # Errors
-    /// [`LlamaError::BatchFull`].
+    /// [`LlamaError::BatchFull`], [`LlamaError::NoPositions`] for a negative position: that of a sequence too long for one.
     pub fn add(&mut self, token: Token, pos: Pos, seq: SeqId, logits: bool) -> Result<(), LlamaError> {
-        let i = self.len();
-        if i == self.capacity {
+        if self.len() == self.capacity {
             return Err(LlamaError::BatchFull(self.capacity));
         }
-        // SAFETY: llama_batch_init allocated `capacity` entries of each array and one sequence id a token.
-        unsafe {
-            *self.raw.token.add(i) = token;
-            *self.raw.pos.add(i) = pos;
-            *self.raw.n_seq_id.add(i) = 1;
-            **self.raw.seq_id.add(i) = seq;
-            *self.raw.logits.add(i) = i8::from(logits);
+        if pos < 0 {
+            return Err(LlamaError::NoPositions { pos, n: Pos::MAX as usize });
         }
-        self.raw.n_tokens += 1;
+        let known = self.seq_ids.iter().position(|id| **id == seq);
+        let known = known.unwrap_or_else(|| {
+            self.seq_ids.push(Box::new(seq));
+            self.seq_ids.len() - 1
+        });
+        self.seq.push(&raw mut *self.seq_ids[known]);
+        self.tokens.push(token);
+        self.pos.push(pos);
+        self.n_seq.push(1);
+        self.logits.push(i8::from(logits));
         Ok(())
     }
 
-    /// The largest position.
-    pub(super) fn last_pos(&self) -> Option<Pos> {
-        // SAFETY: the array has an entry for every token.
-        (0..self.len()).map(|i| unsafe { *self.raw.pos.add(i) }).max()
+    /// The position and the sequence of each token.
+    pub(super) fn places(&self) -> impl Iterator<Item = (Pos, SeqId)> + '_ {
+        // SAFETY: leads to one of `seq_ids`.
+        self.pos.iter().zip(&self.seq).map(|(&pos, &seq)| (pos, unsafe { *seq }))
     }
 
+    /// For llama.cpp, which reads it while the batch stays as it is.
     pub(crate) fn raw(&self) -> sys::llama_batch {
-        self.raw
-    }
-}
-
-impl Drop for Batch {
-    fn drop(&mut self) {
-        // SAFETY: made by llama_batch_init, freed once.
-        unsafe { sys::llama_batch_free(self.raw) };
+        sys::llama_batch {
+            n_tokens: self.len() as i32, // at most the capacity
+            token: self.tokens.as_ptr().cast_mut(),
+            embd: std::ptr::null_mut(),
+            pos: self.pos.as_ptr().cast_mut(),
+            n_seq_id: self.n_seq.as_ptr().cast_mut(),
+            seq_id: self.seq.as_ptr().cast_mut(),
+            logits: self.logits.as_ptr().cast_mut(),
+        }
     }
 }

@@ -199,7 +199,7 @@ impl Context {
         raw.kv_unified = params.kv_unified;
         raw.no_perf = true;
         // SAFETY: the model is valid and kept alive by the clone below.
-        let ptr = unsafe { sys::llama_init_from_model(model.as_ptr(), raw) };
+        let ptr = unsafe { sys::gvote_shim_context_new(model.as_ptr(), raw) };
         let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context { reason: log::take_reason() })?;
         let abort = Box::<Abort>::default();
         let context = Self { ptr, model: model.clone(), n_positions: model.n_positions(), abort, is_guest: false };
@@ -304,7 +304,7 @@ impl Context {
         }
         // llama.cpp would end the process
         if let Some(n) = self.n_positions
-            && let Some(pos) = batch.last_pos().filter(|&pos| pos as usize >= n)
+            && let Some((pos, _)) = batch.places().find(|&(pos, _)| pos as usize >= n)
         {
             return Err(LlamaError::NoPositions { pos, n });
         }
@@ -314,16 +314,13 @@ impl Context {
             0 => Ok(()),
             1 => Err(LlamaError::NoCells {
                 needed: batch.len(),
-                free: self.cells_free().unwrap_or(0),
+                free: crate::cache::cells_free(self, 0),
                 size: self.n_ctx(),
             }),
             status => {
                 // ubatches that were done stay in the cache: take them out again
-                let raw = batch.raw();
-                for i in 0..batch.len() {
-                    // SAFETY: i is below n_tokens.
-                    let (pos, seq) = unsafe { (*raw.pos.add(i), **raw.seq_id.add(i)) };
-                    self.remove(seq, pos, pos + 1);
+                for (pos, seq) in batch.places() {
+                    self.remove(seq, pos, pos.saturating_add(1));
                 }
                 Err(match status {
                     2 => LlamaError::Cancelled,
@@ -331,15 +328,6 @@ impl Context {
                     status => LlamaError::Decode(status),
                 })
             }
-        }
-    }
-
-    fn cells_free(&self) -> Option<usize> {
-        // SAFETY: a zeroed plain struct; the shim answers NULL only when it filled it.
-        unsafe {
-            let mut info = std::mem::zeroed();
-            let reason = sys::gvote_shim_cache_open(self.as_ptr(), 0, &raw mut info);
-            reason.is_null().then(|| sys::gvote_shim_cells_free(self.as_ptr(), 0) as usize)
         }
     }
 
@@ -367,15 +355,35 @@ impl Context {
     }
 
     /// Removes the cells of `seq` whose position (of a composite cell: its label) lies in `p0..p1`; -1 = open end.
+    /// False where that cannot be: recurrent layers cannot be cut, and there may be no such sequence.
     pub fn remove(&mut self, seq: SeqId, p0: Pos, p1: Pos) -> bool {
-        // SAFETY: valid memory; llama.cpp checks the rest.
-        unsafe { sys::llama_memory_seq_rm(self.memory(), seq, p0, p1) }
+        // SAFETY: valid context and sequence.
+        self.has_sequence(seq) && unsafe { sys::gvote_shim_seq_rm(self.as_ptr(), seq, p0, p1) }
     }
 
-    /// Lets sequence `to` see the cells of `from` in `p0..p1` too; -1 = open end.
-    pub fn copy(&mut self, from: SeqId, to: SeqId, p0: Pos, p1: Pos) {
-        // SAFETY: valid memory; llama.cpp checks the rest.
-        unsafe { sys::llama_memory_seq_cp(self.memory(), from, to, p0, p1) };
+    /// Lets sequence `to` see the cells of `from` too.
+    ///
+    /// # Errors
+    /// [`LlamaError::NoSequence`], [`LlamaError::Memory`].
+    pub fn copy(&mut self, from: SeqId, to: SeqId) -> Result<(), LlamaError> {
+        self.check_sequence(from)?;
+        self.check_sequence(to)?;
+        // SAFETY: valid context and sequences; -1 is an open end.
+        if unsafe { sys::gvote_shim_seq_cp(self.as_ptr(), from, to, -1, -1) } {
+            Ok(())
+        } else {
+            Err(LlamaError::Memory)
+        }
+    }
+
+    fn has_sequence(&self, seq: SeqId) -> bool {
+        usize::try_from(seq).is_ok_and(|seq| seq < self.n_seq_max())
+    }
+
+    /// That the context has a sequence: llama.cpp ends the process where it has not.
+    pub(super) fn check_sequence(&self, seq: SeqId) -> Result<(), LlamaError> {
+        let n_seq_max = self.n_seq_max();
+        if self.has_sequence(seq) { Ok(()) } else { Err(LlamaError::NoSequence { seq, n_seq_max }) }
     }
 
     /// Empties the cache.
@@ -386,7 +394,10 @@ impl Context {
 
     /// The largest position of a sequence, if it has any.
     pub fn pos_max(&self, seq: SeqId) -> Option<Pos> {
-        // SAFETY: valid memory.
+        if !self.has_sequence(seq) {
+            return None;
+        }
+        // SAFETY: valid memory and sequence.
         let pos = unsafe { sys::llama_memory_seq_pos_max(self.memory(), seq) };
         (pos >= 0).then_some(pos)
     }

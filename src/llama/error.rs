@@ -31,6 +31,12 @@ pub enum LlamaError {
     Tokenize,
     #[error("the batch is full: it holds {0} tokens")]
     BatchFull(usize),
+    #[error("there is no sequence {seq}: the context was made for {n_seq_max} (n_seq_max)")]
+    NoSequence { seq: i32, n_seq_max: usize },
+    #[error(
+        "the model computes logits that are no numbers: its file or a loaded session is damaged, or the types of its cache (-ctk, -ctv) are too small for it"
+    )]
+    NotANumber,
     #[error("there are no logits to sample from: decode a batch that asks for them first")]
     NoLogits,
     #[error("the grammar cannot be used: {0}")]

@@ -38,11 +38,12 @@ impl Model {
             // a simulated model has no values
             if tensor.ne[1..] == [1; 3] && !tensor.buffer.is_null() {
                 // SAFETY: the tensor has as many bytes.
-                unsafe {
+                let is_read = unsafe {
                     values.resize(sys::ggml_nbytes(tensor), 0);
-                    sys::ggml_backend_tensor_get(tensor, values.as_mut_ptr().cast(), 0, values.len());
-                }
-                add(&values);
+                    sys::gvote_shim_tensor_get(tensor, values.as_mut_ptr().cast(), 0, values.len())
+                };
+                // what a device cannot give is as good as another model
+                add(if is_read { &values } else { b"unread" });
             }
         }
         hash.finalize().to_hex().to_string()

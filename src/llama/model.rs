@@ -1,4 +1,5 @@
 use std::ffi::{CStr, CString, c_char};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -67,8 +68,9 @@ impl Model {
         let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| LlamaError::PathNul(path.into()))?;
 
         unsafe extern "C" fn trampoline<F: FnMut(f32) -> bool>(value: f32, data: *mut std::ffi::c_void) -> bool {
+            // a panic must not meet the C++ that called: it cancels
             // SAFETY: `data` is the closure below, alive and not borrowed elsewhere while the model loads.
-            unsafe { (*data.cast::<F>())(value) }
+            catch_unwind(AssertUnwindSafe(|| unsafe { (*data.cast::<F>())(value) })).unwrap_or(false)
         }
         fn callback_of<F: FnMut(f32) -> bool>(_: &F) -> sys::llama_progress_callback {
             Some(trampoline::<F>)
@@ -84,7 +86,7 @@ impl Model {
         raw.progress_callback = callback_of(&progress);
         raw.progress_callback_user_data = (&raw mut progress).cast();
         // SAFETY: the path and the closure outlive the call.
-        let ptr = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), raw) };
+        let ptr = unsafe { sys::gvote_shim_model_load(c_path.as_ptr(), raw) };
         rpc::watch_workers();
         NonNull::new(ptr)
             .map(|ptr| Self(Arc::new(Owned { ptr, is_lent: false })))
@@ -220,10 +222,15 @@ impl Model {
         }
     }
 
-    /// Whether a token is markup of a chat template and the like, no text.
+    /// Whether the vocabulary has a token of this id.
+    pub fn has_token(&self, token: Token) -> bool {
+        usize::try_from(token).is_ok_and(|token| token < self.n_vocab())
+    }
+
+    /// Whether a token is markup of a chat template and the like, no text. False for an id outside the vocabulary.
     pub fn is_control(&self, token: Token) -> bool {
-        // SAFETY: valid vocabulary; llama.cpp checks the token, but aborts where there is no vocabulary at all.
-        self.has_tokenizer() && unsafe { sys::llama_vocab_is_control(self.vocab(), token) }
+        // SAFETY: a token of a vocabulary with texts: llama.cpp checks neither.
+        self.has_tokenizer() && self.has_token(token) && unsafe { sys::llama_vocab_is_control(self.vocab(), token) }
     }
 
     /// Whether the token ends a generation (end of text, end of turn).
@@ -264,12 +271,12 @@ impl Model {
         loop {
             // SAFETY: pointers and lengths belong together.
             let n = unsafe {
-                sys::llama_tokenize(
+                sys::gvote_shim_tokenize(
                     self.vocab(),
                     text.as_ptr().cast(),
                     len,
                     tokens.as_mut_ptr(),
-                    tokens.len() as i32,
+                    i32::try_from(tokens.len()).unwrap_or(i32::MAX),
                     add_special,
                     parse_special,
                 )
@@ -285,21 +292,21 @@ impl Model {
         }
     }
 
-    /// The bytes of one token; not necessarily whole UTF-8, see [`Pieces`].
+    /// The bytes of one token; not necessarily whole UTF-8, see [`Pieces`]. None for an id outside the vocabulary, and where the
+    /// model has no texts.
     pub fn piece(&self, token: Token, special: bool) -> Vec<u8> {
+        if !self.has_tokenizer() || !self.has_token(token) {
+            return Vec::new();
+        }
+        // longer pieces are rare
         let mut buf = vec![0u8; 32];
         loop {
-            // SAFETY: the buffer's true size is passed.
-            let n = unsafe {
-                sys::llama_token_to_piece(
-                    self.vocab(),
-                    token,
-                    buf.as_mut_ptr().cast::<c_char>(),
-                    buf.len() as i32,
-                    0,
-                    special,
-                )
-            };
+            let (start, len) = (buf.as_mut_ptr().cast::<c_char>(), i32::try_from(buf.len()).unwrap_or(i32::MAX));
+            // SAFETY: a token of the vocabulary; the buffer has at least that size.
+            let n = unsafe { sys::gvote_shim_token_to_piece(self.vocab(), token, start, len, special) };
+            if n == i32::MIN {
+                return Vec::new();
+            }
             if n >= 0 {
                 buf.truncate(n as usize);
                 return buf;

@@ -4,7 +4,7 @@
 mod keepalive;
 mod server;
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
@@ -129,8 +129,6 @@ pub(super) fn watch_workers() {
 /// A worker that is lost later, of another version, or none at all, makes ggml end the process: see
 /// [`on_abort`](super::on_abort) and [`lost`].
 pub fn add_worker(worker: &Endpoint) -> Result<(), RpcError> {
-    type AddServer = unsafe extern "C" fn(*const c_char) -> sys::ggml_backend_reg_t;
-
     let add_server = function(c"ggml_backend_rpc_add_server")?;
     if workers().contains(worker) {
         return Ok(());
@@ -141,7 +139,7 @@ pub fn add_worker(worker: &Endpoint) -> Result<(), RpcError> {
     WORKERS.lock().unwrap_or_else(|e| e.into_inner()).push(worker.clone());
     let endpoint = CString::new(worker.to_string()).map_err(|_| RpcError::Endpoint(worker.to_string()))?;
     // SAFETY: the function of that name has this type; the string outlives the call.
-    let registry = unsafe { std::mem::transmute::<*mut c_void, AddServer>(add_server)(endpoint.as_ptr()) };
+    let registry = unsafe { sys::gvote_shim_rpc_add_server(add_server, endpoint.as_ptr()) };
     if registry.is_null() {
         WORKERS.lock().unwrap_or_else(|e| e.into_inner()).retain(|known| known != worker);
         return Err(RpcError::NoDevices(worker.clone()));

@@ -15,6 +15,8 @@ const REASON_SIZE: usize = 256;
 pub struct Sampler {
     ptr: NonNull<sys::gvote_shim_sampler>,
     seed: u32,
+    /// Grammars and DRY go on reading its vocabulary.
+    _model: Model,
 }
 
 // SAFETY: it owns its samplers, and reads only the vocabulary of a model, which nobody changes.
@@ -82,7 +84,7 @@ impl Sampler {
         let reason = unsafe { sys::gvote_shim_sampler_new(model.vocab(), &raw, &raw mut ptr) };
         Self::done(reason)?;
         let ptr = NonNull::new(ptr).ok_or(LlamaError::Memory)?;
-        Ok(Self { ptr, seed })
+        Ok(Self { ptr, seed, _model: model.clone() })
     }
 
     /// The seed that it draws with: the one that was given, or its own.
@@ -93,10 +95,20 @@ impl Sampler {
     /// Chooses the next token from its logits `[n_vocab]`, and remembers the choice.
     ///
     /// # Errors
-    /// [`LlamaError::NoLogits`] for none, [`LlamaError::Sampling`] where the grammar leaves no token, [`LlamaError::Memory`].
+    /// [`LlamaError::NoLogits`] for none, [`LlamaError::NotANumber`], [`LlamaError::Sampling`] where the grammar leaves no token,
+    /// [`LlamaError::Memory`].
     pub fn sample(&mut self, logits: &[f32]) -> Result<Token, LlamaError> {
         if logits.is_empty() {
             return Err(LlamaError::NoLogits);
+        }
+        // llama.cpp sorts them, and what it makes of NaN is undefined
+        let (mut largest, mut comparable) = (f32::NEG_INFINITY, true);
+        for &logit in logits {
+            comparable &= logit < f32::INFINITY;
+            largest = largest.max(logit);
+        }
+        if !comparable || largest == f32::NEG_INFINITY {
+            return Err(LlamaError::NotANumber);
         }
         let mut token = sys::LLAMA_TOKEN_NULL;
         // SAFETY: ours alone; the logits are as many as is said.

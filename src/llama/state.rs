@@ -46,8 +46,9 @@ impl Context {
     }
 
     fn copy_state(&mut self, seq: SeqId, flags: sys::llama_state_seq_flags) -> Result<Vec<u8>, LlamaError> {
+        self.check_sequence(seq)?;
         let mut data = Vec::new();
-        // SAFETY: valid context.
+        // SAFETY: valid context and sequence.
         let size = unsafe { sys::llama_state_seq_get_size_ext(self.as_ptr(), seq, flags) };
         data.try_reserve_exact(size).map_err(|_| LlamaError::Memory)?;
         self.write_state(seq, flags, &mut data).map_err(|_| LlamaError::Memory)?;
@@ -68,17 +69,6 @@ impl Context {
         unsafe { sys::llama_state_seq_get_size(self.as_ptr(), seq) }
     }
 
-    /// The state of one sequence as llama.cpp serialises it.
-    pub fn save_sequence(&mut self, seq: SeqId) -> Vec<u8> {
-        // SAFETY: the buffer has the size llama.cpp asked for.
-        unsafe {
-            let mut data = vec![0u8; self.sequence_size(seq)];
-            let n = sys::llama_state_seq_get_data(self.as_ptr(), data.as_mut_ptr(), data.len(), seq);
-            data.truncate(n);
-            data
-        }
-    }
-
     /// The state of one sequence, piece by piece: see [`Self::read_sequence`]. No buffer holds all of it.
     ///
     /// # Errors
@@ -88,6 +78,7 @@ impl Context {
     }
 
     fn write_state(&mut self, seq: SeqId, flags: sys::llama_state_seq_flags, out: &mut dyn Write) -> io::Result<()> {
+        self.check_sequence(seq).map_err(io::Error::other)?;
         unsafe extern "C" fn write(data: *const c_void, size: usize, stream: *mut c_void) -> bool {
             // SAFETY: the stream below, which nobody else uses meanwhile; as many bytes as it says.
             let (stream, data) = unsafe {
@@ -126,6 +117,7 @@ impl Context {
                 stream.run(|from| from.read_exact(std::slice::from_raw_parts_mut(data.cast(), size)))
             }
         }
+        self.check_sequence(seq)?;
         let mut stream = Stream { inner: from, result: Ok(()) };
         // SAFETY: valid context; the stream outlives the call.
         let failed =
@@ -149,19 +141,6 @@ impl Context {
     pub fn adopt_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
         let data = in_parts(data, self.n_seq_max() as u32).ok_or(LlamaError::State(UNFIT))?;
         self.read_sequence(seq, &mut &data[..])
-    }
-
-    /// Replaces a sequence by a saved one.
-    ///
-    /// # Errors
-    /// [`LlamaError::State`] when llama.cpp refuses it: another model, cache type, or too few cells.
-    pub fn load_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
-        // SAFETY: llama.cpp reads at most data.len() bytes and checks them.
-        let n = unsafe { sys::llama_state_seq_set_data(self.as_ptr(), data.as_ptr(), data.len(), seq) };
-        if n == 0 {
-            return Err(LlamaError::State(UNFIT));
-        }
-        Ok(())
     }
 }
 

@@ -17,6 +17,8 @@ const MAX_SAMPLES: usize = 256;
 const MAX_WINDOW: usize = 1024;
 /// A span longer than a page of text keeps whatever surrounds the first few hits and nothing else.
 const MAX_SPAN: usize = 1024;
+/// Sinks and recent cells are compared with positions, which are i32, and added to each other.
+const MAX_FORCED: usize = i32::MAX as usize / 2;
 /// A pool wider than this is no smoothing any more.
 const MAX_POOL: usize = 63;
 /// Past this the heads' common opinion drowns each head's own.
@@ -190,7 +192,12 @@ impl Params {
         if self.recent == 0 {
             return Err(PolicyError::NoRecent);
         }
-        let forced = self.sinks.checked_add(self.recent).ok_or(PolicyError::Sinks(self.sinks))?;
+        for (flag, n) in [("--sinks", self.sinks), ("--recent", self.recent)] {
+            if n > MAX_FORCED {
+                return Err(PolicyError::Forced { flag, n });
+            }
+        }
+        let forced = self.sinks + self.recent;
         if let Some(cap) = self.max_cells {
             if cap <= forced {
                 let (sinks, recent) = (self.sinks, self.recent);
@@ -374,8 +381,8 @@ pub enum PolicyError {
     Span(Span),
     #[error("--span is {0:?}, but should read BACK,FORWARD, such as 2,32, or 0 for no spans")]
     SpanText(String),
-    #[error("--sinks is {0}, which is more than any cache holds")]
-    Sinks(usize),
+    #[error("{flag} is {n}, which is more than any cache holds")]
+    Forced { flag: &'static str, n: usize },
     #[error(
         "--recent is {recent}, but must be at least --window ({window}): the window's own tokens \
          are not scored and would be lost; raise --recent or lower --window"

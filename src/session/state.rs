@@ -13,6 +13,8 @@ use crate::vote::{Saved, Sequence};
 
 const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
 const OTHER_MODEL: SessionError = SessionError::Saved("it was made with another model, --window or --policy");
+const NONSENSE: SessionError = SessionError::Saved("its numbers contradict each other");
+const OTHER_PART: SessionError = SessionError::Saved("its two parts do not belong together");
 const OTHER_POLICY: SessionError = SessionError::Saved("either it was made with --policy full, or this session was");
 
 /// What was read of a saved session before the cells are touched.
@@ -90,7 +92,8 @@ impl Session {
         }
         let Head { saved, tokens, logits, marks } = self.read_head(&head)?;
         let before = (self.n_past() > 0).then(|| self.ctx.copy_sequence(SEQ)).transpose()?;
-        if let Err(error) = self.read_cells(from, saved.as_ref()) {
+        let n_past = saved.as_ref().map_or(tokens.len(), Saved::n_past);
+        if let Err(error) = self.read_cells(from, n_past, saved.as_ref()) {
             self.ctx.remove(SEQ, -1, -1);
             if let Some(before) = before
                 && self.ctx.read_sequence(SEQ, &mut &before[..]).is_err()
@@ -113,24 +116,39 @@ impl Session {
 
     fn read_head(&self, head: &[u8]) -> Result<Head, SessionError> {
         let n_vocab = self.model().n_vocab();
-        let floats = |rest: &mut Reader| -> Result<Vec<f32>, SessionError> {
-            let floats: Vec<f32> = rest.numbers().ok_or(CUT_OFF)?.map(f32::from_le_bytes).collect();
-            if floats.is_empty() || floats.len() == n_vocab { Ok(floats) } else { Err(OTHER_MODEL) }
+        let logits_of = |rest: &mut Reader| -> Result<Vec<f32>, SessionError> {
+            let logits: Vec<f32> = rest.numbers().ok_or(CUT_OFF)?.map(f32::from_le_bytes).collect();
+            if !logits.is_empty() && logits.len() != n_vocab {
+                return Err(OTHER_MODEL);
+            }
+            // false for NaN
+            if logits.iter().all(|&logit| logit < f32::INFINITY) { Ok(logits) } else { Err(NONSENSE) }
         };
         let mut rest = Reader(head);
         if rest.take() != Some([u8::from(self.voter.is_some())]) {
             return Err(OTHER_POLICY);
         }
-        let logits = floats(&mut rest)?;
+        let logits = logits_of(&mut rest)?;
         let (mut saved, mut tokens) = (None, Vec::new());
         match &self.voter {
-            Some(voter) => saved = Some(Saved::read(rest.part().ok_or(CUT_OFF)?, &voter.layout, &voter.capture)?),
+            Some(voter) => {
+                let part = rest.part().ok_or(CUT_OFF)?;
+                saved = Some(Saved::read(part, self.model(), &voter.layout, &voter.capture)?);
+            }
             None => tokens = rest.numbers().ok_or(CUT_OFF)?.map(Token::from_le_bytes).collect(),
         }
-        let mut marks = Vec::new();
+        if !tokens.iter().all(|&token| self.model().has_token(token)) {
+            return Err(OTHER_MODEL);
+        }
+        let n_past = saved.as_ref().map_or(tokens.len(), Saved::n_past);
+        let mut marks: Vec<Mark> = Vec::new();
         while !rest.is_empty() {
             let pos = Pos::from_le_bytes(rest.take().ok_or(CUT_OFF)?);
-            let logits = floats(&mut rest)?;
+            let is_next = marks.last().is_none_or(|last| last.pos < pos);
+            if marks.len() == SAVED_MARKS || !is_next || usize::try_from(pos).is_ok_and(|pos| pos > n_past) || pos < 0 {
+                return Err(NONSENSE);
+            }
+            let logits = logits_of(&mut rest)?;
             let captured = match &self.voter {
                 Some(voter) => {
                     let captured = voter.capture.read(rest.part().ok_or(CUT_OFF)?).ok_or(OTHER_MODEL)?;
@@ -143,18 +161,22 @@ impl Session {
         Ok(Head { saved, tokens, logits, marks })
     }
 
-    fn read_cells(&mut self, from: &mut dyn Read, saved: Option<&Saved>) -> Result<(), SessionError> {
+    /// `n_past`: tokens that the cells are of.
+    fn read_cells(&mut self, from: &mut dyn Read, n_past: usize, saved: Option<&Saved>) -> Result<(), SessionError> {
         self.ctx.read_sequence(SEQ, from)?;
         if !matches!(from.read(&mut [0]), Ok(0)) {
             return Err(SessionError::Saved("it is longer than it should be"));
         }
-        let Some(saved) = saved else { return Ok(()) };
         let cells = cache::cells(&self.ctx, SEQ);
-        if cells.len() > self.n_ctx {
+        let n_cells = if saved.is_some() { cells.len() } else { n_past };
+        if n_cells > self.n_ctx {
             return Err(SessionError::Saved("it has more cells than this context (-c)"));
         }
-        if !saved.fits(&cells) {
-            return Err(SessionError::Saved("its two parts do not belong together"));
+        // of a window cache or a recurrent state beside the cells, too
+        let last = n_past.checked_sub(1).map(|last| last as Pos);
+        let is_last = self.ctx.pos_max(SEQ) == last && cells.last().is_none_or(|cell| Some(cell.pos) == last);
+        if !is_last || saved.is_some_and(|saved| !saved.fits(&cells)) {
+            return Err(OTHER_PART);
         }
         Ok(())
     }

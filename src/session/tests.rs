@@ -7,6 +7,7 @@
 //! - `walk`: whatever is done in whatever order, the cache holds what it must;
 //! - `cut`: what is cut off leaves no trace, or is refused;
 //! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
+//! - `hostile`: no number in a saved session, whatever it is, does harm;
 //! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
 
 mod blind;
@@ -14,6 +15,7 @@ mod cut;
 mod disk;
 mod endless;
 mod failure;
+mod hostile;
 mod long;
 mod protect;
 mod replay;
@@ -58,6 +60,10 @@ const N_CTX: usize = 320;
 
 /// A session with a tiny random model, which takes no time.
 fn open(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> Session {
+    open_with(&tiny::model(arch), setup, n_ctx, policy)
+}
+
+fn open_with(model: &Model, setup: Setup, n_ctx: usize, policy: Params) -> Session {
     let flash_attn = if setup.flash { FlashAttention::On } else { FlashAttention::Off };
     let context = ContextParams {
         n_ctx: n_ctx as u32,
@@ -69,7 +75,7 @@ fn open(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> Session {
         type_v: setup.v,
         ..ContextParams::default()
     };
-    Session::new(&tiny::model(arch), &SessionParams { context, policy, account_error: false }).unwrap()
+    Session::new(model, &SessionParams { context, policy, account_error: false }).unwrap()
 }
 
 /// The cap is what every vote of a long chat comes down to; without a trial it is fast.

@@ -73,11 +73,11 @@ fn the_state_can_be_saved_and_loaded() {
     let next = tokens(&model, N + 1)[N];
     for setup in [F16, Q8_0] {
         let (mut ctx, _) = compacted(setup);
-        let state = ctx.save_sequence(0);
+        let state = save_state(&ctx, 0);
         let expected = next_logits(&mut ctx, next, N as i32);
 
         let mut fresh = context(&model, setup, 512, 512);
-        fresh.load_sequence(0, &state).unwrap();
+        load_state(&mut fresh, 0, &state);
         assert_eq!(cells(&fresh).len(), C, "a smaller context is enough");
         assert!(next_logits(&mut fresh, next, N as i32) == expected, "{setup:?}");
     }
@@ -191,7 +191,7 @@ fn shared_cells_are_refused() {
     let model = model();
     let mut ctx = context(&model, F16, 1024, 512);
     decode(&mut ctx, &tokens(&model, 100), 0, 0);
-    ctx.copy(0, 1, -1, -1);
+    ctx.copy(0, 1).unwrap();
     let layout = Layout::of(&ctx, 0).unwrap();
     let error = compact(&mut ctx, 0, &random_heads(&layout, 100, 50, 1)).unwrap_err();
     assert!(matches!(error, CompactError::Shared), "{error}");

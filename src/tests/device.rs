@@ -239,18 +239,18 @@ fn an_order_and_its_inverse_leave_every_byte() {
     for setup in [F16, F16_FLASH, Q8_0, Q4_0] {
         let mut ctx = context(&model, setup, 512, 64);
         decode(&mut ctx, &tokens, 0, 0);
-        let before = ctx.save_sequence(0);
+        let before = save_state(&ctx, 0);
         let run = |ctx: &mut Context| {
             let mut rows = Reorder::of(ctx, 0).unwrap();
             rows.permute(ctx, &heads);
-            let between = ctx.save_sequence(0);
+            let between = save_state(ctx, 0);
             rows.permute(ctx, &inverse);
             between
         };
         let host = run(&mut ctx);
         let device = on_device(|| run(&mut ctx));
         assert!(host != before && host == device, "{setup:?}: the order");
-        assert!(ctx.save_sequence(0) == before, "{setup:?}: and back");
+        assert!(save_state(&ctx, 0) == before, "{setup:?}: and back");
     }
 }
 

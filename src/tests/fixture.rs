@@ -20,6 +20,7 @@ use crate::policy::{Bound, Kept, Params, Selection};
 use crate::score::Scorer;
 use crate::session::Stop;
 use crate::sys;
+use crate::tests::tiny::N_VOCAB;
 
 /// SmolLM2-135M-Instruct, loaded once.
 pub fn model() -> Model {
@@ -375,4 +376,27 @@ pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(
 
 pub fn cells(ctx: &Context) -> Vec<Cell> {
     cache::cells(ctx, 0)
+}
+
+/// llama.cpp's own state of a sequence, as an app saves it.
+pub fn save_state(ctx: &Context, seq: SeqId) -> Vec<u8> {
+    // SAFETY: valid context; the buffer has the size llama.cpp asked for.
+    unsafe {
+        let mut data = vec![0u8; sys::llama_state_seq_get_size(ctx.as_ptr(), seq)];
+        let n = sys::llama_state_seq_get_data(ctx.as_ptr(), data.as_mut_ptr(), data.len(), seq);
+        data.truncate(n);
+        data
+    }
+}
+
+/// Replaces a sequence as an app does.
+pub fn load_state(ctx: &mut Context, seq: SeqId, data: &[u8]) {
+    // SAFETY: valid context; as many bytes as it says.
+    let n = unsafe { sys::llama_state_seq_set_data(ctx.as_ptr(), data.as_ptr(), data.len(), seq) };
+    assert_eq!(n, data.len());
+}
+
+/// Some tokens of a tiny model.
+pub fn words_of(n: usize) -> Vec<Token> {
+    (0..n).map(|i| ((7 * i + i * i / 5) % N_VOCAB) as Token).collect()
 }

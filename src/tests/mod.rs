@@ -2,6 +2,7 @@
 
 mod after;
 mod baselines;
+mod borders;
 mod device;
 pub(crate) mod fixture;
 pub(crate) mod heap;

@@ -48,6 +48,8 @@ pub struct Spec {
     pub softcap: bool,
     /// Queries are scaled by 1/sqrt(head) before they meet K (phi3, gemma2).
     pub scaled: bool,
+    /// Its tokens have texts, and some of them are markup: see [`MARKUP`].
+    pub vocabulary: bool,
 }
 
 const LLAMA: Spec = Spec {
@@ -62,7 +64,11 @@ const LLAMA: Spec = Spec {
     layer_norm: false,
     softcap: false,
     scaled: false,
+    vocabulary: false,
 };
+
+/// The last tokens of a vocabulary.
+pub const MARKUP: [&str; 3] = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"];
 
 pub const SPECS: [Spec; 7] = [
     LLAMA,
@@ -177,6 +183,24 @@ pub fn recurrent(dir: &Path, arch: &str) -> PathBuf {
     path
 }
 
+/// A tokenizer of letters and markup, `N_VOCAB` tokens in all.
+fn write_vocabulary(file: &mut Gguf) {
+    const NORMAL: i32 = 1;
+    const CONTROL: i32 = 3;
+    // GPT-2's letters for space and newline
+    let letters = ('a'..='z').chain('A'..='Z').chain("\u{120}\u{10a}.,!?:'-".chars());
+    let tokens: Vec<String> = letters.map(String::from).chain(MARKUP.map(String::from)).collect();
+    assert_eq!(tokens.len(), N_VOCAB);
+    let kind = |i| if i < N_VOCAB - MARKUP.len() { NORMAL } else { CONTROL };
+    file.text("tokenizer.ggml.model", "gpt2");
+    file.text("tokenizer.ggml.pre", "gpt-2");
+    file.texts("tokenizer.ggml.tokens", &tokens);
+    file.array("tokenizer.ggml.token_type", Gguf::TYPE_I32, N_VOCAB);
+    (0..N_VOCAB).for_each(|i| file.meta.extend(kind(i).to_le_bytes()));
+    file.texts("tokenizer.ggml.merges", &[]);
+    file.number("tokenizer.ggml.eos_token_id", N_VOCAB as u32 - 2);
+}
+
 /// Every byte as the letter that stands for it in the vocabulary of GPT-2, and one that ends a text.
 fn byte_tokens() -> Vec<String> {
     let is_plain = |byte: &u32| (33..127).contains(byte) || (161..256).contains(byte) && *byte != 173;
@@ -219,7 +243,11 @@ impl Tiny {
         let path = dir.join(format!("{}-{}-{}.gguf", spec.arch, spec.n_head_kv, spec.head));
         let mut file = Gguf::default();
         file.text("general.architecture", spec.arch);
-        file.text("tokenizer.ggml.model", "no_vocab");
+        if spec.vocabulary {
+            write_vocabulary(&mut file);
+        } else {
+            file.text("tokenizer.ggml.model", "no_vocab");
+        }
         let key = |name: &str| format!("{}.{name}", spec.arch);
         for (name, value) in [
             ("vocab_size", N_VOCAB),
@@ -358,6 +386,7 @@ pub struct Gguf {
 impl Gguf {
     const ALIGNMENT: usize = 32;
     const TYPE_U32: u32 = 4;
+    const TYPE_I32: u32 = 5;
     const TYPE_F32: u32 = 6;
     const TYPE_STRING: u32 = 8;
     const TYPE_ARRAY: u32 = 9;

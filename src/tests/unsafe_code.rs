@@ -1,4 +1,4 @@
-//! Where `unsafe` may stand. The compiler keeps it out of every other module: `#![forbid(unsafe_code)]`.
+//! Where `unsafe` may stand, and what it may call. The compiler keeps it out of every other module: `#![forbid(unsafe_code)]`.
 
 #![forbid(unsafe_code)]
 
@@ -60,4 +60,46 @@ fn every_module_that_can_forbid_unsafe_code_does() {
         );
     }
     assert!(n > 100, "{n} files were looked at");
+}
+
+/// What lets exceptions of C++ through: they would end the process, or worse, on their way through Rust.
+const THROW: [&str; 22] = [
+    "ggml_backend_buft_alloc_buffer",
+    "ggml_backend_cpu_init",
+    "ggml_backend_dev_init",
+    "ggml_backend_graph_compute",
+    "ggml_backend_graph_compute_async",
+    "ggml_backend_synchronize",
+    "ggml_backend_tensor_get",
+    "ggml_backend_tensor_get_async",
+    "ggml_backend_tensor_set",
+    "ggml_backend_tensor_set_async",
+    "ggml_gallocr_alloc_graph",
+    "ggml_gallocr_reserve",
+    "llama_decode",
+    "llama_init_from_model",
+    "llama_memory_seq_cp",
+    "llama_memory_seq_rm",
+    "llama_model_desc",
+    "llama_model_load_from_file",
+    "llama_sampler_accept",
+    "llama_synchronize",
+    "llama_token_to_piece",
+    "llama_tokenize",
+];
+
+#[test]
+fn what_throws_is_called_by_the_shim_alone() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let is_test = |file: &Path| file.iter().any(|part| part == "tests" || part == "tests.rs");
+    for file in source_files(&src).iter().filter(|file| !is_test(file.strip_prefix(&src).unwrap())) {
+        let text = fs::read_to_string(file).unwrap();
+        for name in THROW {
+            assert!(
+                !text.contains(&format!("sys::{name}(")),
+                "{}: {name} may throw: call it in ffi/shim.cpp",
+                file.display()
+            );
+        }
+    }
 }

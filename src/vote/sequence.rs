@@ -7,9 +7,12 @@ use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache::{Cell, Layout};
 use crate::capture::{Capture, Restored};
 use crate::compact::share;
-use crate::llama::{Pos, SeqId, Token};
+use crate::llama::{Model, Pos, SeqId, Token};
 use crate::policy::{Kept, Selection};
 use crate::threads;
+
+/// Stands for an embedding among tokens.
+const EMBEDDING: Token = -1;
 
 /// What the bytes of a saved sequence begin with, and the version of what follows.
 const MAGIC: [u8; 8] = *b"gvote\0\0\x02";
@@ -186,13 +189,15 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
-    /// Reads what [`Sequence::save`] wrote.
+    /// Reads what [`Sequence::save`] wrote. This is the border for bytes that may come from anybody: every token, position, count
+    /// and length is within its bounds afterwards.
     ///
     /// # Errors
     /// [`VoteError::Saved`] with the reason.
-    pub fn read(data: &[u8], layout: &Layout, capture: &Capture) -> Result<Self, VoteError> {
+    pub fn read(data: &[u8], model: &Model, layout: &Layout, capture: &Capture) -> Result<Self, VoteError> {
         const CUT_OFF: VoteError = VoteError::Saved("it is cut off");
         const NONSENSE: VoteError = VoteError::Saved("its numbers contradict each other");
+        const OTHER_MODEL: VoteError = VoteError::Saved("it was made with another model");
         let mut rest = Reader(data);
         if rest.take() != Some(MAGIC) {
             return Err(VoteError::Saved("these bytes were not written by this version of gvote"));
@@ -211,7 +216,7 @@ impl Saved {
         let consistent = rest.is_empty()
             && ascending
             && tokens.len() == usize::try_from(n_past).unwrap_or(usize::MAX)
-            && labels.last().is_none_or(|&last| last + 1 == n_past)
+            && labels.last().is_none_or(|&last| last == n_past - 1)
             && labels.is_empty() == (n_past == 0)
             && (0..=n_past).contains(&exact_from)
             && pos.iter().all(|&pos| i64::from(pos) < i64::from(n_past))
@@ -220,8 +225,12 @@ impl Saved {
         if !consistent {
             return Err(NONSENSE);
         }
+        let is_known = |&token: &Token| token == EMBEDDING || model.has_token(token);
+        if !tokens.iter().all(is_known) || model.n_positions().is_some_and(|n| tokens.len() > n) {
+            return Err(OTHER_MODEL);
+        }
         if !pos.is_empty() && (n_cells > labels.len() || n_cells.checked_mul(n_heads) != Some(pos.len())) {
-            return Err(VoteError::Saved("it was made with another model"));
+            return Err(OTHER_MODEL);
         }
         // a cell is labelled with the last position of those that its heads hold
         let sound = |held: &[u32]| {
@@ -236,6 +245,11 @@ impl Saved {
         let mut sequence = Sequence { id: 0, n_past, tokens, exact_from, held, protected: Vec::new() };
         protected.into_iter().for_each(|pos| sequence.protect(pos..pos + 1, true));
         Ok(Self { sequence, labels, captured })
+    }
+
+    /// Tokens that it speaks of.
+    pub fn n_past(&self) -> usize {
+        self.sequence.tokens.len()
     }
 
     /// Whether these are the cells that it speaks of.

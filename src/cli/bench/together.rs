@@ -58,7 +58,7 @@ impl Together {
         if !cells.state.is_empty() {
             ctx.adopt_sequence(0, cells.state)?;
             for seq in 1..sequences {
-                ctx.copy(0, seq as SeqId, -1, -1);
+                ctx.copy(0, seq as SeqId)?;
             }
         }
         Ok(Self { ctx, sequences, pos: cells.n_past })

@@ -1,6 +1,6 @@
 //! The other side: this machine's devices for clients elsewhere.
 
-use std::ffi::{CString, c_char, c_void};
+use std::ffi::CString;
 use std::io::Read;
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::path::PathBuf;
@@ -71,8 +71,6 @@ impl Server {
     /// # Errors
     /// [`RpcError::Ended`] when llama.cpp's server gives up; there is no other end.
     pub fn run(&self, ready: impl FnOnce() + Send + 'static) -> RpcError {
-        type StartServer =
-            unsafe extern "C" fn(*const c_char, *const c_char, usize, usize, *mut sys::ggml_backend_dev_t);
         let start_server = match function(START_SERVER) {
             Ok(function) => function,
             Err(error) => return error,
@@ -91,8 +89,8 @@ impl Server {
         log::clear_reason();
         // SAFETY: the function of that name has this type; strings and devices outlive the call.
         unsafe {
-            let start_server = std::mem::transmute::<*mut c_void, StartServer>(start_server);
-            start_server(endpoint.as_ptr(), cache, self.n_threads, handles.len(), handles.as_mut_ptr());
+            let n = handles.len();
+            sys::gvote_shim_rpc_serve(start_server, endpoint.as_ptr(), cache, self.n_threads, n, handles.as_mut_ptr());
         }
         RpcError::Ended(log::take_reason())
     }

@@ -30,6 +30,7 @@ fn a_rejected_setting_names_its_flag() {
         (Params { window: 1 << 30, ..Params::new(Kind::Full) }, "--window"),
         (Params { span: Span { back: 2, forward: 9999 }, ..good() }, "--span"),
         (Params { sinks: usize::MAX, ..good() }, "--sinks"),
+        (Params { recent: i32::MAX as usize, ..good() }, "--recent"),
         (Params { recent: 63, ..good() }, "--recent"),
         (Params { pool: 4, ..good() }, "pool"),
         (Params { head_mix: -1.0, ..good() }, "head mix"),
