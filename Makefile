@@ -34,12 +34,13 @@ test-llama: setup ## run the library's tests with another llama.cpp: LLAMA=VERSI
 check-memory: setup ## run the C and C++ test programs under sanitizers and valgrind; TOOLS="address thread valgrind" picks some
 	scripts/check-memory $(TOOLS)
 
-fuzz: ## fuzz the readers of model files, settings and saved states, 10 minutes each (needs Rust nightly and cargo-fuzz)
+fuzz: ## fuzz the readers of model files, settings, saved states and sessions, 10 minutes each (needs Rust nightly and cargo-fuzz)
 	mkdir -p fuzz/target
 	rustc --edition 2024 -o fuzz/target/seeds fuzz/seeds.rs
 	fuzz/target/seeds fuzz/corpus/gguf
 	cargo +nightly fuzz run gguf -- -max_total_time=$(FUZZ_S) -rss_limit_mb=1024
 	cargo +nightly fuzz run capi -- -max_total_time=$(FUZZ_S) -rss_limit_mb=1024
+	cargo +nightly fuzz run session -- -max_total_time=$(FUZZ_S) -rss_limit_mb=1024
 
 bench: setup ## measure what a vote costs (long); for what it keeps see gvote eval
 	cargo bench --bench cost

@@ -1,22 +1,44 @@
-//! Settings and saved states of the C interface, changed at random: a short, repeatable cousin of `make fuzz`.
+//! Settings and saved states of the C interface, and files of sessions, changed at random: a short, repeatable cousin of `make fuzz`.
 
 #[path = "common/capi_check.rs"]
 mod capi_check;
+#[path = "common/edit.rs"]
+mod edit;
+#[path = "common/session_check.rs"]
+mod session_check;
+#[allow(dead_code)] // it serves other tests too
+#[path = "../src/tests/tiny.rs"]
+mod tiny;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 
-use capi_check::{ERROR_PARAMS, ERROR_SIZE, ERROR_STATE, OK, check};
+use capi_check::{ERROR_PARAMS, ERROR_SIZE, ERROR_STATE, OK};
 use gvote::llama;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-/// Runs `cases` inputs that begin with one of two bytes, and counts what came of them.
-fn outcomes(cases: u32, kinds: [u8; 2]) -> BTreeMap<u32, usize> {
-    let counts = RefCell::new(BTreeMap::<u32, usize>::new());
+/// Runs `cases` inputs, and counts what came of them.
+fn outcomes<T: Ord + Debug>(
+    cases: u32,
+    input: impl Strategy<Value = Vec<u8>>,
+    check: impl Fn(&[u8]) -> T,
+) -> BTreeMap<T, usize> {
+    let counts = RefCell::new(BTreeMap::<T, usize>::new());
     let config = Config { cases, failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    let explored = runner.run(&input, |input| {
+        *counts.borrow_mut().entry(check(&input)).or_default() += 1;
+        Ok(())
+    });
+    explored.unwrap();
+    counts.into_inner()
+}
+
+/// Up to four changes at such places: see `edit`.
+fn edits(place: impl Strategy<Value = u32>) -> impl Strategy<Value = Vec<u8>> {
     // numbers at the borders of what is allowed
     let number = prop_oneof![
         any::<u64>(),
@@ -27,25 +49,23 @@ fn outcomes(cases: u32, kinds: [u8; 2]) -> BTreeMap<u32, usize> {
         any::<f32>().prop_map(|x| u64::from(x.to_bits())),
         any::<f64>().prop_map(f64::to_bits),
     ];
-    let place = prop_oneof![any::<u16>(), 0..120_u16];
     let edit = (any::<u8>(), place, number)
         .prop_map(|(what, place, number)| [&[what][..], &place.to_le_bytes(), &number.to_le_bytes()].concat());
-    let edits = vec(edit, 0..5).prop_map(|edits| edits.concat());
-    let input = prop_oneof![
+    vec(edit, 0..5).prop_map(|edits| edits.concat())
+}
+
+/// The inputs of `capi_check` that begin with one of two bytes.
+fn of_c(kinds: [u8; 2]) -> impl Strategy<Value = Vec<u8>> {
+    let place = prop_oneof![any::<u16>().prop_map(u32::from), 0..120_u32];
+    prop_oneof![
         1 => vec(any::<u8>(), 0..200).prop_map(move |bytes| [&[kinds[0]][..], &bytes].concat()),
-        9 => edits.prop_map(move |edits| [&[kinds[1]][..], &edits].concat()),
-    ];
-    let explored = runner.run(&input, |input| {
-        *counts.borrow_mut().entry(check(&input)).or_default() += 1;
-        Ok(())
-    });
-    explored.unwrap();
-    counts.into_inner()
+        9 => edits(place).prop_map(move |edits| [&[kinds[1]][..], &edits].concat()),
+    ]
 }
 
 #[test]
 fn settings_of_any_size_and_content_are_refused_or_within_bounds() {
-    let counts = outcomes(200_000, [0, 1]);
+    let counts = outcomes(200_000, of_c([0, 1]), capi_check::check);
     for status in [OK, ERROR_SIZE, ERROR_PARAMS] {
         assert!(counts[&status] > 10_000, "{counts:?}");
     }
@@ -53,8 +73,18 @@ fn settings_of_any_size_and_content_are_refused_or_within_bounds() {
 
 #[test]
 fn saved_states_of_any_content_are_refused_or_make_sense() {
-    let counts = outcomes(4_000, [2, 3]);
+    let counts = outcomes(4_000, of_c([2, 3]), capi_check::check);
     for status in [OK, ERROR_STATE] {
         assert!(counts[&status] > 500, "{counts:?}");
+    }
+}
+
+#[test]
+fn files_of_sessions_of_any_content_are_refused_or_make_sense() {
+    // what is known of the tokens, and of the cells, comes before the cells themselves
+    let place = any::<u16>().prop_map(u32::from);
+    let counts = outcomes(1_500, edits(place), session_check::check);
+    for outcome in [session_check::Outcome::Taken, session_check::Outcome::Refused] {
+        assert!(counts[&outcome] > 300, "{counts:?}");
     }
 }

@@ -1,16 +1,16 @@
 //! What must hold of the C interface, whatever its settings and saved states are. Used by the tests and by cargo-fuzz.
 //!
 //! The functions are the library's own, by their C names. Of a saved state the listener is made once: a tiny random model, a
-//! context, a sequence that was heard. The program that includes this has `use gvote::llama` at its root, for `tiny`.
+//! context, a sequence that was heard. The program that includes this has `edit` and `tiny` at its root, and `use gvote::llama` for
+//! the latter.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
 
 use gvote::llama::{Batch, Context, ContextParams, FlashAttention};
 
-#[allow(dead_code)] // it serves other tests too
-#[path = "../../src/tests/tiny.rs"]
-mod tiny;
+use crate::edit::edited;
+use crate::tiny;
 
 /// `gvote_params` of `gvote.h`.
 #[repr(C)]
@@ -82,6 +82,7 @@ pub const ERROR_SIZE: u32 = 3;
 pub const ERROR_PARAMS: u32 = 4;
 pub const ERROR_NOT_SEEN: u32 = 9;
 pub const ERROR_STATE: u32 = 17;
+const FLAG_PROTECT: u32 = 1 << 2;
 const POLICY_FULL: u32 = 2;
 const POLICY_GVOTE: u32 = 0;
 
@@ -98,31 +99,6 @@ fn defaults() -> Params {
     // SAFETY: a struct of the size that it says.
     assert_eq!(unsafe { gvote_params_init(&raw mut params) }, OK, "the header has another struct");
     params
-}
-
-/// Bytes with changes that `data` describes, eleven bytes each: what to do, where, and a number.
-fn edited(mut bytes: Vec<u8>, data: &[u8]) -> Vec<u8> {
-    for edit in data.chunks_exact(11) {
-        let place = usize::from(u16::from_le_bytes([edit[1], edit[2]])) % bytes.len().max(1);
-        let number = &edit[3..];
-        let length = match edit[0] % 8 {
-            0 | 1 => 1,
-            2..=4 => 4,
-            5 => 8,
-            6 => {
-                bytes.truncate(place);
-                continue;
-            }
-            _ => {
-                let n = usize::from(number[0]);
-                bytes.splice(place.., number[1..].iter().cycle().take(n).copied().collect::<Vec<_>>());
-                continue;
-            }
-        };
-        let end = (place + length).min(bytes.len());
-        bytes[place.min(end)..end].copy_from_slice(&number[..end - place.min(end)]);
-    }
-    bytes
 }
 
 /// Looks at one input: its first byte says what it is, settings or a saved state, the bytes themselves or changes to sound ones.
@@ -186,6 +162,8 @@ fn check_params(mut bytes: Vec<u8>) -> u32 {
 /// Tokens before the vote, and after it.
 const N: [i32; 2] = [220, 20];
 const CELLS: u32 = 120;
+/// Tokens of the vocabulary that are no markup: with a chat's markers no vote would be due.
+const N_TEXT: i32 = (tiny::N_VOCAB - tiny::MARKUP.len()) as i32;
 
 /// A handle that has heard and compressed a sequence.
 struct Listener {
@@ -203,7 +181,8 @@ thread_local! {
 impl Listener {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("there is room for a model");
-        let spec = tiny::SPECS[0];
+        // whose tokens are looked up
+        let spec = tiny::Spec { vocabulary: true, ..tiny::SPECS[0] };
         let model = tiny::Tiny::new(dir.path(), spec).model;
         let shape = ContextParams {
             n_ctx: 512,
@@ -216,7 +195,8 @@ impl Listener {
         };
         let mut ctx = Context::new(&model, &shape).expect("a context is made");
         // a small state: what is captured of the window is most of it
-        let params = Params { window: 4, target_kl: 0.0, max_cells: CELLS, samples: 2, ..defaults() };
+        let params =
+            Params { window: 4, target_kl: 0.0, max_cells: CELLS, samples: 2, flags: FLAG_PROTECT, ..defaults() };
         let mut status = u32::MAX;
         // SAFETY: both live.
         let g = unsafe { gvote_new((&raw const params).cast(), &raw mut status) };
@@ -226,7 +206,7 @@ impl Listener {
         for (first, n) in [(0, N[0]), (N[0], N[1])] {
             let mut batch = Batch::new(n as usize);
             for pos in first..first + n {
-                let token = (7 * pos + pos * pos / 5) % tiny::N_VOCAB as i32;
+                let token = (7 * pos + pos * pos / 5) % N_TEXT;
                 batch.add(token, pos, 0, pos + 1 == first + n).expect("it has room");
             }
             ctx.decode(&batch).expect("the model decodes");
