@@ -7,6 +7,8 @@ mod conversation;
 mod env;
 mod eval;
 mod explain;
+#[cfg(test)]
+mod flags;
 mod input;
 mod inspect;
 mod interrupt;
