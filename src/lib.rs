@@ -55,6 +55,7 @@ pub mod session;
 mod sys;
 #[cfg(test)]
 mod tests;
+pub mod text;
 mod threads;
 pub mod vote;
 

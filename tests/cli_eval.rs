@@ -147,6 +147,34 @@ fn unequal_budgets_are_compared_at_the_mean_and_at_what_they_cost() {
     assert!(done.status == 1 && done.stderr.contains("gvote-paper"), "{}", done.stderr);
 }
 
+#[test]
+fn a_row_that_cannot_be_used_is_named_and_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let (ruler, runs) = (folder.path().join("4096"), folder.path().join("runs.jsonl"));
+    fs::create_dir(&ruler).unwrap();
+    let list = (1..80).map(|i| format!("{i}. {}", ["oak", "elm", "fir"][i % 3])).collect::<Vec<_>>().join(" ");
+    let row = |input: String| json!({"input": input, "outputs": ["oak"], "answer_prefix": " Answer:"}).to_string();
+    let cwe =
+        row(format!("Memorize the words.\n{list}\nQuestion: What are the 10 most common words in the above list?"));
+    let qa = row(format!(
+        "Answer the question based on the given documents.\n\nDocument 1:\n{list}\n\nQuestion: Which tree?"
+    ));
+    fs::write(ruler.join("cwe.jsonl"), format!("{cwe}\n")).unwrap();
+    fs::write(ruler.join("qa_1.jsonl"), format!("\u{feff}{qa}\r\n{{\"input\": 3}}\r\n")).unwrap();
+    let args = ["--ruler", ruler.to_str().unwrap(), "--config", "full", "--blind"];
+    let done = finish(&mut eval("tasks", &args, &runs)).ok();
+    let tasks: Vec<_> = records(&runs).iter().map(|record| record["task"].clone()).collect();
+    assert_eq!(tasks, ["cwe", "qa_1"]);
+    for part in ["qa_1.jsonl:2: `input` is not a string", "1 row could not be used"] {
+        assert!(done.stderr.contains(part), "{}", done.stderr);
+    }
+
+    fs::write(ruler.join("qa_1.jsonl"), "{}\n[]\n").unwrap();
+    let args = ["--ruler", ruler.to_str().unwrap(), "--tasks", "qa_1"];
+    let done = finish(&mut eval("tasks", &args, &runs));
+    assert!(done.status == 1 && done.stderr.contains("none of the 2 rows can be used"), "{}", done.stderr);
+}
+
 /// The measurements, without the start of the run.
 fn records(runs: &Path) -> Vec<Value> {
     let lines = fs::read_to_string(runs).unwrap();

@@ -16,7 +16,7 @@ use gvote::eval::report::Report;
 use gvote::eval::runner::{Continuation, EvalError, Runner};
 use gvote::llama::Model;
 use gvote::policy::Kind;
-use gvote::{SessionError, SessionParams};
+use gvote::{SessionError, SessionParams, text};
 use indicatif::ProgressBar;
 
 use self::suites::SuiteArgs;
@@ -198,7 +198,7 @@ const ROOM: usize = 1024;
 fn text(args: &TextArgs) -> Result<()> {
     let common = &args.common;
     let steps = Steps::new(&common.output)?;
-    let text = fs::read_to_string(&args.file).with_context(|| args.file.display().to_string())?;
+    let text = text::read(&args.file).with_context(|| args.file.display().to_string())?;
     steps.interrupt.begin();
     let model = steps.load_model(&common.model, Kind::Gvote)?;
     let tokens = model.tokenize(&text, true, false)?;
@@ -227,17 +227,17 @@ fn tasks(args: &TasksArgs) -> Result<()> {
     let common = &args.common;
     let steps = Steps::new(&common.output)?;
     let samples = args.suites.samples(common.seeds[0], args.offset, args.limit)?;
-    if samples.is_empty() {
+    if samples.numbered.is_empty() {
         return Err(Exit::Usage("no sample is left: see --tasks, --limit and --offset".into()).into());
     }
     steps.interrupt.begin();
     let model = steps.load_model(&common.model, Kind::Gvote)?;
-    let n_ctx = (suites::longest(&model, &samples) + ROOM).min(model.n_ctx_train());
+    let n_ctx = (suites::longest(&model, &samples.numbered) + ROOM).min(model.n_ctx_train());
     let configs = common.configs(&[Kind::Full.name(), "balanced"])?;
     let mut runner = common.runner(&steps, &model, configs, n_ctx, args.suites.raw)?;
-    let bar = steps.count(samples.len() as u64, "samples");
+    let bar = steps.count(samples.numbered.len() as u64, "samples");
     let mut too_long = 0;
-    for (_, sample) in &samples {
+    for (_, sample) in &samples.numbered {
         match runner.task(sample, args.suites.blind) {
             Err(EvalError::Session(SessionError::PromptTooLong { .. })) => too_long += 1,
             result => {
@@ -246,6 +246,7 @@ fn tasks(args: &TasksArgs) -> Result<()> {
         }
         bar.inc(1);
     }
+    samples.conclude();
     note_too_long(too_long, n_ctx);
     finish(&bar, &runner, &common.output)
 }
@@ -283,7 +284,7 @@ fn report(args: &ReportArgs) -> Result<()> {
     };
     let text = match out.extension().and_then(|e| e.to_str()) {
         Some("md") => {
-            let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| path.display().to_string());
+            let read = |path: &PathBuf| text::read(path).with_context(|| path.display().to_string());
             let notes = args.notes.as_ref().map(read).transpose()?.unwrap_or_default();
             report.to_markdown(&args.title, &notes, &command_words(&command()))
         }

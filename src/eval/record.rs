@@ -9,6 +9,7 @@ use serde_json::{Number, Value};
 
 use super::provenance::Start;
 use crate::policy::{Kind, Ragged};
+use crate::text;
 
 /// One line of a run file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -196,11 +197,12 @@ pub fn read(path: &Path) -> Result<Contents, RecordError> {
             contents.cut_off = true;
             break;
         }
+        let text = if line == 1 { text::bytes_without_mark(&text) } else { &text };
         if text.trim_ascii().is_empty() {
             continue;
         }
         let record =
-            serde_json::from_slice::<Value>(&text).and_then(|value| serde_json::from_value(plain_floats(value)));
+            serde_json::from_slice::<Value>(text).and_then(|value| serde_json::from_value(plain_floats(value)));
         contents.records.push(record.map_err(|error| RecordError::Line { path: path.to_owned(), line, error })?);
     }
     Ok(contents)

@@ -62,11 +62,21 @@ impl Sample {
     }
 }
 
+/// What the files of a task hold.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    pub samples: Vec<Sample>,
+    /// What is wrong with the rows that are left out, each with its file and line.
+    pub refused: Vec<TaskError>,
+}
+
 /// How an answer is compared with the references.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metric {
     /// Share of the references that the answer contains: [`share_found`].
     ShareFound,
+    /// 1 if the answer contains a reference, else 0.
+    AnyFound,
     /// 1 if the answer ends in the number of a reference, else 0: [`exact_number`].
     ExactNumber,
     /// The best F-measure of the longest common subsequence of words: [`rouge_l`].
@@ -78,6 +88,7 @@ impl Metric {
     pub fn score(self, answer: &str, references: &[String]) -> f64 {
         match self {
             Self::ShareFound => share_found(answer, references),
+            Self::AnyFound => f64::from(share_found(answer, references) > 0.0),
             Self::ExactNumber => f64::from(references.iter().any(|reference| exact_number(answer, reference))),
             Self::RougeL => rouge_l(answer, references),
         }

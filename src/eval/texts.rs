@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::tasks::TaskError;
+use crate::text;
 
 /// Endings of the files that count as source code.
 const CODE: &[&str] =
@@ -16,7 +17,7 @@ const CODE: &[&str] =
 pub fn read(path: &Path) -> Result<String, TaskError> {
     let at = |error| TaskError::Io(path.to_owned(), error);
     if !path.is_dir() {
-        return std::fs::read_to_string(path).map_err(at);
+        return text::read(path).map_err(at);
     }
     let mut text = String::new();
     add_folder(path, &mut text)?;
@@ -33,7 +34,7 @@ fn add_folder(folder: &Path, text: &mut String) -> Result<(), TaskError> {
         if kind.is_dir() && !is_hidden {
             add_folder(&path, text)?;
         } else if kind.is_file() && path.extension().is_some_and(|e| CODE.iter().any(|known| e == *known)) {
-            text.push_str(&std::fs::read_to_string(&path).unwrap_or_default());
+            text.push_str(&text::read(&path).unwrap_or_default());
         }
     }
     Ok(())
@@ -55,9 +56,10 @@ mod tests {
         add("a/deep/z.py", b"one ");
         add("c.cpp", b"three");
         add("data.json", b"{}");
+        add("b2.rs", b"\xef\xbb\xbfmore ");
         add("d.rs", &[0xFF, 0xFE]);
         add(".git/hook.sh", b"no");
-        assert_eq!(read(folder.path()).unwrap(), "one two three");
+        assert_eq!(read(folder.path()).unwrap(), "one two more three");
         assert_eq!(read(&folder.path().join("data.json")).unwrap(), "{}");
     }
 

@@ -87,12 +87,12 @@ pub fn run(args: &AdaptivityArgs) -> Result<()> {
     let samples = suites.samples(common.seeds[0], *offset, *limit)?;
     steps.interrupt.begin();
     let model = steps.load_model(&common.model, Kind::Gvote)?;
-    let of_tasks = if samples.is_empty() { 0 } else { suites::longest(&model, &samples) + ROOM };
+    let of_tasks = if samples.numbered.is_empty() { 0 } else { suites::longest(&model, &samples.numbered) + ROOM };
     let of_texts = if texts.is_empty() { 0 } else { args.prompt + args.predict + 8 };
     let n_ctx = of_tasks.max(of_texts).min(model.n_ctx_train());
 
     let mut sources: Vec<(usize, Source)> =
-        samples.into_iter().map(|(i, sample)| (i, Source::Sample(sample))).collect();
+        samples.numbered.iter().map(|(i, sample)| (*i, Source::Sample(sample.clone()))).collect();
     for text in texts {
         sources.extend(args.pieces(&model, &text)?);
     }
@@ -116,6 +116,7 @@ pub fn run(args: &AdaptivityArgs) -> Result<()> {
         }
         bar.inc(1);
     }
+    samples.conclude();
     note_too_long(too_long, n_ctx);
     if silent > 0 {
         note(&format!("{silent} samples have no answer to compare and were left out"));

@@ -3,9 +3,12 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
 use clap::Args;
-use gvote::eval::tasks::{self, Sample, TaskError};
+use gvote::eval::tasks::{self, Loaded, Sample};
 use gvote::llama::Model;
+
+use crate::cli::words::{note, plural};
 
 #[derive(Args)]
 pub struct SuiteArgs {
@@ -49,21 +52,33 @@ pub struct SuiteArgs {
 }
 
 impl SuiteArgs {
-    /// The samples of all suites asked for, with their number within their task: `limit` of each, after the first `offset`.
-    pub fn samples(&self, seed: u64, offset: usize, limit: usize) -> Result<Vec<(usize, Sample)>, TaskError> {
-        let mut all = Vec::new();
+    /// The samples of all suites asked for, with their number within their task: `limit` of each, after the first `offset`. Rows
+    /// that cannot be used are named and counted.
+    ///
+    /// # Errors
+    /// [`TaskError`], or that no row of all files can be used.
+    pub fn samples(&self, seed: u64, offset: usize, limit: usize) -> Result<Samples> {
+        let (mut all, mut refused) = (Vec::new(), Vec::new());
+        let mut add = |loaded: Loaded| {
+            all.extend(loaded.samples);
+            refused.extend(loaded.refused);
+        };
         if let Some(folder) = &self.ruler {
             let names = if self.tasks.is_empty() { tasks::ruler::tasks_in(folder)? } else { self.tasks.clone() };
-            all.extend(tasks::ruler::load(folder, &names)?);
+            add(tasks::ruler::load(folder, &names)?);
         }
         if let Some(file) = &self.gsm8k {
-            all.extend(tasks::gsm8k::load(file, tasks::gsm8k::SHOTS, usize::MAX)?);
+            add(tasks::gsm8k::load(file, tasks::gsm8k::SHOTS, usize::MAX)?);
         }
         if let Some(file) = &self.longbench {
-            all.extend(tasks::longbench::load(file)?);
+            add(tasks::longbench::load(file)?);
         }
         if self.needle {
             all.extend(tasks::needle::grid(&self.needle_words, &tasks::needle::DEPTHS, seed));
+        }
+        refused.iter().for_each(|error| note(&format!("left out: {error}")));
+        if all.is_empty() && !refused.is_empty() {
+            bail!("none of the {} can be used", plural(refused.len(), "row"));
         }
         // round robin over the tasks, so that a run that is stopped early has seen all of them
         let mut seen = HashMap::<(String, String), usize>::new();
@@ -76,7 +91,23 @@ impl SuiteArgs {
             *n += 1;
         }
         numbered.sort_by_key(|(n, _)| *n);
-        Ok(numbered)
+        Ok(Samples { numbered, refused: refused.len() })
+    }
+}
+
+/// Samples, each with its number within its task.
+pub struct Samples {
+    pub numbered: Vec<(usize, Sample)>,
+    /// Rows that could not be used.
+    refused: usize,
+}
+
+impl Samples {
+    /// Says how many rows were left out.
+    pub fn conclude(&self) {
+        if self.refused > 0 {
+            note(&format!("{} could not be used and left out; see above", plural(self.refused, "row")));
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::rows::{self, Row};
-use super::{Metric, Sample, TaskError};
+use super::{Loaded, Metric, Sample, TaskError};
 
 /// Worked examples that published scores are mostly given for.
 pub const SHOTS: usize = 8;
@@ -17,18 +17,18 @@ const INSTRUCTION: &str = "Problems are solved step by step. \
 /// solved; these are never scored, whatever the limit. An item is `gsm8k` and the index of its line, counted from 0.
 ///
 /// # Errors
-/// [`TaskError`]: a file that cannot be read, a line without `question` or an `answer` that ends in `####` and a result, or
-/// too few lines.
-pub fn load(file: &Path, shots: usize, limit: usize) -> Result<Vec<Sample>, TaskError> {
-    let rows = rows::read(file)?;
-    let problems: Vec<Problem> = rows.iter().map(Problem::of).collect::<Result<_, _>>()?;
+/// [`TaskError`]: a file that cannot be read, or one with too few problems. A line without `question` or an `answer` that ends
+/// in `####` and a result is refused.
+pub fn load(file: &Path, shots: usize, limit: usize) -> Result<Loaded, TaskError> {
+    let mut refused = Vec::new();
+    let problems = rows::read(file, &mut refused, |row| Problem::of(&row))?;
     if problems.len() <= shots {
         return Err(TaskError::TooFew { path: file.to_owned(), rows: problems.len(), shots });
     }
     let (scored, examples) = problems.split_at(problems.len() - shots);
     let mut context = INSTRUCTION.to_owned();
     for example in examples {
-        context += &format!("{} {}\n\n", example.question(), without_sums(example.answer));
+        context += &format!("{} {}\n\n", example.question(), without_sums(&example.answer));
     }
     let sample = |problem: &Problem| Sample {
         suite: "gsm8k".to_owned(),
@@ -37,26 +37,27 @@ pub fn load(file: &Path, shots: usize, limit: usize) -> Result<Vec<Sample>, Task
         context: context.clone(),
         question: problem.question(),
         answer_prefix: String::new(),
-        references: vec![problem.result.to_owned()],
+        references: vec![problem.result.clone()],
         metric: Metric::ExactNumber,
         max_tokens: MAX_TOKENS,
         depth: None,
     };
-    Ok(scored.iter().take(limit).map(sample).collect())
+    Ok(Loaded { samples: scored.iter().take(limit).map(sample).collect(), refused })
 }
 
-struct Problem<'a> {
+struct Problem {
     index: usize,
-    text: &'a str,
-    answer: &'a str,
-    result: &'a str,
+    text: String,
+    answer: String,
+    result: String,
 }
 
-impl<'a> Problem<'a> {
-    fn of(row: &'a Row) -> Result<Self, TaskError> {
+impl Problem {
+    fn of(row: &Row) -> Result<Self, TaskError> {
         let (text, answer) = (row.text("question")?, row.text("answer")?);
         match answer.rsplit_once("####").map(|(_, result)| result.trim()) {
             Some(result) if result.contains(|c: char| c.is_ascii_digit()) => {
+                let [text, answer, result] = [text, answer, result].map(str::to_owned);
                 Ok(Self { index: row.index, text, answer, result })
             }
             _ => Err(row.wrong("`answer` does not end in #### and a number")),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::rows::{self, Row};
-use super::{Metric, Sample, TaskError};
+use super::{Loaded, Metric, Sample, TaskError};
 
 /// LongBench's own limit for this task (`dataset2maxlen.json`).
 const MAX_TOKENS: i32 = 512;
@@ -15,9 +15,11 @@ const REQUEST: &str = "Write a one-page summary of all of these articles togethe
 /// The samples of multi_news. An item is `multi_news` and the index of its line, counted from 0.
 ///
 /// # Errors
-/// [`TaskError`]: a file that cannot be read, or a line without `context` or `answers`.
-pub fn load(file: &Path) -> Result<Vec<Sample>, TaskError> {
-    rows::read(file)?.iter().map(sample).collect()
+/// [`TaskError::Io`]. A line without `context` or `answers` is refused.
+pub fn load(file: &Path) -> Result<Loaded, TaskError> {
+    let mut refused = Vec::new();
+    let samples = rows::read(file, &mut refused, |row| sample(&row))?;
+    Ok(Loaded { samples, refused })
 }
 
 fn sample(row: &Row) -> Result<Sample, TaskError> {

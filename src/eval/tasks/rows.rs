@@ -6,6 +6,7 @@ use serde_json::error::Category;
 use serde_json::{Map, Value};
 
 use super::TaskError;
+use crate::text;
 
 /// One object of a JSONL file.
 pub(super) struct Row {
@@ -15,27 +16,36 @@ pub(super) struct Row {
     fields: Map<String, Value>,
 }
 
-/// The rows of a file, in order; empty lines are skipped.
-pub(super) fn read(path: &Path) -> Result<Vec<Row>, TaskError> {
+/// What `make` makes of the rows of a file, in order. Empty lines are skipped, and rows that cannot be used put among `refused`.
+pub(super) fn read<T>(
+    path: &Path,
+    refused: &mut Vec<TaskError>,
+    mut make: impl FnMut(Row) -> Result<T, TaskError>,
+) -> Result<Vec<T>, TaskError> {
     let bytes = std::fs::read(path).map_err(|error| TaskError::Io(path.to_owned(), error))?;
-    let mut rows = Vec::new();
-    for (index, line) in bytes.split(|b| *b == b'\n').enumerate() {
-        if line.trim_ascii().is_empty() {
-            continue;
+    let lines = text::bytes_without_mark(&bytes).split(|byte| *byte == b'\n');
+    let rows = lines.enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
+    let mut made = Vec::new();
+    for (index, line) in rows {
+        match Row::of(path, index, line).and_then(&mut make) {
+            Ok(row) => made.push(row),
+            Err(error) => refused.push(error),
         }
-        let mut row = Row { path: path.to_owned(), index, fields: Map::new() };
-        match serde_json::from_slice(line) {
-            Ok(Value::Object(fields)) => row.fields = fields,
-            Ok(_) => return Err(row.wrong("not a JSON object")),
-            Err(error) if error.classify() == Category::Eof => return Err(row.wrong("the JSON object is cut off")),
-            Err(error) => return Err(row.wrong(format!("not JSON from column {} on", error.column()))),
-        }
-        rows.push(row);
     }
-    Ok(rows)
+    Ok(made)
 }
 
 impl Row {
+    fn of(path: &Path, index: usize, line: &[u8]) -> Result<Self, TaskError> {
+        let row = Self { path: path.to_owned(), index, fields: Map::new() };
+        match serde_json::from_slice(line) {
+            Ok(Value::Object(fields)) => Ok(Self { fields, ..row }),
+            Ok(_) => Err(row.wrong("not a JSON object")),
+            Err(error) if error.classify() == Category::Eof => Err(row.wrong("the JSON object is cut off")),
+            Err(error) => Err(row.wrong(format!("not JSON from column {} on", error.column()))),
+        }
+    }
+
     /// An error at this line.
     pub fn wrong(&self, what: impl Into<String>) -> TaskError {
         TaskError::Line { path: self.path.clone(), line: self.index + 1, what: what.into() }

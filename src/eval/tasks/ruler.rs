@@ -1,25 +1,25 @@
-//! RULER (arXiv 2404.06654): needles, variable tracking and word counts, from the files of its own generator.
+//! RULER (arXiv 2404.06654): needles, variable tracking, word counts and questions about documents, from the files of its own
+//! generator.
 
 use std::path::Path;
 
 use super::rows::{self, Row};
-use super::{Metric, Sample, TaskError};
+use super::{Loaded, Metric, Sample, TaskError};
 
 /// The samples of `<folder>/<task>.jsonl` for each of the tasks, in order. The suite is named after the folder, such as
 /// `ruler/4096`; an item is the task and the index of its line, counted from 0.
 ///
 /// # Errors
-/// [`TaskError`]: a file that cannot be read, or a line without `input`, `outputs`, `answer_prefix` or a question.
-pub fn load(folder: &Path, tasks: &[String]) -> Result<Vec<Sample>, TaskError> {
+/// [`TaskError::Io`]. A line without `input`, `outputs`, `answer_prefix` or a question is refused.
+pub fn load(folder: &Path, tasks: &[String]) -> Result<Loaded, TaskError> {
     let whole = folder.canonicalize().map_err(|error| TaskError::Io(folder.to_owned(), error))?;
     let suite = format!("ruler/{}", whole.file_name().unwrap_or_default().display());
-    let mut samples = Vec::new();
+    let mut loaded = Loaded::default();
     for task in tasks {
-        for row in rows::read(&folder.join(format!("{task}.jsonl")))? {
-            samples.push(sample(&suite, task, &row)?);
-        }
+        let file = folder.join(format!("{task}.jsonl"));
+        loaded.samples.extend(rows::read(&file, &mut loaded.refused, |row| sample(&suite, task, &row))?);
     }
-    Ok(samples)
+    Ok(loaded)
 }
 
 /// The tasks that a folder has files for, by name.
@@ -41,9 +41,7 @@ pub fn tasks_in(folder: &Path) -> Result<Vec<String>, TaskError> {
 
 fn sample(suite: &str, task: &str, row: &Row) -> Result<Sample, TaskError> {
     let input = row.text("input")?;
-    let start = question_start(task);
-    let (context, question) = split(input, start)
-        .ok_or_else(|| row.wrong(format!("no context and then a line that starts with {start:?} in `input`")))?;
+    let (context, question) = split(task, input).map_err(|what| row.wrong(what))?;
     let max_tokens = max_tokens(task);
     Ok(Sample {
         suite: suite.to_owned(),
@@ -53,28 +51,47 @@ fn sample(suite: &str, task: &str, row: &Row) -> Result<Sample, TaskError> {
         question: question.to_owned(),
         answer_prefix: row.text("answer_prefix")?.to_owned(),
         references: row.texts("outputs")?,
-        metric: Metric::ShareFound,
+        // one of several spellings is enough (`string_match_part` in RULER's `scripts/eval/synthetic/constants.py`)
+        metric: if is_qa(task) { Metric::AnyFound } else { Metric::ShareFound },
         max_tokens,
         depth: depth(row, max_tokens),
     })
 }
 
-/// How the line of the question starts (`template` in RULER's `scripts/data/synthetic/constants.py`).
-fn question_start(task: &str) -> &'static str {
-    if matches!(task, "vt" | "fwe") { "Question:" } else { "What " }
+fn is_qa(task: &str) -> bool {
+    task.starts_with("qa")
 }
 
-/// Parts a prompt before the last line that starts with `start`; neither part is empty.
-fn split<'a>(input: &'a str, start: &str) -> Option<(&'a str, &'a str)> {
-    let line_end = input.rfind(&format!("\n{start}"))?;
-    Some(input.split_at(line_end + 1))
+/// Parts a prompt before the question (`template` in RULER's `scripts/data/synthetic/constants.py`): the last line that starts
+/// as the questions of the task do, and in qa the instruction before it, which comes with it. Neither part is empty.
+fn split<'a>(task: &str, input: &'a str) -> Result<(&'a str, &'a str), String> {
+    /// Before the documents, and again before the question.
+    const INSTRUCTION: &str = "Answer the question based on the given documents.";
+    let start = if task.starts_with("niah") { "What " } else { "Question:" };
+    let line = |start: &str, text: &str| text.rfind(&format!("\n{start}")).map(|end_of_last| end_of_last + 1);
+    let mut at = line(start, input)
+        .ok_or_else(|| format!("no context and then a line that starts with {start:?} in `input`"))?;
+    if is_qa(task)
+        && let Some(instruction) = line(INSTRUCTION, &input[..at])
+        && !input[instruction..at].trim_end().contains('\n')
+    {
+        at = instruction;
+    }
+    let (context, question) = input.split_at(at);
+    if context.trim().is_empty() {
+        Err("no context before the question in `input`".to_owned())
+    } else {
+        Ok((context, question))
+    }
 }
 
 /// Tokens that an answer may have (`tokens_to_generate` in RULER's `constants.py`).
 fn max_tokens(task: &str) -> i32 {
     match task {
         "vt" => 30,
+        "cwe" => 120,
         "fwe" => 50,
+        task if is_qa(task) => 32,
         _ => 128,
     }
 }

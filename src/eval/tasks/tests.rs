@@ -33,11 +33,16 @@ const WRONG_LINES: [Wrong; 4] = [
     ("{}", " is missing"),
 ];
 
-/// Every wrong line is found on line 3, behind a good and an empty one, with the path.
-fn refuses(name: &str, good: &str, wrong: &[Wrong], load: impl Fn(&Path) -> Result<Vec<Sample>, TaskError>) {
+/// Every wrong line is found on line 3, behind a good and an empty one, and named with the path. All others are used.
+fn refuses(name: &str, good: &str, wrong: &[Wrong], load: impl Fn(&Path) -> Result<Loaded, TaskError>) {
+    let (_folder, path) = file(name, &[good, "", good, good]);
+    let all = load(&path).unwrap().samples.len();
     for (line, what) in WRONG_LINES.iter().chain(wrong) {
         let (_folder, path) = file(name, &[good, "", line, good]);
-        let message = load(&path).unwrap_err().to_string();
+        let Loaded { samples, refused } = load(&path).unwrap();
+        assert_eq!(samples.len(), all - 1, "{line}");
+        let [error] = &refused[..] else { panic!("{line}: {refused:?}") };
+        let message = error.to_string();
         assert!(message.starts_with(&format!("{}:3: ", path.display())), "{line}: {message}");
         assert!(message.contains(what), "{line}: {message}");
     }
@@ -52,7 +57,7 @@ fn one_line(json: &str) -> String {
     json.replace("\n    ", " ")
 }
 
-fn ruler_task(path: &Path, task: &str) -> Result<Vec<Sample>, TaskError> {
+fn ruler_task(path: &Path, task: &str) -> Result<Loaded, TaskError> {
     ruler::load(path.parent().unwrap(), &[task.to_owned()])
 }
 
@@ -64,7 +69,7 @@ fn a_ruler_prompt_is_parted_before_its_last_question() {
     let vt = r#"{"input": "VAR A = 1\nWhat now?\nQuestion: Which are 1?", "outputs": ["A", "B"], "answer_prefix": ""}"#;
     fs::write(root.join("niah_single_1.jsonl"), format!("\n{}\r\n", one_line(NIAH))).unwrap();
     fs::write(root.join("vt.jsonl"), vt).unwrap();
-    let samples = ruler::load(&root, &["vt".to_owned(), "niah_single_1".to_owned()]).unwrap();
+    let samples = ruler::load(&root, &["vt".to_owned(), "niah_single_1".to_owned()]).unwrap().samples;
     let [vt, niah] = &samples[..] else { panic!("{samples:?}") };
     assert_eq!((vt.suite.as_str(), vt.task.as_str(), vt.item.as_str()), ("ruler/4096", "vt", "vt 0"));
     assert_eq!((vt.context.as_str(), vt.question.as_str()), ("VAR A = 1\nWhat now?\n", "Question: Which are 1?"));
@@ -77,12 +82,103 @@ fn a_ruler_prompt_is_parted_before_its_last_question() {
     assert_eq!((niah.depth, niah.max_tokens), (Some(0.25), 128), "50 of 328 - 128 tokens");
 }
 
+/// Prompts as RULER's generator writes them: what stands before the question, and how the question begins.
+const RULER: [(&[&str], &str, &str, i32); 5] = [
+    (
+        &[
+            "niah_single_1",
+            "niah_single_2",
+            "niah_single_3",
+            "niah_multikey_1",
+            "niah_multikey_2",
+            "niah_multikey_3",
+            "niah_multivalue",
+            "niah_multiquery",
+        ],
+        "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about the \
+         numbers afterwards.\nOne of the special magic numbers for big-ox is: 7.\nWhat is this?\n",
+        "What are all the special magic numbers for big-ox mentioned in the provided text?",
+        128,
+    ),
+    (
+        &["vt"],
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\nVAR A = 1\nQuestion: Find all \
+         variables that are assigned the value 1 in the text above. Answer: A\n\nVAR B = 2\n",
+        "Question: Find all variables that are assigned the value 2 in the text above.",
+        30,
+    ),
+    (
+        &["cwe"],
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear \
+         most often.\n1. oak 2. elm 3. oak\n",
+        "Question: What are the 10 most common words in the above list?",
+        120,
+    ),
+    (
+        &["fwe"],
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared \
+         coded words. ... uxk ... uxk ... pq\n",
+        "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared \
+         words in the above coded text?",
+        50,
+    ),
+    (
+        &["qa_1", "qa_2"],
+        "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nThe \
+         following are given documents.\n\nDocument 1:\nNormandy\nQuestion: what is Normandy?\n\n",
+        "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n\
+         Question: In what country is Normandy located?",
+        32,
+    ),
+];
+
+#[test]
+fn all_thirteen_tasks_of_ruler_are_parted_before_the_question() {
+    let mut n = 0;
+    for (tasks, context, question, max_tokens) in RULER {
+        for task in tasks {
+            n += 1;
+            let row = serde_json::json!({"input": format!("{context}{question}"), "outputs": ["7", "B"], "answer_prefix": " A:"});
+            let (_folder, path) = file(&format!("{task}.jsonl"), &[&row.to_string()]);
+            let Loaded { samples, refused } = ruler_task(&path, task).unwrap();
+            assert!(refused.is_empty(), "{task}: {refused:?}");
+            assert_eq!((&*samples[0].context, &*samples[0].question), (context, question), "{task}");
+            assert_eq!((samples[0].max_tokens, &*samples[0].answer_prefix), (max_tokens, " A:"), "{task}");
+            // of several spellings one is enough
+            let half = if task.starts_with("qa") { 1.0 } else { 0.5 };
+            assert_eq!((samples[0].score("It is 7."), samples[0].score("8")), (half, 0.0), "{task}");
+        }
+    }
+    assert_eq!(n, 13);
+}
+
+#[test]
+fn a_question_about_documents_is_parted_without_an_instruction_too() {
+    for (context, question) in [
+        ("Document 1:\nRain.\n\n", "Question: What falls?"),
+        ("Answer the question based on the given documents.\n\nDocument 1:\nRain.\n\n", "Question: What falls?"),
+    ] {
+        let row =
+            serde_json::json!({"input": format!("{context}{question}"), "outputs": ["rain"], "answer_prefix": ""});
+        let (_folder, path) = file("qa_2.jsonl", &[&row.to_string()]);
+        let sample = &ruler_task(&path, "qa_2").unwrap().samples[0];
+        assert_eq!((&*sample.context, &*sample.question), (context, question));
+    }
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_row() {
+    let (_folder, path) = file("multi_news.jsonl", &[&format!("\u{feff}{NEWS}\r"), &format!("{NEWS}\r")]);
+    let Loaded { samples, refused } = longbench::load(&path).unwrap();
+    assert!(samples.len() == 2 && refused.is_empty(), "{refused:?}");
+}
+
 #[test]
 fn a_ruler_depth_that_is_no_number_is_left_out() {
     for (place, depth) in [("null", None), ("\"50\"", None), ("[50]", None), ("500", Some(1.0)), ("20.0", Some(0.1))] {
         let line = one_line(NIAH).replace("50}", &format!("{place}}}"));
         let (_folder, path) = file("niah_single_1.jsonl", &[&line]);
-        assert_eq!(ruler_task(&path, "niah_single_1").unwrap()[0].depth, depth, "{place}");
+        assert_eq!(ruler_task(&path, "niah_single_1").unwrap().samples[0].depth, depth, "{place}");
     }
 }
 
@@ -108,7 +204,7 @@ const SUM: &str = r#"{"question": "What is 1+1?", "answer": "It is 1+1=<<1+1=2>>
 fn gsm8k_examples_come_from_the_end_and_are_not_scored() {
     let third = SUM.replace("What", "And what");
     let (_folder, path) = file("test.jsonl", &[SUM, SUM, &third, ""]);
-    let samples = gsm8k::load(&path, 1, usize::MAX).unwrap();
+    let samples = gsm8k::load(&path, 1, usize::MAX).unwrap().samples;
     let [first, second] = &samples[..] else { panic!("{samples:?}") };
     assert!(first.context.ends_with("alone.\n\nQuestion: And what is 1+1?\nAnswer: It is 1+1=2. Not <<3.\n#### 2\n\n"));
     assert_eq!(first.question, "Question: What is 1+1?\nAnswer:");
@@ -116,8 +212,8 @@ fn gsm8k_examples_come_from_the_end_and_are_not_scored() {
     assert_eq!((first.suite.as_str(), first.item.as_str(), second.item.as_str()), ("gsm8k", "gsm8k 0", "gsm8k 1"));
     assert_eq!(first.family(), "few-shot");
     assert_eq!((first.score(" 1+1=2\n#### 2"), first.score("3")), (1.0, 0.0));
-    assert_eq!(gsm8k::load(&path, 1, 1).unwrap(), samples[..1]);
-    assert_eq!(gsm8k::load(&path, 0, 9).unwrap().len(), 3);
+    assert_eq!(gsm8k::load(&path, 1, 1).unwrap().samples, samples[..1]);
+    assert_eq!(gsm8k::load(&path, 0, 9).unwrap().samples.len(), 3);
     let message = gsm8k::load(&path, 3, 1).unwrap_err().to_string();
     assert!(
         message.ends_with("test.jsonl: 3 problems (--gsm8k) are too few for 3 worked examples and one to score"),
@@ -133,7 +229,7 @@ fn a_wrong_gsm8k_line_is_named() {
         (r#"{"question": "q", "answer": "2"}"#, "does not end in ####"),
         (r#"{"question": "q", "answer": "2 #### two"}"#, "does not end in ####"),
     ];
-    refuses("test.jsonl", SUM, &wrong, |path| gsm8k::load(path, 1, 1));
+    refuses("test.jsonl", SUM, &wrong, |path| gsm8k::load(path, 1, usize::MAX));
 }
 
 const NEWS: &str = r#"{"context": "Passage 1:\nIt rained.\n", "answers": ["Rain fell.", "It rained."]}"#;
@@ -141,7 +237,7 @@ const NEWS: &str = r#"{"context": "Passage 1:\nIt rained.\n", "answers": ["Rain 
 #[test]
 fn multi_news_asks_for_a_summary_of_all_articles() {
     let (_folder, path) = file("multi_news.jsonl", &[NEWS]);
-    let sample = &longbench::load(&path).unwrap()[0];
+    let sample = &longbench::load(&path).unwrap().samples[0];
     assert!(sample.context.ends_with("\n\nPassage 1:\nIt rained.\n\n") && sample.question.contains("summary"));
     assert_eq!((sample.suite.as_str(), sample.item.as_str()), ("longbench", "multi_news 0"));
     assert_eq!((sample.metric, sample.max_tokens, sample.score("it rained")), (Metric::RougeL, 512, 1.0));
@@ -162,8 +258,8 @@ fn a_wrong_multi_news_line_is_named() {
 fn text_that_is_not_utf8_is_named_too() {
     let (_folder, path) = file("multi_news.jsonl", &[NEWS]);
     fs::write(&path, [NEWS.as_bytes(), b"\n{\"context\": \"\xff\"}\n"].concat()).unwrap();
-    let message = longbench::load(&path).unwrap_err().to_string();
-    assert!(message.contains(":2: not JSON"), "{message}");
+    let Loaded { samples, refused } = longbench::load(&path).unwrap();
+    assert!(samples.len() == 1 && refused[0].to_string().contains(":2: not JSON"), "{refused:?}");
 }
 
 /// Where the needle of a sample begins in its text (the context without the instruction), 0 to 1.
@@ -236,7 +332,7 @@ fn real_ruler_files_load() {
         ["niah_single_1", "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "fwe"].map(str::to_owned);
     for length in [2048, 4096, 8192] {
         let Some(folder) = data(&format!("ruler/{length}")) else { return };
-        let samples = ruler::load(&folder, &tasks).unwrap();
+        let samples = ruler::load(&folder, &tasks).unwrap().samples;
         assert_eq!(samples.len(), 25 * tasks.len());
         for sample in samples {
             assert_eq!(sample.suite, format!("ruler/{length}"));
@@ -253,7 +349,7 @@ fn real_ruler_files_load() {
 #[test]
 fn real_gsm8k_problems_load_and_solve_themselves() {
     let Some(path) = data("gsm8k/test.jsonl") else { return };
-    let samples = gsm8k::load(&path, gsm8k::SHOTS, usize::MAX).unwrap();
+    let samples = gsm8k::load(&path, gsm8k::SHOTS, usize::MAX).unwrap().samples;
     assert_eq!(samples.len(), 1319 - gsm8k::SHOTS);
     assert_eq!(samples[0].context.matches("Question: ").count(), gsm8k::SHOTS);
     assert!(samples.iter().all(|s| !s.context.contains("<<") && s.score(&s.references[0]) == 1.0));
@@ -263,7 +359,7 @@ fn real_gsm8k_problems_load_and_solve_themselves() {
 #[test]
 fn real_news_load() {
     let Some(path) = data("longbench/multi_news.jsonl") else { return };
-    let samples = longbench::load(&path).unwrap();
+    let samples = longbench::load(&path).unwrap().samples;
     assert_eq!(samples.len(), 200);
     assert!(samples.iter().all(|s| (s.score(&s.references[0]) - 1.0).abs() < 1e-12));
 }
