@@ -59,7 +59,7 @@ fn main() -> Result<()> {
 fn explain(model: &Model, document: &str, question: &str) -> Result<Request> {
     let text = format!("{}\n\n{question}", fs::read_to_string(document)?.trim_end());
     let prompt = ChatTemplate::of(model).render(&[Message::new(Role::User, text)], true)?;
-    let tokens = model.tokenize(&prompt, true, true)?;
+    let tokens = prompt.tokens(model)?;
     let context = ContextParams { n_ctx: tokens.len() as u32, ..Default::default() };
     let mut session = Session::new(model, &SessionParams { context, ..Default::default() })?;
     session.prefill(&tokens, |_, _| ControlFlow::Continue(()))?;

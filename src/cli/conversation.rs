@@ -3,14 +3,14 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Error, Result, bail};
 use gvote::Session;
 use gvote::llama::{ChatTemplate, Message, Pos, Role, Sampler, SamplerParams, Token};
 use gvote::policy::Kind;
 use gvote::session::{CompressReport, PrefillReport};
 use serde::{Deserialize, Serialize};
 
-use super::prompt::{LengthArgs, tokenize_more, tokenize_start};
+use super::prompt::LengthArgs;
 use super::report::{Totals, TurnReport};
 use super::turn::Steps;
 use super::words::note;
@@ -38,6 +38,9 @@ struct State {
     messages: Vec<Message>,
     /// The text whose tokens the cache holds. Empty when the cache is.
     rendered: String,
+    /// When that text was begun, in seconds since 1970: its date stays.
+    #[serde(default)]
+    begun: Option<i64>,
     /// The newest turn, if the cache holds it.
     turn: Option<Turn>,
     /// Cells that the last vote left; None before the first.
@@ -88,6 +91,10 @@ impl Conversation {
 
     pub fn session(&self) -> &Session {
         &self.session
+    }
+
+    pub fn template(&self) -> &ChatTemplate {
+        &self.template
     }
 
     /// The system message, if there is one.
@@ -193,6 +200,7 @@ impl Conversation {
             }
         };
         self.file = Some(path.into());
+        self.template.stop_clock(self.state.begun);
         let tokens = self.session.sequence().tokens().to_vec();
         self.protect_system(&tokens)?;
         Ok(self.state.messages.len())
@@ -235,22 +243,25 @@ impl Conversation {
 
     /// Brings the cache up to date with the messages, and votes where it is time to.
     fn read(&mut self, steps: &Steps) -> Result<(PrefillReport, Option<CompressReport>)> {
+        if self.state.rendered.is_empty() {
+            self.state.begun = ChatTemplate::clock().ok();
+        }
+        self.template.stop_clock(self.state.begun);
         let text = self.template.render(&self.state.messages, true)?;
-        if !text.starts_with(&self.state.rendered) {
+        if !text.text().starts_with(&self.state.rendered) {
             // some templates rewrite what was said before
             self.forget_cache();
         }
         let start = self.place();
-        let rest = &text[start.text..];
         let tokens = if start.text == 0 {
-            let tokens = tokenize_start(self.session.model(), rest)?;
+            let tokens = text.tokens(self.session.model())?;
             self.protect_system(&tokens)?;
             tokens
         } else {
-            tokenize_more(self.session.model(), rest)?
+            text.tokens_from(self.session.model(), start.text)?
         };
         let prefill = steps.prefill_long(&mut self.session, &tokens)?;
-        self.state.rendered = text;
+        self.state.rendered = text.text().to_owned();
         let vote = self.vote_is_due().then(|| steps.compress(&mut self.session)).transpose()?;
         if let Some(vote) = &vote
             && !self.session.policy().leaves_alone(vote.cells_before)
@@ -264,8 +275,7 @@ impl Conversation {
     /// Tells the session where the system message ends in a conversation that begins with `tokens`.
     fn protect_system(&mut self, tokens: &[Token]) -> Result<()> {
         let n = if self.session.policy().protect && !self.template.is_fallback() {
-            let tokenize = |text: &str| tokenize_start(self.session.model(), text);
-            self.template.system_tokens(&self.state.messages, tokens, tokenize)?
+            self.template.system_tokens::<Error>(self.session.model(), &self.state.messages, tokens)?
         } else {
             0
         };

@@ -3,9 +3,10 @@
 use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Error, Result};
 use clap::{Args, ValueEnum};
-use gvote::llama::{ChatTemplate, Message, Model, Role, Token};
+use gvote::llama::{ChatTemplate, Message, Model, Rendered, Role, Token};
+use gvote::text;
 
 use super::Exit;
 use super::words::{count, note};
@@ -61,7 +62,7 @@ pub struct RequestArgs {
     #[command(flatten)]
     prompt: PromptArgs,
 
-    /// Take the prompt as it is, without the chat template
+    /// Take the prompt as it is, without the chat template: markers such as <|im_end|> in it count
     #[arg(long, conflicts_with_all = ["chat_template", "system_prompt"])]
     raw: bool,
 }
@@ -94,15 +95,18 @@ impl RequestArgs {
                 "this model has no chat template: the prompt is taken as it is{unused}; \
                  --chat-template chatml changes that"
             ));
+        } else if !self.raw {
+            tell_of_system(&template, self.prompt.system().as_ref());
         }
         let is_raw = self.raw || template.is_fallback();
         let user = Message::new(Role::User, text);
         let messages: Vec<_> = self.prompt.system().into_iter().chain([user]).collect();
-        let text =
-            if is_raw { messages[messages.len() - 1].content.clone() } else { template.render(&messages, true)? };
-        let tokens = tokenize_start(model, &text)?;
-        let system =
-            if is_raw { 0 } else { template.system_tokens(&messages, &tokens, |text| tokenize_start(model, text))? };
+        let rendered = match messages.last() {
+            Some(user) if is_raw => Rendered::plain(user.content.clone()),
+            _ => template.render(&messages, true)?,
+        };
+        let tokens = rendered.tokens(model)?;
+        let system = if is_raw { 0 } else { template.system_tokens::<Error>(model, &messages, &tokens)? };
         let trained = model.n_ctx_train();
         if tokens.len() > trained {
             note(&format!(
@@ -111,7 +115,7 @@ impl RequestArgs {
                 count(trained)
             ));
         }
-        Ok(Request { text, tokens, system, is_raw })
+        Ok(Request { text: rendered.text().to_owned(), tokens, system, is_raw })
     }
 }
 
@@ -148,12 +152,13 @@ impl PromptArgs {
 
     pub fn template(&self, model: &Model) -> ChatTemplate {
         match self.chat_template {
-            Some(TemplateName::Chatml) => ChatTemplate::chatml(),
+            Some(TemplateName::Chatml) => ChatTemplate::chatml(model),
             None => ChatTemplate::of(model),
         }
     }
 
     fn unescape(&self, text: &str) -> String {
+        let text = text::without_mark(text);
         if self.escape { unescape(text) } else { text.to_owned() }
     }
 }
@@ -168,9 +173,10 @@ pub fn read_file(path: &Path) -> Result<String> {
         (path.display().to_string(), std::fs::read(path))
     };
     let bytes = bytes.with_context(|| format!("cannot read the prompt from {name} (-f)"))?;
-    let mut text = text_of(bytes, &name, "-f")?;
+    let mut text = text_of(&bytes, &name, "-f")?;
     if text.ends_with('\n') {
         text.pop();
+        text.truncate(text.strip_suffix('\r').unwrap_or(&text).len());
     }
     Ok(text)
 }
@@ -179,26 +185,18 @@ pub fn read_file(path: &Path) -> Result<String> {
 pub fn read_text(path: &Path, flag: &str) -> Result<String> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {name} ({flag})"))?;
-    text_of(bytes, &name, flag)
+    text_of(&bytes, &name, flag)
 }
 
-fn text_of(bytes: Vec<u8>, name: &str, flag: &str) -> Result<String> {
-    String::from_utf8(bytes).map_err(|e| e.utf8_error()).with_context(|| format!("{name} ({flag}) is not UTF-8 text"))
+fn text_of(bytes: &[u8], name: &str, flag: &str) -> Result<String> {
+    text::of_bytes(bytes).with_context(|| format!("{name} ({flag}) is not UTF-8 text"))
 }
 
-/// Tokens of a prompt that starts the sequence, with BOS where the model wants one, but not a second one after a chat
-/// template that wrote its own.
-pub fn tokenize_start(model: &Model, text: &str) -> Result<Vec<Token>> {
-    let tokens = model.tokenize(text, true, true)?;
-    if model.adds_bos() && tokens.len() > 1 && tokens[0] == tokens[1] {
-        return Ok(model.tokenize(text, false, true)?);
+/// Says where a system message goes that the template has no place for.
+pub fn tell_of_system(template: &ChatTemplate, system: Option<&Message>) {
+    if system.is_some() && !template.takes_system() {
+        note("the model's chat template takes no system message: it goes into the first user message");
     }
-    Ok(tokens)
-}
-
-/// Tokens of a text that goes on where the sequence ended.
-pub fn tokenize_more(model: &Model, text: &str) -> Result<Vec<Token>> {
-    Ok(model.tokenize(text, false, true)?)
 }
 
 /// Replaces escapes by what they stand for; an unknown one stays as it is.

@@ -1,6 +1,8 @@
 //! Runs requests: each prompt is read once, and every configuration starts from the saved full cache.
 
 mod adaptivity;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
@@ -10,7 +12,9 @@ use super::config::Config;
 use super::metrics::Distance;
 use super::record::{Fidelity, Journal, Record, RecordError, Run, TaskScore};
 use super::tasks::Sample;
-use crate::llama::{ChatTemplate, LlamaError, Message, Model, Role, Sampler, SamplerParams, TemplateError, Token};
+use crate::llama::{
+    ChatTemplate, LlamaError, Message, Model, Rendered, Role, Sampler, SamplerParams, TemplateError, Token,
+};
 use crate::policy::Kind;
 use crate::session::Stop;
 use crate::{Session, SessionError, SessionParams};
@@ -68,6 +72,29 @@ struct Prompt {
     system: usize,
     /// The session that holds all of them.
     saved: Vec<u8>,
+}
+
+/// The context, and what comes after it: tokenized apart, so that both ways of asking see the same tokens.
+fn parts_of(model: &Model, template: Option<&ChatTemplate>, sample: &Sample) -> Result<[Vec<Token>; 2], EvalError> {
+    let (turn, context) = (sample.full_turn(), sample.context.trim_end());
+    let Some(template) = template else {
+        return Ok(Rendered::plain(turn + &sample.answer_prefix).tokens_split(model, context.len())?);
+    };
+    let end = end_of_context(template, &turn, context)?;
+    let text = template.render_answer(&[Message::new(Role::User, turn)], sample.answer_prefix.trim_start())?;
+    Ok(text.tokens_split(model, end)?)
+}
+
+/// Bytes of a rendered turn up to the end of the context that the turn begins with.
+fn end_of_context(template: &ChatTemplate, turn: &str, context: &str) -> Result<usize, TemplateError> {
+    /// A private character of Unicode, which nobody writes.
+    const CUT: char = '\u{F8FF}';
+    let render = |turn: &str| template.render(&[Message::new(Role::User, turn)], true);
+    let (whole, cut) = (render(turn)?, render(&turn.replacen(context, &format!("{context}{CUT}"), 1))?);
+    let head = cut.text().split_once(CUT).filter(|(head, tail)| whole.text() == [*head, *tail].concat());
+    // a template that looks for something in a message may take the cut amiss
+    let found = || whole.text().find(context.trim_start()).map(|at| at + context.trim_start().len());
+    Ok(head.map(|(head, _)| head.len()).or_else(found).unwrap_or(0))
 }
 
 /// What follows a prompt in the full cache.
@@ -232,7 +259,7 @@ impl Runner {
         if missing.is_empty() {
             return Ok(0);
         }
-        let (mut context, rest) = self.tokens_of(sample)?;
+        let [mut context, rest] = self.tokens_of(sample)?;
         let system = self.system_of(sample, &context)?;
         if !blind {
             context.extend(&rest);
@@ -259,34 +286,15 @@ impl Runner {
         Ok(added)
     }
 
-    /// The context, and what comes after it: tokenized apart, so that both ways of asking see the same tokens.
-    fn tokens_of(&self, sample: &Sample) -> Result<(Vec<Token>, Vec<Token>), EvalError> {
-        let turn = sample.full_turn();
-        let text = match &self.template {
-            Some(template) => {
-                template.render(&[Message::new(Role::User, turn)], true)? + sample.answer_prefix.trim_start()
-            }
-            None => turn + &sample.answer_prefix,
-        };
-        // templates may trim a message's ends, never its middle
-        let context = sample.context.trim();
-        let split = text.find(context).map_or(0, |at| at + context.len());
-        let (head, tail) = text.split_at(split);
-        Ok((self.tokens_from_start(head)?, self.session.model().tokenize(tail, false, true)?))
+    fn tokens_of(&self, sample: &Sample) -> Result<[Vec<Token>; 2], EvalError> {
+        parts_of(self.session.model(), self.template.as_ref(), sample)
     }
 
     /// How many of the tokens of a context the template has written before it: a task has no system message of its own.
     fn system_of(&self, sample: &Sample, tokens: &[Token]) -> Result<usize, EvalError> {
         let Some(template) = &self.template else { return Ok(0) };
         let messages = [Message::new(Role::User, sample.full_turn())];
-        template.system_tokens(&messages, tokens, |text| self.tokens_from_start(text))
-    }
-
-    fn tokens_from_start(&self, text: &str) -> Result<Vec<Token>, EvalError> {
-        let model = self.session.model();
-        let bos = model.special_text(crate::llama::Special::Bos);
-        let has_bos = !bos.is_empty() && text.starts_with(&bos);
-        Ok(model.tokenize(text, !has_bos, true)?)
+        template.system_tokens(self.session.model(), &messages, tokens)
     }
 
     fn greedy(&self) -> Result<Sampler, LlamaError> {

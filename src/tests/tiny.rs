@@ -191,14 +191,69 @@ fn write_vocabulary(file: &mut Gguf) {
     let letters = ('a'..='z').chain('A'..='Z').chain("\u{120}\u{10a}.,!?:'-".chars());
     let tokens: Vec<String> = letters.map(String::from).chain(MARKUP.map(String::from)).collect();
     assert_eq!(tokens.len(), N_VOCAB);
-    let kind = |i| if i < N_VOCAB - MARKUP.len() { NORMAL } else { CONTROL };
+    let kinds: Vec<i32> = (0..N_VOCAB).map(|i| if i < N_VOCAB - MARKUP.len() { NORMAL } else { CONTROL }).collect();
     file.text("tokenizer.ggml.model", "gpt2");
     file.text("tokenizer.ggml.pre", "gpt-2");
     file.texts("tokenizer.ggml.tokens", &tokens);
-    file.array("tokenizer.ggml.token_type", Gguf::TYPE_I32, N_VOCAB);
-    (0..N_VOCAB).for_each(|i| file.meta.extend(kind(i).to_le_bytes()));
+    file.integers("tokenizer.ggml.token_type", &kinds);
     file.texts("tokenizer.ggml.merges", &[]);
     file.number("tokenizer.ggml.eos_token_id", N_VOCAB as u32 - 2);
+}
+
+/// Writes a random model of one layer whose tokenizer is SentencePiece's: it puts a space before a text, and joins pieces. Its
+/// markers are `<s>`, `</s>`, `<|im_start|>` and `<|im_end|>`, and the pieces `<|im` and `_end|>` make up the last.
+#[allow(dead_code)]
+pub fn sentencepiece(dir: &Path) -> PathBuf {
+    // LLAMA_TOKEN_TYPE_*
+    const NORMAL: i32 = 1;
+    const UNKNOWN: i32 = 2;
+    const CONTROL: i32 = 3;
+    const BYTE: i32 = 6;
+    let mut vocab = vec![("<unk>".to_owned(), UNKNOWN)];
+    vocab.extend(["<s>", "</s>", "<|im_start|>", "<|im_end|>"].map(|text| (text.to_owned(), CONTROL)));
+    vocab.extend((0..=u8::MAX).map(|byte| (format!("<0x{byte:02X}>"), BYTE)));
+    let pieces =
+        ["<|", "im", "<|im", "_e", "nd", "_end", "|>", "_end|>", "\u{2581}t", "he", "\u{2581}the", "us", "er", "user"];
+    vocab.extend(pieces.map(|text| (text.to_owned(), NORMAL)));
+    vocab.extend((' '..='~').map(|c| (c.to_string().replace(' ', "\u{2581}"), NORMAL)));
+
+    let mut file = Gguf::default();
+    file.text("general.architecture", "llama");
+    file.text("tokenizer.ggml.model", "llama");
+    file.texts("tokenizer.ggml.tokens", &vocab.iter().map(|(text, _)| text.clone()).collect::<Vec<_>>());
+    file.integers("tokenizer.ggml.token_type", &vocab.iter().map(|(_, kind)| *kind).collect::<Vec<_>>());
+    // the earlier, the better
+    file.floats("tokenizer.ggml.scores", &(0..vocab.len()).map(|i| -(i as f32)).collect::<Vec<_>>());
+    file.number("tokenizer.ggml.bos_token_id", 1);
+    file.number("tokenizer.ggml.eos_token_id", 2);
+    for (name, value) in [
+        ("context_length", N_CTX),
+        ("embedding_length", N_EMBD),
+        ("block_count", 1),
+        ("feed_forward_length", N_FF),
+        ("attention.head_count", LLAMA.n_head),
+        ("rope.dimension_count", LLAMA.head),
+    ] {
+        file.number(&format!("llama.{name}"), value as u32);
+    }
+    file.float("llama.attention.layer_norm_rms_epsilon", EPS);
+    let tensors = [
+        ("token_embd", vec![N_EMBD, vocab.len()]),
+        ("output_norm", vec![N_EMBD]),
+        ("blk.0.attn_norm", vec![N_EMBD]),
+        ("blk.0.attn_q", vec![N_EMBD, N_EMBD]),
+        ("blk.0.attn_k", vec![N_EMBD, N_EMBD]),
+        ("blk.0.attn_v", vec![N_EMBD, N_EMBD]),
+        ("blk.0.attn_output", vec![N_EMBD, N_EMBD]),
+        ("blk.0.ffn_norm", vec![N_EMBD]),
+        ("blk.0.ffn_gate", vec![N_EMBD, N_FF]),
+        ("blk.0.ffn_up", vec![N_EMBD, N_FF]),
+        ("blk.0.ffn_down", vec![N_FF, N_EMBD]),
+    ];
+    fill(&mut file, tensors.map(|(name, dims)| (format!("{name}.weight"), dims)).into());
+    let path = dir.join("sentencepiece.gguf");
+    std::fs::write(&path, file.bytes()).expect("a temporary folder can be written");
+    path
 }
 
 /// Every byte as the letter that stands for it in the vocabulary of GPT-2, and one that ends a text.
@@ -425,6 +480,16 @@ impl Gguf {
 
     fn numbers(&mut self, key: &str, values: &[u32]) {
         self.array(key, Self::TYPE_U32, values.len());
+        values.iter().for_each(|value| self.meta.extend(value.to_le_bytes()));
+    }
+
+    fn integers(&mut self, key: &str, values: &[i32]) {
+        self.array(key, Self::TYPE_I32, values.len());
+        values.iter().for_each(|value| self.meta.extend(value.to_le_bytes()));
+    }
+
+    fn floats(&mut self, key: &str, values: &[f32]) {
+        self.array(key, Self::TYPE_F32, values.len());
         values.iter().for_each(|value| self.meta.extend(value.to_le_bytes()));
     }
 

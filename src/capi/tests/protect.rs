@@ -44,7 +44,7 @@ fn chat() -> (Vec<Token>, usize) {
     for (i, part) in words.chunks(words.len() / 6).enumerate() {
         messages.push(Message::new(if i % 2 == 0 { Role::User } else { Role::Assistant }, part.concat()));
     }
-    let tokens = |messages: &[Message]| model.tokenize(&template.render(messages, false).unwrap(), true, true).unwrap();
+    let tokens = |messages: &[Message]| template.render(messages, false).unwrap().tokens(&model).unwrap();
     (tokens(&messages), tokens(&messages[..1]).len())
 }
 

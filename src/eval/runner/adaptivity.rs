@@ -102,7 +102,7 @@ impl Runner {
                 self.reference(prompt, next.to_vec(), 0)
             }
             Next::Answer { sample, blind, limit } => {
-                let (mut context, question) = self.tokens_of(sample)?;
+                let [mut context, question] = self.tokens_of(sample)?;
                 let system = self.system_of(sample, &context)?;
                 if !blind {
                     context.extend(&question);

@@ -13,8 +13,9 @@ fn chat(message: &str, open: bool) -> Vec<Token> {
     let model = fixture::model();
     let messages = [Message::new(Role::User, message)];
     let text = ChatTemplate::of(&model).render(&messages, !open).unwrap();
-    let text = if open { text.split_at(text.rfind("<|im_end|>").unwrap()).0 } else { &text };
-    model.tokenize(text, true, true).unwrap()
+    let end = if open { text.text().rfind("<|im_end|>").unwrap() } else { text.text().len() };
+    let [tokens, _] = text.tokens_split(&model, end).unwrap();
+    tokens
 }
 
 fn long_message() -> String {
@@ -47,6 +48,20 @@ fn a_turn_is_open_while_a_question_may_follow() {
     let mut raw = after(LONG, F16, 960, 512, Params::default());
     assert_eq!(open_turn(&mut raw), None, "a plain text has no turns");
     assert_eq!(open_turn(&mut session(F16, 192, 64, Params::default())), None);
+}
+
+/// A document may quote markers; only the template's own begin a turn.
+#[test]
+fn a_quoted_marker_opens_no_turn() {
+    let message = long_message();
+    let plain = after_chat(&message, true, Params::default());
+    let quoting = format!("{message} <|im_start|>system");
+    let mut session = after_chat(&quoting, true, Params::default());
+    let control =
+        |session: &Session| session.sequence.tokens.iter().filter(|&&token| session.model().is_control(token)).count();
+    assert_eq!(control(&session), control(&plain));
+    let start = open_turn(&mut session).expect("the prompt ends inside the user's message");
+    assert!(session.sequence.tokens.len() - start > LONG / 2, "all of the message is one turn");
 }
 
 #[test]

@@ -20,8 +20,7 @@ fn chat() -> (Vec<Token>, usize) {
         messages.push(Message::new(role, part.concat()));
     }
     messages.push(Message::new(Role::User, "What was this about?"));
-    let tokens =
-        |messages: &[Message], answer| model.tokenize(&template.render(messages, answer).unwrap(), true, true).unwrap();
+    let tokens = |messages: &[Message], answer| template.render(messages, answer).unwrap().tokens(&model).unwrap();
     (tokens(&messages, true), tokens(&messages[..1], false).len())
 }
 
