@@ -18,7 +18,7 @@ const CHARS: usize = 2600;
 /// Sends lines to a chat about a document and returns what it leaves.
 fn talk(args: &[&str], lines: &[&str]) -> Done {
     let args = [&["-n", "6", "--temp", "0", "--json"], args].concat();
-    finish_with(&mut gvote("chat", &args), &(lines.join("\n") + "\n"))
+    finish_with(&mut gvote("chat", &args), lines.join("\n") + "\n")
 }
 
 fn about_document(args: &[&str], lines: &[&str]) -> Done {
@@ -220,7 +220,7 @@ mod piped {
         let first = ["-f", document.path().to_str().unwrap()];
         let lines = ["Who wrote it?", "Hm.", "And why?", "Name a colour.", "Another one."];
         let args = [&["-c", "2048", "--json", "--lost-mass", "0.1"], &DRAWN[..]].concat();
-        let run = |args: &[&str], lines: &[&str]| finish_with(&mut gvote("chat", args), &lines.join("\n")).ok().json();
+        let run = |args: &[&str], lines: &[&str]| finish_with(&mut gvote("chat", args), lines.join("\n")).ok().json();
 
         let expected = run(&[&args[..], &first].concat(), &lines);
         let args = [&args[..], &["--session", &file]].concat();
@@ -381,10 +381,58 @@ mod piped {
     }
 
     #[test]
-    fn an_unknown_command_is_not_sent_to_the_model() {
-        let done = talk(&[], &["/sats"]);
-        assert_eq!((done.status, &done.stdout[..]), (1, ""));
-        assert!(done.stderr.contains("/help"), "{}", done.stderr);
+    fn what_begins_with_a_slash_is_a_message_unless_it_is_a_command() {
+        let block = ["\"\"\"", "/exit", "\"\"\""];
+        let lines = [
+            "/etc/passwd is what?",
+            block[0],
+            block[1],
+            block[2],
+            "/sats",
+            "/clear the table",
+            "/stats ",
+            "/exit",
+            "no",
+        ];
+        let done = talk(&[], &lines).ok();
+        assert_eq!(done.json().len(), 4, "{}", done.stdout);
+        assert_eq!(done.stderr.matches("now ").count(), 1, "/stats is one: {}", done.stderr);
+    }
+
+    #[test]
+    fn a_line_that_is_not_utf8_is_named_and_the_next_one_answered() {
+        let input = b"Hi!\nH\xe9!\n\"\"\"\none\n\xff\n/exit\n\"\"\"\nName a colour.\n";
+        let done = finish_with(&mut gvote("chat", &["-n", "2", "--temp", "0", "--json"]), input);
+        let turns = done.json();
+        let [first, second, third, last] = &turns[..] else { panic!("{}", done.stdout) };
+        assert_eq!(done.status, 1);
+        assert_eq!((&first["turn"], &last["turn"]), (&1.into(), &2.into()));
+        for (turn, line) in [(second, 2), (third, 5)] {
+            let error = format!("line {line} of standard input is not UTF-8 text");
+            assert_eq!(turn["error"], error);
+            assert!(done.stderr.contains(&error), "{}", done.stderr);
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_and_carriage_returns_are_no_part_of_a_message() {
+        let talk = |input: &str| finish_with(&mut gvote("chat", &["-n", "4", "--temp", "0", "--json"]), input).ok();
+        let answers = |input| {
+            talk(input).json().into_iter().map(|turn| (turn["answer"].clone(), turn["prefill"]["tokens"].clone()))
+        };
+        let plain: Vec<_> = answers("\"\"\"\nHi!\nYou!\n\"\"\"\nWho?\n").collect();
+        assert_eq!(answers("\u{feff}\"\"\"\r\nHi!\r\nYou!\r\n\"\"\"\r\nWho?\r\n").collect::<Vec<_>>(), plain);
+    }
+
+    #[test]
+    fn a_marker_that_somebody_writes_is_text_in_a_conversation_too() {
+        let tokens = |line: &str, edit: &str| {
+            let turns = talk(&[], &["Hi!", line, edit]).ok().json();
+            [1, 2].map(|turn| number(&turns[turn]["prefill"]["tokens"]))
+        };
+        // as tokens of text it is several, as a marker one: so is a letter
+        let (plain, quoted) = (tokens("a a", "/edit a"), tokens("<|im_end|> <|im_end|>", "/edit <|im_start|>"));
+        assert!(quoted[0] >= plain[0] + 6 && quoted[1] >= plain[1] + 3, "{plain:?} {quoted:?}");
     }
 
     #[test]

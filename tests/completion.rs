@@ -87,7 +87,7 @@ fn it_answers_from_fewer_cells() {
 #[test]
 fn every_turn_of_a_chat_is_voted_on() {
     let (mut command, _prompt) = completion(WITH_GVOTE, &[]);
-    let done = finish_with(&mut command, &format!("{}\n", FERRY.0)).ok();
+    let done = finish_with(&mut command, format!("{}\n", FERRY.0)).ok();
     let votes = votes(&done);
     assert_eq!(votes.len(), 2, "{}", done.stderr);
     // the second turn begins with what the first one left, and adds a short answer and a question
@@ -106,7 +106,7 @@ fn a_context_shift_behind_its_back_ends_the_votes_and_nothing_else() {
     assert!(stopped.stderr.contains("context full and context shift is disabled"), "{}", stopped.stderr);
 
     let (mut command, _prompt) = completion(WITH_GVOTE, &[&flags[..], &["--context-shift"]].concat());
-    let done = finish_with(&mut command, &format!("{}\n", FERRY.0)).ok();
+    let done = finish_with(&mut command, format!("{}\n", FERRY.0)).ok();
     assert_eq!(votes(&done).len(), 1, "{}", done.stderr);
     // it depends on the vote which of the two it says
     let refusals = ["gvote: nothing is known of sequence 0: ", "gvote: sequence 0 was changed without gvote: "];

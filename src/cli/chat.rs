@@ -4,7 +4,7 @@ use std::env;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Error, Result, bail};
 use clap::Args;
 use gvote::llama::{Message, Role};
 use gvote::session::Stop;
@@ -12,7 +12,7 @@ use gvote::session::Stop;
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs, share};
 use super::conversation::Conversation;
 use super::input::{Entry, Input};
-use super::prompt::{LengthArgs, PromptArgs};
+use super::prompt::{LengthArgs, PromptArgs, tell_of_system};
 use super::report::{Cache, Record, TurnReport, print_json};
 use super::turn::{Answer, Steps, is_too_long};
 use super::words::{count, line, note, plural};
@@ -27,6 +27,7 @@ Examples:
   printf 'Hi!\\nAnd in French?\\n' | gvote chat -m model.gguf --json
 
 A line that ends in \\ goes on in the next one; a line of \"\"\" begins and ends a block.
+What begins with / and is no command is a message, and a block always is.
 /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat. Without a terminal each line is a message.";
 
 /// Talk with a model
@@ -63,17 +64,30 @@ pub struct ChatArgs {
     output: OutputArgs,
 }
 
+#[derive(Clone, Copy)]
+enum Command {
+    Stats,
+    Regen,
+    Edit,
+    System,
+    Clear,
+    Save,
+    Load,
+    Help,
+    Exit,
+}
+
 /// Name, what may follow it, what it does.
-const COMMANDS: [(&str, &str, &str); 9] = [
-    ("/stats", "", "tokens, cells, bytes and times so far"),
-    ("/regen", "", "answer the last message again"),
-    ("/edit", "TEXT", "say this instead of the last message"),
-    ("/system", "[TEXT]", "set the system message, or none, and start over"),
-    ("/clear", "", "forget the conversation"),
-    ("/save", "[FILE]", "save the conversation and its cache, without a name to the file of --session"),
-    ("/load", "FILE", "go on with a saved conversation"),
-    ("/help", "", "this list"),
-    ("/exit", "", "end the chat (as does Ctrl-D)"),
+const COMMANDS: [(Command, &str, &str, &str); 9] = [
+    (Command::Stats, "/stats", "", "tokens, cells, bytes and times so far"),
+    (Command::Regen, "/regen", "", "answer the last message again"),
+    (Command::Edit, "/edit", "TEXT", "say this instead of the last message"),
+    (Command::System, "/system", "[TEXT]", "set the system message, or none, and start over"),
+    (Command::Clear, "/clear", "", "forget the conversation"),
+    (Command::Save, "/save", "[FILE]", "save the conversation and its cache, without a name to the file of --session"),
+    (Command::Load, "/load", "FILE", "go on with a saved conversation"),
+    (Command::Help, "/help", "", "this list"),
+    (Command::Exit, "/exit", "", "end the chat (as does Ctrl-D)"),
 ];
 
 struct Chat<'a> {
@@ -106,6 +120,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
         note("this model has no chat template; ChatML is used");
     }
     let session = steps.open(&model, &params)?;
+    tell_of_system(&template, args.prompt.system().as_ref());
     steps.interrupt.end();
 
     let revote_share = f64::from(args.revote_share);
@@ -185,25 +200,32 @@ impl Chat<'_> {
             }
         }
         let mut input =
-            if self.is_interactive { Input::editor(COMMANDS.iter().map(|c| c.0).collect())? } else { Input::lines() };
+            if self.is_interactive { Input::editor(COMMANDS.iter().map(|c| c.1).collect())? } else { Input::lines() };
         loop {
-            let text = match input.next()? {
-                Entry::Text(text) if text.trim().is_empty() => continue,
-                Entry::Text(text) => text,
+            let (text, is_block) = match input.next()? {
+                Entry::Text { text, .. } if text.trim().is_empty() => continue,
+                Entry::Text { text, is_block } => (text, is_block),
+                Entry::Refused(error) => {
+                    self.fail(error)?;
+                    continue;
+                }
                 Entry::Cleared => continue,
                 Entry::End => return Ok(()),
             };
-            if text.starts_with('/') {
-                match self.command(&text) {
+            if let Some((command, rest)) = command(&text).filter(|_| !is_block) {
+                match self.command(command, rest) {
                     Ok(true) => {}
                     Ok(false) => return Ok(()),
                     Err(error) => self.survive(error)?,
                 }
-            } else {
-                self.message(text)?;
-                if self.args.single_turn {
-                    return Ok(());
-                }
+                continue;
+            }
+            if self.is_interactive && !is_block && text.starts_with('/') {
+                note("no command, so it is a message; /help lists the commands");
+            }
+            self.message(text)?;
+            if self.args.single_turn {
+                return Ok(());
             }
         }
     }
@@ -222,10 +244,7 @@ impl Chat<'_> {
             Ok(report) => report,
             Err(error) => {
                 answer.end_line()?;
-                if self.args.output.json {
-                    print_json(&serde_json::json!({ "error": format!("{error:#}") }))?;
-                }
-                return self.survive(error);
+                return self.fail(error);
             }
         };
         if self.args.output.json {
@@ -249,8 +268,16 @@ impl Chat<'_> {
         Ok(())
     }
 
+    /// Reports that a message has no answer.
+    fn fail(&mut self, error: Error) -> Result<()> {
+        if self.args.output.json {
+            print_json(&serde_json::json!({ "error": format!("{error:#}") }))?;
+        }
+        self.survive(error)
+    }
+
     /// Reports an error after which the chat goes on; passes on the others.
-    fn survive(&mut self, error: anyhow::Error) -> Result<()> {
+    fn survive(&mut self, error: Error) -> Result<()> {
         let is_cancelled = matches!(error.downcast_ref(), Some(Exit::Cancelled));
         if is_closed_pipe(&error) || (is_cancelled && !self.is_interactive) {
             return Err(error);
@@ -262,49 +289,47 @@ impl Chat<'_> {
     }
 
     /// Carries out a command; false ends the chat.
-    fn command(&mut self, text: &str) -> Result<bool> {
-        let (name, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-        let rest = rest.trim();
-        match name {
-            "/exit" | "/quit" => return Ok(false),
-            "/help" => help(),
-            "/stats" => self.stats(),
-            "/clear" => {
+    fn command(&mut self, command: Command, rest: &str) -> Result<bool> {
+        match command {
+            Command::Exit => return Ok(false),
+            Command::Help => help(),
+            Command::Stats => self.stats(),
+            Command::Clear => {
                 self.conversation.clear();
                 self.last = None;
                 note("forgotten");
             }
-            "/system" => {
+            Command::System => {
                 let message = (!rest.is_empty()).then(|| Message::new(Role::System, rest));
+                tell_of_system(self.conversation.template(), message.as_ref());
                 self.conversation.set_system(message);
                 self.last = None;
                 note("the conversation starts over");
             }
-            "/regen" => {
+            Command::Regen => {
                 self.turn(|conversation, steps, answer| conversation.regenerate(steps, |piece| answer.show(piece)))?
             }
-            "/edit" => {
+            Command::Edit => {
                 if rest.is_empty() {
-                    bail!("{name} needs the text to say instead of the last message");
+                    bail!("/edit needs the text to say instead of the last message");
                 }
                 let text = rest.to_owned();
                 self.turn(|conversation, steps, answer| conversation.edit(text, steps, |piece| answer.show(piece)))?
             }
-            "/save" => {
+            Command::Save => {
                 let path = match &self.args.session {
                     Some(path) if rest.is_empty() => path.clone(),
-                    _ => file_name(name, rest)?,
+                    _ => file_name("/save", rest)?,
                 };
                 self.conversation.save(&path)?;
                 note(&format!("saved to {}", path.display()));
             }
-            "/load" => {
-                let path = file_name(name, rest)?;
+            Command::Load => {
+                let path = file_name("/load", rest)?;
                 let messages = self.conversation.load(&path)?;
                 self.last = None;
                 self.tell_loaded(messages);
             }
-            _ => bail!("{name} is no command; /help lists them"),
         }
         Ok(true)
     }
@@ -334,12 +359,22 @@ impl Chat<'_> {
     }
 }
 
+/// The command that a text is, and what follows its name. A text that begins with the name of one that takes nothing, and goes
+/// on, is none.
+fn command(text: &str) -> Option<(Command, &str)> {
+    let (name, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+    let name = if name == "/quit" { "/exit" } else { name };
+    let (command, _, value, _) = COMMANDS.into_iter().find(|(_, known, ..)| *known == name)?;
+    let rest = rest.trim();
+    (!value.is_empty() || rest.is_empty()).then_some((command, rest))
+}
+
 fn help() {
-    for (name, value, about) in COMMANDS {
+    for (_, name, value, about) in COMMANDS {
         line(&format!("{name} {value}"), about);
     }
     line("\\", "at the end of a line: the message goes on in the next one");
-    line("\"\"\"", "alone on a line: begins and ends a message of many lines");
+    line("\"\"\"", "alone on a line: begins and ends a message of many lines, which is never a command");
 }
 
 /// The file named after a command; `~/` is the home folder, as in a shell.

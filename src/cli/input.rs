@@ -1,10 +1,11 @@
 //! What a user types: an editor with history on a terminal, plain lines otherwise.
 
 use std::env;
-use std::io::{self, Lines, StdinLock};
+use std::io::{self, BufRead as _, ErrorKind, StdinLock};
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Error, Result, anyhow};
+use gvote::text;
 use rustyline::completion::{Completer, FilenameCompleter, Pair};
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -22,11 +23,17 @@ const FENCE: &str = "\"\"\"";
 
 pub enum Input {
     Editor { editor: Box<Editor<Assistant, FileHistory>>, history: Option<PathBuf> },
-    Lines(Lines<StdinLock<'static>>),
+    Lines { stdin: StdinLock<'static>, read: usize },
 }
 
 pub enum Entry {
-    Text(String),
+    Text {
+        text: String,
+        /// It begins with a block: no command, whatever it says.
+        is_block: bool,
+    },
+    /// It cannot be read; the next one may be.
+    Refused(Error),
     /// Ctrl-C at the prompt.
     Cleared,
     End,
@@ -34,7 +41,7 @@ pub enum Entry {
 
 impl Input {
     pub fn lines() -> Self {
-        Self::Lines(io::stdin().lines())
+        Self::Lines { stdin: io::stdin().lock(), read: 0 }
     }
 
     /// An editor that completes these commands.
@@ -58,28 +65,46 @@ impl Input {
             Self::Editor { editor, history } => match editor.readline(PROMPT) {
                 Ok(text) => {
                     remember(editor, history, &text);
-                    Ok(Entry::Text(unwrap(&text)))
+                    Ok(unwrap(&text))
                 }
                 Err(ReadlineError::Interrupted) => Ok(Entry::Cleared),
                 Err(ReadlineError::Eof) => Ok(Entry::End),
+                Err(ReadlineError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
+                    Ok(Entry::Refused(anyhow!("what was typed is not UTF-8 text")))
+                }
                 Err(error) => Err(error.into()),
             },
-            Self::Lines(lines) => {
-                let mut text: Option<String> = None;
-                for line in lines {
-                    let line = line?;
-                    text = Some(match text {
-                        Some(text) => text + "\n" + &line,
-                        None => line,
-                    });
-                    if text.as_deref().is_some_and(is_complete) {
-                        break;
-                    }
-                }
-                Ok(text.map_or(Entry::End, |t| Entry::Text(unwrap(&t))))
-            }
+            Self::Lines { stdin, read } => next_of_lines(stdin, read),
         }
     }
+}
+
+/// The next message of `stdin`, of which so many lines were read.
+fn next_of_lines(stdin: &mut StdinLock, read: &mut usize) -> Result<Entry> {
+    let mut text: Option<String> = None;
+    let mut refused = None;
+    let mut line = Vec::new();
+    while text.as_deref().is_none_or(|text| !is_complete(text)) {
+        line.clear();
+        if stdin.read_until(b'\n', &mut line)? == 0 {
+            break;
+        }
+        *read += 1;
+        let bytes = line.strip_suffix(b"\n").unwrap_or(&line);
+        let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
+        let bytes = if *read == 1 { text::bytes_without_mark(bytes) } else { bytes };
+        // a block ends where it ends, also if it cannot be used
+        let line = String::from_utf8_lossy(bytes);
+        if str::from_utf8(bytes).is_err() {
+            refused.get_or_insert_with(|| anyhow!("line {read} of standard input is not UTF-8 text"));
+        }
+        text = Some(text.map_or_else(|| line.to_string(), |text| text + "\n" + &line));
+    }
+    Ok(match (refused, text) {
+        (Some(error), _) => Entry::Refused(error),
+        (None, Some(text)) => unwrap(&text),
+        (None, None) => Entry::End,
+    })
 }
 
 /// Saved at once, so that a crash loses nothing. A history that cannot be saved is reported once.
@@ -111,7 +136,8 @@ fn is_complete(text: &str) -> bool {
 }
 
 /// The text without the marks that joined its lines.
-fn unwrap(text: &str) -> String {
+fn unwrap(text: &str) -> Entry {
+    let is_block = text.lines().next().is_some_and(|line| line.trim() == FENCE);
     let mut in_block = false;
     let mut lines = Vec::new();
     for line in text.lines() {
@@ -123,7 +149,7 @@ fn unwrap(text: &str) -> String {
             lines.push(line.strip_suffix('\\').unwrap_or(line));
         }
     }
-    lines.join("\n")
+    Entry::Text { text: lines.join("\n"), is_block }
 }
 
 pub struct Assistant {
@@ -164,11 +190,18 @@ impl Completer for Assistant {
 mod tests {
     use super::*;
 
+    fn unwrapped(text: &str) -> (String, bool) {
+        match unwrap(text) {
+            Entry::Text { text, is_block } => (text, is_block),
+            _ => panic!("{text:?} is text"),
+        }
+    }
+
     #[test]
     fn a_backslash_continues_a_line() {
         assert!(!is_complete("first\\"));
         assert!(is_complete("first\\\nsecond"));
-        assert_eq!(unwrap("first\\\nsecond"), "first\nsecond");
+        assert_eq!(unwrapped("first\\\nsecond"), ("first\nsecond".into(), false));
     }
 
     #[test]
@@ -177,12 +210,12 @@ mod tests {
         assert!(!is_complete(text));
         let text = format!("{text}\n\"\"\"");
         assert!(is_complete(&text));
-        assert_eq!(unwrap(&text), "fn main() {\n    a \\\n}");
+        assert_eq!(unwrapped(&text), ("fn main() {\n    a \\\n}".into(), true));
     }
 
     #[test]
     fn one_line_is_a_message() {
         assert!(is_complete("say \"\"\" to me"));
-        assert_eq!(unwrap("say \"\"\" to me"), "say \"\"\" to me");
+        assert_eq!(unwrapped("say \"\"\" to me"), ("say \"\"\" to me".into(), false));
     }
 }

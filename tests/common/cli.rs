@@ -96,10 +96,10 @@ pub fn finish(program: &mut Command) -> Done {
 }
 
 /// Runs with this standard input.
-pub fn finish_with(program: &mut Command, input: &str) -> Done {
+pub fn finish_with(program: &mut Command, input: impl AsRef<[u8]>) -> Done {
     let mut child = program.stdin(Stdio::piped()).spawn().unwrap();
     // a program that fails early does not read it
-    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    let _ = child.stdin.take().unwrap().write_all(input.as_ref());
     child.wait_with_output().unwrap().into()
 }
 
