@@ -179,7 +179,7 @@ typedef struct gvote_params {
     uint32_t pool;         /* policy gvote: positions that observed attention is averaged over; odd, up to 63 */
     float    head_mix;     /* policy gvote: weight of all heads' mean beside each head's own score; 0 to 1000 */
     float    p_nuc;        /* policy gvote_paper: share of attention that sets the budget; above 0 up to 1 */
-    uint64_t seed;         /* of the synthetic queries */
+    uint64_t seed;         /* of the synthetic queries: with each number a vote chooses the same again */
 } gvote_params;
 
 /* One attempt of a trial. */

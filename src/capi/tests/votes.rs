@@ -61,6 +61,23 @@ fn a_vote_does_what_a_session_does() {
     }
 }
 
+/// llama.cpp's mark for a random seed is one number of many here.
+#[test]
+fn every_seed_chooses_the_same_each_time() {
+    let app = App::new(&tiny("llama"), &ONE);
+    for seed in [0, u64::from(sys::LLAMA_DEFAULT_SEED), u64::MAX] {
+        let kept = [(); 2].map(|()| {
+            app.remove(0, 0, -1);
+            let handle = Handle::with(&app, &gvote_params { seed, ..capped(150) });
+            app.decode(&[(0, 0, &words(N, 1))]);
+            handle.compressed(&app, 0);
+            (0..2).map(|head| handle.positions(&app, 0, 0, head)).collect::<Vec<_>>()
+        });
+        assert_eq!(kept[0], kept[1], "{seed}");
+        assert_eq!(kept[0][0].len(), 150, "{seed}");
+    }
+}
+
 /// Four sequences in one batch, in one stream and in four.
 #[test]
 fn outputs_and_other_sequences_are_not_disturbed() {
