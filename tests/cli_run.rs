@@ -190,6 +190,41 @@ fn the_system_message_and_the_template_reach_the_model() {
 }
 
 #[test]
+fn templates_and_system_messages_may_come_from_files_and_flags() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.into_os_string().into_string().unwrap()
+    };
+    let tokens = |args: &[&str]| number(&json(&[&["-n", "1"], args].concat())["prefill"]["tokens"]);
+    let pirate = "Answer like a pirate.";
+    assert_eq!(
+        tokens(&["-p", "Hi", "-sysf", &file("s", &format!("{pirate}\n"))]),
+        tokens(&["-p", "Hi", "-sys", pirate])
+    );
+
+    let whole = tokens(&["--raw", "-p", "One two three four five"]);
+    let template = "{{ start }}{% for m in messages %}{{ m.content }}{% endfor %}";
+    let kwargs = r#"{"start": "One two", "messages": []}"#;
+    let rest = ["-p", " three four five", "--chat-template-kwargs", kwargs];
+    assert_eq!(tokens(&[&rest[..], &["--chat-template", template]].concat()), whole);
+    assert_eq!(tokens(&[&rest[..], &["--chat-template-file", &file("t.jinja", template)]].concat()), whole);
+
+    for (args, status, hint) in [
+        (["--chat-template-kwargs", "[1]"], 2, "--chat-template-kwargs"),
+        (["--chat-template", "llama3"], 2, "chatml"),
+        (["--chat-template-file", "/no/such.jinja"], 1, "/no/such.jinja"),
+        (["--system-prompt-file", "/no/such.txt"], 1, "/no/such.txt"),
+        (["--chat-template", "{% endfor %}"], 1, "chat template"),
+    ] {
+        let done = run(&[&["-p", "Hi"], &args[..]].concat());
+        assert_eq!((done.status, done.stderr.lines().count()), (status, 1), "{args:?}: {}", done.stderr);
+        assert!(done.stderr.contains(hint), "{args:?}: {}", done.stderr);
+    }
+}
+
+#[test]
 fn a_reverse_prompt_ends_the_answer_and_is_no_part_of_it() {
     let args = ["-p", "Count from one to ten in words.", "-n", "24", "--temp", "0"];
     let whole = json(&args)["answer"].as_str().unwrap().to_owned();
@@ -373,7 +408,11 @@ fn ctrl_c_stops_an_answer_and_reports() {
 
 #[test]
 fn the_help_teaches() {
-    let help = |args: &[&str]| finish(std::process::Command::new(cli::PROGRAM).args(args)).ok().stdout;
+    // lines are wrapped anywhere
+    let help = |args: &[&str]| {
+        let text = finish(std::process::Command::new(cli::PROGRAM).args(args)).ok().stdout;
+        text.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
     let text = help(&["run", "--help"]);
     for part in [
         "Prompt:",

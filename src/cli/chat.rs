@@ -115,12 +115,13 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     steps.interrupt.begin();
     let model = steps.load_model(&args.model, params.policy.policy)?;
     let sampling = args.sampling.params(&model, grammar.as_ref())?;
-    let template = args.prompt.template(&model);
+    let template = args.prompt.template(&model)?;
     if template.is_fallback() {
         note("this model has no chat template; ChatML is used");
     }
     let session = steps.open(&model, &params)?;
-    tell_of_system(&template, args.prompt.system().as_ref());
+    let system = args.prompt.system()?;
+    tell_of_system(&template, system.as_ref());
     steps.interrupt.end();
 
     let revote_share = f64::from(args.revote_share);
@@ -133,7 +134,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
         is_interactive: on_terminal,
         failed: 0,
     };
-    chat.conversation.set_system(args.prompt.system());
+    chat.conversation.set_system(system);
     chat.take_up_session()?;
     if on_terminal {
         chat.greet();

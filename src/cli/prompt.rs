@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Error, Result};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use gvote::llama::{ChatTemplate, Message, Model, Rendered, Role, Token};
 use gvote::text;
 
@@ -26,14 +26,29 @@ pub struct PromptArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system_prompt: Option<String>,
 
+    /// A text file for the system message
+    #[arg(long, value_name = "FILE", conflicts_with = "system_prompt")]
+    system_prompt_file: Option<PathBuf>,
+
     /// Read \n, \r, \t, \\, \", \' and \xHH in -p and -sys as what they stand for
     #[arg(short, long)]
     escape: bool,
 
-    /// Use this chat template instead of the model's own
-    #[arg(long, value_name = "NAME")]
-    chat_template: Option<TemplateName>,
+    /// Use this chat template instead of the model's own: `chatml`, or the text of a Jinja template
+    #[arg(long, value_name = "NAME|JINJA", value_parser = template_text, conflicts_with = "chat_template_file")]
+    chat_template: Option<String>,
+
+    /// A file with the Jinja template to use instead of the model's own
+    #[arg(long, value_name = "FILE")]
+    chat_template_file: Option<PathBuf>,
+
+    /// What the chat template shall know beside the messages, such as {"enable_thinking": false}
+    #[arg(long, value_name = "JSON", value_parser = json_object)]
+    chat_template_kwargs: Option<Values>,
 }
+
+/// Names and values for a chat template.
+type Values = serde_json::Map<String, serde_json::Value>;
 
 #[derive(Args)]
 #[command(next_help_heading = "Prompt")]
@@ -63,7 +78,7 @@ pub struct RequestArgs {
     prompt: PromptArgs,
 
     /// Take the prompt as it is, without the chat template: markers such as <|im_end|> in it count
-    #[arg(long, conflicts_with_all = ["chat_template", "system_prompt"])]
+    #[arg(long, conflicts_with_all = ["chat_template", "chat_template_file", "chat_template_kwargs", "system_prompt", "system_prompt_file"])]
     raw: bool,
 }
 
@@ -88,19 +103,19 @@ impl RequestArgs {
 
     /// [`Self::text`] in the words of the model.
     pub fn request(&self, model: &Model, text: String) -> Result<Request> {
-        let template = self.prompt.template(model);
+        let (template, system) = (self.prompt.template(model)?, self.prompt.system()?);
         if template.is_fallback() && !self.raw {
-            let unused = self.prompt.system().map_or("", |_| ", without the system message");
+            let unused = system.as_ref().map_or("", |_| ", without the system message");
             note(&format!(
                 "this model has no chat template: the prompt is taken as it is{unused}; \
                  --chat-template chatml changes that"
             ));
         } else if !self.raw {
-            tell_of_system(&template, self.prompt.system().as_ref());
+            tell_of_system(&template, system.as_ref());
         }
         let is_raw = self.raw || template.is_fallback();
         let user = Message::new(Role::User, text);
-        let messages: Vec<_> = self.prompt.system().into_iter().chain([user]).collect();
+        let messages: Vec<_> = system.into_iter().chain([user]).collect();
         let rendered = match messages.last() {
             Some(user) if is_raw => Rendered::plain(user.content.clone()),
             _ => template.render(&messages, true)?,
@@ -119,14 +134,12 @@ impl RequestArgs {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum TemplateName {
-    Chatml,
-}
-
 impl PromptArgs {
-    /// The document, then the question; None if neither flag was given.
+    /// The document, then the question; None if neither flag was given. Fails for the other files that the flags name, too: before
+    /// a model is loaded.
     pub fn text(&self) -> Result<Option<String>> {
+        self.system()?;
+        self.template_source()?;
         let document = self.file.as_deref().map(read_file).transpose()?;
         let question = self.prompt.as_deref().map(|p| self.unescape(p));
         Ok(match (document, question) {
@@ -145,15 +158,30 @@ impl PromptArgs {
         }
     }
 
-    pub fn system(&self) -> Option<Message> {
-        let text = self.system_prompt.as_deref()?;
-        Some(Message::new(Role::System, self.unescape(text)))
+    pub fn system(&self) -> Result<Option<Message>> {
+        let text = match (&self.system_prompt, &self.system_prompt_file) {
+            (Some(text), _) => self.unescape(text),
+            (None, Some(path)) => without_last_newline(read_text(path, "--system-prompt-file")?),
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(Message::new(Role::System, text)))
     }
 
-    pub fn template(&self, model: &Model) -> ChatTemplate {
-        match self.chat_template {
-            Some(TemplateName::Chatml) => ChatTemplate::chatml(model),
+    pub fn template(&self, model: &Model) -> Result<ChatTemplate> {
+        let template = match self.template_source()?.as_deref() {
+            Some(CHATML) => ChatTemplate::chatml(model),
+            Some(source) => ChatTemplate::new(model, source.to_owned()),
             None => ChatTemplate::of(model),
+        };
+        Ok(template.with_values(self.chat_template_kwargs.clone().unwrap_or_default()))
+    }
+
+    /// The template that takes the place of the model's: [`CHATML`], or its text.
+    fn template_source(&self) -> Result<Option<String>> {
+        match (&self.chat_template, &self.chat_template_file) {
+            (Some(source), _) => Ok(Some(source.clone())),
+            (None, Some(path)) => read_text(path, "--chat-template-file").map(Some),
+            (None, None) => Ok(None),
         }
     }
 
@@ -173,12 +201,27 @@ pub fn read_file(path: &Path) -> Result<String> {
         (path.display().to_string(), std::fs::read(path))
     };
     let bytes = bytes.with_context(|| format!("cannot read the prompt from {name} (-f)"))?;
-    let mut text = text_of(&bytes, &name, "-f")?;
+    Ok(without_last_newline(text_of(&bytes, &name, "-f")?))
+}
+
+fn without_last_newline(mut text: String) -> String {
     if text.ends_with('\n') {
         text.pop();
         text.truncate(text.strip_suffix('\r').unwrap_or(&text).len());
     }
-    Ok(text)
+    text
+}
+
+/// llama.cpp's name for ChatML, the one template that has one.
+const CHATML: &str = "chatml";
+
+fn template_text(text: &str) -> Result<String, &'static str> {
+    let is_jinja = text.contains("{{") || text.contains("{%");
+    if text == CHATML || is_jinja { Ok(text.into()) } else { Err("use chatml, or the text of a Jinja template") }
+}
+
+fn json_object(text: &str) -> Result<Values, String> {
+    serde_json::from_str(text).map_err(|e| format!("use a JSON object: {e}"))
 }
 
 /// The text of the file that a flag names, as it is.

@@ -6,8 +6,9 @@ use std::ffi::{OsStr, OsString};
 use clap::{Arg, Command};
 
 /// Spelling on the command line, and the long flag it stands for.
-pub const SHORTHANDS: [(&str, &str); 9] = [
+pub const SHORTHANDS: [(&str, &str); 10] = [
     ("-sys", "system-prompt"),
+    ("-sysf", "system-prompt-file"),
     ("-ub", "ubatch-size"),
     ("-tb", "threads-batch"),
     ("-ngl", "n-gpu-layers"),
