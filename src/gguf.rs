@@ -13,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+mod check;
 mod entry;
 mod info;
 mod split;
@@ -60,6 +61,8 @@ pub enum GgufError {
     TruncatedData { path: PathBuf, needed: u64, size: u64 },
     #[error("{path}: the file is damaged at byte {offset}: {what}: download it again, or convert it anew")]
     Malformed { path: PathBuf, offset: u64, what: String },
+    #[error("{path}: llama.cpp cannot load this model: {what}: get another file of it, or convert it anew")]
+    Unloadable { path: PathBuf, what: String },
     #[error("{path}: this is part {part} of {count} of a model: give the first part, {first}")]
     NotFirstPart { path: PathBuf, part: u64, count: u64, first: PathBuf },
     #[error("{path}: part {part} of {count} of the model is missing: put it beside the first")]
@@ -115,6 +118,8 @@ pub struct Gguf {
     pub entries: Vec<Entry>,
     pub tensors: Vec<Tensor>,
     pub info: ModelInfo,
+    /// What llama.cpp would not survive, each in words that complete "llama.cpp cannot load this model: ".
+    pub faults: Vec<String>,
 }
 
 /// The tensors of one type.
@@ -154,6 +159,17 @@ impl Gguf {
     /// See [`GgufError`].
     pub fn parse(path: &Path, source: impl Read + Seek, size: u64) -> Result<Self, GgufError> {
         split::join(path, OneFile::parse(path, source, size)?)
+    }
+
+    /// Refuses what llama.cpp would not survive: it ends the process where some of what a file says contradicts the rest.
+    ///
+    /// # Errors
+    /// [`GgufError::Unloadable`] with the first of [`Self::faults`].
+    pub fn check(&self) -> Result<(), GgufError> {
+        match self.faults.first() {
+            None => Ok(()),
+            Some(what) => Err(GgufError::Unloadable { path: self.parts[0].path.clone(), what: what.clone() }),
+        }
     }
 
     /// A value from the metadata, however long; None where the file has no such key.
@@ -281,8 +297,7 @@ impl OneFile {
         }
     }
 
-    fn number(&self, key: &str) -> Option<(u64, u64)> {
-        let entry = self.found.entries.iter().find(|entry| entry.key == key)?;
-        Some((entry.value.as_ref()?.as_u64()?, entry.offset))
+    fn entry(&self, key: &str) -> Option<&Entry> {
+        self.found.entries.iter().find(|entry| entry.key == key)
     }
 }

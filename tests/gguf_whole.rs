@@ -168,15 +168,60 @@ fn a_long_array_is_cut_openly_and_read_whole_on_demand() {
 }
 
 #[test]
-fn text_that_is_not_utf8_is_refused_at_its_first_wrong_byte() {
-    let entries = [("general.architecture", Text("llama")), ("general.name", Text("good")), ("key", U32(1))];
-    let tensors = [tensor("weight", &[8], GGML_F32, 32)];
-    for (text, of) in [("good", "a string"), ("key", "a key"), ("weight", "a tensor's name")] {
-        let (mut bytes, size) = head(&entries, &tensors);
+fn a_part_whose_number_has_another_type_is_a_fault() {
+    let faults = |number: Value<'static>| {
+        let split = Split::new(|i, entries| {
+            if i == 2 {
+                entries[0].1 = number;
+            }
+        });
+        Gguf::open(&split.0.path().join("m-00001-of-00003.gguf")).unwrap().faults
+    };
+    assert_eq!(faults(U16(2)), [""; 0]);
+    assert_eq!(faults(U32(2)), ["split.no of part 3 of 3 is no 16-bit number"]);
+}
+
+#[test]
+fn text_that_is_not_utf8_is_shown_as_far_as_it_can_be() {
+    let words = ["word", "ends in \u{c3}", "\u{a9} "];
+    let entries = [
+        ("general.architecture", Text("llama")),
+        ("general.name", Text("good")),
+        ("key", U32(1)),
+        ("tokenizer.ggml.tokens", Texts(&words)),
+    ];
+    let (mut bytes, size) = head(&entries, &[tensor("weight", &[8], GGML_F32, 32)]);
+    for text in ["good", "key", "word", "weight"] {
         let at = bytes.windows(text.len()).position(|w| w == text.as_bytes()).unwrap() + 2;
         bytes[at] = 0xff;
-        assert_eq!(damage(parse((bytes, size))), (at as u64, format!("{of} is not UTF-8 text")));
     }
+    let file = parse((bytes, size)).unwrap();
+    assert_eq!(file.info.name.as_deref(), Some("go\u{fffd}d"));
+    let of = |key: &str| file.entries.iter().find(|entry| entry.key == key).unwrap().value.clone();
+    assert_eq!(of("ke\u{fffd}"), Some(json!(1)));
+    assert_eq!(of("tokenizer.ggml.tokens"), Some(json!(["wo\u{fffd}d", "ends in \u{c3}", "\u{a9} "])));
+    assert_eq!(file.tensors[0].name, "we\u{fffd}ght");
+}
+
+/// The length of the second string begins with the byte that would end the character.
+#[test]
+fn a_string_ends_where_it_ends() {
+    let long = "x".repeat(0xa9);
+    let (mut bytes, size) = head(&[("general.architecture", Text("llama")), ("a", Texts(&["ab", &long]))], &[]);
+    let at = bytes.windows(2).rposition(|w| w == b"ab").unwrap() + 1;
+    bytes[at] = 0xc3;
+    let file = parse((bytes, size)).unwrap();
+    assert_eq!(file.entries[1].value, Some(json!(["a\u{fffd}", long])));
+}
+
+#[test]
+fn experts_may_differ_by_layer() {
+    let of = |used| {
+        let entries = decoder("qwen3moe", &[(".expert_count", U32(8)), (".expert_used_count", used)]);
+        parse(head(&borrowed(&entries), &[])).unwrap().info.n_expert
+    };
+    assert_eq!(of(U32(2)), (8, 2));
+    assert_eq!(of(Array(&[1, 4, 2, 2])), (8, 4));
 }
 
 #[test]
@@ -254,8 +299,8 @@ impl Split {
         let folder = tempfile::tempdir().unwrap();
         for i in 0..3 {
             let mut entries = if i == 0 { decoder("llama", &[]) } else { Vec::new() };
-            entries.push(("split.no".into(), U32(i as u32)));
-            entries.push(("split.count".into(), U32(3)));
+            entries.push(("split.no".into(), U16(i as u16)));
+            entries.push(("split.count".into(), U16(3)));
             entries.push(("split.tensors.count".into(), U32(2)));
             tamper(i, &mut entries);
             let name = ["", "blk.0.a", "blk.1.a"][i];

@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::report::print_json;
 use super::table::{plain, table};
 use super::turn::print;
-use super::words::count;
+use super::words::{count, note};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -48,6 +48,9 @@ pub struct InspectArgs {
 
 pub fn run(args: &InspectArgs) -> Result<()> {
     let file = Gguf::open(&args.model)?;
+    for what in &file.faults {
+        note(&format!("warning: llama.cpp cannot load this model: {}", plain(what)));
+    }
     match &args.metadata {
         Some(key) if !key.is_empty() => return print_value(&file, key, args.json),
         _ if args.json => {

@@ -72,6 +72,10 @@ pub struct Entry {
 }
 
 impl Entry {
+    pub(super) fn as_u64(&self) -> Option<u64> {
+        self.value.as_ref()?.as_u64()
+    }
+
     /// Whether [`Self::value`] is all there is.
     pub fn is_whole(&self) -> bool {
         match (&self.value, self.elements) {
@@ -87,9 +91,12 @@ impl Entry {
 }
 
 /// The value of `data`, or of the first `array` elements in it.
-pub(super) fn parse(version: u32, key: &str, kind: Kind, array: Option<u64>, data: &[u8]) -> Result<Value, String> {
-    let mut body = (key.len() as u64).to_le_bytes().to_vec();
-    body.extend(key.as_bytes());
+pub(super) fn parse(version: u32, kind: Kind, array: Option<u64>, data: Vec<u8>) -> Result<Value, String> {
+    /// Any name will do: gguf-rs wants one.
+    const KEY: &str = "value";
+    let data = if kind == Kind::String { utf8(&data).ok_or("a string ends behind its value")? } else { data };
+    let mut body = (KEY.len() as u64).to_le_bytes().to_vec();
+    body.extend(KEY.as_bytes());
     if let Some(n) = array {
         body.extend((Kind::Array as u32).to_le_bytes());
         body.extend((kind as u32).to_le_bytes());
@@ -103,9 +110,23 @@ pub(super) fn parse(version: u32, key: &str, kind: Kind, array: Option<u64>, dat
     let counts = [0, 1].map(u64::to_le_bytes).concat(); // of tensors and entries
     let stream = [&version.to_le_bytes()[..], &counts, &body].concat();
     let decoded = gguf_rs::GGUFContainer::new(gguf_rs::ByteOrder::LE, Box::new(Cursor::new(stream)), cap).decode();
-    let model = decoded.map_err(|error| format!("the value of {key} cannot be parsed ({error})"))?;
-    let value = model.metadata().get(key).cloned().unwrap_or_default();
+    let model = decoded.map_err(|error| format!("a value cannot be parsed ({error})"))?;
+    let value = model.metadata().get(KEY).cloned().unwrap_or_default();
     Ok(if kind == Kind::F32 { shortest(value) } else { value })
+}
+
+/// Strings as they lie in a file, each behind its length. What is not UTF-8 in them becomes U+FFFD: llama.cpp does not mind it,
+/// and gguf-rs refuses it.
+fn utf8(mut data: &[u8]) -> Option<Vec<u8>> {
+    let mut out = Vec::with_capacity(data.len());
+    while let Some((len, rest)) = data.split_first_chunk() {
+        let (text, rest) = rest.split_at_checked(u64::from_le_bytes(*len) as usize)?;
+        let text = String::from_utf8_lossy(text);
+        out.extend((text.len() as u64).to_le_bytes());
+        out.extend(text.as_bytes());
+        data = rest;
+    }
+    Some(out)
 }
 
 /// gguf-rs widens a 32-bit float bit by bit, which makes 1e-5 into 9.999999747378752e-6.

@@ -45,7 +45,7 @@ pub struct ModelInfo {
     pub n_embd_head_k: usize,
     /// Values in a value vector, a head. Layers with a window may differ.
     pub n_embd_head_v: usize,
-    /// Experts of a layer, and those that a token meets; 0 for a dense model.
+    /// Experts of a layer, and those that a token meets, in the layer where they are most; 0 for a dense model.
     pub n_expert: (usize, usize),
     /// Tokens of context the model was trained for.
     pub n_ctx_train: usize,
@@ -86,7 +86,17 @@ pub(super) struct Keys<'a> {
     pub architecture: &'a str,
 }
 
-impl Keys<'_> {
+impl<'a> Keys<'a> {
+    pub fn of(entries: &'a [Entry]) -> Result<Self, Fault> {
+        let entries: HashMap<&str, &Entry> = entries.iter().map(|entry| (&*entry.key, entry)).collect();
+        let named = entries.get("general.architecture").and_then(|entry| entry.value.as_ref()?.as_str());
+        let Some(architecture) = named else {
+            let at = entries.get("general.architecture").map_or(0, |entry| entry.offset);
+            return Err(bad(at, "it does not name its architecture (general.architecture)"));
+        };
+        Ok(Self { entries, architecture })
+    }
+
     pub fn general(&self, key: &str) -> Option<&Value> {
         self.entries.get(key)?.value.as_ref()
     }
@@ -95,7 +105,8 @@ impl Keys<'_> {
         self.general(key)?.as_str().map(Into::into)
     }
 
-    fn own(&self, key: &str) -> Option<&Entry> {
+    /// The entry `<architecture>.<key>`.
+    pub fn own(&self, key: &str) -> Option<&Entry> {
         self.entries.get(&*format!("{}.{key}", self.architecture)).copied()
     }
 
@@ -131,6 +142,13 @@ impl Keys<'_> {
         }
     }
 
+    /// Heads and KV heads of each of `n_block` layers.
+    pub fn heads(&self, n_block: usize) -> Result<(Vec<usize>, Vec<usize>), Fault> {
+        let n_heads = self.per_layer("attention.head_count", n_block)?.unwrap_or_default();
+        let n_head_kv = self.per_layer("attention.head_count_kv", n_block)?.unwrap_or(n_heads.clone());
+        Ok((n_heads, n_head_kv))
+    }
+
     fn rope(&self) -> Result<Rope, Fault> {
         let real = |key| self.get(key).and_then(Value::as_f64);
         Ok(Rope {
@@ -144,26 +162,19 @@ impl Keys<'_> {
 }
 
 /// `tensors` of all files.
-pub(super) fn describe(entries: &[Entry], tensors: &[Tensor]) -> Result<ModelInfo, Fault> {
-    let entries: HashMap<&str, &Entry> = entries.iter().map(|entry| (&*entry.key, entry)).collect();
-    let named = entries.get("general.architecture").and_then(|entry| entry.value.as_ref()?.as_str());
-    let Some(architecture) = named else {
-        let at = entries.get("general.architecture").map_or(0, |entry| entry.offset);
-        return Err(bad(at, "it does not name its architecture (general.architecture)"));
-    };
-    let keys = Keys { entries, architecture };
+pub(super) fn describe(keys: &Keys, tensors: &[Tensor]) -> Result<ModelInfo, Fault> {
+    let architecture = keys.architecture;
     let general = |key: &str| keys.general(key).and_then(Value::as_u64);
 
     let n_block = keys.number("block_count", HEAD_MAX)?.unwrap_or(0) as usize;
     let n_layer = n_block - keys.number("nextn_predict_layers", n_block as u64)?.unwrap_or(0) as usize;
-    let n_heads = keys.per_layer("attention.head_count", n_block)?.unwrap_or_default();
-    let mut n_head_kv = keys.per_layer("attention.head_count_kv", n_block)?.unwrap_or(n_heads.clone());
+    let (n_heads, mut n_head_kv) = keys.heads(n_block)?;
     n_head_kv.truncate(n_layer);
 
     let n_embd = keys.dim("embedding_length")?.unwrap_or(0);
     let default_head = n_heads.first().map_or(0, |&n| n_embd.checked_div(n).unwrap_or(0));
     let shared = keys.number("attention.shared_kv_layers", n_block as u64)?.unwrap_or(0) as usize;
-    let (sliding_window, windowed) = window(&keys, n_layer)?;
+    let (sliding_window, windowed) = window(keys, n_layer)?;
     let file_type = general("general.file_type").and_then(|n| FILE_TYPES.get(n as usize));
     let tokens = keys.entries.get("tokenizer.ggml.tokens").and_then(|entry| entry.elements);
 
@@ -176,6 +187,8 @@ pub(super) fn describe(entries: &[Entry], tensors: &[Tensor]) -> Result<ModelInf
         .map(|(n_head, (n_head_kv, _))| (*n_head, *n_head_kv))
         .collect();
 
+    let n_expert_used = keys.per_layer("expert_used_count", n_block)?.unwrap_or_default();
+
     let mut info = ModelInfo {
         architecture: architecture.into(),
         name: keys.text("general.name"),
@@ -187,7 +200,7 @@ pub(super) fn describe(entries: &[Entry], tensors: &[Tensor]) -> Result<ModelInf
         n_embd,
         n_embd_head_k: keys.dim("attention.key_length")?.unwrap_or(default_head),
         n_embd_head_v: keys.dim("attention.value_length")?.unwrap_or(default_head),
-        n_expert: (keys.dim("expert_count")?.unwrap_or(0), keys.dim("expert_used_count")?.unwrap_or(0)),
+        n_expert: (keys.dim("expert_count")?.unwrap_or(0), n_expert_used.into_iter().max().unwrap_or(0)),
         n_ctx_train: keys.number("context_length", u32::MAX.into())?.unwrap_or(0) as usize,
         rope: keys.rope()?,
         tokenizer: keys.text("tokenizer.ggml.model"),
@@ -199,7 +212,7 @@ pub(super) fn describe(entries: &[Entry], tensors: &[Tensor]) -> Result<ModelInf
         n_layer_kv,
         refusal: None,
     };
-    info.refusal = refusal(&keys, &info, tensors, heads.len() > 1);
+    info.refusal = refusal(keys, &info, tensors, heads.len() > 1);
     Ok(info)
 }
 
@@ -220,6 +233,14 @@ impl ModelInfo {
     /// Bytes of a cell over all layers with a sliding window, if they have heads of the same size as the others.
     pub fn kv_bytes_per_window_cell(&self, type_k: CacheType, type_v: CacheType) -> usize {
         self.bytes_per_cell(true, type_k, type_v)
+    }
+
+    /// Cells that llama.cpp gives layers with a sliding window in a context of `n_ctx` cells, unless all of them are asked for:
+    /// those of the window and of a ubatch (`src/llama-kv-cache-iswa.cpp`).
+    pub fn window_cells(&self, n_ctx: usize, n_ubatch: usize) -> usize {
+        const PADDING: usize = 256;
+        let Some(window) = self.sliding_window else { return 0 };
+        n_ctx.min(window + n_ubatch).next_multiple_of(PADDING)
     }
 
     fn bytes_per_cell(&self, windowed: bool, type_k: CacheType, type_v: CacheType) -> usize {

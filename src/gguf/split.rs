@@ -4,8 +4,10 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::entry::{Entry, Kind};
+use super::info::Keys;
 use super::walk::bad;
-use super::{Gguf, GgufError, OneFile, Part, info, open_file};
+use super::{Gguf, GgufError, OneFile, Part, check, info, open_file};
 
 /// Files of a model that are believed: the format counts them in 16 bits.
 const PARTS_MAX: u64 = u16::MAX as u64;
@@ -14,11 +16,14 @@ const PARTS_MAX: u64 = u16::MAX as u64;
 pub(super) fn join(path: &Path, mut first: OneFile) -> Result<Gguf, GgufError> {
     let size = first.size;
     let fault = |fault| GgufError::of(fault, path, size);
-    let (count, at) = first.number("split.count").unwrap_or((1, 0));
+    let number = |key| first.entry(key).and_then(|entry| Some((entry.as_u64()?, entry.offset)));
+    let (count, at) = number("split.count").unwrap_or((1, 0));
     if count > PARTS_MAX {
         return Err(fault(bad(at, format!("it counts {count} parts (split.count)"))));
     }
-    let no = first.number("split.no").map_or(0, |(no, _)| no);
+    let no = number("split.no").map_or(0, |(no, _)| no);
+    let total = number("split.tensors.count");
+    let mut faults = Vec::new();
     if count > 1 && no > 0 {
         let first = part_path(path, no, count, 0).unwrap_or_else(|| part_name("NAME", 0, count).into());
         return Err(GgufError::NotFirstPart { path: path.to_owned(), part: no + 1, count, first });
@@ -40,12 +45,14 @@ pub(super) fn join(path: &Path, mut first: OneFile) -> Result<Gguf, GgufError> {
         let (file, size) = open_file(&part_path)?;
         let part = OneFile::parse(&part_path, file, size)?;
         let fault = |fault| GgufError::of(fault, &part_path, size);
-        match part.number("split.no") {
-            Some((no, _)) if no == i => {}
-            other => {
-                let at = other.map_or(0, |(_, at)| at);
-                return Err(fault(bad(at, format!("its split.no is not {i}, as its name says"))));
-            }
+        let number = part.entry("split.no");
+        if number.and_then(Entry::as_u64) != Some(i) {
+            let at = number.map_or(0, |entry| entry.offset);
+            return Err(fault(bad(at, format!("its split.no is not {i}, as its name says"))));
+        }
+        // llama.cpp asserts it
+        if number.is_some_and(|entry| entry.kind != Kind::U16) {
+            faults.push(format!("split.no of part {} of {count} is no 16-bit number", i + 1));
         }
         for mut tensor in part.found.tensors {
             if !names.insert(tensor.name.clone()) {
@@ -57,7 +64,7 @@ pub(super) fn join(path: &Path, mut first: OneFile) -> Result<Gguf, GgufError> {
         parts.push(Part { path: part_path, size });
     }
 
-    if let Some((total, at)) = first.number("split.tensors.count")
+    if let Some((total, at)) = total
         && count > 1
         && total != tensors.len() as u64
     {
@@ -65,8 +72,10 @@ pub(super) fn join(path: &Path, mut first: OneFile) -> Result<Gguf, GgufError> {
         return Err(fault(bad(at, what)));
     }
     let (version, alignment, entries) = (first.version, first.found.alignment, first.found.entries);
-    let info = info::describe(&entries, &tensors).map_err(fault)?;
-    Ok(Gguf { version, alignment, parts, entries, tensors, info })
+    let keys = Keys::of(&entries).map_err(fault)?;
+    let info = info::describe(&keys, &tensors).map_err(fault)?;
+    faults.extend(check::faults(&keys, &info, &tensors, first.found.twins.as_ref()));
+    Ok(Gguf { version, alignment, parts, entries, tensors, info, faults })
 }
 
 fn part_name(prefix: &str, no: u64, count: u64) -> String {

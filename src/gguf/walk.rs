@@ -1,6 +1,7 @@
 //! A walk over the bytes of one file that believes none of its promises.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, BufReader, Read, Seek};
 
 use serde_json::Value;
@@ -34,6 +35,10 @@ const WHOLE_MAX: u64 = 1 << 26;
 /// Where tensor data starts without `general.alignment`, bytes.
 const DEFAULT_ALIGNMENT: u64 = 32;
 const ALIGNMENT: &str = "general.alignment";
+/// The texts of the vocabulary.
+const TOKENS: &str = "tokenizer.ggml.tokens";
+/// Bytes before the first element of an array: its type, that of its elements, their number.
+const ARRAY_HEAD: u64 = 4 + 4 + 8;
 
 /// Why a walk ended early. Places are bytes from the start of the file.
 #[derive(Debug)]
@@ -64,8 +69,16 @@ pub(super) struct Found {
     pub alignment: u64,
     pub entries: Vec<Entry>,
     pub tensors: Vec<Tensor>,
+    pub twins: Option<Twins>,
     /// The size the file should have, bytes.
     pub needed: u64,
+}
+
+/// Two tokens of one text.
+pub(super) struct Twins {
+    pub text: String,
+    pub first: u64,
+    pub second: u64,
 }
 
 /// Where a value lies.
@@ -105,9 +118,10 @@ impl<R: Read + Seek> Walk<R> {
             return Err(bad(self.pos - 8, format!("it counts {n_entries} metadata entries")));
         }
         let entries = self.entries(version, n_entries)?;
+        let twins = self.twins(&entries)?;
         let alignment = alignment(&entries)?;
         let (tensors, needed) = self.tensors(n_tensors, alignment)?;
-        Ok(Found { alignment, entries, tensors, needed })
+        Ok(Found { alignment, entries, tensors, twins, needed })
     }
 
     /// Check that `n` bytes are left, and count them as read.
@@ -159,33 +173,33 @@ impl<R: Read + Seek> Walk<R> {
         }
     }
 
-    /// A key or a tensor's name.
-    fn name(&mut self, max: u64, of: &str) -> Result<String, Fault> {
+    /// The bytes of a key or of a tensor's name.
+    fn name(&mut self, max: u64, of: &str) -> Result<Vec<u8>, Fault> {
         let n = self.length(max, of)?;
-        let at = self.pos;
-        utf8(self.bytes(n)?, at, of)
+        self.bytes(n)
     }
 
     fn entries(&mut self, version: u32, n: u64) -> Result<Vec<Entry>, Fault> {
         let (mut entries, mut seen) = (Vec::new(), HashSet::new());
         for _ in 0..n {
-            let entry = self.entry(version)?;
-            if !seen.insert(entry.key.clone()) {
-                return Err(bad(entry.offset, format!("it has the metadata key {:?} twice", entry.key)));
+            let offset = self.pos;
+            let name = self.name(KEY_MAX, "a key")?;
+            let key = lossy(&name);
+            if name.is_empty() {
+                return Err(bad(offset, "a metadata key is empty"));
             }
-            entries.push(entry);
+            if !seen.insert(name) {
+                return Err(bad(offset, format!("it has the metadata key {key:?} twice")));
+            }
+            entries.push(self.entry(version, offset, key)?);
         }
         Ok(entries)
     }
 
-    fn entry(&mut self, version: u32) -> Result<Entry, Fault> {
-        let offset = self.pos;
-        let key = self.name(KEY_MAX, "a key")?;
-        if key.is_empty() {
-            return Err(bad(offset, "a metadata key is empty"));
-        }
+    /// The rest of an entry, after its key.
+    fn entry(&mut self, version: u32, offset: u64, key: String) -> Result<Entry, Fault> {
         let found = self.extent(HEAD_MAX, VALUE_MAX)?;
-        let value = self.value(version, &key, &found, VALUE_MAX)?;
+        let value = self.value(version, &found, VALUE_MAX)?;
         self.kept += key.len() as u64 + if value.is_some() { found.head_end - found.data } else { 0 };
         if self.kept > KEPT_MAX {
             return Err(bad(offset, "its metadata is too large"));
@@ -193,19 +207,48 @@ impl<R: Read + Seek> Walk<R> {
         Ok(Entry { key, offset, kind: found.kind, elements: found.elements, value })
     }
 
+    /// The first two entries of the vocabulary that have the same text. An empty one has none: llama.cpp numbers them.
+    fn twins(&mut self, entries: &[Entry]) -> Result<Option<Twins>, Fault> {
+        let vocabulary = entries.iter().find(|entry| entry.key == TOKENS && entry.kind == Kind::String);
+        let Some((vocabulary, n)) = vocabulary.and_then(|entry| Some((entry, entry.elements?))) else {
+            return Ok(None);
+        };
+        let end = self.pos;
+        self.go_to(vocabulary.offset)?;
+        self.name(KEY_MAX, "a key")?;
+        self.skip(ARRAY_HEAD)?;
+        let hasher = RandomState::new();
+        // the hash of a text, and which token has it: 64 bits tell any vocabulary's texts apart
+        let mut seen = HashMap::new();
+        let mut twins = None;
+        for i in 0..n {
+            let len = self.length(STRING_MAX, "a string")?;
+            let text = self.bytes(len)?;
+            if text.is_empty() {
+                continue;
+            }
+            if let Some(first) = seen.insert(hasher.hash_one(&text), i) {
+                twins = Some(Twins { text: lossy(&text), first, second: i });
+                break;
+            }
+        }
+        self.go_to(end)?;
+        Ok(twins)
+    }
+
     /// From the start of the file: the value of the entry at `offset`, all of it; None where it is too long to be printed.
     pub fn whole_value(&mut self, version: u32, offset: u64) -> Result<Option<Value>, Fault> {
         self.skip(offset)?;
-        let key = self.name(KEY_MAX, "a key")?;
+        self.name(KEY_MAX, "a key")?;
         let found = self.extent(WHOLE_ELEMENTS_MAX, WHOLE_MAX)?;
         if found.elements.is_some_and(|n| n > found.head) {
             return Ok(None);
         }
-        self.value(version, &key, &found, WHOLE_MAX)
+        self.value(version, &found, WHOLE_MAX)
     }
 
     /// The kept part of a value, as gguf-rs reads it. None for a string of more than `max` bytes.
-    fn value(&mut self, version: u32, key: &str, found: &Extent, max: u64) -> Result<Option<Value>, Fault> {
+    fn value(&mut self, version: u32, found: &Extent, max: u64) -> Result<Option<Value>, Fault> {
         let (end, len) = (self.pos, found.head_end - found.data);
         if found.elements.is_none() && len > max {
             return Ok(None);
@@ -213,12 +256,8 @@ impl<R: Read + Seek> Walk<R> {
         self.go_to(found.data)?;
         let data = self.bytes(len)?;
         self.go_to(end)?;
-        if found.elements.is_none() && found.kind == Kind::String {
-            let at = found.data + 8; // after its length
-            utf8(data[8..].to_vec(), at, "a string")?;
-        }
         let array = found.elements.map(|_| found.head);
-        parse(version, key, found.kind, array, &data).map_err(|why| bad(found.data, why)).map(Some)
+        parse(version, found.kind, array, data).map_err(|why| bad(found.data, why)).map(Some)
     }
 
     fn kind(&mut self) -> Result<Kind, Fault> {
@@ -275,7 +314,8 @@ impl<R: Read + Seek> Walk<R> {
         let mut end = 0;
         for _ in 0..n {
             let at = self.pos;
-            let tensor = self.tensor()?;
+            let raw_name = self.name(TENSOR_NAME_MAX - 1, "a tensor's name")?;
+            let tensor = self.tensor(at, lossy(&raw_name))?;
             let name = &tensor.name;
             let in_place = if is_exact { tensor.offset == next } else { tensor.offset >= next };
             if !in_place || !tensor.offset.is_multiple_of(alignment) {
@@ -290,7 +330,7 @@ impl<R: Read + Seek> Walk<R> {
             is_exact = tensor.bytes.is_some();
             next = after.next_multiple_of(alignment);
             end = after;
-            if !seen.insert(tensor.name.clone()) {
+            if !seen.insert(raw_name) {
                 return Err(bad(at, format!("it has the tensor {name:?} twice")));
             }
             tensors.push(tensor);
@@ -305,10 +345,8 @@ impl<R: Read + Seek> Walk<R> {
         Ok((tensors, start + end))
     }
 
-    /// The next description; its offset counts from the start of the data.
-    fn tensor(&mut self) -> Result<Tensor, Fault> {
-        let at = self.pos;
-        let name = self.name(TENSOR_NAME_MAX - 1, "a tensor's name")?;
+    /// The rest of the description at `at`, after the name; its offset counts from the start of the data.
+    fn tensor(&mut self, at: u64, name: String) -> Result<Tensor, Fault> {
         let n_dims = self.u32()?;
         if n_dims > DIMS_MAX {
             return Err(bad(self.pos - 4, format!("tensor {name:?} has {n_dims} dimensions")));
@@ -348,9 +386,6 @@ fn alignment(entries: &[Entry]) -> Result<u64, Fault> {
     }
 }
 
-fn utf8(bytes: Vec<u8>, at: u64, of: &str) -> Result<String, Fault> {
-    String::from_utf8(bytes).map_err(|e| {
-        let at = at + e.utf8_error().valid_up_to() as u64;
-        bad(at, format!("{of} is not UTF-8 text"))
-    })
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }

@@ -17,6 +17,9 @@ const WINDOWED: &[(usize, bool, &[&str])] = &[
     (8, false, &["plamo3"]),
 ];
 
+/// Longest window, tokens: llama.cpp adds to it in 32 bits.
+const WINDOW_MAX: u64 = 1 << 30;
+
 /// The sliding window in tokens, and the layers that use it. Many files name a window that llama.cpp ignores (phi3, qwen2): it
 /// counts only where the architecture has a rhythm of layers, or the file lists them.
 pub(super) fn window(keys: &Keys, n_layer: usize) -> Result<(Option<usize>, Vec<bool>), Fault> {
@@ -29,7 +32,7 @@ pub(super) fn window(keys: &Keys, n_layer: usize) -> Result<(Option<usize>, Vec<
         "llama4" => 8192,
         _ => 0,
     };
-    let tokens = keys.number("attention.sliding_window", u32::MAX.into())?.unwrap_or(default);
+    let tokens = keys.number("attention.sliding_window", WINDOW_MAX)?.unwrap_or(default);
     if tokens == 0 || (known.is_none() && keys.get(PATTERN).is_none()) {
         return Ok((None, vec![false; n_layer]));
     }

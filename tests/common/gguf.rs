@@ -10,6 +10,7 @@ pub fn string(text: &str) -> Vec<u8> {
 /// A value of the metadata.
 #[derive(Clone, Copy)]
 pub enum Value<'a> {
+    U16(u16),
     U32(u32),
     I32(i32),
     U64(u64),
@@ -28,6 +29,7 @@ impl Value<'_> {
             kind(9, &[&of.to_le_bytes()[..], &(n as u64).to_le_bytes(), items].concat())
         };
         match self {
+            U16(n) => kind(2, &n.to_le_bytes()),
             U32(n) => kind(4, &n.to_le_bytes()),
             I32(n) => kind(5, &n.to_le_bytes()),
             U64(n) => kind(10, &n.to_le_bytes()),
@@ -150,7 +152,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         ("tokenizer.ggml.tokens", Texts(&words)),
         ("tokenizer.ggml.token_type", Array(&[1; 600])),
     ];
-    let split = [("split.no", U32(0)), ("split.count", U32(2)), ("split.tensors.count", U32(2))];
+    let split = [("split.no", U16(0)), ("split.count", U16(2)), ("split.tensors.count", U32(2))];
     let plain = [tensor("output.weight", &[256, 2], 12, 288), tensor("blk.0.attn_norm.weight", &[8], 0, 32)];
     let strange = [tensor("a", &[64], 39, 34), tensor("b", &[7, 7], 77, 64), tensor("c", &[128], 40, 72)];
     vec![

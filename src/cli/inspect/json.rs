@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use gvote::gguf::{Entry, Gguf, Support, Tensor};
-use gvote::llama::CacheType;
+use gvote::llama::{CacheType, ContextParams};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -39,9 +39,13 @@ pub struct Report {
     /// Of the layers that keep the whole context. Types that llama.cpp refuses for this head size are left out.
     kv_bytes_per_cell: BTreeMap<&'static str, usize>,
     kv_bytes_per_window_cell: BTreeMap<&'static str, usize>,
+    /// Of the layers with a sliding window, in a context as long as the model was trained for.
+    window_cells: usize,
     /// composite, base-only or refused
     support: &'static str,
     refused: Option<String>,
+    /// Why llama.cpp cannot load the file.
+    faults: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tensors: Option<Vec<Value>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,8 +104,10 @@ impl Report {
             chat_template: info.chat_template.clone(),
             kv_bytes_per_cell: per_type(|info, t| info.kv_bytes_per_cell(t, t)),
             kv_bytes_per_window_cell: per_type(|info, t| info.kv_bytes_per_window_cell(t, t)),
+            window_cells: info.window_cells(info.n_ctx_train, ContextParams::default().n_ubatch as usize),
             support,
             refused,
+            faults: file.faults.clone(),
             tensors: tensors.then(|| file.tensors.iter().map(tensor).collect()),
             metadata: metadata.then(|| file.entries.iter().map(entry).collect()),
         }

@@ -1,7 +1,7 @@
 //! The summary for people.
 
 use gvote::gguf::{Gguf, ModelInfo, Support};
-use gvote::llama::CacheType;
+use gvote::llama::{CacheType, ContextParams};
 
 use crate::cli::table::{labelled, plain, table};
 use crate::cli::words::{bytes, count, plural};
@@ -148,24 +148,28 @@ pub fn support(info: &ModelInfo) -> String {
 
 fn cache(info: &ModelInfo) -> String {
     let trained = info.n_ctx_train;
+    let in_window = info.window_cells(trained, ContextParams::default().n_ubatch as usize);
     let rows = CacheType::all().map(|cache_type| {
         let name = cache_type.name().to_owned();
         if !info.can_cache(cache_type) {
             return [name, "heads do not fit its blocks".into(), String::new()];
         }
         let cell = info.kv_bytes_per_cell(cache_type, cache_type);
-        let all = cell.saturating_mul(trained);
+        let window = info.kv_bytes_per_window_cell(cache_type, cache_type).saturating_mul(in_window);
+        let all = cell.saturating_mul(trained).saturating_add(window);
         [name, count(cell), bytes(all, all)]
     });
     let context = format!("{} cells", count(trained));
     let mut out = labelled("KV cache", "bytes of a cell, with K and V of the same type (-ctk, -ctv)");
     out += &table(["type", "bytes", &context], rows, 1);
-    if let Some(window) = info.sliding_window {
+    if info.sliding_window.is_some() {
         let cell = info.kv_bytes_per_window_cell(CacheType::F16, CacheType::F16);
-        out += &labelled(
-            "",
-            &format!("and {} bytes (f16) for each of the {} tokens in the window", count(cell), count(window)),
+        let text = format!(
+            "with {} cells of {} bytes (f16) for the layers with the window, whatever -c is (not with --swa-full)",
+            count(in_window),
+            count(cell)
         );
+        out += &labelled("", &text);
     }
     out
 }
