@@ -6,6 +6,8 @@
 #include "llama-ext.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <exception>
 #include <limits>
 
 struct gvote_shim_table {
@@ -183,6 +185,32 @@ int32_t gvote_shim_decode(llama_context * ctx, llama_batch batch) {
     }
     mend(ctx);
     return reason == OUT_OF_MEMORY ? GVOTE_SHIM_NO_MEMORY : GVOTE_SHIM_EXCEPTION;
+}
+
+static void (*terminate_handler)(const char * what) = nullptr;
+
+static void terminate_by_handler() {
+    const char * what = "an exception that nobody catches";
+    try {
+        if (const std::exception_ptr exception = std::current_exception()) {
+            std::rethrow_exception(exception);
+        }
+        terminate_handler(what);
+    } catch (const std::exception & e) {
+        terminate_handler(e.what());
+    } catch (...) {
+        terminate_handler(what);
+    }
+    abort();
+}
+
+void gvote_shim_on_terminate(void (*handler)(const char * what)) {
+    terminate_handler = handler;
+    std::set_terminate(terminate_by_handler);
+}
+
+void gvote_shim_llama_init(void) {
+    is_done([&] { llama_backend_init(); });
 }
 
 llama_model * gvote_shim_model_load(const char * path, llama_model_params params) {
@@ -380,10 +408,12 @@ void gvote_shim_table_commit(llama_context * ctx, llama_seq_id seq, gvote_shim_t
     delete table;
 }
 
-static void add(gvote_shim_memory_use & sum, const llama_memory_breakdown_data & use) {
-    sum.model   += use.model;
-    sum.cache   += use.context;
-    sum.compute += use.compute;
+static void add(
+        gvote_shim_memory_use & sum, ggml_backend_buffer_type_t buft, const llama_memory_breakdown_data & use) {
+    sum.model    += use.model;
+    sum.repacked += ggml_backend_buft_is_host(buft) ? 0 : use.model;
+    sum.cache    += use.context;
+    sum.compute  += use.compute;
 }
 
 const char * gvote_shim_memory_on(llama_context * ctx, ggml_backend_dev_t device, gvote_shim_memory_use * out) {
@@ -391,7 +421,7 @@ const char * gvote_shim_memory_on(llama_context * ctx, ggml_backend_dev_t device
         *out = {};
         for (const auto & [buft, use] : llama_get_memory_breakdown(ctx)) {
             if (ggml_backend_buft_get_device(buft) == device && !ggml_backend_buft_is_host(buft)) {
-                add(*out, use);
+                add(*out, buft, use);
             }
         }
         return nullptr;
@@ -407,7 +437,7 @@ const char * gvote_shim_memory(llama_context * ctx, gvote_shim_memory_use * host
             const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
             const auto type = dev == nullptr ? GGML_BACKEND_DEVICE_TYPE_CPU : ggml_backend_dev_type(dev);
             const bool is_gpu = type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
-            add(is_gpu && !ggml_backend_buft_is_host(buft) ? *device : *host, use);
+            add(is_gpu && !ggml_backend_buft_is_host(buft) ? *device : *host, buft, use);
         }
         return nullptr;
     });

@@ -245,7 +245,14 @@ const char * gvote_shim_sampler_sample(
 // Remembers tokens that were not drawn: of the prompt. A grammar does not hear of them.
 const char * gvote_shim_sampler_accept(struct gvote_shim_sampler * sampler, const llama_token * tokens, size_t n);
 
+// What happens to exceptions that nobody catches: `handler` is told what they say, and abort() follows. For programs: it holds
+// for the whole process.
+void gvote_shim_on_terminate(void (*handler)(const char * what));
+
 // What follows does as the functions of llama.h that are named, which let exceptions through.
+
+// llama_backend_init().
+void gvote_shim_llama_init(void);
 
 // llama_model_load_from_file() and llama_init_from_model(); NULL for an exception.
 struct llama_model * gvote_shim_model_load(const char * path, struct llama_model_params params);
@@ -284,6 +291,7 @@ const struct ggml_tensor * gvote_shim_model_tensor(const struct llama_model * mo
 // Bytes of one kind of memory.
 struct gvote_shim_memory_use {
     size_t model;
+    size_t repacked; // of the model, what the host may not read: it is never mapped from the file
     size_t cache;
     size_t compute;
 };

@@ -46,6 +46,7 @@ pub mod explain;
 pub mod gguf;
 mod guest;
 pub mod llama;
+pub mod machine;
 mod memory;
 mod page;
 mod plot;

@@ -6,6 +6,7 @@ mod compress;
 mod explain;
 mod file;
 mod follow;
+mod grow;
 mod long;
 mod marks;
 mod masked;
@@ -21,19 +22,21 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 pub use self::file::FileError;
+pub use self::grow::Stuck;
 use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
-use crate::llama::{
-    Batch, CacheType, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token,
-};
+use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token};
 use crate::policy::{self, Kind, PolicyError};
 pub use crate::vote::CompressReport;
 use crate::vote::{Sequence, VoteError, Voter};
 
 /// The sequence that holds the conversation.
 const SEQ: SeqId = 0;
+/// Tokens of an answer that nobody set a length for, where the model was trained for no longer text: enough to say something, and an
+/// end to what may be nonsense.
+pub const LEAST_ANSWER: usize = 512;
 
 /// What can go wrong in a session. The session stays as it was before the call. Where that cannot be, because memory runs out
 /// for the way back too, or because recurrent layers have lost their state, it is empty afterwards: [`Session::n_past`] is 0.
@@ -92,6 +95,8 @@ pub struct SessionParams {
     pub policy: policy::Params,
     /// Account for the rounding of a quantized K cache in the vote: see [`crate::score`].
     pub account_error: bool,
+    /// Cells that the cache may grow to where a text needs more than it was made with; 0: it does not grow.
+    pub grow_to: u32,
 }
 
 impl SessionParams {
@@ -117,13 +122,16 @@ pub struct Session {
     /// What the heads dropped, where that is more than the cache could.
     mask: Option<Mask>,
     policy: policy::Params,
+    /// As the caller asked for it.
+    context: ContextParams,
     /// Cells that the caller asked for; the context has some more for votes.
     n_ctx: usize,
+    /// Cells that there may be later.
+    grow_to: usize,
+    stuck: Option<Stuck>,
     /// Of those, the ones that may be used now.
     limit: usize,
     chunk: usize,
-    /// Types of K and V.
-    types: [CacheType; 2],
     /// Ascending by position.
     marks: Vec<Mark>,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
@@ -159,10 +167,12 @@ impl Session {
             sequence: Sequence::new(SEQ),
             mask: None,
             policy: params.policy.clone(),
+            context: params.context.clone(),
             n_ctx,
+            grow_to: params.grow_to as usize,
+            stuck: None,
             limit: n_ctx,
             chunk: context.n_ubatch as usize,
-            types: [context.type_k, context.type_v],
             marks: Vec::new(),
             logits: Vec::new(),
         })
@@ -290,6 +300,8 @@ impl Session {
         if tokens.is_empty() {
             return Err(SessionError::Empty);
         }
+        self.ctx.check_positions(self.n_past(), tokens.len())?;
+        self.grow_for(tokens.len());
         self.check_room(tokens.len())?;
         let start = Instant::now();
         let first = self.n_past();
@@ -366,14 +378,20 @@ impl Session {
         let tokens = self.sequence.tokens();
         let most = match usize::try_from(n_predict) {
             Ok(n) => tokens.len().saturating_add(n),
-            Err(_) => tokens.len().max(self.model().n_ctx_train()),
+            Err(_) => self.end_of_answer(),
         };
         let mut sampler = Sampler::new(self.model(), params, most)?;
         sampler.accept(tokens)?;
         Ok(sampler)
     }
 
-    /// Generates up to `n_predict` tokens (negative: until the model ends, or has come as far as it was trained for).
+    /// Position where an answer ends whose length nobody has set.
+    fn end_of_answer(&self) -> usize {
+        self.model().n_ctx_train().max(self.n_past() as usize + LEAST_ANSWER)
+    }
+
+    /// Generates up to `n_predict` tokens (negative: until the model ends, or has come as far as it was trained for; [`LEAST_ANSWER`]
+    /// tokens where that is near or behind).
     /// `on_token` gets each token before it is decoded; the last one, if it ends the generation, is not passed on and not
     /// decoded. Where the cells run out, those that the policy can spare are freed; under the policy `full`, and where too
     /// few can be spared, that is the end, and so is that of a model's table of positions.
@@ -394,6 +412,7 @@ impl Session {
         let mut tokens = 0;
         let mut squeezes = Squeezes::default();
         let mut free = self.room();
+        let end = self.end_of_answer();
         let stop = loop {
             if n_predict >= 0 && tokens == n_predict as usize {
                 break Stop::Limit;
@@ -402,8 +421,12 @@ impl Session {
             if self.model().is_eog(token) {
                 break Stop::EndOfGeneration;
             }
-            if n_predict < 0 && self.n_past() as usize >= self.model().n_ctx_train() {
+            if n_predict < 0 && self.n_past() as usize >= end {
                 break Stop::ContextFull;
+            }
+            if free == 0 {
+                self.grow_for(1);
+                free = self.room();
             }
             if free == 0 {
                 match self.make_room(1, &[]) {

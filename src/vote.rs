@@ -131,6 +131,23 @@ impl Voter {
         })
     }
 
+    /// The same for another context that its sequence moves to.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and [`VoteError::Capture`].
+    pub(crate) fn moved_to(&mut self, ctx: &Context, seq: SeqId) -> Result<Self, VoteError> {
+        let mut moved = Self::new(ctx, &self.policy, self.account_error)?;
+        let captured = self.capture.save(seq);
+        if let Some(error) = self.capture.failure() {
+            return Err(error.into());
+        }
+        let captured = moved.capture.read(&captured).ok_or(VoteError::Capture(CaptureError::Empty))?;
+        moved.capture.restore(seq, captured);
+        moved.system_end = self.system_end;
+        moved.notes = self.notes.take();
+        Ok(moved)
+    }
+
     /// Cells that a vote needs beside those of the sequence.
     pub fn spare_cells(policy: &policy::Params) -> usize {
         let replay = if policy.replay { replay::CELLS } else { 0 };

@@ -2,8 +2,8 @@
 
 #[path = "common/cli.rs"]
 mod cli;
-#[path = "common/gguf.rs"]
-mod file;
+#[path = "common/zeros.rs"]
+mod zeros;
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -13,6 +13,7 @@ use cli::{Done, bare, finish, gvote, model, optional};
 use gvote::SessionParams;
 use gvote::llama::{CacheType, Context, ContextParams, FlashAttention, Model, ModelParams};
 use serde_json::Value;
+use zeros::{Zeros, file};
 
 const QWEN: &str = "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf";
 
@@ -107,6 +108,48 @@ fn they_are_what_llama_cpp_logs_in_a_run() {
     ] {
         assert!((logged - planned).abs() < 0.01 * planned, "{logged} MiB logged, {planned} planned");
     }
+}
+
+/// The cache of Gemma 3 270M: a window of 512 in 15 of 18 layers.
+#[test]
+fn a_window_takes_the_cells_that_it_needs() {
+    let extra = &[(".attention.sliding_window", file::Value::U32(512))];
+    let made = Zeros {
+        architecture: "gemma3",
+        n_layer: 18,
+        n_head_kv: 1,
+        head: 256,
+        n_ctx: 32_768,
+        extra,
+        ..Zeros::default()
+    };
+    let made = made.write();
+    let path = made.path();
+    let args = ["--prompt", "30000", "-n", "512", "-v"];
+    let kv_cache = |more: &[&str]| {
+        let done = plan(path, &[&args[..], more, &["--json"]].concat()).ok();
+        (number(&of_type(&done.json()[0], "f16")["kv_cache"]) >> 20, done.stderr)
+    };
+    // 30,720 cells of 3 layers, and 1,024 of 15
+    let (size, log) = kv_cache(&[]);
+    assert_eq!(size, 90 + 15);
+    assert!(!log.contains("full-size SWA cache"), "{log}");
+    assert_eq!(kv_cache(&["--swa-full"]).0, 540);
+    let command = plan(path, &[&args[..], &["--swa-full"]].concat()).ok().stdout;
+    assert!(command.contains(" --swa-full"), "{command}");
+    assert_real(path, 30_512, 512, &[CacheType::F16]);
+    // inspect counts the cells of the training
+    let shown = finish(&mut bare(&["inspect", path.to_str().unwrap()])).ok().stdout;
+    let row = shown.lines().find(|line| line.trim_start().starts_with("f16 ")).unwrap();
+    assert!(row.contains("111.0 MiB"), "{shown}");
+    // and so does llama.cpp in a run
+    let done =
+        finish(&mut bare(&["run", "-m", path.to_str().unwrap(), "--raw", "-p", "ab", "-n", "1", "-c", "30512", "-v"]));
+    let sizes = done.ok().stderr;
+    let sizes =
+        sizes.lines().filter(|line| line.contains("KV buffer size")).map(|line| line.rsplit('=').next().unwrap());
+    let sizes: f64 = sizes.map(|mib| mib.trim().trim_end_matches(" MiB").parse::<f64>().unwrap()).sum();
+    assert!((sizes - 105.0).abs() < 0.01, "{sizes}");
 }
 
 #[test]

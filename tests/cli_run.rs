@@ -2,14 +2,18 @@
 
 #[path = "common/cli.rs"]
 mod cli;
+#[path = "common/zeros.rs"]
+mod zeros;
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::thread::sleep;
 use std::time::Duration;
 
 use cli::{Done, document, finish, finish_with, gvote, interrupt, model};
 use serde_json::Value;
+use zeros::Zeros;
+use zeros::file::Value::{Bool, Text};
 
 /// Characters of a document that is worth a vote: some 650 tokens.
 const CHARS: usize = 2600;
@@ -330,6 +334,51 @@ fn bad_files_fail_with_one_line() {
     }
 }
 
+/// A BOS that is asked for and does not exist: llama.cpp finds out when it makes tokens of a prompt.
+#[test]
+fn an_assertion_of_llama_cpp_is_one_line_that_names_the_file() {
+    let made = Zeros { extra: &[("tokenizer.ggml.add_bos_token", Bool(true))], ..Zeros::default() }.write();
+    let path = made.path().to_str().unwrap();
+    let done = finish(&mut cli::bare(&["run", "-m", path, "--raw", "-p", "ab", "-n", "1"]));
+    assert_eq!((done.status, done.stdout.as_str(), done.stderr.lines().count()), (1, "", 1), "{}", done.stderr);
+    for part in [path, "llama.cpp gave up while it made tokens", "llama-vocab.cpp:", "GGML_ASSERT"] {
+        assert!(done.stderr.contains(part), "{part} is not in {}", done.stderr);
+    }
+    assert!(!done.stderr.contains("/llama-vocab.cpp"), "no folder of a machine that built it: {}", done.stderr);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_fault_is_one_line_that_names_the_file() {
+    for (signal, name) in [("SEGV", "SIGSEGV"), ("FPE", "SIGFPE"), ("ABRT", "SIGABRT")] {
+        let child = gvote("run", &["-p", "Tell me a long story.", "-n", "4000"]).spawn().unwrap();
+        let mut child = child;
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        let sent = std::process::Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+        let done: Done = child.wait_with_output().unwrap().into();
+        assert_eq!((done.status, done.stderr.lines().count()), (1, 1), "{}", done.stderr);
+        let line = format!("gvote: {}: llama.cpp crashed while it wrote the answer ({name}", model().display());
+        assert!(done.stderr.starts_with(&line), "{}", done.stderr);
+    }
+}
+
+/// Regular expressions of C++ call themselves for each character of a word.
+#[test]
+fn a_word_of_a_mebibyte_does_not_end_the_stack() {
+    let extra = &[("tokenizer.ggml.pre", Text("deepseek-llm"))];
+    let made = Zeros { tokens: &["a", "b", "\u{120}"], extra, ..Zeros::default() }.write();
+    let path = made.path().to_str().unwrap();
+    for letter in ["a", " "] {
+        let mut text = tempfile::NamedTempFile::new().unwrap();
+        text.write_all(letter.repeat(1 << 20).as_bytes()).unwrap();
+        let args = ["run", "-m", path, "--raw", "-c", "64", "--policy", "full", "-f", text.path().to_str().unwrap()];
+        let done = finish(&mut cli::bare(&args));
+        assert_eq!((done.status, done.stdout.as_str()), (1, ""), "{}", done.stderr);
+        assert!(done.stderr.contains("the prompt has 1048576 tokens"), "{}", done.stderr);
+    }
+}
+
 #[test]
 fn a_prompt_longer_than_the_context_is_read_in_the_cells_there_are() {
     let document = document(CHARS);
@@ -444,6 +493,87 @@ fn the_help_teaches() {
     let overview = help(&["--help"]);
     assert!(overview.contains("run") && overview.contains("chat") && overview.contains("Exit status"));
     assert!(help(&["--version"]).starts_with("gvote "));
+}
+
+/// What a program prints about a model whose answers have no end.
+fn endless(made: &tempfile::NamedTempFile, args: &[&str]) -> (Value, String) {
+    let path = made.path().to_str().unwrap();
+    let fixed = ["run", "-m", path, "--raw", "--json", "--temp", "0", "-t", "1"];
+    let done = finish(&mut cli::bare(&[&fixed[..], args].concat())).ok();
+    (done.json().remove(0), done.stderr)
+}
+
+#[test]
+fn a_prompt_longer_than_the_training_is_answered() {
+    let made = Zeros { n_ctx: 256, ..Zeros::default() }.write();
+    let (report, said) = endless(&made, &["-p", &"ab".repeat(200)]);
+    assert!(said.contains("the prompt has 400 tokens and the model was trained for 256"), "{said}");
+    assert_eq!((&report["prefill"]["tokens"], &report["decode"]["tokens"]), (&400.into(), &512.into()), "{report}");
+    assert_eq!(report["decode"]["stop"], "context-full");
+    assert_eq!(endless(&made, &["-p", &"ab".repeat(200), "-n", "3"]).0["decode"]["tokens"], 3);
+    // so it is where hardly any of the training is left, and with cells for more
+    let (report, _) = endless(&made, &["-p", &"a".repeat(250)]);
+    assert_eq!(report["decode"]["tokens"], 512, "{report}");
+    let (report, _) = endless(&made, &["-p", "ab", "-c", "4096"]);
+    assert_eq!(report["decode"]["tokens"], 512, "{report}");
+}
+
+#[test]
+fn a_short_prompt_takes_little_memory_whatever_the_training_was() {
+    let made = Zeros { n_ctx: 131_072, ..Zeros::default() }.write();
+    for n in ["2", "100000"] {
+        let path = made.path().to_str().unwrap();
+        let mut child = cli::bare(&["run", "-m", path, "--raw", "-p", "ab", "-n", n, "-v", "-t", "1"]).spawn().unwrap();
+        let log = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+        let cells = log.map(Result::unwrap).find(|line| line.contains("n_ctx_seq ") && line.contains('=')).unwrap();
+        let cells: usize = cells.rsplit('=').next().unwrap().trim().parse().unwrap();
+        assert!(cells <= 2048, "{cells} cells for -n {n}");
+        let _ = (child.kill(), child.wait());
+    }
+}
+
+/// With the tokens that it would have had with all cells from the start, and nothing dropped.
+#[test]
+fn an_answer_that_outgrows_its_cells_loses_nothing() {
+    let made = Zeros { n_ctx: 8192, ..Zeros::default() }.write();
+    let (report, _) = endless(&made, &["-p", "ab", "-n", "3000"]);
+    assert_eq!(report["decode"]["tokens"], 3000, "{report}");
+    assert_eq!(report["decode"]["squeezes"]["count"], 0, "{report}");
+    assert_eq!(report["cache"]["cells"], 3002, "{report}");
+    // what was asked for stays
+    let (report, _) = endless(&made, &["-p", "ab", "-n", "600", "-c", "512"]);
+    assert_eq!(report["cache"]["size"], 512, "{report}");
+    assert!(number(&report["decode"]["squeezes"]["count"]) > 0, "{report}");
+}
+
+#[test]
+fn a_context_that_the_machine_cannot_hold_is_refused_before_it_is_allocated() {
+    let document = document(CHARS);
+    let file = document.path().to_str().unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let out = out.path().join("runs.jsonl");
+    let eval = ["text", "-f", file, "-p", "100", "-n", "4", "-o", out.to_str().unwrap()];
+    for (command, args) in
+        [("run", &["-p", "Hi"][..]), ("chat", &[]), ("explain", &["-p", "Hi"]), ("bench", &[]), ("eval", &eval)]
+    {
+        let mut program = gvote(command, &[]);
+        if command == "eval" {
+            program = cli::bare(&["eval"]);
+            program.args(args).arg("-m").arg(model());
+        } else {
+            program.args(args);
+        }
+        let done = finish(program.args(["-c", "2000000000"]));
+        assert_eq!(
+            (done.status, done.stdout.as_str(), done.stderr.lines().count()),
+            (1, "", 1),
+            "{command}: {}",
+            done.stderr
+        );
+        for part in ["a context of 2,000,000,000 cells takes", "GiB", "are available: lower -c", "gvote plan"] {
+            assert!(done.stderr.contains(part), "{command}: {part} is not in {}", done.stderr);
+        }
+    }
 }
 
 /// The shell's limit on the address space: a cache of 30 GiB, and less than that to have.

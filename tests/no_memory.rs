@@ -136,7 +136,7 @@ fn open(model: &Model, policy: Params) -> Session {
         n_threads_batch: 1,
         ..ContextParams::default()
     };
-    Session::new(model, &SessionParams { context, policy, account_error: false }).unwrap()
+    Session::new(model, &SessionParams { context, policy, ..Default::default() }).unwrap()
 }
 
 fn words(n: usize, kind: usize) -> Vec<Token> {
@@ -322,4 +322,66 @@ fn a_reading_with_recurrent_layers_leaves_no_trace() {
             assert!(sweep(scarce, &mut session, once, &before, work, check) > 50, "{arch}");
         }
     });
+}
+
+/// It reads on in the cells that it has, or is as it was.
+#[test]
+fn a_session_that_cannot_grow_is_as_it_was() {
+    alone("a_session_that_cannot_grow_is_as_it_was", |scarce| {
+        let model = tiny::model("llama");
+        let mut grown = BTreeSet::new();
+        for once in [true, false] {
+            let mut place = 0;
+            loop {
+                let mut session = open(&model, policy());
+                read_long(&mut session, &words(150, 1), 0).unwrap();
+                let before = session.save();
+                session.set_grow_to(1000);
+                // SAFETY: they set and read numbers.
+                let (done, has_failed) = unsafe {
+                    (scarce.begin)(place, once);
+                    (read_long(&mut session, &words(250, 2), 0), (scarce.end)())
+                };
+                grown.insert((done.is_ok(), session.n_ctx() > N_CTX as usize));
+                if done.is_err() && session.n_past() == 150 {
+                    assert!(session.save() == before, "allocation {place}, once: {once}");
+                }
+                if !has_failed {
+                    break;
+                }
+                place = next(place);
+            }
+        }
+        // where only the move fails, the text is read in the cells that there are
+        assert!(grown.contains(&(true, true)) && grown.contains(&(true, false)), "{grown:?}");
+    });
+}
+
+/// Where an exception meets nobody who catches it, too.
+#[test]
+fn the_program_says_in_one_line_that_memory_has_run_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny::recurrent(dir.path(), "jamba");
+    let run = |after: usize| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_gvote"));
+        program.args(["run", "--policy", "full", "-p", "Hello", "-n", "2", "-t", "1", "--temp", "0", "-m"]).arg(&model);
+        program.env("LD_PRELOAD", library()).env("SCARCE_AFTER", after.to_string());
+        let done = program.output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (done.status.code(), text(done.stdout), text(done.stderr))
+    };
+    let (mut after, mut said) = (1, BTreeSet::new());
+    loop {
+        let (status, stdout, stderr) = run(after);
+        if status == Some(0) {
+            break;
+        }
+        let mut errors = stderr.lines().filter(|line| !line.starts_with("this model has no chat template"));
+        let (first, more) = (errors.next(), errors.next());
+        let error = first.filter(|line| line.starts_with("gvote: ")).unwrap_or_else(|| panic!("{after}: {stderr}"));
+        assert!(status == Some(1) && stdout.is_empty() && more.is_none(), "{after}: {status:?}, {stdout:?}, {stderr}");
+        said.insert(error.to_owned());
+        after += after / 2 + 1;
+    }
+    assert!(said.len() > 2, "{said:#?}");
 }

@@ -53,8 +53,8 @@ const CTX_SIZE_MAX: i64 = i32::MAX as i64;
 #[derive(Args)]
 #[command(next_help_heading = "Context and KV cache")]
 pub struct ContextArgs {
-    /// Cells of the KV cache. 0: `run` and `bench` take what they need, `chat` what the model was trained for. Prompts of
-    /// more tokens than that are read too: cells are freed on the way
+    /// Cells of the KV cache. 0: what the text at hand needs, and more when it needs more, up to what the model was trained for.
+    /// Prompts of more tokens than that are read too: cells are freed on the way
     #[arg(short, long, value_name = "N", default_value_t = 0,
           value_parser = clap::value_parser!(u32).range(..=CTX_SIZE_MAX))]
     pub ctx_size: u32,
@@ -89,6 +89,10 @@ pub struct ContextArgs {
     /// Type of the V cache; the quantized ones need flash attention
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = CacheType::from_str)]
     cache_type_v: CacheType,
+
+    /// Keep all cells of layers with a sliding window, too: more memory, and /regen and /edit can go back further
+    #[arg(long)]
+    swa_full: bool,
 }
 
 impl ContextArgs {
@@ -107,6 +111,7 @@ impl ContextArgs {
             flash_attn: self.flash_attn,
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
+            swa_full: self.swa_full,
             ..default
         }
     }
@@ -255,6 +260,7 @@ impl VoteArgs {
             context: context.params(n_ctx),
             policy: self.params(policy)?,
             account_error: self.key_error,
+            ..SessionParams::default()
         })
     }
 }

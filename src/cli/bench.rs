@@ -171,7 +171,9 @@ impl Bench<'_> {
         let n_ctx = depth + self.plan.longest_test();
         let mut arms = Vec::new();
         for &kind in &self.plan.policies {
-            arms.push(Arm::new(self.model, kind, &self.args.session(kind, n_ctx)?)?);
+            let params = self.args.session(kind, n_ctx)?;
+            self.steps.check_memory(&params)?;
+            arms.push(Arm::new(self.model, kind, &params)?);
         }
         for test in self.plan.tests_at(depth) {
             let runs = self.measure(&mut arms, test, context, rest)?;

@@ -10,6 +10,7 @@ use gvote::llama::{Message, Role};
 use gvote::session::Stop;
 
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs, share};
+use super::cells::Cells;
 use super::conversation::Conversation;
 use super::input::{Entry, Input};
 use super::prompt::{LengthArgs, PromptArgs, tell_of_system};
@@ -119,6 +120,8 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     if template.is_fallback() {
         note("this model has no chat template; ChatML is used");
     }
+    let cells = Cells::for_chat(&model);
+    let params = cells.given_to(args.policy.session(&args.context, cells.first())?, &args.context);
     let session = steps.open(&model, &params)?;
     let system = args.prompt.system()?;
     tell_of_system(&template, system.as_ref());
@@ -152,8 +155,12 @@ pub fn run(args: &ChatArgs) -> Result<()> {
 impl Chat<'_> {
     fn greet(&self) {
         let session = self.conversation.session();
+        let most = match session.n_ctx_most() {
+            most if most > session.n_ctx() => format!(" (up to {} when it needs them)", count(most)),
+            _ => String::new(),
+        };
         note(&format!(
-            "{}, {} cells, policy {}. /help lists the commands, Ctrl-D ends the chat.",
+            "{}, {} cells{most}, policy {}. /help lists the commands, Ctrl-D ends the chat.",
             session.model().description(),
             count(session.n_ctx()),
             session.policy().policy,
@@ -262,7 +269,7 @@ impl Chat<'_> {
         let stop = report.decode.stop;
         self.last = Some(report);
         match stop {
-            Stop::ContextFull => note("the context is full: /clear starts over, a larger -c makes room"),
+            Stop::ContextFull => self.tell_full(),
             Stop::Cancelled if !self.is_interactive => return Err(Exit::Cancelled.into()),
             _ => {}
         }
@@ -275,6 +282,19 @@ impl Chat<'_> {
             print_json(&serde_json::json!({ "error": format!("{error:#}") }))?;
         }
         self.survive(error)
+    }
+
+    fn tell_full(&self) {
+        let session = self.conversation.session();
+        let trained = session.model().n_ctx_train();
+        note(&if session.n_past() as usize >= trained {
+            let trained = count(trained);
+            format!(
+                "the conversation is as long as the {trained} tokens that the model was trained for: /clear starts over"
+            )
+        } else {
+            "the context is full: /clear starts over, a larger -c makes room".into()
+        });
     }
 
     /// Reports an error after which the chat goes on; passes on the others.

@@ -10,10 +10,11 @@ use gvote::policy::Kind;
 use gvote::session::{CompressReport, PrefillReport};
 use serde::{Deserialize, Serialize};
 
+use super::crash::{self, Step};
 use super::prompt::LengthArgs;
 use super::report::{Totals, TurnReport};
 use super::turn::Steps;
-use super::words::note;
+use super::words::{count, note};
 
 /// Above this share of the context every turn votes: what a vote frees may be what the next message needs.
 const NEARLY_FULL: f64 = 0.75;
@@ -253,6 +254,7 @@ impl Conversation {
             self.forget_cache();
         }
         let start = self.place();
+        crash::at(Step::Tokenize);
         let tokens = if start.text == 0 {
             let tokens = text.tokens(self.session.model())?;
             self.protect_system(&tokens)?;
@@ -260,6 +262,13 @@ impl Conversation {
         } else {
             text.tokens_from(self.session.model(), start.text)?
         };
+        let (before, trained) = (self.session.n_past() as usize, self.session.model().n_ctx_train());
+        if (before..before + tokens.len()).contains(&trained) {
+            let trained = count(trained);
+            note(&format!(
+                "the model was trained for {trained} tokens; past them it may talk nonsense: /clear starts over"
+            ));
+        }
         let prefill = steps.prefill_long(&mut self.session, &tokens)?;
         self.state.rendered = text.text().to_owned();
         let vote = self.vote_is_due().then(|| steps.compress(&mut self.session)).transpose()?;
@@ -295,7 +304,7 @@ impl Conversation {
         let grown =
             self.state.cells_after_vote.is_none_or(|after| cells as f64 >= after as f64 * (1.0 + self.revote_share));
         let over_cap = policy.max_cells.is_some_and(|cap| cells > cap);
-        let nearly_full = cells as f64 > NEARLY_FULL * self.session.n_ctx() as f64;
+        let nearly_full = cells as f64 > NEARLY_FULL * self.session.n_ctx_most() as f64;
         policy.policy != Kind::Full && (grown || over_cap || nearly_full)
     }
 

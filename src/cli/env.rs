@@ -11,7 +11,7 @@ use super::shorthand::spellings;
 
 /// Long flags, and the variables that llama.cpp reads for them. Where the flag says no and the variable yes, there are two:
 /// `LLAMA_ARG_X=0` and `LLAMA_ARG_NO_X`.
-pub const VARIABLES: [(&str, &str); 21] = [
+pub const VARIABLES: [(&str, &str); 22] = [
     ("batch-size", "LLAMA_ARG_BATCH"),
     ("cache-type-k", "LLAMA_ARG_CACHE_TYPE_K"),
     ("cache-type-v", "LLAMA_ARG_CACHE_TYPE_V"),
@@ -28,6 +28,7 @@ pub const VARIABLES: [(&str, &str); 21] = [
     ("presence-penalty", "LLAMA_ARG_PRESENCE_PENALTY"),
     ("repeat-penalty", "LLAMA_ARG_REPEAT_PENALTY"),
     ("rpc", "LLAMA_ARG_RPC"),
+    ("swa-full", "LLAMA_ARG_SWA_FULL"),
     ("temp", "LLAMA_ARG_TEMPERATURE"),
     ("threads", "LLAMA_ARG_THREADS"),
     ("top-k", "LLAMA_ARG_TOP_K"),

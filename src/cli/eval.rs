@@ -181,6 +181,7 @@ impl CommonArgs {
     fn runner(&self, steps: &Steps, model: &Model, configs: Vec<Config>, n_ctx: usize, raw: bool) -> Result<Runner> {
         let n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
         let params = SessionParams { context: self.context.params(n_ctx), ..SessionParams::default() };
+        steps.check_memory(&params)?;
         let mut journal = Journal::open(&self.out)?;
         if journal.cut_off {
             note_cut_off(&self.out);

@@ -16,9 +16,9 @@ use serde::Serialize;
 
 use super::Exit;
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs};
+use super::cells::Cells;
 use super::prompt::RequestArgs;
 use super::report::{Prefill, Vote, print_json};
-use super::run::cells_needed;
 use super::turn::Steps;
 use super::words::{bytes, line};
 
@@ -77,8 +77,8 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     steps.interrupt.begin();
     let model = steps.load_model(&args.model, policy)?;
     let request = args.request.request(&model, text)?;
-    let n_ctx = cells_needed(&model, request.tokens.len(), 0);
-    let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
+    let cells = Cells::for_answer(&model, request.tokens.len(), 0);
+    let mut session = steps.open(&model, &args.policy.session(&args.context, cells.first())?)?;
     session.set_system_tokens(request.system);
     let prefill = steps.prefill_long(&mut session, &request.tokens)?;
     let explanation = steps.explain(&mut session)?;

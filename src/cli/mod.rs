@@ -2,11 +2,14 @@
 
 mod args;
 mod bench;
+mod cells;
 mod chat;
 mod conversation;
+mod crash;
 mod env;
 mod eval;
 mod explain;
+mod fits;
 #[cfg(test)]
 mod flags;
 mod input;
@@ -77,6 +80,7 @@ const STATUS_CANCELLED: u8 = 128 + 2;
 
 /// Runs the program on a command line, its own name first.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    crash::install();
     let command = described();
     let args = shorthand::expand(&command, args);
     let command = env::attach(command, &args);

@@ -15,6 +15,7 @@ use gvote::policy::{Kind, Params};
 use serde::Serialize;
 
 use super::args::{flash_attention, gpu_layers};
+use super::crash::{self, Step};
 use super::report::print_json;
 use super::table::{labelled, plain, table};
 use super::turn::{connect, print};
@@ -74,6 +75,10 @@ pub struct PlanArgs {
     #[arg(long, value_name = "on|off|auto", default_value = "auto", hide_possible_values = true,
           value_parser = flash_attention())]
     flash_attn: FlashAttention,
+
+    /// With all cells for layers with a sliding window, too
+    #[arg(long)]
+    swa_full: bool,
 
     /// Print one JSON object on stdout
     #[arg(long)]
@@ -160,6 +165,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 impl Plan {
     fn new(args: &PlanArgs) -> Result<Self> {
         let file = Gguf::open(&args.model)?;
+        file.check()?;
         let info = &file.info;
         let predict = args.predict as usize;
         let trained = || info.n_ctx_train.min(fit::CELLS_MAX).saturating_sub(predict).max(1);
@@ -172,9 +178,16 @@ impl Plan {
         };
         let policy = Params::new(if refused.is_some() { Kind::Full } else { Kind::Gvote });
         connect(&args.rpc)?;
+        crash::about(&args.model);
+        crash::at(Step::Load);
         let simulation = Simulation::load(&args.model, &ModelParams { n_gpu_layers: args.n_gpu_layers })?;
-        let context =
-            ContextParams { n_ubatch: args.ubatch_size, flash_attn: args.flash_attn, ..ContextParams::default() };
+        crash::at(Step::Open);
+        let context = ContextParams {
+            n_ubatch: args.ubatch_size,
+            flash_attn: args.flash_attn,
+            swa_full: args.swa_full,
+            ..ContextParams::default()
+        };
         let threads = context.n_threads as usize;
         let draft = policy.draft;
         let sizes =
@@ -370,6 +383,9 @@ fn command(args: &PlanArgs, cache_type: CacheType, cells: usize, is_refused: boo
         FlashAttention::On => " -fa on",
         FlashAttention::Off => " -fa off",
     };
+    if args.swa_full {
+        out += " --swa-full";
+    }
     if is_refused {
         out += " --policy full";
     }

@@ -9,6 +9,7 @@ use gvote::llama::{ChatTemplate, Message, Model, Rendered, Role, Token};
 use gvote::text;
 
 use super::Exit;
+use super::crash::{self, Step};
 use super::words::{count, note};
 
 #[derive(Args)]
@@ -120,6 +121,7 @@ impl RequestArgs {
             Some(user) if is_raw => Rendered::plain(user.content.clone()),
             _ => template.render(&messages, true)?,
         };
+        crash::at(Step::Tokenize);
         let tokens = rendered.tokens(model)?;
         let system = if is_raw { 0 } else { template.system_tokens::<Error>(model, &messages, &tokens)? };
         let trained = model.n_ctx_train();

@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 use clap::Args;
-use gvote::llama::Model;
 use gvote::session::Stop;
 
 use super::Exit;
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs};
+use super::cells::Cells;
 use super::prompt::{LengthArgs, RequestArgs};
 use super::report::{Record, TurnReport, print_json};
 use super::turn::{Answer, Steps};
@@ -56,17 +56,18 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let model = steps.load_model(&args.model, policy)?;
     let sampling = args.sampling.params(&model, grammar.as_ref())?;
     let prompt = args.request.request(&model, text)?;
-    let n_ctx = cells_needed(&model, prompt.tokens.len(), args.length.predict);
+    let cells = Cells::for_answer(&model, prompt.tokens.len(), args.length.predict);
     let (trained, predict) = (model.n_ctx_train(), usize::try_from(args.length.predict).unwrap_or(0));
     // what is past them already has a note of its own
-    if (prompt.tokens.len() + 1..=prompt.tokens.len() + predict).contains(&(trained + 1)) {
+    if (prompt.tokens.len()..prompt.tokens.len() + predict).contains(&trained) {
         note(&format!(
             "an answer of {} tokens may go past the {} that the model was trained for; there it may talk nonsense",
             count(predict),
             count(trained)
         ));
     }
-    let mut session = steps.open(&model, &args.policy.session(&args.context, n_ctx)?)?;
+    let params = args.policy.session(&args.context, cells.first())?;
+    let mut session = steps.open(&model, &cells.given_to(params, &args.context))?;
     session.set_system_tokens(prompt.system);
 
     let prefill = steps.prefill_long(&mut session, &prompt.tokens)?;
@@ -88,10 +89,4 @@ pub fn run(args: &RunArgs) -> Result<()> {
         report.print();
     }
     if report.decode.stop == Stop::Cancelled { Err(Exit::Cancelled.into()) } else { Ok(()) }
-}
-
-/// Cells for a prompt and its answer, as far as the model was trained for.
-pub fn cells_needed(model: &Model, prompt: usize, predict: i32) -> usize {
-    let trained = model.n_ctx_train();
-    usize::try_from(predict).map_or(trained, |n| (prompt + n).min(trained))
 }

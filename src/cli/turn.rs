@@ -1,5 +1,6 @@
 //! The steps of a turn as a user sees them: loading, reading the prompt, voting, answering.
 
+use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -9,19 +10,21 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use gvote::explain::Explanation;
-use gvote::gguf::{self, Support};
+use gvote::gguf::{Gguf, Support};
 use gvote::llama::rpc::{self, Endpoint};
-use gvote::llama::{self, Model, Pieces, Pos, Sampler, Token};
+use gvote::llama::{Model, Pieces, Pos, Sampler, Token};
 use gvote::policy::Kind;
-use gvote::session::{CompressReport, GenerateReport, PrefillReport, Stop};
+use gvote::session::{CompressReport, GenerateReport, PrefillReport, Stop, Stuck};
 use gvote::{Session, SessionError, SessionParams};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::Exit;
 use super::args::{ModelArgs, OutputArgs};
+use super::crash::{self, Step};
+use super::fits::Loaded;
 use super::interrupt::Interrupt;
 use super::reverse::Reverse;
-use super::words::{count, note};
-use super::{Exit, STATUS_FAILED, print_error};
+use super::words::{bytes, count, note};
 
 /// Redraws a second of a progress bar.
 const REDRAWS: u8 = 10;
@@ -34,6 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 pub struct Steps {
     pub interrupt: Interrupt,
     show_progress: bool,
+    loaded: OnceCell<Loaded>,
 }
 
 impl Steps {
@@ -43,12 +47,17 @@ impl Steps {
             interrupt: Interrupt::install()?,
             // llama.cpp's log would tear the bars apart
             show_progress: io::stderr().is_terminal() && !output.json && !output.verbose,
+            loaded: OnceCell::new(),
         })
     }
 
     pub fn load_model(&self, args: &ModelArgs, policy: Kind) -> Result<Model> {
-        check_model_file(&args.model, policy)?;
+        let file = check_model_file(&args.model, policy)?;
         connect(&args.rpc)?;
+        crash::about(&args.model);
+        crash::at(Step::Load);
+        let loaded = self.loaded.get_or_init(|| Loaded::new(&file, args.params()));
+        loaded.check_weights(&file)?;
         let bar = self.bar(LOAD_STEPS as u64, "loading {bar:30} {percent} %");
         let model = Model::load(&args.model, &args.params(), |done| {
             bar.set_position((done * LOAD_STEPS) as u64);
@@ -60,8 +69,10 @@ impl Steps {
 
     /// Makes a session that Ctrl-C stops.
     pub fn open(&self, model: &Model, params: &SessionParams) -> Result<Session> {
+        crash::at(Step::Open);
+        self.check_memory(params)?;
         let (asked, trained) = (params.context.n_ctx as usize, model.n_ctx_train());
-        if asked > trained {
+        if asked > trained && params.grow_to == 0 {
             note(&format!("the model was trained for {} tokens; past them it may talk nonsense", count(trained)));
         }
         let session = Session::new(model, params)?;
@@ -69,19 +80,27 @@ impl Steps {
         Ok(session)
     }
 
+    /// Refuses a session that the machine has no memory for.
+    pub fn check_memory(&self, params: &SessionParams) -> Result<()> {
+        self.loaded.get().map_or(Ok(()), |loaded| loaded.check_context(params))
+    }
+
     /// Reads a prompt, which may have more tokens than the cache has cells.
     pub fn prefill_long(&self, session: &mut Session, tokens: &[Token]) -> Result<PrefillReport> {
         let bar = self.bar(tokens.len() as u64, "reading {bar:30} {human_pos}/{human_len} tokens in {elapsed}");
+        crash::at(Step::Read);
         let report = session.prefill_long(tokens, |done, _| {
             bar.set_position(done as u64);
             ControlFlow::Continue(())
         });
         bar.finish_and_clear();
+        tell_stuck(session);
         self.unless_cancelled(report)
     }
 
     pub fn compress(&self, session: &mut Session) -> Result<CompressReport> {
         let bar = self.bar(0, "voting {elapsed}");
+        crash::at(Step::Vote);
         let report = session.compress();
         bar.finish_and_clear();
         self.unless_cancelled(report)
@@ -90,6 +109,7 @@ impl Steps {
     /// The same, and what went into it.
     pub fn explain(&self, session: &mut Session) -> Result<Explanation> {
         let bar = self.bar(0, "voting {elapsed}");
+        crash::at(Step::Vote);
         let explanation = session.explain();
         bar.finish_and_clear();
         self.unless_cancelled(explanation)
@@ -110,6 +130,7 @@ impl Steps {
         // bytes of the text after each token, and of what was shown
         let (mut lengths, mut shown, mut is_reversed) = (Vec::new(), 0, false);
         let mut broken = Ok(());
+        crash::at(Step::Answer);
         let report = session.generate(sampler, n_predict, |token| {
             let piece = pieces.push(&model.piece(token, false));
             text.push_str(&piece);
@@ -122,6 +143,7 @@ impl Steps {
         });
         broken?;
         let mut report = report?;
+        tell_stuck(session);
         if is_reversed {
             report.stop = Stop::ReversePrompt;
             let cached = cut(session, first, &lengths, shown).map_or(text.clone(), |length| text[..length].to_owned());
@@ -183,9 +205,6 @@ fn cut(session: &mut Session, first: Pos, lengths: &[usize], end: usize) -> Opti
 
 /// Makes the devices of workers known to llama.cpp.
 pub fn connect(workers: &[Endpoint]) -> Result<()> {
-    if !workers.is_empty() {
-        llama::on_abort(on_abort);
-    }
     for worker in workers {
         let (done, is_done) = mpsc::channel::<()>();
         thread::scope(|scope| {
@@ -202,30 +221,26 @@ pub fn connect(workers: &[Endpoint]) -> Result<()> {
     Ok(())
 }
 
-/// ggml gives up where a worker is lost: there is no way back into the program.
-fn on_abort(message: &str) -> Option<u8> {
-    if io::stderr().is_terminal() {
-        // an answer or a bar may be in the middle of a line
-        let _ = writeln!(io::stderr());
-    }
-    let Some(error) = rpc::lost(message) else {
-        print_error(&anyhow!("llama.cpp gave up: {message}"));
-        return None;
-    };
-    print_error(&error.into());
-    Some(STATUS_FAILED)
-}
-
 /// Says what is wrong with a file before llama.cpp is asked, which tells less.
-fn check_model_file(path: &Path, policy: Kind) -> Result<()> {
+fn check_model_file(path: &Path, policy: Kind) -> Result<Gguf> {
     // the error begins with the path
-    let info = gguf::read(path).map_err(|e| anyhow!("-m {e}"))?;
-    if let Support::Refused(reason) = info.support()
+    let file = Gguf::open(path).and_then(|file| file.check().map(|()| file)).map_err(|e| anyhow!("-m {e}"))?;
+    if let Support::Refused(reason) = file.info.support()
         && policy != Kind::Full
     {
         bail!("{}: this model is not supported: {reason}; --policy full runs it as it is", path.display());
     }
-    Ok(())
+    Ok(file)
+}
+
+/// Says why a cache does not grow any more.
+fn tell_stuck(session: &mut Session) {
+    let Some(Stuck { n_ctx, memory }) = session.take_stuck() else { return };
+    let why = memory.map_or_else(String::new, |(needed, available)| {
+        let size = |n| bytes(n, n);
+        format!(" (a larger one takes {} of memory, and {} are available)", size(needed), size(available))
+    });
+    note(&format!("the cache stays at {} cells{why}: cells are freed where the text needs more", count(n_ctx)));
 }
 
 /// The answer on stdout, shown as it comes; nowhere where JSON was asked for.

@@ -1,30 +1,73 @@
-//! What happens when ggml gives up.
+//! What happens when llama.cpp ends the process: an assertion of ggml, an exception that nobody catches, a fatal signal.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_int};
 use std::sync::OnceLock;
 
 use crate::sys;
 
-/// Gets ggml's message, and answers with the exit status of the process, or leaves it to ggml to end it by `abort()`.
+/// Gets a message, and answers with the exit status of the process, or leaves it to C++ to end it by `abort()`.
 pub type AbortHandler = fn(message: &str) -> Option<u8>;
 
-static HANDLER: OnceLock<AbortHandler> = OnceLock::new();
+/// Gets what a fatal signal means, and answers with the exit status of the process. It runs inside the signal's handler, where
+/// little is allowed: no allocation and no lock. `write` writes to stderr.
+pub type CrashHandler = fn(signal: &'static str, write: &dyn Fn(&str)) -> u8;
 
-/// Asks `handler` whenever ggml gives up: there is no way back, and the process ends after it. It may run in any thread, in the
-/// midst of a call; ggml prints nothing then. For programs: a library leaves this to the app that it is part of. The first
-/// handler of a process stays.
+static ABORT: OnceLock<AbortHandler> = OnceLock::new();
+static CRASH: OnceLock<CrashHandler> = OnceLock::new();
+
+/// The signals of a fault, and what they mean.
+const FATAL: [(c_int, &str); 5] = [
+    (libc::SIGSEGV, "SIGSEGV: a wrong address, or the end of the stack"),
+    (libc::SIGBUS, "SIGBUS: a file that became shorter while it was read, or memory that is gone"),
+    (libc::SIGFPE, "SIGFPE: a division by zero"),
+    (libc::SIGILL, "SIGILL: an instruction that this CPU does not have"),
+    (libc::SIGABRT, "SIGABRT"),
+];
+
+/// Asks `handler` whenever ggml gives up, or an exception meets nobody who catches it: there is no way back, and the process
+/// ends after it. It may run in any thread, in the midst of a call; C++ prints nothing then. For programs: a library leaves this
+/// to the app that it is part of. The first handler of a process stays.
 pub fn on_abort(handler: AbortHandler) {
-    if HANDLER.set(handler).is_ok() {
-        // SAFETY: a plain function, sound to call from any thread.
-        unsafe { sys::ggml_set_abort_callback(Some(trampoline)) };
+    if ABORT.set(handler).is_ok() {
+        // SAFETY: plain functions, sound to call from any thread.
+        unsafe {
+            sys::ggml_set_abort_callback(Some(aborted));
+            sys::gvote_shim_on_terminate(Some(aborted));
+        }
     }
 }
 
-unsafe extern "C" fn trampoline(message: *const c_char) {
-    // SAFETY: ggml passes a NUL-terminated string that lives for the call.
+/// Asks `handler` for the last line of the process when a fault ends it. Where a stack has ended, that needs another one, which
+/// the standard library gives to the main thread and to its own. For programs, as [`on_abort`]; the first handler stays.
+pub fn on_crash(handler: CrashHandler) {
+    if CRASH.set(handler).is_err() {
+        return;
+    }
+    for (signal, _) in FATAL {
+        // SAFETY: a zeroed sigaction is valid; the handler is a plain function that calls nothing but write() and _exit().
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = crashed as extern "C" fn(c_int) as usize;
+            action.sa_flags = libc::SA_ONSTACK | libc::SA_RESETHAND;
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+        }
+    }
+}
+
+unsafe extern "C" fn aborted(message: *const c_char) {
+    // SAFETY: ggml and the shim pass a NUL-terminated string that lives for the call.
     let message = unsafe { CStr::from_ptr(message) }.to_string_lossy();
-    if let Some(status) = HANDLER.get().and_then(|handler| handler(&message)) {
+    if let Some(status) = ABORT.get().and_then(|handler| handler(&message)) {
         exit(status);
+    }
+}
+
+extern "C" fn crashed(signal: c_int) {
+    let name = FATAL.iter().find(|known| known.0 == signal).map_or("a signal", |known| known.1);
+    // SAFETY: a string of that length.
+    let write = |text: &str| _ = unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+    if let Some(handler) = CRASH.get() {
+        exit(handler(name, &write));
     }
 }
 

@@ -105,6 +105,9 @@ pub struct ContextParams {
     pub flash_attn: FlashAttention,
     pub type_k: CacheType,
     pub type_v: CacheType,
+    /// Layers with a sliding window keep all cells, not only those that the window needs (`--swa-full`): they can then be cut
+    /// anywhere.
+    pub swa_full: bool,
 }
 
 impl Default for ContextParams {
@@ -121,6 +124,7 @@ impl Default for ContextParams {
             flash_attn: FlashAttention::Auto,
             type_k: CacheType::F16,
             type_v: CacheType::F16,
+            swa_full: false,
         }
     }
 }
@@ -197,6 +201,7 @@ impl Context {
         raw.type_k = params.type_k.raw();
         raw.type_v = params.type_v.raw();
         raw.kv_unified = params.kv_unified;
+        raw.swa_full = params.swa_full;
         raw.no_perf = true;
         // SAFETY: the model is valid and kept alive by the clone below.
         let ptr = unsafe { sys::gvote_shim_context_new(model.as_ptr(), raw) };
@@ -216,6 +221,23 @@ impl Context {
         let model = unsafe { Model::lent(NonNull::new_unchecked(sys::llama_get_model(ptr.as_ptr()).cast_mut())) };
         let n_positions = model.n_positions();
         Self { ptr, model, n_positions, abort: Box::new(Abort { cancel, ..Abort::default() }), is_guest: true }
+    }
+
+    /// From now on the flag of the other context cancels this one, too.
+    pub(crate) fn is_cancelled_with(&mut self, other: &Self) {
+        self.abort.cancel = other.abort.cancel.clone();
+    }
+
+    /// Refuses `n` tokens that follow `first` where the model has no positions for them.
+    ///
+    /// # Errors
+    /// [`LlamaError::NoPositions`].
+    pub(crate) fn check_positions(&self, first: Pos, n: usize) -> Result<(), LlamaError> {
+        let last = (first as usize + n).saturating_sub(1);
+        match self.n_positions {
+            Some(most) if last >= most => Err(LlamaError::NoPositions { pos: last as Pos, n: most }),
+            _ => Ok(()),
+        }
     }
 
     /// Lets llama.cpp ask our flags.

@@ -27,7 +27,9 @@ pub enum LlamaError {
     Memory,
     #[error("cancelled")]
     Cancelled,
-    #[error("the text could not be tokenized: this model has no tokenizer of its own, or the text is too long")]
+    #[error(
+        "the text could not be tokenized: this model has no tokenizer of its own, or it fails, or the text is too long"
+    )]
     Tokenize,
     #[error("the batch is full: it holds {0} tokens")]
     BatchFull(usize),

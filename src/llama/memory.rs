@@ -10,6 +10,8 @@ use crate::sys;
 pub struct Buffers {
     /// The weights. On the host they are mapped from the file, as far as they are not repacked.
     pub weights: usize,
+    /// Of the weights, those that are repacked for the device.
+    pub repacked: usize,
     /// The KV cache, with the window's where there is one.
     pub cache: usize,
     /// What a batch computes in.
@@ -33,7 +35,7 @@ pub struct Memory {
 
 impl From<sys::gvote_shim_memory_use> for Buffers {
     fn from(raw: sys::gvote_shim_memory_use) -> Self {
-        Self { weights: raw.model, cache: raw.cache, compute: raw.compute }
+        Self { weights: raw.model, repacked: raw.repacked, cache: raw.cache, compute: raw.compute }
     }
 }
 

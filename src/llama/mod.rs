@@ -20,8 +20,9 @@ mod sampling;
 mod state;
 mod template;
 mod tensor_type;
+mod tokenize;
 
-pub use abort::{AbortHandler, exit, on_abort};
+pub use abort::{AbortHandler, CrashHandler, exit, on_abort, on_crash};
 pub use batch::Batch;
 pub(crate) use context::Visit;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
@@ -49,6 +50,6 @@ pub(crate) fn init() {
     ONCE.call_once(|| {
         log::install();
         // SAFETY: no arguments; called once, before any other llama.cpp function.
-        unsafe { crate::sys::llama_backend_init() };
+        unsafe { crate::sys::gvote_shim_llama_init() };
     });
 }

@@ -124,8 +124,8 @@ impl Model {
 
     /// The context length the model was trained with, in tokens.
     pub fn n_ctx_train(&self) -> usize {
-        // SAFETY: valid model.
-        unsafe { sys::llama_model_n_ctx_train(self.as_ptr()) as usize }
+        // SAFETY: valid model. The file has it as a number without a sign.
+        unsafe { sys::llama_model_n_ctx_train(self.as_ptr()) as u32 as usize }
     }
 
     /// Positions that a token can have: as many as the model learned vectors for (GPT-2, StarCoder); none where they are
@@ -255,41 +255,6 @@ impl Model {
     pub fn adds_bos(&self) -> bool {
         // SAFETY: valid vocabulary.
         unsafe { sys::llama_vocab_get_add_bos(self.vocab()) }
-    }
-
-    /// Text to tokens. `add_special`: add BOS/EOS as the model wants; `parse_special`: `<|im_start|>` and the like in the
-    /// text become their tokens.
-    ///
-    /// # Errors
-    /// [`LlamaError::Tokenize`] when the model has no tokenizer.
-    pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, LlamaError> {
-        if !self.has_tokenizer() {
-            return Err(LlamaError::Tokenize);
-        }
-        let len = i32::try_from(text.len()).map_err(|_| LlamaError::Tokenize)?;
-        let mut tokens = vec![0; text.len() + 8];
-        loop {
-            // SAFETY: pointers and lengths belong together.
-            let n = unsafe {
-                sys::gvote_shim_tokenize(
-                    self.vocab(),
-                    text.as_ptr().cast(),
-                    len,
-                    tokens.as_mut_ptr(),
-                    i32::try_from(tokens.len()).unwrap_or(i32::MAX),
-                    add_special,
-                    parse_special,
-                )
-            };
-            if n >= 0 {
-                tokens.truncate(n as usize);
-                return Ok(tokens);
-            }
-            if n == i32::MIN {
-                return Err(LlamaError::Tokenize);
-            }
-            tokens.resize(n.unsigned_abs() as usize, 0);
-        }
     }
 
     /// The bytes of one token; not necessarily whole UTF-8, see [`Pieces`]. None for an id outside the vocabulary, and where the

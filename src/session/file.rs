@@ -143,7 +143,8 @@ impl Session {
     }
 
     fn made(&self) -> Made {
-        let [type_k, type_v] = self.types.map(|cache_type| cache_type.name().to_owned());
+        let [type_k, type_v] =
+            [self.context.type_k, self.context.type_v].map(|cache_type| cache_type.name().to_owned());
         Made {
             llama: LLAMA.into(),
             model: self.model().description(),
@@ -188,8 +189,8 @@ impl Session {
                 return Err(FileError::Setting { flag, found, here });
             }
         }
-        if found.cells > self.n_ctx {
-            return Err(FileError::Cells { found: found.cells, here: self.n_ctx });
+        if found.cells > self.n_ctx_most() {
+            return Err(FileError::Cells { found: found.cells, here: self.n_ctx_most() });
         }
         Ok(())
     }

@@ -25,10 +25,12 @@ impl Session {
         tokens: &[Token],
         mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<PrefillReport, SessionError> {
+        self.grow_for(tokens.len());
         if tokens.len() <= self.room() || self.voter.is_none() {
             return self.prefill(tokens, progress);
         }
         self.check_unmasked()?;
+        self.ctx.check_positions(self.n_past(), tokens.len())?;
         self.most_cells(1, self.protected_after(tokens))?;
         let start = Instant::now();
         let window = self.policy.window;

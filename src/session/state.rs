@@ -91,6 +91,7 @@ impl Session {
             return Err(CUT_OFF);
         }
         let Head { saved, tokens, logits, marks } = self.read_head(&head)?;
+        self.grow_until(saved.as_ref().map_or(tokens.len(), Saved::n_cells));
         let before = (self.n_past() > 0).then(|| self.ctx.copy_sequence(SEQ)).transpose()?;
         let n_past = saved.as_ref().map_or(tokens.len(), Saved::n_past);
         if let Err(error) = self.read_cells(from, n_past, saved.as_ref()) {

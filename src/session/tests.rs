@@ -7,6 +7,7 @@
 //! - `walk`: whatever is done in whatever order, the cache holds what it must;
 //! - `cut`: what is cut off leaves no trace, or is refused;
 //! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
+//! - `grow`: a session that outgrows its cells moves to where there are more;
 //! - `hostile`: no number in a saved session, whatever it is, does harm;
 //! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
 
@@ -15,6 +16,7 @@ mod cut;
 mod disk;
 mod endless;
 mod failure;
+mod grow;
 mod hostile;
 mod long;
 mod protect;
@@ -41,7 +43,7 @@ fn session(setup: Setup, n_ctx: usize, n_ubatch: u32, policy: Params) -> Session
         type_v: setup.v,
         ..ContextParams::default()
     };
-    Session::new(&fixture::model(), &SessionParams { context, policy, account_error: false }).unwrap()
+    Session::new(&fixture::model(), &SessionParams { context, policy, ..Default::default() }).unwrap()
 }
 
 fn read(session: &mut Session, tokens: &[Token]) {
@@ -75,7 +77,7 @@ fn open_with(model: &Model, setup: Setup, n_ctx: usize, policy: Params) -> Sessi
         type_v: setup.v,
         ..ContextParams::default()
     };
-    Session::new(model, &SessionParams { context, policy, account_error: false }).unwrap()
+    Session::new(model, &SessionParams { context, policy, ..Default::default() }).unwrap()
 }
 
 /// The cap is what every vote of a long chat comes down to; without a trial it is fast.

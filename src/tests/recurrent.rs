@@ -27,7 +27,7 @@ fn models() -> impl Iterator<Item = (Model, String)> {
 
 fn session(model: &Model, kind: Kind) -> Result<Session, SessionError> {
     let context = ContextParams { n_ctx: N_CTX, n_ubatch: 64, n_threads: 1, n_threads_batch: 1, ..Default::default() };
-    Session::new(model, &SessionParams { context, policy: Params::new(kind), account_error: false })
+    Session::new(model, &SessionParams { context, policy: Params::new(kind), ..Default::default() })
 }
 
 fn full(model: &Model) -> Session {

@@ -252,6 +252,11 @@ impl Saved {
         self.sequence.tokens.len()
     }
 
+    /// Cells that it speaks of.
+    pub fn n_cells(&self) -> usize {
+        self.labels.len()
+    }
+
     /// Whether these are the cells that it speaks of.
     pub fn fits(&self, cells: &[Cell]) -> bool {
         cells.iter().map(|cell| cell.pos).eq(self.labels.iter().copied())

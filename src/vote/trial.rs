@@ -262,7 +262,7 @@ mod tests {
         let model = fixture::model();
         let context = ContextParams { n_ctx: 512, flash_attn, type_k: cache, type_v: cache, ..Default::default() };
         let policy = Params { evict, ..Params::default() };
-        let mut session = Session::new(&model, &SessionParams { context, policy, account_error: false }).unwrap();
+        let mut session = Session::new(&model, &SessionParams { context, policy, ..Default::default() }).unwrap();
         session.prefill(&fixture::tokens(&model, 400), |_, _| ControlFlow::Continue(())).unwrap();
         session
     }
@@ -330,7 +330,7 @@ mod tests {
             let context = ContextParams { n_ctx: 768, n_ubatch: 100, flash_attn, ..Default::default() };
             // so little that the search has to go on, and less that always stays than the window holds
             let policy = Params { target_kl: Some(1e-4), window: 16, recent: 16, ..Params::default() };
-            let params = SessionParams { context, policy, account_error: false };
+            let params = SessionParams { context, policy, ..Default::default() };
             let mut session = Session::new(&model, &params).unwrap();
             let tokens: Vec<_> = (0..500).map(|i| (7 * i + i * i / 5) % tiny::N_VOCAB as Token).collect();
             session.prefill(&tokens, |_, _| ControlFlow::Continue(())).unwrap();

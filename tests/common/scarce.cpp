@@ -2,7 +2,9 @@
 // names.
 
 #include <atomic>
+#include <csignal>
 #include <cstdlib>
+#include <dlfcn.h>
 #include <new>
 
 namespace {
@@ -34,6 +36,18 @@ extern "C" void scarce_begin(long n, bool one) {
     has_failed       = false;
     only_one         = one;
     allocations_left = n;
+}
+
+// A program that does not know of this: after as many allocations as the variable says all fail, from when it has said what is
+// to happen at an abort. Before that is what runs ahead of main(), and nobody could help it.
+extern "C" int sigaction(int signal, const struct sigaction * action, struct sigaction * old) {
+    using type = int (*)(int, const struct sigaction *, struct sigaction *);
+    static const type next = reinterpret_cast<type>(dlsym(RTLD_NEXT, "sigaction"));
+    const char * n = std::getenv("SCARCE_AFTER");
+    if (n != nullptr && signal == SIGABRT) {
+        scarce_begin(std::atol(n), false);
+    }
+    return next(signal, action, old);
 }
 
 // Whether any has failed.

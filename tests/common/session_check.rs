@@ -74,7 +74,7 @@ impl Saved {
             protect: true,
             ..Params::default()
         };
-        let params = SessionParams { context, policy, account_error: false };
+        let params = SessionParams { context, policy, ..Default::default() };
         let mut session = Session::new(&model, &params).expect("a context is made");
         read(&mut session, &words(N[0], 0));
         session.compress().expect("it votes");

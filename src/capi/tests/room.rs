@@ -47,7 +47,7 @@ fn a_prompt_longer_than_the_cache_is_read_as_by_a_session_and_answered() {
         flash_attn: FlashAttention::Off,
         ..ContextParams::default()
     };
-    let mut session = Session::new(&model, &SessionParams { context, policy, account_error: false }).unwrap();
+    let mut session = Session::new(&model, &SessionParams { context, policy, ..Default::default() }).unwrap();
     let squeezes = session.prefill_long(&tokens, |_, _| ControlFlow::Continue(())).unwrap().squeezes;
 
     let app = App::with(&model, &Shape { n_ctx: 512, ..ONE }, |params| params.n_ubatch = STEP as u32);

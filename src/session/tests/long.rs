@@ -139,7 +139,10 @@ fn a_reading_that_fails_before_anything_was_freed_leaves_no_trace() {
         for session in [&mut session, &mut straight] {
             read_long(session, &words(600, 2));
         }
-        assert!(session.save() == straight.save(), "{arch}");
+        let apart = session.logits().iter().zip(straight.logits()).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        // a window that was brought back lies in other cells, and sums add up in another order
+        let is_alike = if arch == "gemma2" { apart < 0.05 } else { session.save() == straight.save() };
+        assert!(is_alike && session.n_past() == straight.n_past(), "{arch}: {apart}");
     }
 }
 
