@@ -208,7 +208,7 @@ fn a_long_reading_holds_what_was_read_so_far() {
             };
             let failures = sweep(scarce, &mut session, once, &before, work, check);
             let reached = reached.into_inner();
-            assert!(failures > 50 && reached.len() > 3, "{failures} failures after {reached:?} tokens");
+            assert!(failures > 40 && reached.len() > 3, "{failures} failures after {reached:?} tokens");
         }
     });
 }
