@@ -1,5 +1,7 @@
 //! What memory the machine has left.
 
+#![forbid(unsafe_code)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
