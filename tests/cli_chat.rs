@@ -380,6 +380,26 @@ mod piped {
         assert_eq!(again["answer"], plain["answer"]);
     }
 
+    /// Of another day would be another prompt, and the cache of no use.
+    #[test]
+    fn a_conversation_keeps_the_date_it_was_begun_with() {
+        const DAY: u64 = 24 * 60 * 60;
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let (template, session) = (path("t.jinja"), path("s.gvote"));
+        let source = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}\
+                      {% if add_generation_prompt %}[assistant]{% endif %}";
+        fs::write(&template, source).unwrap();
+        let turns = |day: u64, lines: &str| {
+            let args = ["-n", "4", "--temp", "0", "--json", "--chat-template-file", &template, "--session", &session];
+            finish_with(gvote("chat", &args).env("SOURCE_DATE_EPOCH", (day * DAY).to_string()), lines).ok().json()
+        };
+        let first = number(&turns(1, "Hi! Tell me about ships, boats and all that swims.\n")[0]["prefill"]["tokens"]);
+        let next = turns(9, "And?\n/clear\nHi! Tell me about ships, boats and all that swims.\n");
+        assert!(number(&next[0]["prefill"]["tokens"]) < first, "only what is new is read: {next:?}");
+        assert_eq!(number(&next[1]["prefill"]["tokens"]), first);
+    }
+
     #[test]
     fn what_begins_with_a_slash_is_a_message_unless_it_is_a_command() {
         let block = ["\"\"\"", "/exit", "\"\"\""];

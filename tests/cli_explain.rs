@@ -71,6 +71,36 @@ fn a_marker_in_a_prompt_is_text() {
     );
 }
 
+/// A template, in a file for `--chat-template-file`.
+fn template(source: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), source).unwrap();
+    file
+}
+
+#[test]
+fn the_date_of_a_template_is_that_of_the_clock() {
+    let file = template("It is {{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}");
+    let args = ["-p", "Hi", "--chat-template-file", file.path().to_str().unwrap(), "--ratio", "0.9", "--json"];
+    let at = |clock: &str| finish(gvote("explain", &args).env("SOURCE_DATE_EPOCH", clock));
+    assert_eq!(strings(&at("951868799").ok().json()[0]["texts"]).concat(), "It is 29 Feb 2000: Hi");
+    let done = at("yesterday");
+    assert!(done.status == 1 && done.stderr.contains("SOURCE_DATE_EPOCH=yesterday"), "{}", done.stderr);
+    assert_eq!(done.stderr.trim_end().lines().count(), 1, "{}", done.stderr);
+}
+
+#[test]
+fn a_system_message_that_the_template_refuses_goes_into_the_first_user_message() {
+    let file = template(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
+         {% for m in messages %}[{{ m.role }}] {% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    );
+    let args = ["-p", "Hi", "-sys", "Be brief.", "--chat-template-file", file.path().to_str().unwrap()];
+    assert_eq!(tokens(&args).1, "[user] Be brief.\n\nHi");
+    let chat = finish(gvote("chat", &args).args(["-st", "-n", "2"])).ok();
+    assert!(chat.stderr.contains("takes no system message"), "{}", chat.stderr);
+}
+
 #[test]
 fn a_byte_order_mark_is_no_part_of_a_text() {
     let folder = tempfile::tempdir().unwrap();
