@@ -6,7 +6,7 @@ use super::{LlamaError, Model, Token};
 use crate::sys;
 
 /// Bytes of the stack for each byte of a text: the tokenizers of many models are regular expressions of C++, whose matching
-/// calls itself for every character of a word. Measured are up to 600; memory is taken only for a word that is really so long.
+/// calls itself for every character of a word. Words of a mebibyte are read with it; memory is taken only as far as it is used.
 const STACK_A_BYTE: usize = 1 << 10;
 /// Texts up to here, bytes, are read on the caller's own stack.
 const SHORT: usize = 1 << 9;
