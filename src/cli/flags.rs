@@ -10,6 +10,8 @@ use super::env::VARIABLES;
 use super::shorthand::{SHORTHANDS, spellings};
 
 const DOCS: &str = include_str!("../../docs/flags.md");
+/// Names the version that the docs speak of.
+const PIN: &str = include_str!("../../vendor/README.md");
 
 /// Of the flags that llama.cpp has removed, the one that means something else here.
 const DRAFT: &str = "draft";
@@ -24,7 +26,7 @@ struct Flag {
 /// Those of llama-cli, from the source of llama.cpp that this is built with; None: another version than the docs speak of.
 fn llama_cli() -> Option<Vec<Flag>> {
     let version = env!("GVOTE_LLAMA_VERSION");
-    if !DOCS.contains(&format!("llama-cli {version}")) {
+    if !PIN.contains(&format!("\n- llama.cpp {version},")) {
         return None;
     }
     let file = Path::new(env!("GVOTE_LLAMA_SOURCE")).join("common/arg.cpp");
