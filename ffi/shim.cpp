@@ -6,9 +6,11 @@
 #include "llama-ext.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <limits>
+#include <regex>
 
 struct gvote_shim_table {
     llama_kv_cells cells;
@@ -256,6 +258,38 @@ bool gvote_shim_rpc_serve(
         ggml_backend_dev_t * devices) {
     const auto f = reinterpret_cast<decltype(&ggml_backend_rpc_start_server)>(start_server);
     return is_done([&] { f(endpoint, cache, n_threads, n_devices, devices); });
+}
+
+// A function of the CPU back end, which may be a library of its own.
+template <typename F> static F of_cpu(const char * name) {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    return cpu ? (F) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), name) : nullptr;
+}
+
+ggml_threadpool_t gvote_shim_threadpool_new(int n_threads, int priority, uint32_t poll) {
+    const auto make = of_cpu<decltype(&ggml_threadpool_new)>("ggml_threadpool_new");
+    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+    params.prio = (ggml_sched_priority) priority;
+    params.poll = poll;
+    return make ? or_else((ggml_threadpool_t) nullptr, [&] { return make(&params); }) : nullptr;
+}
+
+void gvote_shim_threadpool_free(ggml_threadpool_t pool) {
+    if (const auto free = of_cpu<decltype(&ggml_threadpool_free)>("ggml_threadpool_free")) {
+        free(pool);
+    }
+}
+
+bool gvote_shim_is_regex(const char * pattern, char * reason, size_t size) {
+    try {
+        const std::regex compiled(pattern);
+        return true;
+    } catch (const std::exception & error) {
+        std::snprintf(reason, size, "%s", error.what());
+    } catch (...) {
+        reason[0] = '\0';
+    }
+    return false;
 }
 
 void gvote_shim_model_desc(const llama_model * model, char * out, size_t size) {

@@ -281,6 +281,13 @@ bool gvote_shim_rpc_serve(
         void * start_server, const char * endpoint, const char * cache, size_t n_threads, size_t n_devices,
         ggml_backend_dev_t * devices);
 
+// Threads of the CPU back end with a priority (ggml_sched_priority) and a level of polling, for at most `n_threads` at once; null where
+// there is no such back end or no memory.
+ggml_threadpool_t gvote_shim_threadpool_new(int n_threads, int priority, uint32_t poll);
+void gvote_shim_threadpool_free(ggml_threadpool_t pool);
+
+// Whether C++ takes a pattern as a regular expression; where not, `reason` tells why, with a NUL at its end.
+bool gvote_shim_is_regex(const char * pattern, char * reason, size_t size);
 
 // What llama_model_desc() writes; nothing for an exception.
 void gvote_shim_model_desc(const struct llama_model * model, char * out, size_t size);

@@ -13,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod check;
 mod entry;
 mod info;
@@ -28,11 +29,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+pub use self::adapter::check_adapter;
 pub use self::entry::{Entry, Kind};
 pub use self::info::{ModelInfo, Rope};
 pub use self::support::Support;
 use self::walk::{Fault, Found, Walk};
-use crate::llama::TensorType;
+use crate::llama::{KvOverride, TensorType};
 
 /// Why a file cannot be read. One line each: the path, what is wrong and where, what to do.
 #[derive(Debug, thiserror::Error)]
@@ -148,8 +150,17 @@ impl Gguf {
     /// # Errors
     /// See [`GgufError`]. Neither time nor memory depends on what a damaged file promises.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
+        Self::open_with(path, &[])
+    }
+
+    /// The same as it is when llama.cpp takes some values instead of the file's.
+    ///
+    /// # Errors
+    /// See [`GgufError`].
+    pub fn open_with(path: &Path, overrides: &[KvOverride]) -> Result<Self, GgufError> {
         let (file, size) = open_file(path)?;
-        let first = OneFile::parse(path, file, size)?;
+        let mut first = OneFile::parse(path, file, size)?;
+        overrides.iter().for_each(|one| entry::replace(&mut first.found.entries, one));
         split::join(path, first)
     }
 

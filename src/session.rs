@@ -291,7 +291,8 @@ impl Session {
     /// ubatch; breaking cancels.
     ///
     /// # Errors
-    /// [`SessionError::PromptTooLong`], [`LlamaError::Cancelled`] and others; the session is then as before.
+    /// [`SessionError::PromptTooLong`], [`LlamaError::Cancelled`] and others; the session is then as before, unless the model
+    /// computes [`LlamaError::NotANumber`]: then it has read the prompt.
     pub fn prefill(
         &mut self,
         tokens: &[Token],
@@ -330,9 +331,14 @@ impl Session {
         Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), squeezes: Squeezes::default() })
     }
 
+    /// # Errors
+    /// [`LlamaError::NotANumber`]; there are no logits then.
     fn keep_logits(&mut self) -> Result<(), LlamaError> {
-        let logits = self.ctx.logits()?;
         self.logits.clear();
+        let logits = self.ctx.logits()?;
+        if logits.iter().any(|x| x.is_nan()) {
+            return Err(LlamaError::NotANumber);
+        }
         self.logits.extend_from_slice(logits);
         Ok(())
     }
@@ -353,6 +359,7 @@ impl Session {
     ///
     /// # Errors
     /// [`LlamaError::NoCells`] when the cache is full, [`LlamaError::Cancelled`]; the session is then as before.
+    /// [`LlamaError::NotANumber`]; the session has read the token then, and the next call must be a prefill, or [`Session::clear`].
     pub fn decode(&mut self, token: Token) -> Result<(), SessionError> {
         let mut batch = Batch::new(1);
         batch.add(token, self.n_past(), SEQ, true)?;

@@ -51,7 +51,7 @@ fn assert_real(path: &Path, cells: u32, n_ubatch: u32, types: &[CacheType]) {
         "--json",
     ];
     let plan = plan(path, &args).ok().json().remove(0);
-    let model = Model::load(path, &ModelParams { n_gpu_layers: 0 }, |_| true).unwrap();
+    let model = Model::load(path, &ModelParams { n_gpu_layers: 0, ..ModelParams::default() }, |_| true).unwrap();
     for &cache_type in types {
         let context = ContextParams {
             n_ubatch,

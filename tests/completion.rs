@@ -147,6 +147,10 @@ fn another_version_of_the_program_is_refused_with_the_line_that_is_missing() {
     let original = fs::read_to_string(llama_tools().join("tools/completion/completion.cpp")).unwrap();
     let anchor = "auto llama_init = common_init_from_params(params);";
     fs::write(tool.join("completion.cpp"), original.replace(anchor, "")).unwrap();
+    // what tells a source with programs from one without
+    let bench = dir.path().join("tools/llama-bench");
+    fs::create_dir(&bench).unwrap();
+    fs::write(bench.join("CMakeLists.txt"), "").unwrap();
     let mut command = Command::new(source("scripts/build-completion"));
     let done = finish(command.arg(dir.path()).arg("--build").arg(dir.path()).env("LLAMA_CPP_DIR", dir.path()));
     assert_eq!(done.status, 1);

@@ -32,7 +32,11 @@ pub struct ModelArgs {
 
 impl ModelArgs {
     pub fn load(&self) -> Result<Model, Error> {
-        Ok(Model::load(&self.model, &ModelParams { n_gpu_layers: self.n_gpu_layers }, |_| true)?)
+        Ok(Model::load(
+            &self.model,
+            &ModelParams { n_gpu_layers: self.n_gpu_layers, ..ModelParams::default() },
+            |_| true,
+        )?)
     }
 }
 

@@ -163,6 +163,8 @@ impl Inner {
             sys::GGML_OP_MUL_MAT if node.name().to_bytes().starts_with(b"kq-") => (node.src(0)?, node.src(1)?),
             _ => return None,
         };
+        // flash attention gets f16 of a cache in f32
+        let k = if k.0.op == sys::GGML_OP_CPY { k.src(0)? } else { k };
         // with weights in host memory a GPU may compute a layer's attention, for which it gets a copy of K
         // SAFETY: called from inside the graph.
         let k = k.original(unsafe { sys::gvote_shim_graph(self.ctx) }).unwrap_or(k);

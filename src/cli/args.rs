@@ -1,18 +1,22 @@
 //! The flags that several commands share, and what they become in the library.
 
+mod placement;
+mod rope;
 mod sampling;
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
 use gvote::SessionParams;
-use gvote::llama::rpc::Endpoint;
-use gvote::llama::{CacheType, ContextParams, FlashAttention, ModelParams};
+use gvote::llama::{CacheType, ContextParams, FlashAttention, ThreadParams};
 use gvote::policy::{Evict, Kind, Params, Preset, Span};
+use rustix::process::setpriority_process;
 
+pub use self::placement::{PlacementArgs, name_flag};
+use self::rope::RopeArgs;
 pub use self::sampling::SamplingArgs;
 use super::Exit;
 
@@ -23,32 +27,14 @@ pub struct ModelArgs {
     #[arg(short, long, value_name = "FILE")]
     pub model: PathBuf,
 
-    /// Layers to keep on GPUs and workers, if any: a number, or `auto` or `all`
-    #[arg(long, visible_alias = "gpu-layers", value_name = "N", default_value = "auto", value_parser = gpu_layers)]
-    n_gpu_layers: i32,
-
-    /// Put layers on the devices of these workers too: machines where `gvote rpc-server` runs, or llama.cpp's own server
-    #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',', value_parser = Endpoint::from_str)]
-    pub rpc: Vec<Endpoint>,
-}
-
-impl ModelArgs {
-    pub fn params(&self) -> ModelParams {
-        ModelParams { n_gpu_layers: self.n_gpu_layers }
-    }
-}
-
-/// llama.cpp's numbers for `auto` and `all`.
-pub fn gpu_layers(text: &str) -> Result<i32, String> {
-    match text {
-        "auto" => Ok(-1),
-        "all" => Ok(-2),
-        n => n.parse().map_err(|_| "use a number, `auto` or `all`".into()),
-    }
+    #[command(flatten)]
+    pub placement: PlacementArgs,
 }
 
 /// Positions are 32-bit numbers with a sign.
 const CTX_SIZE_MAX: i64 = i32::MAX as i64;
+
+pub const THREADS_MAX: i64 = ContextParams::THREADS_MAX as i64;
 
 #[derive(Args)]
 #[command(next_help_heading = "Context and KV cache")]
@@ -69,13 +55,23 @@ pub struct ContextArgs {
           value_parser = clap::value_parser!(u32).range(1..))]
     ubatch_size: u32,
 
-    /// Threads for the answer [default: all cores]
-    #[arg(short, long, value_name = "N")]
+    /// Threads for the answer; 0 or less = all cores [default: all cores]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(i32).range(..=THREADS_MAX))]
     threads: Option<i32>,
 
-    /// Threads for the prompt [default: as --threads]
-    #[arg(long, value_name = "N")]
+    /// Threads for the prompt; 0 or less = as --threads [default: as --threads]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(..=THREADS_MAX))]
     threads_batch: Option<i32>,
+
+    /// Priority of the process and its threads: -1 low, 0 normal, 1 medium, 2 high, 3 realtime. Those above 0 need a privilege
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true,
+          value_parser = clap::value_parser!(i32).range(-1..=3))]
+    prio: i32,
+
+    /// How long threads ask for work before they sleep, 0 to 100. OpenMP's threads wait as OpenMP says instead
+    #[arg(long, value_name = "N", default_value_t = ThreadParams::default().poll,
+          value_parser = clap::value_parser!(u32).range(..=100))]
+    poll: u32,
 
     /// Flash attention; `auto` leaves it to llama.cpp
     #[arg(long, value_name = "on|off|auto", default_value = "auto", hide_possible_values = true,
@@ -93,9 +89,29 @@ pub struct ContextArgs {
     /// Keep all cells of layers with a sliding window, too: more memory, and /regen and /edit can go back further
     #[arg(long)]
     swa_full: bool,
+
+    /// Keep the KV cache in this machine's memory, also of layers on GPUs and workers
+    #[arg(long)]
+    no_kv_offload: bool,
+
+    #[command(flatten)]
+    rope: RopeArgs,
 }
 
 impl ContextArgs {
+    /// Gives the process its priority, as llama.cpp's programs do; threads that start later inherit it.
+    ///
+    /// # Errors
+    /// That of the system, which keeps raised ones for itself.
+    pub fn set_priority(&self) -> Result<()> {
+        const NICE: [i32; 5] = [5, 0, -5, -10, -20];
+        let nice = NICE[usize::try_from(self.prio + 1).unwrap_or_default()];
+        if self.prio == 0 {
+            return Ok(());
+        }
+        setpriority_process(None, nice).with_context(|| format!("--prio {}: the system does not allow it", self.prio))
+    }
+
     /// `n_ctx`: cells, where the flag leaves that open.
     pub fn params(&self, n_ctx: u32) -> ContextParams {
         // As in llama.cpp, 0 and below mean all cores.
@@ -108,10 +124,13 @@ impl ContextArgs {
             n_ubatch: self.ubatch_size,
             n_threads,
             n_threads_batch: given(self.threads_batch).unwrap_or(n_threads),
+            threads: ThreadParams { priority: self.prio, poll: self.poll },
             flash_attn: self.flash_attn,
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,
             swa_full: self.swa_full,
+            offload_kqv: !self.no_kv_offload,
+            rope: self.rope.params(),
             ..default
         }
     }
@@ -285,6 +304,14 @@ fn kinds_in_words() -> String {
     format!("Who chooses what stays in the cache [default: {default}]{}", kinds.collect::<String>())
 }
 
+/// A parser for one of these names.
+pub fn by_name<T: Copy + Send + Sync + 'static>(
+    names: &'static [(&'static str, T)],
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(names.iter().map(|entry| entry.0))
+        .map(|text| names.iter().find(|entry| entry.0 == text).expect("it is a possible value").1)
+}
+
 /// A parser for one of `all`, by name.
 pub fn named<T>(all: &'static [T], name: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
 where
@@ -293,11 +320,12 @@ where
     PossibleValuesParser::new(all.iter().map(|&one| name(one))).try_map(|text| text.parse::<T>())
 }
 
-fn number(text: &str, fits: fn(f32) -> bool, what: &str) -> Result<f32, String> {
+/// A parser for a number that `fits`.
+pub fn number(text: &str, fits: fn(f32) -> bool, what: &str) -> Result<f32, String> {
     text.parse().ok().filter(|&x: &f32| x.is_finite() && fits(x)).ok_or_else(|| format!("use {what}"))
 }
 
-fn finite(text: &str) -> Result<f32, String> {
+pub fn finite(text: &str) -> Result<f32, String> {
     number(text, |_| true, "a number")
 }
 

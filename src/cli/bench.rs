@@ -101,6 +101,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let text = args.tests.file.as_deref().map(read_file).transpose()?;
     let steps = Steps::new(&OutputArgs { json: false, verbose: args.verbose })?;
     steps.interrupt.begin();
+    args.context.set_priority()?;
     let model = steps.load_model(&args.model, args.strictest())?;
     check_room(args, &plan, &model)?;
     let tokens = match &text {

@@ -114,6 +114,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     let grammar = args.sampling.grammar()?;
 
     steps.interrupt.begin();
+    args.context.set_priority()?;
     let model = steps.load_model(&args.model, params.policy.policy)?;
     let sampling = args.sampling.params(&model, grammar.as_ref())?;
     let template = args.prompt.template(&model)?;
@@ -300,7 +301,7 @@ impl Chat<'_> {
     /// Reports an error after which the chat goes on; passes on the others.
     fn survive(&mut self, error: Error) -> Result<()> {
         let is_cancelled = matches!(error.downcast_ref(), Some(Exit::Cancelled));
-        if is_closed_pipe(&error) || (is_cancelled && !self.is_interactive) {
+        if is_closed_pipe(&error) || (is_cancelled && !self.is_interactive) || self.args.single_turn {
             return Err(error);
         }
         let error = if is_too_long(&error) { error.context("try a shorter message, or /clear") } else { error };

@@ -11,37 +11,57 @@ use super::shorthand::spellings;
 
 /// Long flags, and the variables that llama.cpp reads for them. Where the flag says no and the variable yes, there are two:
 /// `LLAMA_ARG_X=0` and `LLAMA_ARG_NO_X`.
-pub const VARIABLES: [(&str, &str); 22] = [
+pub const VARIABLES: [(&str, &str); 40] = [
     ("batch-size", "LLAMA_ARG_BATCH"),
     ("cache-type-k", "LLAMA_ARG_CACHE_TYPE_K"),
     ("cache-type-v", "LLAMA_ARG_CACHE_TYPE_V"),
     ("chat-template", "LLAMA_ARG_CHAT_TEMPLATE"),
     ("chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE"),
     ("chat-template-kwargs", "LLAMA_ARG_CHAT_TEMPLATE_KWARGS"),
+    ("cpu-moe", "LLAMA_ARG_CPU_MOE"),
     ("ctx-size", "LLAMA_ARG_CTX_SIZE"),
+    ("device", "LLAMA_ARG_DEVICE"),
     ("flash-attn", "LLAMA_ARG_FLASH_ATTN"),
     ("frequency-penalty", "LLAMA_ARG_FREQUENCY_PENALTY"),
+    ("load-mode", "LLAMA_ARG_LOAD_MODE"),
+    ("main-gpu", "LLAMA_ARG_MAIN_GPU"),
     ("min-p", "LLAMA_ARG_MIN_P"),
     ("model", "LLAMA_ARG_MODEL"),
+    ("n-cpu-moe", "LLAMA_ARG_N_CPU_MOE"),
     ("n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS"),
+    ("no-kv-offload", "LLAMA_ARG_KV_OFFLOAD"),
+    ("override-tensor", "LLAMA_ARG_OVERRIDE_TENSOR"),
     ("predict", "LLAMA_ARG_N_PREDICT"),
     ("presence-penalty", "LLAMA_ARG_PRESENCE_PENALTY"),
     ("repeat-penalty", "LLAMA_ARG_REPEAT_PENALTY"),
+    ("rope-freq-base", "LLAMA_ARG_ROPE_FREQ_BASE"),
+    ("rope-freq-scale", "LLAMA_ARG_ROPE_FREQ_SCALE"),
+    ("rope-scale", "LLAMA_ARG_ROPE_SCALE"),
+    ("rope-scaling", "LLAMA_ARG_ROPE_SCALING_TYPE"),
     ("rpc", "LLAMA_ARG_RPC"),
+    ("split-mode", "LLAMA_ARG_SPLIT_MODE"),
     ("swa-full", "LLAMA_ARG_SWA_FULL"),
     ("temp", "LLAMA_ARG_TEMPERATURE"),
+    ("tensor-split", "LLAMA_ARG_TENSOR_SPLIT"),
     ("threads", "LLAMA_ARG_THREADS"),
     ("top-k", "LLAMA_ARG_TOP_K"),
     ("top-p", "LLAMA_ARG_TOP_P"),
     ("ubatch-size", "LLAMA_ARG_UBATCH"),
+    ("yarn-attn-factor", "LLAMA_ARG_YARN_ATTN_FACTOR"),
+    ("yarn-beta-fast", "LLAMA_ARG_YARN_BETA_FAST"),
+    ("yarn-beta-slow", "LLAMA_ARG_YARN_BETA_SLOW"),
+    ("yarn-ext-factor", "LLAMA_ARG_YARN_EXT_FACTOR"),
+    ("yarn-orig-ctx", "LLAMA_ARG_YARN_ORIG_CTX"),
 ];
 
 /// Flags whose variable does not count beside another flag that says the same, or the contrary.
-const YIELDS: [(&str, &[&str]); 4] = [
+const YIELDS: [(&str, &[&str]); 6] = [
     ("chat-template", &["--chat-template-file", "--raw"]),
     ("chat-template-file", &["--chat-template", "--raw"]),
     ("chat-template-kwargs", &["--raw"]),
     ("load-mode", &["--no-mmap", "--mlock"]),
+    ("rope-freq-scale", &["--rope-scale"]),
+    ("rope-scale", &["--rope-freq-scale"]),
 ];
 
 /// Commands with flags of the same names that llama.cpp's variables do not speak of.

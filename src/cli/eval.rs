@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand};
 use gvote::eval::config::Config;
 use gvote::eval::provenance::{Start, command_words};
@@ -104,17 +104,22 @@ struct TextArgs {
         value_name = "N,...",
         value_delimiter = ',',
         default_value = "2048",
+        value_parser = above_0,
         help_heading = "Evaluation"
     )]
     prompt: Vec<usize>,
 
     /// Steps of a continuation
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 256, help_heading = "Evaluation")]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 256, value_parser = above_0, help_heading = "Evaluation")]
     predict: usize,
 
-    /// Prompts, evenly spread over the text
-    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Evaluation")]
+    /// Prompts, evenly spread over the text; at most as many as it has places for
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = above_0, help_heading = "Evaluation")]
     texts: usize,
+}
+
+fn above_0(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "use a whole number above 0".into())
 }
 
 /// Scores of answers: RULER, GSM8K, LongBench, or needles that need no data
@@ -193,6 +198,8 @@ impl CommonArgs {
     }
 }
 
+/// Cells beside a text and its continuation.
+const SPARE: usize = 7;
 /// Cells that answers and chat templates take beside the prompts.
 const ROOM: usize = 1024;
 
@@ -201,19 +208,25 @@ fn text(args: &TextArgs) -> Result<()> {
     let steps = Steps::new(&common.output)?;
     let text = text::read(&args.file).with_context(|| args.file.display().to_string())?;
     steps.interrupt.begin();
+    common.context.set_priority()?;
     let model = steps.load_model(&common.model, Kind::Gvote)?;
     let tokens = model.tokenize(&text, true, false)?;
+    // one token more: it is fed before anything is compared
+    let needed = |n: usize| n.saturating_add(args.predict).saturating_add(1);
     let longest = args.prompt.iter().copied().max().unwrap_or(0);
-    let mut runner = common.runner(&steps, &model, common.configs(&["balanced"])?, longest + args.predict + 8, true)?;
-    let bar = steps.count((args.prompt.len() * args.texts) as u64, "texts");
+    if needed(longest) > tokens.len() {
+        let (file, found, predict) = (args.file.display(), tokens.len(), args.predict);
+        bail!("{file}: {found} tokens, but -p {longest} -n {predict} need {}", needed(longest));
+    }
+    let n_ctx = needed(longest) + SPARE;
+    let mut runner = common.runner(&steps, &model, common.configs(&["balanced"])?, n_ctx, true)?;
+    // as many as there are places to begin
+    let texts = |n: usize| args.texts.min(tokens.len() - needed(n) + 1);
+    let bar = steps.count(args.prompt.iter().map(|&n| texts(n)).sum::<usize>() as u64, "texts");
     for &n in &args.prompt {
-        // one token more: it is fed before anything is compared
-        let needed = n + args.predict + 1;
-        let room = tokens.len().checked_sub(needed).with_context(|| {
-            format!("{}: {} tokens, but -p {n} -n {} need {needed}", args.file.display(), tokens.len(), args.predict)
-        })?;
-        for t in 0..args.texts {
-            let start = t * room / args.texts.max(2);
+        let (needed, texts) = (needed(n), texts(n));
+        for t in 0..texts {
+            let start = t * (tokens.len() - needed) / texts.max(2);
             let (prompt, next) = tokens[start..start + needed].split_at(n);
             // by where it starts: the t-th of four is another text than the t-th of eight
             let item = format!("{} {start} @{n}", file_name(&args.file));
@@ -232,6 +245,7 @@ fn tasks(args: &TasksArgs) -> Result<()> {
         return Err(Exit::Usage("no sample is left: see --tasks, --limit and --offset".into()).into());
     }
     steps.interrupt.begin();
+    common.context.set_priority()?;
     let model = steps.load_model(&common.model, Kind::Gvote)?;
     let n_ctx = (suites::longest(&model, &samples.numbered) + ROOM).min(model.n_ctx_train());
     let configs = common.configs(&[Kind::Full.name(), "balanced"])?;

@@ -75,6 +75,7 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     let text = args.request.text()?;
     args.page().map_or(Ok(()), check_writable)?;
     steps.interrupt.begin();
+    args.context.set_priority()?;
     let model = steps.load_model(&args.model, policy)?;
     let request = args.request.request(&model, text)?;
     let cells = Cells::for_answer(&model, request.tokens.len(), 0);

@@ -12,6 +12,7 @@ mod explain;
 mod fits;
 #[cfg(test)]
 mod flags;
+mod given;
 mod input;
 mod inspect;
 mod interrupt;

@@ -3,19 +3,18 @@
 mod fit;
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use anyhow::Result;
 use clap::Args;
 use gvote::SessionParams;
-use gvote::gguf::{Gguf, ModelInfo, Support};
-use gvote::llama::rpc::Endpoint;
-use gvote::llama::{CacheType, ContextParams, FlashAttention, ModelParams, Simulation};
+use gvote::gguf::{ModelInfo, Support};
+use gvote::llama::{CacheType, ContextParams, FlashAttention, Simulation};
 use gvote::policy::{Kind, Params};
 use serde::Serialize;
 
-use super::args::{flash_attention, gpu_layers};
+use super::args::{PlacementArgs, flash_attention, name_flag};
 use super::crash::{self, Step};
+use super::given::{Given, quoted};
 use super::report::print_json;
 use super::table::{labelled, plain, table};
 use super::turn::{connect, print};
@@ -57,28 +56,8 @@ pub struct PlanArgs {
           value_parser = clap::value_parser!(u32).range(0..1 << 24))]
     predict: u32,
 
-    /// Layers to keep on GPUs and workers, if any: a number, or `auto` or `all`
-    #[arg(long, visible_alias = "gpu-layers", value_name = "N", default_value = "auto", value_parser = gpu_layers)]
-    n_gpu_layers: i32,
-
-    /// Put layers on the devices of these workers too, and say how much each of them holds. They must be running: llama.cpp shares
-    /// layers out by the memory that is free there
-    #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',', value_parser = Endpoint::from_str)]
-    rpc: Vec<Endpoint>,
-
-    /// Most tokens computed at once: fewer take smaller compute buffers, and more time
-    #[arg(long, value_name = "N", default_value_t = ContextParams::default().n_ubatch,
-          value_parser = clap::value_parser!(u32).range(1..))]
-    ubatch_size: u32,
-
-    /// Flash attention; `auto` leaves it to llama.cpp. Without it a quantized cache is not possible
-    #[arg(long, value_name = "on|off|auto", default_value = "auto", hide_possible_values = true,
-          value_parser = flash_attention())]
-    flash_attn: FlashAttention,
-
-    /// With all cells for layers with a sliding window, too
-    #[arg(long)]
-    swa_full: bool,
+    #[command(flatten)]
+    shared: Given<SharedArgs>,
 
     /// Print one JSON object on stdout
     #[arg(long)]
@@ -88,6 +67,33 @@ pub struct PlanArgs {
     #[arg(short, long)]
     verbose: bool,
 }
+
+/// The flags that `gvote run` has too, and that change sizes.
+#[derive(Args)]
+struct SharedArgs {
+    #[command(flatten)]
+    placement: PlacementArgs,
+
+    /// Most tokens computed at once: fewer take smaller compute buffers, and more time
+    #[arg(long, value_name = "N", default_value_t = ContextParams::default().n_ubatch, help_heading = CONTEXT,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    ubatch_size: u32,
+
+    /// Flash attention; `auto` leaves it to llama.cpp. Without it a quantized cache is not possible
+    #[arg(long, value_name = "on|off|auto", default_value = "auto", hide_possible_values = true, help_heading = CONTEXT,
+          value_parser = flash_attention())]
+    flash_attn: FlashAttention,
+
+    /// Keep the KV cache in this machine's memory, also of layers on GPUs and workers
+    #[arg(long, help_heading = CONTEXT)]
+    no_kv_offload: bool,
+
+    /// With all cells for layers with a sliding window, too
+    #[arg(long, help_heading = CONTEXT)]
+    swa_full: bool,
+}
+
+const CONTEXT: &str = "Context and KV cache";
 
 /// Shares of the cells that a vote may keep: no more than examples.
 const SHARES: [(&str, f64); 3] = [("all", 1.0), ("half", 0.5), ("a quarter", 0.25)];
@@ -164,7 +170,8 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 
 impl Plan {
     fn new(args: &PlanArgs) -> Result<Self> {
-        let file = Gguf::open(&args.model)?;
+        let shared = &args.shared.flags;
+        let file = shared.placement.open(&args.model)?;
         file.check()?;
         let info = &file.info;
         let predict = args.predict as usize;
@@ -177,15 +184,17 @@ impl Plan {
             _ => None,
         };
         let policy = Params::new(if refused.is_some() { Kind::Full } else { Kind::Gvote });
-        connect(&args.rpc)?;
+        shared.placement.check_adapters(&file)?;
+        connect(&shared.placement.rpc)?;
         crash::about(&args.model);
         crash::at(Step::Load);
-        let simulation = Simulation::load(&args.model, &ModelParams { n_gpu_layers: args.n_gpu_layers })?;
+        let simulation = Simulation::load(&args.model, &shared.placement.params()).map_err(name_flag)?;
         crash::at(Step::Open);
         let context = ContextParams {
-            n_ubatch: args.ubatch_size,
-            flash_attn: args.flash_attn,
-            swa_full: args.swa_full,
+            n_ubatch: shared.ubatch_size,
+            flash_attn: shared.flash_attn,
+            offload_kqv: !shared.no_kv_offload,
+            swa_full: shared.swa_full,
             ..ContextParams::default()
         };
         let threads = context.n_threads as usize;
@@ -194,7 +203,7 @@ impl Plan {
             Sizes { info, simulation: &simulation, session: SessionParams { context, policy, ..Default::default() } };
 
         let possible =
-            |t: &CacheType| !t.is_quantized() || (args.flash_attn != FlashAttention::Off && info.can_cache(*t));
+            |t: &CacheType| !t.is_quantized() || (shared.flash_attn != FlashAttention::Off && info.can_cache(*t));
         let types = CacheType::all().filter(possible).map(|t| sizes.need(t, cells, args.memory));
         let types: Vec<Need> = types.collect::<Result<_>>()?;
         let memory = sizes.memory(CacheType::F16, cells)?;
@@ -361,30 +370,10 @@ fn type_flags(cache_type: CacheType) -> String {
 
 /// A command line for the shell.
 fn command(args: &PlanArgs, cache_type: CacheType, cells: usize, is_refused: bool) -> String {
-    let path = args.model.to_string_lossy();
-    let is_simple = path.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+=@%:,".contains(c));
-    let path = if is_simple { path.into_owned() } else { format!("'{}'", path.replace('\'', r"'\''")) };
+    let path = quoted(&args.model.to_string_lossy());
     let mut out = format!("gvote run -m {path} -f FILE -c {cells} -n {}{}", args.predict, type_flags(cache_type));
-    if args.ubatch_size != ContextParams::default().n_ubatch {
-        out += &format!(" -ub {}", args.ubatch_size);
-    }
-    out += match args.n_gpu_layers {
-        -1 => String::new(),
-        -2 => " -ngl all".into(),
-        n => format!(" -ngl {n}"),
-    }
-    .as_str();
-    if !args.rpc.is_empty() {
-        let workers: Vec<String> = args.rpc.iter().map(ToString::to_string).collect();
-        out += &format!(" --rpc {}", workers.join(","));
-    }
-    out += match args.flash_attn {
-        FlashAttention::Auto => "",
-        FlashAttention::On => " -fa on",
-        FlashAttention::Off => " -fa off",
-    };
-    if args.swa_full {
-        out += " --swa-full";
+    for word in &args.shared.words {
+        out = out + " " + word;
     }
     if is_refused {
         out += " --policy full";

@@ -8,13 +8,14 @@ use std::thread::available_parallelism;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use gvote::llama::rpc::{Server, ServerParams};
+use gvote::llama::rpc::{RpcError, Server, ServerParams};
 use gvote::llama::{Device, exit, log};
 
-use super::STATUS_CANCELLED;
+use super::args::THREADS_MAX;
 use super::table::labelled;
 use super::turn::print;
 use super::words::{bytes, note};
+use super::{Exit, STATUS_CANCELLED};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,7 +45,7 @@ pub struct RpcServerArgs {
     device: Vec<String>,
 
     /// Threads of the CPU device [default: half the cores]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=THREADS_MAX))]
     threads: Option<u16>,
 
     /// Keep large tensors in a folder, so that a model need not be sent again: rpc in $LLAMA_CACHE or ~/.cache/llama.cpp
@@ -64,6 +65,10 @@ pub fn run(args: &RpcServerArgs) -> Result<()> {
         devices: args.device.clone(),
         n_threads,
         cache: cache.clone(),
+    })
+    .map_err(|error| match error {
+        RpcError::Device { .. } => Exit::Usage(format!("--device: {error}")).into(),
+        error => anyhow::Error::from(error),
     })?;
     ctrlc::set_handler(|| {
         note("stopped");

@@ -53,6 +53,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let text = args.request.text()?;
     let grammar = args.sampling.grammar()?;
     steps.interrupt.begin();
+    args.context.set_priority()?;
     let model = steps.load_model(&args.model, policy)?;
     let sampling = args.sampling.params(&model, grammar.as_ref())?;
     let prompt = args.request.request(&model, text)?;

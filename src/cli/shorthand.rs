@@ -6,12 +6,21 @@ use std::ffi::{OsStr, OsString};
 use clap::{Arg, Command};
 
 /// Spelling on the command line, and the long flag it stands for.
-pub const SHORTHANDS: [(&str, &str); 10] = [
+pub const SHORTHANDS: [(&str, &str); 19] = [
     ("-sys", "system-prompt"),
     ("-sysf", "system-prompt-file"),
     ("-ub", "ubatch-size"),
     ("-tb", "threads-batch"),
     ("-ngl", "n-gpu-layers"),
+    ("-dev", "device"),
+    ("-sm", "split-mode"),
+    ("-ts", "tensor-split"),
+    ("-mg", "main-gpu"),
+    ("-ot", "override-tensor"),
+    ("-cmoe", "cpu-moe"),
+    ("-ncmoe", "n-cpu-moe"),
+    ("-nkvo", "no-kv-offload"),
+    ("-lm", "load-mode"),
     ("-npl", "n-parallel"),
     ("-fa", "flash-attn"),
     ("-ctk", "cache-type-k"),
@@ -30,6 +39,11 @@ pub fn describe(command: Command) -> Command {
             arg.help(format!("{help} [also: {short}]"))
         })
     })
+}
+
+/// How a flag is written in short.
+pub fn shortest(long: &str) -> String {
+    SHORTHANDS.iter().find(|entry| entry.1 == long).map_or_else(|| format!("--{long}"), |entry| entry.0.to_owned())
 }
 
 /// Replaces the shorthands of a command line by their long flags. Values of flags are left as they are, so that
@@ -116,6 +130,8 @@ mod tests {
     fn the_help_names_both_spellings() {
         let mut command = describe(crate::cli::Cli::command());
         let help = command.find_subcommand_mut("run").unwrap().render_long_help().to_string();
+        // lines are wrapped anywhere
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         // a flag of chats, and one of benches
         for (short, _) in SHORTHANDS.iter().filter(|s| !["-st", "-npl"].contains(&s.0)) {
             assert!(help.contains(&format!("[also: {short}]")), "{short}");

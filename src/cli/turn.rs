@@ -3,7 +3,6 @@
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
@@ -19,7 +18,7 @@ use gvote::{Session, SessionError, SessionParams};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::Exit;
-use super::args::{ModelArgs, OutputArgs};
+use super::args::{ModelArgs, OutputArgs, name_flag};
 use super::crash::{self, Step};
 use super::fits::Loaded;
 use super::interrupt::Interrupt;
@@ -52,19 +51,20 @@ impl Steps {
     }
 
     pub fn load_model(&self, args: &ModelArgs, policy: Kind) -> Result<Model> {
-        let file = check_model_file(&args.model, policy)?;
-        connect(&args.rpc)?;
+        let file = check_model_file(args, policy)?;
+        args.placement.check_adapters(&file)?;
+        connect(&args.placement.rpc)?;
         crash::about(&args.model);
         crash::at(Step::Load);
-        let loaded = self.loaded.get_or_init(|| Loaded::new(&file, args.params()));
+        let loaded = self.loaded.get_or_init(|| Loaded::new(&file, args.placement.params()));
         loaded.check_weights(&file)?;
         let bar = self.bar(LOAD_STEPS as u64, "loading {bar:30} {percent} %");
-        let model = Model::load(&args.model, &args.params(), |done| {
+        let model = Model::load(&args.model, &args.placement.params(), |done| {
             bar.set_position((done * LOAD_STEPS) as u64);
             !self.interrupt.pressed()
         });
         bar.finish_and_clear();
-        self.unless_cancelled(model)
+        self.unless_cancelled(model.map_err(name_flag))
     }
 
     /// Makes a session that Ctrl-C stops.
@@ -222,13 +222,14 @@ pub fn connect(workers: &[Endpoint]) -> Result<()> {
 }
 
 /// Says what is wrong with a file before llama.cpp is asked, which tells less.
-fn check_model_file(path: &Path, policy: Kind) -> Result<Gguf> {
+fn check_model_file(args: &ModelArgs, policy: Kind) -> Result<Gguf> {
     // the error begins with the path
-    let file = Gguf::open(path).and_then(|file| file.check().map(|()| file)).map_err(|e| anyhow!("-m {e}"))?;
+    let file = args.placement.open(&args.model);
+    let file = file.and_then(|file| file.check().map(|()| file)).map_err(|e| anyhow!("-m {e}"))?;
     if let Support::Refused(reason) = file.info.support()
         && policy != Kind::Full
     {
-        bail!("{}: this model is not supported: {reason}; --policy full runs it as it is", path.display());
+        bail!("{}: this model is not supported: {reason}; --policy full runs it as it is", args.model.display());
     }
     Ok(file)
 }

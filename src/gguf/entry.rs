@@ -5,6 +5,7 @@ use std::io::Cursor;
 use serde_json::{Number, Value};
 
 use super::walk::HEAD_MAX;
+use crate::llama::{KvOverride, KvValue};
 
 /// `gguf_type` in `ggml/include/gguf.h`, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,15 @@ impl Kind {
         Self::ALL.get(number as usize).map(|row| row.0)
     }
 
+    /// What stands for all kinds that llama.cpp takes for one another.
+    fn class(self) -> Self {
+        match self {
+            Self::U8 | Self::I8 | Self::U16 | Self::I16 | Self::U32 | Self::I32 | Self::U64 => Self::I64,
+            Self::F32 => Self::F64,
+            other => other,
+        }
+    }
+
     /// Its name in Rust.
     pub fn name(self) -> &'static str {
         Self::ALL[self as usize].1
@@ -69,6 +79,21 @@ pub struct Entry {
     pub elements: Option<u64>,
     /// The value: of an array at most the first 512 elements, of a string of more than 1 MiB None. See [`super::Gguf::value`].
     pub value: Option<Value>,
+}
+
+/// Puts a value in place of the file's, or adds it. As in llama.cpp, one of another type is ignored.
+pub(super) fn replace(entries: &mut Vec<Entry>, KvOverride { key, value }: &KvOverride) {
+    let (kind, value) = match value {
+        KvValue::Int(n) => (Kind::I64, Value::from(*n)),
+        KvValue::Float(x) => (Kind::F64, Value::from(*x)),
+        KvValue::Bool(b) => (Kind::Bool, Value::from(*b)),
+        KvValue::Str(text) => (Kind::String, Value::from(text.as_str())),
+    };
+    match entries.iter_mut().find(|entry| entry.key == *key) {
+        None => entries.push(Entry { key: key.clone(), offset: 0, kind, elements: None, value: Some(value) }),
+        Some(entry) if entry.elements.is_none() && entry.kind.class() == kind.class() => entry.value = Some(value),
+        Some(_) => {}
+    }
 }
 
 impl Entry {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::threads::{Pool, ThreadParams};
 use super::{Batch, LlamaError, Model, Pos, SeqId, TensorType, log};
 use crate::sys;
 
@@ -98,21 +99,103 @@ pub struct ContextParams {
     pub n_seq_max: u32,
     /// Whether they share all cells, as votes need it; otherwise each has its part of them, which is faster to read (`-kvu`).
     pub kv_unified: bool,
-    /// Threads for decoding (`-t`).
+    /// Threads for decoding (`-t`), at most [`Self::THREADS_MAX`].
     pub n_threads: i32,
-    /// Threads for prompts (`-tb`).
+    /// Threads for prompts (`-tb`), as many.
     pub n_threads_batch: i32,
+    pub threads: ThreadParams,
     pub flash_attn: FlashAttention,
     pub type_k: CacheType,
     pub type_v: CacheType,
     /// Layers with a sliding window keep all cells, not only those that the window needs (`--swa-full`): they can then be cut
     /// anywhere.
     pub swa_full: bool,
+    /// Whether the cache lies with its layers, on GPUs too; otherwise in the machine's memory (`-nkvo`).
+    pub offload_kqv: bool,
+    pub rope: RopeParams,
+}
+
+/// How positions turn queries and keys, where that is not as the model says; names as in llama.cpp.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeParams {
+    /// None: as the model says.
+    pub scaling: Option<RopeScaling>,
+    /// 0: as the model says; `freq_scale` and `yarn_orig_ctx` too.
+    pub freq_base: f32,
+    /// One over the factor by which the context grows.
+    pub freq_scale: f32,
+    pub yarn_orig_ctx: u32,
+    /// Negative: as the model says; the other factors too.
+    pub yarn_ext_factor: f32,
+    pub yarn_attn_factor: f32,
+    pub yarn_beta_slow: f32,
+    pub yarn_beta_fast: f32,
+}
+
+impl Default for RopeParams {
+    fn default() -> Self {
+        Self {
+            scaling: None,
+            freq_base: 0.0,
+            freq_scale: 0.0,
+            yarn_orig_ctx: 0,
+            yarn_ext_factor: -1.0,
+            yarn_attn_factor: -1.0,
+            yarn_beta_slow: -1.0,
+            yarn_beta_fast: -1.0,
+        }
+    }
+}
+
+/// How a context longer than the one of the training is squeezed into its angles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeScaling {
+    None,
+    Linear,
+    Yarn,
+}
+
+impl RopeScaling {
+    /// llama.cpp's names.
+    pub const NAMES: [(&'static str, Self); 3] = [("none", Self::None), ("linear", Self::Linear), ("yarn", Self::Yarn)];
+
+    fn raw(self) -> sys::llama_rope_scaling_type {
+        match self {
+            Self::None => sys::LLAMA_ROPE_SCALING_TYPE_NONE,
+            Self::Linear => sys::LLAMA_ROPE_SCALING_TYPE_LINEAR,
+            Self::Yarn => sys::LLAMA_ROPE_SCALING_TYPE_YARN,
+        }
+    }
+}
+
+impl RopeParams {
+    /// llama.cpp computes what a model was trained for with YaRN, and keeps it in 32 bits.
+    fn check(&self, model: &Model) -> Result<(), LlamaError> {
+        let orig = f64::from(self.yarn_orig_ctx).max(model.n_ctx_train() as f64);
+        let stretched = if self.freq_scale > 0.0 { orig / f64::from(self.freq_scale) } else { orig };
+        if stretched > f64::from(i32::MAX) { Err(LlamaError::Rope) } else { Ok(()) }
+    }
+
+    fn apply(&self, raw: &mut sys::llama_context_params) {
+        raw.rope_scaling_type = self.scaling.map_or(sys::LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED, RopeScaling::raw);
+        raw.rope_freq_base = self.freq_base;
+        raw.rope_freq_scale = self.freq_scale;
+        raw.yarn_orig_ctx = self.yarn_orig_ctx;
+        raw.yarn_ext_factor = self.yarn_ext_factor;
+        raw.yarn_attn_factor = self.yarn_attn_factor;
+        raw.yarn_beta_slow = self.yarn_beta_slow;
+        raw.yarn_beta_fast = self.yarn_beta_fast;
+    }
+}
+
+impl ContextParams {
+    /// Threads that ggml can have at most.
+    pub const THREADS_MAX: i32 = sys::GGML_MAX_N_THREADS as i32;
 }
 
 impl Default for ContextParams {
     fn default() -> Self {
-        let threads = std::thread::available_parallelism().map_or(4, |n| n.get() as i32);
+        let threads = std::thread::available_parallelism().map_or(4, |n| n.get() as i32).min(Self::THREADS_MAX);
         Self {
             n_ctx: 0,
             n_batch: 2048,
@@ -121,10 +204,13 @@ impl Default for ContextParams {
             kv_unified: true,
             n_threads: threads,
             n_threads_batch: threads,
+            threads: ThreadParams::default(),
             flash_attn: FlashAttention::Auto,
             type_k: CacheType::F16,
             type_v: CacheType::F16,
             swa_full: false,
+            offload_kqv: true,
+            rope: RopeParams::default(),
         }
     }
 }
@@ -137,6 +223,8 @@ pub struct Context {
     n_positions: Option<usize>,
     abort: Box<Abort>,
     is_guest: bool,
+    /// Dropped after the context.
+    _pool: Option<Pool>,
 }
 
 /// What llama.cpp's abort callback reads; it keeps a raw pointer to it.
@@ -179,8 +267,9 @@ unsafe impl Send for Context {}
 
 impl Context {
     /// # Errors
-    /// [`LlamaError::QuantizedV`], or [`LlamaError::Context`] with llama.cpp's reason.
+    /// [`LlamaError::QuantizedV`], [`LlamaError::Rope`], or [`LlamaError::Context`] with llama.cpp's reason.
     pub fn new(model: &Model, params: &ContextParams) -> Result<Self, LlamaError> {
+        params.rope.check(model)?;
         if params.type_v.is_quantized() && params.flash_attn == FlashAttention::Off {
             return Err(LlamaError::QuantizedV(params.type_v.name()));
         }
@@ -202,14 +291,33 @@ impl Context {
         raw.type_v = params.type_v.raw();
         raw.kv_unified = params.kv_unified;
         raw.swa_full = params.swa_full;
+        raw.offload_kqv = params.offload_kqv;
+        params.rope.apply(&mut raw);
         raw.no_perf = true;
+        let pool = Pool::new(params.threads, params.n_threads.max(params.n_threads_batch))?;
         // SAFETY: the model is valid and kept alive by the clone below.
         let ptr = unsafe { sys::gvote_shim_context_new(model.as_ptr(), raw) };
         let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context { reason: log::take_reason() })?;
         let abort = Box::<Abort>::default();
-        let context = Self { ptr, model: model.clone(), n_positions: model.n_positions(), abort, is_guest: false };
+        let context =
+            Self { ptr, model: model.clone(), n_positions: model.n_positions(), abort, is_guest: false, _pool: pool };
+        if let Some(pool) = &context._pool {
+            // SAFETY: valid context, which is freed first.
+            unsafe { pool.serve(context.as_ptr()) };
+        }
         context.listen();
+        context.apply_adapters();
         Ok(context)
+    }
+
+    /// Has llama.cpp apply the model's adapters.
+    fn apply_adapters(&self) {
+        let (mut adapters, mut scales): (Vec<_>, Vec<_>) =
+            self.model.adapters().iter().map(|(adapter, scale)| (adapter.as_ptr(), *scale)).unzip();
+        // SAFETY: valid adapters of the context's model, as many as there are scales.
+        unsafe {
+            sys::llama_set_adapters_lora(self.as_ptr(), adapters.as_mut_ptr(), adapters.len(), scales.as_mut_ptr())
+        };
     }
 
     /// A context that an app lends. What is done with it should happen during a [`Visit`].
@@ -220,7 +328,14 @@ impl Context {
         // SAFETY: the model of a valid context is valid, and its owner keeps it as long.
         let model = unsafe { Model::lent(NonNull::new_unchecked(sys::llama_get_model(ptr.as_ptr()).cast_mut())) };
         let n_positions = model.n_positions();
-        Self { ptr, model, n_positions, abort: Box::new(Abort { cancel, ..Abort::default() }), is_guest: true }
+        Self {
+            ptr,
+            model,
+            n_positions,
+            abort: Box::new(Abort { cancel, ..Abort::default() }),
+            is_guest: true,
+            _pool: None,
+        }
     }
 
     /// From now on the flag of the other context cancels this one, too.

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char};
 
+use super::LlamaError;
 use crate::sys;
 
 /// A CPU or an accelerator, as ggml knows it.
@@ -58,6 +59,35 @@ pub(super) fn find(name: &str) -> Option<sys::ggml_backend_dev_t> {
     // SAFETY: the name lives for the call.
     let device = unsafe { sys::ggml_backend_dev_by_name(name.as_ptr()) };
     (!device.is_null()).then_some(device)
+}
+
+/// ggml's handle of an accelerator, or of what only helps the CPU.
+pub(super) fn accelerator(name: &str) -> Result<sys::ggml_backend_dev_t, LlamaError> {
+    // SAFETY: a registered device.
+    let is_other = |device: &_| unsafe { sys::ggml_backend_dev_type(*device) } != sys::GGML_BACKEND_DEVICE_TYPE_CPU;
+    find(name).filter(is_other).ok_or_else(|| {
+        let others = devices().into_iter().filter(|device| find(&device.name).as_ref().is_some_and(is_other));
+        LlamaError::Device { name: name.into(), known: listed(others.map(|device| device.name)) }
+    })
+}
+
+/// The buffer type of that name, of any device.
+pub(super) fn buffer_type(name: &str) -> Result<sys::ggml_backend_buffer_type_t, LlamaError> {
+    super::init();
+    // SAFETY: the back ends are registered by now; ggml keeps devices, buffer types and their names for the whole process.
+    let known: Vec<_> = unsafe {
+        let all = (0..sys::ggml_backend_dev_count()).map(|i| sys::ggml_backend_dev_get(i));
+        let types = all.map(|device| sys::ggml_backend_dev_buffer_type(device)).filter(|buft| !buft.is_null());
+        types.map(|buft| (text(sys::ggml_backend_buft_name(buft)), buft)).collect()
+    };
+    let found = known.iter().find(|(known, _)| known == name).map(|(_, buft)| *buft);
+    found
+        .ok_or_else(|| LlamaError::Buffer { name: name.into(), known: listed(known.into_iter().map(|(name, _)| name)) })
+}
+
+fn listed(names: impl Iterator<Item = String>) -> String {
+    let names: Vec<_> = names.collect();
+    if names.is_empty() { "none".into() } else { names.join(", ") }
 }
 
 /// # Safety

@@ -7,6 +7,22 @@ use std::path::PathBuf;
 pub enum LlamaError {
     #[error("{path}: llama.cpp cannot load this model{reason}; gvote inspect tells what the file holds")]
     Load { path: PathBuf, reason: String },
+    #[error("{path}: this adapter does not fit the model: {reason}")]
+    Adapter { path: PathBuf, reason: String },
+    #[error("there is no device {name:?} to put layers on; there are: {known}")]
+    Device { name: String, known: String },
+    #[error("there is no buffer type {name:?}; there are: {known}")]
+    Buffer { name: String, known: String },
+    #[error("shares of devices are at most {most} numbers from 0 up")]
+    TensorSplit { most: usize },
+    #[error("the CPU has no threads with a priority or a polling level of their own here")]
+    Threads,
+    #[error("tensors can be split over GPUs and workers only, and there are none")]
+    SplitMode,
+    #[error(
+        "RoPE would stretch the context past 2,147,483,647 tokens: lower --rope-scale or --yarn-orig-ctx, or raise --rope-freq-scale"
+    )]
+    Rope,
     #[error("the path {0:?} holds a NUL byte")]
     PathNul(PathBuf),
     #[error(
@@ -36,7 +52,7 @@ pub enum LlamaError {
     #[error("there is no sequence {seq}: the context was made for {n_seq_max} (n_seq_max)")]
     NoSequence { seq: i32, n_seq_max: usize },
     #[error(
-        "the model computes logits that are no numbers: its file or a loaded session is damaged, or the types of its cache (-ctk, -ctv) are too small for it"
+        "the model computes logits that are no numbers (NaN): its file or a loaded session is damaged, or a flag does not suit it, such as -ctk, -ctv, --rope-freq-base, --yarn-attn-factor, --lora-scaled or --override-kv"
     )]
     NotANumber,
     #[error("there are no logits to sample from: decode a batch that asks for them first")]

@@ -13,6 +13,7 @@ pub mod log;
 mod markers;
 mod memory;
 mod model;
+mod placement;
 mod rendered;
 pub mod rpc;
 mod sampler;
@@ -20,21 +21,24 @@ mod sampling;
 mod state;
 mod template;
 mod tensor_type;
+mod threads;
 mod tokenize;
 
 pub use abort::{AbortHandler, CrashHandler, exit, on_abort, on_crash};
 pub use batch::Batch;
 pub(crate) use context::Visit;
-pub use context::{CacheType, Context, ContextParams, FlashAttention};
+pub use context::{CacheType, Context, ContextParams, FlashAttention, RopeParams, RopeScaling};
 pub use device::{Device, DeviceMemory, devices};
 pub use error::LlamaError;
 pub use memory::{Buffers, Memory, Simulation};
-pub use model::{Model, ModelParams, Pieces, Token};
+pub use model::{Model, Pieces, Token};
+pub use placement::{KvError, KvOverride, KvValue, LoadMode, ModelParams, SplitMode, TensorBuffer, TensorBufferError};
 pub use rendered::Rendered;
 pub use sampler::Sampler;
 pub use sampling::{Dry, Mirostat, SamplerKind, SamplerParams, is_repeat_penalty};
 pub use template::{ChatTemplate, Message, Role, TemplateError};
 pub use tensor_type::TensorType;
+pub use threads::ThreadParams;
 
 use std::sync::Once;
 

@@ -1,32 +1,46 @@
 use std::ffi::{CStr, CString, c_char};
+use std::fs::File;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::{LlamaError, log, rpc};
+use super::{LlamaError, ModelParams, log, rpc};
 use crate::sys;
 
 /// An index into the model's vocabulary.
 pub type Token = i32;
 
-/// How to load a model; names as in llama.cpp.
-#[derive(Clone, Debug)]
-pub struct ModelParams {
-    /// Layers to keep on the accelerator (`-ngl`); -1 = all. Without one it has no effect.
-    pub n_gpu_layers: i32,
-}
-
-impl Default for ModelParams {
-    fn default() -> Self {
-        Self { n_gpu_layers: -1 }
-    }
-}
-
 struct Owned {
     ptr: NonNull<sys::llama_model>,
     /// It belongs to an app.
     is_lent: bool,
+    /// What every context applies, and how much of it. The model frees them.
+    adapters: Vec<(NonNull<sys::llama_adapter_lora>, f32)>,
+    /// See [`Model::alterations`].
+    alterations: Vec<String>,
+}
+
+impl Owned {
+    fn add_adapter(&mut self, path: &Path, scale: f32) -> Result<(), LlamaError> {
+        log::clear_reason();
+        let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| LlamaError::PathNul(path.into()))?;
+        // SAFETY: a valid model, and a path that outlives the call.
+        let adapter = unsafe { sys::llama_adapter_lora_init(self.ptr.as_ptr(), c_path.as_ptr()) };
+        let adapter = NonNull::new(adapter)
+            .ok_or_else(|| LlamaError::Adapter { path: path.into(), reason: log::take_reason() })?;
+        self.adapters.push((adapter, scale));
+        self.alterations.push(format!("adapter {} {scale}", hash_of(path)?));
+        Ok(())
+    }
+}
+
+fn hash_of(path: &Path) -> Result<blake3::Hash, LlamaError> {
+    let unread = |source: io::Error| LlamaError::Adapter { path: path.into(), reason: source.to_string() };
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(File::open(path).map_err(unread)?).map_err(unread)?;
+    Ok(hasher.finalize())
 }
 
 // SAFETY: a loaded model is read-only; llama.cpp documents sharing one between contexts of different threads.
@@ -76,21 +90,26 @@ impl Model {
             Some(trampoline::<F>)
         }
 
-        // SAFETY: returns a plain struct.
-        let mut raw = unsafe { sys::llama_model_default_params() };
-        raw.n_gpu_layers = params.n_gpu_layers;
+        let owned = params.raw()?;
+        let mut raw = owned.params;
         if no_alloc {
             raw.no_alloc = true;
             raw.load_mode = sys::LLAMA_LOAD_MODE_NONE; // as llama.cpp's own memory fit does: nothing is mapped either
         }
         raw.progress_callback = callback_of(&progress);
         raw.progress_callback_user_data = (&raw mut progress).cast();
-        // SAFETY: the path and the closure outlive the call.
+        // SAFETY: the path, the closure and what the parameters point to outlive the call.
         let ptr = unsafe { sys::gvote_shim_model_load(c_path.as_ptr(), raw) };
         rpc::watch_workers();
-        NonNull::new(ptr)
-            .map(|ptr| Self(Arc::new(Owned { ptr, is_lent: false })))
-            .ok_or_else(|| LlamaError::Load { path: path.into(), reason: log::take_reason() })
+        let ptr =
+            NonNull::new(ptr).ok_or_else(|| LlamaError::Load { path: path.into(), reason: log::take_reason() })?;
+        let overrides = params.kv_overrides.iter().map(|one| format!("{one:?}")).collect();
+        let mut owned = Owned { ptr, is_lent: false, adapters: Vec::new(), alterations: overrides };
+        // a simulation computes nothing
+        for (path, scale) in params.adapters.iter().filter(|_| !no_alloc) {
+            owned.add_adapter(path, *scale)?;
+        }
+        Ok(Self(Arc::new(owned)))
     }
 
     pub(crate) fn as_ptr(&self) -> *mut sys::llama_model {
@@ -102,7 +121,17 @@ impl Model {
     /// # Safety
     /// `ptr` is a valid model, and stays so until the last use of this or of a clone.
     pub(crate) unsafe fn lent(ptr: NonNull<sys::llama_model>) -> Self {
-        Self(Arc::new(Owned { ptr, is_lent: true }))
+        Self(Arc::new(Owned { ptr, is_lent: true, adapters: Vec::new(), alterations: Vec::new() }))
+    }
+
+    /// What its contexts compute otherwise than its file says, in order; for comparisons.
+    pub(crate) fn alterations(&self) -> Vec<String> {
+        self.0.alterations.clone()
+    }
+
+    /// The adapters that its contexts apply, with their scales.
+    pub(super) fn adapters(&self) -> &[(NonNull<sys::llama_adapter_lora>, f32)] {
+        &self.0.adapters
     }
 
     pub(super) fn vocab(&self) -> *const sys::llama_vocab {

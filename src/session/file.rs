@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::{SEQ, Session, SessionError};
 use crate::bytes::put_part;
 use crate::cache::Layout;
+use crate::llama::RopeParams;
 use crate::policy::Kind;
 
 const MAGIC: [u8; 8] = *b"gvotesn\0";
@@ -47,6 +48,10 @@ pub enum FileError {
     Llama { found: String },
     #[error("it was saved with another model ({found}): start with that one (-m)")]
     Model { found: String },
+    #[error(
+        "it was saved with other adapters, other values in place of the model file's, or another RoPE: start with the same --lora, --lora-scaled, --override-kv, --rope and --yarn flags"
+    )]
+    Altered,
     #[error("it was saved with {flag} {found}, and this session has {flag} {here}: start with {flag} {found}")]
     Setting { flag: &'static str, found: String, here: String },
     #[error("it holds {found} cells and there are {here}: start with -c {found} or more")]
@@ -64,6 +69,9 @@ struct Made {
     /// For people.
     model: String,
     fingerprint: String,
+    /// See [`Session::altered`].
+    #[serde(default)]
+    altered: String,
     type_k: String,
     type_v: String,
     /// Absent where the layout of the cache is not known.
@@ -149,6 +157,7 @@ impl Session {
             llama: LLAMA.into(),
             model: self.model().description(),
             fingerprint: self.model().fingerprint(),
+            altered: self.altered(),
             type_k,
             type_v,
             flash_attn: Layout::of(&self.ctx, SEQ).ok().map(|layout| !layout.info.v_trans),
@@ -160,6 +169,16 @@ impl Session {
         }
     }
 
+    /// Tells what else than the model's file keys and values come from: a hash, empty where they come from nothing else.
+    fn altered(&self) -> String {
+        let rope = &self.context.rope;
+        let mut what = self.model().alterations();
+        if *rope != RopeParams::default() {
+            what.push(format!("{rope:?}"));
+        }
+        if what.is_empty() { String::new() } else { blake3::hash(what.join("\n").as_bytes()).to_string() }
+    }
+
     fn check_made(&self, found: &Made) -> Result<(), FileError> {
         let here = self.made();
         if found.llama != here.llama {
@@ -167,6 +186,9 @@ impl Session {
         }
         if found.fingerprint != here.fingerprint {
             return Err(FileError::Model { found: found.model.clone() });
+        }
+        if found.altered != here.altered {
+            return Err(FileError::Altered);
         }
         let on_off =
             |flash_attn: Option<bool>| flash_attn.map_or("auto", |on| if on { "on" } else { "off" }).to_owned();

@@ -75,6 +75,7 @@ impl fmt::Display for Setup {
 
 pub const F16: Setup = Setup { flash: false, k: CacheType::F16, v: CacheType::F16 };
 pub const F16_FLASH: Setup = Setup { flash: true, ..F16 };
+pub const F32_FLASH: Setup = Setup { flash: true, k: CacheType::F32, v: CacheType::F32 };
 pub const BF16: Setup = Setup { flash: false, k: CacheType::Bf16, v: CacheType::Bf16 };
 pub const Q8_0: Setup = Setup { flash: true, k: CacheType::Q8_0, v: CacheType::Q8_0 };
 pub const Q4_0: Setup = Setup { flash: true, k: CacheType::Q4_0, v: CacheType::Q4_0 };

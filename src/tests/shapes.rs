@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 
 use rand::{RngExt, SeedableRng};
 
-use super::fixture::{BF16, F16, F16_FLASH, Q8_0, Setup, captured, context, is_on_gpu, is_within, largest};
+use super::fixture::{BF16, F16, F16_FLASH, F32_FLASH, Q8_0, Setup, captured, context, is_on_gpu, is_within, largest};
 use super::tiny::{N_VOCAB, SPECS, Tiny};
 use crate::cache::Layout;
-use crate::llama::{FlashAttention, Pos, Token};
+use crate::llama::{FlashAttention, Model, ModelParams, Pos, Token};
 use crate::policy::{Kind, Params};
 use crate::{Session, SessionParams};
 
@@ -66,7 +66,7 @@ fn the_probes_queries_are_w_q_times_the_hidden_state() {
     let mut all_hold = true;
     for spec in SPECS {
         let tiny = Tiny::new(dir.path(), spec);
-        for setup in [F16, F16_FLASH, BF16] {
+        for setup in [F16, F16_FLASH, BF16, F32_FLASH] {
             all_hold &= check_probe(&tiny, setup, false);
         }
         if spec.head == 64 {
@@ -74,6 +74,18 @@ fn the_probes_queries_are_w_q_times_the_hidden_state() {
         }
     }
     assert!(all_hold, "a query is not W_q times the hidden state: see what was measured");
+}
+
+#[test]
+fn the_probes_queries_know_adapters() {
+    const SCALE: f32 = 0.5;
+    let dir = tempfile::tempdir().unwrap();
+    let mut tiny = Tiny::new(dir.path(), SPECS[0]);
+    let adapter = tiny.adapter(dir.path());
+    tiny.merge(&adapter, SCALE);
+    let params = ModelParams { adapters: vec![(adapter.path, SCALE)], ..ModelParams::default() };
+    tiny.model = Model::load(&tiny.path, &params, |_| true).unwrap();
+    assert!(check_probe(&tiny, F16, false) & check_probe(&tiny, F16_FLASH, false));
 }
 
 #[test]

@@ -293,6 +293,13 @@ pub struct Tiny {
     pub weights: HashMap<String, Vec<f32>>,
 }
 
+/// A LoRA and what it is made of, by tensor name: A `[rank][n_in]` and B `[n_out][rank]`.
+pub struct Adapter {
+    pub path: PathBuf,
+    rank: usize,
+    weights: HashMap<String, Vec<f32>>,
+}
+
 impl Tiny {
     pub fn new(dir: &Path, spec: Spec) -> Self {
         let path = dir.join(format!("{}-{}-{}.gguf", spec.arch, spec.n_head_kv, spec.head));
@@ -331,6 +338,46 @@ impl Tiny {
         std::fs::write(&path, file.bytes()).expect("a temporary folder can be written");
         let model = Model::load(&path, &ModelParams::default(), |_| true).expect("llama.cpp loads it");
         Self { spec, path, model, weights }
+    }
+
+    /// Writes a random LoRA of rank 4 for the queries and keys of every layer.
+    #[allow(dead_code)]
+    pub fn adapter(&self, dir: &Path) -> Adapter {
+        const RANK: usize = 4;
+        let spec = &self.spec;
+        let path = dir.join("lora.gguf");
+        let mut file = Gguf::default();
+        file.text("general.type", "adapter");
+        file.text("general.architecture", spec.arch);
+        file.text("adapter.type", "lora");
+        // llama.cpp scales by alpha over the rank
+        file.float("adapter.lora.alpha", RANK as f32);
+        let parts =
+            [("attn_q", spec.n_head), ("attn_k", spec.n_head_kv)].map(|(part, heads)| (part, heads * spec.head));
+        let mut tensors = Vec::new();
+        for il in 0..N_LAYER {
+            for (part, n_out) in parts {
+                tensors.push((format!("blk.{il}.{part}.weight.lora_a"), vec![N_EMBD, RANK]));
+                tensors.push((format!("blk.{il}.{part}.weight.lora_b"), vec![RANK, n_out]));
+            }
+        }
+        let weights = fill(&mut file, tensors);
+        std::fs::write(&path, file.bytes()).expect("a temporary folder can be written");
+        Adapter { path, rank: RANK, weights }
+    }
+
+    /// Adds to the weights what an adapter adds to their products; the file stays as it is.
+    #[allow(dead_code)]
+    pub fn merge(&mut self, adapter: &Adapter, scale: f32) {
+        for (name, a) in adapter.weights.iter().filter_map(|(name, a)| Some((name.strip_suffix(".lora_a")?, a))) {
+            let b = &adapter.weights[&format!("{name}.lora_b")];
+            let rows = self.weights.get_mut(name).expect("it is for this model").chunks_exact_mut(N_EMBD);
+            for (row, b) in rows.zip(b.chunks_exact(adapter.rank)) {
+                for (b, a) in b.iter().zip(a.chunks_exact(N_EMBD)) {
+                    row.iter_mut().zip(a).for_each(|(w, a)| *w += scale * b * a);
+                }
+            }
+        }
     }
 
     /// W_Q h + b, normalised, rotated to `pos`, scaled: the query of one head, in float64.

@@ -30,7 +30,7 @@ impl Facts {
             model_type: model.description(),
             model_size: model.size(),
             model_n_params: model.n_params(),
-            n_gpu_layers: args.params().n_gpu_layers,
+            n_gpu_layers: args.placement.n_gpu_layers,
             context,
             memory,
         }

@@ -12,7 +12,7 @@ use gvote::llama::{Model, Token};
 use gvote::policy::Kind;
 
 use super::suites::{self, SuiteArgs};
-use super::{CommonArgs, ROOM, finish, note_too_long};
+use super::{CommonArgs, ROOM, SPARE, above_0, finish, note_too_long};
 use crate::cli::Exit;
 use crate::cli::turn::Steps;
 use crate::cli::words::{count, note};
@@ -45,7 +45,7 @@ pub struct AdaptivityArgs {
     suites: SuiteArgs,
 
     /// Requests of each text and task
-    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Evaluation")]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = above_0, help_heading = "Evaluation")]
     limit: usize,
 
     /// Requests of each text and task to skip: tune on one part, report another
@@ -53,11 +53,11 @@ pub struct AdaptivityArgs {
     offset: usize,
 
     /// Prompt of a text, in tokens
-    #[arg(short, long, value_name = "N", default_value_t = 2048, help_heading = "Evaluation")]
+    #[arg(short, long, value_name = "N", default_value_t = 2048, value_parser = above_0, help_heading = "Evaluation")]
     prompt: usize,
 
     /// Most steps of a continuation; an answer may be shorter
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 128, help_heading = "Evaluation")]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128, value_parser = above_0, help_heading = "Evaluation")]
     predict: usize,
 
     /// Mean KL per token to stay within, in nats [default: 0.02]
@@ -86,9 +86,10 @@ pub fn run(args: &AdaptivityArgs) -> Result<()> {
     let texts = args.texts()?;
     let samples = suites.samples(common.seeds[0], *offset, *limit)?;
     steps.interrupt.begin();
+    common.context.set_priority()?;
     let model = steps.load_model(&common.model, Kind::Gvote)?;
     let of_tasks = if samples.numbered.is_empty() { 0 } else { suites::longest(&model, &samples.numbered) + ROOM };
-    let of_texts = if texts.is_empty() { 0 } else { args.prompt + args.predict + 8 };
+    let of_texts = if texts.is_empty() { 0 } else { args.piece().saturating_add(SPARE) };
     let n_ctx = of_tasks.max(of_texts).min(model.n_ctx_train());
 
     let mut sources: Vec<(usize, Source)> =
@@ -144,9 +145,14 @@ impl AdaptivityArgs {
         narrative.chain(code).map(read).collect()
     }
 
+    /// Tokens of a prompt and its continuation, and one that is fed before anything is compared.
+    fn piece(&self) -> usize {
+        self.prompt.saturating_add(self.predict).saturating_add(1)
+    }
+
     /// Parts of a text that do not overlap, with their numbers.
     fn pieces(&self, model: &Model, text: &Text) -> Result<Vec<(usize, Source)>> {
-        let (prompt, whole) = (self.prompt, self.prompt + self.predict + 1);
+        let (prompt, whole) = (self.prompt, self.piece());
         let start = model.tokenize("", true, false)?;
         let tokens = model.tokenize(&text.text, false, false)?;
         let piece = |(i, tokens): (usize, &[Token])| {
@@ -157,7 +163,8 @@ impl AdaptivityArgs {
         let pieces: Vec<_> =
             tokens.chunks_exact(whole).enumerate().skip(self.offset).take(self.limit).map(piece).collect();
         if pieces.is_empty() {
-            let (name, found, all) = (&text.name, count(tokens.len()), count(whole.saturating_mul(self.offset + 1)));
+            let (name, found, all) =
+                (&text.name, count(tokens.len()), count(whole.saturating_mul(self.offset.saturating_add(1))));
             bail!("{name}: {found} tokens, but -p, -n and --offset need {all}");
         }
         Ok(pieces)

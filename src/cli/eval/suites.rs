@@ -5,10 +5,15 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use clap::builder::RangedU64ValueParser;
 use gvote::eval::tasks::{self, Loaded, Sample};
 use gvote::llama::Model;
 
+use crate::cli::Exit;
 use crate::cli::words::{note, plural};
+
+/// More than the longest context of any model has room for.
+const NEEDLE_WORDS_MAX: u64 = 1_000_000;
 
 #[derive(Args)]
 pub struct SuiteArgs {
@@ -38,6 +43,7 @@ pub struct SuiteArgs {
         value_name = "N,...",
         value_delimiter = ',',
         default_value = "500,1000,2000",
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..=NEEDLE_WORDS_MAX),
         help_heading = "Evaluation"
     )]
     needle_words: Vec<usize>,
@@ -64,7 +70,12 @@ impl SuiteArgs {
             refused.extend(loaded.refused);
         };
         if let Some(folder) = &self.ruler {
-            let names = if self.tasks.is_empty() { tasks::ruler::tasks_in(folder)? } else { self.tasks.clone() };
+            let known = tasks::ruler::tasks_in(folder)?;
+            if let Some(name) = self.tasks.iter().find(|&name| !known.contains(name)) {
+                let (folder, known) = (folder.display(), known.join(", "));
+                return Err(Exit::Usage(format!("--tasks: {folder} has no task {name:?}; it has: {known}")).into());
+            }
+            let names = if self.tasks.is_empty() { known } else { self.tasks.clone() };
             add(tasks::ruler::load(folder, &names)?);
         }
         if let Some(file) = &self.gsm8k {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::llama::ModelParams;
+use crate::llama::{ModelParams, RopeParams};
 use crate::tests::fixture::{F16, F16_FLASH, Q4_0, Q8_0};
 use crate::tests::tiny;
 
@@ -267,6 +267,39 @@ fn a_file_of_another_model_is_refused_and_one_of_the_same_elsewhere_is_not() {
     fs::write(&other, bytes).unwrap();
     let other = Model::load(&other, &ModelParams::default(), |_| true).unwrap();
     assert_ne!(other.fingerprint(), same.model.fingerprint());
+}
+
+#[test]
+fn a_file_whose_keys_came_about_otherwise_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let plain = tiny::Tiny::new(folder.path(), tiny::SPECS[0]);
+    let lora = plain.adapter(folder.path()).path;
+    let adapted = |scale| ModelParams { adapters: vec![(lora.clone(), scale)], ..ModelParams::default() };
+    let overridden = ModelParams { kv_overrides: vec!["llama.rope.scale=float:2".parse().unwrap()], ..adapted(1.0) };
+    let load = |params| Model::load(&plain.path, &params, |_| true).unwrap();
+    let mut all = [ModelParams::default(), adapted(1.0), adapted(0.5), overridden].map(load).map(|model| {
+        let mut session = open_with(&model, F16, N_CTX, quick());
+        read(&mut session, &words(80, 1));
+        session
+    });
+    let stretched =
+        ContextParams { rope: RopeParams { freq_scale: 0.5, ..RopeParams::default() }, ..all[0].context.clone() };
+    let stretched = SessionParams { context: stretched, policy: quick(), ..Default::default() };
+    let mut stretched = Session::new(all[0].model(), &stretched).unwrap();
+    read(&mut stretched, &words(80, 1));
+
+    let path = folder.path().join("chat");
+    for i in 0..all.len() {
+        all[i].save_to(&path, b"").unwrap();
+        assert!(matches!(refused(&mut stretched, &path), FileError::Altered));
+        for (j, other) in all.iter_mut().enumerate() {
+            if i == j {
+                other.load_from(&path, keep).unwrap();
+            } else {
+                assert!(matches!(refused(other, &path), FileError::Altered), "{i} {j}");
+            }
+        }
+    }
 }
 
 /// Replaces what a file says it was made with, and signs it again.
