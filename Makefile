@@ -15,7 +15,7 @@ LLAMA    ?= oldest
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test test-llama check-memory fuzz bench bench-peers bench-memory soak completion bench-completion results \
+.PHONY: help run test test-llama check-memory fuzz bench bench-peers bench-busy bench-memory soak completion bench-completion results \
         gallery cuda-kit doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
@@ -54,6 +54,11 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	cargo build --release
 	scripts/build-peers
 	scripts/bench-peers -m "$(MODEL)" -f "$(DOC)"
+
+bench-busy: setup ## measure what another busy process takes, beside llama.cpp's own llama-bench (about 20 minutes)
+	cargo build --release
+	scripts/build-peers
+	scripts/bench-busy -m "$(MODEL)" -f "$(DOC)"
 
 bench-memory: setup ## compare a cache smaller than the prompt with one that holds it all (about 40 minutes)
 	cargo build --release

@@ -352,6 +352,17 @@ int gvote_shim_n_parts(struct llama_context * ctx);
 // Puts the nodes of a graph from `first` up to `end` into the queue of a back end, as the scheduler does.
 enum ggml_status gvote_shim_graph_compute_part(ggml_backend_t backend, const struct ggml_cgraph * graph, int first, int end);
 
+// Whether something else than this machine's CPU computes a part of the model.
+bool gvote_shim_uses_devices(struct llama_context * ctx);
+
+// Whether the CPU may split attention of the next single token into a part of the cells for each thread. What such parts add up
+// to depends on the number of threads, in the last bits.
+bool gvote_shim_token_in_parts(struct llama_context * ctx);
+
+// Makes the OpenMP runtime of this process know of more threads than there are CPUs, as long as the calling thread lives. `n`: threads
+// that another thread's team has. False without OpenMP.
+bool gvote_shim_crowd(int n);
+
 // Most rows of outputs that a batch may ask for.
 uint32_t gvote_shim_outputs_max(struct llama_context * ctx);
 

@@ -5,6 +5,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::busy::Busy;
+use super::rope::RopeParams;
 use super::threads::{Pool, ThreadParams};
 use super::{Batch, LlamaError, Model, Pos, SeqId, TensorType, log};
 use crate::sys;
@@ -115,79 +117,6 @@ pub struct ContextParams {
     pub rope: RopeParams,
 }
 
-/// How positions turn queries and keys, where that is not as the model says; names as in llama.cpp.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RopeParams {
-    /// None: as the model says.
-    pub scaling: Option<RopeScaling>,
-    /// 0: as the model says; `freq_scale` and `yarn_orig_ctx` too.
-    pub freq_base: f32,
-    /// One over the factor by which the context grows.
-    pub freq_scale: f32,
-    pub yarn_orig_ctx: u32,
-    /// Negative: as the model says; the other factors too.
-    pub yarn_ext_factor: f32,
-    pub yarn_attn_factor: f32,
-    pub yarn_beta_slow: f32,
-    pub yarn_beta_fast: f32,
-}
-
-impl Default for RopeParams {
-    fn default() -> Self {
-        Self {
-            scaling: None,
-            freq_base: 0.0,
-            freq_scale: 0.0,
-            yarn_orig_ctx: 0,
-            yarn_ext_factor: -1.0,
-            yarn_attn_factor: -1.0,
-            yarn_beta_slow: -1.0,
-            yarn_beta_fast: -1.0,
-        }
-    }
-}
-
-/// How a context longer than the one of the training is squeezed into its angles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RopeScaling {
-    None,
-    Linear,
-    Yarn,
-}
-
-impl RopeScaling {
-    /// llama.cpp's names.
-    pub const NAMES: [(&'static str, Self); 3] = [("none", Self::None), ("linear", Self::Linear), ("yarn", Self::Yarn)];
-
-    fn raw(self) -> sys::llama_rope_scaling_type {
-        match self {
-            Self::None => sys::LLAMA_ROPE_SCALING_TYPE_NONE,
-            Self::Linear => sys::LLAMA_ROPE_SCALING_TYPE_LINEAR,
-            Self::Yarn => sys::LLAMA_ROPE_SCALING_TYPE_YARN,
-        }
-    }
-}
-
-impl RopeParams {
-    /// llama.cpp computes what a model was trained for with YaRN, and keeps it in 32 bits.
-    fn check(&self, model: &Model) -> Result<(), LlamaError> {
-        let orig = f64::from(self.yarn_orig_ctx).max(model.n_ctx_train() as f64);
-        let stretched = if self.freq_scale > 0.0 { orig / f64::from(self.freq_scale) } else { orig };
-        if stretched > f64::from(i32::MAX) { Err(LlamaError::Rope) } else { Ok(()) }
-    }
-
-    fn apply(&self, raw: &mut sys::llama_context_params) {
-        raw.rope_scaling_type = self.scaling.map_or(sys::LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED, RopeScaling::raw);
-        raw.rope_freq_base = self.freq_base;
-        raw.rope_freq_scale = self.freq_scale;
-        raw.yarn_orig_ctx = self.yarn_orig_ctx;
-        raw.yarn_ext_factor = self.yarn_ext_factor;
-        raw.yarn_attn_factor = self.yarn_attn_factor;
-        raw.yarn_beta_slow = self.yarn_beta_slow;
-        raw.yarn_beta_fast = self.yarn_beta_fast;
-    }
-}
-
 impl ContextParams {
     /// Threads that ggml can have at most.
     pub const THREADS_MAX: i32 = sys::GGML_MAX_N_THREADS as i32;
@@ -232,6 +161,8 @@ pub struct Context {
 struct Abort {
     /// The caller wants out.
     cancel: Arc<AtomicBool>,
+    /// How its threads do on a busy machine.
+    busy: Busy,
     /// The graph in work runs to its end: a recurrent state could not go back.
     to_the_end: AtomicBool,
     /// Tests count who asks, and have one of them find the flag set.
@@ -446,8 +377,12 @@ impl Context {
             return Err(LlamaError::NoPositions { pos, n });
         }
         self.abort.to_the_end.store(batch.len() == 1 && self.model.is_recurrent(), Ordering::Relaxed);
-        // SAFETY: the batch's arrays hold n_tokens entries.
-        match unsafe { sys::gvote_shim_decode(self.as_ptr(), batch.raw()) } {
+        // SAFETY: the batch's arrays hold n_tokens entries, and the context is valid.
+        let status = unsafe {
+            let _entered = self.abort.busy.enter(self.as_ptr(), batch.len());
+            sys::gvote_shim_decode(self.as_ptr(), batch.raw())
+        };
+        match status {
             0 => Ok(()),
             1 => Err(LlamaError::NoCells {
                 needed: batch.len(),
@@ -592,12 +527,14 @@ impl Drop for Visit<'_> {
         // SAFETY: begun in `new`, ended once.
         unsafe { sys::gvote_shim_visit_end(self.raw.as_ptr()) };
         self.ctx.abort.of_app = None;
+        self.ctx.abort.busy.rest();
     }
 }
 
 unsafe extern "C" fn should_abort(flags: *mut c_void) -> bool {
     // SAFETY: points to the context's boxed flags.
     let flags = unsafe { &*flags.cast::<Abort>() };
+    flags.busy.tick();
     let app_wants_out = || {
         // SAFETY: the app's own callback with the app's own data, as it would be called without us.
         flags.of_app.is_some_and(|(callback, data)| unsafe { callback(data) })

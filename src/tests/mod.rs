@@ -3,6 +3,7 @@
 mod after;
 mod baselines;
 mod borders;
+mod busy;
 mod device;
 pub(crate) mod fixture;
 pub(crate) mod heap;

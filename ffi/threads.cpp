@@ -1,0 +1,59 @@
+// What the number of threads, and the way they wait, depend on.
+
+#include "shim.hpp"
+
+#ifdef _OPENMP
+#include <unistd.h>
+#endif
+
+// ggml splits where flash attention reads at least 512 cells of an f16 or f32 cache. llama.cpp has it read up to the last used one,
+// in steps of 256: a token that comes behind so many cannot need a second step.
+constexpr uint32_t CELLS_OF_ONE_PART = 240;
+
+static bool in_parts(const llama_kv_cache & kv) {
+    const ggml_type type = kv.type_k();
+    if (type != kv.type_v() || (type != GGML_TYPE_F16 && type != GGML_TYPE_F32)) {
+        return false;
+    }
+    for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
+        if (kv.get_cells(s).used_max_p1() > CELLS_OF_ONE_PART) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool gvote_shim_token_in_parts(llama_context * ctx) {
+    if (!ctx->get_cparams().flash_attn) {
+        return false;
+    }
+    const llama_kv_cache * base = base_cache(ctx);
+    if (base == nullptr) {
+        // unknown
+        return true;
+    }
+    const llama_kv_cache * window = window_cache(ctx);
+    return in_parts(*base) || (window != nullptr && in_parts(*window));
+}
+
+bool gvote_shim_uses_devices(llama_context * ctx) {
+    return ctx->get_model().n_devices() > 0;
+}
+
+bool gvote_shim_crowd(int n) {
+#ifdef _OPENMP
+    // the calling thread is not counted
+    const int wanted = (int) sysconf(_SC_NPROCESSORS_ONLN) - n + 2;
+    if (wanted < 2) {
+        // there are more already
+        return true;
+    }
+    int there = 0;
+    #pragma omp parallel num_threads(wanted) reduction(+:there)
+    there += 1;
+    return there == wanted;
+#else
+    (void) n;
+    return false;
+#endif
+}

@@ -1,0 +1,48 @@
+//! What may change on a busy machine, and what may not.
+
+use super::fixture::{BF16, F16, F16_FLASH, Q4_0, Q8_0, Setup, context, decode, model, tokens};
+use crate::llama::{Context, Pos};
+use crate::sys;
+
+/// Whether the number of threads may show in what the next token gives.
+fn in_parts(ctx: &Context) -> bool {
+    // SAFETY: valid context.
+    unsafe { sys::gvote_shim_token_in_parts(ctx.as_ptr()) }
+}
+
+/// After `n_prompt` tokens, the bits of the logits of those that follow one by one as long as `while_` holds, at most 12; the batch is
+/// read by as many threads in every case.
+fn bits(setup: Setup, n_prompt: usize, n_threads: i32, while_: impl Fn(&Context) -> bool) -> Vec<u32> {
+    let model = model();
+    let text = tokens(&model, n_prompt + 12);
+    let mut ctx = context(&model, setup, 1024, 512);
+    decode(&mut ctx, &text[..n_prompt], 0, 0);
+    // SAFETY: valid context.
+    unsafe { sys::llama_set_n_threads(ctx.as_ptr(), n_threads, 2) };
+    let mut bits = Vec::new();
+    for (i, &token) in text.iter().enumerate().skip(n_prompt) {
+        if !while_(&ctx) {
+            break;
+        }
+        decode(&mut ctx, &[token], i as Pos, 0);
+        bits.extend(ctx.logits().unwrap().iter().map(|logit| logit.to_bits()));
+    }
+    assert!(!bits.is_empty());
+    bits
+}
+
+#[test]
+fn fewer_threads_decode_a_token_to_the_same_bits() {
+    // the last one ends where the cells are too many
+    for (setup, n_prompt) in [(F16, 600), (BF16, 600), (Q8_0, 600), (Q4_0, 600), (F16_FLASH, 232)] {
+        let of = |n_threads| bits(setup, n_prompt, n_threads, |ctx| !in_parts(ctx));
+        let two = of(2);
+        assert!([1, 3].into_iter().all(|n_threads| of(n_threads) == two), "{setup}");
+    }
+}
+
+#[test]
+fn threads_stay_where_their_number_shows() {
+    let of = |n_threads| bits(F16_FLASH, 600, n_threads, in_parts);
+    assert!(of(1) != of(2));
+}
