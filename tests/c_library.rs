@@ -118,7 +118,7 @@ fn a_llama_cpp_of_the_same_version_with_other_structures_is_refused() {
         ("mutable int32_t n_eval ", "a counter of llama_context"),
     ] {
         assert_eq!(header.matches(before).count(), 1, "{before}");
-        let changed = header.replacen(before, &format!("int64_t another[3];\n    {before}"), 1);
+        let changed = header.replacen(before, &format!("int64_t another[3] = {{7, 7, 7}};\n    {before}"), 1);
         let told = told_with(&[("llama-context.cpp", code.clone()), ("llama-context.h", changed)]);
         assert!(told.starts_with("gvote_attach: the llama.cpp in this process was built from other sources"), "{told}");
         assert!(told.contains(moved), "{told}");

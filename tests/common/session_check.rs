@@ -123,10 +123,10 @@ impl Saved {
         let penalties = SamplerParams { repeat_penalty: 1.1, ..SamplerParams::default() };
         let mut sampler = session.sampler(&penalties, 2).expect("these are settings");
         session.model().detokenize(session.sequence().tokens(), true);
-        read(session, &words(3, 7));
-        match session.generate(&mut sampler, 2, |_| ControlFlow::Continue(())) {
+        let read = session.prefill(&words(3, 7), |_, _| ControlFlow::Continue(()));
+        match read.and_then(|_| session.generate(&mut sampler, 2, |_| ControlFlow::Continue(())).map(drop)) {
             // the cells hold what is no number
-            Ok(_) | Err(SessionError::Llama(LlamaError::NotANumber)) => {}
+            Ok(()) | Err(SessionError::Llama(LlamaError::NotANumber)) => {}
             Err(error) => panic!("it does not go on: {error}"),
         }
         let exact_from = session.exact_from();
