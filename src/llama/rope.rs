@@ -1,5 +1,7 @@
 //! The rotary embedding's parameters.
 
+#![forbid(unsafe_code)]
+
 use super::{LlamaError, Model};
 use crate::sys;
 
