@@ -222,11 +222,6 @@ fn is_on(var: &str) -> bool {
     env::var(var).map_or(true, |v| v != "0")
 }
 
-/// Whether ggml's threads are OpenMP's.
-fn has_openmp() -> bool {
-    is_on("GVOTE_OPENMP") && env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os != "macos")
-}
-
 fn enabled_backends()
 -> impl Iterator<Item = &'static (&'static str, &'static str, &'static str, &'static [&'static str])> {
     BACKENDS.iter().filter(|(feature, ..)| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some())
@@ -285,7 +280,6 @@ fn compile_shim(source: &Path, version: &str) {
         .cpp(true)
         .std("c++17")
         .flags(sanitizer_flags())
-        .flags(has_openmp().then_some("-fopenmp"))
         .define("GVOTE_LLAMA_VERSION", number.to_string().as_str())
         .files(
             ["grammar", "park", "sampler", "shim", "state", "threads", "visit"].map(|name| format!("ffi/{name}.cpp")),
@@ -384,7 +378,7 @@ fn link(libraries: &Path) {
         }
     } else {
         println!("cargo:rustc-link-lib=stdc++");
-        if has_openmp() {
+        if is_on("GVOTE_OPENMP") {
             println!("cargo:rustc-link-lib=gomp");
         }
     }

@@ -2,9 +2,9 @@
 
 #include "shim.hpp"
 
-#ifdef _OPENMP
+#include <atomic>
+#include <dlfcn.h>
 #include <unistd.h>
-#endif
 
 // ggml splits where flash attention reads at least 512 cells of an f16 or f32 cache. llama.cpp has it read up to the last used one,
 // in steps of 256: a token that comes behind so many cannot need a second step.
@@ -41,19 +41,19 @@ bool gvote_shim_uses_devices(llama_context * ctx) {
 }
 
 bool gvote_shim_crowd(int n) {
-#ifdef _OPENMP
+    // looked up, not linked: the runtime comes with ggml, or there is none
+    using gomp_parallel = void (void (*)(void *), void *, unsigned, unsigned);
+    const auto parallel = (gomp_parallel *) dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (parallel == nullptr) {
+        return false;
+    }
     // the calling thread is not counted
     const int wanted = (int) sysconf(_SC_NPROCESSORS_ONLN) - n + 2;
     if (wanted < 2) {
         // there are more already
         return true;
     }
-    int there = 0;
-    #pragma omp parallel num_threads(wanted) reduction(+:there)
-    there += 1;
+    std::atomic<int> there{0};
+    parallel([](void * there) { ++*static_cast<std::atomic<int> *>(there); }, &there, (unsigned) wanted, 0);
     return there == wanted;
-#else
-    (void) n;
-    return false;
-#endif
 }

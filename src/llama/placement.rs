@@ -301,8 +301,9 @@ impl ModelParams {
         if self.devices.is_some() {
             params.devices = devices.as_mut_ptr();
         }
-        let has_devices = devices.len() > 1 || self.devices.is_none() && device::devices().iter().any(|one| one.is_gpu);
-        if self.split_mode == SplitMode::Tensor && !has_devices {
+        let has_devices =
+            || devices.len() > 1 || self.devices.is_none() && device::devices().iter().any(|one| one.is_gpu);
+        if self.split_mode == SplitMode::Tensor && !has_devices() {
             return Err(LlamaError::SplitMode);
         }
 
