@@ -34,12 +34,13 @@ fn json(args: &[&str]) -> Value {
     run(&[args, &["--json"]].concat()).ok().json().remove(0)
 }
 
+/// Everybody knows what comes next.
+const COUNT: &str = "one two three one two three one two three one two three one two";
 const FLOUR: &str = "The ingredients are: flour, sugar, flour,";
 
 #[test]
 fn the_prompt_counts_for_every_penalty() {
-    let prompt = "one two three one two three one two three one two three one two";
-    let next = |args: &[&str]| continued(prompt, &[&["-n", "1"], args].concat());
+    let next = |args: &[&str]| continued(COUNT, &[&["-n", "1"], args].concat());
     assert!(next(&[]).contains("three"));
     for penalty in [
         &["--repeat-penalty", "100"][..],
@@ -54,9 +55,9 @@ fn the_prompt_counts_for_every_penalty() {
 #[test]
 fn minus_one_looks_back_at_the_whole_context() {
     for (on, last_n) in
-        [(["--repeat-penalty", "1.5"], "--repeat-last-n"), (["--dry-multiplier", "5"], "--dry-penalty-last-n")]
+        [(["--repeat-penalty", "100"], "--repeat-last-n"), (["--dry-multiplier", "50"], "--dry-penalty-last-n")]
     {
-        let last = |n| continued(FLOUR, &[&on[..], &[last_n, n, "-n", "24"]].concat());
+        let last = |n| continued(COUNT, &[&on[..], &[last_n, n, "-n", "24"]].concat());
         assert_eq!(last("-1"), last("1000"), "{last_n}");
         assert_ne!(last("-1"), last("0"), "{last_n}");
     }
