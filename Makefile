@@ -55,7 +55,7 @@ bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	scripts/build-peers
 	scripts/bench-peers -m "$(MODEL)" -f "$(DOC)"
 
-bench-busy: setup ## measure what another busy process takes, beside llama.cpp's own llama-bench (about 20 minutes)
+bench-busy: setup ## measure what another busy process takes, beside llama.cpp's own llama-bench (long)
 	cargo build --release
 	scripts/build-peers
 	scripts/bench-busy -m "$(MODEL)" -f "$(DOC)"

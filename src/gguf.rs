@@ -183,14 +183,17 @@ impl Gguf {
         }
     }
 
+    /// The metadata entry of that name.
+    pub fn entry(&self, key: &str) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.key == key)
+    }
+
     /// A value from the metadata, however long; None where the file has no such key.
     ///
     /// # Errors
     /// [`GgufError::Read`] for a value too long to be printed, or when the file has changed.
     pub fn value(&self, key: &str) -> Result<Option<Value>, GgufError> {
-        let Some(entry) = self.entries.iter().find(|entry| entry.key == key) else {
-            return Ok(None);
-        };
+        let Some(entry) = self.entry(key) else { return Ok(None) };
         if let Some(value) = entry.value.clone().filter(|_| entry.is_whole()) {
             return Ok(Some(value));
         }

@@ -9,7 +9,7 @@ use super::{Gguf, Kind, Tensor};
 
 /// The value of `key`, which is a text if it is there.
 fn text<'a>(file: &'a Gguf, key: &str) -> Result<Option<&'a str>, String> {
-    let Some(entry) = file.entries.iter().find(|entry| entry.key == key) else { return Ok(None) };
+    let Some(entry) = file.entry(key) else { return Ok(None) };
     let value = entry.value.as_ref().and_then(Value::as_str);
     value.map(Some).ok_or_else(|| format!("its {key} is no text"))
 }
@@ -28,11 +28,10 @@ pub fn check_adapter(adapter: &Gguf, base: &Gguf) -> Result<(), String> {
     if own != of_model {
         return Err(format!("it is for the architecture {own:?}, and the model is {of_model:?}"));
     }
-    let alpha = adapter.entries.iter().find(|entry| entry.key == "adapter.lora.alpha");
-    if alpha.is_some_and(|entry| entry.kind != Kind::F32 || entry.elements.is_some()) {
+    if adapter.entry("adapter.lora.alpha").is_some_and(|entry| entry.kind != Kind::F32 || entry.elements.is_some()) {
         return Err("its adapter.lora.alpha is no f32".into());
     }
-    if adapter.entries.iter().any(|entry| entry.key == "adapter.alora.invocation_tokens") {
+    if adapter.entry("adapter.alora.invocation_tokens").is_some() {
         return Err("it is an activated LoRA, which wants to be turned on and off within a text".into());
     }
     check_tensors(&adapter.tensors, &base.tensors)

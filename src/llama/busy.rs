@@ -1,6 +1,6 @@
 //! Threads on a busy machine.
 //!
-//! ggml's threads wait for each other after every node of a graph, some 500 times a token, and spin while they wait. On an idle
+//! ggml's threads wait for each other after every node of a graph, hundreds of times a token, and spin while they wait. On an idle
 //! machine nothing is faster. Where another process has taken a core, the thread that should run there is late every time, and
 //! the others burn their cores meanwhile: with one of two cores taken, decoding falls to a quarter.
 //!

@@ -112,17 +112,17 @@ impl PlacementArgs {
                 (true, true) => LoadMode::Mlock,
             },
             tensor_buffers: self.override_tensor.iter().cloned().chain(experts).collect(),
-            kv_overrides: self.overrides(),
+            kv_overrides: self.kv_overrides(),
             adapters: self.adapters().map(|adapter| (adapter.path.clone(), adapter.scale)).collect(),
         }
     }
 
     /// What the model file says, with what is to be taken instead.
     pub fn open(&self, model: &Path) -> Result<Gguf, GgufError> {
-        Gguf::open_with(model, &self.overrides())
+        Gguf::open_with(model, &self.kv_overrides())
     }
 
-    fn overrides(&self) -> Vec<KvOverride> {
+    fn kv_overrides(&self) -> Vec<KvOverride> {
         self.override_kv.iter().flat_map(|list| &list.0).cloned().collect()
     }
 
