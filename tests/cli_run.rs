@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use std::thread::sleep;
 use std::time::Duration;
 
-use cli::{Done, document, finish, finish_with, gvote, interrupt, model};
+use cli::{Done, document, finish, finish_with, gvote, hang_up, interrupt, model};
 use serde_json::Value;
 use zeros::Zeros;
 use zeros::file::Value::{Bool, Text};
@@ -427,11 +427,7 @@ fn the_context_ends_the_answer() {
 
 #[test]
 fn a_closed_pipe_ends_quietly() {
-    let mut child = gvote("run", &["-p", "Tell me a long story.", "-n", "2000"]).spawn().unwrap();
-    let mut stdout = child.stdout.take().unwrap();
-    stdout.read_exact(&mut [0]).unwrap();
-    drop(stdout);
-    let done: Done = child.wait_with_output().unwrap().into();
+    let done = hang_up(gvote("run", &["-p", "Tell me a long story.", "-n", "2000"]).spawn().unwrap());
     assert_eq!((done.status, &done.stderr[..]), (0, ""));
 }
 

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use cli::{Done, document, finish_with, gvote, interrupt, text};
+use cli::{Done, document, finish_with, gvote, hang_up, interrupt, text};
 use serde_json::Value;
 
 /// Characters of a document that is worth a vote: some 650 tokens.
@@ -461,11 +461,7 @@ mod piped {
 
     #[test]
     fn a_closed_pipe_ends_quietly() {
-        let mut child = gvote("chat", &["-p", "Tell me a long story.", "-n", "2000"]).spawn().unwrap();
-        let mut stdout = child.stdout.take().unwrap();
-        stdout.read_exact(&mut [0]).unwrap();
-        drop(stdout);
-        let done: Done = child.wait_with_output().unwrap().into();
+        let done = hang_up(gvote("chat", &["-p", "Tell me a long story.", "-n", "2000"]).spawn().unwrap());
         assert_eq!((done.status, &done.stderr[..]), (0, ""));
     }
 

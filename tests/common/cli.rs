@@ -1,7 +1,7 @@
 //! The built program, and what to feed it.
 #![allow(dead_code)] // each test program uses its own part of it
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -100,6 +100,14 @@ pub fn finish_with(program: &mut Command, input: impl AsRef<[u8]>) -> Done {
     let mut child = program.stdin(Stdio::piped()).spawn().unwrap();
     // a program that fails early does not read it
     let _ = child.stdin.take().unwrap().write_all(input.as_ref());
+    child.wait_with_output().unwrap().into()
+}
+
+/// Reads the first byte of what a program prints and closes the pipe; tells what it left.
+pub fn hang_up(mut child: Child) -> Done {
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0]).unwrap();
+    drop(stdout);
     child.wait_with_output().unwrap().into()
 }
 
