@@ -112,8 +112,6 @@ mod command {
     pub const SET_TENSOR: u8 = 6;
     pub const GET_TENSOR: u8 = 8;
     pub const GRAPH_COMPUTE: u8 = 10;
-    pub const SET_TENSOR_2D: u8 = 18;
-    pub const GET_TENSOR_2D: u8 = 19;
 }
 
 /// A tensor as it is sent: its bytes, and where in them its buffer and its name lie.
@@ -197,6 +195,7 @@ impl Proxy {
 }
 
 fn pass_answers(mut worker: TcpStream, mut client: TcpStream, seen: &Mutex<Seen>) {
+    let _ends = Ends([client.try_clone().unwrap(), worker.try_clone().unwrap()]);
     let mut bytes = vec![0; 1 << 16];
     while let Ok(n @ 1..) = worker.read(&mut bytes) {
         seen.lock().unwrap().from_worker += n as u64;
@@ -204,11 +203,20 @@ fn pass_answers(mut worker: TcpStream, mut client: TcpStream, seen: &Mutex<Seen>
             break;
         }
     }
-    let _ = client.shutdown(Shutdown::Both);
+}
+
+/// Ends a connection on both sides, also when a thread panics: who waits on it would wait for ever.
+struct Ends([TcpStream; 2]);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|end| drop(end.shutdown(Shutdown::Both)));
+    }
 }
 
 /// A command is a byte, the length of what follows in eight, and that.
 fn pass_commands(mut client: TcpStream, mut worker: TcpStream, seen: &Mutex<Seen>) {
+    let _ends = Ends([client.try_clone().unwrap(), worker.try_clone().unwrap()]);
     loop {
         let mut message = vec![0; 9];
         if client.read_exact(&mut message).is_err() {
@@ -224,7 +232,6 @@ fn pass_commands(mut client: TcpStream, mut worker: TcpStream, seen: &Mutex<Seen
             break;
         }
     }
-    let _ = worker.shutdown(Shutdown::Both);
 }
 
 /// Whether a tensor of this name holds K or V of a layer: what is computed from it has its name with something behind.
@@ -241,17 +248,18 @@ fn number(bytes: &[u8], at: usize) -> u64 {
 fn note(message: &[u8], seen: &mut Seen) {
     seen.to_worker += message.len() as u64;
     let (kind, body) = (message[0], &message[9..]);
-    // offset and size follow the tensor; of the 2d ones copies, too
+    // offset and size follow the tensor
     let (to_worker, bytes) = match kind {
         command::SET_TENSOR => (true, (body.len() - TENSOR - 9) as u64),
-        command::SET_TENSOR_2D => (true, (body.len() - TENSOR - 32) as u64),
         command::GET_TENSOR => (false, number(body, TENSOR + 8)),
-        command::GET_TENSOR_2D => (false, number(body, TENSOR + 8) * number(body, TENSOR + 16)),
         command::GRAPH_COMPUTE => {
             seen.graphs += 1;
-            // device (4), id (8), their count (4) and nodes, the count of tensors (4) and tensors
-            let nodes = u32::from_le_bytes(body[12..16].try_into().unwrap()) as usize;
-            for tensor in body[20 + 8 * nodes..].chunks_exact(TENSOR) {
+            // device (4), the count of nodes (4) and nodes (8 each), the count of tensors (4) and tensors
+            let count = |at: usize| u32::from_le_bytes(body[at..at + 4].try_into().unwrap()) as usize;
+            let nodes = 8 * count(4);
+            let tensors = &body[12 + nodes..];
+            assert_eq!(tensors.len(), TENSOR * count(8 + nodes), "graphs are sent in another form");
+            for tensor in tensors.chunks_exact(TENSOR) {
                 if is_storage(&tensor[NAME]) {
                     seen.cache.insert(number(tensor, BUFFER));
                 }
