@@ -507,7 +507,7 @@ mod server {
         let port = taken.local_addr().unwrap().port().to_string();
         for (args, status, part) in [
             (["-p", &port], 1, "cannot listen on 127.0.0.1:"),
-            (["-d", "TPU7"], 1, "there is no device \"TPU7\": there are "),
+            (["-d", "TPU7"], 2, "there is no device \"TPU7\": there are "),
             (["-H", "localhost"], 2, "'localhost'"),
             (["-p", "70000"], 2, "'70000'"),
         ] {
