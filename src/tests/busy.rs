@@ -10,39 +10,46 @@ fn in_parts(ctx: &Context) -> bool {
     unsafe { sys::gvote_shim_token_in_parts(ctx.as_ptr()) }
 }
 
-/// After `n_prompt` tokens, the bits of the logits of those that follow one by one as long as `while_` holds, at most 12; the batch is
-/// read by as many threads in every case.
-fn bits(setup: Setup, n_prompt: usize, n_threads: i32, while_: impl Fn(&Context) -> bool) -> Vec<u32> {
+/// For each number of threads the bits of the logits of those tokens that follow one by one upon `n_prompt`, as long as `while_`
+/// holds, at most 12.
+fn bits<const N: usize>(
+    setup: Setup,
+    n_prompt: usize,
+    n_threads: [i32; N],
+    while_: impl Fn(&Context) -> bool,
+) -> [Vec<u32>; N] {
     let model = model();
     let text = tokens(&model, n_prompt + 12);
     let mut ctx = context(&model, setup, 1024, 512);
     decode(&mut ctx, &text[..n_prompt], 0, 0);
-    // SAFETY: valid context.
-    unsafe { sys::llama_set_n_threads(ctx.as_ptr(), n_threads, 2) };
-    let mut bits = Vec::new();
-    for (i, &token) in text.iter().enumerate().skip(n_prompt) {
-        if !while_(&ctx) {
-            break;
+    n_threads.map(|n_threads| {
+        assert!(ctx.remove(0, n_prompt as Pos, -1));
+        // SAFETY: valid context.
+        unsafe { sys::llama_set_n_threads(ctx.as_ptr(), n_threads, 2) };
+        let mut bits = Vec::new();
+        for (i, &token) in text.iter().enumerate().skip(n_prompt) {
+            if !while_(&ctx) {
+                break;
+            }
+            decode(&mut ctx, &[token], i as Pos, 0);
+            bits.extend(ctx.logits().unwrap().iter().map(|logit| logit.to_bits()));
         }
-        decode(&mut ctx, &[token], i as Pos, 0);
-        bits.extend(ctx.logits().unwrap().iter().map(|logit| logit.to_bits()));
-    }
-    assert!(!bits.is_empty());
-    bits
+        assert!(!bits.is_empty());
+        bits
+    })
 }
 
 #[test]
 fn fewer_threads_decode_a_token_to_the_same_bits() {
     // the last one ends where the cells are too many
     for (setup, n_prompt) in [(F16, 600), (BF16, 600), (Q8_0, 600), (Q4_0, 600), (F16_FLASH, 232)] {
-        let of = |n_threads| bits(setup, n_prompt, n_threads, |ctx| !in_parts(ctx));
-        let two = of(2);
-        assert!([1, 3].into_iter().all(|n_threads| of(n_threads) == two), "{setup}");
+        let [two, one, three] = bits(setup, n_prompt, [2, 1, 3], |ctx| !in_parts(ctx));
+        assert!(one == two && three == two, "{setup}");
     }
 }
 
 #[test]
 fn threads_stay_where_their_number_shows() {
-    let of = |n_threads| bits(F16_FLASH, 600, n_threads, in_parts);
-    assert!(of(1) != of(2));
+    let [one, two] = bits(F16_FLASH, 600, [1, 2], in_parts);
+    assert!(one != two);
 }
