@@ -120,6 +120,21 @@ uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
     return cells.size() - cells.get_used();
 }
 
+uint32_t gvote_shim_free_cells(llama_context * ctx, llama_seq_id seq, uint32_t * out, uint32_t n_max) {
+    const llama_kv_cache * kv = base_cache(ctx);
+    if (kv == nullptr || !has_sequence(*kv, seq)) {
+        return 0;
+    }
+    const llama_kv_cells & cells = kv->get_cells(seq);
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < cells.size() && n < n_max; ++i) {
+        if (cells.is_empty(i)) {
+            out[n++] = i;
+        }
+    }
+    return n;
+}
+
 llama_pos gvote_shim_cut_from(llama_context * ctx, llama_seq_id seq) {
     const llama_model * model = &ctx->get_model();
     if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
@@ -385,6 +400,24 @@ void gvote_shim_update(llama_context * ctx) {
     });
 }
 
+// Why a table cannot be made from `cells`, which were read before; NULL: it can.
+static const char * changed_since(
+        const llama_kv_cells & now, llama_seq_id seq, const gvote_shim_cell * cells, uint32_t n_cells) {
+    if (now.seq_pos_get(seq).size() != n_cells) {
+        return "the sequence has changed since its cells were read";
+    }
+    for (uint32_t j = 0; j < n_cells; ++j) {
+        const auto & [i, pos, token, shared] = cells[j];
+        if (i >= now.size() || now.is_empty(i) || !now.seq_has(i, seq) || now.pos_get(i) != pos) {
+            return "the sequence has changed since its cells were read";
+        }
+        if (now.seq_count(i) != 1) {
+            return "a cell does not belong to the sequence alone";
+        }
+    }
+    return nullptr;
+}
+
 const char * gvote_shim_table_new(
         llama_context         * ctx,
         llama_seq_id            seq,
@@ -396,18 +429,8 @@ const char * gvote_shim_table_new(
         gvote_shim_table     ** out) {
     return guarded([&]() -> const char * {
         const llama_kv_cells & now = base_cache(ctx)->get_cells(seq);
-
-        if (now.seq_pos_get(seq).size() != n_cells) {
-            return "the sequence has changed since its cells were read";
-        }
-        for (uint32_t j = 0; j < n_cells; ++j) {
-            const auto & [i, pos, token, shared] = cells[j];
-            if (i >= now.size() || now.is_empty(i) || !now.seq_has(i, seq) || now.pos_get(i) != pos) {
-                return "the sequence has changed since its cells were read";
-            }
-            if (now.seq_count(i) != 1) {
-                return "a cell does not belong to the sequence alone";
-            }
+        if (const char * changed = changed_since(now, seq, cells, n_cells)) {
+            return changed;
         }
 
         auto table = std::make_unique<gvote_shim_table>();
@@ -423,6 +446,48 @@ const char * gvote_shim_table_new(
             const gvote_shim_cell & old = cells[last[j]];
             next.pos_set(i, old.pos);
             next.ext_set(i, now.ext_get(old.index));
+            next.seq_add(i, seq);
+        }
+
+        *out = table.release();
+        return nullptr;
+    });
+}
+
+const char * gvote_shim_table_of_rows(
+        llama_context         * ctx,
+        llama_seq_id            seq,
+        const gvote_shim_cell * cells,
+        uint32_t                n_cells,
+        const uint32_t        * index,
+        const gvote_shim_row  * rows,
+        uint32_t                n,
+        gvote_shim_table     ** out) {
+    return guarded([&]() -> const char * {
+        const llama_kv_cells & now = base_cache(ctx)->get_cells(seq);
+        if (const char * changed = changed_since(now, seq, cells, n_cells)) {
+            return changed;
+        }
+        // as apply_ubatch() does with the positions of text
+        const bool is_pos_2d = ctx->get_model().hparams.n_pos_per_embd() >= 3;
+
+        auto table = std::make_unique<gvote_shim_table>();
+        llama_kv_cells & next = table->cells;
+        next = without(now, seq);
+
+        for (uint32_t j = 0; j < n; ++j) {
+            const uint32_t i = index[j];
+            if (i >= now.size() || !next.is_empty(i)) {
+                return "a cell is not the sequence's own and not free, or named twice";
+            }
+            llama_kv_cell_ext ext;
+            if (is_pos_2d) {
+                ext.x = rows[j].pos;
+                ext.y = rows[j].pos;
+            }
+            ext.tok = rows[j].token;
+            next.pos_set(i, rows[j].pos);
+            next.ext_set(i, ext);
             next.seq_add(i, seq);
         }
 

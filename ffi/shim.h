@@ -65,6 +65,9 @@ uint32_t gvote_shim_cells(struct llama_context * ctx, llama_seq_id seq, struct g
 // Cells of the sequence's stream that no sequence uses; 0 where there is no attention cache, or no such sequence.
 uint32_t gvote_shim_cells_free(struct llama_context * ctx, llama_seq_id seq);
 
+// The first of those cells, ascending. Returns how many it wrote: at most `n_max`.
+uint32_t gvote_shim_free_cells(struct llama_context * ctx, llama_seq_id seq, uint32_t * out, uint32_t n_max);
+
 // The first position at which a sequence can be cut off, as far as a window cache or recurrent layers go: whoever is decoded
 // there sees a whole window, and a state that knows no more. 0 without either.
 llama_pos gvote_shim_cut_from(struct llama_context * ctx, llama_seq_id seq);
@@ -154,6 +157,17 @@ const char * gvote_shim_table_new(
         uint32_t                       n_cells,
         const uint32_t               * index,
         const uint32_t               * last,
+        uint32_t                       n,
+        struct gvote_shim_table     ** out);
+
+// The same for cells `index[0..n)` of which each is the sequence's own or free, and the j-th holds `rows[j]`.
+const char * gvote_shim_table_of_rows(
+        struct llama_context         * ctx,
+        llama_seq_id                   seq,
+        const struct gvote_shim_cell * cells,
+        uint32_t                       n_cells,
+        const uint32_t               * index,
+        const struct gvote_shim_row  * rows,
         uint32_t                       n,
         struct gvote_shim_table     ** out);
 

@@ -92,6 +92,18 @@ impl Layout {
         self.layers.iter().map(|l| l.n_head_kv as usize)
     }
 
+    /// Bytes of the key and the value that each KV head has in a cell, over all layers.
+    pub(crate) fn row_bytes(&self) -> impl Iterator<Item = usize> + '_ {
+        self.layers.iter().flat_map(|l| {
+            // SAFETY: the storage tensors live as long as the context, which the caller holds.
+            let bytes = unsafe {
+                sys::ggml_row_size((*l.k).type_, i64::from(l.n_embd_head_k))
+                    + sys::ggml_row_size((*l.v).type_, i64::from(l.n_embd_head_v))
+            };
+            std::iter::repeat_n(bytes, l.n_head_kv as usize)
+        })
+    }
+
     /// Whether all of the cache lies in memory that the host can work on in place.
     pub(crate) fn is_host(&self) -> bool {
         self.on_host && !pretends_device()
@@ -150,6 +162,15 @@ pub(crate) fn cut_from(ctx: &Context, seq: SeqId) -> Pos {
 pub fn cells_free(ctx: &Context, seq: SeqId) -> usize {
     // SAFETY: valid context; the shim checks the rest.
     unsafe { sys::gvote_shim_cells_free(ctx.as_ptr(), seq) as usize }
+}
+
+/// The first `n` of those cells, or all of them.
+pub(crate) fn free_cells(ctx: &Context, seq: SeqId, n: usize) -> Vec<u32> {
+    let mut free = vec![0; n.min(cells_free(ctx, seq))];
+    // SAFETY: valid context; the shim checks the rest, and writes at most the given number of entries.
+    let n = unsafe { sys::gvote_shim_free_cells(ctx.as_ptr(), seq, free.as_mut_ptr(), free.len() as u32) };
+    free.truncate(n as usize);
+    free
 }
 
 /// A context in which one sequence can be experimented on: dropping this brings the sequence back, cell by cell, and frees

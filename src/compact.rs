@@ -1,12 +1,13 @@
 //! Turns a [`Selection`] into fewer cells, in place.
 //!
 //! 1. **Check** everything that could fail, and build the new table of cells aside (the shim).
-//! 2. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the
+//! 2. **Set aside** what leaves, if it is to come back: see [`crate::archive`]. Memory that runs out here is the last error.
+//! 3. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the
 //!    sequence owns. Where cells and positions ascend together, a source never lies before its destination, so ascending
 //!    copies need no temporary; otherwise one head's rows go through a buffer. Where the host cannot reach the memory, a
 //!    small graph on the device that holds the layer does the same; its memory is taken before the first row moves. What no
 //!    graph can move (V stored transposed, without flash attention) is fetched, worked on, and put back.
-//! 3. **Commit** the table, while the rows move: llama.cpp's takes as long as some layers to be freed. Neither 2 nor 3 can fail, so a
+//! 4. **Commit** the table, while the rows move: llama.cpp's takes as long as some layers to be freed. Neither 3 nor 4 can fail, so a
 //!    failed compaction leaves the cache as it was.
 //!
 //! Where all heads keep the same tokens (`--evict cells`) the result is that of `llama_memory_seq_rm` on the dropped
@@ -16,6 +17,8 @@
 //! labelled with the largest position it holds: labels ascend, the last one is the sequence's last position, and removing
 //! the cells from some position on never leaves a newer key behind.
 
+mod arrange;
+mod aside;
 mod device;
 mod host;
 mod mask;
@@ -27,7 +30,10 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 
+pub(crate) use self::arrange::{Arranged, Held, arrange};
+pub(crate) use self::aside::Aside;
 use self::device::Mover;
+use crate::archive::OutOfMemory;
 use crate::backend::{ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, SeqId};
@@ -54,6 +60,19 @@ pub enum CompactError {
     Compute(#[from] ComputeError),
     #[error("the heads keep different numbers of tokens, which the cells of llama.cpp cannot: see `exact`")]
     Ragged,
+    #[error(
+        "there is no memory to set {} MiB of K and V aside that leave the cache: free some, or do without (--recall off)",
+        bytes.div_ceil(1 << 20)
+    )]
+    Archive { bytes: usize },
+    #[error("the cells that rows come back to were taken since: {found} are free, and {needed} are needed")]
+    NoCells { needed: usize, found: usize },
+}
+
+impl From<OutOfMemory> for CompactError {
+    fn from(OutOfMemory { bytes }: OutOfMemory) -> Self {
+        Self::Archive { bytes }
+    }
 }
 
 /// The rows that one head's cells come from.
@@ -135,7 +154,8 @@ impl Reorder {
 }
 
 /// Keeps what `selection` says of `cells`, which are those of `seq`, frees the others, and leaves other sequences untouched.
-/// Its cells afterwards. `devices`: what moves rows, see [`Scorer::devices`](crate::score::Scorer::devices).
+/// Its cells afterwards. `devices`: what moves rows, see [`Scorer::devices`](crate::score::Scorer::devices). `aside`: where the rows
+/// go that are not kept, if not lost.
 ///
 /// # Errors
 /// [`CompactError`]; the cache is then as it was.
@@ -145,6 +165,7 @@ pub(crate) fn compact(
     cells: &[Cell],
     selection: &Selection,
     devices: &mut [Devices],
+    aside: Option<Aside>,
 ) -> Result<Vec<Cell>, CompactError> {
     if let Kept::Ragged { .. } = selection.kept {
         return Err(CompactError::Ragged);
@@ -166,6 +187,9 @@ pub(crate) fn compact(
     // llama.cpp may still be computing into the cache
     // SAFETY: valid context.
     unsafe { sys::gvote_shim_context_synchronize(ctx.as_ptr()) };
+    if let Some(aside) = aside {
+        aside.copy_dropped(&layout, cells, selection, n_threads, mover.devices())?;
+    }
     let order = Order {
         to,
         cells,
@@ -203,6 +227,40 @@ impl Table {
                 &raw mut table,
             ))?;
         }
+        Self::made(table)
+    }
+
+    /// In which `seq`, whose cells are `cells`, has those of the indices `to` alone, its own or free ones, with what `rows` says.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    fn of_rows(
+        ctx: &Context,
+        seq: SeqId,
+        cells: &[Cell],
+        to: &[u32],
+        rows: &[sys::gvote_shim_row],
+    ) -> Result<Self, CacheError> {
+        debug_assert_eq!(to.len(), rows.len());
+        let cells: Vec<_> = cells.iter().map(Cell::raw).collect();
+        let mut table = std::ptr::null_mut();
+        // SAFETY: a context whose layout was accepted; the arrays have as many entries as they are said to have.
+        unsafe {
+            cache::ok(sys::gvote_shim_table_of_rows(
+                ctx.as_ptr(),
+                seq,
+                cells.as_ptr(),
+                cells.len() as u32,
+                to.as_ptr(),
+                rows.as_ptr(),
+                to.len() as u32,
+                &raw mut table,
+            ))?;
+        }
+        Self::made(table)
+    }
+
+    fn made(table: *mut sys::gvote_shim_table) -> Result<Self, CacheError> {
         NonNull::new(table).map(Self).ok_or_else(|| CacheError(CacheError::OUT_OF_MEMORY.into()))
     }
 

@@ -34,6 +34,7 @@
 //! A *cell* is a slot of the cache, a *position* a token's logical place: cell i need not hold position i, and a
 //! *composite cell* holds for every layer and KV head a token of that head's own choice.
 
+mod archive;
 pub mod backend;
 mod bytes;
 pub mod cache;

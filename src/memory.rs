@@ -40,6 +40,8 @@ pub(crate) fn touch<T: Copy + Default>(zeros: &mut [T]) {
 /// All-zero bytes are a valid value.
 pub(crate) unsafe trait Number {}
 
+// SAFETY: all zero bits are 0.
+unsafe impl Number for u8 {}
 // SAFETY: all zero bits are 0.0.
 unsafe impl Number for f32 {}
 // SAFETY: all zero bits are 0.0.

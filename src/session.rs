@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod compress;
+mod expand;
 mod explain;
 mod file;
 mod follow;
@@ -21,10 +22,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+pub use self::expand::{ExpandReport, Recall};
 pub use self::file::FileError;
 pub use self::grow::Stuck;
 use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
+use crate::archive::Archive;
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token};
@@ -97,6 +100,8 @@ pub struct SessionParams {
     pub account_error: bool,
     /// Cells that the cache may grow to where a text needs more than it was made with; 0: it does not grow.
     pub grow_to: u32,
+    /// Whether rows that leave the cache can come back.
+    pub recall: Recall,
 }
 
 impl SessionParams {
@@ -161,10 +166,14 @@ impl Session {
         } else {
             None
         };
+        let mut sequence = Sequence::new(SEQ);
+        if params.recall == Recall::Auto {
+            sequence.archive = voter.as_ref().map(|voter| Archive::new(&voter.layout));
+        }
         Ok(Self {
             ctx,
             voter,
-            sequence: Sequence::new(SEQ),
+            sequence,
             mask: None,
             policy: params.policy.clone(),
             context: params.context.clone(),
@@ -288,11 +297,11 @@ impl Session {
     }
 
     /// Decodes a prompt (or a further turn) and keeps the next-token logits. `progress(done, of)` is called after each
-    /// ubatch; breaking cancels.
+    /// ubatch; breaking cancels. Rows that left the cache come back first, as far as there are cells for them and the prompt.
     ///
     /// # Errors
-    /// [`SessionError::PromptTooLong`], [`LlamaError::Cancelled`] and others; the session is then as before, unless the model
-    /// computes [`LlamaError::NotANumber`]: then it has read the prompt.
+    /// [`SessionError::PromptTooLong`], [`LlamaError::Cancelled`] and others; the session is then as before, but rows that came
+    /// back are in the cache. [`LlamaError::NotANumber`]: it has read the prompt.
     pub fn prefill(
         &mut self,
         tokens: &[Token],
@@ -302,9 +311,10 @@ impl Session {
             return Err(SessionError::Empty);
         }
         self.ctx.check_positions(self.n_past(), tokens.len())?;
+        let start = Instant::now();
+        let expanded = self.expand_beside(tokens.len())?;
         self.grow_for(tokens.len());
         self.check_room(tokens.len())?;
-        let start = Instant::now();
         let first = self.n_past();
         let before = self.before()?;
         let mut batch = Batch::new(self.chunk);
@@ -328,7 +338,7 @@ impl Session {
         }
         self.sequence.extend(tokens);
         self.keep_logits()?;
-        Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), squeezes: Squeezes::default() })
+        Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), expanded, squeezes: Squeezes::default() })
     }
 
     /// # Errors
@@ -466,27 +476,34 @@ impl Session {
         Ok(GenerateReport { tokens, time: start.elapsed(), stop, squeezes })
     }
 
-    /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can.
+    /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can. Where everything that
+    /// left the cache is set aside, what a vote dropped is no obstacle.
     pub fn exact_from(&self) -> Pos {
-        cache::cut_from(&self.ctx, SEQ).max(self.sequence.exact_from).min(self.n_past())
+        let compressed = if self.sequence.exact_from > 0 && self.is_whole() { 0 } else { self.sequence.exact_from };
+        cache::cut_from(&self.ctx, SEQ).max(compressed).min(self.n_past())
     }
 
     /// Forgets the tokens from position `pos` on. The next call must be a prefill, unless the place was marked: see
     /// [`Session::mark`].
     ///
     /// # Errors
-    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads, where a sliding
-    /// window would miss tokens that it dropped since, and with recurrent layers.
+    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads, unless all others are set
+    /// aside; where a sliding window would miss tokens that it dropped since; and with recurrent layers. [`SessionError::Vote`]
+    /// where memory runs out. The session is then as before.
     pub fn truncate(&mut self, pos: Pos) -> Result<(), SessionError> {
         let exact_from = self.exact_from();
         if pos < exact_from && pos > 0 {
             return Err(SessionError::Compressed(pos, exact_from));
         }
         if pos < self.n_past() {
-            self.remove_from(pos);
-            self.sequence.truncate(pos, self.cells_used());
+            if pos > 0 && pos < self.sequence.exact_from {
+                self.cut_inside(pos)?;
+            } else {
+                self.remove_from(pos);
+                self.sequence.truncate(pos, self.cells_used());
+            }
             self.logits.clear();
-            self.recall(pos);
+            self.back_to_mark(pos);
         }
         if self.n_past() == 0 {
             self.clear();
@@ -502,7 +519,7 @@ impl Session {
             voter.capture.follow(SEQ);
         }
         self.mask = None;
-        self.sequence = Sequence::new(SEQ);
+        self.sequence = self.empty_sequence();
         self.marks.clear();
         self.logits.clear();
     }

@@ -21,7 +21,7 @@ pub(crate) use self::notes::Notes;
 pub use self::report::CompressReport;
 pub(crate) use self::sequence::Saved;
 pub use self::sequence::Sequence;
-use crate::backend::ComputeError;
+use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
 use crate::capture::{Capture, CaptureError};
 use crate::compact::CompactError;
@@ -146,6 +146,16 @@ impl Voter {
         moved.system_end = self.system_end;
         moved.notes = self.notes.take();
         Ok(moved)
+    }
+
+    /// Back ends that move rows between votes.
+    pub(crate) fn devices(&mut self) -> &mut [Devices] {
+        self.scorer.devices()
+    }
+
+    /// Gives back what they took.
+    pub(crate) fn release(&mut self) {
+        self.scorer.release();
     }
 
     /// Cells that a vote needs beside those of the sequence.

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver};
 
+use super::host::{Coming, Leaving};
 use super::{Moves, Order, give_up, host};
 use crate::backend::{self, Builder, ComputeError, DEVICE_LAYERS, Devices, Tensor};
 use crate::cache::Layout;
@@ -43,6 +44,11 @@ impl<D: AsMut<[Devices]>> Mover<D> {
         let mut mover = Self { threads };
         mover.threads.as_mut().iter_mut().try_for_each(|devices| reserve(devices, layout, n))?;
         Ok(mover)
+    }
+
+    /// The back ends of this thread.
+    pub fn devices(&mut self) -> &mut Devices {
+        &mut self.threads.as_mut()[0]
     }
 
     /// Moves the rows of all layers. `moves_of`: of each head of a layer. While a device works on one layer, the next is described to it,
@@ -186,27 +192,129 @@ fn describe<'a>(
         let (n, heads, row) = (n as i64, i64::from(layer.n_head_kv), (*cells).nb[1]);
         (sys::ggml_view_2d(b.ctx, cells, n, heads, row, 0), sys::ggml_view_1d(b.ctx, cells, n, heads as usize * row))
     };
-    for (storage, d) in [(layer.k, layer.n_embd_head_k), (layer.v, layer.n_embd_head_v)] {
-        // SAFETY: shapes as noted; the views lie inside the storage, and the floats inside their rows.
+    for (storage, d) in storages(layer) {
+        let (given, receiving) =
+            (rows_as_floats(b, layout, layer, storage, d), rows_as_floats(b, layout, layer, storage, d));
+        // SAFETY: tensors of this context, of shapes that belong together.
         unsafe {
-            let bytes = row_bytes(storage, d);
-            let offset = layout.info.stream as usize * (*storage).nb[2];
-            let heads = i64::from(layer.n_head_kv);
-            let view = || {
-                let nb1 = (*storage).nb[1];
-                let view =
-                    sys::ggml_view_3d(b.ctx, storage, i64::from(d), layout.n_cells() as i64, heads, nb1, bytes, offset);
-                (*view).type_ = sys::GGML_TYPE_F32;
-                (*view).ne[0] = (bytes / size_of::<f32>()) as i64;
-                (*view).nb[0] = size_of::<f32>();
-                view
-            };
-            let (given, receiving) = (view(), view());
             let rows = sys::ggml_get_rows(b.ctx, given, from);
             let moved = sys::ggml_set_rows(b.ctx, receiving, rows, to);
             b.run(moved);
         }
     }
+}
+
+/// K and V of a layer, and the size of a head there.
+fn storages(layer: &sys::gvote_shim_layer) -> [(Tensor, u32); 2] {
+    [(layer.k, layer.n_embd_head_k), (layer.v, layer.n_embd_head_v)]
+}
+
+/// The rows of the sequence's stream: [floats, cells, n_head_kv]
+fn rows_as_floats(b: &Builder, layout: &Layout, layer: &sys::gvote_shim_layer, storage: Tensor, d: u32) -> Tensor {
+    // SAFETY: shapes as noted; the view lies inside the storage, and the floats inside their rows.
+    unsafe {
+        let bytes = row_bytes(storage, d);
+        let offset = layout.info.stream as usize * (*storage).nb[2];
+        let (heads, nb1) = (i64::from(layer.n_head_kv), (*storage).nb[1]);
+        let view = sys::ggml_view_3d(b.ctx, storage, i64::from(d), layout.n_cells() as i64, heads, nb1, bytes, offset);
+        (*view).type_ = sys::GGML_TYPE_F32;
+        (*view).ne[0] = (bytes / size_of::<f32>()) as i64;
+        (*view).nb[0] = size_of::<f32>();
+        view
+    }
+}
+
+/// Rows of a head that are copied from or to a device at once: many, and yet little beside a cache.
+const AT_ONCE: usize = 4096;
+
+/// What [`host::copy_out`] does. Rows are gathered on the device, so that no others leave it.
+///
+/// # Errors
+/// [`ComputeError`].
+pub(super) fn copy_out(
+    devices: &mut Devices,
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    heads: &mut [Leaving],
+) -> Result<(), ComputeError> {
+    if !moves_on_device(layout, layer) {
+        // SAFETY: the cache is idle, and no other thread works on this layer.
+        return unsafe { host::copy_out(layout, layer, heads) };
+    }
+    let n = heads.iter().map(Vec::len).max().unwrap_or(0);
+    for first in (0..n).step_by(AT_ONCE) {
+        let these = first..(first + AT_ONCE).min(n);
+        // heads with fewer rows name a cell that nobody asks for
+        let cell = |head: &Leaving, i: usize| head.get(i).map_or(0, |(cell, _)| *cell);
+        let cells: Vec<u32> = heads.iter().flat_map(|head| these.clone().map(|i| cell(head, i))).collect();
+        let mut b = Builder::new(NODES)?;
+        let cells = b.rows([these.len(), heads.len(), 1], cells);
+        let gathered = storages(layer).map(|(storage, d)| {
+            let rows = rows_as_floats(&b, layout, layer, storage, d);
+            // SAFETY: tensors of this context, of shapes that belong together.
+            let gathered = unsafe { sys::ggml_get_rows(b.ctx, rows, cells) };
+            b.output(gathered)
+        });
+        // SAFETY: the storage tensors live as long as the context, which the caller holds.
+        let device = unsafe { devices.at((*layer.k).buffer)? };
+        b.compute(device)?;
+        let mut at = 0;
+        for gathered in gathered {
+            // SAFETY: a tensor of this context.
+            let floats = unsafe { (*gathered).ne[0] as usize };
+            let mut rows = vec![[0u8; size_of::<f32>()]; floats * these.len() * heads.len()];
+            device.read(&mut rows, gathered)?;
+            let bytes = floats * size_of::<f32>();
+            for (head, rows) in heads.iter_mut().zip(rows.as_flattened().chunks_exact(bytes * these.len())) {
+                let to = head.iter_mut().skip(first).map(|(_, row)| &mut row[at..][..bytes]);
+                to.zip(rows.chunks_exact(bytes)).for_each(|(to, row)| to.copy_from_slice(row));
+            }
+            at += bytes;
+        }
+    }
+    Ok(())
+}
+
+/// What [`host::copy_in`] does.
+///
+/// # Errors
+/// [`ComputeError`].
+pub(super) fn copy_in(
+    devices: &mut Devices,
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    heads: &[Coming],
+) -> Result<(), ComputeError> {
+    let n = heads.first().map_or(0, Vec::len);
+    // as many rows of each head, or else the host puts them in
+    if !moves_on_device(layout, layer) || heads.iter().any(|head| head.len() != n) {
+        // SAFETY: the cache is idle, and no other thread works on this layer.
+        return unsafe { host::copy_in(layout, layer, heads) };
+    }
+    for first in (0..n).step_by(AT_ONCE) {
+        let these = first..(first + AT_ONCE).min(n);
+        let cells: Vec<u32> = heads.iter().flat_map(|head| &head[these.clone()]).map(|&(cell, _)| cell).collect();
+        let mut b = Builder::new(NODES)?;
+        let cells = b.rows([these.len(), heads.len(), 1], cells);
+        let mut at = 0;
+        for (storage, d) in storages(layer) {
+            // SAFETY: the storage tensors live as long as the context, which the caller holds.
+            let bytes = unsafe { row_bytes(storage, d) };
+            let mut floats = Vec::with_capacity(bytes / size_of::<f32>() * these.len() * heads.len());
+            for (_, row) in heads.iter().flat_map(|head| &head[these.clone()]) {
+                floats.extend(row[at..][..bytes].as_chunks().0.iter().map(|&bytes| f32::from_ne_bytes(bytes)));
+            }
+            at += bytes;
+            let rows = b.input([bytes / size_of::<f32>(), these.len(), heads.len()], floats);
+            let receiving = rows_as_floats(&b, layout, layer, storage, d);
+            // SAFETY: tensors of this context, of shapes that belong together.
+            let put = unsafe { sys::ggml_set_rows(b.ctx, receiving, rows, cells) };
+            b.run(put);
+        }
+        // SAFETY: the storage tensors live as long as the context, which the caller holds.
+        b.compute(unsafe { devices.at((*layer.k).buffer)? })?;
+    }
+    Ok(())
 }
 
 /// Nodes, views and inputs of one layer.

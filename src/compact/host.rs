@@ -3,7 +3,7 @@
 use super::{Moves, give_up};
 use crate::backend::{self, ComputeError};
 use crate::cache::Layout;
-use crate::sys;
+use crate::{memory, sys};
 
 /// Moves the rows of one layer. `moves`: of each of its heads. `ascending`: no cell receives a row before it has given its own.
 ///
@@ -13,7 +13,8 @@ pub(super) unsafe fn move_layer(layout: &Layout, layer: &sys::gvote_shim_layer, 
     let stream = layout.info.stream as usize;
     let mut buffer = Vec::new();
     // SAFETY: see above.
-    let (mut k, mut v) = unsafe { (Storage::fetch(layer.k, stream), Storage::fetch(layer.v, stream)) };
+    let fetched = unsafe { Storage::fetch(layer.k, stream).and_then(|k| Ok((k, Storage::fetch(layer.v, stream)?))) };
+    let (mut k, mut v) = fetched.unwrap_or_else(|error| give_up(error));
     for (kv, moves) in moves.iter().enumerate() {
         let mut gather = |rows: Rows| {
             // SAFETY: rows of this layer and head only, see rows_of_head.
@@ -23,6 +24,107 @@ pub(super) unsafe fn move_layer(layout: &Layout, layer: &sys::gvote_shim_layer, 
     }
     k.put_back();
     v.put_back();
+}
+
+/// Cells of one head, each with memory for its row: the key, and behind it the value. See [`crate::archive`].
+pub(super) type Leaving<'a> = Vec<(u32, &'a mut [u8])>;
+
+/// Cells of one head, each with the row that it gets.
+pub(super) type Coming<'a> = Vec<(u32, &'a [u8])>;
+
+/// Copies rows of one layer out of the cache: those of each of its heads.
+///
+/// # Errors
+/// [`ComputeError::Memory`].
+///
+/// # Safety
+/// The cache is idle, and no other thread works on this layer.
+pub(super) unsafe fn copy_out(
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    heads: &mut [Leaving],
+) -> Result<(), ComputeError> {
+    let stream = layout.info.stream as usize;
+    // SAFETY: see above.
+    let (mut k, mut v) = unsafe { (Storage::fetch(layer.k, stream)?, Storage::fetch(layer.v, stream)?) };
+    for (kv, leaving) in heads.iter_mut().enumerate() {
+        let blocks = Blocks::of_head(layout, layer, kv, &mut k, &mut v);
+        for tile in leaving.chunks_mut(TILE) {
+            for &(rows, at) in &blocks.0 {
+                for (cell, row) in tile.iter_mut() {
+                    let to = &mut row[at..][..rows.bytes];
+                    // SAFETY: a row of this layer and head, and as many bytes of ours.
+                    unsafe { copy(rows.base.add(*cell as usize * rows.stride), to.as_mut_ptr(), rows.bytes) };
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Copies rows of one layer into the cache: those of each of its heads. Other rows stay.
+///
+/// # Errors
+/// [`ComputeError::Memory`]; nothing was copied then.
+///
+/// # Safety
+/// The cache is idle, and no other thread works on this layer.
+pub(super) unsafe fn copy_in(
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    heads: &[Coming],
+) -> Result<(), ComputeError> {
+    let stream = layout.info.stream as usize;
+    // SAFETY: see above.
+    let (mut k, mut v) = unsafe { (Storage::fetch(layer.k, stream)?, Storage::fetch(layer.v, stream)?) };
+    for (kv, coming) in heads.iter().enumerate() {
+        let blocks = Blocks::of_head(layout, layer, kv, &mut k, &mut v);
+        for tile in coming.chunks(TILE) {
+            for &(rows, at) in &blocks.0 {
+                for (cell, row) in tile {
+                    let from = &row[at..][..rows.bytes];
+                    // SAFETY: a row of this layer and head, and as many bytes of ours.
+                    unsafe { copy(from.as_ptr(), rows.base.add(*cell as usize * rows.stride), rows.bytes) };
+                }
+            }
+        }
+    }
+    k.put_back();
+    v.put_back();
+    Ok(())
+}
+
+/// Rows that are copied before the next channel of a transposed V: so many that they stay in the processor's first cache, where the
+/// channels of one row come from far apart.
+const TILE: usize = 32;
+
+/// Copies a row; the sizes that transposed f16 and f32 values have become plain loads and stores.
+///
+/// # Safety
+/// There are so many bytes at both places, which do not overlap.
+unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
+    // SAFETY: see above.
+    unsafe {
+        match bytes {
+            2 => std::ptr::copy_nonoverlapping(from, to, 2),
+            4 => std::ptr::copy_nonoverlapping(from, to, 4),
+            _ => std::ptr::copy_nonoverlapping(from, to, bytes),
+        }
+    }
+}
+
+/// Where the rows of one head lie: blocks of them, and the byte of a whole row at which each begins.
+struct Blocks(Vec<(Rows, usize)>);
+
+impl Blocks {
+    fn of_head(layout: &Layout, layer: &sys::gvote_shim_layer, kv: usize, k: &mut Storage, v: &mut Storage) -> Self {
+        let (mut blocks, mut at) = (Vec::new(), 0);
+        rows_of_head(layout, layer, kv, k, v, &mut |rows| {
+            blocks.push((rows, at));
+            at += rows.bytes;
+        });
+        Self(blocks)
+    }
 }
 
 /// One stream of a K or V tensor, where the host can work on it.
@@ -35,21 +137,26 @@ struct Storage<'a> {
 }
 
 impl<'a> Storage<'a> {
+    /// # Errors
+    /// [`ComputeError::Memory`] where there is none for a copy of the stream.
+    ///
     /// # Safety
     /// `tensor` is a storage tensor of the cache, and nobody else uses the stream until this is put back.
-    unsafe fn fetch(tensor: *mut sys::ggml_tensor, stream: usize) -> Self {
+    unsafe fn fetch(tensor: *mut sys::ggml_tensor, stream: usize) -> Result<Self, ComputeError> {
+        const FAILED: ComputeError = ComputeError::Memory("reading");
         // SAFETY: the stream is nb[2] bytes of a tensor that lives as long as the context.
         unsafe {
             let tensor: &sys::ggml_tensor = &*tensor;
             let offset = stream * tensor.nb[2];
-            let copy = (!backend::place(tensor.buffer).is_null()).then(|| {
-                let mut bytes = vec![0; tensor.nb[2]];
+            let mut copy = None;
+            if !backend::place(tensor.buffer).is_null() {
+                let mut bytes: Vec<u8> = memory::zeros(tensor.nb[2]).ok_or(FAILED)?;
                 if !sys::gvote_shim_tensor_get(tensor, bytes.as_mut_ptr().cast(), offset, bytes.len()) {
-                    give_up(ComputeError::Memory("reading"));
+                    return Err(FAILED);
                 }
-                bytes
-            });
-            Self { tensor, offset, copy }
+                copy = Some(bytes);
+            }
+            Ok(Self { tensor, offset, copy })
         }
     }
 

@@ -7,6 +7,8 @@
 //! | 8 + n | length and text of what it was made with, JSON |
 //! | 8 + n | length and bytes of the caller's note |
 //! | 8 + n | length and bytes of what gvote knows |
+//! | 8 | rows of each head that are set aside; absent in version 2 |
+//! | ... | for each head their positions, 4 bytes each, and the rows: key, then value |
 //! | ... | llama.cpp's state of the sequence |
 //! | 32 | BLAKE3 of all before |
 //!
@@ -19,14 +21,16 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{SEQ, Session, SessionError};
+use super::{Recall, SEQ, Session, SessionError};
 use crate::bytes::put_part;
 use crate::cache::Layout;
 use crate::llama::RopeParams;
 use crate::policy::Kind;
 
 const MAGIC: [u8; 8] = *b"gvotesn\0";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// The first version that is read: nothing is set aside in it.
+const OLDEST: u32 = 2;
 const LLAMA: &str = concat!("llama.cpp ", env!("GVOTE_LLAMA_VERSION"), ", ggml ", env!("GVOTE_GGML_VERSION"));
 /// Longest text about what a file was made with.
 const MADE_MAX: u64 = 1 << 16;
@@ -39,7 +43,7 @@ pub enum FileError {
     #[error("it is not a session saved by gvote")]
     Foreign,
     #[error(
-        "it has version {found} of the format, and this gvote reads version {VERSION}: load it with the gvote that saved it"
+        "it has version {found} of the format, and this gvote reads versions {OLDEST} to {VERSION}: load it with the gvote that saved it"
     )]
     Version { found: u32 },
     #[error("the file is damaged or cut off: it cannot be used, start a new one")]
@@ -82,6 +86,9 @@ struct Made {
     window: usize,
     sinks: usize,
     cells: usize,
+    /// Rows of each head that are set aside.
+    #[serde(default)]
+    aside: usize,
 }
 
 impl Session {
@@ -138,7 +145,7 @@ impl Session {
         read_note: impl FnOnce(&[u8]) -> Result<T, String>,
     ) -> Result<T, FileError> {
         let mut file = File::open(path)?;
-        let len = checked_len(&mut file)?;
+        let (len, version) = checked(&mut file)?;
         let mut from = BufReader::new(file).take(len);
         // the checksum has vouched for what follows
         let _ = numbers::<{ MAGIC.len() + size_of::<u32>() }>(&mut from)?;
@@ -146,7 +153,7 @@ impl Session {
         let made: Made = serde_json::from_slice(&made).map_err(|_| FileError::Damaged)?;
         self.check_made(&made)?;
         let note = read_note(&part(&mut from, len)?).map_err(FileError::Note)?;
-        self.read(&mut from)?;
+        self.read(&mut from, version > OLDEST)?;
         Ok(note)
     }
 
@@ -166,6 +173,7 @@ impl Session {
             window: self.policy.window,
             sinks: self.policy.sinks,
             cells: self.cells_used(),
+            aside: self.rows_aside(),
         }
     }
 
@@ -211,6 +219,9 @@ impl Session {
                 return Err(FileError::Setting { flag, found, here });
             }
         }
+        if found.aside > 0 && self.recall() == Recall::Off {
+            return Err(FileError::Setting { flag: "--recall", found: "auto".into(), here: "off".into() });
+        }
         if found.cells > self.n_ctx_most() {
             return Err(FileError::Cells { found: found.cells, here: self.n_ctx_most() });
         }
@@ -218,8 +229,8 @@ impl Session {
     }
 }
 
-/// Bytes before the checksum, if that is right. The file is at its beginning again.
-fn checked_len(file: &mut File) -> Result<u64, FileError> {
+/// Bytes before the checksum, if that is right, and the version. The file is at its beginning again.
+fn checked(file: &mut File) -> Result<(u64, u32), FileError> {
     let len = file.metadata()?.len().saturating_sub(blake3::OUT_LEN as u64);
     let mut from = BufReader::new(&mut *file);
     let magic: [u8; MAGIC.len()] = match numbers(&mut from) {
@@ -231,7 +242,7 @@ fn checked_len(file: &mut File) -> Result<u64, FileError> {
     }
     let version: [u8; size_of::<u32>()] = numbers(&mut from)?;
     let found = u32::from_le_bytes(version);
-    if found != VERSION {
+    if !(OLDEST..=VERSION).contains(&found) {
         return Err(FileError::Version { found });
     }
     let rest = len.checked_sub((MAGIC.len() + version.len()) as u64).ok_or(FileError::Damaged)?;
@@ -242,7 +253,7 @@ fn checked_len(file: &mut File) -> Result<u64, FileError> {
         return Err(FileError::Damaged);
     }
     file.seek(SeekFrom::Start(0))?;
-    Ok(len)
+    Ok((len, found))
 }
 
 /// The next `N` bytes.

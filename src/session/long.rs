@@ -25,14 +25,19 @@ impl Session {
         tokens: &[Token],
         mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<PrefillReport, SessionError> {
+        if tokens.is_empty() {
+            return Err(SessionError::Empty);
+        }
+        self.ctx.check_positions(self.n_past(), tokens.len())?;
+        let start = Instant::now();
+        let expanded = self.expand_beside(tokens.len())?;
         self.grow_for(tokens.len());
         if tokens.len() <= self.room() || self.voter.is_none() {
-            return self.prefill(tokens, progress);
+            let report = self.prefill(tokens, progress)?;
+            return Ok(PrefillReport { time: start.elapsed(), expanded, ..report });
         }
         self.check_unmasked()?;
-        self.ctx.check_positions(self.n_past(), tokens.len())?;
         self.most_cells(1, self.protected_after(tokens))?;
-        let start = Instant::now();
         let window = self.policy.window;
         let (first, before, mut squeezes) = (self.n_past(), self.before()?, Squeezes::default());
         let mut done = 0;
@@ -50,7 +55,7 @@ impl Session {
                     self.undo(before);
                     self.sequence.truncate(first, self.cells_used());
                 } else {
-                    // what was freed does not come back
+                    // what was freed does not come back by itself
                     self.logits.clear();
                 }
                 return Err(error);
@@ -58,7 +63,7 @@ impl Session {
             done += part.len();
         }
         self.keep_logits()?;
-        Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), squeezes })
+        Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), expanded, squeezes })
     }
 
     /// `left`: tokens of the prompt that come after this part.

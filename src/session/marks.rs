@@ -34,7 +34,7 @@ impl Session {
     }
 
     /// After everything from `pos` on is gone: brings back what else was there, if that was marked.
-    pub(super) fn recall(&mut self, pos: Pos) {
+    pub(super) fn back_to_mark(&mut self, pos: Pos) {
         self.marks.retain(|mark| mark.pos <= pos);
         let Some(mark) = self.marks.last().filter(|mark| mark.pos == pos) else { return };
         self.logits.clone_from(&mark.logits);

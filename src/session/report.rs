@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::ExpandReport;
 use crate::vote::CompressReport;
 
 /// What a prefill did.
@@ -12,6 +13,8 @@ pub struct PrefillReport {
     pub tokens: usize,
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
+    /// What came back before it was read; its time is part of the whole.
+    pub expanded: ExpandReport,
     pub squeezes: Squeezes,
 }
 
@@ -37,7 +40,7 @@ impl Squeezes {
     }
 }
 
-fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
+pub(super) fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
     s.serialize_f64(time.as_secs_f64())
 }
 

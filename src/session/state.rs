@@ -1,9 +1,10 @@
-//! A session as bytes: what gvote knows, and behind it llama.cpp's state of the sequence.
+//! A session as bytes: what gvote knows, what is set aside, and llama.cpp's state of the sequence.
 
 use std::io::{self, Read, Write};
 
 use super::marks::{Mark, SAVED_MARKS};
 use super::{SEQ, Session, SessionError};
+use crate::archive::{Archive, ReadError};
 use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache;
 #[cfg(doc)]
@@ -15,7 +16,12 @@ const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
 const OTHER_MODEL: SessionError = SessionError::Saved("it was made with another model, --window or --policy");
 const NONSENSE: SessionError = SessionError::Saved("its numbers contradict each other");
 const OTHER_PART: SessionError = SessionError::Saved("its two parts do not belong together");
+const SET_ASIDE: SessionError =
+    SessionError::Saved("a part of it is set aside, and this session sets nothing aside (--recall off)");
 const OTHER_POLICY: SessionError = SessionError::Saved("either it was made with --policy full, or this session was");
+
+/// How an archive begins that has no rows.
+const NOTHING_ASIDE: [u8; size_of::<u64>()] = [0; size_of::<u64>()];
 
 /// What was read of a saved session before the cells are touched.
 struct Head {
@@ -48,6 +54,10 @@ impl Session {
         let head = self.head();
         out.write_all(&(head.len() as u64).to_le_bytes())?;
         out.write_all(&head)?;
+        match &self.sequence.archive {
+            Some(archive) => archive.write(out)?,
+            None => out.write_all(&NOTHING_ASIDE)?,
+        }
         self.ctx.write_sequence(SEQ, out)
     }
 
@@ -75,12 +85,12 @@ impl Session {
     /// [`SessionError::Saved`] or [`LlamaError::State`] when the bytes are cut off or belong
     /// to another model, other cache types or a larger context; the session is then as before.
     pub fn load(&mut self, data: &[u8]) -> Result<(), SessionError> {
-        self.read(&mut &*data)
+        self.read(&mut &*data, true)
     }
 
     /// Replaces this session by what [`Session::write`] wrote, all of `from`. For the case that it does not fit, the cells that
-    /// are in use now are copied first.
-    pub(super) fn read(&mut self, from: &mut dyn Read) -> Result<(), SessionError> {
+    /// are in use now are copied first. `has_archive`: older versions set nothing aside.
+    pub(super) fn read(&mut self, from: &mut dyn Read, has_archive: bool) -> Result<(), SessionError> {
         let mut len = [0; size_of::<u64>()];
         from.read_exact(&mut len).map_err(|_| CUT_OFF)?;
         let len = u64::from_le_bytes(len);
@@ -91,6 +101,8 @@ impl Session {
             return Err(CUT_OFF);
         }
         let Head { saved, tokens, logits, marks } = self.read_head(&head)?;
+        let archive =
+            if has_archive { self.read_archive(from, saved.as_ref())? } else { self.empty_sequence().archive };
         self.grow_until(saved.as_ref().map_or(tokens.len(), Saved::n_cells));
         let before = (self.n_past() > 0).then(|| self.ctx.copy_sequence(SEQ)).transpose()?;
         let n_past = saved.as_ref().map_or(tokens.len(), Saved::n_past);
@@ -109,10 +121,27 @@ impl Session {
             (Some(voter), Some(saved)) => self.sequence = saved.restore(SEQ, &mut voter.capture),
             _ => self.sequence.extend(&tokens),
         }
+        self.sequence.archive = archive;
         self.mask = None;
         self.logits = logits;
         self.marks = marks;
         Ok(())
+    }
+
+    /// What is set aside of a session that was saved.
+    fn read_archive(&self, from: &mut dyn Read, saved: Option<&Saved>) -> Result<Option<Archive>, SessionError> {
+        let (Some(archive), Some(saved)) = (&self.sequence.archive, saved) else {
+            let mut nothing = NOTHING_ASIDE;
+            from.read_exact(&mut nothing).map_err(|_| CUT_OFF)?;
+            return if nothing == NOTHING_ASIDE { Ok(None) } else { Err(SET_ASIDE) };
+        };
+        let most = saved.n_past() - saved.n_cells().min(saved.n_past());
+        let read = archive.read(from, most, |head, positions| saved.can_be_aside(head, positions));
+        read.map(Some).map_err(|error| match error {
+            ReadError::CutOff => CUT_OFF,
+            ReadError::Nonsense => NONSENSE,
+            ReadError::OutOfMemory => LlamaError::Memory.into(),
+        })
     }
 
     fn read_head(&self, head: &[u8]) -> Result<Head, SessionError> {

@@ -7,6 +7,7 @@
 //! - `walk`: whatever is done in whatever order, the cache holds what it must;
 //! - `cut`: what is cut off leaves no trace, or is refused;
 //! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
+//! - `recall`: what left the cache comes back as it was;
 //! - `grow`: a session that outgrows its cells moves to where there are more;
 //! - `hostile`: no number in a saved session, whatever it is, does harm;
 //! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
@@ -20,6 +21,7 @@ mod grow;
 mod hostile;
 mod long;
 mod protect;
+mod recall;
 mod replay;
 mod walk;
 
@@ -65,7 +67,16 @@ fn open(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> Session {
     open_with(&tiny::model(arch), setup, n_ctx, policy)
 }
 
+/// The same, whose rows are set aside when they leave the cache.
+fn open_recalling(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> Session {
+    open_as(&tiny::model(arch), setup, n_ctx, policy, Recall::Auto)
+}
+
 fn open_with(model: &Model, setup: Setup, n_ctx: usize, policy: Params) -> Session {
+    open_as(model, setup, n_ctx, policy, Recall::Off)
+}
+
+fn open_as(model: &Model, setup: Setup, n_ctx: usize, policy: Params, recall: Recall) -> Session {
     let flash_attn = if setup.flash { FlashAttention::On } else { FlashAttention::Off };
     let context = ContextParams {
         n_ctx: n_ctx as u32,
@@ -77,7 +88,7 @@ fn open_with(model: &Model, setup: Setup, n_ctx: usize, policy: Params) -> Sessi
         type_v: setup.v,
         ..ContextParams::default()
     };
-    Session::new(model, &SessionParams { context, policy, ..Default::default() }).unwrap()
+    Session::new(model, &SessionParams { context, policy, recall, ..Default::default() }).unwrap()
 }
 
 /// The cap is what every vote of a long chat comes down to; without a trial it is fast.

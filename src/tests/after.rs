@@ -171,11 +171,11 @@ fn a_refused_compaction_changes_nothing() {
         cells
     };
     for cells in [other_index, other_pos] {
-        let error = compact::compact(&mut ctx, 0, &cells, &selection, Scorer::new(1, 1).devices()).unwrap_err();
+        let error = compact::compact(&mut ctx, 0, &cells, &selection, Scorer::new(1, 1).devices(), None).unwrap_err();
         assert!(matches!(error, CompactError::Cache(_)), "{error}");
     }
     decode(&mut ctx, &tokens[N..], N as Pos, 0);
-    let error = compact::compact(&mut ctx, 0, &before, &selection, Scorer::new(1, 1).devices()).unwrap_err();
+    let error = compact::compact(&mut ctx, 0, &before, &selection, Scorer::new(1, 1).devices(), None).unwrap_err();
     assert!(matches!(error, CompactError::Cache(_)), "{error}");
     ctx.remove(0, N as Pos, -1);
     assert_eq!(cells(&ctx), before);

@@ -239,6 +239,16 @@ pub fn row(layout: &Layout, layer: usize, is_v: bool, kv: usize, cell: &Cell) ->
     floats(t.type_, &bytes)
 }
 
+/// A row that was set aside as floats.
+pub fn key_and_value(layout: &Layout, layer: usize, row: &[u8]) -> [Vec<f32>; 2] {
+    let l = &layout.layers[layer];
+    // SAFETY: the storage lives as long as the context; plain queries of its type.
+    let (k, v, key) =
+        unsafe { ((*l.k).type_, (*l.v).type_, sys::ggml_row_size((*l.k).type_, i64::from(l.n_embd_head_k))) };
+    let (key, value) = row.split_at(key);
+    [floats(k, key), floats(v, value)]
+}
+
 /// Stored values of a type as floats.
 pub fn floats(type_: sys::ggml_type, data: &[u8]) -> Vec<f32> {
     if type_ == sys::GGML_TYPE_F32 {
@@ -370,7 +380,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f64 {
 /// Keeps what `selection` says of the cells of a sequence.
 pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
     let cells = cache::cells(ctx, seq);
-    let left = compact::compact(ctx, seq, &cells, selection, Scorer::new(1, 1).devices())?;
+    let left = compact::compact(ctx, seq, &cells, selection, Scorer::new(1, 1).devices(), None)?;
     assert_eq!(cache::cells(ctx, seq), left);
     Ok(())
 }

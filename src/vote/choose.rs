@@ -128,10 +128,13 @@ impl Vote<'_> {
         let clock = Instant::now();
         // those that made the scores are there, and started
         let devices = self.voter.scorer.devices();
-        let left = compact::compact(self.ctx, self.sequence.id, cells, &selection, devices)?;
+        let (seq, ctx) = (self.sequence.id, &mut *self.ctx);
+        let left = self.sequence.setting_aside(cells, &mut report.aside_time, |aside| {
+            compact::compact(ctx, seq, cells, &selection, devices, aside)
+        })?;
         self.sequence.compacted(cells, selection, self.voter.policy.recent, self.ctx.n_threads_batch());
         self.sequence.bound(&left);
-        report.compact_time = clock.elapsed();
+        report.compact_time = clock.elapsed() - report.aside_time;
         Ok(left)
     }
 

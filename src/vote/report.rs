@@ -37,6 +37,9 @@ pub struct CompressReport {
     pub select_time: Duration,
     #[serde(serialize_with = "seconds")]
     pub trial_time: Duration,
+    /// Of rows that are to come back: copying them out of the cache.
+    #[serde(serialize_with = "seconds")]
+    pub aside_time: Duration,
     #[serde(serialize_with = "seconds")]
     pub compact_time: Duration,
 }
@@ -45,7 +48,7 @@ impl CompressReport {
     /// Time of the whole compression.
     pub fn time(&self) -> Duration {
         let choice = self.probe_time + self.score_time + self.select_time + self.trial_time;
-        self.replay_time + choice + self.compact_time
+        self.replay_time + choice + self.aside_time + self.compact_time
     }
 
     /// Share of the cells kept, 0 to 1.
@@ -90,6 +93,7 @@ impl CompressReport {
             score_time: Duration::ZERO,
             select_time: Duration::ZERO,
             trial_time: Duration::ZERO,
+            aside_time: Duration::ZERO,
             compact_time: Duration::ZERO,
         }
     }

@@ -1,13 +1,16 @@
 //! What gvote knows of a sequence beside what llama.cpp's cache says.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use super::VoteError;
+use crate::archive::Archive;
+use crate::backend::Devices;
 use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache::{Cell, Layout};
 use crate::capture::{Capture, Restored};
-use crate::compact::share;
-use crate::llama::{Model, Pos, SeqId, Token};
+use crate::compact::{self, Arranged, Aside, CompactError, share};
+use crate::llama::{Context, Model, Pos, SeqId, Token};
 use crate::policy::{Kept, Selection};
 use crate::threads;
 
@@ -30,6 +33,8 @@ pub struct Sequence {
     /// `[position]`, as far as it reaches: whether the caller asked for it to stay.
     protected: Vec<bool>,
     held: Held,
+    /// The rows that left the cache; None where they are lost.
+    pub(crate) archive: Option<Archive>,
 }
 
 /// The true positions behind composite cells.
@@ -93,6 +98,58 @@ impl Sequence {
     /// Whether its heads hold different tokens.
     pub(super) fn is_composite(&self) -> bool {
         !self.held.pos.is_empty()
+    }
+
+    /// Rows of each head that are set aside.
+    pub(crate) fn n_aside(&self) -> usize {
+        self.archive.as_ref().map_or(0, Archive::len)
+    }
+
+    /// Whether every row is in one of its `n_cells` cells or set aside.
+    pub(crate) fn is_whole(&self, n_cells: usize) -> bool {
+        n_cells + self.n_aside() == self.n_past as usize
+    }
+
+    /// Does `work`, which drops rows of `cells`, with where they go. How long setting them aside takes is added to `time`.
+    pub(super) fn setting_aside<T>(
+        &mut self,
+        cells: &[Cell],
+        time: &mut Duration,
+        work: impl FnOnce(Option<Aside>) -> T,
+    ) -> T {
+        let Self { held, archive, .. } = self;
+        let pos = |head, place| held.at(cells, head, place);
+        work(archive.as_mut().map(|archive| Aside { archive, pos: &pos, time }))
+    }
+
+    /// Lets `m` of its cells hold rows at positions before `end`, after which it has no more: see [`compact::arrange`]. `cells`: those
+    /// that it has now.
+    ///
+    /// # Errors
+    /// [`CompactError`]; nothing has changed then.
+    pub(crate) fn arrange(
+        &mut self,
+        ctx: &mut Context,
+        cells: &[Cell],
+        end: Pos,
+        m: usize,
+        devices: &mut [Devices],
+    ) -> Result<(), CompactError> {
+        let Some(archive) = &self.archive else { return Ok(()) };
+        let was_whole = self.is_whole(cells.len());
+        let pos = |head, place| self.held.at(cells, head, place);
+        let held = compact::Held { cells, pos: &pos, archive, tokens: &self.tokens };
+        let Arranged { cells, pos, archive } = compact::arrange(ctx, self.id, &held, end, m, devices)?;
+        self.truncate(end, usize::MAX);
+        let says_all = |list: &[u32]| list.iter().zip(&cells).all(|(&pos, cell)| pos == cell.pos as u32);
+        let are_labels = m == 0 || pos.chunks(m).all(says_all);
+        self.held = if are_labels { Held::default() } else { Held { n_cells: m, pos } };
+        if was_whole {
+            self.exact_from = archive.end();
+            self.bound(&cells);
+        }
+        self.archive = Some(archive);
+        Ok(())
     }
 
     /// Appends tokens that were decoded at the next positions.
@@ -242,7 +299,7 @@ impl Saved {
         let captured =
             capture.read(captured).ok_or(VoteError::Saved("it was made with another model, --window or --policy"))?;
         let held = if pos.is_empty() { Held::default() } else { Held { n_cells, pos } };
-        let mut sequence = Sequence { id: 0, n_past, tokens, exact_from, held, protected: Vec::new() };
+        let mut sequence = Sequence { id: 0, n_past, tokens, exact_from, held, protected: Vec::new(), archive: None };
         protected.into_iter().for_each(|pos| sequence.protect(pos..pos + 1, true));
         Ok(Self { sequence, labels, captured })
     }
@@ -260,6 +317,19 @@ impl Saved {
     /// Whether these are the cells that it speaks of.
     pub fn fits(&self, cells: &[Cell]) -> bool {
         cells.iter().map(|cell| cell.pos).eq(self.labels.iter().copied())
+    }
+
+    /// Whether a head, counted over all layers, can have rows at these positions that are set aside: others than in its cells, of
+    /// tokens that not every head has there.
+    pub fn can_be_aside(&self, head: usize, positions: &[u32]) -> bool {
+        let Sequence { held, exact_from, .. } = &self.sequence;
+        let n = if held.pos.is_empty() { 0 } else { held.n_cells };
+        let (composite, labels) = (&held.pos[head * n..][..n], &self.labels[n..]);
+        let is_aside = |&pos: &u32| {
+            let is_cached = composite.binary_search(&pos).is_ok() || labels.binary_search(&(pos as Pos)).is_ok();
+            i64::from(pos) < i64::from(*exact_from) && !is_cached
+        };
+        positions.is_sorted_by(|a, b| a < b) && positions.iter().all(is_aside)
     }
 
     /// Puts it in force for the sequence `id`.

@@ -293,7 +293,7 @@ mod tests {
             let selection = ranking.clone().keep(count, Bound::Trial);
             assert_eq!(selection.n_cells(), count);
             let vote = session.vote().unwrap();
-            crate::compact::compact(vote.ctx, 0, &cells, &selection, vote.voter.scorer.devices()).unwrap();
+            crate::compact::compact(vote.ctx, 0, &cells, &selection, vote.voter.scorer.devices(), None).unwrap();
             drop(vote);
             let mut real = 0.0;
             let each = |i: usize, logits: &[f32]| {

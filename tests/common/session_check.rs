@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use gvote::llama::{ContextParams, FlashAttention, LlamaError, SamplerParams, Token};
 use gvote::policy::Params;
+use gvote::session::Recall;
 use gvote::{Session, SessionError, SessionParams};
 
 use crate::edit::edited;
@@ -74,13 +75,16 @@ impl Saved {
             protect: true,
             ..Params::default()
         };
-        let params = SessionParams { context, policy, ..Default::default() };
+        let params = SessionParams { context, policy, recall: Recall::Auto, ..Default::default() };
         let mut session = Session::new(&model, &params).expect("a context is made");
         read(&mut session, &words(N[0], 0));
         session.compress().expect("it votes");
         assert_eq!(session.cells_used(), CELLS);
         session.mark();
+        // with all rows, of which some are set aside once more
         read(&mut session, &words(N[1], 3));
+        session.compress().expect("it votes");
+        assert_eq!((session.cells_used(), session.rows_aside()), (CELLS, N[0] + N[1] - CELLS));
         let path = folder.path().join("session");
         session.save_to(&path, b"a note").expect("there is room for a file");
         let mut sound = fs::read(&path).expect("it was written");

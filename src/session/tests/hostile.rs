@@ -117,6 +117,13 @@ fn fields(session: &mut Session, bytes: &[u8]) -> Vec<Field> {
             fields.captured(&format!("mark {i}"), session);
         }
     }
+    let n_aside = fields.number("rows set aside", 8) as usize;
+    if n_aside > 0 {
+        for (head, bytes) in Layout::of(&session.ctx, SEQ).unwrap().row_bytes().enumerate() {
+            fields.several(&format!("positions of head {head} that are set aside"), n_aside, 4);
+            fields.at += n_aside * bytes;
+        }
+    }
     // what cannot be cut is a recurrent state, a window cache, or all there is
     if !model.is_recurrent() || uncut < bytes.len() - fields.at {
         fields.cells("cache");
@@ -162,6 +169,8 @@ fn use_it(session: &mut Session, name: &str) {
     let saved = session.save();
     session.load(&saved).unwrap_or_else(|error| panic!("{name}: what was taken is refused later: {error}"));
     // a vote may find that there is nothing to go by
+    let _ = session.compress();
+    session.expand().unwrap_or_else(|error| panic!("{name}: it does not come back: {error}"));
     let _ = session.compress();
     session.mark();
     let mut sampler = session.sampler(&SamplerParams { repeat_penalty: 1.1, ..SamplerParams::default() }, 4).unwrap();
@@ -262,6 +271,19 @@ fn a_token_that_the_vocabulary_has_not_is_refused_before_anything_looks_it_up() 
 fn no_number_in_a_saved_session_does_harm() {
     let (mut session, sound) = saved(open_with(&with_vocabulary("llama"), F16, N_CTX, protecting()));
     assert!(session.exact_from() > 0, "heads hold different tokens");
+    let [taken, refused] = change_all(&mut session, &sound);
+    assert!(taken > 50 && refused > 500, "{taken} taken, {refused} refused");
+}
+
+#[test]
+fn nor_does_one_in_what_is_set_aside() {
+    let policy = Params { max_cells: Some(120), ..protecting() };
+    let (mut session, _) = saved(open_as(&with_vocabulary("llama"), F16, N_CTX, policy, Recall::Auto));
+    // what the first vote dropped came back for what was read since
+    assert_eq!(session.rows_aside(), 0);
+    session.compress().unwrap();
+    assert!(session.rows_aside() > 0 && session.exact_from() == 0);
+    let sound = session.save();
     let [taken, refused] = change_all(&mut session, &sound);
     assert!(taken > 50 && refused > 500, "{taken} taken, {refused} refused");
 }

@@ -7,7 +7,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::tests::fixture::{F16, F16_FLASH, Q8_0, row};
+use crate::tests::fixture::{F16, F16_FLASH, Q8_0, key_and_value, row};
 
 /// Small, so that it is full again and again.
 const N_CTX: usize = 192;
@@ -19,6 +19,7 @@ enum Step {
     Decode(usize),
     Answer(i32),
     Compress,
+    Expand,
     Mark,
     /// To a place, in thousandths of what there is.
     Truncate(usize),
@@ -44,6 +45,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (1..4usize).prop_map(Decode),
         1 => (1..12i32).prop_map(Answer),
         4 => Just(Compress),
+        1 => Just(Expand),
         1 => Just(Mark),
         3 => (0..1000usize).prop_map(Truncate),
         1 => Just(TruncateMost),
@@ -56,8 +58,11 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// Architecture, cache, choice, and what becomes of what is not chosen.
+type Way = (&'static str, Setup, Params, Recall);
+
 /// Ways to hold and to choose; without a trial most of the time, which takes longer than all the rest.
-fn ways() -> impl Strategy<Value = (&'static str, Setup, Params)> {
+fn ways() -> impl Strategy<Value = Way> {
     let small = Params { window: 16, recent: 16, samples: 8, max_cells: Some(60), ..quick() };
     let setups = prop::sample::select(vec![F16, F16_FLASH, Q8_0]);
     let policies = prop::sample::select(vec![
@@ -68,7 +73,7 @@ fn ways() -> impl Strategy<Value = (&'static str, Setup, Params)> {
         Params { policy: Kind::StreamingLlm, ..small },
     ]);
     let archs = prop::sample::select(vec!["llama", "llama", "gemma2"]);
-    (archs, setups, policies)
+    (archs, setups, policies, prop::sample::select(vec![Recall::Off, Recall::Auto]))
 }
 
 /// What a head holds: rows of K and V by layer, head and position, as they were when they came in.
@@ -87,6 +92,7 @@ struct Walk {
     arch: &'static str,
     setup: Setup,
     policy: Params,
+    recall: Recall,
     /// Saved and loaded on the way, and never.
     saved: Session,
     never: Session,
@@ -96,15 +102,15 @@ struct Walk {
 }
 
 impl Walk {
-    fn new((arch, setup, policy): (&'static str, Setup, Params)) -> Self {
+    fn new((arch, setup, policy, recall): Way) -> Self {
         let [saved, never] = [(); 2].map(|()| {
-            let mut session = open(arch, setup, N_CTX, policy.clone());
+            let mut session = open_as(&tiny::model(arch), setup, N_CTX, policy.clone(), recall);
             // how the model scales its attention is learned once, and no trace of a sequence
             read(&mut session, &[1]);
             session.clear();
             session
         });
-        Self { arch, setup, policy, saved, never, expected: Expected::default(), drawn: 0 }
+        Self { arch, setup, policy, recall, saved, never, expected: Expected::default(), drawn: 0 }
     }
 
     fn draw(&mut self, n: usize) -> Vec<Token> {
@@ -139,7 +145,7 @@ impl Walk {
     }
 
     fn opened(&self, bytes: &[u8]) -> Session {
-        let mut session = open(self.arch, self.setup, N_CTX, self.policy.clone());
+        let mut session = open_as(&tiny::model(self.arch), self.setup, N_CTX, self.policy.clone(), self.recall);
         session.load(bytes).unwrap();
         session
     }
@@ -188,6 +194,10 @@ impl Walk {
                     self.both(|session| session.compress().unwrap().cells_after);
                 }
             }
+            Expand => {
+                let left = self.both(|session| session.expand().map(|_| session.rows_aside()).unwrap());
+                assert!(left == 0 || self.saved.room() == 0, "{left} rows a head are left aside");
+            }
             Mark => self.both(Session::mark),
             Truncate(share) => {
                 let pos = (share * self.expected.tokens.len() / 1000) as Pos;
@@ -225,6 +235,8 @@ impl Walk {
             }),
             CancelledPrefill(n, at) => {
                 let tokens = self.draw(n.min(self.saved.room()));
+                // this is not taken back
+                self.both(|session| session.expand_beside(tokens.len()).unwrap().cells_after);
                 if !tokens.is_empty() && self.cancelled(at, |session| session.prefill(&tokens, ON).map(|_| ())) {
                     self.expected.tokens.extend(&tokens);
                 }
@@ -282,7 +294,8 @@ impl Walk {
                 let got = [false, true].map(|is_v| row(&layout, layer, is_v, kv, cell));
                 match rows.get(&(layer, kv, pos)) {
                     Some(expected) => {
-                        assert!(held.contains(&pos), "{pos} was dropped and is back");
+                        let can_come_back = session.recall() == Recall::Auto;
+                        assert!(can_come_back || held.contains(&pos), "{pos} was dropped and is back");
                         assert!(*expected == got, "layer {layer}, head {kv}: this is not what came in at {pos}");
                     }
                     None => drop(rows.insert((layer, kv, pos), got)),
@@ -296,6 +309,31 @@ impl Walk {
             highest.iter().zip(&cells).all(|(&pos, cell)| pos <= cell.pos),
             "a label is older than what its cell holds"
         );
+        self.check_archive(cells.len());
+    }
+
+    /// Every row is in the cache or set aside, as it came in, and in one place alone.
+    fn check_archive(&mut self, n_cells: usize) {
+        let Some(archive) = &self.saved.sequence.archive else { return };
+        let layout = Layout::of(&self.saved.ctx, SEQ).unwrap();
+        let n_past = self.saved.n_past();
+        let n_aside = n_past as usize - n_cells;
+        let bytes = layout.bytes_per_cell() + size_of::<u32>() * layout.n_head_kv().sum::<usize>();
+        assert_eq!((archive.len(), archive.bytes()), (n_aside, n_aside * bytes));
+        let heads = layout.n_head_kv().enumerate().flat_map(|(layer, n)| (0..n).map(move |kv| (layer, kv)));
+        for (head, (layer, kv)) in heads.enumerate() {
+            let entries = archive.entries(head);
+            let aside: BTreeSet<Pos> = entries.iter().map(|entry| entry.pos as Pos).collect();
+            let all: BTreeSet<Pos> = aside.union(&self.expected.held[head]).copied().collect();
+            assert!(all.into_iter().eq(0..n_past) && aside.is_disjoint(&self.expected.held[head]));
+            for entry in entries {
+                let got = key_and_value(&layout, layer, archive.row(head, entry));
+                let place = (layer, kv, entry.pos as Pos);
+                let expected = self.expected.rows.entry(place).or_insert_with(|| got.clone());
+                assert!(*expected == got, "{place:?}: this is not what came in");
+            }
+        }
+        assert!(self.saved.exact_from() == cache::cut_from(&self.saved.ctx, SEQ).min(n_past));
     }
 
     /// In the first layer a key depends on its token and position alone: these are those of a session that dropped nothing.

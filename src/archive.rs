@@ -1,0 +1,373 @@
+//! What leaves the cache, set aside in host memory, so that it can come back.
+//!
+//! # A row
+//! The key and the value that one KV head of one layer holds for one token, bit by bit as llama.cpp stored them: after RoPE,
+//! rotation and quantization. In a cell they lie apart; here the key is followed by the value, channel after channel, also where
+//! the cache keeps V transposed. A row is known by its head and its position.
+//!
+//! Every row of a sequence is in exactly one place: in a cell of the cache, or in the archive. So cells and archive together never
+//! hold more rows than tokens were read, and the archive is *whole* where they hold no fewer: then every row that was ever
+//! computed can come back. Rows that were dropped while nothing was set aside are the ones that can be missing.
+//!
+//! # Bytes
+//! Rows that leave together form a [`Batch`]. All heads give up the same number of rows, because a cell of llama.cpp holds one of
+//! every head; so `n` rows of each head take the bytes of K and V of `n` cells, and 4 more bytes a row for its position.
+//!
+//! # Owner
+//! An archive belongs to a [`Sequence`](crate::vote::Sequence) and is freed with it, or emptied when the sequence is. A batch never
+//! changes, so that copies of a sequence can share it. When rows come back, the batches that they lay in are given up; what is
+//! left of these becomes a new one.
+//!
+//! # Failure
+//! All memory is taken, and rows that leave are copied, before anything in the cache moves. Where memory runs out, the cache and
+//! the archive are as they were.
+//!
+//! Rows are copied by [`crate::compact`], the only code that knows where they lie in the cache.
+
+#![forbid(unsafe_code)]
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+
+use crate::cache::Layout;
+use crate::llama::Pos;
+use crate::{machine, memory};
+
+#[cfg(test)]
+thread_local! {
+    /// Tests set it to be a machine without memory for rows.
+    pub(crate) static PRETEND_FULL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// There is no memory for so many bytes of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OutOfMemory {
+    pub bytes: usize,
+}
+
+/// Where the rows of each KV head, counted over all layers, begin in a batch of one row a head.
+#[derive(Debug, PartialEq, Eq)]
+struct Shape {
+    /// `[heads + 1]`
+    start: Vec<usize>,
+}
+
+impl Shape {
+    fn n_heads(&self) -> usize {
+        self.start.len() - 1
+    }
+
+    /// Bytes of a head's row.
+    fn row(&self, head: usize) -> usize {
+        self.start[head + 1] - self.start[head]
+    }
+
+    /// Bytes of a row of every head.
+    fn all(&self) -> usize {
+        self.start[self.n_heads()]
+    }
+}
+
+/// As many rows of every head.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    shape: Arc<Shape>,
+    n: usize,
+    /// `[head][n]`, ascending in each head.
+    pos: Vec<u32>,
+    /// `[head][n][row]`
+    rows: Vec<u8>,
+}
+
+impl Batch {
+    /// Room for `n` rows of every head.
+    fn new(shape: &Arc<Shape>, n: usize) -> Result<Self, OutOfMemory> {
+        let bytes = n.saturating_mul(shape.all());
+        let failed = OutOfMemory { bytes };
+        #[cfg(test)]
+        if PRETEND_FULL.get() {
+            return Err(failed);
+        }
+        // what a system promises it may take back by ending the process
+        if machine::available().is_some_and(|available| bytes > available) {
+            return Err(failed);
+        }
+        let mut pos = Vec::new();
+        pos.try_reserve_exact(n.saturating_mul(shape.n_heads())).map_err(|_| failed)?;
+        pos.resize(n * shape.n_heads(), 0);
+        let rows = memory::zeros(bytes).ok_or(failed)?;
+        Ok(Self { shape: shape.clone(), n, pos, rows })
+    }
+
+    /// Positions of a head's rows, ascending.
+    pub fn positions(&self, head: usize) -> &[u32] {
+        &self.pos[head * self.n..][..self.n]
+    }
+
+    /// The `i`-th row of a head.
+    pub fn row(&self, head: usize, i: usize) -> &[u8] {
+        let bytes = self.shape.row(head);
+        &self.rows[self.n * self.shape.start[head] + i * bytes..][..bytes]
+    }
+
+    /// Positions `[n]` and rows `[n][row]` of every head, to be filled.
+    pub fn heads_mut(&mut self) -> impl Iterator<Item = (&mut [u32], &mut [u8])> {
+        let Self { shape, n, pos, rows } = self;
+        let (shape, n, mut rest) = (&**shape, *n, &mut rows[..]);
+        let rows = (0..shape.n_heads()).map(move |head| {
+            let (own, others) = std::mem::take(&mut rest).split_at_mut(n * shape.row(head));
+            rest = others;
+            own
+        });
+        // no head has rows where n is 0
+        pos.chunks_exact_mut(n.max(1)).zip(rows)
+    }
+
+    fn bytes(&self) -> usize {
+        self.rows.len() + size_of_val(&self.pos[..])
+    }
+}
+
+/// A row in an archive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub pos: u32,
+    pub batch: usize,
+    /// Its number among the head's rows there.
+    pub i: usize,
+}
+
+/// The rows of one sequence that are not in the cache.
+#[derive(Clone, Debug)]
+pub(crate) struct Archive {
+    shape: Arc<Shape>,
+    batches: Vec<Arc<Batch>>,
+}
+
+impl Archive {
+    /// An empty one for the heads of a cache.
+    pub fn new(layout: &Layout) -> Self {
+        let mut start = vec![0];
+        for bytes in layout.row_bytes() {
+            start.push(start[start.len() - 1] + bytes);
+        }
+        Self { shape: Arc::new(Shape { start }), batches: Vec::new() }
+    }
+
+    /// An empty one for the same heads.
+    pub fn emptied(&self) -> Self {
+        Self { shape: self.shape.clone(), batches: Vec::new() }
+    }
+
+    /// Rows of each head.
+    pub fn len(&self) -> usize {
+        self.batches.iter().map(|batch| batch.n).sum()
+    }
+
+    /// Bytes of memory that it takes.
+    pub fn bytes(&self) -> usize {
+        self.batches.iter().map(|batch| batch.bytes()).sum()
+    }
+
+    /// Room for `n` more rows of every head, to be filled and handed to [`Self::push`].
+    ///
+    /// # Errors
+    /// [`OutOfMemory`]; nothing has changed then.
+    pub fn room(&mut self, n: usize) -> Result<Batch, OutOfMemory> {
+        self.batches.try_reserve(1).map_err(|_| OutOfMemory { bytes: n * self.shape.all() })?;
+        Batch::new(&self.shape, n)
+    }
+
+    /// Takes in what has left the cache.
+    pub fn push(&mut self, batch: Batch) {
+        if batch.n > 0 {
+            self.batches.push(Arc::new(batch));
+        }
+    }
+
+    pub fn batches(&self) -> &[Arc<Batch>] {
+        &self.batches
+    }
+
+    /// The same without some of its batches.
+    pub fn without(&self, gone: &[bool]) -> Self {
+        let left = self.batches.iter().zip(gone).filter(|&(_, &gone)| !gone);
+        Self { shape: self.shape.clone(), batches: left.map(|(batch, _)| batch.clone()).collect() }
+    }
+
+    /// A head's rows, ascending by position.
+    pub fn entries(&self, head: usize) -> Vec<Entry> {
+        let of_batch = |(batch, rows): (usize, &Arc<Batch>)| -> Vec<Entry> {
+            rows.positions(head).iter().enumerate().map(|(i, &pos)| Entry { pos, batch, i }).collect()
+        };
+        let mut entries: Vec<Entry> = self.batches.iter().enumerate().flat_map(of_batch).collect();
+        entries.sort_unstable_by_key(|entry| entry.pos);
+        entries
+    }
+
+    /// The row of a head.
+    pub fn row(&self, head: usize, entry: Entry) -> &[u8] {
+        self.batches[entry.batch].row(head, entry.i)
+    }
+
+    /// From this position on nothing is set aside.
+    pub fn end(&self) -> Pos {
+        let last = self.batches.iter().flat_map(|batch| batch.pos.iter()).max();
+        last.map_or(0, |&pos| pos as Pos + 1)
+    }
+
+    /// Writes all of it: the number of rows of each head, and for each head first all positions, then all rows, by position.
+    pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(&(self.len() as u64).to_le_bytes())?;
+        if self.batches.is_empty() {
+            return Ok(());
+        }
+        for head in 0..self.shape.n_heads() {
+            let entries = self.entries(head);
+            for entry in &entries {
+                out.write_all(&entry.pos.to_le_bytes())?;
+            }
+            for &entry in &entries {
+                out.write_all(self.row(head, entry))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// An archive for the same heads that [`Self::write`] wrote, of at most `most` rows a head. `is_sound(head, positions)`: whether
+    /// a head can have set these aside.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read(
+        &self,
+        from: &mut dyn Read,
+        most: usize,
+        is_sound: impl Fn(usize, &[u32]) -> bool,
+    ) -> Result<Self, ReadError> {
+        let mut n = [0; size_of::<u64>()];
+        from.read_exact(&mut n).map_err(|_| ReadError::CutOff)?;
+        let n = usize::try_from(u64::from_le_bytes(n)).ok().filter(|&n| n <= most).ok_or(ReadError::Nonsense)?;
+        let mut read = self.emptied();
+        let mut batch = read.room(n).map_err(|_| ReadError::OutOfMemory)?;
+        for (head, (positions, rows)) in batch.heads_mut().enumerate() {
+            for pos in positions.iter_mut() {
+                let mut bytes = [0; size_of::<u32>()];
+                from.read_exact(&mut bytes).map_err(|_| ReadError::CutOff)?;
+                *pos = u32::from_le_bytes(bytes);
+            }
+            if !is_sound(head, positions) {
+                return Err(ReadError::Nonsense);
+            }
+            from.read_exact(rows).map_err(|_| ReadError::CutOff)?;
+        }
+        read.push(batch);
+        Ok(read)
+    }
+}
+
+/// Why an archive could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReadError {
+    CutOff,
+    Nonsense,
+    OutOfMemory,
+}
+
+/// The positions of which `m` cells hold rows of a head, ascending: those that the cache has, and the newest of those that are set
+/// aside. The newest position of all is always among them, because llama.cpp wants the next token to follow upon it; where there
+/// is no room for it, the newest one in the cache leaves. Both lists ascend, and `m` is no less than the cache has.
+pub(crate) fn newest(cached: &[u32], aside: &[u32], m: usize) -> Vec<u32> {
+    let back = m.saturating_sub(cached.len()).min(aside.len());
+    let mut positions = [cached, &aside[aside.len() - back..]].concat();
+    positions.sort_unstable();
+    if let (Some(last), Some(&newest)) = (positions.last_mut(), aside.last()) {
+        *last = newest.max(*last);
+    }
+    positions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two heads with rows of 3 and 5 bytes.
+    fn archive() -> Archive {
+        Archive { shape: Arc::new(Shape { start: vec![0, 3, 8] }), batches: Vec::new() }
+    }
+
+    /// Sets rows aside: of each head those at its positions, whose bytes are the position.
+    fn push(archive: &mut Archive, positions: [&[u32]; 2]) {
+        let mut batch = archive.room(positions[0].len()).unwrap();
+        for ((to, rows), positions) in batch.heads_mut().zip(positions) {
+            to.copy_from_slice(positions);
+            let bytes = rows.len() / positions.len();
+            rows.chunks_mut(bytes).zip(positions).for_each(|(row, &pos)| row.fill(pos as u8));
+        }
+        archive.push(batch);
+    }
+
+    fn two_batches() -> Archive {
+        let mut archive = archive();
+        push(&mut archive, [&[3, 9], &[1, 4]]);
+        push(&mut archive, [&[2, 5, 11], &[7, 8, 12]]);
+        archive
+    }
+
+    #[test]
+    fn rows_are_found_by_head_and_position() {
+        let archive = two_batches();
+        assert_eq!((archive.len(), archive.bytes(), archive.end()), (5, 5 * 8 + 10 * 4, 13));
+        for (head, expected, bytes) in [(0, [2, 3, 5, 9, 11], 3), (1, [1, 4, 7, 8, 12], 5)] {
+            let entries = archive.entries(head);
+            assert_eq!(entries.iter().map(|entry| entry.pos).collect::<Vec<_>>(), expected);
+            for entry in entries {
+                assert_eq!(archive.row(head, entry), vec![entry.pos as u8; bytes]);
+            }
+        }
+        let left = archive.without(&[true, false]);
+        assert_eq!((left.len(), left.end()), (3, 13));
+        assert_eq!((archive.emptied().len(), archive.emptied().bytes(), archive.emptied().end()), (0, 0, 0));
+    }
+
+    #[test]
+    fn what_was_written_is_read_and_nothing_else() {
+        let mut bytes = Vec::new();
+        two_batches().write(&mut bytes).unwrap();
+        let read = |bytes: &[u8], most| archive().read(&mut &bytes[..], most, |_, pos| pos.is_sorted_by(|a, b| a < b));
+        let again = read(&bytes, 5).unwrap();
+        let mut written = Vec::new();
+        again.write(&mut written).unwrap();
+        assert_eq!(written, bytes);
+        assert_eq!(again.entries(1).len(), 5);
+        for len in 0..bytes.len() {
+            assert_eq!(read(&bytes[..len], 5).unwrap_err(), ReadError::CutOff, "{len}");
+        }
+        assert_eq!(read(&bytes, 4).unwrap_err(), ReadError::Nonsense);
+        // the second position of the first head
+        bytes[12] = 0;
+        assert_eq!(read(&bytes, 5).unwrap_err(), ReadError::Nonsense);
+        let mut empty = Vec::new();
+        archive().write(&mut empty).unwrap();
+        assert_eq!((empty.len(), read(&empty, 0).unwrap().len()), (8, 0));
+    }
+
+    #[test]
+    fn the_newest_rows_come_back_first() {
+        assert_eq!(newest(&[0, 4, 9], &[1, 2, 3, 7], 5), [0, 3, 4, 7, 9]);
+        assert_eq!(newest(&[0, 4, 9], &[1, 2], 5), [0, 1, 2, 4, 9]);
+        assert_eq!(newest(&[0, 4], &[], 2), [0, 4]);
+        // without room the newest one takes the place of the next
+        assert_eq!(newest(&[0, 4], &[1, 7], 2), [0, 7]);
+        assert_eq!(newest(&[0, 4], &[1], 2), [0, 4]);
+    }
+
+    #[test]
+    fn without_memory_nothing_is_set_aside() {
+        let mut archive = two_batches();
+        PRETEND_FULL.set(true);
+        let refused = archive.room(3).unwrap_err();
+        PRETEND_FULL.set(false);
+        assert_eq!((refused, archive.len()), (OutOfMemory { bytes: 24 }, 5));
+    }
+}

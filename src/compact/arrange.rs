@@ -1,0 +1,272 @@
+//! Rows that come back: for each head other ones of all that it has, in the cache and set aside.
+//!
+//! 1. **Plan** for each head which rows its cells will hold, which of them come out of the archive, and which leave for it.
+//! 2. **Prepare** what can fail: free cells, the table of cells, memory, and a copy of the rows that leave.
+//! 3. **Move**: rows that come are written to cells that the head has no other use for, its own or free ones. Then all rows of the head
+//!    are put in order, in place, as a compaction does it, and the table comes into force.
+//!
+//! Labels are those of composite cells: see [`super`]. Where every head holds all positions, each label is a true position again.
+
+use std::ops::Range;
+
+use super::aside::{copy_out, each_layer};
+use super::device::{self, Mover};
+use super::{CompactError, Order, Table, give_up, host, move_rows};
+use crate::archive::{Archive, Batch, Entry, newest};
+use crate::backend::Devices;
+use crate::cache::{self, Cell, Layout};
+use crate::llama::{Context, Pos, SeqId, Token};
+use crate::{sys, threads};
+
+/// What a sequence has.
+pub(crate) struct Held<'a> {
+    pub cells: &'a [Cell],
+    /// The position that a head, counted over all layers, holds in the cell at a place.
+    pub pos: &'a (dyn Fn(usize, usize) -> u32 + Sync),
+    pub archive: &'a Archive,
+    /// By position.
+    pub tokens: &'a [Token],
+}
+
+/// What it has afterwards.
+pub(crate) struct Arranged {
+    pub cells: Vec<Cell>,
+    /// `[head][cells]` positions.
+    pub pos: Vec<u32>,
+    pub archive: Archive,
+}
+
+/// What happens to the rows of one head.
+#[derive(Default)]
+struct Plan {
+    /// Positions that its cells will hold, ascending.
+    pos: Vec<u32>,
+    /// Places that their rows come from.
+    source: Vec<u32>,
+    /// Rows of the archive, by position, and the places that they come to first.
+    coming: Vec<(Entry, u32)>,
+    /// Places and positions of rows that are set aside.
+    leaving: Vec<(u32, u32)>,
+}
+
+/// Lets `m` cells of `seq` hold rows at positions before `end`: all that the cache has, and the newest of those that are set aside.
+/// What lies at `end` or later is given up. `m` is no less than any head has in the cache, and no more than it has altogether.
+///
+/// # Errors
+/// [`CompactError`]; cache and archive are then as they were.
+pub(crate) fn arrange(
+    ctx: &mut Context,
+    seq: SeqId,
+    held: &Held,
+    end: Pos,
+    m: usize,
+    devices: &mut [Devices],
+) -> Result<Arranged, CompactError> {
+    let layout = Layout::of(ctx, seq)?;
+    let (cells, n) = (held.cells, held.cells.len());
+    if cells.iter().any(|cell| cell.shared) {
+        return Err(CompactError::Shared);
+    }
+    let n_threads = ctx.n_threads_batch();
+    let n_heads: usize = layout.n_head_kv().sum();
+    let mut plans: Vec<Plan> = (0..n_heads).map(|_| Plan::default()).collect();
+    let plan = |(head, plan): (usize, &mut Plan)| *plan = Plan::of(held, head, end as u32, m);
+    threads::share_out(n_threads, plans.iter_mut().enumerate(), plan, || ());
+    let gone = gone(held.archive, &plans, end as u32);
+    let n_aside_of = |(head, plan): (usize, &Plan)| {
+        let there = gone_batches(held.archive, &gone).map(|(_, batch)| below(batch.positions(head), end as u32).len());
+        plan.leaving.len() + there.sum::<usize>() - plan.coming.len()
+    };
+    let n_aside = plans.iter().enumerate().map(n_aside_of).collect::<Vec<_>>();
+    let is_even = n_aside.windows(2).all(|pair| pair[0] == pair[1]);
+    if !is_even || plans.iter().any(|plan| plan.pos.len() != m) {
+        return Err(CompactError::Malformed { n, heads: n_heads, n_cells: m });
+    }
+    let n_aside = n_aside.first().copied().unwrap_or(0);
+
+    let (needed, mut places) = (m.saturating_sub(n), cells.to_vec());
+    let free = cache::free_cells(ctx, seq, needed);
+    if free.len() < needed {
+        return Err(CompactError::NoCells { needed, found: free.len() });
+    }
+    places.extend(free.into_iter().map(|index| Cell { index, pos: -1, token: -1, shared: false }));
+    let mut to: Vec<u32> = places.iter().map(|cell| cell.index).collect();
+    to.sort_unstable();
+    to.truncate(m);
+    let mut labels = vec![0; m];
+    for plan in &plans {
+        labels.iter_mut().zip(&plan.pos).for_each(|(label, &pos)| *label = pos.max(*label));
+    }
+    let row =
+        |pos: u32| sys::gvote_shim_row { pos: pos as Pos, token: held.tokens.get(pos as usize).copied().unwrap_or(-1) };
+    let rows: Vec<_> = labels.into_iter().map(row).collect();
+    let mut mover = Mover::new(devices, &layout, m)?;
+    let table = Table::of_rows(ctx, seq, cells, &to, &rows)?;
+    // llama.cpp may still be computing into the cache
+    // SAFETY: valid context.
+    unsafe { sys::gvote_shim_context_synchronize(ctx.as_ptr()) };
+    let mut archive = held.archive.without(&gone);
+    if n_aside > 0 {
+        let rest = |head: usize| rest(held.archive, &plans[head], head, &gone, end as u32);
+        let batch = set_aside(&layout, held, &plans, &rest, archive.room(n_aside)?, n_threads, mover.devices())?;
+        archive.push(batch);
+    }
+
+    bring_in(&layout, held, &places, &plans, n_threads, mover.devices());
+    let sources = |head: usize| Some((&plans[head].source[..]).into());
+    let order = Order { to: &to, cells: &places, sources: &sources, ascending: false };
+    move_rows(&layout, &mut mover, &order, n_threads, || table.commit(ctx, seq));
+    let cells = to.iter().zip(&rows).map(|(&index, row)| Cell { index, pos: row.pos, token: row.token, shared: false });
+    Ok(Arranged { cells: cells.collect(), pos: plans.into_iter().flat_map(|plan| plan.pos).collect(), archive })
+}
+
+impl Plan {
+    fn of(held: &Held, head: usize, end: u32, m: usize) -> Self {
+        let n = held.cells.len();
+        let mut cached: Vec<u32> = (0..n).map(|place| (held.pos)(head, place)).collect();
+        cached.truncate(cached.partition_point(|&pos| pos < end));
+        let mut entries = held.archive.entries(head);
+        entries.truncate(entries.partition_point(|entry| entry.pos < end));
+        let aside: Vec<u32> = entries.iter().map(|entry| entry.pos).collect();
+        let mut plan = Self { pos: newest(&cached, &aside, m), ..Self::default() };
+
+        let mut places = (0..).zip(&cached).peekable();
+        let mut entries = entries.into_iter();
+        let mut coming = Vec::new();
+        for &pos in &plan.pos {
+            while let Some((place, &left)) = places.next_if(|&(_, &left)| left < pos) {
+                plan.leaving.push((place, left));
+            }
+            let is_there = places.next_if(|&(_, &there)| there == pos);
+            if is_there.is_none() {
+                coming.extend(entries.find(|entry| entry.pos == pos));
+            }
+            // a place for those that come is found below
+            plan.source.push(is_there.map_or(u32::MAX, |(place, _)| place));
+        }
+        plan.leaving.extend(places.map(|(place, &left)| (place, left)));
+
+        let unused = plan.leaving.iter().map(|&(place, _)| place).chain(cached.len() as u32..);
+        plan.coming = coming.into_iter().zip(unused).collect();
+        let to_find = plan.source.iter_mut().filter(|source| **source == u32::MAX);
+        to_find.zip(&plan.coming).for_each(|(source, &(_, place))| *source = place);
+        plan
+    }
+}
+
+/// The part of ascending positions that lies before `end`.
+fn below(positions: &[u32], end: u32) -> &[u32] {
+    &positions[..positions.partition_point(|&pos| pos < end)]
+}
+
+/// By batch: whether rows of it come back, or lie at `end` or later.
+fn gone(archive: &Archive, plans: &[Plan], end: u32) -> Vec<bool> {
+    let mut gone = vec![false; archive.batches().len()];
+    for (head, plan) in plans.iter().enumerate() {
+        plan.coming.iter().for_each(|(entry, _)| gone[entry.batch] = true);
+        for (gone, batch) in gone.iter_mut().zip(archive.batches()) {
+            *gone |= below(batch.positions(head), end).len() < batch.positions(head).len();
+        }
+    }
+    gone
+}
+
+/// The batches that are gone, with their numbers.
+fn gone_batches<'a>(archive: &'a Archive, gone: &'a [bool]) -> impl Iterator<Item = (usize, &'a Batch)> {
+    archive.batches().iter().enumerate().filter(|&(batch, _)| gone[batch]).map(|(number, batch)| (number, &**batch))
+}
+
+/// A head's rows in batches that are gone which stay aside all the same.
+fn rest(archive: &Archive, plan: &Plan, head: usize, gone: &[bool], end: u32) -> Vec<Entry> {
+    let entries = |(number, batch): (usize, &Batch)| -> Vec<Entry> {
+        let positions = below(batch.positions(head), end);
+        positions.iter().enumerate().map(|(i, &pos)| Entry { pos, batch: number, i }).collect()
+    };
+    let comes = |entry: &Entry| plan.coming.binary_search_by_key(&entry.pos, |(coming, _)| coming.pos).is_ok();
+    gone_batches(archive, gone).flat_map(entries).filter(|entry| !comes(entry)).collect()
+}
+
+/// Puts what leaves, and the `rest` of each head, into a new batch that has room for it.
+fn set_aside(
+    layout: &Layout,
+    held: &Held,
+    plans: &[Plan],
+    rest: &(dyn Fn(usize) -> Vec<Entry> + Sync),
+    mut batch: Batch,
+    n_threads: usize,
+    devices: &mut Devices,
+) -> Result<Batch, CompactError> {
+    let layers: Vec<_> = {
+        let mut rooms = batch.heads_mut().zip(plans).enumerate();
+        layout.n_head_kv().map(|n_heads| rooms.by_ref().take(n_heads).collect::<Vec<_>>()).collect()
+    };
+    type Room<'a> = (usize, ((&'a mut [u32], &'a mut [u8]), &'a Plan));
+    let copy = |(il, rooms): (usize, Vec<Room>), devices: Option<&mut Devices>| {
+        let mut heads = Vec::new();
+        for (head, ((positions, rows), plan)) in rooms {
+            heads.push(fill(held, head, plan, rest(head), positions, rows));
+        }
+        copy_out(devices, layout, il, &mut heads)
+    };
+    each_layer(layout, n_threads, devices, layers.into_iter().enumerate().collect(), copy)?;
+    Ok(batch)
+}
+
+/// Notes the positions of what a head sets aside, and copies those rows of it that are set aside already. The cells that the others
+/// come from, with room for them.
+fn fill<'a>(
+    held: &Held,
+    head: usize,
+    plan: &Plan,
+    rest: Vec<Entry>,
+    positions: &mut [u32],
+    rows: &'a mut [u8],
+) -> host::Leaving<'a> {
+    /// Where a row lies now.
+    enum Origin {
+        Cell(u32),
+        Archive(Entry),
+    }
+    let cells = plan.leaving.iter().map(|&(place, pos)| (pos, Origin::Cell(held.cells[place as usize].index)));
+    let entries = rest.into_iter().map(|entry| (entry.pos, Origin::Archive(entry)));
+    let mut all: Vec<(u32, Origin)> = cells.chain(entries).collect();
+    all.sort_unstable_by_key(|&(pos, _)| pos);
+    let bytes = rows.len() / positions.len();
+    let mut from_cells = Vec::new();
+    for ((to, room), (pos, origin)) in positions.iter_mut().zip(rows.chunks_exact_mut(bytes)).zip(all) {
+        *to = pos;
+        match origin {
+            Origin::Cell(index) => from_cells.push((index, room)),
+            Origin::Archive(entry) => room.copy_from_slice(held.archive.row(head, entry)),
+        }
+    }
+    from_cells
+}
+
+/// Writes what comes back to the places that the plans say.
+fn bring_in(layout: &Layout, held: &Held, places: &[Cell], plans: &[Plan], n_threads: usize, devices: &mut Devices) {
+    let mut first = 0;
+    let layers = layout.n_head_kv().enumerate().map(|(il, n_heads)| {
+        first += n_heads;
+        (il, first - n_heads..first)
+    });
+    let copy = |(il, heads): (usize, Range<usize>), devices: Option<&mut Devices>| {
+        let coming = |head: usize| -> host::Coming {
+            let rows = plans[head].coming.iter();
+            rows.map(|&(entry, place)| (places[place as usize].index, held.archive.row(head, entry))).collect()
+        };
+        let heads: Vec<_> = heads.map(coming).collect();
+        if heads.iter().all(|coming| coming.is_empty()) {
+            return Ok(());
+        }
+        let layer = &layout.layers[il];
+        match devices {
+            Some(devices) => device::copy_in(devices, layout, layer, &heads),
+            // SAFETY: the cache is idle, and no other thread works on this layer.
+            None => unsafe { host::copy_in(layout, layer, &heads) },
+        }
+    };
+    if let Err(error) = each_layer(layout, n_threads, devices, layers.collect(), copy) {
+        give_up(error);
+    }
+}

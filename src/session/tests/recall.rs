@@ -1,0 +1,311 @@
+//! What left the cache comes back as it was.
+
+use super::*;
+use crate::archive::PRETEND_FULL;
+use crate::compact::CompactError;
+use crate::policy::Evict;
+use crate::tests::fixture::{F16, F16_FLASH, Q4_0, Q8_0, on_device};
+
+const N: usize = 250;
+
+/// Votes that leave a hundred cells.
+fn hundred() -> Params {
+    Params { max_cells: Some(100), ..quick() }
+}
+
+/// A session that has read some tokens.
+fn started(arch: &str, setup: Setup, policy: Params) -> Session {
+    let mut session = open_recalling(arch, setup, N_CTX, policy);
+    read(&mut session, &words(N, 1));
+    session
+}
+
+/// All K and V in the order of cells, with positions.
+fn cells(session: &mut Session) -> Vec<u8> {
+    session.copy_cells().unwrap()
+}
+
+/// Next-token logits after one more token.
+fn next(session: &mut Session) -> Vec<f32> {
+    session.decode(5).unwrap();
+    session.logits().to_vec()
+}
+
+/// The bytes of a row of each head that is set aside, with its position.
+fn bytes_per_token(session: &Session) -> usize {
+    let layout = session.layout().unwrap();
+    layout.bytes_per_cell() + size_of::<u32>() * layout.n_head_kv().sum::<usize>()
+}
+
+fn assert_comes_back(arch: &str, setup: Setup, policy: &Params) {
+    let name = format!("{arch}, {setup}, {:?}", policy.evict);
+    let mut session = started(arch, setup, policy.clone());
+    let (before, saved, labels) = (cells(&mut session), session.save(), cache::cells(&session.ctx, SEQ));
+    let report = session.compress().unwrap();
+    assert_eq!((report.cells_before, report.cells_after, session.rows_aside()), (N, 100, N - 100), "{name}");
+    assert_eq!(session.bytes_aside(), (N - 100) * bytes_per_token(&session), "{name}");
+    assert!(cells(&mut session) != before && session.sequence.exact_from > 0, "{name}");
+
+    let expanded = session.expand().unwrap();
+    assert_eq!((expanded.cells_before, expanded.cells_after), (100, N), "{name}");
+    assert!(cells(&mut session) == before, "{name}: K, V or positions are others");
+    assert!(cache::cells(&session.ctx, SEQ) == labels, "{name}: they lie in other cells");
+    assert!(session.save() == saved, "{name}: something is left of the vote");
+    assert_eq!((session.rows_aside(), session.bytes_aside(), session.exact_from()), (0, 0, 0), "{name}");
+    let mut never = started(arch, setup, policy.clone());
+    assert!(next(&mut session) == next(&mut never), "{name}: the next logits are others");
+}
+
+#[test]
+fn a_vote_and_an_expansion_leave_every_byte() {
+    for evict in [Evict::Composite, Evict::Cells] {
+        for setup in [F16, F16_FLASH, Q8_0, Q4_0] {
+            assert_comes_back("llama", setup, &Params { evict, ..hundred() });
+            on_device(|| assert_comes_back("llama", setup, &Params { evict, ..hundred() }));
+        }
+        assert_comes_back("phi3", F16, &Params { evict, ..hundred() });
+    }
+}
+
+/// With a row of a head that is no whole number of floats, and one alone.
+#[test]
+fn so_they_do_beside_a_window_and_with_other_heads() {
+    for setup in [F16, F16_FLASH, Q8_0] {
+        for arch in ["gemma2", "qwen3"] {
+            assert_comes_back(arch, setup, &hundred());
+            on_device(|| assert_comes_back(arch, setup, &hundred()));
+        }
+    }
+}
+
+/// Votes, a second one on what the first one left, tokens in between, and only then back.
+#[test]
+fn many_votes_are_taken_back_at_once() {
+    for setup in [F16, F16_FLASH, Q8_0] {
+        let mut session = started("llama", setup, hundred());
+        let mut expected = Vec::new();
+        for i in 0..4 {
+            session.compress().unwrap();
+            for token in words(30, 3 + i) {
+                session.decode(token).unwrap();
+                let cells = cache::cells(&session.ctx, SEQ);
+                expected.push((session.n_past() - 1, rows_of(&session, cells.last().unwrap())));
+            }
+        }
+        assert_eq!((session.cells_used(), session.rows_aside()), (130, N - 10));
+        let report = session.expand().unwrap();
+        assert_eq!((report.cells_after, session.rows_aside()), (N_CTX, N + 120 - N_CTX), "as many as there are cells");
+        // the newest rows come first, so that all heads have the tokens that were decoded
+        let cells = cache::cells(&session.ctx, SEQ);
+        for (pos, rows) in expected {
+            let cell = cells.iter().find(|cell| cell.pos == pos).unwrap();
+            assert!(rows_of(&session, cell) == rows, "{setup:?}: another row at {pos}");
+        }
+    }
+}
+
+/// K and V of all heads in a cell.
+fn rows_of(session: &Session, cell: &crate::cache::Cell) -> Vec<Vec<f32>> {
+    let layout = Layout::of(&session.ctx, SEQ).unwrap();
+    let heads = layout.n_head_kv().enumerate().flat_map(|(layer, n)| (0..n).map(move |kv| (layer, kv)));
+    heads.flat_map(|(layer, kv)| [false, true].map(|is_v| fixture::row(&layout, layer, is_v, kv, cell))).collect()
+}
+
+#[test]
+fn a_default_vote_of_a_real_model_is_taken_back() {
+    const N: usize = 500;
+    for setup in [F16, Q8_0] {
+        let model = fixture::model();
+        let open = || open_as(&model, setup, 700, Params::default(), Recall::Auto);
+        let (mut session, mut never) = (open(), open());
+        for session in [&mut session, &mut never] {
+            read(session, &fixture::tokens(&model, N));
+        }
+        let before = cells(&mut session);
+        let report = session.compress().unwrap();
+        assert!(report.cells_after < N, "{report:?}");
+        answer(&mut session, 3);
+        session.truncate(N as Pos).unwrap();
+        session.expand().unwrap();
+        assert!(cells(&mut session) == before && next(&mut session) == next(&mut never), "{setup:?}");
+    }
+}
+
+#[test]
+fn a_prompt_is_read_with_all_rows_and_the_cache_grows_for_them() {
+    let policy = hundred();
+    let mut session = open_recalling("llama", F16, 300, policy.clone());
+    session.set_grow_to(900);
+    let mut never = open("llama", F16, 900, policy);
+    for session in [&mut session, &mut never] {
+        read(session, &words(N, 1));
+    }
+    session.compress().unwrap();
+    for session in [&mut session, &mut never] {
+        session.prefill_long(&words(120, 2), |_, _| ControlFlow::Continue(())).unwrap();
+    }
+    assert!(session.n_ctx() > 300 && session.cells_used() == N + 120);
+    assert!(session.logits() == never.logits() && cells(&mut session) == cells(&mut never));
+    // and where there is no room for both, the prompt comes first
+    let mut fixed = started("llama", F16, hundred());
+    fixed.compress().unwrap();
+    let report = fixed.prefill(&words(200, 2), |_, _| ControlFlow::Continue(())).unwrap();
+    assert_eq!((report.expanded.cells_after, fixed.cells_used(), fixed.room()), (N_CTX - 200, N_CTX, 0));
+    fixed.clear();
+    assert_eq!((fixed.rows_aside(), fixed.bytes_aside(), fixed.recall()), (0, 0, Recall::Auto));
+}
+
+#[test]
+fn a_session_is_cut_anywhere_as_if_there_had_been_no_vote() {
+    for setup in [F16, F16_FLASH, Q8_0] {
+        for pos in [1, 50, 99, 100, 185, 186, N as Pos - 1] {
+            let (mut session, mut never) = (started("llama", setup, hundred()), started("llama", setup, hundred()));
+            session.compress().unwrap();
+            assert_eq!(session.exact_from(), 0);
+            for session in [&mut session, &mut never] {
+                session.truncate(pos).unwrap();
+                read(session, &words(30, 2));
+            }
+            assert!(session.save() == never.save() && session.logits() == never.logits(), "{setup:?}, {pos}");
+        }
+    }
+}
+
+#[test]
+fn a_marked_place_before_a_vote_is_come_back_to() {
+    let mut session = open_recalling("llama", F16, N_CTX, hundred());
+    read(&mut session, &words(120, 1));
+    session.mark();
+    let (before, logits) = (session.save(), session.logits().to_vec());
+    read(&mut session, &words(80, 2));
+    session.compress().unwrap();
+    answer(&mut session, 10);
+    session.truncate(120).unwrap();
+    assert!(session.logits() == logits && session.save() == before);
+}
+
+/// Where nothing was set aside at first, that part stays lost, and is not cut in.
+#[test]
+fn what_was_lost_before_stays_lost() {
+    let mut lost = open("llama", F16, N_CTX, hundred());
+    read(&mut lost, &words(N, 1));
+    lost.compress().unwrap();
+    let mut session = open_recalling("llama", F16, N_CTX, hundred());
+    session.load(&lost.save()).unwrap();
+    let exact_from = session.exact_from();
+    assert!(exact_from > 0 && session.rows_aside() == 0);
+    read(&mut session, &words(100, 2));
+    session.compress().unwrap();
+    assert_eq!(session.rows_aside(), 100);
+    assert!(session.exact_from() > exact_from);
+    assert!(matches!(session.truncate(150), Err(SessionError::Compressed(150, _))));
+    let report = session.expand().unwrap();
+    assert_eq!((report.cells_after, session.rows_aside()), (200, 0));
+    assert!(matches!(session.truncate(150), Err(SessionError::Compressed(150, _))));
+}
+
+#[test]
+fn without_memory_a_vote_is_refused_and_nothing_has_changed() {
+    let refused = |session: &mut Session, work: &dyn Fn(&mut Session) -> Result<(), SessionError>| {
+        let before = session.save();
+        PRETEND_FULL.set(true);
+        let error = work(session);
+        PRETEND_FULL.set(false);
+        let Err(SessionError::Vote(VoteError::Compact(CompactError::Archive { bytes }))) = error else {
+            panic!("{error:?}")
+        };
+        assert!(bytes > 0 && session.save() == before);
+    };
+    for setup in [F16, F16_FLASH, Q8_0] {
+        let mut session = started("llama", setup, hundred());
+        let vote = |session: &mut Session| session.compress().map(|_| ());
+        refused(&mut session, &vote);
+        on_device(|| refused(&mut session, &vote));
+        session.compress().unwrap();
+        // what fits is brought back without any
+        PRETEND_FULL.set(true);
+        assert_eq!(session.expand().unwrap().cells_after, N);
+        PRETEND_FULL.set(false);
+        session.compress().unwrap();
+        // of what does not, the rest of a batch becomes a new one
+        session.limit_cells(180);
+        refused(&mut session, &|session| session.expand().map(|_| ()));
+        refused(&mut session, &|session| session.truncate(185));
+        assert_eq!(session.expand().unwrap().cells_after, 180);
+    }
+}
+
+/// As a chat: every turn is read with all rows and voted on, an answer makes room for itself.
+#[test]
+fn of_200_turns_no_more_is_set_aside_than_left_the_cache() {
+    let mut session = open_recalling("llama", F16, N_CTX, hundred());
+    let per_token = bytes_per_token(&session);
+    for i in 0..200 {
+        session.prefill_long(&words(5 + 7 * i % 23, i), |_, _| ControlFlow::Continue(())).unwrap();
+        session.compress().unwrap();
+        answer(&mut session, (3 + i % 9) as i32);
+        let left = session.n_past() as usize - session.cells_used();
+        assert_eq!((session.rows_aside(), session.bytes_aside()), (left, left * per_token), "turn {i}");
+        assert_eq!(session.exact_from(), 0, "turn {i}");
+        if session.n_past() > 900 {
+            session.truncate(100).unwrap();
+            assert_eq!((session.cells_used(), session.bytes_aside()), (100, 0), "turn {i}");
+        }
+    }
+    session.clear();
+    assert_eq!(session.bytes_aside(), 0);
+}
+
+#[test]
+fn a_saved_session_brings_what_is_set_aside() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("chat");
+    for setup in [F16, Q8_0] {
+        let mut session = started("llama", setup, hundred());
+        let before = session.save();
+        session.compress().unwrap();
+        session.save_to(&path, b"").unwrap();
+        let mut other = open_recalling("llama", setup, N_CTX, hundred());
+        other.load_from(&path, |_| Ok(())).unwrap();
+        assert!(other.save() == session.save() && other.rows_aside() == N - 100);
+        other.expand().unwrap();
+        assert!(other.save() == before, "{setup:?}");
+        // one that sets nothing aside would lose it
+        let mut off = open("llama", setup, N_CTX, hundred());
+        read(&mut off, &words(20, 2));
+        let untouched = off.save();
+        let error = off.load_from(&path, |_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("start with --recall auto"), "{error}");
+        let error = off.load(&session.save()).unwrap_err().to_string();
+        assert!(error.contains("--recall off"), "{error}");
+        assert!(off.save() == untouched);
+    }
+}
+
+/// A file of the version before, in which nothing is set aside.
+#[test]
+fn a_file_of_the_version_before_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("chat");
+    let mut session = open("llama", F16, N_CTX, hundred());
+    read(&mut session, &words(N, 1));
+    session.compress().unwrap();
+    session.save_to(&path, b"a note").unwrap();
+    let file = std::fs::read(&path).unwrap();
+    let mut at = 12;
+    // what it was made with, the note, what gvote knows
+    for _ in 0..3 {
+        at += 8 + u64::from_le_bytes(file[at..][..8].try_into().unwrap()) as usize;
+    }
+    let mut old =
+        [&file[..8], &2u32.to_le_bytes(), &file[12..at], &file[at + 8..file.len() - blake3::OUT_LEN]].concat();
+    let checksum = blake3::hash(&old);
+    old.extend_from_slice(checksum.as_bytes());
+    std::fs::write(&path, old).unwrap();
+    for recall in [Recall::Off, Recall::Auto] {
+        let mut loaded = open_as(&tiny::model("llama"), F16, N_CTX, hundred(), recall);
+        assert_eq!(loaded.load_from(&path, |note| Ok(note.to_vec())).unwrap(), b"a note");
+        assert!(loaded.save() == session.save() && loaded.recall() == recall);
+        assert!(loaded.exact_from() > 0 && loaded.rows_aside() == 0);
+    }
+}
