@@ -13,6 +13,7 @@ use clap::{ArgAction, Args};
 use gvote::SessionParams;
 use gvote::llama::{CacheType, ContextParams, FlashAttention, ThreadParams};
 use gvote::policy::{Evict, Kind, Params, Preset, Span};
+use gvote::session::Recall;
 use rustix::process::setpriority_process;
 
 pub use self::placement::{PlacementArgs, name_flag};
@@ -295,6 +296,22 @@ impl PolicyArgs {
     /// [`Exit::Usage`] for settings that cannot work.
     pub fn session(&self, context: &ContextArgs, n_ctx: usize) -> Result<SessionParams> {
         self.vote.session(self.policy, context, n_ctx)
+    }
+}
+
+/// What becomes of what leaves the cache, for a conversation that may come back to it.
+#[derive(Args)]
+#[command(next_help_heading = "Cache policy")]
+pub struct RecallArgs {
+    /// What leaves the cache: auto sets it aside in memory, and the next message is read with all of it; off drops it
+    #[arg(long, value_name = "auto|off", default_value = "auto", hide_possible_values = true,
+          value_parser = PossibleValuesParser::new(["auto", "off"]).map(|text| if text == "off" { Recall::Off } else { Recall::Auto }))]
+    recall: Recall,
+}
+
+impl RecallArgs {
+    pub fn given_to(&self, session: SessionParams) -> SessionParams {
+        SessionParams { recall: self.recall, ..session }
     }
 }
 

@@ -9,7 +9,7 @@ use clap::Args;
 use gvote::llama::{Message, Role};
 use gvote::session::Stop;
 
-use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs, share};
+use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, RecallArgs, SamplingArgs, share};
 use super::cells::Cells;
 use super::conversation::Conversation;
 use super::input::{Entry, Input};
@@ -54,6 +54,8 @@ pub struct ChatArgs {
     context: ContextArgs,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    recall: RecallArgs,
 
     /// Vote again once the cache has grown by this share of what the last vote left
     #[arg(long, value_name = "SHARE", default_value_t = 0.25, help_heading = "Cache policy", value_parser = share)]
@@ -123,7 +125,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     }
     let cells = Cells::for_chat(&model);
     let params = cells.given_to(args.policy.session(&args.context, cells.first())?, &args.context);
-    let session = steps.open(&model, &params)?;
+    let session = steps.open(&model, &args.recall.given_to(params))?;
     let system = args.prompt.system()?;
     tell_of_system(&template, system.as_ref());
     steps.interrupt.end();

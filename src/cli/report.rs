@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use gvote::Session;
 use gvote::policy::{Bound, Kind, Params};
-use gvote::session::{CompressReport, PrefillReport, Squeezes, Stop};
+use gvote::session::{CompressReport, ExpandReport, PrefillReport, Squeezes, Stop};
 use serde::Serialize;
 
 use super::turn::{Reply, print};
@@ -30,6 +30,8 @@ pub struct Prefill {
     pub tokens: usize,
     pub seconds: f64,
     pub tokens_per_second: Option<f64>,
+    /// What came back into the cache before.
+    pub expanded: ExpandReport,
     pub squeezes: Squeezes,
 }
 
@@ -49,10 +51,12 @@ pub struct Vote {
     pub report: CompressReport,
     /// Cells after, of those before; 0 to 1.
     pub share_kept: f64,
-    /// All but the compaction.
+    /// All but what follows.
     pub vote_seconds: f64,
+    /// Of rows that can come back: copying them out of the cache.
+    pub aside_seconds: f64,
     pub compaction_seconds: f64,
-    /// Vote and compaction together, of the time of the prefill before them.
+    /// All of it together, of the time of the prefill before them.
     pub share_of_prefill: Option<f64>,
 }
 
@@ -66,6 +70,9 @@ pub struct Cache {
     /// Absent where the layout of the cache is not known.
     pub bytes_per_cell: Option<usize>,
     pub kv_bytes: Option<usize>,
+    /// Rows of each head that left the cells and can come back, and the bytes that they take.
+    pub rows_aside: usize,
+    pub bytes_aside: usize,
 }
 
 impl Cache {
@@ -78,6 +85,8 @@ impl Cache {
             tokens: session.n_past() as usize,
             bytes_per_cell,
             kv_bytes: bytes_per_cell.map(|b| b * cells),
+            rows_aside: session.rows_aside(),
+            bytes_aside: session.bytes_aside(),
         }
     }
 }
@@ -198,6 +207,7 @@ impl Prefill {
             tokens: report.tokens,
             seconds: report.time.as_secs_f64(),
             tokens_per_second: rate(report.tokens, report.time),
+            expanded: report.expanded,
             squeezes: report.squeezes,
         }
     }
@@ -205,6 +215,14 @@ impl Prefill {
     /// Labels and lines. `size`: cells that there are.
     pub fn lines(&self, size: usize) -> Vec<(&'static str, String)> {
         let mut lines = vec![("prompt", in_time(self.tokens, self.seconds, self.tokens_per_second))];
+        let ExpandReport { cells_before, cells_after, time } = self.expanded;
+        if cells_after > cells_before {
+            let [before, after] = [cells_before, cells_after].map(count);
+            lines.push((
+                "",
+                format!("{before} -> {after} cells: set aside before, and back in {:.2} s of it", time.as_secs_f64()),
+            ));
+        }
         if self.squeezes.count > 0 {
             lines.push(("", squeezed(&self.squeezes, size)));
         }
@@ -217,7 +235,8 @@ impl Vote {
         let share_of_prefill = report.time().as_secs_f64() / prefill.as_secs_f64();
         Self {
             share_kept: report.share(),
-            vote_seconds: (report.time() - report.compact_time).as_secs_f64(),
+            vote_seconds: (report.time() - report.aside_time - report.compact_time).as_secs_f64(),
+            aside_seconds: report.aside_time.as_secs_f64(),
             compaction_seconds: report.compact_time.as_secs_f64(),
             share_of_prefill: share_of_prefill.is_finite().then_some(share_of_prefill),
             report,
@@ -259,10 +278,15 @@ impl Vote {
 
     fn times(&self) -> String {
         let share = self.share_of_prefill.map_or_else(String::new, |s| format!(" ({:.1} % of the prefill)", 100.0 * s));
-        let CompressReport { replay_time, trial_time, compact_time, .. } = self.report;
-        let vote_time = self.report.time() - replay_time - trial_time - compact_time;
+        let CompressReport { replay_time, trial_time, aside_time, compact_time, .. } = self.report;
+        let vote_time = self.report.time() - replay_time - trial_time - aside_time - compact_time;
         let step = |time: Duration, name: &str| format!("{:.2} s {name}", time.as_secs_f64());
-        let steps = [(replay_time, "second reading"), (vote_time, "vote"), (trial_time, "trial")];
+        let steps = [
+            (replay_time, "second reading"),
+            (vote_time, "vote"),
+            (trial_time, "trial"),
+            (aside_time, "setting aside"),
+        ];
         let steps = steps.into_iter().filter(|(time, _)| time.as_millis() > 0).map(|(time, name)| step(time, name));
         let steps: Vec<String> = steps.chain([step(compact_time, "compaction")]).collect();
         format!("{}{share}", steps.join(" + "))
@@ -272,7 +296,11 @@ impl Vote {
 impl Cache {
     pub fn in_words(&self) -> String {
         let size = self.kv_bytes.map_or_else(String::new, |b| format!(", {} of KV", bytes(b, b)));
-        format!("{} of {} cells for {} tokens{size}", count(self.cells), count(self.size), count(self.tokens))
+        let aside = match self.bytes_aside {
+            0 => String::new(),
+            aside => format!(", {} set aside", bytes(aside, aside)),
+        };
+        format!("{} of {} cells for {} tokens{size}{aside}", count(self.cells), count(self.size), count(self.tokens))
     }
 }
 
