@@ -104,7 +104,8 @@ mod piped {
 
     #[test]
     fn it_votes_again_once_the_cache_has_grown() {
-        let turns = about_document(&["--lost-mass", "0.1"], &["Hm.", &long_line(1600)]).ok().json();
+        let args = ["--lost-mass", "0.1", "--recall", "off"];
+        let turns = about_document(&args, &["Hm.", &long_line(1600)]).ok().json();
         let [first, short, long] = &turns[..] else { panic!("{turns:?}") };
         assert!(number(&first["vote"]["cells_after"]) < number(&first["vote"]["cells_before"]));
         assert_eq!(short["vote"], Value::Null, "a few tokens are no reason to vote");
@@ -112,6 +113,22 @@ mod piped {
         assert_eq!(number(&long["vote"]["cells_before"]), before, "composite cells included");
         assert!(number(&long["vote"]["cells_after"]) < before);
         assert_eq!(number(&long["cache"]["tokens"]), turns.iter().map(tokens_in_turn).sum::<u64>());
+    }
+
+    #[test]
+    fn every_message_is_read_and_voted_on_with_all_that_was_set_aside() {
+        let turns = about_document(&["--lost-mass", "0.1"], &["Hm.", "Go on."]).ok().json();
+        assert_eq!(turns.len(), 3);
+        let mut tokens = 0;
+        for turn in turns {
+            let before = tokens + number(&turn["prefill"]["tokens"]);
+            assert_eq!(number(&turn["vote"]["cells_before"]), before, "{turn}");
+            assert!(number(&turn["vote"]["cells_after"]) < before, "{turn}");
+            tokens += tokens_in_turn(&turn);
+            let cache = &turn["cache"];
+            assert_eq!(number(&cache["cells"]) + number(&cache["rows_aside"]), tokens, "{turn}");
+            assert!(number(&cache["bytes_aside"]) > 0, "{turn}");
+        }
     }
 
     #[test]

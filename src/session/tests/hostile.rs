@@ -204,8 +204,13 @@ fn is_as(session: &mut Session, sound: &[u8]) -> bool {
 
 /// Has every number of a saved session be another one. Answers how many of these were taken, and how many refused.
 fn change_all(session: &mut Session, sound: &[u8]) -> [usize; 2] {
+    change(session, sound, |_| true)
+}
+
+/// The same for numbers with certain names.
+fn change(session: &mut Session, sound: &[u8], is_meant: impl Fn(&str) -> bool) -> [usize; 2] {
     let mut counts = [0; 2];
-    for field in fields(session, sound) {
+    for field in fields(session, sound).into_iter().filter(|field| is_meant(&field.name)) {
         for value in values(&field, sound) {
             let name = format!("{} is {value:?}", field.name);
             let mut bytes = sound.to_vec();
@@ -276,7 +281,7 @@ fn no_number_in_a_saved_session_does_harm() {
 }
 
 #[test]
-fn nor_does_one_in_what_is_set_aside() {
+fn no_other_number_is_taken_for_one_in_what_is_set_aside() {
     let policy = Params { max_cells: Some(120), ..protecting() };
     let (mut session, _) = saved(open_as(&with_vocabulary("llama"), F16, N_CTX, policy, Recall::Auto));
     // what the first vote dropped came back for what was read since
@@ -284,8 +289,9 @@ fn nor_does_one_in_what_is_set_aside() {
     session.compress().unwrap();
     assert!(session.rows_aside() > 0 && session.exact_from() == 0);
     let sound = session.save();
-    let [taken, refused] = change_all(&mut session, &sound);
-    assert!(taken > 50 && refused > 500, "{taken} taken, {refused} refused");
+    // where all rows of a head are in one place alone, every other position is that of another row
+    let [taken, refused] = change(&mut session, &sound, |name| name.contains("set aside"));
+    assert!(taken == 0 && refused > 200, "{taken} taken, {refused} refused");
 }
 
 #[test]
