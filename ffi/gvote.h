@@ -37,6 +37,13 @@
  *              a smaller struct, goes on working; a size that this library does not know is GVOTE_ERROR_SIZE. Enumerations
  *              may get more values.
  *
+ * A vote is a bet on what will be asked. So what it takes out of the cache is set aside in memory, as many bytes as the freed cells
+ * held, and gvote_expand() brings it back before the next question is decoded:
+ *
+ *     gvote_expand(g, ctx, 0, n_tokens, NULL);        // n_tokens: of the question
+ *     ...                                             // llama_decode(ctx, question)
+ *     gvote_compress(g, ctx, 0, NULL);
+ *
  * A vote needs free cells in the stream of the sequence: as many as the largest of samples, draft and window, and some 300
  * with GVOTE_FLAG_REPLAY. It works in the context's own buffers; no copy of the cache is made.
  *
@@ -119,6 +126,13 @@ typedef enum gvote_evict {
     GVOTE_EVICT_FORCE_32_BITS = 0x7fffffff
 } gvote_evict;
 
+/* What becomes of keys and values that a vote takes out of the cache. */
+typedef enum gvote_recall {
+    GVOTE_RECALL_AUTO          = 0, /* they are set aside in the memory of the process, and can come back: gvote_expand() */
+    GVOTE_RECALL_OFF           = 1, /* they are lost */
+    GVOTE_RECALL_FORCE_32_BITS = 0x7fffffff
+} gvote_recall;
+
 /* The rule that set the number of cells. */
 typedef enum gvote_bound {
     GVOTE_BOUND_ALL           = 0, /* nothing could be dropped, or the sequence is too short to be worth it */
@@ -180,6 +194,8 @@ typedef struct gvote_params {
     float    head_mix;     /* policy gvote: weight of all heads' mean beside each head's own score; 0 to 1000 */
     float    p_nuc;        /* policy gvote_paper: share of attention that sets the budget; above 0 up to 1 */
     uint64_t seed;         /* of the synthetic queries: with each number a vote chooses the same again */
+    uint32_t recall;       /* gvote_recall; fixed while the handle is attached */
+    uint32_t reserved;     /* 0 */
 } gvote_params;
 
 /* One attempt of a trial. */
@@ -212,6 +228,8 @@ typedef struct gvote_report {
     double    select_s;
     double    trial_s;
     double    compact_s;
+    double    aside_s;         /* of setting aside what left the cache */
+    uint64_t  bytes_aside;     /* that the sequence has set aside now, in the memory of the process */
 } gvote_report;
 
 /* None of the callbacks below may throw an exception, or leave by longjmp(): they are called from inside gvote. */
@@ -267,7 +285,7 @@ GVOTE_API void gvote_free(gvote_t * g);
  * failure of gvote_new(), or of a call with a NULL or wrong handle, in this thread. Never NULL. */
 GVOTE_API const char * gvote_last_error(const gvote_t * g);
 
-/* Changes the settings of later votes. `window` and `sinks` are fixed while the handle is attached. `params` may be NULL: the
+/* Changes the settings of later votes. `window`, `sinks` and `recall` are fixed while the handle is attached. `params` may be NULL: the
  * defaults. Errors: GVOTE_ERROR_SIZE, GVOTE_ERROR_PARAMS. */
 GVOTE_API gvote_status gvote_set_params(gvote_t * g, const gvote_params * params);
 
@@ -356,6 +374,14 @@ GVOTE_API gvote_status gvote_make_room(
         size_t                 n_ahead,
         gvote_report         * report);
 
+/* Brings back what votes took out of the cache of a sequence: all of it where `needed` cells (those of the tokens that are decoded
+ * next) stay free beside it, and those that a later vote needs; else the newest of each head. Every key and value is, bit by bit,
+ * what it was. Call it before a new question is decoded, which then sees everything. The cells that the sequence has afterwards are
+ * written to `n_cells` (may be NULL). With GVOTE_RECALL_OFF, and where nothing is set aside, nothing happens.
+ * Errors: GVOTE_ERROR_SHARED where cells are shared with another sequence, GVOTE_ERROR_MEMORY, and as gvote_seq_cells(). */
+GVOTE_API gvote_status gvote_expand(
+        gvote_t * g, struct llama_context * ctx, int32_t seq, uint32_t needed, uint32_t * n_cells);
+
 /* ---- sequences ----------------------------------------------------------------------------------------------------------- */
 
 /* Cells of a sequence (in the attention cache, where a window cache lives beside it).
@@ -363,8 +389,8 @@ GVOTE_API gvote_status gvote_make_room(
 GVOTE_API gvote_status gvote_seq_cells(gvote_t * g, struct llama_context * ctx, int32_t seq, uint32_t * n_cells);
 
 /* The first position from which on every cell holds one token, the same in all heads, and a sliding window, if there is one,
- * would miss nothing: where the sequence can be cut. 0 for a sequence that was never compressed, without a window. Errors as
- * gvote_seq_cells(). */
+ * would miss nothing: from there on gvote_seq_truncate() can cut the sequence. Without a window it is 0 for a sequence that was
+ * never compressed, or of which everything that left the cache is set aside. Errors as gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_seq_exact_from(gvote_t * g, struct llama_context * ctx, int32_t seq, int32_t * pos);
 
 /* The positions of the tokens whose key and value one KV head of one layer of the model holds, ascending: one for each cell,
@@ -384,7 +410,7 @@ GVOTE_API gvote_status gvote_seq_positions(
 /* Protects the tokens at the positions from `p0` to `p1 - 1`, such as a system message: every head keeps them, at every later
  * vote, whatever is freed, beside sinks and recent tokens. A negative `p0` is 0, a negative `p1` the end of the sequence; where
  * p0 >= p1 nothing happens. `stays` false: they are protected no longer. Call it after they were decoded, and before the vote
- * that could drop them: what a head has lost before does not come back.
+ * that could drop them: what a head has lost before comes back with gvote_expand() alone.
  * Positions that are removed or decoded anew are protected no longer; gvote_state_get() saves which ones are. They need cells:
  * a vote with a `max_cells` that has no room for them answers GVOTE_ERROR_PARAMS. Errors as gvote_seq_cells();
  * GVOTE_ERROR_NOT_SEEN also where the sequence ends before `p1`. */
@@ -392,8 +418,9 @@ GVOTE_API gvote_status gvote_seq_protect(
         gvote_t * g, struct llama_context * ctx, int32_t seq, int32_t p0, int32_t p1, bool stays);
 
 /* Removes the tokens at `pos` and later from a sequence, as llama_memory_seq_rm(mem, seq, pos, -1) does, where that leaves no
- * head with less than the others: at gvote_seq_exact_from() or later, or at 0 (all of it).
- * Errors: GVOTE_ERROR_COMPRESSED, and as gvote_seq_cells(). */
+ * head with less than the others: at gvote_seq_exact_from() or later, or at 0 (all of it). Inside what was compressed, the newest
+ * keys and values before `pos` come back to the cells that the sequence has; gvote_expand() brings the others.
+ * Errors: GVOTE_ERROR_COMPRESSED, GVOTE_ERROR_MEMORY, and as gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_seq_truncate(gvote_t * g, struct llama_context * ctx, int32_t seq, int32_t pos);
 
 /* ---- saved sequences ----------------------------------------------------------------------------------------------------- */
@@ -401,13 +428,14 @@ GVOTE_API gvote_status gvote_seq_truncate(gvote_t * g, struct llama_context * ct
 /* Bytes that gvote_state_get() writes for a sequence now. Errors as gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_state_size(gvote_t * g, struct llama_context * ctx, int32_t seq, size_t * size);
 
-/* Writes what is known of a sequence to a buffer of `size` bytes, and their number to `written` (may be NULL). Save it beside
- * llama_state_seq_get_data(). Errors: GVOTE_ERROR_SIZE where the buffer is too small, and as gvote_seq_cells(). */
+/* Writes what is known of a sequence, and what is set aside of it, to a buffer of `size` bytes, and their number to `written` (may be
+ * NULL). Save it beside llama_state_seq_get_data(). Errors: GVOTE_ERROR_SIZE where the buffer is too small, and as gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_state_get(
         gvote_t * g, struct llama_context * ctx, int32_t seq, void * data, size_t size, size_t * written);
 
 /* Takes over what gvote_state_get() wrote, after llama_state_seq_set_data() has loaded the sequence that it belongs to; the id
- * of the sequence may be another one. The bytes are checked; what is wrong is refused.
+ * of the sequence may be another one. The bytes are checked; what is wrong is refused, and so are bytes that hold what was set aside
+ * where the handle has GVOTE_RECALL_OFF.
  * Errors: GVOTE_ERROR_STATE, GVOTE_ERROR_SIZE where no buffer has so many bytes, GVOTE_ERROR_NOT_ATTACHED,
  * GVOTE_ERROR_NO_SEQUENCE. */
 GVOTE_API gvote_status gvote_state_set(

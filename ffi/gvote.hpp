@@ -82,6 +82,13 @@ public:
         return vote(call, ctx, seq);
     }
 
+    // What votes took out of the cache comes back, as far as `needed` cells stay free; the cells of the sequence afterwards.
+    std::uint32_t expand(llama_context * ctx, std::int32_t seq, std::uint32_t needed) {
+        std::uint32_t n = 0;
+        check(gvote_expand(get(), ctx, seq, needed, &n));
+        return n;
+    }
+
     std::uint32_t cells(llama_context * ctx, std::int32_t seq) const {
         std::uint32_t n = 0;
         check(gvote_seq_cells(get(), ctx, seq, &n));

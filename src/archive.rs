@@ -39,6 +39,16 @@ thread_local! {
     pub(crate) static PRETEND_FULL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
+/// What becomes of rows that a vote, or a lack of cells, takes out of the cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recall {
+    /// They are lost.
+    #[default]
+    Off,
+    /// They are set aside in this machine's memory, and can come back.
+    Auto,
+}
+
 /// There is no memory for so many bytes of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OutOfMemory {
@@ -99,6 +109,11 @@ impl Batch {
         Ok(Self { shape: shape.clone(), n, pos, rows })
     }
 
+    /// Rows of each head.
+    pub fn len(&self) -> usize {
+        self.n
+    }
+
     /// Positions of a head's rows, ascending.
     pub fn positions(&self, head: usize) -> &[u32] {
         &self.pos[head * self.n..][..self.n]
@@ -108,6 +123,11 @@ impl Batch {
     pub fn row(&self, head: usize, i: usize) -> &[u8] {
         let bytes = self.shape.row(head);
         &self.rows[self.n * self.shape.start[head] + i * bytes..][..bytes]
+    }
+
+    /// All rows of a head.
+    fn rows(&self, head: usize) -> &[u8] {
+        &self.rows[self.n * self.shape.start[head]..][..self.n * self.shape.row(head)]
     }
 
     /// Positions `[n]` and rows `[n][row]` of every head, to be filled.
@@ -185,6 +205,30 @@ impl Archive {
         }
     }
 
+    /// The same rows in batches of at most `most` a head.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn paged(&self, most: usize) -> Result<Self, OutOfMemory> {
+        let mut paged = self.emptied();
+        for batch in &self.batches {
+            if batch.n <= most {
+                paged.batches.push(batch.clone());
+                continue;
+            }
+            for first in (0..batch.n).step_by(most.max(1)) {
+                let mut page = paged.room(most.max(1).min(batch.n - first))?;
+                for (head, (positions, rows)) in page.heads_mut().enumerate() {
+                    positions.copy_from_slice(&batch.positions(head)[first..][..positions.len()]);
+                    let from = batch.n * batch.shape.start[head] + first * batch.shape.row(head);
+                    rows.copy_from_slice(&batch.rows[from..][..rows.len()]);
+                }
+                paged.push(page);
+            }
+        }
+        Ok(paged)
+    }
+
     pub fn batches(&self) -> &[Arc<Batch>] {
         &self.batches
     }
@@ -216,26 +260,29 @@ impl Archive {
         last.map_or(0, |&pos| pos as Pos + 1)
     }
 
-    /// Writes all of it: the number of rows of each head, and for each head first all positions, then all rows, by position.
+    /// Bytes that [`Self::write`] writes.
+    pub fn written(&self) -> usize {
+        size_of::<u64>() * (1 + self.batches.len()) + self.bytes()
+    }
+
+    /// Writes all of it: the number of batches, and of each the rows of a head; then, for each head, first positions, then rows. A
+    /// sequence that was saved must go on as one that never was, so batches stay what they are.
     pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
-        out.write_all(&(self.len() as u64).to_le_bytes())?;
-        if self.batches.is_empty() {
-            return Ok(());
-        }
-        for head in 0..self.shape.n_heads() {
-            let entries = self.entries(head);
-            for entry in &entries {
-                out.write_all(&entry.pos.to_le_bytes())?;
-            }
-            for &entry in &entries {
-                out.write_all(self.row(head, entry))?;
+        out.write_all(&(self.batches.len() as u64).to_le_bytes())?;
+        for batch in &self.batches {
+            out.write_all(&(batch.n as u64).to_le_bytes())?;
+            for head in 0..self.shape.n_heads() {
+                for pos in batch.positions(head) {
+                    out.write_all(&pos.to_le_bytes())?;
+                }
+                out.write_all(batch.rows(head))?;
             }
         }
         Ok(())
     }
 
     /// An archive for the same heads that [`Self::write`] wrote, of at most `most` rows a head. `is_sound(head, positions)`: whether
-    /// a head can have set these aside.
+    /// a head can have set these aside, which ascend.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -245,25 +292,44 @@ impl Archive {
         most: usize,
         is_sound: impl Fn(usize, &[u32]) -> bool,
     ) -> Result<Self, ReadError> {
-        let mut n = [0; size_of::<u64>()];
-        from.read_exact(&mut n).map_err(|_| ReadError::CutOff)?;
-        let n = usize::try_from(u64::from_le_bytes(n)).ok().filter(|&n| n <= most).ok_or(ReadError::Nonsense)?;
+        let number = |from: &mut dyn Read, most: usize| {
+            let mut n = [0; size_of::<u64>()];
+            from.read_exact(&mut n).map_err(|_| ReadError::CutOff)?;
+            usize::try_from(u64::from_le_bytes(n)).ok().filter(|&n| n <= most).ok_or(ReadError::Nonsense)
+        };
         let mut read = self.emptied();
-        let mut batch = read.room(n).map_err(|_| ReadError::OutOfMemory)?;
-        for (head, (positions, rows)) in batch.heads_mut().enumerate() {
-            for pos in positions.iter_mut() {
-                let mut bytes = [0; size_of::<u32>()];
-                from.read_exact(&mut bytes).map_err(|_| ReadError::CutOff)?;
-                *pos = u32::from_le_bytes(bytes);
-            }
-            if !is_sound(head, positions) {
+        for _ in 0..number(from, most)? {
+            let n = number(from, most - read.len())?;
+            if n == 0 {
                 return Err(ReadError::Nonsense);
             }
-            from.read_exact(rows).map_err(|_| ReadError::CutOff)?;
+            let mut batch = read.room(n).map_err(|_| ReadError::OutOfMemory)?;
+            for (positions, rows) in batch.heads_mut() {
+                for pos in positions.iter_mut() {
+                    let mut bytes = [0; size_of::<u32>()];
+                    from.read_exact(&mut bytes).map_err(|_| ReadError::CutOff)?;
+                    *pos = u32::from_le_bytes(bytes);
+                }
+                if !positions.is_sorted_by(|a, b| a < b) {
+                    return Err(ReadError::Nonsense);
+                }
+                from.read_exact(rows).map_err(|_| ReadError::CutOff)?;
+            }
+            read.push(batch);
         }
-        read.push(batch);
-        Ok(read)
+        let positions = |head| read.entries(head).iter().map(|entry| entry.pos).collect::<Vec<_>>();
+        let all_sound = (0..self.shape.n_heads()).all(|head| is_sound(head, &positions(head)));
+        if all_sound { Ok(read) } else { Err(ReadError::Nonsense) }
     }
+}
+
+/// Which of the rows that are set aside come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bring {
+    /// The newest ones of each head, until it has so many in the cache: see [`newest`].
+    Newest(usize),
+    /// All of the batch with this number.
+    Batch(usize),
 }
 
 /// Why an archive could not be read.
@@ -334,6 +400,7 @@ mod tests {
     fn what_was_written_is_read_and_nothing_else() {
         let mut bytes = Vec::new();
         two_batches().write(&mut bytes).unwrap();
+        assert_eq!(bytes.len(), two_batches().written());
         let read = |bytes: &[u8], most| archive().read(&mut &bytes[..], most, |_, pos| pos.is_sorted_by(|a, b| a < b));
         let again = read(&bytes, 5).unwrap();
         let mut written = Vec::new();
@@ -344,12 +411,29 @@ mod tests {
             assert_eq!(read(&bytes[..len], 5).unwrap_err(), ReadError::CutOff, "{len}");
         }
         assert_eq!(read(&bytes, 4).unwrap_err(), ReadError::Nonsense);
-        // the second position of the first head
-        bytes[12] = 0;
-        assert_eq!(read(&bytes, 5).unwrap_err(), ReadError::Nonsense);
+        // the second position of the first head, which follows upon two numbers; then one that the other batch has
+        for value in [0, 5] {
+            bytes[20] = value;
+            assert_eq!(read(&bytes, 5).unwrap_err(), ReadError::Nonsense);
+        }
         let mut empty = Vec::new();
         archive().write(&mut empty).unwrap();
         assert_eq!((empty.len(), read(&empty, 0).unwrap().len()), (8, 0));
+    }
+
+    #[test]
+    fn pages_hold_the_same_rows() {
+        let archive = two_batches();
+        let paged = archive.paged(2).unwrap();
+        assert_eq!(paged.batches().iter().map(|batch| batch.len()).collect::<Vec<_>>(), [2, 2, 1]);
+        assert!(Arc::ptr_eq(&paged.batches()[0], &archive.batches()[0]), "what is no larger is shared");
+        for head in 0..2 {
+            let rows = [&archive, &paged].map(|archive| {
+                let rows = archive.entries(head).into_iter();
+                rows.map(|entry| (entry.pos, archive.row(head, entry))).collect::<Vec<_>>()
+            });
+            assert_eq!(rows[0], rows[1]);
+        }
     }
 
     #[test]

@@ -75,8 +75,7 @@ pub unsafe extern "C" fn gvote_new(params: *const gvote_params, status: *mut gvo
     let mut made = std::ptr::null_mut();
     let outcome = guarded(|| {
         version::check_libraries()?;
-        let (policy, account_error) = params::read(params)?;
-        made = gvote_t::leak(Guest::new(policy, account_error).map_err(Failure::from)?);
+        made = gvote_t::leak(Guest::new(params::read(params)?).map_err(Failure::from)?);
         Ok(())
     });
     ptr::put(status, outcome);
@@ -95,15 +94,12 @@ pub unsafe extern "C" fn gvote_last_error(g: *const gvote_t) -> *const c_char {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_set_params(g: *mut gvote_t, params: *const gvote_params) -> gvote_status {
-    call(g, |core| {
-        let (policy, account_error) = params::read(params)?;
-        Ok(core.guest.set_policy(policy, account_error)?)
-    })
+    call(g, |core| Ok(core.guest.set(params::read(params)?)?))
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_get_params(g: *mut gvote_t, params: *mut gvote_params) -> gvote_status {
-    call(g, |core| params::write(params, &params::of(core.guest.policy(), core.guest.account_error())))
+    call(g, |core| params::write(params, &params::of(core.guest.settings())))
 }
 
 #[unsafe(no_mangle)]
@@ -203,8 +199,23 @@ pub unsafe extern "C" fn gvote_make_room(
     report: *mut gvote_report,
 ) -> gvote_status {
     call(g, |core| {
-        let ahead = ptr::last_tokens(ahead, n_ahead, core.guest.policy().window)?;
+        let ahead = ptr::last_tokens(ahead, n_ahead, core.guest.settings().policy.window)?;
         report::make_room(core, ctx, seq, needed, &ahead, report)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gvote_expand(
+    g: *mut gvote_t,
+    ctx: *mut llama_context,
+    seq: i32,
+    needed: u32,
+    n_cells: *mut u32,
+) -> gvote_status {
+    call(g, |core| {
+        let n = core.guest.expand(ptr::context(ctx)?, seq, needed as usize)?;
+        ptr::put(n_cells, n as u32);
+        Ok(())
     })
 }
 
@@ -284,8 +295,8 @@ pub unsafe extern "C" fn gvote_state_size(
     size: *mut usize,
 ) -> gvote_status {
     call(g, |core| {
-        let state = core.guest.save(ptr::context(ctx)?, seq)?;
-        ptr::write(size, state.len())
+        let bytes = core.guest.saved_bytes(ptr::context(ctx)?, seq)?;
+        ptr::write(size, bytes)
     })
 }
 
@@ -299,13 +310,12 @@ pub unsafe extern "C" fn gvote_state_get(
     written: *mut usize,
 ) -> gvote_status {
     call(g, |core| {
-        let state = core.guest.save(ptr::context(ctx)?, seq)?;
-        if state.len() > size {
-            return Err(Failure::new(
-                GVOTE_ERROR_SIZE,
-                format!("the state has {} bytes, the buffer {size}", state.len()),
-            ));
+        let ctx = ptr::context(ctx)?;
+        let bytes = core.guest.saved_bytes(ctx, seq)?;
+        if bytes > size {
+            return Err(Failure::new(GVOTE_ERROR_SIZE, format!("the state has {bytes} bytes, the buffer {size}")));
         }
+        let state = core.guest.save(ctx, seq)?;
         ptr::copy_to(&state, data.cast())?;
         ptr::put(written, state.len());
         Ok(())

@@ -16,11 +16,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use self::known::Known;
+use crate::archive::{Archive, Bring, ReadError, Recall};
 use crate::cache::{self, Cell, Layout};
 use crate::capture::CaptureError;
 use crate::capture::node::Node;
 use crate::compact::CompactError;
-use crate::llama::{Context, Pos, SeqId, Token, Visit};
+use crate::llama::{Context, LlamaError, Pos, SeqId, Token, Visit};
 use crate::policy::{self, Kind, PolicyError};
 use crate::sys;
 use crate::vote::{CompressReport, Saved, Sequence, Stage, Vote, VoteError, Voter, room};
@@ -74,10 +75,19 @@ impl<E: Into<VoteError>> From<E> for GuestError {
 /// An eval callback, and its data.
 pub type Callback = (unsafe extern "C" fn(*mut sys::ggml_tensor, bool, *mut c_void) -> bool, *mut c_void);
 
+/// The settings of a guest.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    pub policy: policy::Params,
+    /// Whether the rounding of a quantized K cache is accounted for.
+    pub account_error: bool,
+    /// What becomes of rows that leave the cache.
+    pub recall: Recall,
+}
+
 /// A guest, and the context it is in.
 pub struct Guest {
-    policy: policy::Params,
-    account_error: bool,
+    settings: Settings,
     cancel: Arc<AtomicBool>,
     /// The app's own callback, called for every node that it asks for.
     next: Option<Callback>,
@@ -103,9 +113,9 @@ struct Home {
 impl Guest {
     /// # Errors
     /// [`PolicyError`] for nonsense settings.
-    pub fn new(policy: policy::Params, account_error: bool) -> Result<Self, PolicyError> {
-        policy.validate()?;
-        Ok(Self { policy, account_error, cancel: Arc::default(), next: None, home: None })
+    pub fn new(settings: Settings) -> Result<Self, PolicyError> {
+        settings.policy.validate()?;
+        Ok(Self { settings, cancel: Arc::default(), next: None, home: None })
     }
 
     /// Once true, a running or later vote answers with [`LlamaError::Cancelled`] until it is cleared.
@@ -113,14 +123,9 @@ impl Guest {
         self.cancel.clone()
     }
 
-    /// The settings of votes.
-    pub fn policy(&self) -> &policy::Params {
-        &self.policy
-    }
-
-    /// Whether the rounding of a quantized K cache is accounted for.
-    pub fn account_error(&self) -> bool {
-        self.account_error
+    /// The settings in force.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Why nothing is listened to any more, if so.
@@ -136,22 +141,25 @@ impl Guest {
     /// Changes the settings of later votes.
     ///
     /// # Errors
-    /// [`PolicyError`] for nonsense, [`GuestError::Fixed`] for the window and the sinks of a guest that is attached.
-    pub fn set_policy(&mut self, policy: policy::Params, account_error: bool) -> Result<(), GuestError> {
-        policy.validate()?;
+    /// [`PolicyError`] for nonsense, [`GuestError::Fixed`] for the window, the sinks and what becomes of rows of a guest that is
+    /// attached.
+    pub fn set(&mut self, settings: Settings) -> Result<(), GuestError> {
+        settings.policy.validate()?;
         if let Some(home) = &mut self.home {
-            for (changed, name) in
-                [(policy.window != self.policy.window, "window"), (policy.sinks != self.policy.sinks, "sinks")]
-            {
+            let (new, now) = (&settings.policy, &self.settings.policy);
+            for (changed, name) in [
+                (new.window != now.window, "window"),
+                (new.sinks != now.sinks, "sinks"),
+                (settings.recall != self.settings.recall, "recall"),
+            ] {
                 if changed {
                     return Err(GuestError::Fixed(name));
                 }
             }
-            home.voter.policy = policy.clone();
-            home.voter.account_error = account_error;
+            home.voter.policy = new.clone();
+            home.voter.account_error = settings.account_error;
         }
-        self.policy = policy;
-        self.account_error = account_error;
+        self.settings = settings;
         Ok(())
     }
 
@@ -176,14 +184,15 @@ impl Guest {
         if let Some(reason) = ctx.model().unsupported() {
             return Err(GuestError::Unsupported(reason));
         }
-        let voter = Voter::new(&ctx, &self.policy, self.account_error)?;
+        let mut voter = Voter::new(&ctx, &self.settings.policy, self.settings.account_error)?;
+        voter.recall = self.settings.recall;
         if let Some(present) = present.filter(|present| *present != callback) {
             self.next = Some(present);
         }
         // SAFETY: valid context; the caller's callback outlives its stay there.
         unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
         let there = (0..ctx.n_seq_max() as SeqId).filter(|&seq| !cache::cells(&ctx, seq).is_empty());
-        let known = there.map(|seq| (seq, Known::stranger(seq))).collect();
+        let known = there.map(|seq| (seq, Known::stranger(voter.sequence(seq)))).collect();
         self.home = Some(Home { ctx, voter, callback, known, deaf: None, asked: (false, false) });
         Ok(())
     }
@@ -340,6 +349,37 @@ impl Guest {
         Ok(report)
     }
 
+    /// Brings back what votes took out of the cache of a sequence, as far as `needed` cells stay free beside those that a later vote
+    /// needs: all of it where there are so many, else the newest rows of each head. The cells that it has then.
+    ///
+    /// # Errors
+    /// [`CompactError`] and those of [`Self::sequence`]; the context is then as before.
+    pub fn expand(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, needed: usize) -> Result<usize, GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let (n, n_past) = {
+            let Home { ctx, voter, known, .. } = home;
+            let cells = cache::cells(ctx, seq);
+            let known = Known::up_to_date(known, voter, seq, &cells)?;
+            let free = cache::cells_free(ctx, seq).saturating_sub(Voter::spare_cells(&voter.policy));
+            let n = cells.len() + known.sequence.n_aside().min(free.saturating_sub(needed));
+            if n == cells.len() {
+                return Ok(n);
+            }
+            (n, known.sequence.n_past())
+        };
+        home.arrange(seq, n_past, Bring::Newest(n))?;
+        Ok(n)
+    }
+
+    /// Bytes of memory that rows of a sequence take which left the cache and can come back.
+    ///
+    /// # Errors
+    /// Those of [`Self::sequence`].
+    pub fn bytes_aside(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
+        Ok(self.sequence(ctx, seq)?.1.archive.as_ref().map_or(0, Archive::bytes))
+    }
+
     /// The cells of a sequence, and what is known of it.
     ///
     /// # Errors
@@ -357,13 +397,14 @@ impl Guest {
         Ok((cells, &known.sequence))
     }
 
-    /// The position from which on a sequence can be cut exactly.
+    /// The position from which on a sequence can be cut exactly: where everything that left the cache is set aside, what votes dropped
+    /// is no obstacle.
     ///
     /// # Errors
     /// Those of [`Self::sequence`].
     pub fn exact_from(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Pos, GuestError> {
-        let known = self.sequence(ctx, seq)?.1;
-        let (exact_from, n_past) = (known.exact_from(), known.n_past());
+        let (cells, known) = self.sequence(ctx, seq)?;
+        let (exact_from, n_past) = (known.can_be_cut_from(cells.len()), known.n_past());
         Ok(cache::cut_from(&self.home_in(ctx)?.ctx, seq).max(exact_from).min(n_past))
     }
 
@@ -408,24 +449,30 @@ impl Guest {
         Ok(())
     }
 
-    /// Removes what lies at `pos` and later from a sequence.
+    /// Removes what lies at `pos` and later from a sequence. Inside the compressed part, the newest rows before it come back to the
+    /// cells that the sequence has.
     ///
     /// # Errors
-    /// [`GuestError::Compressed`] inside the part whose cells hold different tokens in different heads, unless all of it goes;
-    /// those of [`Self::sequence`].
+    /// [`GuestError::Compressed`] inside the part whose cells hold different tokens in different heads, unless all of it goes, or
+    /// every row is in the cache or set aside; [`CompactError`] where memory runs out; those of [`Self::sequence`].
     pub fn truncate(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, pos: Pos) -> Result<(), GuestError> {
         let home = self.home_in(ctx)?;
         home.check_sequence(seq)?;
-        let Home { ctx, voter, known, .. } = home;
         let pos = pos.max(0);
         if pos > 0 {
-            let known = Known::up_to_date(known, voter, seq, &cache::cells(ctx, seq))?;
-            let n_past = known.sequence.n_past();
-            let exact_from = cache::cut_from(ctx, seq).max(known.sequence.exact_from()).min(n_past);
+            let Home { ctx, voter, known, .. } = home;
+            let cells = cache::cells(ctx, seq);
+            let sequence = &Known::up_to_date(known, voter, seq, &cells)?.sequence;
+            let can_be_cut_from = sequence.can_be_cut_from(cells.len());
+            let exact_from = cache::cut_from(ctx, seq).max(can_be_cut_from).min(sequence.n_past());
             if pos < exact_from {
                 return Err(GuestError::Compressed { pos, exact_from });
             }
+            if pos < sequence.exact_from() {
+                home.arrange(seq, pos, Bring::Newest(cells.len().min(pos as usize)))?;
+            }
         }
+        let Home { ctx, voter, known, .. } = home;
         ctx.remove(seq, pos, -1);
         match Known::up_to_date(known, voter, seq, &cache::cells(ctx, seq)) {
             Ok(_) | Err(GuestError::NotSeen { .. }) => Ok(()),
@@ -440,24 +487,52 @@ impl Guest {
     pub fn save(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Vec<u8>, GuestError> {
         let (cells, sequence) = self.sequence(ctx, seq)?;
         let sequence = sequence.clone();
-        Ok(sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells))
+        let mut bytes = sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells);
+        if let Some(archive) = &sequence.archive {
+            bytes.try_reserve_exact(archive.written()).map_err(|_| LlamaError::Memory)?;
+            archive.write(&mut bytes).expect("a vector takes all");
+        }
+        Ok(bytes)
+    }
+
+    /// How many bytes [`Self::save`] gives.
+    ///
+    /// # Errors
+    /// Those of [`Self::sequence`].
+    pub fn saved_bytes(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
+        let (cells, sequence) = self.sequence(ctx, seq)?;
+        let sequence = sequence.clone();
+        let aside = sequence.archive.as_ref().map_or(0, Archive::written);
+        Ok(sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells).len() + aside)
     }
 
     /// Takes over what [`Self::save`] wrote, for a sequence whose cells llama.cpp has loaded already.
     ///
     /// # Errors
-    /// [`VoteError::Saved`] where the bytes are cut off, or not those of these cells; what is known is then as before.
+    /// [`VoteError::Saved`] where the bytes are cut off, or not those of these cells, or hold rows for a guest that sets none aside;
+    /// what is known is then as before.
     pub fn load(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, data: &[u8]) -> Result<(), GuestError> {
         let home = self.home_in(ctx)?;
         home.check_sequence(seq)?;
         let Home { ctx, voter, known, .. } = home;
         let layout = Layout::of(ctx, seq)?;
-        let saved = Saved::read(data, ctx.model(), &layout, &voter.capture)?;
+        let (saved, mut rest) = Saved::read(data, ctx.model(), &layout, &voter.capture)?;
         let cells = cache::cells(ctx, seq);
         if !saved.fits(&cells) {
             return Err(VoteError::Saved("the cells of the sequence are others: load llama.cpp's state first").into());
         }
-        let sequence = saved.restore(seq, &mut voter.capture);
+        let mut archive = voter.sequence(seq).archive;
+        if !rest.is_empty() {
+            let Some(empty) = &archive else {
+                return Err(VoteError::Saved("a part of it is set aside, and this handle sets nothing aside").into());
+            };
+            archive = Some(saved.read_archive(empty, &mut rest).map_err(VoteError::from)?);
+            if !rest.is_empty() {
+                return Err(VoteError::from(ReadError::Nonsense).into());
+            }
+        }
+        let mut sequence = saved.restore(seq, &mut voter.capture);
+        sequence.archive = archive;
         known.insert(seq, Known::of(sequence, &cells));
         Ok(())
     }
@@ -477,6 +552,21 @@ impl Home {
             Some(error) => Err(GuestError::Deaf(error.to_string())),
             None => Ok(()),
         }
+    }
+
+    /// Lets the cells of a sequence, which was seen to be as it should be, hold other rows: see [`Sequence::arrange`].
+    fn arrange(&mut self, seq: SeqId, end: Pos, bring: Bring) -> Result<(), GuestError> {
+        let Self { ctx, voter, known, .. } = self;
+        let mut visit = Visit::new(ctx)?;
+        // SAFETY: valid context, and our callbacks are in it.
+        unsafe { sys::gvote_shim_update(visit.as_ptr()) };
+        let cells = cache::cells(&visit, seq);
+        let known = Known::up_to_date(known, voter, seq, &cells)?;
+        let arranged = known.sequence.arrange(&mut visit, &cells, end, bring, voter.devices());
+        voter.release();
+        arranged?;
+        known.bind(&cache::cells(&visit, seq));
+        Ok(())
     }
 
     /// The first head of a layer of the model, counted over the layers of the cache.

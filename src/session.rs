@@ -22,12 +22,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-pub use self::expand::{ExpandReport, Recall};
+pub use self::expand::ExpandReport;
 pub use self::file::FileError;
 pub use self::grow::Stuck;
 use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
-use crate::archive::Archive;
+pub use crate::archive::Recall;
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token};
@@ -161,15 +161,13 @@ impl Session {
         let ctx = Context::new(model, &context)?;
         let voter = if compresses {
             let mut voter = Voter::new(&ctx, &params.policy, params.account_error)?;
+            voter.recall = params.recall;
             voter.capture.follow(SEQ);
             Some(voter)
         } else {
             None
         };
-        let mut sequence = Sequence::new(SEQ);
-        if params.recall == Recall::Auto {
-            sequence.archive = voter.as_ref().map(|voter| Archive::new(&voter.layout));
-        }
+        let sequence = voter.as_ref().map_or(Sequence::new(SEQ), |voter| voter.sequence(SEQ));
         Ok(Self {
             ctx,
             voter,
@@ -294,6 +292,15 @@ impl Session {
     fn check_room(&self, tokens: usize) -> Result<(), SessionError> {
         let (room, trained) = (self.room(), self.model().n_ctx_train());
         if tokens > room { Err(SessionError::PromptTooLong { tokens, room, trained }) } else { Ok(()) }
+    }
+
+    /// Changes what becomes of rows that leave the cache. With [`Recall::Off`] those that are set aside are given up.
+    pub fn set_recall(&mut self, recall: Recall) {
+        let Some(voter) = &mut self.voter else { return };
+        voter.recall = recall;
+        if recall != self.recall() {
+            self.sequence.archive = self.voter.as_ref().and_then(|voter| voter.sequence(SEQ).archive);
+        }
     }
 
     /// Decodes a prompt (or a further turn) and keeps the next-token logits. `progress(done, of)` is called after each
@@ -479,7 +486,10 @@ impl Session {
     /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can. Where everything that
     /// left the cache is set aside, what a vote dropped is no obstacle.
     pub fn exact_from(&self) -> Pos {
-        let compressed = if self.sequence.exact_from > 0 && self.is_whole() { 0 } else { self.sequence.exact_from };
+        let compressed = match self.mask {
+            None => self.sequence.can_be_cut_from(self.cells_used()),
+            Some(_) => self.sequence.exact_from,
+        };
         cache::cut_from(&self.ctx, SEQ).max(compressed).min(self.n_past())
     }
 
@@ -519,7 +529,7 @@ impl Session {
             voter.capture.follow(SEQ);
         }
         self.mask = None;
-        self.sequence = self.empty_sequence();
+        self.sequence = self.sequence.emptied();
         self.marks.clear();
         self.logits.clear();
     }

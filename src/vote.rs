@@ -21,6 +21,7 @@ pub(crate) use self::notes::Notes;
 pub use self::report::CompressReport;
 pub(crate) use self::sequence::Saved;
 pub use self::sequence::Sequence;
+use crate::archive::{Archive, ReadError, Recall};
 use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
 use crate::capture::{Capture, CaptureError};
@@ -68,6 +69,16 @@ impl From<CaptureError> for VoteError {
     }
 }
 
+impl From<ReadError> for VoteError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::CutOff => Self::Saved("it is cut off"),
+            ReadError::Nonsense => Self::Saved("its numbers contradict each other"),
+            ReadError::OutOfMemory => LlamaError::Memory.into(),
+        }
+    }
+}
+
 impl From<LlamaError> for VoteError {
     fn from(error: LlamaError) -> Self {
         Self::Llama(error)
@@ -98,6 +109,8 @@ pub struct Voter {
     scorer: Scorer,
     pub(crate) policy: policy::Params,
     pub(crate) account_error: bool,
+    /// What becomes of rows that leave the cache.
+    pub(crate) recall: Recall,
     /// Where the system message ends, which the setting `protect` keeps.
     pub(crate) system_end: Pos,
     /// Where the next vote is to be explained.
@@ -125,6 +138,7 @@ impl Voter {
             scorer,
             policy: policy.clone(),
             account_error,
+            recall: Recall::Off,
             system_end: 0,
             notes: None,
             layout,
@@ -143,9 +157,16 @@ impl Voter {
         }
         let captured = moved.capture.read(&captured).ok_or(VoteError::Capture(CaptureError::Empty))?;
         moved.capture.restore(seq, captured);
-        moved.system_end = self.system_end;
+        (moved.system_end, moved.recall) = (self.system_end, self.recall);
         moved.notes = self.notes.take();
         Ok(moved)
+    }
+
+    /// An empty sequence with this id.
+    pub fn sequence(&self, id: SeqId) -> Sequence {
+        let mut sequence = Sequence::new(id);
+        sequence.archive = (self.recall == Recall::Auto).then(|| Archive::new(&self.layout));
+        sequence
     }
 
     /// Back ends that move rows between votes.

@@ -16,6 +16,37 @@ fn gvote(args: &[&str]) -> Done {
     finish(Command::new(PROGRAM).args(args))
 }
 
+/// Three questions in one chat: what is dropped for one of them is there for the next, unless it is to be lost.
+#[test]
+fn the_turns_of_a_chat_meet_all_that_was_set_aside() {
+    let folder = tempfile::tempdir().unwrap();
+    let runs = folder.path().join("runs.jsonl");
+    let model = model();
+    let common = ["-t", "1", "-m", model.to_str().unwrap(), "--needle", "--needle-words", "250", "--limit", "1"];
+    let configs = ["--config", "full", "--config", "half:ratio=0.5", "--config", "lossy:ratio=0.5,recall=off"];
+    let out = ["-o", runs.to_str().unwrap()];
+    let args = [&["eval", "turns"][..], &common, &configs, &out].concat();
+    gvote(&args).ok();
+    let measured = records(&runs);
+    assert_eq!(measured.len(), 9);
+    let of = |config: &str| -> Vec<[f64; 2]> {
+        let turns: Vec<_> = measured.iter().filter(|record| record["config"] == config).collect();
+        assert!((1..=3).all(|turn| turns[turn - 1]["task"] == format!("250 words, question {turn}")), "{turns:?}");
+        turns.iter().map(|turn| ["tokens", "cells"].map(|field| turn[field].as_f64().unwrap())).collect()
+    };
+    assert!(of("full").iter().all(|[tokens, cells]| tokens == cells));
+    // a vote on everything keeps half of it each time; without recall a half of what the others left
+    assert!(of("half").iter().all(|[tokens, cells]| (cells / tokens - 0.5).abs() < 0.01), "{:?}", of("half"));
+    assert!(of("lossy")[2][1] < 0.4 * of("half")[2][1], "{:?}", of("lossy"));
+
+    let before = fs::read_to_string(&runs).unwrap();
+    gvote(&args).ok();
+    assert_eq!(fs::read_to_string(&runs).unwrap(), before, "there is nothing left to do");
+    let few = [&["eval", "turns", "--questions", "9"][..], &common, &out].concat();
+    let refused = gvote(&few);
+    assert!(refused.status == 2 && refused.stderr.contains("9 keys"), "{}", refused.stderr);
+}
+
 #[test]
 fn needles_are_scored_once_and_reported() {
     let folder = tempfile::tempdir().unwrap();

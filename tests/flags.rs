@@ -58,6 +58,7 @@ const LINES: &[(&str, &[&str])] = &[
         &["--model=MODEL", "--file=TEXT", "--prompt=160", "--predict=2", "--texts=1", "--threads=1", "--out=new.jsonl"],
     ),
     ("eval tasks", &["--model=MODEL", "--needle", "--needle-words=40", "--limit=1", "--threads=1", "--out=new.jsonl"]),
+    ("eval turns", &["--model=MODEL", "--needle", "--needle-words=40", "--limit=1", "--threads=1", "--out=new.jsonl"]),
     (
         "eval adaptivity",
         &["--model=MODEL", "--text=TEXT", "--prompt=160", "--predict=2", "--limit=1", "--threads=1", "--out=new.jsonl"],
@@ -85,6 +86,7 @@ const LINES: &[(&str, &[&str])] = &[
 const BESIDE: &[(&str, &str, &[&str])] = &[
     ("bench", "--memory", &["--n-parallel=1"]),
     ("eval tasks", "--tasks", &["--ruler=RULER"]),
+    ("eval turns", "--tasks", &["--ruler=RULER"]),
     ("eval adaptivity", "--tasks", &["--ruler=RULER"]),
 ];
 

@@ -1,4 +1,5 @@
-// A chat: each line of the input is a turn, and before each answer the cache is voted on again, for this question.
+// A chat: each line of the input is a turn. Everything comes back before it is read, and before its answer the cache is voted on, for
+// this question.
 //
 //     find_package(gvote REQUIRED)
 //     add_executable(chat chat.cpp)
@@ -114,7 +115,11 @@ static void chat(int argc, char ** argv) {
     for (std::string line; std::getline(std::cin, line); is_first = false) {
         const std::string turn = format(model.get(), document + line);
         document.clear();
-        decode(ctx.get(), tokenize(vocab, is_first ? turn : "\n" + turn, is_first));
+        const auto tokens = tokenize(vocab, is_first ? turn : "\n" + turn, is_first);
+        if (!is_first) {
+            g.expand(ctx.get(), 0, static_cast<std::uint32_t>(tokens.size()) + n_answer);
+        }
+        decode(ctx.get(), tokens);
         const gvote_report report = g.compress(ctx.get(), 0);
         std::cerr << "cells: " << report.cells_before << " -> " << report.cells_after << std::endl;
         answer(ctx.get(), vocab, sampler.get());

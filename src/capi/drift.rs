@@ -48,6 +48,7 @@ same! {
     gvote_compress(_, _, _, _);
     gvote_plan(_, _, _, _);
     gvote_make_room(_, _, _, _, _, _, _);
+    gvote_expand(_, _, _, _, _);
     gvote_seq_cells(_, _, _, _);
     gvote_seq_exact_from(_, _, _, _);
     gvote_seq_positions(_, _, _, _, _, _, _, _);

@@ -97,6 +97,8 @@ fn status_of(error: &GuestError) -> gvote_status {
             VoteError::Capture(CaptureError::Panic(_)) => GVOTE_ERROR_INTERNAL,
             VoteError::Cache(_) | VoteError::UnevenHeads | VoteError::Capture(_) => GVOTE_ERROR_UNSUPPORTED,
             VoteError::Policy(_) => GVOTE_ERROR_PARAMS,
+            VoteError::Compact(CompactError::Archive { .. }) => GVOTE_ERROR_MEMORY,
+            VoteError::Compact(CompactError::NoCells { .. }) => GVOTE_ERROR_NO_CELLS,
             VoteError::Compact(CompactError::Shared) => GVOTE_ERROR_SHARED,
             VoteError::ReplayCompressed => GVOTE_ERROR_COMPRESSED,
             VoteError::Saved(_) => GVOTE_ERROR_STATE,

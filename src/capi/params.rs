@@ -5,7 +5,9 @@
 use super::handle::Failure;
 use super::header::*;
 use super::ptr;
+use crate::guest::Settings;
 use crate::policy::{Evict, Kind, Params, Span};
+use crate::session::Recall;
 
 const POLICIES: [(gvote_policy, Kind); 8] = [
     (GVOTE_POLICY_GVOTE, Kind::Gvote),
@@ -19,6 +21,7 @@ const POLICIES: [(gvote_policy, Kind); 8] = [
 ];
 const EVICTS: [(gvote_evict, Evict); 2] =
     [(GVOTE_EVICT_COMPOSITE, Evict::Composite), (GVOTE_EVICT_CELLS, Evict::Cells)];
+const RECALLS: [(gvote_recall, Recall); 2] = [(GVOTE_RECALL_AUTO, Recall::Auto), (GVOTE_RECALL_OFF, Recall::Off)];
 
 /// Structs grow by fields of four and eight bytes at the end; what lies before is understood.
 const STEP: usize = 8;
@@ -38,7 +41,8 @@ pub(super) fn policy_number(kind: Kind) -> gvote_policy {
 }
 
 /// The settings as C has them.
-pub(super) fn of(params: &Params, account_error: bool) -> gvote_params {
+pub(super) fn of(settings: &Settings) -> gvote_params {
+    let Settings { policy: params, account_error, recall } = settings;
     let evict = EVICTS.iter().find(|entry| entry.1 == params.evict).map_or(GVOTE_EVICT_COMPOSITE, |entry| entry.0);
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     let flag = |set: bool, flag: u32| if set { flag } else { 0 };
@@ -47,7 +51,7 @@ pub(super) fn of(params: &Params, account_error: bool) -> gvote_params {
         policy: policy_number(params.policy),
         evict,
         flags: flag(params.replay, GVOTE_FLAG_REPLAY)
-            | flag(account_error, GVOTE_FLAG_ACCOUNT_ERROR)
+            | flag(*account_error, GVOTE_FLAG_ACCOUNT_ERROR)
             | flag(params.protect, GVOTE_FLAG_PROTECT),
         target_kl: params.target_kl.unwrap_or(0.0),
         lost_mass: params.lost_mass,
@@ -65,11 +69,18 @@ pub(super) fn of(params: &Params, account_error: bool) -> gvote_params {
         head_mix: params.head_mix,
         p_nuc: params.p_nuc,
         seed: params.seed,
+        recall: RECALLS.iter().find(|entry| entry.1 == *recall).map_or(GVOTE_RECALL_AUTO, |entry| entry.0),
+        reserved: 0,
     }
 }
 
+/// What an app has that asks for nothing else.
+fn default_settings() -> Settings {
+    Settings { recall: Recall::Auto, ..Settings::default() }
+}
+
 pub(super) fn defaults() -> gvote_params {
-    of(&Params::default(), false)
+    of(&default_settings())
 }
 
 /// Fills a caller's struct.
@@ -78,22 +89,26 @@ pub(super) fn write(to: *mut gvote_params, params: &gvote_params) -> Result<(), 
 }
 
 /// A caller's settings; the defaults for NULL. Their bounds are the guest's to check.
-pub(super) fn read(from: *const gvote_params) -> Result<(Params, bool), Failure> {
+pub(super) fn read(from: *const gvote_params) -> Result<Settings, Failure> {
     if from.is_null() {
-        return Ok((Params::default(), false));
+        return Ok(default_settings());
     }
     let params = ptr::read_sized(from, "gvote_params", defaults(), is_known_size::<gvote_params>)?;
     let unknown =
         |name: &str, value: u32| Failure::new(GVOTE_ERROR_PARAMS, format!("{name} is {value}, which is none"));
     let policy = POLICIES.iter().find(|entry| entry.0 == params.policy);
     let evict = EVICTS.iter().find(|entry| entry.0 == params.evict);
+    let recall = RECALLS.iter().find(|entry| entry.0 == params.recall);
+    if params.reserved != 0 {
+        return Err(unknown("reserved", params.reserved));
+    }
     if params.flags & !(GVOTE_FLAG_REPLAY | GVOTE_FLAG_ACCOUNT_ERROR | GVOTE_FLAG_PROTECT) != 0 {
         return Err(unknown("flags", params.flags));
     }
     let has = |flag: u32| params.flags & flag != 0;
     // 0 is none; whatever else is out of bounds is to be refused, not taken for none
     let optional = |x: f32| if x == 0.0 { None } else { Some(x) };
-    let settings = Params {
+    let policy = Params {
         policy: policy.ok_or_else(|| unknown("policy", params.policy))?.1,
         evict: evict.ok_or_else(|| unknown("evict", params.evict))?.1,
         replay: has(GVOTE_FLAG_REPLAY),
@@ -115,5 +130,9 @@ pub(super) fn read(from: *const gvote_params) -> Result<(Params, bool), Failure>
         protect: has(GVOTE_FLAG_PROTECT),
         exact: false,
     };
-    Ok((settings, has(GVOTE_FLAG_ACCOUNT_ERROR)))
+    Ok(Settings {
+        policy,
+        account_error: has(GVOTE_FLAG_ACCOUNT_ERROR),
+        recall: recall.ok_or_else(|| unknown("recall", params.recall))?.1,
+    })
 }

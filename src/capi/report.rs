@@ -61,6 +61,7 @@ fn told(
         _ => ControlFlow::Continue(()),
     };
     let done = work(&mut core.guest, ctx, &progress)?;
+    let bytes_aside = core.guest.bytes_aside(ctx, seq).unwrap_or(0);
     let (before, after) = (done.cells_before, done.cells_after);
     core.tell(
         GVOTE_LOG_INFO,
@@ -71,7 +72,7 @@ fn told(
         ),
     );
     if !report.is_null() {
-        ptr::write_sized(report, "gvote_report", &of(&done), is_known)?;
+        ptr::write_sized(report, "gvote_report", &of(&done, bytes_aside), is_known)?;
     }
     Ok(())
 }
@@ -87,7 +88,7 @@ fn stage_number(stage: Stage) -> gvote_stage {
     }
 }
 
-fn of(done: &CompressReport) -> gvote_report {
+fn of(done: &CompressReport, bytes_aside: usize) -> gvote_report {
     let mut tried = [gvote_try::default(); GVOTE_MAX_TRIED as usize];
     for (to, &(cells, kl)) in tried.iter_mut().zip(&done.tried) {
         *to = gvote_try { cells: cells as u32, kl };
@@ -122,5 +123,7 @@ fn of(done: &CompressReport) -> gvote_report {
         select_s: done.select_time.as_secs_f64(),
         trial_s: done.trial_time.as_secs_f64(),
         compact_s: done.compact_time.as_secs_f64(),
+        aside_s: done.aside_time.as_secs_f64(),
+        bytes_aside: bytes_aside as u64,
     }
 }

@@ -4,6 +4,7 @@
 //! - `steps`: gvote is out of the way while an app writes an answer, and misses nothing that matters;
 //! - `room`: more tokens than cells, read as a session reads them;
 //! - `protect`: what an app names, and the template's markers where that is asked for, stay in every head;
+//! - `recall`: what a vote took out of the cache comes back;
 //! - `walk`: whatever an app does in whatever order, no sequence meets the cells of another;
 //! - `saved`: what is known of a sequence can be saved, and only that is restored;
 //! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads;
@@ -14,6 +15,7 @@ pub(crate) mod app;
 mod changes;
 mod each;
 mod protect;
+mod recall;
 mod room;
 mod saved;
 mod steps;

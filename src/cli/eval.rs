@@ -14,6 +14,8 @@ use gvote::eval::provenance::{Start, command_words};
 use gvote::eval::record::{self, Journal, Record};
 use gvote::eval::report::Report;
 use gvote::eval::runner::{Continuation, EvalError, Runner};
+use gvote::eval::tasks::Sample;
+use gvote::eval::tasks::turns::{self, Talk};
 use gvote::llama::Model;
 use gvote::policy::Kind;
 use gvote::{SessionError, SessionParams, text};
@@ -23,13 +25,14 @@ use self::suites::SuiteArgs;
 use super::Exit;
 use super::args::{ContextArgs, ModelArgs, OutputArgs};
 use super::turn::{Steps, print};
-use super::words::note;
+use super::words::{note, plural};
 
 const EXAMPLES: &str = "\
 Examples:
   gvote eval text -m model.gguf -f wiki.test.raw --config balanced --config snapkv -o runs.jsonl
   gvote eval tasks -m model.gguf --needle -o runs.jsonl
   gvote eval tasks -m model.gguf --ruler ruler/4096 --limit 5 --blind --config 'half:ratio=0.5' -o runs.jsonl
+  gvote eval turns -m model.gguf --ruler ruler/4096 --tasks niah_multikey_2 --limit 5 -o turns.jsonl
   gvote eval adaptivity -m model.gguf --text wiki.test.raw --code src --needle --config balanced --target-kl 0.02 -o runs.jsonl
   gvote eval report runs.jsonl -o report.html
   gvote eval report text.jsonl tasks.jsonl --baseline balanced -o results.md
@@ -39,10 +42,12 @@ A run that was stopped goes on where it was when it is started again with the sa
 const CONFIGS: &str = "\
 A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, target-kl, draft, \
 lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, protect, replay, evict, exact, \
-seed, key-error, ctx-size.
+seed, key-error, ctx-size, recall.
 
 ctx-size=N reads the prompt in N cells, as `gvote run -c N` does with a longer prompt: cells are freed on the way, and the \
 policy's own budget applies to what is left. ratio=1 keeps all of that.
+
+recall=off, for gvote eval turns, lets what a vote drops be lost, as `gvote chat --recall off` does.
 
 exact=true, for adakv and gvote-paper, keeps a different number of tokens in every head, as their papers have it. No cache of \
 llama.cpp can: nothing is freed, what a head drops is masked while decoding (needs -fa off), and the cells of a record are the \
@@ -60,6 +65,7 @@ pub struct EvalArgs {
 enum Command {
     Text(TextArgs),
     Tasks(TasksArgs),
+    Turns(TurnsArgs),
     Adaptivity(adaptivity::AdaptivityArgs),
     Report(ReportArgs),
 }
@@ -142,6 +148,17 @@ struct TasksArgs {
     offset: usize,
 }
 
+/// Scores of answers to several questions in one chat about one document: the needles of RULER's keys, or those that need no data
+#[derive(Args)]
+struct TurnsArgs {
+    #[command(flatten)]
+    tasks: TasksArgs,
+
+    /// Questions of a chat
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = above_0, help_heading = "Evaluation")]
+    questions: usize,
+}
+
 /// Tables and plots of what was measured
 #[derive(Args)]
 struct ReportArgs {
@@ -170,6 +187,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     match &args.command {
         Command::Text(args) => text(args),
         Command::Tasks(args) => tasks(args),
+        Command::Turns(args) => turns(args),
         Command::Adaptivity(args) => adaptivity::run(args),
         Command::Report(args) => report(args),
     }
@@ -202,6 +220,8 @@ impl CommonArgs {
 const SPARE: usize = 7;
 /// Cells that answers and chat templates take beside the prompts.
 const ROOM: usize = 1024;
+/// Cells that a question of a chat takes beside its answer.
+const TURN: usize = 256;
 
 fn text(args: &TextArgs) -> Result<()> {
     let common = &args.common;
@@ -254,6 +274,43 @@ fn tasks(args: &TasksArgs) -> Result<()> {
     let mut too_long = 0;
     for (_, sample) in &samples.numbered {
         match runner.task(sample, args.suites.blind) {
+            Err(EvalError::Session(SessionError::PromptTooLong { .. })) => too_long += 1,
+            result => {
+                steps.unless_cancelled(result)?;
+            }
+        }
+        bar.inc(1);
+    }
+    samples.conclude();
+    note_too_long(too_long, n_ctx);
+    finish(&bar, &runner, &common.output)
+}
+
+fn turns(args: &TurnsArgs) -> Result<()> {
+    let TurnsArgs { tasks: TasksArgs { common, suites, limit, offset }, questions } = args;
+    let steps = Steps::new(&common.output)?;
+    let samples = suites.samples(common.seeds[0], *offset, *limit)?;
+    let talk = |(_, sample): &(usize, Sample)| turns::talk(sample, *questions, common.seeds[0], suites.blind);
+    let talks: Vec<Talk> = samples.numbered.iter().filter_map(talk).collect();
+    if talks.is_empty() {
+        let why = format!("no sample has the needles of {questions} keys, of which each is asked for by itself");
+        return Err(Exit::Usage(why).into());
+    }
+    if talks.len() < samples.numbered.len() {
+        let left_out = plural(samples.numbered.len() - talks.len(), "sample");
+        note(&format!("{left_out} without the needles of {questions} keys left out"));
+    }
+    steps.interrupt.begin();
+    common.context.set_priority()?;
+    let model = steps.load_model(&common.model, Kind::Gvote)?;
+    let answers = talks[0].turns.iter().map(|turn| turn.max_tokens as usize + TURN).sum::<usize>();
+    let n_ctx = (suites::longest(&model, &samples.numbered) + answers + ROOM).min(model.n_ctx_train());
+    let configs = common.configs(&[Kind::Full.name(), "balanced"])?;
+    let mut runner = common.runner(&steps, &model, configs, n_ctx, suites.raw)?;
+    let bar = steps.count(talks.len() as u64, "chats");
+    let mut too_long = 0;
+    for talk in &talks {
+        match runner.turns(talk) {
             Err(EvalError::Session(SessionError::PromptTooLong { .. })) => too_long += 1,
             result => {
                 steps.unless_cancelled(result)?;

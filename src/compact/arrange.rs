@@ -12,7 +12,7 @@ use std::ops::Range;
 use super::aside::{copy_out, each_layer};
 use super::device::{self, Mover};
 use super::{CompactError, Order, Table, give_up, host, move_rows};
-use crate::archive::{Archive, Batch, Entry, newest};
+use crate::archive::{Archive, Batch, Bring, Entry, newest};
 use crate::backend::Devices;
 use crate::cache::{self, Cell, Layout};
 use crate::llama::{Context, Pos, SeqId, Token};
@@ -49,8 +49,8 @@ struct Plan {
     leaving: Vec<(u32, u32)>,
 }
 
-/// Lets `m` cells of `seq` hold rows at positions before `end`: all that the cache has, and the newest of those that are set aside.
-/// What lies at `end` or later is given up. `m` is no less than any head has in the cache, and no more than it has altogether.
+/// Lets the cells of `seq` hold rows at positions before `end`: all that the cache has, and those that `bring` says. What lies at `end` or
+/// later is given up. The newest rows that come are no fewer than any head has in the cache, and no more than it has altogether.
 ///
 /// # Errors
 /// [`CompactError`]; cache and archive are then as they were.
@@ -59,18 +59,22 @@ pub(crate) fn arrange(
     seq: SeqId,
     held: &Held,
     end: Pos,
-    m: usize,
+    bring: Bring,
     devices: &mut [Devices],
 ) -> Result<Arranged, CompactError> {
     let layout = Layout::of(ctx, seq)?;
     let (cells, n) = (held.cells, held.cells.len());
+    let m = match bring {
+        Bring::Newest(m) => m,
+        Bring::Batch(batch) => n + held.archive.batches()[batch].len(),
+    };
     if cells.iter().any(|cell| cell.shared) {
         return Err(CompactError::Shared);
     }
     let n_threads = ctx.n_threads_batch();
     let n_heads: usize = layout.n_head_kv().sum();
     let mut plans: Vec<Plan> = (0..n_heads).map(|_| Plan::default()).collect();
-    let plan = |(head, plan): (usize, &mut Plan)| *plan = Plan::of(held, head, end as u32, m);
+    let plan = |(head, plan): (usize, &mut Plan)| *plan = Plan::of(held, head, end as u32, bring);
     threads::share_out(n_threads, plans.iter_mut().enumerate(), plan, || ());
     let gone = gone(held.archive, &plans, end as u32);
     let n_aside_of = |(head, plan): (usize, &Plan)| {
@@ -121,14 +125,21 @@ pub(crate) fn arrange(
 }
 
 impl Plan {
-    fn of(held: &Held, head: usize, end: u32, m: usize) -> Self {
+    fn of(held: &Held, head: usize, end: u32, bring: Bring) -> Self {
         let n = held.cells.len();
         let mut cached: Vec<u32> = (0..n).map(|place| (held.pos)(head, place)).collect();
         cached.truncate(cached.partition_point(|&pos| pos < end));
         let mut entries = held.archive.entries(head);
         entries.truncate(entries.partition_point(|entry| entry.pos < end));
-        let aside: Vec<u32> = entries.iter().map(|entry| entry.pos).collect();
-        let mut plan = Self { pos: newest(&cached, &aside, m), ..Self::default() };
+        let pos = match bring {
+            Bring::Newest(m) => newest(&cached, &entries.iter().map(|entry| entry.pos).collect::<Vec<_>>(), m),
+            Bring::Batch(batch) => {
+                let mut all = [&cached, held.archive.batches()[batch].positions(head)].concat();
+                all.sort_unstable();
+                all
+            }
+        };
+        let mut plan = Self { pos, ..Self::default() };
 
         let mut places = (0..).zip(&cached).peekable();
         let mut entries = entries.into_iter();

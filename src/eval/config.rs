@@ -5,6 +5,7 @@ use std::str::FromStr;
 use serde_json::Value;
 
 use crate::policy::{Kind, Params, PolicyError, Preset};
+use crate::session::Recall;
 use crate::vote::room;
 
 /// A named setting of a policy.
@@ -16,6 +17,8 @@ pub struct Config {
     pub account_error: bool,
     /// Read the prompt in so few cells, as [`crate::Session::prefill_long`] does, before the policy's own vote.
     pub ctx_size: Option<usize>,
+    /// In a chat of several turns: what becomes of rows that leave the cache.
+    pub recall: Recall,
 }
 
 /// What is wrong with a configuration's text.
@@ -37,7 +40,7 @@ pub enum ConfigError {
 
 const KEYS: &str = "policy, preset, target-kl, draft, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
                     (back-forward), pool, head-mix, protect, replay, evict, exact, seed, key-error, \
-                    ctx-size";
+                    ctx-size, recall";
 
 /// Fields of [`Params`] that say how many cells are kept, and not which.
 const BUDGET: &[&str] = &["target_kl", "draft", "lost_mass", "ratio", "max_cells", "min_cells"];
@@ -99,6 +102,9 @@ impl Config {
             parts.push("key-error=true".into());
         }
         parts.extend(self.ctx_size.map(|n| format!("ctx-size={n}")));
+        if self.recall == Recall::Off {
+            parts.push("recall=off".into());
+        }
         parts.join(",")
     }
 
@@ -108,12 +114,16 @@ impl Config {
             Ok(preset) => Params::default().with_preset(preset),
             Err(_) => Params::new(Kind::from_str(name)?),
         };
-        Ok(Self { name: name.into(), params, account_error: false, ctx_size: None })
+        Ok(Self::of(name, params))
     }
 
     /// The full cache: what everything is compared with.
     pub fn full() -> Self {
-        Self { name: Kind::Full.name().into(), params: Params::new(Kind::Full), account_error: false, ctx_size: None }
+        Self::of(Kind::Full.name(), Params::new(Kind::Full))
+    }
+
+    fn of(name: &str, params: Params) -> Self {
+        Self { name: name.into(), params, account_error: false, ctx_size: None, recall: Recall::Auto }
     }
 
     pub fn is_full(&self) -> bool {
@@ -148,6 +158,13 @@ impl Config {
             "exact" => p.exact = parse(key, value)?,
             "seed" => p.seed = parse(key, value)?,
             "key-error" => self.account_error = parse(key, value)?,
+            "recall" => {
+                self.recall = match value {
+                    "auto" => Recall::Auto,
+                    "off" => Recall::Off,
+                    _ => return Err(ConfigError::Value(key.into(), value.into(), "choose auto or off".into())),
+                }
+            }
             "ctx-size" => self.ctx_size = Some(parse(key, value)?),
             _ => return Err(ConfigError::Key(key.into())),
         }
@@ -172,7 +189,7 @@ impl FromStr for Config {
             Some((_, value)) => Kind::from_str(value)?,
             None => Kind::Gvote,
         };
-        let mut config = Self { name: name.into(), params: Params::new(kind), account_error: false, ctx_size: None };
+        let mut config = Self::of(name, Params::new(kind));
         for (key, value) in &pairs {
             config.set(key, value)?;
         }

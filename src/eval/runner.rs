@@ -3,6 +3,7 @@
 mod adaptivity;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;

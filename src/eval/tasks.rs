@@ -10,6 +10,7 @@ mod rows;
 pub mod ruler;
 #[cfg(test)]
 mod tests;
+pub mod turns;
 
 use std::io;
 use std::path::PathBuf;

@@ -42,13 +42,9 @@ fn is_whole(cells: &[Cell]) -> bool {
 }
 
 impl Known {
-    fn new(seq: SeqId) -> Self {
-        Self::of(Sequence::new(seq), &[])
-    }
-
-    /// A sequence of which nothing is known until it begins anew.
-    pub fn stranger(seq: SeqId) -> Self {
-        Self { is_stranger: true, ..Self::new(seq) }
+    /// An empty sequence of which nothing is known until it begins anew.
+    pub fn stranger(sequence: Sequence) -> Self {
+        Self { is_stranger: true, ..Self::of(sequence, &[]) }
     }
 
     /// What is known of a sequence that has these cells.
@@ -79,7 +75,7 @@ impl Known {
             voter.capture.forget(seq);
             return Err(GuestError::NotSeen { seq, reason: "it is empty" });
         }
-        let entry = known.entry(seq).or_insert_with(|| Self::new(seq));
+        let entry = known.entry(seq).or_insert_with(|| Self::of(voter.sequence(seq), &[]));
         let n_cells = i64::from(voter.layout.info.n_cells);
         let heard = voter.capture.take_seen(seq).into_iter();
         entry.hear(heard.map(|seen| Mark { index: (seen.cell % n_cells) as u32, pos: seen.pos, token: seen.token }));
@@ -92,7 +88,7 @@ impl Known {
         let mut heard = heard.peekable();
         let Some(first) = heard.peek().map(|mark| mark.pos) else { return };
         if first == 0 {
-            *self = Self::new(self.sequence.id());
+            *self = Self::of(self.sequence.emptied(), &[]);
         }
         self.marks.truncate(self.marks.partition_point(|mark| mark.pos < first));
         self.n_bound = self.n_bound.min(self.marks.len());

@@ -1,24 +1,16 @@
 //! Rows that left the cache come back: see [`crate::archive`].
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{SEQ, Session, SessionError};
-use crate::archive::Archive;
+use super::{SEQ, Session, SessionError, Squeezes};
+use crate::archive::{Archive, Bring, Recall};
 use crate::cache;
+use crate::compact::CompactError;
 use crate::llama::Pos;
-use crate::vote::{Sequence, VoteError};
-
-/// What becomes of rows that a vote, or a lack of cells, takes out of the cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Recall {
-    /// They are lost.
-    #[default]
-    Off,
-    /// They are set aside in this machine's memory, and come back before the next prompt is read.
-    Auto,
-}
+use crate::vote::{VoteError, room};
 
 /// What came back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -69,9 +61,39 @@ impl Session {
         self.grow_until(before.saturating_add(aside).saturating_add(needed));
         let after = (before + aside).min(self.limit.saturating_sub(needed)).max(before);
         if after > before {
-            self.arrange(self.n_past(), after)?;
+            self.arrange(self.n_past(), Bring::Newest(after))?;
         }
         Ok(ExpandReport { cells_before: before, cells_after: after, time: clock.elapsed() })
+    }
+
+    /// Where not everything has room that was read: chooses what the cache holds among all of it, for the tokens that were read last.
+    /// What is set aside comes back a page at a time, and each time the policy votes on the pages before and what won against them.
+    /// So a row that was dropped long since is there again when it is asked for. Does nothing where all rows are in the cache.
+    ///
+    /// # Errors
+    /// Those of [`Session::compress`], and [`SessionError::CacheTooSmall`]. No row is lost, but the cache may hold other ones then.
+    pub fn reconsider(&mut self) -> Result<Squeezes, SessionError> {
+        let mut squeezes = Squeezes::default();
+        let most = room::freed_at_once(self.limit).max(1);
+        let Some(archive) = self.sequence.archive.as_mut().filter(|archive| archive.len() > 0 && self.mask.is_none())
+        else {
+            return Ok(squeezes);
+        };
+        *archive = archive.paged(most).map_err(|error| VoteError::from(CompactError::from(error)))?;
+        for page in archive.batches().to_vec() {
+            if self.room() < page.len() {
+                squeezes.add(&self.make_room(page.len(), &[])?);
+            }
+            let batches = self.sequence.archive.as_ref().map_or(&[][..], |archive| archive.batches());
+            // what lost against others is set aside again, in a batch of its own
+            if let Some(number) = batches.iter().position(|batch| Arc::ptr_eq(batch, &page)) {
+                self.arrange(self.n_past(), Bring::Batch(number))?;
+            }
+        }
+        if self.rows_aside() > 0 && self.room() < most {
+            squeezes.add(&self.make_room(most, &[])?);
+        }
+        Ok(squeezes)
     }
 
     /// Cuts at a position inside the compressed part, of which every row is in the cache or set aside: what came before is back as
@@ -79,29 +101,17 @@ impl Session {
     pub(super) fn cut_inside(&mut self, pos: Pos) -> Result<(), SessionError> {
         self.grow_until(pos as usize);
         let most = self.limit.max(self.cells_used());
-        self.arrange(pos, most.min(pos as usize))?;
+        self.arrange(pos, Bring::Newest(most.min(pos as usize)))?;
         // of a window cache
         self.remove_from(pos);
         Ok(())
     }
 
-    fn arrange(&mut self, end: Pos, m: usize) -> Result<(), SessionError> {
+    fn arrange(&mut self, end: Pos, bring: Bring) -> Result<(), SessionError> {
         let Self { ctx, voter: Some(voter), sequence, .. } = self else { return Ok(()) };
         let cells = cache::cells(ctx, SEQ);
-        let arranged = sequence.arrange(ctx, &cells, end, m, voter.devices());
+        let arranged = sequence.arrange(ctx, &cells, end, bring, voter.devices());
         voter.release();
         Ok(arranged.map_err(VoteError::from)?)
-    }
-
-    /// An empty sequence in place of this one, whose rows are set aside as those of this one are.
-    pub(super) fn empty_sequence(&self) -> Sequence {
-        let mut sequence = Sequence::new(SEQ);
-        sequence.archive = self.sequence.archive.as_ref().map(Archive::emptied);
-        sequence
-    }
-
-    /// Whether every row is in the cache or set aside.
-    pub(super) fn is_whole(&self) -> bool {
-        self.mask.is_none() && self.sequence.archive.is_some() && self.sequence.is_whole(self.cells_used())
     }
 }

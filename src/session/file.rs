@@ -7,8 +7,8 @@
 //! | 8 + n | length and text of what it was made with, JSON |
 //! | 8 + n | length and bytes of the caller's note |
 //! | 8 + n | length and bytes of what gvote knows |
-//! | 8 | rows of each head that are set aside; absent in version 2 |
-//! | ... | for each head their positions, 4 bytes each, and the rows: key, then value |
+//! | 8 | batches of rows that are set aside; absent in version 2 |
+//! | ... | of each batch the rows of a head (8); for each head their positions, 4 bytes each, and the rows: key, then value |
 //! | ... | llama.cpp's state of the sequence |
 //! | 32 | BLAKE3 of all before |
 //!

@@ -14,13 +14,28 @@ use crate::vote::{CompressReport, room};
 
 impl Session {
     /// Like [`Session::prefill`], for prompts of any length: where the cells run out, those that the policy can spare are
-    /// freed before the next ubatch, and positions go on counting. A prompt that fits is read as by `prefill`.
+    /// freed before the next ubatch, and positions go on counting. A prompt that fits is read as by `prefill`. Where rows are set
+    /// aside, the cells at the end hold what the prompt's own end asks for among all that was ever read: see
+    /// [`Session::reconsider`].
     ///
     /// # Errors
     /// Those of `prefill`, and [`SessionError::CacheTooSmall`] where the cells that always stay leave none. The session is
     /// then as before, unless cells were freed already: then it holds what was read so far, and the next call must be
     /// another prefill, or [`Session::clear`].
     pub fn prefill_long(
+        &mut self,
+        tokens: &[Token],
+        progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<PrefillReport, SessionError> {
+        let start = Instant::now();
+        let mut report = self.read_long(tokens, progress)?;
+        let chosen = self.reconsider().inspect_err(|_| self.logits.clear())?;
+        report.squeezes.append(&chosen);
+        report.time = start.elapsed();
+        Ok(report)
+    }
+
+    fn read_long(
         &mut self,
         tokens: &[Token],
         mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
@@ -34,7 +49,7 @@ impl Session {
         self.grow_for(tokens.len());
         if tokens.len() <= self.room() || self.voter.is_none() {
             let report = self.prefill(tokens, progress)?;
-            return Ok(PrefillReport { time: start.elapsed(), expanded, ..report });
+            return Ok(PrefillReport { expanded, ..report });
         }
         self.check_unmasked()?;
         self.most_cells(1, self.protected_after(tokens))?;

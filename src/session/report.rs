@@ -32,9 +32,13 @@ pub struct Squeezes {
 
 impl Squeezes {
     pub(super) fn add(&mut self, report: &CompressReport) {
-        self.count += 1;
-        self.time += report.time();
-        if let Some(lost) = report.lost_mass {
+        self.append(&Self { count: 1, time: report.time(), lost_mass: report.lost_mass });
+    }
+
+    pub(super) fn append(&mut self, more: &Self) {
+        self.count += more.count;
+        self.time += more.time;
+        if let Some(lost) = more.lost_mass {
             self.lost_mass = Some(self.lost_mass.map_or(lost, |most| most.max(lost)));
         }
     }

@@ -102,7 +102,7 @@ impl Session {
         }
         let Head { saved, tokens, logits, marks } = self.read_head(&head)?;
         let archive =
-            if has_archive { self.read_archive(from, saved.as_ref())? } else { self.empty_sequence().archive };
+            if has_archive { self.read_archive(from, saved.as_ref())? } else { self.sequence.emptied().archive };
         self.grow_until(saved.as_ref().map_or(tokens.len(), Saved::n_cells));
         let before = (self.n_past() > 0).then(|| self.ctx.copy_sequence(SEQ)).transpose()?;
         let n_past = saved.as_ref().map_or(tokens.len(), Saved::n_past);
@@ -135,9 +135,7 @@ impl Session {
             from.read_exact(&mut nothing).map_err(|_| CUT_OFF)?;
             return if nothing == NOTHING_ASIDE { Ok(None) } else { Err(SET_ASIDE) };
         };
-        let most = saved.n_past() - saved.n_cells().min(saved.n_past());
-        let read = archive.read(from, most, |head, positions| saved.can_be_aside(head, positions));
-        read.map(Some).map_err(|error| match error {
+        saved.read_archive(archive, from).map(Some).map_err(|error| match error {
             ReadError::CutOff => CUT_OFF,
             ReadError::Nonsense => NONSENSE,
             ReadError::OutOfMemory => LlamaError::Memory.into(),
@@ -163,7 +161,11 @@ impl Session {
         match &self.voter {
             Some(voter) => {
                 let part = rest.part().ok_or(CUT_OFF)?;
-                saved = Some(Saved::read(part, self.model(), &voter.layout, &voter.capture)?);
+                let (read, rest) = Saved::read(part, self.model(), &voter.layout, &voter.capture)?;
+                if !rest.is_empty() {
+                    return Err(NONSENSE);
+                }
+                saved = Some(read);
             }
             None => tokens = rest.numbers().ok_or(CUT_OFF)?.map(Token::from_le_bytes).collect(),
         }

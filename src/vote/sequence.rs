@@ -1,10 +1,11 @@
 //! What gvote knows of a sequence beside what llama.cpp's cache says.
 
+use std::io::Read;
 use std::ops::Range;
 use std::time::Duration;
 
 use super::VoteError;
-use crate::archive::Archive;
+use crate::archive::{Archive, Bring, ReadError};
 use crate::backend::Devices;
 use crate::bytes::{Reader, put_numbers, put_part};
 use crate::cache::{Cell, Layout};
@@ -50,6 +51,11 @@ impl Sequence {
     /// An empty sequence with this id.
     pub fn new(id: SeqId) -> Self {
         Self { id, ..Self::default() }
+    }
+
+    /// An empty one in its place, whose rows are set aside as those of this one are.
+    pub(crate) fn emptied(&self) -> Self {
+        Self { archive: self.archive.as_ref().map(Archive::emptied), ..Self::new(self.id) }
     }
 
     /// Its id in the context.
@@ -110,6 +116,11 @@ impl Sequence {
         n_cells + self.n_aside() == self.n_past as usize
     }
 
+    /// From this position on a sequence of `n_cells` cells can be cut: at any where every row is in a cell or set aside.
+    pub(crate) fn can_be_cut_from(&self, n_cells: usize) -> Pos {
+        if self.archive.is_some() && self.is_whole(n_cells) { 0 } else { self.exact_from }
+    }
+
     /// Does `work`, which drops rows of `cells`, with where they go. How long setting them aside takes is added to `time`.
     pub(super) fn setting_aside<T>(
         &mut self,
@@ -122,8 +133,8 @@ impl Sequence {
         work(archive.as_mut().map(|archive| Aside { archive, pos: &pos, time }))
     }
 
-    /// Lets `m` of its cells hold rows at positions before `end`, after which it has no more: see [`compact::arrange`]. `cells`: those
-    /// that it has now.
+    /// Lets its cells hold rows at positions before `end`, after which it has no more, with those that `bring` says: see
+    /// [`compact::arrange`]. `cells`: those that it has now.
     ///
     /// # Errors
     /// [`CompactError`]; nothing has changed then.
@@ -132,14 +143,15 @@ impl Sequence {
         ctx: &mut Context,
         cells: &[Cell],
         end: Pos,
-        m: usize,
+        bring: Bring,
         devices: &mut [Devices],
     ) -> Result<(), CompactError> {
         let Some(archive) = &self.archive else { return Ok(()) };
         let was_whole = self.is_whole(cells.len());
         let pos = |head, place| self.held.at(cells, head, place);
         let held = compact::Held { cells, pos: &pos, archive, tokens: &self.tokens };
-        let Arranged { cells, pos, archive } = compact::arrange(ctx, self.id, &held, end, m, devices)?;
+        let Arranged { cells, pos, archive } = compact::arrange(ctx, self.id, &held, end, bring, devices)?;
+        let m = cells.len();
         self.truncate(end, usize::MAX);
         let says_all = |list: &[u32]| list.iter().zip(&cells).all(|(&pos, cell)| pos == cell.pos as u32);
         let are_labels = m == 0 || pos.chunks(m).all(says_all);
@@ -161,6 +173,10 @@ impl Sequence {
     /// Forgets what lies at `pos` and later; `n_left` cells are left.
     pub(crate) fn truncate(&mut self, pos: Pos, n_left: usize) {
         self.n_past = self.n_past.min(pos.max(0));
+        if self.n_past < self.exact_from {
+            // the cells hold all that is left
+            self.archive = self.archive.as_ref().map(Archive::emptied);
+        }
         self.tokens.truncate(self.n_past as usize);
         self.protected.truncate(self.n_past as usize);
         self.exact_from = self.exact_from.min(self.n_past);
@@ -246,12 +262,17 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
-    /// Reads what [`Sequence::save`] wrote. This is the border for bytes that may come from anybody: every token, position, count
-    /// and length is within its bounds afterwards.
+    /// Reads what [`Sequence::save`] wrote, and what follows upon it. This is the border for bytes that may come from anybody: every
+    /// token, position, count and length is within its bounds afterwards.
     ///
     /// # Errors
     /// [`VoteError::Saved`] with the reason.
-    pub fn read(data: &[u8], model: &Model, layout: &Layout, capture: &Capture) -> Result<Self, VoteError> {
+    pub fn read<'a>(
+        data: &'a [u8],
+        model: &Model,
+        layout: &Layout,
+        capture: &Capture,
+    ) -> Result<(Self, &'a [u8]), VoteError> {
         const CUT_OFF: VoteError = VoteError::Saved("it is cut off");
         const NONSENSE: VoteError = VoteError::Saved("its numbers contradict each other");
         const OTHER_MODEL: VoteError = VoteError::Saved("it was made with another model");
@@ -270,8 +291,7 @@ impl Saved {
 
         let n_heads: usize = layout.n_head_kv().sum();
         let ascending = labels.windows(2).all(|w| w[0] < w[1]) && labels.first().is_none_or(|&first| first >= 0);
-        let consistent = rest.is_empty()
-            && ascending
+        let consistent = ascending
             && tokens.len() == usize::try_from(n_past).unwrap_or(usize::MAX)
             && labels.last().is_none_or(|&last| last == n_past - 1)
             && labels.is_empty() == (n_past == 0)
@@ -301,7 +321,7 @@ impl Saved {
         let held = if pos.is_empty() { Held::default() } else { Held { n_cells, pos } };
         let mut sequence = Sequence { id: 0, n_past, tokens, exact_from, held, protected: Vec::new(), archive: None };
         protected.into_iter().for_each(|pos| sequence.protect(pos..pos + 1, true));
-        Ok(Self { sequence, labels, captured })
+        Ok((Self { sequence, labels, captured }, rest.0))
     }
 
     /// Tokens that it speaks of.
@@ -321,7 +341,7 @@ impl Saved {
 
     /// Whether a head, counted over all layers, can have rows at these positions that are set aside: others than in its cells, of
     /// tokens that not every head has there.
-    pub fn can_be_aside(&self, head: usize, positions: &[u32]) -> bool {
+    fn can_be_aside(&self, head: usize, positions: &[u32]) -> bool {
         let Sequence { held, exact_from, .. } = &self.sequence;
         let n = if held.pos.is_empty() { 0 } else { held.n_cells };
         let (composite, labels) = (&held.pos[head * n..][..n], &self.labels[n..]);
@@ -330,6 +350,15 @@ impl Saved {
             i64::from(pos) < i64::from(*exact_from) && !is_cached
         };
         positions.is_sorted_by(|a, b| a < b) && positions.iter().all(is_aside)
+    }
+
+    /// What [`Archive::write`] wrote of rows that are set aside of it, for the heads of `empty`.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_archive(&self, empty: &Archive, from: &mut dyn Read) -> Result<Archive, ReadError> {
+        let most = self.n_past().saturating_sub(self.n_cells());
+        empty.read(from, most, |head, positions| self.can_be_aside(head, positions))
     }
 
     /// Puts it in force for the sequence `id`.

@@ -81,13 +81,28 @@ static void decoding_goes_on(gvote_t * g, struct llama_context * ctx) {
     REQUIRE(llama_memory_seq_pos_max(llama_get_memory(ctx), 0) == N + 4);
 }
 
-static void a_sequence_is_truncated_where_that_is_right(gvote_t * g, struct llama_context * ctx) {
-    int32_t exact_from = 0;
+static void a_sequence_is_truncated_anywhere(gvote_t * g, struct llama_context * ctx) {
+    int32_t exact_from = -1;
     REQUIRE_OK(g, gvote_seq_exact_from(g, ctx, 0, &exact_from));
-    REQUIRE(exact_from > 0 && exact_from < N);
-    REQUIRE(gvote_seq_truncate(g, ctx, 0, exact_from - 1) == GVOTE_ERROR_COMPRESSED);
+    REQUIRE(exact_from == 0);
     REQUIRE_OK(g, gvote_seq_truncate(g, ctx, 0, N));
     REQUIRE(llama_memory_seq_pos_max(llama_get_memory(ctx), 0) == N - 1);
+    REQUIRE_OK(g, gvote_seq_truncate(g, ctx, 0, N - 200));
+    REQUIRE(llama_memory_seq_pos_max(llama_get_memory(ctx), 0) == N - 201);
+}
+
+static void what_was_dropped_comes_back(gvote_t * g, struct llama_context * ctx) {
+    uint32_t cells = 0;
+    REQUIRE_OK(g, gvote_expand(g, ctx, 0, 0, &cells));
+    REQUIRE(cells == N - 200);
+    int32_t positions[N];
+    uint32_t n = 0;
+    REQUIRE_OK(g, gvote_seq_positions(g, ctx, 0, 0, 0, positions, N, &n));
+    REQUIRE(n == cells);
+    for (uint32_t i = 0; i < n; ++i) {
+        REQUIRE(positions[i] == (int32_t) i);
+    }
+    REQUIRE_OK(g, gvote_expand(g, ctx, 0, 0, NULL));
 }
 
 static void what_is_known_is_saved(gvote_t * g, struct llama_context * ctx) {
@@ -132,7 +147,9 @@ int main(int argc, char ** argv) {
     a_compression_frees_cells_and_keeps_outputs(g, ctx, &plan);
     REQUIRE(strstr(line, "keeps") != NULL);
     decoding_goes_on(g, ctx);
-    a_sequence_is_truncated_where_that_is_right(g, ctx);
+    what_is_known_is_saved(g, ctx);
+    a_sequence_is_truncated_anywhere(g, ctx);
+    what_was_dropped_comes_back(g, ctx);
     what_is_known_is_saved(g, ctx);
 
     REQUIRE_OK(g, gvote_cancel(g));

@@ -64,7 +64,10 @@ int main(int argc, char ** argv) {
         REQUIRE(g.make_room(ctx, 0, 1).cells_after == report.cells_after); // there is room
         REQUIRE(status_of([&] { g.make_room(ctx, 0, UINT32_MAX, tokens, N); }) == GVOTE_ERROR_NO_CELLS);
         REQUIRE(g.positions(ctx, 0, llama_model_n_layer(model) - 1, 0).size() == report.cells_after);
-        REQUIRE(g.exact_from(ctx, 0) == N - 64);
+        REQUIRE(g.exact_from(ctx, 0) == 0);
+        REQUIRE(report.bytes_aside > 0);
+        REQUIRE(g.expand(ctx, 0, 0) == static_cast<uint32_t>(N));
+        REQUIRE(g.compress(ctx, 0).cells_after <= static_cast<uint32_t>(N));
         g.protect(ctx, 0, 0, 20);
         g.protect(ctx, 0, 10, -1, false);
         REQUIRE(status_of([&] { g.protect(ctx, 0, 0, N + 1); }) == GVOTE_ERROR_NOT_SEEN);

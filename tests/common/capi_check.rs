@@ -36,6 +36,8 @@ struct Params {
     head_mix: f32,
     p_nuc: f32,
     seed: u64,
+    recall: u32,
+    reserved: u32,
 }
 
 #[repr(C)]

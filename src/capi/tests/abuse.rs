@@ -45,6 +45,8 @@ fn every_function_takes_null_for_an_answer() {
             gvote_make_room(no_g, ctx, 0, 1, ptr::null(), 0, ptr::null_mut()),
             gvote_make_room(g, no_ctx, 0, 1, ptr::null(), 0, ptr::null_mut()),
             gvote_make_room(g, ctx, 0, 1, ptr::null(), 1, ptr::null_mut()),
+            gvote_expand(no_g, ctx, 0, 0, ptr::null_mut()),
+            gvote_expand(g, no_ctx, 0, 0, ptr::null_mut()),
             gvote_seq_cells(no_g, ctx, 0, ptr::null_mut()),
             gvote_seq_cells(g, no_ctx, 0, ptr::null_mut()),
             gvote_seq_cells(g, ctx, 0, ptr::null_mut()),
@@ -77,6 +79,7 @@ fn every_function_takes_null_for_an_answer() {
         assert_eq!(gvote_set_params(g, ptr::null()), GVOTE_OK);
         assert_eq!(gvote_seq_positions(g, ctx, 0, 0, 0, ptr::null_mut(), 0, ptr::null_mut()), GVOTE_OK);
         assert_eq!(gvote_plan(g, ctx, 0, ptr::null_mut()), GVOTE_OK);
+        assert_eq!(gvote_expand(g, ctx, 0, 0, ptr::null_mut()), GVOTE_OK);
         assert_eq!(gvote_make_room(g, ctx, 0, 500, ptr::null(), 0, ptr::null_mut()), GVOTE_OK);
         let unnamed = gvote_new(ptr::null(), ptr::null_mut());
         assert!(!unnamed.is_null());

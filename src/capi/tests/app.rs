@@ -172,6 +172,25 @@ impl Handle {
         (status, out)
     }
 
+    /// The cells afterwards.
+    pub fn expand(&self, app: &App, seq: SeqId, needed: usize) -> (gvote_status, u32) {
+        let mut n = 0;
+        // SAFETY: both live.
+        (unsafe { gvote_expand(self.0, app.ctx, seq, needed as u32, &raw mut n) }, n)
+    }
+
+    pub fn exact_from(&self, app: &App, seq: SeqId) -> Pos {
+        let mut pos = -1;
+        // SAFETY: both live.
+        assert_eq!(unsafe { gvote_seq_exact_from(self.0, app.ctx, seq, &raw mut pos) }, GVOTE_OK, "{}", self.error());
+        pos
+    }
+
+    pub fn truncate(&self, app: &App, seq: SeqId, pos: Pos) -> gvote_status {
+        // SAFETY: both live.
+        unsafe { gvote_seq_truncate(self.0, app.ctx, seq, pos) }
+    }
+
     pub fn plan(&self, app: &App, seq: SeqId) -> (gvote_status, gvote_report) {
         let mut out = report();
         // SAFETY: both live.

@@ -5,7 +5,7 @@ use crate::sys;
 const N: usize = 300;
 
 fn capped() -> gvote_params {
-    gvote_params { max_cells: 150, ..defaults() }
+    gvote_params { max_cells: 150, recall: GVOTE_RECALL_OFF, ..defaults() }
 }
 
 /// An app with a prompt, and a handle that heard it.

@@ -43,7 +43,7 @@ unsafe fn of_a_handle(g: *mut gvote_t) -> [Answer; 7] {
 }
 
 /// Functions that name a sequence.
-unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) -> [Answer; 10] {
+unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) -> [Answer; 11] {
     let mut report = report();
     let (mut number, mut pos, mut size) = (0, 0, 0);
     let mut data = vec![0_u8; ROOM];
@@ -58,6 +58,7 @@ unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) ->
             ("gvote_state_get", gvote_state_get(g, ctx, seq, bytes, ROOM, &raw mut size)),
             ("gvote_plan", gvote_plan(g, ctx, seq, &raw mut report)),
             ("gvote_compress", gvote_compress(g, ctx, seq, &raw mut report)),
+            ("gvote_expand", gvote_expand(g, ctx, seq, 0, &raw mut number)),
             ("gvote_seq_protect", gvote_seq_protect(g, ctx, seq, 0, 10, true)),
             ("gvote_seq_truncate", gvote_seq_truncate(g, ctx, seq, N as i32)),
             ("gvote_state_set", gvote_state_set(g, ctx, seq, bytes, size)),

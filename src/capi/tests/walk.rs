@@ -29,6 +29,7 @@ enum Step {
     /// One more token for all that have some, in one batch.
     Together,
     Compress(usize),
+    Expand(usize),
     Plan(usize),
     /// So many tokens from a place on, or no longer.
     Protect(usize, usize, Pos, bool),
@@ -55,6 +56,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (seq(), 1..8usize).prop_map(|(seq, n)| Answer(seq, n)),
         2 => Just(Together),
         6 => seq().prop_map(Compress),
+        3 => seq().prop_map(Expand),
         1 => seq().prop_map(Plan),
         2 => (seq(), share(), 1..8, any::<bool>()).prop_map(|(seq, at, n, stays)| Protect(seq, at, n, stays)),
         3 => (seq(), share()).prop_map(|(seq, to)| Truncate(seq, to)),
@@ -97,13 +99,14 @@ struct Walk {
     app: App,
     handle: Handle,
     unified: bool,
+    recall: gvote_recall,
     expected: Vec<Expected>,
     /// Names of cells, and kinds of words.
     drawn: usize,
 }
 
 impl Walk {
-    fn new(unified: bool, flash: bool, evict: gvote_evict) -> Self {
+    fn new(unified: bool, flash: bool, evict: gvote_evict, recall: gvote_recall) -> Self {
         let app = App::new(&tiny("llama"), &Shape { n_ctx: N_CTX, n_seq_max: N_SEQ as u32, unified, flash });
         let params = gvote_params {
             target_kl: 0.0,
@@ -114,10 +117,18 @@ impl Walk {
             samples: 8,
             draft: 8,
             evict,
+            recall,
             ..defaults()
         };
         let handle = Handle::with(&app, &params);
-        Self { app, handle, unified, expected: vec![Expected { known: true, ..Expected::default() }; N_SEQ], drawn: 0 }
+        Self {
+            app,
+            handle,
+            unified,
+            recall,
+            expected: vec![Expected { known: true, ..Expected::default() }; N_SEQ],
+            drawn: 0,
+        }
     }
 
     fn draw(&mut self, n: usize) -> Vec<Token> {
@@ -233,6 +244,34 @@ impl Walk {
                     }
                 }
             }
+            Expand(seq) => {
+                let (is_shared, before) = (self.is_shared(seq), self.expected[seq].clone());
+                let (n, free) = (before.cells.len(), cache::cells_free(&self.context(), seq as SeqId));
+                // it shall not take the cells of the others
+                let needed = free.saturating_sub(RECENT as usize).saturating_sub(MOST.saturating_sub(n));
+                let mut after = 0;
+                let status = self.alone(seq, |walk| {
+                    let (status, cells) = walk.handle.expand(&walk.app, seq as SeqId, needed);
+                    after = cells as usize;
+                    status
+                });
+                let room = free.saturating_sub(RECENT as usize).saturating_sub(needed);
+                let aside = if self.recall == GVOTE_RECALL_AUTO { before.n_past as usize - n } else { 0 };
+                let comes = aside.min(room);
+                if before.n_past == 0 {
+                    assert_eq!(status, GVOTE_ERROR_NOT_SEEN);
+                } else if !before.known {
+                    let refusals = [GVOTE_ERROR_NOT_SEEN, GVOTE_ERROR_CHANGED];
+                    assert!(refusals.contains(&status), "{status}: {}", self.handle.error());
+                } else if is_shared && comes > 0 {
+                    assert_eq!(status, GVOTE_ERROR_SHARED, "{}", self.handle.error());
+                } else {
+                    assert_eq!((status, after), (GVOTE_OK, n + comes), "{}", self.handle.error());
+                    if comes > 0 {
+                        self.come_back(seq);
+                    }
+                }
+            }
             Plan(seq) => {
                 let mut plan = GVOTE_OK;
                 self.alone(seq, |walk| {
@@ -268,10 +307,16 @@ impl Walk {
                     // SAFETY: both live.
                     unsafe { gvote_seq_truncate(walk.handle.0, walk.app.ctx, seq as SeqId, pos) }
                 });
-                let fits = pos == 0 || (before.known && pos >= before.exact_from);
+                let inside = pos > 0 && pos < before.exact_from;
+                let comes_back = self.recall == GVOTE_RECALL_AUTO && !self.is_shared(seq);
+                let fits = pos == 0 || (before.known && (!inside || comes_back));
                 assert_eq!(status == GVOTE_OK, fits, "{status} at {pos} of {}", before.n_past);
                 if status == GVOTE_OK {
                     self.cut(seq, pos);
+                    if inside {
+                        assert_eq!(self.cells(seq).len(), before.cells.len().min(pos as usize));
+                        self.come_back(seq);
+                    }
                 }
             }
             Remove(seq, to) => {
@@ -360,6 +405,28 @@ impl Walk {
         let cells = self.cells(seq);
         let expected = &mut self.expected[seq];
         expected.exact_from = expected.exact_from.max(expected.n_past - RECENT as Pos);
+        self.rename(seq, cells);
+    }
+
+    /// After rows have come back: other cells, and the first place from which on no head lacks a token.
+    fn come_back(&mut self, seq: usize) {
+        let missing = |positions: Vec<Pos>| {
+            let n_past = self.expected[seq].n_past;
+            (0..n_past).rev().find(|pos| positions.binary_search(pos).is_err()).map_or(0, |pos| pos + 1)
+        };
+        let layout = Layout::of(&self.context(), seq as SeqId).unwrap();
+        let heads = layout.n_head_kv().enumerate().flat_map(|(il, n)| (0..n as u32).map(move |head| (il as i32, head)));
+        let positions = heads.map(|(il, head)| self.handle.positions(&self.app, seq as SeqId, il, head));
+        let exact_from = positions.map(missing).max().unwrap_or(0);
+        let cells = self.cells(seq);
+        let expected = &mut self.expected[seq];
+        expected.exact_from = exact_from;
+        self.rename(seq, cells);
+    }
+
+    /// These are its cells now, and where it can be cut the position before must be there.
+    fn rename(&mut self, seq: usize, cells: Vec<cache::Cell>) {
+        let expected = &mut self.expected[seq];
         if expected.exact_from > 0 && !cells.iter().any(|cell| cell.pos == expected.exact_from - 1) {
             expected.exact_from += 1;
         }
@@ -425,7 +492,8 @@ impl Walk {
                 let key = row(&layout, il, false, kv, cell);
                 match keys.get(&(head, pos)) {
                     Some(expected) => {
-                        assert!(held.contains(&pos), "{pos} was dropped and is back");
+                        let comes_back = self.recall == GVOTE_RECALL_AUTO;
+                        assert!(comes_back || held.contains(&pos), "{pos} was dropped and is back");
                         assert!(*expected == key, "sequence {seq}, head {head}: this is not what came in at {pos}");
                     }
                     None => drop(keys.insert((head, pos), key)),
@@ -444,9 +512,10 @@ proptest! {
         unified in any::<bool>(),
         flash in any::<bool>(),
         evict in prop::sample::select(vec![GVOTE_EVICT_COMPOSITE, GVOTE_EVICT_CELLS]),
+        recall in prop::sample::select(vec![GVOTE_RECALL_AUTO, GVOTE_RECALL_OFF]),
         steps in vec(step(), 1..30),
     ) {
-        let mut walk = Walk::new(unified, flash, evict);
+        let mut walk = Walk::new(unified, flash, evict, recall);
         for step in &steps {
             walk.take(step);
             walk.check();

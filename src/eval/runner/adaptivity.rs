@@ -141,7 +141,7 @@ impl Runner {
             }
             let params = Params { ratio: Some(cells as f32 / n as f32), ..ranking.params.clone() };
             let account_error = ranking.account_error;
-            let config = Config { name: String::new(), params, account_error, ctx_size: None };
+            let config = Config { name: String::new(), params, account_error, ..Config::full() };
             let kl = self.drift(reference, &config, &mut run.clone())?.0.mean_kl();
             ranking.curve.insert(cells, kl);
             Ok(kl)

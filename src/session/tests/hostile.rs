@@ -117,11 +117,11 @@ fn fields(session: &mut Session, bytes: &[u8]) -> Vec<Field> {
             fields.captured(&format!("mark {i}"), session);
         }
     }
-    let n_aside = fields.number("rows set aside", 8) as usize;
-    if n_aside > 0 {
+    for batch in 0..fields.number("batches set aside", 8) {
+        let n = fields.number(&format!("rows of batch {batch} that are set aside"), 8) as usize;
         for (head, bytes) in Layout::of(&session.ctx, SEQ).unwrap().row_bytes().enumerate() {
-            fields.several(&format!("positions of head {head} that are set aside"), n_aside, 4);
-            fields.at += n_aside * bytes;
+            fields.several(&format!("positions of head {head} in batch {batch} that are set aside"), n, 4);
+            fields.at += n * bytes;
         }
     }
     // what cannot be cut is a recurrent state, a window cache, or all there is

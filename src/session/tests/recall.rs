@@ -4,7 +4,7 @@ use super::*;
 use crate::archive::PRETEND_FULL;
 use crate::compact::CompactError;
 use crate::policy::Evict;
-use crate::tests::fixture::{F16, F16_FLASH, Q4_0, Q8_0, on_device};
+use crate::tests::fixture::{F16, F16_FLASH, Q4_0, Q8_0, greedy, on_device};
 
 const N: usize = 250;
 
@@ -308,4 +308,40 @@ fn a_file_of_the_version_before_is_read() {
         assert!(loaded.save() == session.save() && loaded.recall() == recall);
         assert!(loaded.exact_from() > 0 && loaded.rows_aside() == 0);
     }
+}
+
+/// The positions that each head holds.
+fn held(session: &Session) -> Vec<Vec<Pos>> {
+    let cells = cache::cells(&session.ctx, SEQ);
+    let heads: usize = session.layout().unwrap().n_head_kv().sum();
+    (0..heads).map(|head| session.sequence.positions(&cells, head)).collect()
+}
+
+/// Of 1,200 tokens in 320 cells: rows that were set aside long since compete with those that are there.
+#[test]
+fn where_not_all_have_room_the_choice_for_a_new_question_is_made_among_all() {
+    const OLD: Pos = 300;
+    let model = fixture::model();
+    let text = fixture::tokens(&model, 1200);
+    let question = model.tokenize("\nQuestion: What is this text about?\nAnswer:", false, false).unwrap();
+    let long = |session: &mut Session, tokens: &[Token]| {
+        session.prefill_long(tokens, |_, _| ControlFlow::Continue(())).unwrap()
+    };
+    let mut session = session(F16, N_CTX, 128, Params::default());
+    session.set_recall(Recall::Auto);
+    long(&mut session, &text);
+    let before = held(&session);
+    let report = long(&mut session, &question);
+    // a vote for each quarter of the cells that is set aside
+    assert!(report.squeezes.count >= 10, "{report:?}");
+    let n = text.len() + question.len();
+    assert!(session.cells_used() <= N_CTX);
+    assert_eq!((session.rows_aside() + session.cells_used(), session.exact_from()), (n, 0));
+    let came_back = before
+        .iter()
+        .zip(held(&session))
+        .map(|(before, now)| now.into_iter().filter(|pos| *pos < OLD && before.binary_search(pos).is_err()).count());
+    let came_back = came_back.sum::<usize>();
+    assert!(came_back > before.len(), "{came_back} of {} heads", before.len());
+    assert_eq!(greedy(&mut session, 4).0.len(), 4);
 }
