@@ -120,6 +120,11 @@ uint32_t gvote_shim_cells_free(llama_context * ctx, llama_seq_id seq) {
     return cells.size() - cells.get_used();
 }
 
+uint32_t gvote_shim_cells_end(llama_context * ctx, llama_seq_id seq) {
+    const llama_kv_cache * kv = base_cache(ctx);
+    return kv == nullptr || !has_sequence(*kv, seq) ? 0 : kv->get_cells(seq).used_max_p1();
+}
+
 uint32_t gvote_shim_free_cells(llama_context * ctx, llama_seq_id seq, uint32_t * out, uint32_t n_max) {
     const llama_kv_cache * kv = base_cache(ctx);
     if (kv == nullptr || !has_sequence(*kv, seq)) {

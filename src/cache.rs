@@ -164,6 +164,12 @@ pub fn cells_free(ctx: &Context, seq: SeqId) -> usize {
     unsafe { sys::gvote_shim_cells_free(ctx.as_ptr(), seq) as usize }
 }
 
+/// The cell behind the last one that any sequence uses in the stream of `seq`; 0 where there is no attention cache, or no such sequence.
+pub(crate) fn cells_end(ctx: &Context, seq: SeqId) -> usize {
+    // SAFETY: valid context; the shim checks the rest.
+    unsafe { sys::gvote_shim_cells_end(ctx.as_ptr(), seq) as usize }
+}
+
 /// The first `n` of those cells, or all of them.
 pub(crate) fn free_cells(ctx: &Context, seq: SeqId, n: usize) -> Vec<u32> {
     let mut free = vec![0; n.min(cells_free(ctx, seq))];

@@ -22,6 +22,7 @@ mod aside;
 mod device;
 mod host;
 mod mask;
+mod pages;
 
 use std::borrow::Cow;
 use std::fmt::Display;
@@ -33,6 +34,7 @@ use std::sync::Mutex;
 pub(crate) use self::arrange::{Arranged, Held, arrange};
 pub(crate) use self::aside::Aside;
 use self::device::Mover;
+pub(crate) use self::pages::give_back;
 use crate::archive::OutOfMemory;
 use crate::backend::{ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{self, CacheError, Cell, Layout};

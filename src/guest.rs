@@ -14,13 +14,14 @@ use std::ops::{ControlFlow, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use self::known::Known;
 use crate::archive::{Archive, Bring, ReadError, Recall};
 use crate::cache::{self, Cell, Layout};
 use crate::capture::CaptureError;
 use crate::capture::node::Node;
-use crate::compact::CompactError;
+use crate::compact::{self, CompactError};
 use crate::llama::{Context, LlamaError, Pos, SeqId, Token, Visit};
 use crate::policy::{self, Kind, PolicyError};
 use crate::sys;
@@ -285,8 +286,13 @@ impl Guest {
             Ok((report, left))
         };
         let done: Result<_, VoteError> = done();
-        let (report, left) = done.inspect_err(|_| voter.capture.set_back(seq, captured))?;
-        left.iter().for_each(|cells| known.bind(cells));
+        let (mut report, left) = done.inspect_err(|_| voter.capture.set_back(seq, captured))?;
+        if let Some(cells) = left {
+            known.bind(&cells);
+            let clock = Instant::now();
+            compact::give_back(&mut visit, seq);
+            report.compact_time += clock.elapsed();
+        }
         Ok(report)
     }
 

@@ -4,10 +4,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Error, Result, bail};
-use gvote::Session;
+use gvote::compact::CompactError;
 use gvote::llama::{ChatTemplate, Message, Pos, Role, Sampler, SamplerParams, Token};
 use gvote::policy::Kind;
 use gvote::session::{CompressReport, PrefillReport};
+use gvote::vote::VoteError;
+use gvote::{Session, SessionError};
 use serde::{Deserialize, Serialize};
 
 use super::crash::{self, Step};
@@ -271,7 +273,7 @@ impl Conversation {
         }
         let prefill = steps.prefill_long(&mut self.session, &tokens)?;
         self.state.rendered = text.text().to_owned();
-        let vote = self.vote_is_due().then(|| steps.compress(&mut self.session)).transpose()?;
+        let vote = if self.vote_is_due() { self.vote(steps)? } else { None };
         if let Some(vote) = &vote
             && !self.session.policy().leaves_alone(vote.cells_before)
         {
@@ -279,6 +281,17 @@ impl Conversation {
         }
         self.state.turn = Some(Turn { start, answer: self.place() });
         Ok((prefill, vote))
+    }
+
+    /// A vote. Where there is no memory to set aside what it would drop, the answer is written with all that is there.
+    fn vote(&mut self, steps: &Steps) -> Result<Option<CompressReport>> {
+        match steps.compress(&mut self.session) {
+            Err(error) if lacks_memory_aside(&error) => {
+                note(&format!("{error:#}; nothing was dropped"));
+                Ok(None)
+            }
+            vote => vote.map(Some),
+        }
     }
 
     /// Tells the session where the system message ends in a conversation that begins with `tokens`.
@@ -338,6 +351,11 @@ impl Conversation {
         self.state.turn = None;
         self.state.cells_after_vote = None;
     }
+}
+
+/// Whether a vote failed for want of memory for what leaves the cache.
+fn lacks_memory_aside(error: &Error) -> bool {
+    matches!(error.downcast_ref(), Some(SessionError::Vote(VoteError::Compact(CompactError::Archive { .. }))))
 }
 
 /// One after another, but not llama.cpp's mark for a random one.

@@ -124,6 +124,10 @@ struct Crowd {
 impl Crowd {
     /// One that is large enough for `n` threads. None without OpenMP, or where the system starts no more threads.
     fn gather(n: usize) -> Option<Self> {
+        Self::gather_as(n, "gvote-crowd")
+    }
+
+    fn gather_as(n: usize, name: &str) -> Option<Self> {
         let (end, ended) = mpsc::channel();
         let (tell, told) = mpsc::channel();
         let stand_by = move || {
@@ -132,7 +136,7 @@ impl Crowd {
             // the team stands by until the thread ends that it belongs to
             let _ = ended.recv();
         };
-        let thread = thread::Builder::new().name("gvote-crowd".into()).spawn(stand_by).ok()?;
+        let thread = thread::Builder::new().name(name.into()).spawn(stand_by).ok()?;
         // where there is none, dropping ends the thread
         let crowd = Self { end: Some(end), thread: Some(thread) };
         told.recv().is_ok_and(|gathered| gathered).then_some(crowd)
@@ -381,11 +385,13 @@ mod tests {
 
     #[test]
     fn a_crowd_stands_by_as_long_as_it_is_needed() {
+        // contexts of other tests have theirs
+        const NAME: &str = "crowd-of-a-test";
         let there = || {
             let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));
-            tasks.filter(|name| std::fs::read_to_string(name).is_ok_and(|name| name.trim() == "gvote-crowd")).count()
+            tasks.filter(|name| std::fs::read_to_string(name).is_ok_and(|name| name.trim() == NAME)).count()
         };
-        let crowd = Crowd::gather(1).unwrap();
+        let crowd = Crowd::gather_as(1, NAME).unwrap();
         assert!(there() > available_parallelism().unwrap().get());
         drop(crowd);
         assert_eq!(there(), 0);

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::{SEQ, Session, SessionError};
 use crate::cache;
-use crate::compact::Mask;
+use crate::compact::{self, Mask};
 use crate::policy::{Kept, Kind};
 use crate::vote::{CompressReport, Stage, Vote};
 
@@ -13,7 +13,8 @@ use crate::vote::{CompressReport, Stage, Vote};
 const QUIET: &dyn Fn(Stage) -> ControlFlow<()> = &|_| ControlFlow::Continue(());
 
 impl Session {
-    /// Lets the policy vote and compacts the cache. The next-token logits stay.
+    /// Lets the policy vote and compacts the cache. The next-token logits stay. Where the cache lies in main memory, pages that held
+    /// nothing but freed cells go back to the system (on Linux).
     ///
     /// # Errors
     /// [`SessionError`]; the cache is then as before.
@@ -21,11 +22,13 @@ impl Session {
         self.check_unmasked()?;
         // newest tokens that were not observed yet may be read once more
         let captured = self.captured();
-        let report = self.compress_now();
-        if report.is_err() {
-            self.set_back(captured);
+        let mut report = self.compress_now().inspect_err(|_| self.set_back(captured))?;
+        if report.cells_after < report.cells_before && self.mask.is_none() {
+            let clock = Instant::now();
+            compact::give_back(&mut self.ctx, SEQ);
+            report.compact_time += clock.elapsed();
         }
-        report
+        Ok(report)
     }
 
     fn compress_now(&mut self) -> Result<CompressReport, SessionError> {
