@@ -374,16 +374,20 @@ mod piped {
     }
 
     #[test]
-    fn what_was_compressed_meanwhile_is_read_again_for_an_edit() {
-        let capped = ["--max-cells", "200"];
+    fn what_was_compressed_meanwhile_comes_back_for_an_edit_or_is_read_again() {
         let edit = format!("/edit {}", long_line(400));
-        let done = about_document(&capped, &[&long_line(600), &edit, "/regen"]).ok();
-        assert!(done.stderr.contains("is read again"), "{}", done.stderr);
-        let turns = done.json();
-        let [first, long, edited, again] = &turns[..] else { panic!("{turns:?}") };
-        assert!(number(&edited["prefill"]["tokens"]) > number(&first["prefill"]["tokens"]), "all of it");
-        assert!(number(&edited["cache"]["tokens"]) < number(&long["cache"]["tokens"]), "and nothing else");
-        assert_eq!(again["answer"], edited["answer"]);
+        for recall in ["auto", "off"] {
+            let args = ["--max-cells", "200", "--recall", recall];
+            let done = about_document(&args, &[&long_line(600), &edit, "/regen"]).ok();
+            let is_lost = recall == "off";
+            assert_eq!(done.stderr.contains("is read again"), is_lost, "{}", done.stderr);
+            let turns = done.json();
+            let [first, long, edited, again] = &turns[..] else { panic!("{turns:?}") };
+            let read_all = number(&edited["prefill"]["tokens"]) > number(&first["prefill"]["tokens"]);
+            assert_eq!(read_all, is_lost, "{edited}");
+            assert!(number(&edited["cache"]["tokens"]) < number(&long["cache"]["tokens"]), "and nothing else");
+            assert_eq!(again["answer"], edited["answer"]);
+        }
     }
 
     #[test]
