@@ -257,12 +257,14 @@ fn text(args: &TextArgs) -> Result<()> {
     finish(&bar, &runner, &common.output)
 }
 
+const NO_SAMPLE: &str = "no sample is left: see --tasks, --limit and --offset";
+
 fn tasks(args: &TasksArgs) -> Result<()> {
     let common = &args.common;
     let steps = Steps::new(&common.output)?;
     let samples = args.suites.samples(common.seeds[0], args.offset, args.limit)?;
     if samples.numbered.is_empty() {
-        return Err(Exit::Usage("no sample is left: see --tasks, --limit and --offset".into()).into());
+        return Err(Exit::Usage(NO_SAMPLE.into()).into());
     }
     steps.interrupt.begin();
     common.context.set_priority()?;
@@ -290,10 +292,13 @@ fn turns(args: &TurnsArgs) -> Result<()> {
     let TurnsArgs { tasks: TasksArgs { common, suites, limit, offset }, questions } = args;
     let steps = Steps::new(&common.output)?;
     let samples = suites.samples(common.seeds[0], *offset, *limit)?;
+    if samples.numbered.is_empty() {
+        return Err(Exit::Usage(NO_SAMPLE.into()).into());
+    }
     let talk = |(_, sample): &(usize, Sample)| turns::talk(sample, *questions, common.seeds[0], suites.blind);
     let talks: Vec<Talk> = samples.numbered.iter().filter_map(talk).collect();
     if talks.is_empty() {
-        let why = format!("no sample has the needles of {questions} keys, of which each is asked for by itself");
+        let why = format!("--questions {questions}: no sample has the needles of so many keys, one for each question");
         return Err(Exit::Usage(why).into());
     }
     if talks.len() < samples.numbered.len() {
