@@ -37,8 +37,8 @@
  *              a smaller struct, goes on working; a size that this library does not know is GVOTE_ERROR_SIZE. Enumerations
  *              may get more values.
  *
- * A vote is a bet on what will be asked. So what it takes out of the cache is set aside in memory, as many bytes as the freed cells
- * held, and gvote_expand() brings it back before the next question is decoded:
+ * A vote is a bet on what will be asked. So what it takes out of the cache is set aside in memory, as many bytes as the freed
+ * cells held, and gvote_expand() brings it back before the next question is decoded:
  *
  *     gvote_expand(g, ctx, 0, n_tokens, NULL);        // n_tokens: of the question
  *     ...                                             // llama_decode(ctx, question)
@@ -285,8 +285,8 @@ GVOTE_API void gvote_free(gvote_t * g);
  * failure of gvote_new(), or of a call with a NULL or wrong handle, in this thread. Never NULL. */
 GVOTE_API const char * gvote_last_error(const gvote_t * g);
 
-/* Changes the settings of later votes. `window`, `sinks` and `recall` are fixed while the handle is attached. `params` may be NULL: the
- * defaults. Errors: GVOTE_ERROR_SIZE, GVOTE_ERROR_PARAMS. */
+/* Changes the settings of later votes. `window`, `sinks` and `recall` are fixed while the handle is attached. `params` may be
+ * NULL: the defaults. Errors: GVOTE_ERROR_SIZE, GVOTE_ERROR_PARAMS. */
 GVOTE_API gvote_status gvote_set_params(gvote_t * g, const gvote_params * params);
 
 /* The settings in force, as far as the `size` that the caller sets in `params` reaches. Errors: GVOTE_ERROR_SIZE. */
@@ -374,10 +374,10 @@ GVOTE_API gvote_status gvote_make_room(
         size_t                 n_ahead,
         gvote_report         * report);
 
-/* Brings back what votes took out of the cache of a sequence: all of it where `needed` cells (those of the tokens that are decoded
- * next) stay free beside it, and those that a later vote needs; else the newest of each head. Every key and value is, bit by bit,
- * what it was. Call it before a new question is decoded, which then sees everything. The cells that the sequence has afterwards are
- * written to `n_cells` (may be NULL). With GVOTE_RECALL_OFF, and where nothing is set aside, nothing happens.
+/* Brings back what votes took out of the cache of a sequence: all of it where `needed` cells (those of the tokens that are
+ * decoded next) stay free beside it, and those that a later vote needs; else the newest of each head. Every key and value is, bit
+ * by bit, what it was. Call it before a new question is decoded, which then sees everything. The cells that the sequence has
+ * afterwards are written to `n_cells` (may be NULL). With GVOTE_RECALL_OFF, and where nothing is set aside, nothing happens.
  * Errors: GVOTE_ERROR_SHARED where cells are shared with another sequence, GVOTE_ERROR_MEMORY, and as gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_expand(
         gvote_t * g, struct llama_context * ctx, int32_t seq, uint32_t needed, uint32_t * n_cells);
@@ -428,14 +428,15 @@ GVOTE_API gvote_status gvote_seq_truncate(gvote_t * g, struct llama_context * ct
 /* Bytes that gvote_state_get() writes for a sequence now. Errors as gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_state_size(gvote_t * g, struct llama_context * ctx, int32_t seq, size_t * size);
 
-/* Writes what is known of a sequence, and what is set aside of it, to a buffer of `size` bytes, and their number to `written` (may be
- * NULL). Save it beside llama_state_seq_get_data(). Errors: GVOTE_ERROR_SIZE where the buffer is too small, and as gvote_seq_cells(). */
+/* Writes what is known of a sequence, and what is set aside of it, to a buffer of `size` bytes, and their number to `written`
+ * (may be NULL). Save it beside llama_state_seq_get_data(). Errors: GVOTE_ERROR_SIZE where the buffer is too small, and as
+ * gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_state_get(
         gvote_t * g, struct llama_context * ctx, int32_t seq, void * data, size_t size, size_t * written);
 
 /* Takes over what gvote_state_get() wrote, after llama_state_seq_set_data() has loaded the sequence that it belongs to; the id
- * of the sequence may be another one. The bytes are checked; what is wrong is refused, and so are bytes that hold what was set aside
- * where the handle has GVOTE_RECALL_OFF.
+ * of the sequence may be another one. The bytes are checked; what is wrong is refused, and so are bytes that hold what was set
+ * aside where the handle has GVOTE_RECALL_OFF.
  * Errors: GVOTE_ERROR_STATE, GVOTE_ERROR_SIZE where no buffer has so many bytes, GVOTE_ERROR_NOT_ATTACHED,
  * GVOTE_ERROR_NO_SEQUENCE. */
 GVOTE_API gvote_status gvote_state_set(

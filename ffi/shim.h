@@ -68,7 +68,8 @@ uint32_t gvote_shim_cells_free(struct llama_context * ctx, llama_seq_id seq);
 // The first of those cells, ascending. Returns how many it wrote: at most `n_max`.
 uint32_t gvote_shim_free_cells(struct llama_context * ctx, llama_seq_id seq, uint32_t * out, uint32_t n_max);
 
-// The cell behind the last one of the sequence's stream that any sequence uses; 0 where there is no attention cache, or no such sequence.
+// The cell behind the last one of the sequence's stream that any sequence uses; 0 where there is no attention cache, or no such
+// sequence.
 uint32_t gvote_shim_cells_end(struct llama_context * ctx, llama_seq_id seq);
 
 // The first position at which a sequence can be cut off, as far as a window cache or recurrent layers go: whoever is decoded

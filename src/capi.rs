@@ -310,12 +310,11 @@ pub unsafe extern "C" fn gvote_state_get(
     written: *mut usize,
 ) -> gvote_status {
     call(g, |core| {
-        let ctx = ptr::context(ctx)?;
-        let bytes = core.guest.saved_bytes(ctx, seq)?;
-        if bytes > size {
-            return Err(Failure::new(GVOTE_ERROR_SIZE, format!("the state has {bytes} bytes, the buffer {size}")));
+        let state = core.guest.save(ptr::context(ctx)?, seq)?;
+        if state.len() > size {
+            let text = format!("the state has {} bytes, the buffer {size}", state.len());
+            return Err(Failure::new(GVOTE_ERROR_SIZE, text));
         }
-        let state = core.guest.save(ctx, seq)?;
         ptr::copy_to(&state, data.cast())?;
         ptr::put(written, state.len());
         Ok(())

@@ -6,7 +6,9 @@
 //! every call: where they go on, or another tail follows, that is taken over; what an app did behind our back otherwise
 //! (`llama_memory_seq_add`, a hole, a loaded state) is refused.
 
+mod expand;
 mod known;
+mod saved;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -17,15 +19,15 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use self::known::Known;
-use crate::archive::{Archive, Bring, ReadError, Recall};
-use crate::cache::{self, Cell, Layout};
+use crate::archive::{Bring, Recall};
+use crate::cache::{self, Cell};
 use crate::capture::CaptureError;
 use crate::capture::node::Node;
 use crate::compact::{self, CompactError};
-use crate::llama::{Context, LlamaError, Pos, SeqId, Token, Visit};
+use crate::llama::{Context, Pos, SeqId, Token, Visit};
 use crate::policy::{self, Kind, PolicyError};
 use crate::sys;
-use crate::vote::{CompressReport, Saved, Sequence, Stage, Vote, VoteError, Voter, room};
+use crate::vote::{CompressReport, Sequence, Stage, Vote, VoteError, Voter, room};
 
 /// What can go wrong for a guest. The context is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -355,37 +357,6 @@ impl Guest {
         Ok(report)
     }
 
-    /// Brings back what votes took out of the cache of a sequence, as far as `needed` cells stay free beside those that a later vote
-    /// needs: all of it where there are so many, else the newest rows of each head. The cells that it has then.
-    ///
-    /// # Errors
-    /// [`CompactError`] and those of [`Self::sequence`]; the context is then as before.
-    pub fn expand(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, needed: usize) -> Result<usize, GuestError> {
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
-        let (n, n_past) = {
-            let Home { ctx, voter, known, .. } = home;
-            let cells = cache::cells(ctx, seq);
-            let known = Known::up_to_date(known, voter, seq, &cells)?;
-            let free = cache::cells_free(ctx, seq).saturating_sub(Voter::spare_cells(&voter.policy));
-            let n = cells.len() + known.sequence.n_aside().min(free.saturating_sub(needed));
-            if n == cells.len() {
-                return Ok(n);
-            }
-            (n, known.sequence.n_past())
-        };
-        home.arrange(seq, n_past, Bring::Newest(n))?;
-        Ok(n)
-    }
-
-    /// Bytes of memory that rows of a sequence take which left the cache and can come back.
-    ///
-    /// # Errors
-    /// Those of [`Self::sequence`].
-    pub fn bytes_aside(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
-        Ok(self.sequence(ctx, seq)?.1.archive.as_ref().map_or(0, Archive::bytes))
-    }
-
     /// The cells of a sequence, and what is known of it.
     ///
     /// # Errors
@@ -485,63 +456,6 @@ impl Guest {
             Err(error) => Err(error),
         }
     }
-
-    /// What is known of a sequence, as bytes.
-    ///
-    /// # Errors
-    /// Those of [`Self::sequence`].
-    pub fn save(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Vec<u8>, GuestError> {
-        let (cells, sequence) = self.sequence(ctx, seq)?;
-        let sequence = sequence.clone();
-        let mut bytes = sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells);
-        if let Some(archive) = &sequence.archive {
-            bytes.try_reserve_exact(archive.written()).map_err(|_| LlamaError::Memory)?;
-            archive.write(&mut bytes).expect("a vector takes all");
-        }
-        Ok(bytes)
-    }
-
-    /// How many bytes [`Self::save`] gives.
-    ///
-    /// # Errors
-    /// Those of [`Self::sequence`].
-    pub fn saved_bytes(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
-        let (cells, sequence) = self.sequence(ctx, seq)?;
-        let sequence = sequence.clone();
-        let aside = sequence.archive.as_ref().map_or(0, Archive::written);
-        Ok(sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells).len() + aside)
-    }
-
-    /// Takes over what [`Self::save`] wrote, for a sequence whose cells llama.cpp has loaded already.
-    ///
-    /// # Errors
-    /// [`VoteError::Saved`] where the bytes are cut off, or not those of these cells, or hold rows for a guest that sets none aside;
-    /// what is known is then as before.
-    pub fn load(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, data: &[u8]) -> Result<(), GuestError> {
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
-        let Home { ctx, voter, known, .. } = home;
-        let layout = Layout::of(ctx, seq)?;
-        let (saved, mut rest) = Saved::read(data, ctx.model(), &layout, &voter.capture)?;
-        let cells = cache::cells(ctx, seq);
-        if !saved.fits(&cells) {
-            return Err(VoteError::Saved("the cells of the sequence are others: load llama.cpp's state first").into());
-        }
-        let mut archive = voter.sequence(seq).archive;
-        if !rest.is_empty() {
-            let Some(empty) = &archive else {
-                return Err(VoteError::Saved("a part of it is set aside, and this handle sets nothing aside").into());
-            };
-            archive = Some(saved.read_archive(empty, &mut rest).map_err(VoteError::from)?);
-            if !rest.is_empty() {
-                return Err(VoteError::from(ReadError::Nonsense).into());
-            }
-        }
-        let mut sequence = saved.restore(seq, &mut voter.capture);
-        sequence.archive = archive;
-        known.insert(seq, Known::of(sequence, &cells));
-        Ok(())
-    }
 }
 
 impl Home {
@@ -558,21 +472,6 @@ impl Home {
             Some(error) => Err(GuestError::Deaf(error.to_string())),
             None => Ok(()),
         }
-    }
-
-    /// Lets the cells of a sequence, which was seen to be as it should be, hold other rows: see [`Sequence::arrange`].
-    fn arrange(&mut self, seq: SeqId, end: Pos, bring: Bring) -> Result<(), GuestError> {
-        let Self { ctx, voter, known, .. } = self;
-        let mut visit = Visit::new(ctx)?;
-        // SAFETY: valid context, and our callbacks are in it.
-        unsafe { sys::gvote_shim_update(visit.as_ptr()) };
-        let cells = cache::cells(&visit, seq);
-        let known = Known::up_to_date(known, voter, seq, &cells)?;
-        let arranged = known.sequence.arrange(&mut visit, &cells, end, bring, voter.devices());
-        voter.release();
-        arranged?;
-        known.bind(&cache::cells(&visit, seq));
-        Ok(())
     }
 
     /// The first head of a layer of the model, counted over the layers of the cache.

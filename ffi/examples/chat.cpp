@@ -1,4 +1,4 @@
-// A chat: each line of the input is a turn. Everything comes back before it is read, and before its answer the cache is voted on, for
+// A chat: each line of the input is a turn. Before it is read, everything comes back; before its answer the cache is voted on, for
 // this question.
 //
 //     find_package(gvote REQUIRED)

@@ -149,6 +149,8 @@ struct TasksArgs {
 }
 
 /// Scores of answers to several questions in one chat about one document: the needles of RULER's keys, or those that need no data
+///
+/// The first question comes with the document. With --blind the document comes alone, to be answered with OK, and all questions after it.
 #[derive(Args)]
 struct TurnsArgs {
     #[command(flatten)]
@@ -273,9 +275,23 @@ fn tasks(args: &TasksArgs) -> Result<()> {
     let configs = common.configs(&[Kind::Full.name(), "balanced"])?;
     let mut runner = common.runner(&steps, &model, configs, n_ctx, args.suites.raw)?;
     let bar = steps.count(samples.numbered.len() as u64, "samples");
+    let measure = |(_, sample): &(usize, Sample)| runner.task(sample, args.suites.blind);
+    let too_long = measure_each(&steps, &bar, &samples.numbered, measure)?;
+    samples.conclude();
+    note_too_long(too_long, n_ctx);
+    finish(&bar, &runner, &common.output)
+}
+
+/// Measures one after another. How many are longer than the context, and were left out.
+fn measure_each<T>(
+    steps: &Steps,
+    bar: &ProgressBar,
+    items: &[T],
+    mut measure: impl FnMut(&T) -> Result<usize, EvalError>,
+) -> Result<usize> {
     let mut too_long = 0;
-    for (_, sample) in &samples.numbered {
-        match runner.task(sample, args.suites.blind) {
+    for item in items {
+        match measure(item) {
             Err(EvalError::Session(SessionError::PromptTooLong { .. })) => too_long += 1,
             result => {
                 steps.unless_cancelled(result)?;
@@ -283,9 +299,7 @@ fn tasks(args: &TasksArgs) -> Result<()> {
         }
         bar.inc(1);
     }
-    samples.conclude();
-    note_too_long(too_long, n_ctx);
-    finish(&bar, &runner, &common.output)
+    Ok(too_long)
 }
 
 fn turns(args: &TurnsArgs) -> Result<()> {
@@ -313,16 +327,7 @@ fn turns(args: &TurnsArgs) -> Result<()> {
     let configs = common.configs(&[Kind::Full.name(), "balanced"])?;
     let mut runner = common.runner(&steps, &model, configs, n_ctx, suites.raw)?;
     let bar = steps.count(talks.len() as u64, "chats");
-    let mut too_long = 0;
-    for talk in &talks {
-        match runner.turns(talk) {
-            Err(EvalError::Session(SessionError::PromptTooLong { .. })) => too_long += 1,
-            result => {
-                steps.unless_cancelled(result)?;
-            }
-        }
-        bar.inc(1);
-    }
+    let too_long = measure_each(&steps, &bar, &talks, |talk| runner.turns(talk))?;
     samples.conclude();
     note_too_long(too_long, n_ctx);
     finish(&bar, &runner, &common.output)

@@ -68,7 +68,7 @@ fn discard(_: &Range<usize>) -> bool {
     false
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
     use crate::compact::compact;

@@ -1,0 +1,64 @@
+//! Rows that left the cache come back: see [`crate::archive`].
+
+use std::ptr::NonNull;
+
+use super::{Guest, GuestError, Home, Known};
+use crate::archive::{Archive, Bring};
+use crate::cache;
+#[cfg(doc)]
+use crate::compact::CompactError;
+use crate::llama::{Pos, SeqId, Visit};
+use crate::sys;
+#[cfg(doc)]
+use crate::vote::Sequence;
+use crate::vote::Voter;
+
+impl Guest {
+    /// Brings back what votes took out of the cache of a sequence, as far as `needed` cells stay free beside those that a later vote
+    /// needs: all of it where there are so many, else the newest rows of each head. The cells that it has then.
+    ///
+    /// # Errors
+    /// [`CompactError`] and those of [`Self::sequence`]; the context is then as before.
+    pub fn expand(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, needed: usize) -> Result<usize, GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let (n, n_past) = {
+            let Home { ctx, voter, known, .. } = home;
+            let cells = cache::cells(ctx, seq);
+            let known = Known::up_to_date(known, voter, seq, &cells)?;
+            let free = cache::cells_free(ctx, seq).saturating_sub(Voter::spare_cells(&voter.policy));
+            let n = cells.len() + known.sequence.n_aside().min(free.saturating_sub(needed));
+            if n == cells.len() {
+                return Ok(n);
+            }
+            (n, known.sequence.n_past())
+        };
+        home.arrange(seq, n_past, Bring::Newest(n))?;
+        Ok(n)
+    }
+
+    /// Bytes of memory that rows of a sequence take which left the cache and can come back.
+    ///
+    /// # Errors
+    /// Those of [`Self::sequence`].
+    pub fn bytes_aside(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
+        Ok(self.sequence(ctx, seq)?.1.archive.as_ref().map_or(0, Archive::bytes))
+    }
+}
+
+impl Home {
+    /// Lets the cells of a sequence, which was seen to be as it should be, hold other rows: see [`Sequence::arrange`].
+    pub(super) fn arrange(&mut self, seq: SeqId, end: Pos, bring: Bring) -> Result<(), GuestError> {
+        let Self { ctx, voter, known, .. } = self;
+        let mut visit = Visit::new(ctx)?;
+        // SAFETY: valid context, and our callbacks are in it.
+        unsafe { sys::gvote_shim_update(visit.as_ptr()) };
+        let cells = cache::cells(&visit, seq);
+        let known = Known::up_to_date(known, voter, seq, &cells)?;
+        let arranged = known.sequence.arrange(&mut visit, &cells, end, bring, voter.devices());
+        voter.release();
+        arranged?;
+        known.bind(&cache::cells(&visit, seq));
+        Ok(())
+    }
+}

@@ -1,0 +1,71 @@
+//! What is known of a sequence, and what is set aside of it, as bytes.
+
+#![forbid(unsafe_code)]
+
+use std::ptr::NonNull;
+
+use super::{Guest, GuestError, Home, Known};
+use crate::archive::{Archive, ReadError};
+use crate::cache::{self, Layout};
+use crate::llama::{LlamaError, SeqId};
+use crate::sys;
+use crate::vote::{Saved, VoteError};
+
+impl Guest {
+    /// What is known of a sequence, as bytes.
+    ///
+    /// # Errors
+    /// Those of [`Self::sequence`].
+    pub fn save(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Vec<u8>, GuestError> {
+        let (cells, sequence) = self.sequence(ctx, seq)?;
+        let sequence = sequence.clone();
+        let mut bytes = sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells);
+        if let Some(archive) = &sequence.archive {
+            bytes.try_reserve_exact(archive.written()).map_err(|_| LlamaError::Memory)?;
+            archive.write(&mut bytes).expect("a vector takes all");
+        }
+        Ok(bytes)
+    }
+
+    /// How many bytes [`Self::save`] gives.
+    ///
+    /// # Errors
+    /// Those of [`Self::sequence`].
+    pub fn saved_bytes(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
+        let (cells, sequence) = self.sequence(ctx, seq)?;
+        let sequence = sequence.clone();
+        let aside = sequence.archive.as_ref().map_or(0, Archive::written);
+        Ok(sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells).len() + aside)
+    }
+
+    /// Takes over what [`Self::save`] wrote, for a sequence whose cells llama.cpp has loaded already.
+    ///
+    /// # Errors
+    /// [`VoteError::Saved`] where the bytes are cut off, or not those of these cells, or hold rows for a guest that sets none aside;
+    /// what is known is then as before.
+    pub fn load(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, data: &[u8]) -> Result<(), GuestError> {
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let Home { ctx, voter, known, .. } = home;
+        let layout = Layout::of(ctx, seq)?;
+        let (saved, mut rest) = Saved::read(data, ctx.model(), &layout, &voter.capture)?;
+        let cells = cache::cells(ctx, seq);
+        if !saved.fits(&cells) {
+            return Err(VoteError::Saved("the cells of the sequence are others: load llama.cpp's state first").into());
+        }
+        let mut archive = voter.sequence(seq).archive;
+        if !rest.is_empty() {
+            let Some(empty) = &archive else {
+                return Err(VoteError::Saved("a part of it is set aside, and this handle sets nothing aside").into());
+            };
+            archive = Some(saved.read_archive(empty, &mut rest).map_err(VoteError::from)?);
+            if !rest.is_empty() {
+                return Err(VoteError::from(ReadError::Nonsense).into());
+            }
+        }
+        let mut sequence = saved.restore(seq, &mut voter.capture);
+        sequence.archive = archive;
+        known.insert(seq, Known::of(sequence, &cells));
+        Ok(())
+    }
+}
