@@ -3,6 +3,7 @@
 //! Not every token is heard, so the cells are what counts. They can be followed because of what a compaction leaves: in every head a
 //! cell holds a position that is no larger than the cell's own, and larger than that of the cell before. Where cells have all the
 //! positions from 0 on, each therefore holds just its own, whatever was done before; and so does each that follows the known ones.
+//! And cells that are those of another sequence, one by one, are a copy of it, and hold what that one's hold.
 
 #![forbid(unsafe_code)]
 
@@ -41,6 +42,11 @@ fn is_whole(cells: &[Cell]) -> bool {
     cells.iter().zip(0..).all(|(cell, pos)| cell.pos == pos)
 }
 
+/// llama.cpp writes no tokens into the state of most models, and reads them as 0.
+fn is_loaded(cells: &[Cell]) -> bool {
+    cells.len() > 1 && cells[..2].iter().all(|cell| cell.token == 0)
+}
+
 impl Known {
     /// An empty sequence of which nothing is known until it begins anew.
     pub fn stranger(sequence: Sequence) -> Self {
@@ -75,12 +81,54 @@ impl Known {
             voter.capture.forget(seq);
             return Err(GuestError::NotSeen { seq, reason: "it is empty" });
         }
+        let begins = |known: &Self| known.n_bound > 0 && known.marks[0] == mark(&cells[0]);
+        let is_known = known.get(&seq).is_some_and(|known| known.is_stranger || begins(known));
+        if !is_known
+            && !is_whole(cells)
+            && let Some((from, copy)) = Self::copied(known, seq, cells)
+        {
+            if !voter.capture.has_statistics(seq) {
+                let captured = voter.capture.captured(from);
+                voter.capture.set_back(seq, captured);
+                voter.capture.forget_from(seq, copy.sequence.n_past());
+            }
+            // of whatever had this id before, and what came since is seen in the cells
+            voter.capture.take_seen(seq);
+            known.insert(seq, copy);
+        }
         let entry = known.entry(seq).or_insert_with(|| Self::of(voter.sequence(seq), &[]));
         let n_cells = i64::from(voter.layout.info.n_cells);
         let heard = voter.capture.take_seen(seq).into_iter();
         entry.hear(heard.map(|seen| Mark { index: (seen.cell % n_cells) as u32, pos: seen.pos, token: seen.token }));
         entry.follow(voter, cells)?;
         Ok(entry)
+    }
+
+    /// The sequence that one with these cells was copied from (`llama_memory_seq_cp()`), and what is known of the copy: all as far as
+    /// the cells of both are the same, if that is more than what was compressed.
+    fn copied(known: &BTreeMap<SeqId, Self>, seq: SeqId, cells: &[Cell]) -> Option<(SeqId, Self)> {
+        if is_loaded(cells) {
+            // without tokens, other cells may look the same
+            return None;
+        }
+        let same = |known: &Self| {
+            let bound = &known.marks[..known.n_bound];
+            bound.iter().zip(cells).take_while(|(known, cell)| **known == mark(cell)).count()
+        };
+        let copy = |(&from, known): (&SeqId, &Self)| {
+            let same = same(known);
+            let (end, exact_from) = (cells[..same].last()?.pos + 1, known.sequence.exact_from());
+            if from == seq || exact_from == 0 || exact_from > end {
+                return None;
+            }
+            let mut sequence = known.sequence.copied_to(seq);
+            sequence.truncate(end, same);
+            Some((from, Self::of(sequence, &cells[..same])))
+        };
+        let mut copies = known.iter().filter_map(copy);
+        let (from, first) = copies.next()?;
+        // two may look alike, and hold something else
+        copies.all(|(_, other)| other.sequence.holds_as(&first.sequence)).then_some((from, first))
     }
 
     /// Notes tokens that were heard, by position: all behind the first of them is other than it was.
@@ -141,10 +189,7 @@ impl Known {
         if others.peek().is_some() && others.all(|cell| self.has_moved(cell)) {
             return refused("its cells were moved");
         }
-        // llama.cpp writes no tokens into the state of most models, and reads them as 0
-        let first = &cells[..cells.len().min(2)];
-        let is_loaded = first.len() == 2 && first.iter().all(|cell| cell.token == 0);
-        if (is_loaded && !first.iter().all(|cell| self.expects(cell)))
+        if (is_loaded(cells) && !cells[..2].iter().all(|cell| self.expects(cell)))
             || new.iter().any(|cell| cell.token < 0 && !self.expects(cell))
         {
             return refused("its cells were loaded without gvote_state_set");

@@ -58,6 +58,16 @@ impl Sequence {
         Self { archive: self.archive.as_ref().map(Archive::emptied), ..Self::new(self.id) }
     }
 
+    /// A copy with another id, which shares what is set aside.
+    pub(crate) fn copied_to(&self, id: SeqId) -> Self {
+        Self { id, ..self.clone() }
+    }
+
+    /// Whether its cells hold the same tokens as those of another one whose cells look the same.
+    pub(crate) fn holds_as(&self, other: &Self) -> bool {
+        self.tokens == other.tokens && self.held == other.held
+    }
+
     /// Its id in the context.
     pub fn id(&self) -> SeqId {
         self.id

@@ -4,6 +4,7 @@ use super::app::*;
 use crate::archive::PRETEND_FULL;
 use crate::capi::*;
 use crate::llama::Pos;
+use crate::sys;
 use crate::tests::tiny::N_LAYER;
 
 const N: usize = 300;
@@ -138,6 +139,36 @@ fn a_saved_sequence_has_what_was_set_aside() {
 /// Bytes that are set aside, as a rehearsal reports them.
 fn handle_bytes(handle: &Handle, app: &App) -> u64 {
     handle.plan(app, 0).1.bytes_aside
+}
+
+/// With one pool of cells the copy can change once the original is gone; in a stream of its own at once.
+#[test]
+fn a_copy_has_what_was_set_aside_of_the_original() {
+    for unified in [true, false] {
+        let (app, handle) = heard(&shape(false, unified), &capped());
+        let before = app.state(0);
+        let aside = handle.compressed(&app, 0).bytes_aside;
+        app.remove(1, -1, -1);
+        // SAFETY: valid memory.
+        unsafe { sys::llama_memory_seq_cp(app.memory(), 0, 1, -1, -1) };
+        app.decode(&[(1, N as Pos, &words(9, 4))]);
+        assert_eq!(handle.cells(&app, 1), (GVOTE_OK, 159), "{}", handle.error());
+        assert_eq!(handle.exact_from(&app, 1), 0);
+        if unified {
+            assert_eq!(handle.expand(&app, 1, 0).0, GVOTE_ERROR_SHARED);
+            app.remove(0, -1, -1);
+        }
+        assert_eq!(handle.expand(&app, 1, 0), (GVOTE_OK, N as u32 + 9), "{}", handle.error());
+        assert_eq!(handle.truncate(&app, 1, N as Pos), GVOTE_OK);
+        assert!(app.state(1) == before, "unified: {unified}");
+        assert_eq!(handle.plan(&app, 1).1.bytes_aside, 0);
+        if !unified {
+            assert_eq!(handle.plan(&app, 0).1.bytes_aside, aside, "the original is as it was");
+            handle.compressed(&app, 1);
+            assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, N as u32));
+            assert!(app.state(0) == before);
+        }
+    }
 }
 
 #[test]

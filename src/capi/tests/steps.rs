@@ -343,9 +343,9 @@ fn several_sequences_go_on_unheard_and_each_is_followed() {
     assert_eq!((report.cells_before, report.cells_after), (200, 150));
 }
 
-/// Its statistics are then those of the newest tokens.
+/// The statistics of one that was never compressed are then those of the newest tokens.
 #[test]
-fn a_copy_of_what_was_never_compressed_is_followed() {
+fn a_copy_is_followed() {
     for unified in [true, false] {
         let app = App::new(&tiny("llama"), &Shape { n_ctx: 1536, n_seq_max: 2, unified, flash: false });
         let handle = Handle::with(&app, &capped());
@@ -359,12 +359,32 @@ fn a_copy_of_what_was_never_compressed_is_followed() {
         let report = handle.compressed(&app, 1);
         assert_eq!((report.cells_before, report.cells_after), (N as u32 + 20, 150));
 
-        // of what was, not even its end
+        // and one of what was compressed
         // SAFETY: valid memory.
         unsafe { sys::llama_memory_seq_cp(app.memory(), 1, 0, -1, -1) };
         answer(&app, &handle, 0, N as Pos + 20, &words(20, 1), false);
-        assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
+        assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 170));
+        if unified {
+            assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_SHARED);
+            app.remove(1, -1, -1);
+        }
+        let report = handle.compressed(&app, 0);
+        assert_eq!((report.cells_before, report.cells_after), (170, 150));
     }
+}
+
+/// Once the original has other cells, nobody can tell what a copy of the ones before holds.
+#[test]
+fn a_copy_of_what_was_voted_on_since_is_not_known() {
+    let app = App::new(&tiny("llama"), &Shape { n_ctx: 1536, n_seq_max: 2, unified: false, flash: false });
+    let handle = Handle::with(&app, &capped());
+    app.decode(&[(0, 0, &words(N, 0))]);
+    handle.compressed(&app, 0);
+    // SAFETY: valid memory.
+    unsafe { sys::llama_memory_seq_cp(app.memory(), 0, 1, -1, -1) };
+    app.decode(&[(0, N as Pos, &words(60, 1))]);
+    handle.compressed(&app, 0);
+    assert_eq!(handle.compress(&app, 1).0, GVOTE_ERROR_NOT_SEEN);
 }
 
 /// A window cache has no room for many tokens at once.

@@ -359,13 +359,19 @@ impl Walk {
                 let cells = self.cells(to);
                 // a copy of what was loaded is as good as loaded
                 let is_loaded = cells.len() > 1 && cells[..2].iter().all(|cell| cell.token == 0);
-                let mut copy = Expected {
-                    known: !is_loaded && cells.iter().map(|cell| cell.pos).eq(0..cells.len() as Pos),
-                    exact_from: 0,
-                    held: Vec::new(),
-                    protected: BTreeSet::new(),
-                    keys: BTreeMap::new(),
-                    ..self.expected[from].clone()
+                let is_whole = cells.iter().map(|cell| cell.pos).eq(0..cells.len() as Pos);
+                let original = self.expected[from].clone();
+                let mut copy = if original.known && !is_loaded && !is_whole {
+                    original
+                } else {
+                    Expected {
+                        known: !is_loaded && is_whole,
+                        exact_from: 0,
+                        held: Vec::new(),
+                        protected: BTreeSet::new(),
+                        keys: BTreeMap::new(),
+                        ..original
+                    }
                 };
                 if !self.unified {
                     // another stream has cells of its own
