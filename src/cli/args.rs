@@ -126,6 +126,7 @@ impl ContextArgs {
             n_threads,
             n_threads_batch: given(self.threads_batch).unwrap_or(n_threads),
             threads: ThreadParams { priority: self.prio, poll: self.poll },
+            yields_threads: true,
             flash_attn: self.flash_attn,
             type_k: self.cache_type_k,
             type_v: self.cache_type_v,

@@ -16,7 +16,7 @@ use gvote::eval::report::Report;
 use gvote::eval::runner::{Continuation, EvalError, Runner};
 use gvote::eval::tasks::Sample;
 use gvote::eval::tasks::turns::{self, Talk};
-use gvote::llama::Model;
+use gvote::llama::{ContextParams, Model};
 use gvote::policy::Kind;
 use gvote::{SessionError, SessionParams, text};
 use indicatif::ProgressBar;
@@ -205,7 +205,9 @@ impl CommonArgs {
 
     fn runner(&self, steps: &Steps, model: &Model, configs: Vec<Config>, n_ctx: usize, raw: bool) -> Result<Runner> {
         let n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
-        let params = SessionParams { context: self.context.params(n_ctx), ..SessionParams::default() };
+        // what is measured must not depend on what else runs
+        let context = ContextParams { yields_threads: false, ..self.context.params(n_ctx) };
+        let params = SessionParams { context, ..SessionParams::default() };
         steps.check_memory(&params)?;
         let mut journal = Journal::open(&self.out)?;
         if journal.cut_off {

@@ -8,9 +8,9 @@
 //! - a single token is decoded by as many threads as there are cores left;
 //! - whatever else is decoded keeps its threads, and those that wait sleep: see [`Crowd`].
 //!
-//! Results do not depend on it. ggml computes a row alike whoever computes it, with one exception: flash attention of a single
-//! token splits the cells of an f16 or f32 cache into a part for each thread, and sums of parts round differently. There the number
-//! of threads stays.
+//! ggml computes a row alike whoever computes it, with one exception: flash attention of a single token splits the cells of an f16 or
+//! f32 cache into a part for each thread, and sums of parts round differently. There the number of threads stays as well, unless
+//! [`ContextParams::yields_threads`](super::ContextParams::yields_threads) gives the last bits up for speed.
 //!
 //! After a while all threads spin again, to find out whether the cores are free.
 
@@ -183,7 +183,11 @@ impl Reading {
 }
 
 /// How the threads of a context share the machine with others.
-pub(super) struct Busy(Mutex<State>);
+pub(super) struct Busy {
+    state: Mutex<State>,
+    /// Fewer threads decode a token even where their number shows in its last bits.
+    yields: bool,
+}
 
 struct State {
     pace: Pace,
@@ -215,16 +219,15 @@ impl State {
     }
 }
 
-impl Default for Busy {
-    fn default() -> Self {
-        let most = available_parallelism().map_or(usize::MAX, Into::into);
-        Self(Mutex::new(State { pace: Pace::new(most), crowd: None, watched: None }))
-    }
-}
-
 impl Busy {
+    /// `yields`: see [`ContextParams::yields_threads`](super::ContextParams::yields_threads).
+    pub fn new(yields: bool) -> Self {
+        let most = available_parallelism().map_or(usize::MAX, Into::into);
+        Self { state: Mutex::new(State { pace: Pace::new(most), crowd: None, watched: None }), yields }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Chooses threads for a decode call that follows, until what is returned is dropped.
@@ -245,7 +248,8 @@ impl Busy {
         let mut state = self.state();
         let cores = state.pace.cores(asked, Instant::now());
         // SAFETY: valid context.
-        if cores < asked && n_tokens == 1 && !unsafe { sys::gvote_shim_token_in_parts(ctx) } {
+        let may_yield = self.yields || !unsafe { sys::gvote_shim_token_in_parts(ctx) };
+        if cores < asked && n_tokens == 1 && may_yield {
             state.crowd = None;
             state.watched = (cores > 1).then(|| (cores, Reading::take()));
             // SAFETY: valid context, and numbers of threads that are above 0.

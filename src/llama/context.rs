@@ -106,6 +106,9 @@ pub struct ContextParams {
     /// Threads for prompts (`-tb`), as many.
     pub n_threads_batch: i32,
     pub threads: ThreadParams,
+    /// Where other processes have taken cores, every single token is decoded with fewer threads. Otherwise those stay whose number
+    /// shows in the last bits of an answer: with flash attention, an f16 or f32 cache, and more than 240 cells.
+    pub yields_threads: bool,
     pub flash_attn: FlashAttention,
     pub type_k: CacheType,
     pub type_v: CacheType,
@@ -134,6 +137,7 @@ impl Default for ContextParams {
             n_threads: threads,
             n_threads_batch: threads,
             threads: ThreadParams::default(),
+            yields_threads: false,
             flash_attn: FlashAttention::Auto,
             type_k: CacheType::F16,
             type_v: CacheType::F16,
@@ -157,7 +161,6 @@ pub struct Context {
 }
 
 /// What llama.cpp's abort callback reads; it keeps a raw pointer to it.
-#[derive(Default)]
 struct Abort {
     /// The caller wants out.
     cancel: Arc<AtomicBool>,
@@ -181,6 +184,17 @@ struct Asked {
 }
 
 impl Abort {
+    fn new(cancel: Arc<AtomicBool>, yields_threads: bool) -> Self {
+        Self {
+            cancel,
+            busy: Busy::new(yields_threads),
+            to_the_end: AtomicBool::new(false),
+            #[cfg(test)]
+            asked: Asked::default(),
+            of_app: None,
+        }
+    }
+
     fn is_cancelled(&self) -> bool {
         #[cfg(test)]
         {
@@ -229,7 +243,7 @@ impl Context {
         // SAFETY: the model is valid and kept alive by the clone below.
         let ptr = unsafe { sys::gvote_shim_context_new(model.as_ptr(), raw) };
         let ptr = NonNull::new(ptr).ok_or_else(|| LlamaError::Context { reason: log::take_reason() })?;
-        let abort = Box::<Abort>::default();
+        let abort = Box::new(Abort::new(Arc::default(), params.yields_threads));
         let context =
             Self { ptr, model: model.clone(), n_positions: model.n_positions(), abort, is_guest: false, _pool: pool };
         if let Some(pool) = &context._pool {
@@ -259,14 +273,7 @@ impl Context {
         // SAFETY: the model of a valid context is valid, and its owner keeps it as long.
         let model = unsafe { Model::lent(NonNull::new_unchecked(sys::llama_get_model(ptr.as_ptr()).cast_mut())) };
         let n_positions = model.n_positions();
-        Self {
-            ptr,
-            model,
-            n_positions,
-            abort: Box::new(Abort { cancel, ..Abort::default() }),
-            is_guest: true,
-            _pool: None,
-        }
+        Self { ptr, model, n_positions, abort: Box::new(Abort::new(cancel, false)), is_guest: true, _pool: None }
     }
 
     /// From now on the flag of the other context cancels this one, too.
