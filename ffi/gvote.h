@@ -220,7 +220,7 @@ typedef struct gvote_report {
     float     rounding;        /* mean KL that rounding alone causes in the trial, nats a token */
     uint32_t  n_tried;         /* attempts of the trial, 0 without one */
     gvote_try tried[GVOTE_MAX_TRIED]; /* in order */
-    uint32_t  reserved;        /* 0 */
+    uint32_t  rows_back;       /* of each head, that came back before the vote from those that were set aside */
     uint64_t  compute_bytes;   /* of buffers that scoring held, and gave back */
     double    replay_s;        /* seconds of each step */
     double    probe_s;
@@ -230,6 +230,7 @@ typedef struct gvote_report {
     double    compact_s;
     double    aside_s;         /* of setting aside what left the cache */
     uint64_t  bytes_aside;     /* that the sequence has set aside now, in the memory of the process */
+    double    recall_s;        /* of rows that came back, and of choosing among them where they had no room at once */
 } gvote_report;
 
 /* None of the callbacks below may throw an exception, or leave by longjmp(): they are called from inside gvote. */
@@ -339,12 +340,15 @@ GVOTE_API gvote_status gvote_set_next_callback(gvote_t * g, gvote_eval_callback 
 
 /* Finds out which cells the sequence `seq` needs, keeps those and frees the others. Call it between two calls of
  * llama_decode(). Decoding goes on at the next position as if nothing had happened. It can be called again later on, for what
- * was decoded meanwhile. `report` may be NULL; its `size` must be set.
+ * was decoded meanwhile: the choice is then made among all that was ever read. What earlier calls set aside comes back first, all
+ * at once where there are cells for it, else a quarter of the cells that the sequence can have at a time, with a vote for each.
+ * A call can therefore leave more cells than it found. `report` may be NULL; its `size` must be set.
  * Errors: GVOTE_ERROR_SIZE, and from GVOTE_ERROR_UNSUPPORTED on all but GVOTE_ERROR_STATE; GVOTE_ERROR_COMPRESSED where
  * GVOTE_FLAG_REPLAY is set and the sequence was compressed before. */
 GVOTE_API gvote_status gvote_compress(gvote_t * g, struct llama_context * ctx, int32_t seq, gvote_report * report);
 
-/* The same, but changes nothing: `report` says what gvote_compress() would do. Costs as much. `report` may be NULL.
+/* The same, but changes nothing: `report` says what gvote_compress() would do with the cells that the sequence has now, as if
+ * nothing came back. Costs as much. `report` may be NULL.
  * Errors as gvote_compress(). */
 GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32_t seq, gvote_report * report);
 

@@ -277,18 +277,31 @@ impl Guest {
         let mut visit = Visit::new(ctx)?;
         // SAFETY: valid context, and our callbacks are in it.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
-        let cells = cache::cells(&visit, seq);
+        let mut cells = cache::cells(&visit, seq);
+        let n_before = cells.len();
+        let limit = cells.len() + cache::cells_free(&visit, seq).saturating_sub(Voter::spare_cells(&voter.policy));
         let known = Known::up_to_date(known, voter, seq, &cells)?;
         let captured = voter.capture.captured(seq);
         let mut done = || {
             let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
             vote.observe_newest(&[])?;
+            let clock = Instant::now();
+            let came = if is_rehearsal { 0 } else { vote.reconsider(limit, |_| ())? };
+            if came > 0 {
+                cells = cache::cells(vote.ctx, seq);
+            }
+            let recall_time = clock.elapsed();
             let (selection, mut report) = vote.choose(&cells)?;
+            report.note_recall(n_before, came, recall_time);
             let left = if is_rehearsal { None } else { Some(vote.compact(&cells, selection, &mut report)?) };
             Ok((report, left))
         };
         let done: Result<_, VoteError> = done();
-        let (mut report, left) = done.inspect_err(|_| voter.capture.set_back(seq, captured))?;
+        let (mut report, left) = done.inspect_err(|_| {
+            voter.capture.set_back(seq, captured);
+            // other rows may have come back
+            known.bind(&cache::cells(&visit, seq));
+        })?;
         if let Some(cells) = left {
             known.bind(&cells);
             let clock = Instant::now();

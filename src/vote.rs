@@ -8,6 +8,7 @@
 mod choose;
 mod notes;
 mod protect;
+mod recall;
 pub(crate) mod replay;
 mod report;
 pub(crate) mod room;

@@ -115,7 +115,7 @@ fn of(done: &CompressReport, bytes_aside: usize) -> gvote_report {
         rounding: done.rounding,
         n_tried: done.tried.len().min(tried.len()) as u32,
         tried,
-        reserved: 0,
+        rows_back: done.rows_back as u32,
         compute_bytes: done.compute_bytes as u64,
         replay_s: done.replay_time.as_secs_f64(),
         probe_s: done.probe_time.as_secs_f64(),
@@ -125,5 +125,6 @@ fn of(done: &CompressReport, bytes_aside: usize) -> gvote_report {
         compact_s: done.compact_time.as_secs_f64(),
         aside_s: done.aside_time.as_secs_f64(),
         bytes_aside: bytes_aside as u64,
+        recall_s: done.recall_time.as_secs_f64(),
     }
 }

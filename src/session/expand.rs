@@ -1,6 +1,5 @@
 //! Rows that left the cache come back: see [`crate::archive`].
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -8,9 +7,8 @@ use serde::Serialize;
 use super::{SEQ, Session, SessionError, Squeezes};
 use crate::archive::{Archive, Bring, Recall};
 use crate::cache;
-use crate::compact::CompactError;
 use crate::llama::Pos;
-use crate::vote::{VoteError, room};
+use crate::vote::VoteError;
 
 /// What came back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -68,31 +66,20 @@ impl Session {
 
     /// Where not everything has room that was read: chooses what the cache holds among all of it, for the tokens that were read last.
     /// What is set aside comes back a page at a time, and each time the policy votes on the pages before and what won against them.
-    /// So a row that was dropped long since is there again when it is asked for. Does nothing where all rows are in the cache.
+    /// Does nothing where all rows are in the cache.
     ///
     /// # Errors
-    /// Those of [`Session::compress`], and [`SessionError::CacheTooSmall`]. No row is lost, but the cache may hold other ones then.
+    /// Those of [`Session::compress`]. No row is lost, but the cache may hold other ones then.
     pub fn reconsider(&mut self) -> Result<Squeezes, SessionError> {
         let mut squeezes = Squeezes::default();
-        let most = room::freed_at_once(self.limit).max(1);
-        let Some(archive) = self.sequence.archive.as_mut().filter(|archive| archive.len() > 0 && self.mask.is_none())
-        else {
+        if self.rows_aside() == 0 || self.mask.is_some() {
             return Ok(squeezes);
-        };
-        *archive = archive.paged(most).map_err(|error| VoteError::from(CompactError::from(error)))?;
-        for page in archive.batches().to_vec() {
-            if self.room() < page.len() {
-                squeezes.add(&self.make_room(page.len(), &[])?);
-            }
-            let batches = self.sequence.archive.as_ref().map_or(&[][..], |archive| archive.batches());
-            // what lost against others is set aside again, in a batch of its own
-            if let Some(number) = batches.iter().position(|batch| Arc::ptr_eq(batch, &page)) {
-                self.arrange(self.n_past(), Bring::Batch(number))?;
-            }
         }
-        if self.rows_aside() > 0 && self.room() < most {
-            squeezes.add(&self.make_room(most, &[])?);
-        }
+        let (captured, limit) = (self.captured(), self.limit);
+        let Some(mut vote) = self.vote() else { return Ok(squeezes) };
+        let done = vote.reconsider(limit, |report| squeezes.add(report));
+        drop(vote);
+        done.inspect_err(|_| self.set_back(captured))?;
         Ok(squeezes)
     }
 

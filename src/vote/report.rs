@@ -27,6 +27,11 @@ pub struct CompressReport {
     pub rounding: f32,
     /// Bytes of ggml's compute buffers that scoring held; they are given back.
     pub compute_bytes: usize,
+    /// Rows of each head that came back before the vote, from those that are set aside.
+    pub rows_back: usize,
+    /// Of rows that came back: bringing them in, and choosing among them where they had no room at once.
+    #[serde(serialize_with = "seconds")]
+    pub recall_time: Duration,
     #[serde(serialize_with = "seconds")]
     pub replay_time: Duration,
     #[serde(serialize_with = "seconds")]
@@ -48,7 +53,7 @@ impl CompressReport {
     /// Time of the whole compression.
     pub fn time(&self) -> Duration {
         let choice = self.probe_time + self.score_time + self.select_time + self.trial_time;
-        self.replay_time + choice + self.aside_time + self.compact_time
+        self.recall_time + self.replay_time + choice + self.aside_time + self.compact_time
     }
 
     /// Share of the cells kept, 0 to 1.
@@ -75,6 +80,12 @@ impl CompressReport {
         self.ragged = selection.ragged;
     }
 
+    /// Notes that the sequence had `cells` before `rows` of each head came back, in so much time.
+    pub(crate) fn note_recall(&mut self, cells: usize, rows: usize, time: Duration) {
+        self.kv_bytes_before = self.kv_bytes_before / self.cells_before.max(1) * cells;
+        (self.cells_before, self.rows_back, self.recall_time) = (cells, rows, time);
+    }
+
     pub(crate) fn untouched(policy: Kind, n: usize, bytes_per_cell: usize) -> Self {
         Self {
             policy,
@@ -88,6 +99,8 @@ impl CompressReport {
             tried: Vec::new(),
             rounding: 0.0,
             compute_bytes: 0,
+            rows_back: 0,
+            recall_time: Duration::ZERO,
             replay_time: Duration::ZERO,
             probe_time: Duration::ZERO,
             score_time: Duration::ZERO,

@@ -1,6 +1,9 @@
 //! What a vote took out of the cache comes back, and is what it was.
 
+use std::ffi::c_void;
+
 use super::app::*;
+use super::room::read_long;
 use crate::archive::PRETEND_FULL;
 use crate::capi::*;
 use crate::llama::Pos;
@@ -146,7 +149,15 @@ fn handle_bytes(handle: &Handle, app: &App) -> u64 {
 fn a_copy_has_what_was_set_aside_of_the_original() {
     for unified in [true, false] {
         let (app, handle) = heard(&shape(false, unified), &capped());
-        let before = app.state(0);
+        // a state names its sequence
+        let before = [0, 1].map(|seq| {
+            let other = App::new(&tiny("llama"), &shape(false, unified));
+            let text = words(N, 0);
+            other.decode(&[(seq, 0, &text[..100])]);
+            other.decode(&[(1 - seq, 0, &words(90, 3))]);
+            other.decode(&[(seq, 100, &text[100..])]);
+            other.state(seq)
+        });
         let aside = handle.compressed(&app, 0).bytes_aside;
         app.remove(1, -1, -1);
         // SAFETY: valid memory.
@@ -160,15 +171,80 @@ fn a_copy_has_what_was_set_aside_of_the_original() {
         }
         assert_eq!(handle.expand(&app, 1, 0), (GVOTE_OK, N as u32 + 9), "{}", handle.error());
         assert_eq!(handle.truncate(&app, 1, N as Pos), GVOTE_OK);
-        assert!(app.state(1) == before, "unified: {unified}");
+        assert!(app.state(1) == before[1], "unified: {unified}");
         assert_eq!(handle.plan(&app, 1).1.bytes_aside, 0);
         if !unified {
             assert_eq!(handle.plan(&app, 0).1.bytes_aside, aside, "the original is as it was");
             handle.compressed(&app, 1);
             assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, N as u32));
-            assert!(app.state(0) == before);
+            assert!(app.state(0) == before[0]);
         }
     }
+}
+
+/// The cells of an app that reads more than they hold are chosen among all that it read, not among the survivors.
+#[test]
+fn the_choice_for_a_question_is_made_among_all_that_was_read() {
+    const LONG: usize = 1500;
+    for (recall, everything) in [(GVOTE_RECALL_AUTO, true), (GVOTE_RECALL_OFF, false)] {
+        let app = App::new(&tiny("llama"), &Shape { n_ctx: 512, n_seq_max: 1, flash: false, unified: true });
+        let handle = Handle::with(&app, &gvote_params { recall, ..capped() });
+        let text = words(LONG, 0);
+        read_long(&app, &handle, &text, 100);
+        let (n_past, n_cells) = (LONG as Pos, handle.cells(&app, 0).1);
+        let survivors = handle.positions(&app, 0, 0, 0);
+        let report = handle.compressed(&app, 0);
+        assert_eq!((report.cells_before, report.cells_after), (n_cells, 150));
+        assert_eq!(report.rows_back > 0, everything);
+        assert_eq!(report.recall_s > 1e-4, everything, "{}", report.recall_s);
+        let held = handle.positions(&app, 0, 0, 0);
+        assert_eq!(held.iter().any(|pos| !survivors.contains(pos)), everything);
+        if everything {
+            assert_eq!(u64::from(report.rows_back), LONG as u64 - u64::from(n_cells));
+            // rows are neither lost nor doubled
+            assert_eq!(handle.exact_from(&app, 0), 0);
+            assert_eq!(handle.truncate(&app, 0, 300), GVOTE_OK, "{}", handle.error());
+            assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, 300));
+            let straight = App::new(&tiny("llama"), &Shape { n_ctx: 512, n_seq_max: 1, flash: false, unified: true });
+            straight.decode(&[(0, 0, &text[..300])]);
+            assert_eq!(app.state(0).len(), straight.state(0).len());
+        } else {
+            assert_eq!(handle.truncate(&app, 0, 300), GVOTE_ERROR_COMPRESSED);
+        }
+        assert_eq!(app.decode(&[(0, if everything { 300 } else { n_past }, &[5])]), ());
+    }
+}
+
+/// What comes back is no reason to lose anything when a vote is cancelled among it.
+#[test]
+fn a_cancelled_choice_loses_no_row() {
+    let app = App::new(&tiny("llama"), &Shape { n_ctx: 512, n_seq_max: 1, flash: false, unified: true });
+    let handle = Handle::with(&app, &capped());
+    let text = words(900, 0);
+    read_long(&app, &handle, &text, 100);
+    /// Cancels when the count comes to 0.
+    unsafe extern "C" fn countdown(_: gvote_stage, left: *mut c_void) -> bool {
+        // SAFETY: the number below.
+        let left = unsafe { &mut *left.cast::<usize>() };
+        *left -= 1;
+        *left > 0
+    }
+    for stage in 1.. {
+        let mut left: usize = stage;
+        // SAFETY: the number lives until the callback is gone.
+        unsafe { gvote_set_progress_callback(handle.0, Some(countdown), (&raw mut left).cast()) };
+        let (status, _) = handle.compress(&app, 0);
+        // SAFETY: as above.
+        unsafe { gvote_set_progress_callback(handle.0, None, std::ptr::null_mut()) };
+        assert_eq!(handle.exact_from(&app, 0), 0, "{stage}");
+        if status == GVOTE_OK {
+            assert!(stage > 3);
+            break;
+        }
+        assert_eq!(status, GVOTE_ERROR_CANCELLED, "{}", handle.error());
+    }
+    assert_eq!(handle.truncate(&app, 0, 400), GVOTE_OK, "{}", handle.error());
+    assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, 400));
 }
 
 #[test]

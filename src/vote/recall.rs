@@ -1,0 +1,63 @@
+//! The choice among all that was ever read, where not all of it has room.
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use super::{CompressReport, Vote, VoteError, room};
+use crate::archive::Bring;
+use crate::cache;
+use crate::compact::CompactError;
+use crate::policy::Kind;
+
+impl Vote<'_> {
+    /// Chooses what the cache holds of a sequence among all its rows, in the cache or set aside, for the tokens that were read last.
+    /// What is set aside comes back a page at a time, and each time the policy votes on the pages before and what won against them.
+    /// So a row that was dropped long since is there again when it is asked for.
+    ///
+    /// `limit`: cells that the sequence may have. `each` hears of every vote. Rows of each head that came back: 0 where all are in the
+    /// cache, and where those that always stay leave no room for others.
+    ///
+    /// # Errors
+    /// [`VoteError`]. No row is lost, but the cache may hold other ones then.
+    pub fn reconsider(&mut self, limit: usize, mut each: impl FnMut(&CompressReport)) -> Result<usize, VoteError> {
+        let voter = &*self.voter;
+        let always = room::least_cells(&voter.policy) + voter.protected_with(self.ctx.model(), self.sequence, &[]);
+        let page = room::freed_at_once(limit).max(1);
+        let Some(most) = room::most_cells(always, limit, page).filter(|_| voter.policy.policy != Kind::Full) else {
+            return Ok(0);
+        };
+        let Some(archive) = self.sequence.archive.as_mut().filter(|archive| archive.len() > 0) else { return Ok(0) };
+        *archive = archive.paged(page).map_err(CompactError::from)?;
+        let mut came = 0;
+        for page in archive.batches().to_vec() {
+            if self.room(limit) < page.len() {
+                each(&self.keep_most(most)?);
+            }
+            let batches = self.sequence.archive.as_ref().map_or(&[][..], |archive| archive.batches());
+            // what lost against others is set aside again, in a batch of its own
+            if let Some(number) = batches.iter().position(|batch| Arc::ptr_eq(batch, &page)) {
+                let cells = cache::cells(self.ctx, self.sequence.id);
+                let end = self.sequence.n_past;
+                self.sequence.arrange(self.ctx, &cells, end, Bring::Batch(number), self.voter.scorer.devices())?;
+                came += page.len();
+            }
+        }
+        if self.sequence.n_aside() > 0 && self.room(limit) < page {
+            each(&self.keep_most(most)?);
+        }
+        Ok(came)
+    }
+
+    fn room(&self, limit: usize) -> usize {
+        limit.saturating_sub(cache::cells(self.ctx, self.sequence.id).len())
+    }
+
+    fn keep_most(&mut self, most: usize) -> Result<CompressReport, VoteError> {
+        self.observe_newest(&[])?;
+        let cells = cache::cells(self.ctx, self.sequence.id);
+        let (selection, mut report) = self.choose_most(&cells, most, &[])?;
+        self.compact(&cells, selection, &mut report)?;
+        Ok(report)
+    }
+}
