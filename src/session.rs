@@ -11,6 +11,7 @@ mod grow;
 mod long;
 mod marks;
 mod masked;
+mod renew;
 mod report;
 mod state;
 #[cfg(test)]
@@ -102,6 +103,12 @@ pub struct SessionParams {
     pub grow_to: u32,
     /// Whether rows that leave the cache can come back.
     pub recall: Recall,
+    /// More questions may follow upon the next answer. Where rows that leave the cache are lost, a vote for an answer that does not
+    /// look at the text then drops none of it: it says nothing about what will be asked.
+    pub more_questions: bool,
+    /// While an answer is written, choose the cells anew every so many tokens, where something is set aside: see
+    /// [`Session::renew`]. 0: never.
+    pub renew: usize,
 }
 
 impl SessionParams {
@@ -137,6 +144,7 @@ pub struct Session {
     /// Of those, the ones that may be used now.
     limit: usize,
     chunk: usize,
+    renew: usize,
     /// Ascending by position.
     marks: Vec<Mark>,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
@@ -162,6 +170,7 @@ impl Session {
         let voter = if compresses {
             let mut voter = Voter::new(&ctx, &params.policy, params.account_error)?;
             voter.recall = params.recall;
+            voter.more_questions = params.more_questions;
             voter.capture.follow(SEQ);
             Some(voter)
         } else {
@@ -180,6 +189,7 @@ impl Session {
             stuck: None,
             limit: n_ctx,
             chunk: context.n_ubatch as usize,
+            renew: params.renew,
             marks: Vec::new(),
             logits: Vec::new(),
         })
@@ -292,6 +302,13 @@ impl Session {
     fn check_room(&self, tokens: usize) -> Result<(), SessionError> {
         let (room, trained) = (self.room(), self.model().n_ctx_train());
         if tokens > room { Err(SessionError::PromptTooLong { tokens, room, trained }) } else { Ok(()) }
+    }
+
+    /// Changes whether more questions may follow: see [`SessionParams::more_questions`].
+    pub fn set_more_questions(&mut self, may_follow: bool) {
+        if let Some(voter) = &mut self.voter {
+            voter.more_questions = may_follow;
+        }
     }
 
     /// Changes what becomes of rows that leave the cache. With [`Recall::Off`] those that are set aside are given up.
@@ -417,7 +434,7 @@ impl Session {
     /// Generates up to `n_predict` tokens (negative: until the model ends, or has come as far as it was trained for; [`LEAST_ANSWER`]
     /// tokens where that is near or behind).
     /// `on_token` gets each token before it is decoded; the last one, if it ends the generation, is not passed on and not
-    /// decoded. Where the cells run out, those that the policy can spare are freed; under the policy `full`, and where too
+    /// decoded. The cells are chosen anew from time to time where [`SessionParams::renew`] says so. Where the cells run out, those that the policy can spare are freed; under the policy `full`, and where too
     /// few can be spared, that is the end, and so is that of a model's table of positions.
     ///
     /// # Errors
@@ -434,9 +451,10 @@ impl Session {
         }
         let start = Instant::now();
         let mut tokens = 0;
-        let mut squeezes = Squeezes::default();
+        let [mut squeezes, mut renewals] = [Squeezes::default(); 2];
         let mut free = self.room();
         let end = self.end_of_answer();
+        let share = self.cells_used() as f64 / f64::from(self.n_past().max(1));
         let stop = loop {
             if n_predict >= 0 && tokens == n_predict as usize {
                 break Stop::Limit;
@@ -465,6 +483,19 @@ impl Session {
                 }
                 free = self.room();
             }
+            if self.renew > 0 && tokens > 0 && tokens % self.renew == 0 && self.rows_aside() > 0 {
+                let cells = (share * f64::from(self.n_past())) as usize;
+                match self.renew(cells.min(self.limit.saturating_sub(self.renew))) {
+                    Ok(renewal) => renewals.add(&renewal),
+                    Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
+                    // the answer goes on with the cells that there are
+                    Err(_) => {}
+                }
+                free = self.room();
+                if free == 0 {
+                    break Stop::ContextFull;
+                }
+            }
             let flow = on_token(token);
             match self.decode(token) {
                 Ok(()) => {}
@@ -480,7 +511,7 @@ impl Session {
                 break Stop::Cancelled;
             }
         };
-        Ok(GenerateReport { tokens, time: start.elapsed(), stop, squeezes })
+        Ok(GenerateReport { tokens, time: start.elapsed(), stop, squeezes, renewals })
     }
 
     /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can. Where everything that

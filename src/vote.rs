@@ -112,6 +112,8 @@ pub struct Voter {
     pub(crate) account_error: bool,
     /// What becomes of rows that leave the cache.
     pub(crate) recall: Recall,
+    /// See [`crate::SessionParams::more_questions`].
+    pub(crate) more_questions: bool,
     /// Where the system message ends, which the setting `protect` keeps.
     pub(crate) system_end: Pos,
     /// Where the next vote is to be explained.
@@ -140,6 +142,7 @@ impl Voter {
             policy: policy.clone(),
             account_error,
             recall: Recall::Off,
+            more_questions: false,
             system_end: 0,
             notes: None,
             layout,
@@ -159,6 +162,7 @@ impl Voter {
         let captured = moved.capture.read(&captured).ok_or(VoteError::Capture(CaptureError::Empty))?;
         moved.capture.restore(seq, captured);
         (moved.system_end, moved.recall) = (self.system_end, self.recall);
+        moved.more_questions = self.more_questions;
         moved.notes = self.notes.take();
         Ok(moved)
     }

@@ -308,11 +308,15 @@ pub struct RecallArgs {
     #[arg(long, value_name = "auto|off", default_value = "auto", hide_possible_values = true,
           value_parser = PossibleValuesParser::new(["auto", "off"]).map(|text| if text == "off" { Recall::Off } else { Recall::Auto }))]
     recall: Recall,
+
+    /// While an answer is written, choose the cells anew every N tokens, among all that is set aside too; 0: never
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    renew: usize,
 }
 
 impl RecallArgs {
     pub fn given_to(&self, session: SessionParams) -> SessionParams {
-        SessionParams { recall: self.recall, ..session }
+        SessionParams { recall: self.recall, renew: self.renew, more_questions: true, ..session }
     }
 }
 

@@ -42,6 +42,8 @@ pub struct Decode {
     pub tokens_per_second: Option<f64>,
     pub stop: Stop,
     pub squeezes: Squeezes,
+    /// How often the cells were chosen anew.
+    pub renewals: Squeezes,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -162,6 +164,7 @@ impl TurnReport {
                 tokens_per_second: rate(decode.tokens, decode.time),
                 stop: decode.stop,
                 squeezes: decode.squeezes,
+                renewals: decode.renewals,
             },
             cache: Cache::of(session),
             policy: session.policy().clone(),
@@ -181,6 +184,10 @@ impl TurnReport {
         line("answer", &format!("{answer}, {}", stop_in_words(decode.stop)));
         if decode.squeezes.count > 0 {
             line("", &squeezed(&decode.squeezes, self.cache.size));
+        }
+        if decode.renewals.count > 0 {
+            let Squeezes { count, time, .. } = decode.renewals;
+            line("", &format!("cells chosen anew {} in {:.2} s of it", plural(count, "time"), time.as_secs_f64()));
         }
     }
 
@@ -312,7 +319,8 @@ fn why(report: &CompressReport, policy: &Params) -> String {
         Bound::Trial => {
             format!("fewest of {} tried within a KL of {}", report.tried.len(), policy.target_kl.unwrap_or_default())
         }
-        Bound::Blind => "no question in sight: see --replay".into(),
+        Bound::Blind if report.tried.is_empty() => "no question in sight: see --replay".into(),
+        Bound::Blind => "the answer needs none of the text, which says nothing about later questions".into(),
         Bound::LostMass => format!("lost-mass rule at {}", policy.lost_mass),
         Bound::Budget => format!("the votes' budget{lost}"),
         Bound::Ratio if report.policy == Kind::AdaKv => "as many as the greediest head takes".into(),

@@ -1,5 +1,6 @@
 //! One way to compress, as `NAME:KEY=VALUE,...`.
 
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use serde_json::Value;
@@ -19,6 +20,8 @@ pub struct Config {
     pub ctx_size: Option<usize>,
     /// In a chat of several turns: what becomes of rows that leave the cache.
     pub recall: Recall,
+    /// While an answer is followed: choose the cells anew every so many tokens, as [`crate::Session::renew`] does.
+    pub renew: Option<usize>,
 }
 
 /// What is wrong with a configuration's text.
@@ -40,7 +43,7 @@ pub enum ConfigError {
 
 const KEYS: &str = "policy, preset, target-kl, draft, lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span \
                     (back-forward), pool, head-mix, protect, replay, evict, exact, seed, key-error, \
-                    ctx-size, recall";
+                    ctx-size, recall, renew";
 
 /// Fields of [`Params`] that say how many cells are kept, and not which.
 const BUDGET: &[&str] = &["target_kl", "draft", "lost_mass", "ratio", "max_cells", "min_cells"];
@@ -105,6 +108,7 @@ impl Config {
         if self.recall == Recall::Off {
             parts.push("recall=off".into());
         }
+        parts.extend(self.renew.map(|n| format!("renew={n}")));
         parts.join(",")
     }
 
@@ -123,7 +127,7 @@ impl Config {
     }
 
     fn of(name: &str, params: Params) -> Self {
-        Self { name: name.into(), params, account_error: false, ctx_size: None, recall: Recall::Auto }
+        Self { name: name.into(), params, account_error: false, ctx_size: None, recall: Recall::Auto, renew: None }
     }
 
     pub fn is_full(&self) -> bool {
@@ -165,6 +169,7 @@ impl Config {
                     _ => return Err(ConfigError::Value(key.into(), value.into(), "choose auto or off".into())),
                 }
             }
+            "renew" => self.renew = Some(parse::<NonZeroUsize>(key, value)?.get()),
             "ctx-size" => self.ctx_size = Some(parse(key, value)?),
             _ => return Err(ConfigError::Key(key.into())),
         }

@@ -17,7 +17,7 @@ use crate::llama::{
     ChatTemplate, LlamaError, Message, Model, Rendered, Role, Sampler, SamplerParams, TemplateError, Token,
 };
 use crate::policy::Kind;
-use crate::session::Stop;
+use crate::session::{Recall, Stop};
 use crate::{Session, SessionError, SessionParams};
 pub use adaptivity::{Next, Request};
 
@@ -362,15 +362,29 @@ impl Runner {
         run: &mut Run,
     ) -> Result<(Distance, Vec<(usize, f32)>), EvalError> {
         let Reference { prompt, tokens, from, full } = reference;
+        self.session.set_recall(if config.renew.is_some() { Recall::Auto } else { Recall::Off });
         let tried = self.compress(prompt, config, run)?;
         // the continuation is not what is measured: it always has room
         self.session.limit_cells(usize::MAX);
         let mut distance = Distance::default();
-        self.session.follow(&tokens[..tokens.len() - 1], |i, logits| {
+        let mut add = |i: usize, logits: &[f32]| {
             if i >= *from {
                 distance.add(&full[i - from], logits, tokens[i + 1] as usize);
             }
-        })?;
+        };
+        let tokens_read = &tokens[..tokens.len() - 1];
+        let Some(every) = config.renew else {
+            self.session.follow(tokens_read, add)?;
+            return Ok((distance, tried));
+        };
+        for (i, &token) in tokens_read.iter().enumerate() {
+            if i > 0 && i % every == 0 {
+                let share = run.cells as f64 / run.tokens as f64;
+                self.session.renew((share * f64::from(self.session.n_past())) as usize)?;
+            }
+            self.session.decode(token)?;
+            add(i, self.session.logits());
+        }
         Ok((distance, tried))
     }
 }

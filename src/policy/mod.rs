@@ -347,7 +347,8 @@ pub enum Bound {
     Trial,
     /// The smallest `C` that gives up no more attention mass than allowed.
     LostMass,
-    /// Everything stays: no question is in sight, so nothing could be tried.
+    /// Everything stays, because what will be asked is not known: no question is in sight, so nothing could be tried; or the answer
+    /// needs nothing of the text, and what a vote drops would be lost.
     Blind,
     /// The mean size of the heads' unions of votes (the paper's budget).
     Budget,

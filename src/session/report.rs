@@ -72,4 +72,6 @@ pub struct GenerateReport {
     pub time: Duration,
     pub stop: Stop,
     pub squeezes: Squeezes,
+    /// How often the cells were chosen anew, and what that took.
+    pub renewals: Squeezes,
 }

@@ -192,6 +192,11 @@ impl Vote<'_> {
         policy.tries() && fits && !policy.leaves_alone(n) && self.open_turn().is_some()
     }
 
+    /// Whether a later question may need what this vote drops, and could not have it back.
+    fn must_not_lose(&self) -> bool {
+        self.voter.more_questions && self.sequence.archive.is_none()
+    }
+
     /// What stands in for a question that is not in sight: the whole context read again, or the first words of the turn,
     /// which often say what it is about.
     fn reread(&mut self, cells: &[Cell], report: &mut CompressReport) -> Result<Option<Replayed>, VoteError> {
@@ -300,7 +305,7 @@ impl Vote<'_> {
 
     /// Finds out how much of a ranking stays.
     fn settle(&mut self, ranking: Ranking, report: &mut CompressReport) -> Result<Selection, VoteError> {
-        let (n, (_, most)) = (ranking.n(), ranking.range());
+        let (n, (least, most)) = (ranking.n(), ranking.range());
         if self.open_turn().is_some() {
             // a cap asks for fewer, and nothing else than the ranking knows which
             return Ok(ranking.keep(most, Bound::MaxCells));
@@ -313,6 +318,11 @@ impl Vote<'_> {
             None => ranking.by_lost_mass(),
             Some(Trial { count, tried, rounding }) => {
                 (report.tried, report.rounding) = (tried, rounding);
+                // an answer that needs nothing of the text says nothing about what will be asked of it
+                if count == least && self.must_not_lose() {
+                    let all = Selection { bound: Bound::Blind, ..Selection::all(n) };
+                    return Ok(if most == n { all } else { ranking.keep(most, Bound::MaxCells) });
+                }
                 // a cap is not tried: it holds whatever is lost
                 let rule = if count == most && most < n { Bound::MaxCells } else { Bound::Trial };
                 ranking.keep(count, rule)

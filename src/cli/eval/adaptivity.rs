@@ -60,6 +60,10 @@ pub struct AdaptivityArgs {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128, value_parser = above_0, help_heading = "Evaluation")]
     predict: usize,
 
+    /// Tokens of an answer to a task that are in the cache when it is compressed, and not compared
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "blind", help_heading = "Evaluation")]
+    after: usize,
+
     /// Mean KL per token to stay within, in nats [default: 0.02]
     #[arg(long, value_name = "X,...", value_delimiter = ',', value_parser = above::<0>, help_heading = "Evaluation")]
     target_kl: Vec<f64>,
@@ -184,7 +188,12 @@ impl Source {
                 } else {
                     format!("{} {}", sample.suite, sample.item)
                 },
-                next: Next::Answer { sample, blind: args.suites.blind, limit: args.predict },
+                next: Next::Answer {
+                    sample,
+                    blind: args.suites.blind,
+                    limit: args.predict.saturating_add(args.after),
+                    after: args.after,
+                },
             },
         }
     }

@@ -25,8 +25,8 @@ pub enum Next<'a> {
     /// The tokens that follow the prompt in a text. The first is fed before anything is compared.
     Text { prompt: &'a [Token], next: &'a [Token] },
     /// The full cache's most likely answer, up to `limit` tokens, and what would come after it. `blind`: the question follows
-    /// only after the compression.
-    Answer { sample: &'a Sample, blind: bool, limit: usize },
+    /// only after the compression. `after`: so many tokens of the answer come before it, and are not compared.
+    Answer { sample: &'a Sample, blind: bool, limit: usize, after: usize },
 }
 
 /// What is known of one way to rank the cells, for one request.
@@ -101,7 +101,7 @@ impl Runner {
                 let prompt = self.read_prompt(prompt.to_vec(), 0)?;
                 self.reference(prompt, next.to_vec(), 0)
             }
-            Next::Answer { sample, blind, limit } => {
+            Next::Answer { sample, blind, limit, after } => {
                 let [mut context, question] = self.tokens_of(sample)?;
                 let system = self.system_of(sample, &context)?;
                 if !blind {
@@ -120,7 +120,15 @@ impl Runner {
                     return Err(EvalError::NoAnswer(request.item.clone()));
                 }
                 tokens.push(self.greedy()?.sample(self.session.logits())?);
-                self.reference(prompt, tokens, from)
+                if after == 0 {
+                    return self.reference(prompt, tokens, from);
+                }
+                if tokens.len() < after + 2 {
+                    return Err(EvalError::NoAnswer(request.item.clone()));
+                }
+                let next = tokens.split_off(after);
+                let prompt = self.read_prompt([prompt.tokens, tokens].concat(), system)?;
+                self.reference(prompt, next, 0)
             }
         }
     }

@@ -41,6 +41,7 @@ impl Runner {
         let mut added = 0;
         for (config, mut run) in missing {
             self.session.set_recall(config.recall);
+            self.session.set_more_questions(true);
             self.compress(&prompt, &config, &mut run)?;
             let mut chat = begin();
             chat.say(self, &message, prefix)?;
@@ -73,6 +74,7 @@ impl Runner {
             records.into_iter().try_for_each(|record| self.add(record))?;
         }
         self.session.set_recall(Recall::Off);
+        self.session.set_more_questions(false);
         Ok(added)
     }
 }

@@ -122,3 +122,30 @@ fn the_first_words_of_an_open_turn_vote() {
     assert_ne!(open, plain);
     assert!(matches!(open, Kept::Heads { .. }));
 }
+
+/// An answer that needs nothing of the text, such as "OK.", says nothing about what will be asked of it. Where what a vote drops would
+/// be lost, and more questions may come, it is no reason to drop anything; where it can come back, or no question follows, it is.
+#[test]
+fn an_answer_that_does_not_look_at_the_text_is_no_reason_to_lose_it() {
+    // so large that the fewest cells always do
+    let policy = || Params { target_kl: Some(1000.0), ..Params::default() };
+    let vote = |recall: Recall, more_questions: bool, policy: Params| {
+        let least = policy.sinks + policy.recent;
+        let mut session = after_chat(&long_message(), false, policy);
+        session.set_recall(recall);
+        session.set_more_questions(more_questions);
+        let report = session.compress().unwrap();
+        assert_eq!(session.cells_used(), report.cells_after);
+        (report.bound, report.cells_after, report.cells_before, least)
+    };
+    for (recall, more_questions) in [(Recall::Off, false), (Recall::Auto, true), (Recall::Auto, false)] {
+        let (bound, after, _, least) = vote(recall, more_questions, policy());
+        assert_eq!((bound, after), (Bound::Trial, least), "{recall:?}, {more_questions}");
+    }
+    let (bound, after, before, _) = vote(Recall::Off, true, policy());
+    assert_eq!((bound, after), (Bound::Blind, before));
+    // a cap is kept whatever that loses
+    let capped = Params { max_cells: Some(120), ..policy() };
+    let (bound, after, ..) = vote(Recall::Off, true, capped);
+    assert_eq!((bound, after), (Bound::MaxCells, 120));
+}

@@ -345,3 +345,48 @@ fn where_not_all_have_room_the_choice_for_a_new_question_is_made_among_all() {
     assert!(came_back > before.len(), "{came_back} of {} heads", before.len());
     assert_eq!(greedy(&mut session, 4).0.len(), 4);
 }
+
+/// The cells follow a long answer: their number stays the share that the vote chose, no row is lost, and what is held changes.
+#[test]
+fn cells_are_chosen_anew_while_an_answer_is_written() {
+    for evict in [Evict::Composite, Evict::Cells] {
+        let policy = Params { evict, ..quick() };
+        let mut session = open_recalling("llama", F16, 800, policy);
+        session.renew = 16;
+        read(&mut session, &words(500, 0));
+        let left = session.compress().unwrap().cells_after;
+        let held = |session: &Session| {
+            let cells = cache::cells(session.context(), SEQ);
+            session.sequence().positions(&cells, 0)
+        };
+        let before = held(&session);
+        let mut sampler =
+            session.sampler(&SamplerParams { temp: 0.0, ignore_eos: true, ..SamplerParams::default() }, 50).unwrap();
+        let report = session.generate(&mut sampler, 50, |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!((report.tokens, report.renewals.count, report.squeezes.count), (50, 3, 0), "{report:?}");
+        let share = left as f64 / 500.0;
+        assert_eq!(session.cells_used(), (share * 548.0) as usize + 2);
+        assert_eq!(session.cells_used() + session.rows_aside(), 550, "no row is lost");
+        assert!(held(&session).iter().any(|pos| *pos < 400 && !before.contains(pos)), "nothing came back");
+        // and none doubled
+        session.expand().unwrap();
+        assert!(held(&session).into_iter().eq(0..550));
+    }
+}
+
+/// A choice that fails costs no answer.
+#[test]
+fn an_answer_goes_on_where_there_is_no_memory_to_choose_anew() {
+    let mut session = open_recalling("llama", F16, 800, quick());
+    session.renew = 16;
+    read(&mut session, &words(500, 0));
+    session.compress().unwrap();
+    PRETEND_FULL.set(true);
+    let mut sampler =
+        session.sampler(&SamplerParams { temp: 0.0, ignore_eos: true, ..SamplerParams::default() }, 50).unwrap();
+    let report = session.generate(&mut sampler, 50, |_| ControlFlow::Continue(()));
+    PRETEND_FULL.set(false);
+    let report = report.unwrap();
+    assert_eq!((report.tokens, report.renewals.count), (50, 0));
+    assert_eq!(session.cells_used() + session.rows_aside(), 550);
+}
