@@ -128,7 +128,7 @@ fn the_first_words_of_an_open_turn_vote() {
 #[test]
 fn an_answer_that_does_not_look_at_the_text_is_no_reason_to_lose_it() {
     // so large that the fewest cells always do
-    let policy = || Params { target_kl: Some(1000.0), ..Params::default() };
+    let policy = || Params { target_kl: Some(10.0), ..Params::default() };
     let vote = |recall: Recall, more_questions: bool, policy: Params| {
         let least = policy.sinks + policy.recent;
         let mut session = after_chat(&long_message(), false, policy);
