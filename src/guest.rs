@@ -188,7 +188,7 @@ impl Guest {
             return Err(GuestError::Unsupported(reason));
         }
         let mut voter = Voter::new(&ctx, &self.settings.policy, self.settings.account_error)?;
-        voter.recall = self.settings.recall;
+        voter.recall = self.settings.recall.clone();
         if let Some(present) = present.filter(|present| *present != callback) {
             self.next = Some(present);
         }

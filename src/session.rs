@@ -27,7 +27,7 @@ pub use self::file::FileError;
 pub use self::grow::Stuck;
 use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
-pub use crate::archive::Recall;
+pub use crate::archive::{Recall, RecallFile, RecallFileError};
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token};
@@ -161,7 +161,7 @@ impl Session {
         let ctx = Context::new(model, &context)?;
         let voter = if compresses {
             let mut voter = Voter::new(&ctx, &params.policy, params.account_error)?;
-            voter.recall = params.recall;
+            voter.recall = params.recall.clone();
             voter.capture.follow(SEQ);
             Some(voter)
         } else {
@@ -294,10 +294,10 @@ impl Session {
         if tokens > room { Err(SessionError::PromptTooLong { tokens, room, trained }) } else { Ok(()) }
     }
 
-    /// Changes what becomes of rows that leave the cache. With [`Recall::Off`] those that are set aside are given up.
+    /// Changes what becomes of rows that leave the cache. Those that are set aside elsewhere are given up.
     pub fn set_recall(&mut self, recall: Recall) {
         let Some(voter) = &mut self.voter else { return };
-        voter.recall = recall;
+        voter.recall = recall.clone();
         if recall != self.recall() {
             self.sequence.archive = self.voter.as_ref().and_then(|voter| voter.sequence(SEQ).archive);
         }

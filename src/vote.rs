@@ -21,7 +21,7 @@ pub(crate) use self::notes::Notes;
 pub use self::report::CompressReport;
 pub(crate) use self::sequence::Saved;
 pub use self::sequence::Sequence;
-use crate::archive::{Archive, ReadError, Recall};
+use crate::archive::{Archive, NoRoom, ReadError, Recall};
 use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
 use crate::capture::{Capture, CaptureError};
@@ -74,7 +74,8 @@ impl From<ReadError> for VoteError {
         match error {
             ReadError::CutOff => Self::Saved("it is cut off"),
             ReadError::Nonsense => Self::Saved("its numbers contradict each other"),
-            ReadError::OutOfMemory => LlamaError::Memory.into(),
+            ReadError::NoRoom(NoRoom::Memory { .. }) => LlamaError::Memory.into(),
+            ReadError::NoRoom(error) => CompactError::from(error).into(),
         }
     }
 }
@@ -157,7 +158,7 @@ impl Voter {
         }
         let captured = moved.capture.read(&captured).ok_or(VoteError::Capture(CaptureError::Empty))?;
         moved.capture.restore(seq, captured);
-        (moved.system_end, moved.recall) = (self.system_end, self.recall);
+        (moved.system_end, moved.recall) = (self.system_end, self.recall.clone());
         moved.notes = self.notes.take();
         Ok(moved)
     }
@@ -165,7 +166,7 @@ impl Voter {
     /// An empty sequence with this id.
     pub fn sequence(&self, id: SeqId) -> Sequence {
         let mut sequence = Sequence::new(id);
-        sequence.archive = (self.recall == Recall::Auto).then(|| Archive::new(&self.layout));
+        sequence.archive = Archive::new(&self.layout, &self.recall);
         sequence
     }
 

@@ -98,6 +98,7 @@ fn status_of(error: &GuestError) -> gvote_status {
             VoteError::Cache(_) | VoteError::UnevenHeads | VoteError::Capture(_) => GVOTE_ERROR_UNSUPPORTED,
             VoteError::Policy(_) => GVOTE_ERROR_PARAMS,
             VoteError::Compact(CompactError::Archive { .. }) => GVOTE_ERROR_MEMORY,
+            VoteError::Compact(CompactError::ArchiveFile { .. }) => GVOTE_ERROR_FILE,
             VoteError::Compact(CompactError::NoCells { .. }) => GVOTE_ERROR_NO_CELLS,
             VoteError::Compact(CompactError::Shared) => GVOTE_ERROR_SHARED,
             VoteError::ReplayCompressed => GVOTE_ERROR_COMPRESSED,

@@ -113,7 +113,7 @@ pub(crate) fn arrange(
     if n_aside > 0 {
         let rest = |head: usize| rest(held.archive, &plans[head], head, &gone, end as u32);
         let batch = set_aside(&layout, held, &plans, &rest, archive.room(n_aside)?, n_threads, mover.devices())?;
-        archive.push(batch);
+        archive.push(batch)?;
     }
 
     bring_in(&layout, held, &places, &plans, n_threads, mover.devices());

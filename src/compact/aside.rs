@@ -61,7 +61,7 @@ impl Aside<'_> {
             copy_out(devices, layout, il, &mut heads)
         };
         each_layer(layout, n_threads, devices, layers, copy)?;
-        self.archive.push(batch);
+        self.archive.push(batch)?;
         *self.time = clock.elapsed();
         Ok(())
     }

@@ -25,10 +25,10 @@ pub struct ExpandReport {
 impl Session {
     /// What becomes of rows that leave the cache.
     pub fn recall(&self) -> Recall {
-        if self.sequence.archive.is_some() { Recall::Auto } else { Recall::Off }
+        self.sequence.archive.as_ref().map_or(Recall::Off, Archive::recall)
     }
 
-    /// Bytes of memory that rows take which left the cache and can come back.
+    /// Bytes that rows take which left the cache and can come back, in memory or in a file as [`Self::recall`] says.
     pub fn bytes_aside(&self) -> usize {
         self.sequence.archive.as_ref().map_or(0, Archive::bytes)
     }

@@ -8,6 +8,7 @@
 //! - `cut`: what is cut off leaves no trace, or is refused;
 //! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
 //! - `recall`: what left the cache comes back as it was;
+//! - `recall_file`: so it does from a file, which leaves no room taken;
 //! - `grow`: a session that outgrows its cells moves to where there are more;
 //! - `hostile`: no number in a saved session, whatever it is, does harm;
 //! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
@@ -22,6 +23,7 @@ mod hostile;
 mod long;
 mod protect;
 mod recall;
+mod recall_file;
 mod replay;
 mod walk;
 
