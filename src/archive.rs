@@ -1,8 +1,8 @@
 //! What leaves the cache, set aside in memory or in a file, so that it can come back.
 //!
 //! # A row
-//! The key and the value that one KV head of one layer holds for one token, bit by bit as llama.cpp stored them: after RoPE,
-//! rotation and quantization. In a cell they lie apart; here the key is followed by the value, channel after channel, also where
+//! The key and the value that one KV head of one layer holds for one token, bit by bit as llama.cpp stored them ([`RecallType`] has
+//! the exception): after RoPE, rotation and quantization. In a cell they lie apart; here the key is followed by the value, channel after channel, also where
 //! the cache keeps V transposed. A row is known by its head and its position.
 //!
 //! Every row of a sequence is in exactly one place: in a cell of the cache, or in the archive. So cells and archive together never
@@ -35,7 +35,7 @@ use std::sync::Arc;
 use crate::cache::Layout;
 pub use crate::disk::{RecallFile, RecallFileError};
 use crate::llama::Pos;
-use crate::{disk, machine, memory};
+use crate::{compact, disk, machine, memory};
 
 #[cfg(test)]
 thread_local! {
@@ -53,6 +53,26 @@ pub enum Recall {
     Auto,
     /// They are set aside in a file, and can come back.
     File(RecallFile),
+}
+
+/// How rows are set aside.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RecallType {
+    /// As the cache has them: they come back bit by bit.
+    #[default]
+    Cache,
+    /// Those of a cache of f32, f16 or bf16 as q8_0: they come back rounded. Those of other types as they are.
+    Q8_0,
+}
+
+impl RecallType {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cache => "cache",
+            Self::Q8_0 => "q8_0",
+        }
+    }
 }
 
 /// There is no room for so many bytes of rows.
@@ -222,6 +242,7 @@ pub(crate) struct Entry {
 #[derive(Clone, Debug)]
 pub(crate) struct Archive {
     shape: Arc<Shape>,
+    form: RecallType,
     /// Where rows are set aside; None: in memory.
     file: Option<RecallFile>,
     batches: Vec<Arc<Batch>>,
@@ -229,17 +250,17 @@ pub(crate) struct Archive {
 
 impl Archive {
     /// An empty one for the heads of a cache; None where rows are lost.
-    pub fn new(layout: &Layout, recall: &Recall) -> Option<Self> {
+    pub fn new(layout: &Layout, recall: &Recall, form: RecallType) -> Option<Self> {
         let file = match recall {
             Recall::Off => return None,
             Recall::Auto => None,
             Recall::File(file) => Some(file.clone()),
         };
         let mut start = vec![0];
-        for bytes in layout.row_bytes() {
+        for bytes in compact::row_bytes(layout, form) {
             start.push(start[start.len() - 1] + bytes);
         }
-        Some(Self { shape: Arc::new(Shape { start }), file, batches: Vec::new() })
+        Some(Self { shape: Arc::new(Shape { start }), form, file, batches: Vec::new() })
     }
 
     /// An empty one for the same heads, in the same place.
@@ -248,7 +269,12 @@ impl Archive {
     }
 
     fn with(&self, batches: Vec<Arc<Batch>>) -> Self {
-        Self { shape: self.shape.clone(), file: self.file.clone(), batches }
+        Self { shape: self.shape.clone(), form: self.form, file: self.file.clone(), batches }
+    }
+
+    /// How it sets rows aside.
+    pub fn form(&self) -> RecallType {
+        self.form
     }
 
     /// Where it sets rows aside.
@@ -449,7 +475,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = RecallFile::create(&folder.path().join("rows")).unwrap();
         let shape = Arc::new(Shape { start: vec![0, 3, 8] });
-        [None, Some(file)].map(|file| Archive { shape: shape.clone(), file, batches: Vec::new() })
+        [None, Some(file)].map(|file| Archive {
+            shape: shape.clone(),
+            form: RecallType::Cache,
+            file,
+            batches: Vec::new(),
+        })
     }
 
     /// Sets rows aside: of each head those at its positions, whose bytes are the position.

@@ -27,7 +27,7 @@ pub use self::file::FileError;
 pub use self::grow::Stuck;
 use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
-pub use crate::archive::{Recall, RecallFile, RecallFileError};
+pub use crate::archive::{Recall, RecallFile, RecallFileError, RecallType};
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token};
@@ -102,6 +102,8 @@ pub struct SessionParams {
     pub grow_to: u32,
     /// Whether rows that leave the cache can come back.
     pub recall: Recall,
+    /// How they are set aside: [`RecallType::Q8_0`] takes half the bytes of f16, and they come back rounded.
+    pub recall_type: RecallType,
 }
 
 impl SessionParams {
@@ -162,6 +164,7 @@ impl Session {
         let voter = if compresses {
             let mut voter = Voter::new(&ctx, &params.policy, params.account_error)?;
             voter.recall = params.recall.clone();
+            voter.set_recall_type(params.recall_type)?;
             voter.capture.follow(SEQ);
             Some(voter)
         } else {

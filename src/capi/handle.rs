@@ -96,7 +96,7 @@ fn status_of(error: &GuestError) -> gvote_status {
             VoteError::Capture(CaptureError::Empty) => GVOTE_ERROR_NOT_SEEN,
             VoteError::Capture(CaptureError::Panic(_)) => GVOTE_ERROR_INTERNAL,
             VoteError::Cache(_) | VoteError::UnevenHeads | VoteError::Capture(_) => GVOTE_ERROR_UNSUPPORTED,
-            VoteError::Policy(_) => GVOTE_ERROR_PARAMS,
+            VoteError::Policy(_) | VoteError::RecallType { .. } => GVOTE_ERROR_PARAMS,
             VoteError::Compact(CompactError::Archive { .. }) => GVOTE_ERROR_MEMORY,
             VoteError::Compact(CompactError::ArchiveFile { .. }) => GVOTE_ERROR_FILE,
             VoteError::Compact(CompactError::NoCells { .. }) => GVOTE_ERROR_NO_CELLS,

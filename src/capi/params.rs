@@ -10,7 +10,7 @@ use super::header::*;
 use super::ptr;
 use crate::guest::Settings;
 use crate::policy::{Evict, Kind, Params, Span};
-use crate::session::{Recall, RecallFile};
+use crate::session::{Recall, RecallFile, RecallType};
 
 const POLICIES: [(gvote_policy, Kind); 8] = [
     (GVOTE_POLICY_GVOTE, Kind::Gvote),
@@ -24,6 +24,8 @@ const POLICIES: [(gvote_policy, Kind); 8] = [
 ];
 const EVICTS: [(gvote_evict, Evict); 2] =
     [(GVOTE_EVICT_COMPOSITE, Evict::Composite), (GVOTE_EVICT_CELLS, Evict::Cells)];
+const RECALL_TYPES: [(gvote_recall_type, RecallType); 2] =
+    [(GVOTE_RECALL_TYPE_CACHE, RecallType::Cache), (GVOTE_RECALL_TYPE_Q8_0, RecallType::Q8_0)];
 
 /// Structs grow by fields of four and eight bytes at the end; what lies before is understood.
 const STEP: usize = 8;
@@ -44,7 +46,7 @@ pub(super) fn policy_number(kind: Kind) -> gvote_policy {
 
 /// The settings as C has them.
 pub(super) fn of(settings: &Settings) -> gvote_params {
-    let Settings { policy: params, account_error, recall } = settings;
+    let Settings { policy: params, account_error, recall, recall_type } = settings;
     let evict = EVICTS.iter().find(|entry| entry.1 == params.evict).map_or(GVOTE_EVICT_COMPOSITE, |entry| entry.0);
     let (recall, recall_file) = match recall {
         Recall::Auto => (GVOTE_RECALL_AUTO, null()),
@@ -77,7 +79,7 @@ pub(super) fn of(settings: &Settings) -> gvote_params {
         p_nuc: params.p_nuc,
         seed: params.seed,
         recall,
-        reserved: 0,
+        recall_type: RECALL_TYPES.iter().find(|entry| entry.1 == *recall_type).map_or(0, |entry| entry.0),
         recall_file,
     }
 }
@@ -107,9 +109,7 @@ pub(super) fn read(from: *const gvote_params, now: &Recall) -> Result<Settings, 
         |name: &str, value: u32| Failure::new(GVOTE_ERROR_PARAMS, format!("{name} is {value}, which is none"));
     let policy = POLICIES.iter().find(|entry| entry.0 == params.policy);
     let evict = EVICTS.iter().find(|entry| entry.0 == params.evict);
-    if params.reserved != 0 {
-        return Err(unknown("reserved", params.reserved));
-    }
+    let recall_type = RECALL_TYPES.iter().find(|entry| entry.0 == params.recall_type);
     if params.flags & !(GVOTE_FLAG_REPLAY | GVOTE_FLAG_ACCOUNT_ERROR | GVOTE_FLAG_PROTECT) != 0 {
         return Err(unknown("flags", params.flags));
     }
@@ -147,6 +147,7 @@ pub(super) fn read(from: *const gvote_params, now: &Recall) -> Result<Settings, 
             GVOTE_RECALL_FILE => in_file(Path::new(ptr::text(params.recall_file, "recall_file")?), now)?,
             other => return Err(unknown("recall", other)),
         },
+        recall_type: recall_type.ok_or_else(|| unknown("recall_type", params.recall_type))?.1,
     })
 }
 

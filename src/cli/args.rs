@@ -13,7 +13,7 @@ use clap::{ArgAction, Args, ValueHint};
 use gvote::SessionParams;
 use gvote::llama::{CacheType, ContextParams, FlashAttention, ThreadParams};
 use gvote::policy::{Evict, Kind, Params, Preset, Span};
-use gvote::session::{Recall, RecallFile};
+use gvote::session::{Recall, RecallFile, RecallType};
 use rustix::process::setpriority_process;
 
 pub use self::placement::{PlacementArgs, name_flag};
@@ -299,6 +299,8 @@ impl PolicyArgs {
     }
 }
 
+const RECALL_TYPES: &[(&str, RecallType)] = &[("cache", RecallType::Cache), ("q8_0", RecallType::Q8_0)];
+
 /// What becomes of what leaves the cache, for a conversation that may come back to it.
 #[derive(Args)]
 #[command(next_help_heading = "Cache policy")]
@@ -307,6 +309,11 @@ pub struct RecallArgs {
     /// and the next message is read with all of it; off drops it
     #[arg(long, value_name = "auto|ram|off|FILE", default_value = "auto", value_hint = ValueHint::FilePath)]
     recall: PathBuf,
+
+    /// How it is set aside: cache, bit by bit; or q8_0, in half the bytes of an f16 cache, so that what comes back is rounded
+    #[arg(long, value_name = "cache|q8_0", default_value = RecallType::Cache.name(), hide_possible_values = true,
+          value_parser = by_name(RECALL_TYPES))]
+    recall_type: RecallType,
 }
 
 impl RecallArgs {
@@ -320,6 +327,10 @@ impl RecallArgs {
             Some("off") => Ok(Recall::Off),
             _ => RecallFile::create(&self.recall).map(Recall::File).context("--recall"),
         }
+    }
+
+    pub fn recall_type(&self) -> RecallType {
+        self.recall_type
     }
 }
 

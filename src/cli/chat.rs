@@ -127,7 +127,8 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     }
     let cells = Cells::for_chat(&model);
     let params = cells.given_to(args.policy.session(&args.context, cells.first())?, &args.context);
-    let session = steps.open(&model, &SessionParams { recall, ..params })?;
+    let recall_type = args.recall.recall_type();
+    let session = steps.open(&model, &SessionParams { recall, recall_type, ..params })?;
     let system = args.prompt.system()?;
     tell_of_system(&template, system.as_ref());
     steps.interrupt.end();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::{SEQ, Session, SessionError, Squeezes};
-use crate::archive::{Archive, Bring, Recall};
+use crate::archive::{Archive, Bring, Recall, RecallType};
 use crate::cache;
 use crate::compact::CompactError;
 use crate::llama::Pos;
@@ -28,6 +28,11 @@ impl Session {
         self.sequence.archive.as_ref().map_or(Recall::Off, Archive::recall)
     }
 
+    /// How they are set aside; [`RecallType::Cache`] where they are lost.
+    pub fn recall_type(&self) -> RecallType {
+        self.sequence.archive.as_ref().map_or(RecallType::Cache, Archive::form)
+    }
+
     /// Bytes that rows take which left the cache and can come back, in memory or in a file as [`Self::recall`] says.
     pub fn bytes_aside(&self) -> usize {
         self.sequence.archive.as_ref().map_or(0, Archive::bytes)
@@ -41,7 +46,8 @@ impl Session {
     /// Brings back what left the cache, as far as there are cells for it: all of it where there are, else the newest rows of each
     /// head. The cache grows for it where it may. Next-token logits stay.
     ///
-    /// Where everything comes back that was ever read, every cell holds one token again, with the keys and values that it had.
+    /// Where everything comes back that was ever read, every cell holds one token again, with the keys and values that it had: those
+    /// that were set aside as q8_0 are rounded.
     ///
     /// # Errors
     /// [`SessionError::Vote`] where memory runs out; the session is then as before.

@@ -38,7 +38,7 @@ struct Params {
     p_nuc: f32,
     seed: u64,
     recall: u32,
-    reserved: u32,
+    recall_type: u32,
     recall_file: usize,
 }
 

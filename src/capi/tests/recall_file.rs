@@ -111,6 +111,31 @@ fn the_settings_name_the_file_and_the_same_name_is_the_same_file() {
 }
 
 #[test]
+fn as_q8_0_it_takes_half_the_room() {
+    let params = gvote_params { max_cells: 150, ..defaults() };
+    let q8_0 = gvote_params { recall_type: GVOTE_RECALL_TYPE_Q8_0, ..params };
+    let [(app, exact), (other, rounded)] = [params, q8_0].map(|params| heard(&params));
+    assert_eq!(params_of(&rounded).recall_type, GVOTE_RECALL_TYPE_Q8_0);
+    let before = app.state(0);
+    let [bytes, half] = [exact.compressed(&app, 0), rounded.compressed(&other, 0)].map(|report| report.bytes_aside);
+    // 34 bytes for 64, and what positions take
+    assert!(half < bytes * 6 / 10, "{half} of {bytes}");
+    // the bytes of one are not the other's
+    assert_eq!(exact.load(&app, 0, &rounded.save(&other, 0)), GVOTE_ERROR_STATE);
+    assert_eq!(rounded.load(&other, 0, &exact.save(&app, 0)), GVOTE_ERROR_STATE);
+    for (app, handle) in [(&app, &exact), (&other, &rounded)] {
+        assert_eq!(handle.expand(app, 0, 0), (GVOTE_OK, N as u32));
+    }
+    assert!(app.state(0) == before && other.state(0) != before);
+    // SAFETY: both live.
+    assert_eq!(unsafe { gvote_set_params(rounded.0, &raw const params) }, GVOTE_ERROR_PARAMS);
+    assert!(rounded.error().contains("recall_type"), "{}", rounded.error());
+    let nonsense = gvote_params { recall_type: 2, ..params };
+    // SAFETY: it lives.
+    assert!(unsafe { gvote_new(&raw const nonsense, ptr::null_mut()) }.is_null());
+}
+
+#[test]
 fn on_a_full_disk_nothing_is_dropped() {
     let folder = tempfile::tempdir().unwrap();
     let (app, handle) = heard(&in_file(&c_path(&folder.path().join("rows"))));

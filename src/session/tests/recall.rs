@@ -113,7 +113,7 @@ fn many_votes_are_taken_back_at_once() {
 }
 
 /// K and V of all heads in a cell.
-fn rows_of(session: &Session, cell: &crate::cache::Cell) -> Vec<Vec<f32>> {
+pub(super) fn rows_of(session: &Session, cell: &crate::cache::Cell) -> Vec<Vec<f32>> {
     let layout = Layout::of(&session.ctx, SEQ).unwrap();
     let heads = layout.n_head_kv().enumerate().flat_map(|(layer, n)| (0..n).map(move |kv| (layer, kv)));
     heads.flat_map(|(layer, kv)| [false, true].map(|is_v| fixture::row(&layout, layer, is_v, kv, cell))).collect()
