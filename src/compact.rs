@@ -22,6 +22,7 @@ mod aside;
 mod device;
 mod host;
 mod mask;
+mod pack;
 mod pages;
 
 use std::borrow::Cow;
@@ -35,6 +36,7 @@ use std::sync::Mutex;
 pub(crate) use self::arrange::{Arranged, Held, arrange};
 pub(crate) use self::aside::Aside;
 use self::device::Mover;
+pub(crate) use self::pack::{row_bytes, unfit};
 pub(crate) use self::pages::give_back;
 use crate::archive::NoRoom;
 use crate::backend::{ComputeError, DEVICE_LAYERS, Devices};
