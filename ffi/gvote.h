@@ -37,8 +37,8 @@
  *              a smaller struct, goes on working; a size that this library does not know is GVOTE_ERROR_SIZE. Enumerations
  *              may get more values.
  *
- * A vote is a bet on what will be asked. So what it takes out of the cache is set aside in memory, as many bytes as the freed
- * cells held, and gvote_expand() brings it back before the next question is decoded:
+ * A vote is a bet on what will be asked. So what it takes out of the cache is set aside in memory or in a file, as many bytes
+ * as the freed cells held, and gvote_expand() brings it back before the next question is decoded:
  *
  *     gvote_expand(g, ctx, 0, n_tokens, NULL);        // n_tokens: of the question
  *     ...                                             // llama_decode(ctx, question)
@@ -103,6 +103,7 @@ typedef enum gvote_status {
     GVOTE_ERROR_STATE           = 17, /* the saved bytes are cut off, damaged, or not those of this sequence */
     GVOTE_ERROR_BUSY            = 18, /* another call with this handle is running */
     GVOTE_ERROR_INTERNAL        = 19, /* a fault of gvote: please report it */
+    GVOTE_ERROR_FILE            = 20, /* `recall_file` cannot be made, or its disk has no room for what leaves the cache */
     GVOTE_STATUS_FORCE_32_BITS  = 0x7fffffff
 } gvote_status;
 
@@ -130,8 +131,16 @@ typedef enum gvote_evict {
 typedef enum gvote_recall {
     GVOTE_RECALL_AUTO          = 0, /* they are set aside in the memory of the process, and can come back: gvote_expand() */
     GVOTE_RECALL_OFF           = 1, /* they are lost */
+    GVOTE_RECALL_FILE          = 2, /* as GVOTE_RECALL_AUTO, but in a file on disk: `recall_file` */
     GVOTE_RECALL_FORCE_32_BITS = 0x7fffffff
 } gvote_recall;
+
+/* How it is set aside. */
+typedef enum gvote_recall_type {
+    GVOTE_RECALL_TYPE_CACHE         = 0, /* as the cache has it: it comes back bit by bit */
+    GVOTE_RECALL_TYPE_Q8_0          = 1, /* f32, f16 and bf16 as q8_0: half the bytes of f16, and it comes back rounded */
+    GVOTE_RECALL_TYPE_FORCE_32_BITS = 0x7fffffff
+} gvote_recall_type;
 
 /* The rule that set the number of cells. */
 typedef enum gvote_bound {
@@ -195,7 +204,12 @@ typedef struct gvote_params {
     float    p_nuc;        /* policy gvote_paper: share of attention that sets the budget; above 0 up to 1 */
     uint64_t seed;         /* of the synthetic queries: with each number a vote chooses the same again */
     uint32_t recall;       /* gvote_recall; fixed while the handle is attached */
-    uint32_t reserved;     /* 0 */
+    uint32_t recall_type;  /* gvote_recall_type; fixed while the handle is attached. GVOTE_RECALL_TYPE_Q8_0 needs heads of a
+                              multiple of 32 numbers, or gvote_attach() is GVOTE_ERROR_PARAMS */
+    const char * recall_file; /* GVOTE_RECALL_FILE: its path, UTF-8; else not looked at. Nothing may be there yet, or an empty
+                                 file. It loses its name as soon as it is open, and its space is free again when the handle is
+                                 freed or the process ends. Calls that take it copy it; what gvote_get_params() gives lives
+                                 until the settings change or the handle is freed */
 } gvote_params;
 
 /* One attempt of a trial. */
@@ -229,7 +243,7 @@ typedef struct gvote_report {
     double    trial_s;
     double    compact_s;
     double    aside_s;         /* of setting aside what left the cache */
-    uint64_t  bytes_aside;     /* that the sequence has set aside now, in the memory of the process */
+    uint64_t  bytes_aside;     /* that the sequence has set aside now, in the memory of the process or in `recall_file` */
     double    recall_s;        /* of rows that came back, and of choosing among them where they had no room at once */
 } gvote_report;
 
@@ -274,7 +288,8 @@ static inline gvote_params gvote_params_default(void) {
 
 /* Makes a handle. `params` may be NULL: the defaults. The caller frees it with gvote_free().
  * Returns NULL on failure; `status` (may be NULL) says why, and so does gvote_last_error(NULL).
- * Errors: GVOTE_ERROR_SIZE, GVOTE_ERROR_PARAMS, GVOTE_ERROR_MEMORY; GVOTE_ERROR_VERSION where the llama.cpp in the process has
+ * Errors: GVOTE_ERROR_SIZE, GVOTE_ERROR_PARAMS, GVOTE_ERROR_MEMORY; with GVOTE_RECALL_FILE, GVOTE_ERROR_NULL without a
+ * `recall_file` and GVOTE_ERROR_FILE where it cannot be made; GVOTE_ERROR_VERSION where the llama.cpp in the process has
  * another version than gvote was built for. */
 GVOTE_API gvote_t * gvote_new(const gvote_params * params, gvote_status * status);
 
@@ -286,8 +301,9 @@ GVOTE_API void gvote_free(gvote_t * g);
  * failure of gvote_new(), or of a call with a NULL or wrong handle, in this thread. Never NULL. */
 GVOTE_API const char * gvote_last_error(const gvote_t * g);
 
-/* Changes the settings of later votes. `window`, `sinks` and `recall` are fixed while the handle is attached. `params` may be
- * NULL: the defaults. Errors: GVOTE_ERROR_SIZE, GVOTE_ERROR_PARAMS. */
+/* Changes the settings of later votes. `window`, `sinks` and those that begin with `recall` are fixed while the handle is
+ * attached; the `recall_file` that the handle has already is not made again. `params` may be NULL: the defaults. Errors:
+ * GVOTE_ERROR_SIZE, GVOTE_ERROR_PARAMS, and those of gvote_new() for `recall_file`. */
 GVOTE_API gvote_status gvote_set_params(gvote_t * g, const gvote_params * params);
 
 /* The settings in force, as far as the `size` that the caller sets in `params` reaches. Errors: GVOTE_ERROR_SIZE. */
@@ -379,10 +395,12 @@ GVOTE_API gvote_status gvote_make_room(
         gvote_report         * report);
 
 /* Brings back what votes took out of the cache of a sequence: all of it where `needed` cells (those of the tokens that are
- * decoded next) stay free beside it, and those that a later vote needs; else the newest of each head. Every key and value is, bit
- * by bit, what it was. Call it before a new question is decoded, which then sees everything. The cells that the sequence has
- * afterwards are written to `n_cells` (may be NULL). With GVOTE_RECALL_OFF, and where nothing is set aside, nothing happens.
- * Errors: GVOTE_ERROR_SHARED where cells are shared with another sequence, GVOTE_ERROR_MEMORY, and as gvote_seq_cells(). */
+ * decoded next) stay free beside it, and those that a later vote needs; else the newest of each head. Every key and value is,
+ * bit by bit, what it was, unless GVOTE_RECALL_TYPE_Q8_0 has rounded it. Call it before a new question is decoded, which then
+ * sees everything. The cells that the sequence has afterwards are written to `n_cells` (may be NULL). With GVOTE_RECALL_OFF,
+ * and where nothing is set aside, nothing happens.
+ * Errors: GVOTE_ERROR_SHARED where cells are shared with another sequence, GVOTE_ERROR_MEMORY, GVOTE_ERROR_FILE, and as
+ * gvote_seq_cells(). */
 GVOTE_API gvote_status gvote_expand(
         gvote_t * g, struct llama_context * ctx, int32_t seq, uint32_t needed, uint32_t * n_cells);
 

@@ -1,8 +1,8 @@
-//! What leaves the cache, set aside in host memory, so that it can come back.
+//! What leaves the cache, set aside in memory or in a file, so that it can come back.
 //!
 //! # A row
-//! The key and the value that one KV head of one layer holds for one token, bit by bit as llama.cpp stored them: after RoPE,
-//! rotation and quantization. In a cell they lie apart; here the key is followed by the value, channel after channel, also where
+//! The key and the value that one KV head of one layer holds for one token, bit by bit as llama.cpp stored them ([`RecallType`] has
+//! the exception): after RoPE, rotation and quantization. In a cell they lie apart; here the key is followed by the value, channel after channel, also where
 //! the cache keeps V transposed. A row is known by its head and its position.
 //!
 //! Every row of a sequence is in exactly one place: in a cell of the cache, or in the archive. So cells and archive together never
@@ -11,7 +11,8 @@
 //!
 //! # Bytes
 //! Rows that leave together form a [`Batch`]. All heads give up the same number of rows, because a cell of llama.cpp holds one of
-//! every head; so `n` rows of each head take the bytes of K and V of `n` cells, and 4 more bytes a row for its position.
+//! every head; so `n` rows of each head take the bytes of K and V of `n` cells, and 4 more bytes a row for its position. Positions are
+//! always in memory; rows are there too, or in a [`RecallFile`].
 //!
 //! # Owner
 //! An archive belongs to a [`Sequence`](crate::vote::Sequence) and is freed with it, or emptied when the sequence is. A batch never
@@ -19,19 +20,22 @@
 //! left of these becomes a new one.
 //!
 //! # Failure
-//! All memory is taken, and rows that leave are copied, before anything in the cache moves. Where memory runs out, the cache and
-//! the archive are as they were.
+//! All memory and all room on a disk is taken, and rows that leave are copied and written, before anything in the cache moves. Where
+//! either runs out, the cache and the archive are as they were.
 //!
 //! Rows are copied by [`crate::compact`], the only code that knows where they lie in the cache.
 
 #![forbid(unsafe_code)]
 
 use std::io::{self, Read, Write};
+use std::ops::{Deref, DerefMut};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::cache::Layout;
+pub use crate::disk::{RecallFile, RecallFileError};
 use crate::llama::Pos;
-use crate::{machine, memory};
+use crate::{compact, disk, machine, memory};
 
 #[cfg(test)]
 thread_local! {
@@ -40,19 +44,55 @@ thread_local! {
 }
 
 /// What becomes of rows that a vote, or a lack of cells, takes out of the cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Recall {
     /// They are lost.
     #[default]
     Off,
     /// They are set aside in this machine's memory, and can come back.
     Auto,
+    /// They are set aside in a file, and can come back.
+    File(RecallFile),
 }
 
-/// There is no memory for so many bytes of rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct OutOfMemory {
-    pub bytes: usize,
+/// How rows are set aside.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RecallType {
+    /// As the cache has them: they come back bit by bit.
+    #[default]
+    Cache,
+    /// Those of a cache of f32, f16 or bf16 as q8_0: they come back rounded. Those of other types as they are.
+    Q8_0,
+}
+
+impl RecallType {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cache => "cache",
+            Self::Q8_0 => "q8_0",
+        }
+    }
+}
+
+/// There is no room for so many bytes of rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NoRoom {
+    Memory {
+        bytes: usize,
+    },
+    /// In a file that was made with this path. `reason`: what the system says.
+    Disk {
+        bytes: usize,
+        path: PathBuf,
+        reason: String,
+    },
+}
+
+impl NoRoom {
+    fn on_disk(bytes: usize, file: &RecallFile, error: &io::Error) -> Self {
+        Self::Disk { bytes, path: file.path().into(), reason: error.to_string() }
+    }
 }
 
 /// Where the rows of each KV head, counted over all layers, begin in a batch of one row a head.
@@ -78,6 +118,33 @@ impl Shape {
     }
 }
 
+/// Bytes of rows.
+#[derive(Debug)]
+enum Rows {
+    Memory(Vec<u8>),
+    File(disk::Rows),
+}
+
+impl Deref for Rows {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Memory(rows) => rows,
+            Self::File(rows) => rows,
+        }
+    }
+}
+
+impl DerefMut for Rows {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Memory(rows) => rows,
+            Self::File(rows) => rows,
+        }
+    }
+}
+
 /// As many rows of every head.
 #[derive(Debug)]
 pub(crate) struct Batch {
@@ -86,26 +153,33 @@ pub(crate) struct Batch {
     /// `[head][n]`, ascending in each head.
     pos: Vec<u32>,
     /// `[head][n][row]`
-    rows: Vec<u8>,
+    rows: Rows,
 }
 
 impl Batch {
-    /// Room for `n` rows of every head.
-    fn new(shape: &Arc<Shape>, n: usize) -> Result<Self, OutOfMemory> {
+    /// Room for `n` rows of every head: in the file, or else in memory.
+    fn new(shape: &Arc<Shape>, n: usize, file: Option<&RecallFile>) -> Result<Self, NoRoom> {
         let bytes = n.saturating_mul(shape.all());
-        let failed = OutOfMemory { bytes };
+        let failed = || NoRoom::Memory { bytes };
         #[cfg(test)]
         if PRETEND_FULL.get() {
-            return Err(failed);
+            return Err(failed());
         }
+        let n_pos = n.saturating_mul(shape.n_heads());
+        let in_memory = if file.is_some() { n_pos.saturating_mul(size_of::<u32>()) } else { bytes };
         // what a system promises it may take back by ending the process
-        if machine::available().is_some_and(|available| bytes > available) {
-            return Err(failed);
+        if machine::available().is_some_and(|available| in_memory > available) {
+            return Err(failed());
         }
         let mut pos = Vec::new();
-        pos.try_reserve_exact(n.saturating_mul(shape.n_heads())).map_err(|_| failed)?;
-        pos.resize(n * shape.n_heads(), 0);
-        let rows = memory::zeros(bytes).ok_or(failed)?;
+        pos.try_reserve_exact(n_pos).map_err(|_| failed())?;
+        pos.resize(n_pos, 0);
+        let rows = match file {
+            Some(file) if bytes > 0 => {
+                Rows::File(disk::Rows::new(file, bytes).map_err(|error| NoRoom::on_disk(bytes, file, &error))?)
+            }
+            _ => Rows::Memory(memory::zeros(bytes).ok_or_else(failed)?),
+        };
         Ok(Self { shape: shape.clone(), n, pos, rows })
     }
 
@@ -143,6 +217,13 @@ impl Batch {
         pos.chunks_exact_mut(n.max(1)).zip(rows)
     }
 
+    /// Rows in a file leave the memory of the process until they are read.
+    fn release(&self) {
+        if let Rows::File(rows) = &self.rows {
+            rows.release();
+        }
+    }
+
     fn bytes(&self) -> usize {
         self.rows.len() + size_of_val(&self.pos[..])
     }
@@ -161,22 +242,44 @@ pub(crate) struct Entry {
 #[derive(Clone, Debug)]
 pub(crate) struct Archive {
     shape: Arc<Shape>,
+    form: RecallType,
+    /// Where rows are set aside; None: in memory.
+    file: Option<RecallFile>,
     batches: Vec<Arc<Batch>>,
 }
 
 impl Archive {
-    /// An empty one for the heads of a cache.
-    pub fn new(layout: &Layout) -> Self {
+    /// An empty one for the heads of a cache; None where rows are lost.
+    pub fn new(layout: &Layout, recall: &Recall, form: RecallType) -> Option<Self> {
+        let file = match recall {
+            Recall::Off => return None,
+            Recall::Auto => None,
+            Recall::File(file) => Some(file.clone()),
+        };
         let mut start = vec![0];
-        for bytes in layout.row_bytes() {
+        for bytes in compact::row_bytes(layout, form) {
             start.push(start[start.len() - 1] + bytes);
         }
-        Self { shape: Arc::new(Shape { start }), batches: Vec::new() }
+        Some(Self { shape: Arc::new(Shape { start }), form, file, batches: Vec::new() })
     }
 
-    /// An empty one for the same heads.
+    /// An empty one for the same heads, in the same place.
     pub fn emptied(&self) -> Self {
-        Self { shape: self.shape.clone(), batches: Vec::new() }
+        self.with(Vec::new())
+    }
+
+    fn with(&self, batches: Vec<Arc<Batch>>) -> Self {
+        Self { shape: self.shape.clone(), form: self.form, file: self.file.clone(), batches }
+    }
+
+    /// How it sets rows aside.
+    pub fn form(&self) -> RecallType {
+        self.form
+    }
+
+    /// Where it sets rows aside.
+    pub fn recall(&self) -> Recall {
+        self.file.clone().map_or(Recall::Auto, Recall::File)
     }
 
     /// Rows of each head.
@@ -184,7 +287,7 @@ impl Archive {
         self.batches.iter().map(|batch| batch.n).sum()
     }
 
-    /// Bytes of memory that it takes.
+    /// Bytes that it takes, in memory and in a file.
     pub fn bytes(&self) -> usize {
         self.batches.iter().map(|batch| batch.bytes()).sum()
     }
@@ -192,24 +295,31 @@ impl Archive {
     /// Room for `n` more rows of every head, to be filled and handed to [`Self::push`].
     ///
     /// # Errors
-    /// [`OutOfMemory`]; nothing has changed then.
-    pub fn room(&mut self, n: usize) -> Result<Batch, OutOfMemory> {
-        self.batches.try_reserve(1).map_err(|_| OutOfMemory { bytes: n * self.shape.all() })?;
-        Batch::new(&self.shape, n)
+    /// [`NoRoom`]; nothing has changed then.
+    pub fn room(&mut self, n: usize) -> Result<Batch, NoRoom> {
+        self.batches.try_reserve(1).map_err(|_| NoRoom::Memory { bytes: n.saturating_mul(self.shape.all()) })?;
+        Batch::new(&self.shape, n, self.file.as_ref())
     }
 
-    /// Takes in what has left the cache.
-    pub fn push(&mut self, batch: Batch) {
+    /// Takes in what is to leave the cache; what goes to a file is on the disk afterwards.
+    ///
+    /// # Errors
+    /// [`NoRoom`] where the disk fails; nothing has changed then.
+    pub fn push(&mut self, batch: Batch) -> Result<(), NoRoom> {
+        if let (Rows::File(rows), Some(file)) = (&batch.rows, &self.file) {
+            rows.settle().map_err(|error| NoRoom::on_disk(rows.len(), file, &error))?;
+        }
         if batch.n > 0 {
             self.batches.push(Arc::new(batch));
         }
+        Ok(())
     }
 
     /// The same rows in batches of at most `most` a head.
     ///
     /// # Errors
-    /// [`OutOfMemory`].
-    pub fn paged(&self, most: usize) -> Result<Self, OutOfMemory> {
+    /// [`NoRoom`].
+    pub fn paged(&self, most: usize) -> Result<Self, NoRoom> {
         let mut paged = self.emptied();
         for batch in &self.batches {
             if batch.n <= most {
@@ -223,8 +333,9 @@ impl Archive {
                     let from = batch.n * batch.shape.start[head] + first * batch.shape.row(head);
                     rows.copy_from_slice(&batch.rows[from..][..rows.len()]);
                 }
-                paged.push(page);
+                paged.push(page)?;
             }
+            batch.release();
         }
         Ok(paged)
     }
@@ -236,7 +347,7 @@ impl Archive {
     /// The same without some of its batches.
     pub fn without(&self, gone: &[bool]) -> Self {
         let left = self.batches.iter().zip(gone).filter(|&(_, &gone)| !gone);
-        Self { shape: self.shape.clone(), batches: left.map(|(batch, _)| batch.clone()).collect() }
+        self.with(left.map(|(batch, _)| batch.clone()).collect())
     }
 
     /// A head's rows, ascending by position.
@@ -277,6 +388,7 @@ impl Archive {
                 }
                 out.write_all(batch.rows(head))?;
             }
+            batch.release();
         }
         Ok(())
     }
@@ -303,7 +415,7 @@ impl Archive {
             if n == 0 {
                 return Err(ReadError::Nonsense);
             }
-            let mut batch = read.room(n).map_err(|_| ReadError::OutOfMemory)?;
+            let mut batch = read.room(n).map_err(ReadError::NoRoom)?;
             for (positions, rows) in batch.heads_mut() {
                 for pos in positions.iter_mut() {
                     let mut bytes = [0; size_of::<u32>()];
@@ -315,7 +427,7 @@ impl Archive {
                 }
                 from.read_exact(rows).map_err(|_| ReadError::CutOff)?;
             }
-            read.push(batch);
+            read.push(batch).map_err(ReadError::NoRoom)?;
         }
         let positions = |head| read.entries(head).iter().map(|entry| entry.pos).collect::<Vec<_>>();
         let all_sound = (0..self.shape.n_heads()).all(|head| is_sound(head, &positions(head)));
@@ -333,11 +445,11 @@ pub(crate) enum Bring {
 }
 
 /// Why an archive could not be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ReadError {
     CutOff,
     Nonsense,
-    OutOfMemory,
+    NoRoom(NoRoom),
 }
 
 /// The positions of which `m` cells hold rows of a head, ascending: those that the cache has, and the newest of those that are set
@@ -356,10 +468,19 @@ pub(crate) fn newest(cached: &[u32], aside: &[u32], m: usize) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::PRETEND_DISK;
 
-    /// Two heads with rows of 3 and 5 bytes.
-    fn archive() -> Archive {
-        Archive { shape: Arc::new(Shape { start: vec![0, 3, 8] }), batches: Vec::new() }
+    /// Of two heads with rows of 3 and 5 bytes: one in memory, and one in a file.
+    fn archives() -> [Archive; 2] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = RecallFile::create(&folder.path().join("rows")).unwrap();
+        let shape = Arc::new(Shape { start: vec![0, 3, 8] });
+        [None, Some(file)].map(|file| Archive {
+            shape: shape.clone(),
+            form: RecallType::Cache,
+            file,
+            batches: Vec::new(),
+        })
     }
 
     /// Sets rows aside: of each head those at its positions, whose bytes are the position.
@@ -370,69 +491,105 @@ mod tests {
             let bytes = rows.len() / positions.len();
             rows.chunks_mut(bytes).zip(positions).for_each(|(row, &pos)| row.fill(pos as u8));
         }
-        archive.push(batch);
+        archive.push(batch).unwrap();
     }
 
-    fn two_batches() -> Archive {
-        let mut archive = archive();
-        push(&mut archive, [&[3, 9], &[1, 4]]);
-        push(&mut archive, [&[2, 5, 11], &[7, 8, 12]]);
-        archive
+    fn two_batches() -> [Archive; 2] {
+        archives().map(|mut archive| {
+            push(&mut archive, [&[3, 9], &[1, 4]]);
+            push(&mut archive, [&[2, 5, 11], &[7, 8, 12]]);
+            archive
+        })
+    }
+
+    fn disk_bytes(archive: &Archive) -> u64 {
+        archive.file.as_ref().map_or(0, RecallFile::disk_bytes)
     }
 
     #[test]
     fn rows_are_found_by_head_and_position() {
-        let archive = two_batches();
-        assert_eq!((archive.len(), archive.bytes(), archive.end()), (5, 5 * 8 + 10 * 4, 13));
-        for (head, expected, bytes) in [(0, [2, 3, 5, 9, 11], 3), (1, [1, 4, 7, 8, 12], 5)] {
-            let entries = archive.entries(head);
-            assert_eq!(entries.iter().map(|entry| entry.pos).collect::<Vec<_>>(), expected);
-            for entry in entries {
-                assert_eq!(archive.row(head, entry), vec![entry.pos as u8; bytes]);
+        for archive in two_batches() {
+            assert_eq!((archive.len(), archive.bytes(), archive.end()), (5, 5 * 8 + 10 * 4, 13));
+            for (head, expected, bytes) in [(0, [2, 3, 5, 9, 11], 3), (1, [1, 4, 7, 8, 12], 5)] {
+                let entries = archive.entries(head);
+                assert_eq!(entries.iter().map(|entry| entry.pos).collect::<Vec<_>>(), expected);
+                for entry in entries {
+                    assert_eq!(archive.row(head, entry), vec![entry.pos as u8; bytes]);
+                }
             }
+            let left = archive.without(&[true, false]);
+            assert_eq!((left.len(), left.end(), left.recall()), (3, 13, archive.recall()));
+            let emptied = archive.emptied();
+            assert_eq!((emptied.len(), emptied.bytes(), emptied.end()), (0, 0, 0));
+            assert_eq!(emptied.recall(), archive.recall());
         }
+    }
+
+    #[test]
+    fn what_is_given_up_takes_no_room_on_the_disk() {
+        let [_, archive] = two_batches();
+        let both = disk_bytes(&archive);
         let left = archive.without(&[true, false]);
-        assert_eq!((left.len(), left.end()), (3, 13));
-        assert_eq!((archive.emptied().len(), archive.emptied().bytes(), archive.emptied().end()), (0, 0, 0));
+        let copy = left.clone();
+        drop(archive);
+        assert!(disk_bytes(&left) < both && disk_bytes(&left) > 0, "{both}");
+        let emptied = left.emptied();
+        drop(left);
+        assert_eq!((copy.row(0, copy.entries(0)[2]), disk_bytes(&emptied) > 0), (&[11; 3][..], true));
+        drop(copy);
+        assert_eq!(disk_bytes(&emptied), 0);
     }
 
     #[test]
     fn what_was_written_is_read_and_nothing_else() {
-        let mut bytes = Vec::new();
-        two_batches().write(&mut bytes).unwrap();
-        assert_eq!(bytes.len(), two_batches().written());
-        let read = |bytes: &[u8], most| archive().read(&mut &bytes[..], most, |_, pos| pos.is_sorted_by(|a, b| a < b));
-        let again = read(&bytes, 5).unwrap();
-        let mut written = Vec::new();
-        again.write(&mut written).unwrap();
-        assert_eq!(written, bytes);
-        assert_eq!(again.entries(1).len(), 5);
-        for len in 0..bytes.len() {
-            assert_eq!(read(&bytes[..len], 5).unwrap_err(), ReadError::CutOff, "{len}");
+        for (archive, empty) in two_batches().into_iter().zip(archives()) {
+            let mut bytes = Vec::new();
+            archive.write(&mut bytes).unwrap();
+            assert_eq!(bytes.len(), archive.written());
+            let read = |bytes: &[u8], most| empty.read(&mut &bytes[..], most, |_, pos| pos.is_sorted_by(|a, b| a < b));
+            let again = read(&bytes, 5).unwrap();
+            let mut written = Vec::new();
+            again.write(&mut written).unwrap();
+            assert_eq!(written, bytes);
+            assert_eq!((again.entries(1).len(), again.recall()), (5, empty.recall()));
+            for len in 0..bytes.len() {
+                assert_eq!(read(&bytes[..len], 5).unwrap_err(), ReadError::CutOff, "{len}");
+            }
+            assert_eq!(read(&bytes, 4).unwrap_err(), ReadError::Nonsense);
+            // the second position of the first head, which follows upon two numbers; then one that the other batch has
+            for value in [0, 5] {
+                bytes[20] = value;
+                assert_eq!(read(&bytes, 5).unwrap_err(), ReadError::Nonsense);
+            }
+            let mut nothing = Vec::new();
+            empty.write(&mut nothing).unwrap();
+            assert_eq!((nothing.len(), read(&nothing, 0).unwrap().len()), (8, 0));
         }
-        assert_eq!(read(&bytes, 4).unwrap_err(), ReadError::Nonsense);
-        // the second position of the first head, which follows upon two numbers; then one that the other batch has
-        for value in [0, 5] {
-            bytes[20] = value;
-            assert_eq!(read(&bytes, 5).unwrap_err(), ReadError::Nonsense);
-        }
-        let mut empty = Vec::new();
-        archive().write(&mut empty).unwrap();
-        assert_eq!((empty.len(), read(&empty, 0).unwrap().len()), (8, 0));
+    }
+
+    #[test]
+    fn one_from_a_file_is_written_as_one_from_memory() {
+        let [memory, file] = two_batches().map(|archive| {
+            let mut bytes = Vec::new();
+            archive.write(&mut bytes).unwrap();
+            bytes
+        });
+        assert_eq!(memory, file);
     }
 
     #[test]
     fn pages_hold_the_same_rows() {
-        let archive = two_batches();
-        let paged = archive.paged(2).unwrap();
-        assert_eq!(paged.batches().iter().map(|batch| batch.len()).collect::<Vec<_>>(), [2, 2, 1]);
-        assert!(Arc::ptr_eq(&paged.batches()[0], &archive.batches()[0]), "what is no larger is shared");
-        for head in 0..2 {
-            let rows = [&archive, &paged].map(|archive| {
-                let rows = archive.entries(head).into_iter();
-                rows.map(|entry| (entry.pos, archive.row(head, entry))).collect::<Vec<_>>()
-            });
-            assert_eq!(rows[0], rows[1]);
+        for archive in two_batches() {
+            let paged = archive.paged(2).unwrap();
+            assert_eq!(paged.batches().iter().map(|batch| batch.len()).collect::<Vec<_>>(), [2, 2, 1]);
+            assert!(Arc::ptr_eq(&paged.batches()[0], &archive.batches()[0]), "what is no larger is shared");
+            for head in 0..2 {
+                let rows = [&archive, &paged].map(|archive| {
+                    let rows = archive.entries(head).into_iter();
+                    rows.map(|entry| (entry.pos, archive.row(head, entry))).collect::<Vec<_>>()
+                });
+                assert_eq!(rows[0], rows[1]);
+            }
         }
     }
 
@@ -448,10 +605,23 @@ mod tests {
 
     #[test]
     fn without_memory_nothing_is_set_aside() {
-        let mut archive = two_batches();
-        PRETEND_FULL.set(true);
-        let refused = archive.room(3).unwrap_err();
-        PRETEND_FULL.set(false);
-        assert_eq!((refused, archive.len()), (OutOfMemory { bytes: 24 }, 5));
+        for mut archive in two_batches() {
+            PRETEND_FULL.set(true);
+            let refused = archive.room(3).unwrap_err();
+            PRETEND_FULL.set(false);
+            assert_eq!((refused, archive.len()), (NoRoom::Memory { bytes: 24 }, 5));
+        }
+    }
+
+    #[test]
+    fn on_a_full_disk_nothing_is_set_aside() {
+        let [mut memory, mut file] = two_batches();
+        PRETEND_DISK.set(0);
+        memory.room(3).unwrap();
+        let Err(NoRoom::Disk { bytes: 24, path, reason }) = file.room(3) else { panic!("there is room") };
+        assert!(path.ends_with("rows") && reason.contains("no storage space"), "{reason}");
+        assert!(matches!(file.paged(1), Err(NoRoom::Disk { .. })));
+        PRETEND_DISK.set(u64::MAX);
+        assert_eq!((file.len(), file.row(1, file.entries(1)[0])), (5, &[1; 5][..]));
     }
 }

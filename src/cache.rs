@@ -92,18 +92,6 @@ impl Layout {
         self.layers.iter().map(|l| l.n_head_kv as usize)
     }
 
-    /// Bytes of the key and the value that each KV head has in a cell, over all layers.
-    pub(crate) fn row_bytes(&self) -> impl Iterator<Item = usize> + '_ {
-        self.layers.iter().flat_map(|l| {
-            // SAFETY: the storage tensors live as long as the context, which the caller holds.
-            let bytes = unsafe {
-                sys::ggml_row_size((*l.k).type_, i64::from(l.n_embd_head_k))
-                    + sys::ggml_row_size((*l.v).type_, i64::from(l.n_embd_head_v))
-            };
-            std::iter::repeat_n(bytes, l.n_head_kv as usize)
-        })
-    }
-
     /// Whether all of the cache lies in memory that the host can work on in place.
     pub(crate) fn is_host(&self) -> bool {
         self.on_host && !pretends_device()

@@ -18,6 +18,7 @@ use std::ffi::{CStr, c_char, c_void};
 
 use self::handle::{Failure, call, guarded, gvote_t};
 use self::header::*;
+use crate::archive::Recall;
 use crate::guest::Guest;
 use crate::sys::{ggml_tensor, llama_context};
 
@@ -60,6 +61,7 @@ pub unsafe extern "C" fn gvote_status_string(status: gvote_status) -> *const c_c
         GVOTE_ERROR_STATE => c"the saved bytes do not fit",
         GVOTE_ERROR_BUSY => c"another call with this handle is running",
         GVOTE_ERROR_INTERNAL => c"internal error",
+        GVOTE_ERROR_FILE => c"the file to set rows aside in cannot be made, or is full",
         _ => c"unknown status",
     };
     text.as_ptr()
@@ -75,7 +77,8 @@ pub unsafe extern "C" fn gvote_new(params: *const gvote_params, status: *mut gvo
     let mut made = std::ptr::null_mut();
     let outcome = guarded(|| {
         version::check_libraries()?;
-        made = gvote_t::leak(Guest::new(params::read(params)?).map_err(Failure::from)?);
+        let settings = params::read(params, &Recall::Off)?;
+        made = gvote_t::leak(Guest::new(settings).map_err(Failure::from)?);
         Ok(())
     });
     ptr::put(status, outcome);
@@ -94,7 +97,10 @@ pub unsafe extern "C" fn gvote_last_error(g: *const gvote_t) -> *const c_char {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_set_params(g: *mut gvote_t, params: *const gvote_params) -> gvote_status {
-    call(g, |core| Ok(core.guest.set(params::read(params)?)?))
+    call(g, |core| {
+        let settings = params::read(params, &core.guest.settings().recall)?;
+        Ok(core.guest.set(settings)?)
+    })
 }
 
 #[unsafe(no_mangle)]

@@ -1,7 +1,7 @@
 //! Turns a [`Selection`] into fewer cells, in place.
 //!
 //! 1. **Check** everything that could fail, and build the new table of cells aside (the shim).
-//! 2. **Set aside** what leaves, if it is to come back: see `src/archive.rs`. Memory that runs out here is the last error.
+//! 2. **Set aside** what leaves, if it is to come back: see `src/archive.rs`. Memory or room on a disk that runs out here is the last error.
 //! 3. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the
 //!    sequence owns. Where cells and positions ascend together, a source never lies before its destination, so ascending
 //!    copies need no temporary; otherwise one head's rows go through a buffer. Where the host cannot reach the memory, a
@@ -22,20 +22,23 @@ mod aside;
 mod device;
 mod host;
 mod mask;
+mod pack;
 mod pages;
 
 use std::borrow::Cow;
 use std::fmt::Display;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 
 pub(crate) use self::arrange::{Arranged, Held, arrange};
 pub(crate) use self::aside::Aside;
 use self::device::Mover;
+pub(crate) use self::pack::{row_bytes, unfit};
 pub(crate) use self::pages::give_back;
-use crate::archive::OutOfMemory;
+use crate::archive::NoRoom;
 use crate::backend::{ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, SeqId};
@@ -67,13 +70,23 @@ pub enum CompactError {
         bytes.div_ceil(1 << 20)
     )]
     Archive { bytes: usize },
+    #[error(
+        "there is no room on the disk to set {} MiB of K and V aside that leave the cache (--recall {}: {reason}): free some, or let \
+         them be lost (--recall off)",
+        bytes.div_ceil(1 << 20),
+        path.display()
+    )]
+    ArchiveFile { bytes: usize, path: PathBuf, reason: String },
     #[error("the cells that rows come back to were taken since: {found} are free, and {needed} are needed")]
     NoCells { needed: usize, found: usize },
 }
 
-impl From<OutOfMemory> for CompactError {
-    fn from(OutOfMemory { bytes }: OutOfMemory) -> Self {
-        Self::Archive { bytes }
+impl From<NoRoom> for CompactError {
+    fn from(error: NoRoom) -> Self {
+        match error {
+            NoRoom::Memory { bytes } => Self::Archive { bytes },
+            NoRoom::Disk { bytes, path, reason } => Self::ArchiveFile { bytes, path, reason },
+        }
     }
 }
 

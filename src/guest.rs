@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use self::known::Known;
-use crate::archive::{Bring, Recall};
+use crate::archive::{Bring, Recall, RecallType};
 use crate::cache::{self, Cell};
 use crate::capture::CaptureError;
 use crate::capture::node::Node;
@@ -86,6 +86,8 @@ pub struct Settings {
     pub account_error: bool,
     /// What becomes of rows that leave the cache.
     pub recall: Recall,
+    /// How they are set aside.
+    pub recall_type: RecallType,
 }
 
 /// A guest, and the context it is in.
@@ -144,8 +146,7 @@ impl Guest {
     /// Changes the settings of later votes.
     ///
     /// # Errors
-    /// [`PolicyError`] for nonsense, [`GuestError::Fixed`] for the window, the sinks and what becomes of rows of a guest that is
-    /// attached.
+    /// [`PolicyError`] for nonsense, [`GuestError::Fixed`] for the window, the sinks, and what becomes of rows, of a guest that is attached.
     pub fn set(&mut self, settings: Settings) -> Result<(), GuestError> {
         settings.policy.validate()?;
         if let Some(home) = &mut self.home {
@@ -154,6 +155,7 @@ impl Guest {
                 (new.window != now.window, "window"),
                 (new.sinks != now.sinks, "sinks"),
                 (settings.recall != self.settings.recall, "recall"),
+                (settings.recall_type != self.settings.recall_type, "recall_type"),
             ] {
                 if changed {
                     return Err(GuestError::Fixed(name));
@@ -188,7 +190,8 @@ impl Guest {
             return Err(GuestError::Unsupported(reason));
         }
         let mut voter = Voter::new(&ctx, &self.settings.policy, self.settings.account_error)?;
-        voter.recall = self.settings.recall;
+        voter.recall = self.settings.recall.clone();
+        voter.set_recall_type(self.settings.recall_type)?;
         if let Some(present) = present.filter(|present| *present != callback) {
             self.next = Some(present);
         }

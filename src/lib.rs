@@ -41,6 +41,7 @@ pub mod cache;
 mod capi;
 pub mod capture;
 pub mod compact;
+mod disk;
 mod divergence;
 pub mod eval;
 pub mod explain;

@@ -28,7 +28,7 @@ pub use self::file::FileError;
 pub use self::grow::Stuck;
 use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
-pub use crate::archive::Recall;
+pub use crate::archive::{Recall, RecallFile, RecallFileError, RecallType};
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token};
@@ -103,6 +103,8 @@ pub struct SessionParams {
     pub grow_to: u32,
     /// Whether rows that leave the cache can come back.
     pub recall: Recall,
+    /// How they are set aside: [`RecallType::Q8_0`] takes half the bytes of f16, and they come back rounded.
+    pub recall_type: RecallType,
     /// More questions may follow upon the next answer. Where rows that leave the cache are lost, a vote for an answer that does not
     /// look at the text then drops none of it: it says nothing about what will be asked.
     pub more_questions: bool,
@@ -169,7 +171,8 @@ impl Session {
         let ctx = Context::new(model, &context)?;
         let voter = if compresses {
             let mut voter = Voter::new(&ctx, &params.policy, params.account_error)?;
-            voter.recall = params.recall;
+            voter.recall = params.recall.clone();
+            voter.set_recall_type(params.recall_type)?;
             voter.more_questions = params.more_questions;
             voter.capture.follow(SEQ);
             Some(voter)
@@ -311,10 +314,10 @@ impl Session {
         }
     }
 
-    /// Changes what becomes of rows that leave the cache. With [`Recall::Off`] those that are set aside are given up.
+    /// Changes what becomes of rows that leave the cache. Those that are set aside elsewhere are given up.
     pub fn set_recall(&mut self, recall: Recall) {
         let Some(voter) = &mut self.voter else { return };
-        voter.recall = recall;
+        voter.recall = recall.clone();
         if recall != self.recall() {
             self.sequence.archive = self.voter.as_ref().and_then(|voter| voter.sequence(SEQ).archive);
         }

@@ -22,11 +22,11 @@ pub(crate) use self::notes::Notes;
 pub use self::report::CompressReport;
 pub(crate) use self::sequence::Saved;
 pub use self::sequence::Sequence;
-use crate::archive::{Archive, ReadError, Recall};
+use crate::archive::{Archive, NoRoom, ReadError, Recall, RecallType};
 use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
 use crate::capture::{Capture, CaptureError};
-use crate::compact::CompactError;
+use crate::compact::{self, CompactError};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId, Token};
 use crate::policy::{self, PolicyError, Shape};
 use crate::score::Scorer;
@@ -55,6 +55,10 @@ pub enum VoteError {
         "a replay needs the whole context in the cache, and a part of it was dropped before: vote without --replay"
     )]
     ReplayCompressed,
+    #[error(
+        "--recall-type {name} stores blocks of 32 numbers, and heads of this model have {d}: take the cache's own type"
+    )]
+    RecallType { name: &'static str, d: usize },
     #[error("the saved session does not fit: {0}")]
     Saved(&'static str),
 }
@@ -75,7 +79,8 @@ impl From<ReadError> for VoteError {
         match error {
             ReadError::CutOff => Self::Saved("it is cut off"),
             ReadError::Nonsense => Self::Saved("its numbers contradict each other"),
-            ReadError::OutOfMemory => LlamaError::Memory.into(),
+            ReadError::NoRoom(NoRoom::Memory { .. }) => LlamaError::Memory.into(),
+            ReadError::NoRoom(error) => CompactError::from(error).into(),
         }
     }
 }
@@ -110,8 +115,9 @@ pub struct Voter {
     scorer: Scorer,
     pub(crate) policy: policy::Params,
     pub(crate) account_error: bool,
-    /// What becomes of rows that leave the cache.
+    /// What becomes of rows that leave the cache, and how they are set aside.
     pub(crate) recall: Recall,
+    recall_type: RecallType,
     /// See [`crate::SessionParams::more_questions`].
     pub(crate) more_questions: bool,
     /// Where the system message ends, which the setting `protect` keeps.
@@ -143,6 +149,7 @@ impl Voter {
             account_error,
             recall: Recall::Off,
             more_questions: false,
+            recall_type: RecallType::Cache,
             system_end: 0,
             notes: None,
             layout,
@@ -161,16 +168,29 @@ impl Voter {
         }
         let captured = moved.capture.read(&captured).ok_or(VoteError::Capture(CaptureError::Empty))?;
         moved.capture.restore(seq, captured);
-        (moved.system_end, moved.recall) = (self.system_end, self.recall);
+        (moved.system_end, moved.recall) = (self.system_end, self.recall.clone());
+        moved.recall_type = self.recall_type;
         moved.more_questions = self.more_questions;
         moved.notes = self.notes.take();
         Ok(moved)
     }
 
+    /// Says how rows are set aside of sequences that begin.
+    ///
+    /// # Errors
+    /// [`VoteError::RecallType`] for heads that are no whole blocks of the type.
+    pub(crate) fn set_recall_type(&mut self, form: RecallType) -> Result<(), VoteError> {
+        if let Some(d) = compact::unfit(&self.layout, form) {
+            return Err(VoteError::RecallType { name: form.name(), d });
+        }
+        self.recall_type = form;
+        Ok(())
+    }
+
     /// An empty sequence with this id.
     pub fn sequence(&self, id: SeqId) -> Sequence {
         let mut sequence = Sequence::new(id);
-        sequence.archive = (self.recall == Recall::Auto).then(|| Archive::new(&self.layout));
+        sequence.archive = Archive::new(&self.layout, &self.recall, self.recall_type);
         sequence
     }
 

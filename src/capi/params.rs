@@ -2,12 +2,15 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::Path;
+use std::ptr::null;
+
 use super::handle::Failure;
 use super::header::*;
 use super::ptr;
 use crate::guest::Settings;
 use crate::policy::{Evict, Kind, Params, Span};
-use crate::session::Recall;
+use crate::session::{Recall, RecallFile, RecallType};
 
 const POLICIES: [(gvote_policy, Kind); 8] = [
     (GVOTE_POLICY_GVOTE, Kind::Gvote),
@@ -21,7 +24,8 @@ const POLICIES: [(gvote_policy, Kind); 8] = [
 ];
 const EVICTS: [(gvote_evict, Evict); 2] =
     [(GVOTE_EVICT_COMPOSITE, Evict::Composite), (GVOTE_EVICT_CELLS, Evict::Cells)];
-const RECALLS: [(gvote_recall, Recall); 2] = [(GVOTE_RECALL_AUTO, Recall::Auto), (GVOTE_RECALL_OFF, Recall::Off)];
+const RECALL_TYPES: [(gvote_recall_type, RecallType); 2] =
+    [(GVOTE_RECALL_TYPE_CACHE, RecallType::Cache), (GVOTE_RECALL_TYPE_Q8_0, RecallType::Q8_0)];
 
 /// Structs grow by fields of four and eight bytes at the end; what lies before is understood.
 const STEP: usize = 8;
@@ -42,8 +46,13 @@ pub(super) fn policy_number(kind: Kind) -> gvote_policy {
 
 /// The settings as C has them.
 pub(super) fn of(settings: &Settings) -> gvote_params {
-    let Settings { policy: params, account_error, recall } = settings;
+    let Settings { policy: params, account_error, recall, recall_type } = settings;
     let evict = EVICTS.iter().find(|entry| entry.1 == params.evict).map_or(GVOTE_EVICT_COMPOSITE, |entry| entry.0);
+    let (recall, recall_file) = match recall {
+        Recall::Auto => (GVOTE_RECALL_AUTO, null()),
+        Recall::Off => (GVOTE_RECALL_OFF, null()),
+        Recall::File(file) => (GVOTE_RECALL_FILE, file.name().as_ptr()),
+    };
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     let flag = |set: bool, flag: u32| if set { flag } else { 0 };
     gvote_params {
@@ -69,8 +78,9 @@ pub(super) fn of(settings: &Settings) -> gvote_params {
         head_mix: params.head_mix,
         p_nuc: params.p_nuc,
         seed: params.seed,
-        recall: RECALLS.iter().find(|entry| entry.1 == *recall).map_or(GVOTE_RECALL_AUTO, |entry| entry.0),
-        reserved: 0,
+        recall,
+        recall_type: RECALL_TYPES.iter().find(|entry| entry.1 == *recall_type).map_or(0, |entry| entry.0),
+        recall_file,
     }
 }
 
@@ -88,8 +98,9 @@ pub(super) fn write(to: *mut gvote_params, params: &gvote_params) -> Result<(), 
     ptr::write_sized(to, "gvote_params", params, is_known_size::<gvote_params>)
 }
 
-/// A caller's settings; the defaults for NULL. Their bounds are the guest's to check.
-pub(super) fn read(from: *const gvote_params) -> Result<Settings, Failure> {
+/// A caller's settings; the defaults for NULL. Their bounds are the guest's to check. `now`: where rows are set aside so far; a file
+/// of the same name is not made anew.
+pub(super) fn read(from: *const gvote_params, now: &Recall) -> Result<Settings, Failure> {
     if from.is_null() {
         return Ok(default_settings());
     }
@@ -98,10 +109,7 @@ pub(super) fn read(from: *const gvote_params) -> Result<Settings, Failure> {
         |name: &str, value: u32| Failure::new(GVOTE_ERROR_PARAMS, format!("{name} is {value}, which is none"));
     let policy = POLICIES.iter().find(|entry| entry.0 == params.policy);
     let evict = EVICTS.iter().find(|entry| entry.0 == params.evict);
-    let recall = RECALLS.iter().find(|entry| entry.0 == params.recall);
-    if params.reserved != 0 {
-        return Err(unknown("reserved", params.reserved));
-    }
+    let recall_type = RECALL_TYPES.iter().find(|entry| entry.0 == params.recall_type);
     if params.flags & !(GVOTE_FLAG_REPLAY | GVOTE_FLAG_ACCOUNT_ERROR | GVOTE_FLAG_PROTECT) != 0 {
         return Err(unknown("flags", params.flags));
     }
@@ -133,6 +141,20 @@ pub(super) fn read(from: *const gvote_params) -> Result<Settings, Failure> {
     Ok(Settings {
         policy,
         account_error: has(GVOTE_FLAG_ACCOUNT_ERROR),
-        recall: recall.ok_or_else(|| unknown("recall", params.recall))?.1,
+        recall: match params.recall {
+            GVOTE_RECALL_AUTO => Recall::Auto,
+            GVOTE_RECALL_OFF => Recall::Off,
+            GVOTE_RECALL_FILE => in_file(Path::new(ptr::text(params.recall_file, "recall_file")?), now)?,
+            other => return Err(unknown("recall", other)),
+        },
+        recall_type: recall_type.ok_or_else(|| unknown("recall_type", params.recall_type))?.1,
     })
+}
+
+fn in_file(path: &Path, now: &Recall) -> Result<Recall, Failure> {
+    if matches!(now, Recall::File(file) if file.path() == path) {
+        return Ok(now.clone());
+    }
+    let made = RecallFile::create(path);
+    made.map(Recall::File).map_err(|error| Failure::new(GVOTE_ERROR_FILE, format!("recall_file: {error}")))
 }

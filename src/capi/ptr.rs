@@ -2,11 +2,11 @@
 //!
 //! What a pointer points to is the caller's promise: the header says what each one has to be. NULL is not trusted.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_char, c_void};
 use std::ptr::NonNull;
 
 use super::handle::Failure;
-use super::header::GVOTE_ERROR_NULL;
+use super::header::{GVOTE_ERROR_NULL, GVOTE_ERROR_PARAMS};
 use crate::llama::Token;
 use crate::sys::llama_context;
 
@@ -54,7 +54,7 @@ pub(super) fn read_sized<T: Copy>(
 ) -> Result<T, Failure> {
     let size = size_in(object, what, is_known)?.min(size_of::<T>());
     let mut value = default;
-    // SAFETY: the caller's struct has as many bytes as it says, and ours no fewer. It holds numbers only: any bytes are a value.
+    // SAFETY: the caller's struct has as many bytes as it says, and ours no fewer. It holds numbers and pointers: any bytes are a value.
     unsafe { std::ptr::copy_nonoverlapping(object.cast::<u8>(), (&raw mut value).cast(), size) };
     Ok(value)
 }
@@ -99,6 +99,16 @@ pub(super) fn bytes<'a>(data: *const c_void, size: usize) -> Result<&'a [u8], Fa
     }
     // SAFETY: the caller says that the buffer has as many bytes.
     Ok(unsafe { std::slice::from_raw_parts(data.cast(), size) })
+}
+
+/// A caller's text.
+pub(super) fn text<'a>(text: *const c_char, what: &str) -> Result<&'a str, Failure> {
+    if text.is_null() {
+        return Err(null(what));
+    }
+    // SAFETY: the caller says that it ends in a NUL.
+    let text = unsafe { CStr::from_ptr(text) };
+    text.to_str().map_err(|_| Failure::new(GVOTE_ERROR_PARAMS, format!("{what} is not UTF-8")))
 }
 
 /// The last of a caller's tokens, `most` of them or all.

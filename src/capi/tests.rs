@@ -5,6 +5,7 @@
 //! - `room`: more tokens than cells, read as a session reads them;
 //! - `protect`: what an app names, and the template's markers where that is asked for, stay in every head;
 //! - `recall`: what a vote took out of the cache comes back;
+//! - `recall_file`: so it does from a file of the app's choice;
 //! - `walk`: whatever an app does in whatever order, no sequence meets the cells of another;
 //! - `saved`: what is known of a sequence can be saved, and only that is restored;
 //! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads;
@@ -16,6 +17,7 @@ mod changes;
 mod each;
 mod protect;
 mod recall;
+mod recall_file;
 mod room;
 mod saved;
 mod steps;

@@ -9,11 +9,11 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, ValueHint};
 use gvote::SessionParams;
 use gvote::llama::{CacheType, ContextParams, FlashAttention, ThreadParams};
 use gvote::policy::{Evict, Kind, Params, Preset, Span};
-use gvote::session::Recall;
+use gvote::session::{Recall, RecallFile, RecallType};
 use rustix::process::setpriority_process;
 
 pub use self::placement::{PlacementArgs, name_flag};
@@ -300,23 +300,42 @@ impl PolicyArgs {
     }
 }
 
+const RECALL_TYPES: &[(&str, RecallType)] = &[("cache", RecallType::Cache), ("q8_0", RecallType::Q8_0)];
+
 /// What becomes of what leaves the cache, for a conversation that may come back to it.
 #[derive(Args)]
 #[command(next_help_heading = "Cache policy")]
 pub struct RecallArgs {
-    /// What leaves the cache: auto sets it aside in memory, and the next message is read with all of it; off drops it
-    #[arg(long, value_name = "auto|off", default_value = "auto", hide_possible_values = true,
-          value_parser = PossibleValuesParser::new(["auto", "off"]).map(|text| if text == "off" { Recall::Off } else { Recall::Auto }))]
-    recall: Recall,
+    /// What leaves the cache: auto and ram set it aside in memory, FILE in a new file of that name, which is gone when the chat ends,
+    /// and the next message is read with all of it; off drops it
+    #[arg(long, value_name = "auto|ram|off|FILE", default_value = "auto", value_hint = ValueHint::FilePath)]
+    recall: PathBuf,
+
+    /// How it is set aside: cache, bit by bit; or q8_0, in half the bytes of an f16 cache, so that what comes back is rounded
+    #[arg(long, value_name = "cache|q8_0", default_value = RecallType::Cache.name(), hide_possible_values = true,
+          value_parser = by_name(RECALL_TYPES))]
+    recall_type: RecallType,
 
     /// While an answer is written, choose the cells anew every N tokens, among all that is set aside too; 0: never
     #[arg(long, value_name = "N", default_value_t = 0)]
-    renew: usize,
+    pub renew: usize,
 }
 
 impl RecallArgs {
-    pub fn given_to(&self, session: SessionParams) -> SessionParams {
-        SessionParams { recall: self.recall, renew: self.renew, more_questions: true, ..session }
+    /// Makes the file, where one is asked for.
+    ///
+    /// # Errors
+    /// With the flag, where it cannot be made.
+    pub fn open(&self) -> Result<Recall> {
+        match self.recall.to_str() {
+            Some("auto" | "ram") => Ok(Recall::Auto),
+            Some("off") => Ok(Recall::Off),
+            _ => RecallFile::create(&self.recall).map(Recall::File).context("--recall"),
+        }
+    }
+
+    pub fn recall_type(&self) -> RecallType {
+        self.recall_type
     }
 }
 

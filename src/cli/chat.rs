@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Error, Result, bail};
 use clap::Args;
+use gvote::SessionParams;
 use gvote::llama::{Message, Role};
 use gvote::session::Stop;
 
@@ -117,6 +118,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
 
     steps.interrupt.begin();
     args.context.set_priority()?;
+    let recall = args.recall.open()?;
     let model = steps.load_model(&args.model, params.policy.policy)?;
     let sampling = args.sampling.params(&model, grammar.as_ref())?;
     let template = args.prompt.template(&model)?;
@@ -125,7 +127,11 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     }
     let cells = Cells::for_chat(&model);
     let params = cells.given_to(args.policy.session(&args.context, cells.first())?, &args.context);
-    let session = steps.open(&model, &args.recall.given_to(params))?;
+    let recall_type = args.recall.recall_type();
+    let session = steps.open(
+        &model,
+        &SessionParams { recall, recall_type, renew: args.recall.renew, more_questions: true, ..params },
+    )?;
     let system = args.prompt.system()?;
     tell_of_system(&template, system.as_ref());
     steps.interrupt.end();

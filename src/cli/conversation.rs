@@ -283,10 +283,10 @@ impl Conversation {
         Ok((prefill, vote))
     }
 
-    /// A vote. Where there is no memory to set aside what it would drop, the answer is written with all that is there.
+    /// A vote. Where there is no room to set aside what it would drop, the answer is written with all that is there.
     fn vote(&mut self, steps: &Steps) -> Result<Option<CompressReport>> {
         match steps.compress(&mut self.session) {
-            Err(error) if lacks_memory_aside(&error) => {
+            Err(error) if lacks_room_aside(&error) => {
                 note(&format!("{error:#}; nothing was dropped"));
                 Ok(None)
             }
@@ -353,9 +353,10 @@ impl Conversation {
     }
 }
 
-/// Whether a vote failed for want of memory for what leaves the cache.
-fn lacks_memory_aside(error: &Error) -> bool {
-    matches!(error.downcast_ref(), Some(SessionError::Vote(VoteError::Compact(CompactError::Archive { .. }))))
+/// Whether a vote failed for want of room for what leaves the cache.
+fn lacks_room_aside(error: &Error) -> bool {
+    let Some(SessionError::Vote(VoteError::Compact(error))) = error.downcast_ref() else { return false };
+    matches!(error, CompactError::Archive { .. } | CompactError::ArchiveFile { .. })
 }
 
 /// One after another, but not llama.cpp's mark for a random one.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use gvote::Session;
 use gvote::policy::{Bound, Kind, Params};
-use gvote::session::{CompressReport, ExpandReport, PrefillReport, Squeezes, Stop};
+use gvote::session::{CompressReport, ExpandReport, PrefillReport, Recall, Squeezes, Stop};
 use serde::Serialize;
 
 use super::turn::{Reply, print};
@@ -72,9 +72,18 @@ pub struct Cache {
     /// Absent where the layout of the cache is not known.
     pub bytes_per_cell: Option<usize>,
     pub kv_bytes: Option<usize>,
-    /// Rows of each head that left the cells and can come back, and the bytes that they take.
+    /// Rows of each head that left the cells and can come back, the bytes that they take, and where.
     pub rows_aside: usize,
     pub bytes_aside: usize,
+    pub aside_in: Option<AsideIn>,
+}
+
+/// Where what left the cache lies.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AsideIn {
+    Memory,
+    File,
 }
 
 impl Cache {
@@ -89,6 +98,11 @@ impl Cache {
             kv_bytes: bytes_per_cell.map(|b| b * cells),
             rows_aside: session.rows_aside(),
             bytes_aside: session.bytes_aside(),
+            aside_in: match session.recall() {
+                Recall::Off => None,
+                Recall::Auto => Some(AsideIn::Memory),
+                Recall::File(_) => Some(AsideIn::File),
+            },
         }
     }
 }
@@ -305,7 +319,13 @@ impl Cache {
         let size = self.kv_bytes.map_or_else(String::new, |b| format!(", {} of KV", bytes(b, b)));
         let aside = match self.bytes_aside {
             0 => String::new(),
-            aside => format!(", {} set aside", bytes(aside, aside)),
+            aside => {
+                let place = match self.aside_in {
+                    Some(AsideIn::File) => "in the file of --recall",
+                    _ => "in memory",
+                };
+                format!(", {} set aside {place}", bytes(aside, aside))
+            }
         };
         format!("{} of {} cells for {} tokens{size}{aside}", count(self.cells), count(self.size), count(self.tokens))
     }

@@ -9,8 +9,9 @@
 
 use std::ops::Range;
 
-use super::aside::{copy_out, each_layer};
-use super::device::{self, Mover};
+use super::aside::each_layer;
+use super::device::Mover;
+use super::pack::{copy_in, copy_out};
 use super::{CompactError, Order, Table, give_up, host, move_rows};
 use crate::archive::{Archive, Batch, Bring, Entry, newest};
 use crate::backend::Devices;
@@ -113,7 +114,7 @@ pub(crate) fn arrange(
     if n_aside > 0 {
         let rest = |head: usize| rest(held.archive, &plans[head], head, &gone, end as u32);
         let batch = set_aside(&layout, held, &plans, &rest, archive.room(n_aside)?, n_threads, mover.devices())?;
-        archive.push(batch);
+        archive.push(batch)?;
     }
 
     bring_in(&layout, held, &places, &plans, n_threads, mover.devices());
@@ -217,7 +218,7 @@ fn set_aside(
         for (head, ((positions, rows), plan)) in rooms {
             heads.push(fill(held, head, plan, rest(head), positions, rows));
         }
-        copy_out(devices, layout, il, &mut heads)
+        copy_out(devices, layout, il, &mut heads, held.archive.form())
     };
     each_layer(layout, n_threads, devices, layers.into_iter().enumerate().collect(), copy)?;
     Ok(batch)
@@ -270,12 +271,7 @@ fn bring_in(layout: &Layout, held: &Held, places: &[Cell], plans: &[Plan], n_thr
         if heads.iter().all(|coming| coming.is_empty()) {
             return Ok(());
         }
-        let layer = &layout.layers[il];
-        match devices {
-            Some(devices) => device::copy_in(devices, layout, layer, &heads),
-            // SAFETY: the cache is idle, and no other thread works on this layer.
-            None => unsafe { host::copy_in(layout, layer, &heads) },
-        }
+        copy_in(devices, layout, il, &heads, held.archive.form())
     };
     if let Err(error) = each_layer(layout, n_threads, devices, layers.collect(), copy) {
         give_up(error);

@@ -1,9 +1,12 @@
 //! What a compaction drops, copied to an archive before anything moves.
 
+#![forbid(unsafe_code)]
+
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use super::{CompactError, device, host};
+use super::pack::copy_out;
+use super::{CompactError, host};
 use crate::archive::Archive;
 use crate::backend::{ComputeError, Devices};
 use crate::cache::{Cell, Layout};
@@ -40,7 +43,7 @@ impl Aside<'_> {
         if n == 0 {
             return Ok(());
         }
-        let mut batch = self.archive.room(n)?;
+        let (form, mut batch) = (self.archive.form(), self.archive.room(n)?);
         let layers: Vec<_> = {
             let (mut rooms, mut first) = (batch.heads_mut(), 0);
             let layer = |(il, n_heads)| {
@@ -58,10 +61,10 @@ impl Aside<'_> {
                 leaving.extend(places().map(|place| cells[place].index).zip(rows.chunks_exact_mut(rows.len() / n)));
                 heads.push(leaving);
             }
-            copy_out(devices, layout, il, &mut heads)
+            copy_out(devices, layout, il, &mut heads, form)
         };
         each_layer(layout, n_threads, devices, layers, copy)?;
-        self.archive.push(batch);
+        self.archive.push(batch)?;
         *self.time = clock.elapsed();
         Ok(())
     }
@@ -88,21 +91,6 @@ pub(super) fn each_layer<T: Send>(
     };
     threads::share_out(n_threads, parts.into_iter(), work, || ());
     done.into_inner().expect("noting an error does not panic")
-}
-
-/// Copies rows of one layer, which nobody else works on, out of the idle cache.
-pub(super) fn copy_out(
-    devices: Option<&mut Devices>,
-    layout: &Layout,
-    il: usize,
-    heads: &mut [host::Leaving],
-) -> Result<(), ComputeError> {
-    let layer = &layout.layers[il];
-    match devices {
-        Some(devices) => device::copy_out(devices, layout, layer, heads),
-        // SAFETY: see above.
-        None => unsafe { host::copy_out(layout, layer, heads) },
-    }
 }
 
 /// The places of `n` that are not in `kept`, which ascends; None: all are.

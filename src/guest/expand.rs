@@ -37,7 +37,7 @@ impl Guest {
         Ok(n)
     }
 
-    /// Bytes of memory that rows of a sequence take which left the cache and can come back.
+    /// Bytes that rows of a sequence take which left the cache and can come back, in memory or in a file.
     ///
     /// # Errors
     /// Those of [`Self::sequence`].

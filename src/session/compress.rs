@@ -4,10 +4,10 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use super::{SEQ, Session, SessionError};
-use crate::cache;
 use crate::compact::{self, Mask};
 use crate::policy::{Kept, Kind};
 use crate::vote::{CompressReport, Stage, Vote};
+use crate::{cache, memory};
 
 /// Who wants to know how far a vote is, cancels by the session's flag.
 const QUIET: &dyn Fn(Stage) -> ControlFlow<()> = &|_| ControlFlow::Continue(());
@@ -26,6 +26,7 @@ impl Session {
         if report.cells_after < report.cells_before && self.mask.is_none() {
             let clock = Instant::now();
             compact::give_back(&mut self.ctx, SEQ);
+            memory::trim();
             report.compact_time += clock.elapsed();
         }
         Ok(report)

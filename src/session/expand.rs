@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::{SEQ, Session, SessionError, Squeezes};
-use crate::archive::{Archive, Bring, Recall};
+use crate::archive::{Archive, Bring, Recall, RecallType};
 use crate::cache;
 use crate::llama::Pos;
 use crate::vote::VoteError;
@@ -23,10 +23,15 @@ pub struct ExpandReport {
 impl Session {
     /// What becomes of rows that leave the cache.
     pub fn recall(&self) -> Recall {
-        if self.sequence.archive.is_some() { Recall::Auto } else { Recall::Off }
+        self.sequence.archive.as_ref().map_or(Recall::Off, Archive::recall)
     }
 
-    /// Bytes of memory that rows take which left the cache and can come back.
+    /// How they are set aside; [`RecallType::Cache`] where they are lost.
+    pub fn recall_type(&self) -> RecallType {
+        self.sequence.archive.as_ref().map_or(RecallType::Cache, Archive::form)
+    }
+
+    /// Bytes that rows take which left the cache and can come back, in memory or in a file as [`Self::recall`] says.
     pub fn bytes_aside(&self) -> usize {
         self.sequence.archive.as_ref().map_or(0, Archive::bytes)
     }
@@ -39,7 +44,8 @@ impl Session {
     /// Brings back what left the cache, as far as there are cells for it: all of it where there are, else the newest rows of each
     /// head. The cache grows for it where it may. Next-token logits stay.
     ///
-    /// Where everything comes back that was ever read, every cell holds one token again, with the keys and values that it had.
+    /// Where everything comes back that was ever read, every cell holds one token again, with the keys and values that it had: those
+    /// that were set aside as q8_0 are rounded.
     ///
     /// # Errors
     /// [`SessionError::Vote`] where memory runs out; the session is then as before.

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Recall, SEQ, Session, SessionError};
+use super::{Recall, RecallType, SEQ, Session, SessionError};
 use crate::bytes::put_part;
 use crate::cache::Layout;
 use crate::llama::RopeParams;
@@ -89,6 +89,9 @@ struct Made {
     /// Rows of each head that are set aside.
     #[serde(default)]
     aside: usize,
+    /// How they are: a [`RecallType::name`]. Absent in files of before, which have the cache's own type.
+    #[serde(default)]
+    recall_type: Option<String>,
 }
 
 impl Session {
@@ -174,6 +177,7 @@ impl Session {
             sinks: self.policy.sinks,
             cells: self.cells_used(),
             aside: self.rows_aside(),
+            recall_type: Some(self.recall_type().name().into()),
         }
     }
 
@@ -221,6 +225,12 @@ impl Session {
         }
         if found.aside > 0 && self.recall() == Recall::Off {
             return Err(FileError::Setting { flag: "--recall", found: "auto".into(), here: "off".into() });
+        }
+        let found_type = found.recall_type.as_deref().unwrap_or(RecallType::Cache.name());
+        let here_type = self.recall_type().name();
+        if found.aside > 0 && found_type != here_type {
+            let [found, here] = [found_type, here_type].map(str::to_owned);
+            return Err(FileError::Setting { flag: "--recall-type", found, here });
         }
         if found.cells > self.n_ctx_most() {
             return Err(FileError::Cells { found: found.cells, here: self.n_ctx_most() });

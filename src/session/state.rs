@@ -10,7 +10,7 @@ use crate::cache;
 #[cfg(doc)]
 use crate::llama::Context;
 use crate::llama::{LlamaError, Pos, Token};
-use crate::vote::{Saved, Sequence};
+use crate::vote::{Saved, Sequence, VoteError};
 
 const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
 const OTHER_MODEL: SessionError = SessionError::Saved("it was made with another model, --window or --policy");
@@ -138,7 +138,7 @@ impl Session {
         saved.read_archive(archive, from).map(Some).map_err(|error| match error {
             ReadError::CutOff => CUT_OFF,
             ReadError::Nonsense => NONSENSE,
-            ReadError::OutOfMemory => LlamaError::Memory.into(),
+            error => VoteError::from(error).into(),
         })
     }
 

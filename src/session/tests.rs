@@ -8,6 +8,8 @@
 //! - `cut`: what is cut off leaves no trace, or is refused;
 //! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
 //! - `recall`: what left the cache comes back as it was;
+//! - `recall_file`: so it does from a file, which leaves no room taken;
+//! - `recall_type`: as q8_0 it takes half the room, and is rounded once;
 //! - `grow`: a session that outgrows its cells moves to where there are more;
 //! - `hostile`: no number in a saved session, whatever it is, does harm;
 //! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
@@ -22,6 +24,8 @@ mod hostile;
 mod long;
 mod protect;
 mod recall;
+mod recall_file;
+mod recall_type;
 mod replay;
 mod walk;
 
@@ -77,6 +81,11 @@ fn open_with(model: &Model, setup: Setup, n_ctx: usize, policy: Params) -> Sessi
 }
 
 fn open_as(model: &Model, setup: Setup, n_ctx: usize, policy: Params, recall: Recall) -> Session {
+    let params = SessionParams { policy, recall, ..params(setup, n_ctx) };
+    Session::new(model, &params).unwrap()
+}
+
+fn params(setup: Setup, n_ctx: usize) -> SessionParams {
     let flash_attn = if setup.flash { FlashAttention::On } else { FlashAttention::Off };
     let context = ContextParams {
         n_ctx: n_ctx as u32,
@@ -88,7 +97,7 @@ fn open_as(model: &Model, setup: Setup, n_ctx: usize, policy: Params, recall: Re
         type_v: setup.v,
         ..ContextParams::default()
     };
-    Session::new(model, &SessionParams { context, policy, recall, ..Default::default() }).unwrap()
+    SessionParams { context, ..Default::default() }
 }
 
 /// The cap is what every vote of a long chat comes down to; without a trial it is fast.

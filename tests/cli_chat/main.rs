@@ -6,9 +6,9 @@ mod cli;
 mod terminal;
 
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use cli::{Done, document, finish_with, gvote, hang_up, interrupt, text};
@@ -388,6 +388,119 @@ mod piped {
             assert!(number(&edited["cache"]["tokens"]) < number(&long["cache"]["tokens"]), "and nothing else");
             assert_eq!(again["answer"], edited["answer"]);
         }
+    }
+
+    #[test]
+    fn what_leaves_the_cache_can_lie_in_a_file_that_has_no_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows");
+        let file = path.to_str().unwrap();
+        let edit = format!("/edit {}", long_line(400));
+        let answers = |recall: &str| {
+            let args = ["--max-cells", "200", "--recall", recall];
+            let done = about_document(&args, &[&long_line(600), &edit, "/stats"]).ok();
+            let place = if recall == file { "set aside in the file of --recall" } else { "set aside in memory" };
+            assert!(done.stderr.contains(place), "{}", done.stderr);
+            let place = if recall == file { "file" } else { "memory" };
+            let turns = done.json().into_iter();
+            let cells = |turn: Value| {
+                assert_eq!(turn["cache"]["aside_in"], place);
+                (turn["answer"].clone(), turn["cache"]["cells"].clone(), turn["cache"]["bytes_aside"].clone())
+            };
+            turns.map(cells).collect::<Vec<_>>()
+        };
+        let expected = answers("auto");
+        assert_eq!(expected.len(), 3);
+        assert!(answers("ram") == expected && answers(file) == expected);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_of_recall_that_cannot_be_made_is_an_error_before_anything_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let there = folder.path().join("notes");
+        fs::write(&there, "mine").unwrap();
+        for (path, why) in [(&there, "name one that is not there"), (&folder.path().join("no/rows"), "No such file")] {
+            let done = talk(&["--recall", path.to_str().unwrap()], &["Hi!"]);
+            assert!(done.status == 1 && done.stdout.is_empty(), "{}", done.stdout);
+            let line = done.stderr.lines().last().unwrap();
+            assert!(
+                line.contains("--recall: ") && line.contains(path.to_str().unwrap()) && line.contains(why),
+                "{line}"
+            );
+        }
+        assert_eq!(fs::read(&there).unwrap(), b"mine");
+    }
+
+    /// A limit of the shell stands for a disk without room.
+    #[cfg(unix)]
+    #[test]
+    fn on_a_full_disk_the_answer_is_written_with_all_cells_and_a_line_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, document) = (folder.path().join("rows"), document(CHARS));
+        let chat = gvote("chat", &["-n", "6", "--temp", "0", "--json", "-c", "2048", "--max-cells", "200"]);
+        let mut limited = Command::new("sh");
+        limited
+            .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$@\"", "sh"])
+            .arg(chat.get_program())
+            .args(chat.get_args());
+        limited.arg("--recall").arg(&path).arg("-f").arg(document.path());
+        limited.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let done = finish_with(&mut limited, "Hm.\n").ok();
+        let line = done.stderr.lines().find(|line| line.contains("nothing was dropped")).expect("a line says so");
+        assert!(line.contains("no room on the disk") && line.contains(path.to_str().unwrap()), "{line}");
+        for turn in done.json() {
+            assert_eq!(turn["vote"], Value::Null);
+            assert_eq!((&turn["cache"]["cells"], &turn["cache"]["bytes_aside"]), (&turn["cache"]["tokens"], &0.into()));
+        }
+    }
+
+    /// Against the full cache, by the share of the cells that the vote freed; 5 % of the cache is for what a vote keeps.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn with_a_file_resident_memory_falls_by_what_a_vote_frees() {
+        let folder = tempfile::tempdir().unwrap();
+        let document = document(5 * CHARS);
+        let resident = |args: &[&str]| {
+            let common = ["-n", "2", "--temp", "0", "--json", "-c", "4096", "-f", document.path().to_str().unwrap()];
+            let mut chat = gvote("chat", &[&common, args].concat()).stdin(Stdio::piped()).spawn().unwrap();
+            let mut line = String::new();
+            BufReader::new(chat.stdout.take().unwrap()).read_line(&mut line).unwrap();
+            let status = fs::read_to_string(format!("/proc/{}/status", chat.id())).unwrap();
+            drop(chat.stdin.take());
+            chat.wait().unwrap();
+            let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+            let kib: f64 = resident.split_whitespace().next().unwrap().parse().unwrap();
+            (1024.0 * kib, serde_json::from_str::<Value>(&line).unwrap())
+        };
+        let (full, turn) = resident(&["--policy", "full"]);
+        let cache = number(&turn["cache"]["kv_bytes"]) as f64;
+        let few = ["--lost-mass", "0.1", "--max-cells", "600"];
+        let fallen = |recall: &str| {
+            let (now, turn) = resident(&[&few[..], &["--recall", recall]].concat());
+            let (cells, tokens) = (number(&turn["cache"]["cells"]), number(&turn["cache"]["tokens"]));
+            ((full - now) / cache, 1.0 - cells as f64 / tokens as f64)
+        };
+        let (share, freed) = fallen(folder.path().join("rows").to_str().unwrap());
+        assert!(freed > 0.7 && share > freed - 0.05, "{share} of the cache, {freed} of its cells");
+        let (share, freed) = fallen("ram");
+        assert!(share < freed - 0.5, "{share} of the cache, {freed} of its cells");
+    }
+
+    #[test]
+    fn what_is_set_aside_as_q8_0_takes_half_and_a_saved_chat_wants_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let session = folder.path().join("talk.gvote");
+        let bytes = |args: &[&str]| {
+            let args = [&["--max-cells", "200"], args].concat();
+            let turn = about_document(&args, &["Hm."]).ok().json().pop().unwrap();
+            number(&turn["cache"]["bytes_aside"]) as f64 / number(&turn["cache"]["rows_aside"]) as f64
+        };
+        let half = bytes(&["--recall-type", "q8_0", "--session", session.to_str().unwrap()]);
+        let share = half / bytes(&[]);
+        assert!((0.5..0.56).contains(&share), "{share}");
+        let done = talk(&["-c", "2048", "--session", session.to_str().unwrap()], &["Hm."]);
+        assert!(done.status == 1 && done.stderr.contains("start with --recall-type q8_0"), "{}", done.stderr);
     }
 
     #[test]

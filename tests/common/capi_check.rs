@@ -5,6 +5,7 @@
 //! the latter.
 
 use std::ffi::{CStr, c_char, c_void};
+use std::mem::offset_of;
 use std::ptr;
 
 use gvote::llama::{Batch, Context, ContextParams, FlashAttention};
@@ -37,7 +38,8 @@ struct Params {
     p_nuc: f32,
     seed: u64,
     recall: u32,
-    reserved: u32,
+    recall_type: u32,
+    recall_file: usize,
 }
 
 #[repr(C)]
@@ -80,6 +82,7 @@ unsafe extern "C" {
 }
 
 pub const OK: u32 = 0;
+pub const ERROR_NULL: u32 = 1;
 pub const ERROR_SIZE: u32 = 3;
 pub const ERROR_PARAMS: u32 = 4;
 pub const ERROR_NOT_SEEN: u32 = 9;
@@ -125,12 +128,16 @@ fn check_params(mut bytes: Vec<u8>) -> u32 {
     let size = usize::from_le_bytes(bytes[..size_of::<usize>()].try_into().expect("as many bytes"));
     // exactly the memory that the struct says it has, so that a look behind it is seen
     bytes.resize(size.clamp(size_of::<usize>(), MAX_STRUCT), 0);
+    // a pointer is the caller's promise, and no file is made here
+    if let Some(recall_file) = bytes.get_mut(offset_of!(Params, recall_file)..size_of::<Params>()) {
+        recall_file.fill(0);
+    }
     let given = bytes.into_boxed_slice();
     let mut status = u32::MAX;
     // SAFETY: see above; a size beyond what this library knows is not read.
     let g = unsafe { gvote_new(given.as_ptr().cast(), &raw mut status) };
     if g.is_null() {
-        assert!([ERROR_SIZE, ERROR_PARAMS].contains(&status), "{status}");
+        assert!([ERROR_NULL, ERROR_SIZE, ERROR_PARAMS].contains(&status), "{status}");
         let error = error_of(ptr::null());
         assert!(!error.is_empty() && !error.contains("--"), "{error}");
         return status;

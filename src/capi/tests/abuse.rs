@@ -353,8 +353,8 @@ fn a_panic_becomes_a_status_and_the_handle_goes_on() {
 fn every_status_has_words_of_its_own() {
     // SAFETY: static strings.
     let words = |status| unsafe { CStr::from_ptr(gvote_status_string(status)) }.to_str().unwrap().to_owned();
-    let all: std::collections::BTreeSet<_> = (GVOTE_OK..=GVOTE_ERROR_INTERNAL).map(words).collect();
-    assert_eq!(all.len() as u32, GVOTE_ERROR_INTERNAL + 1);
-    assert_eq!(words(GVOTE_ERROR_INTERNAL + 1), words(12345));
+    let all: std::collections::BTreeSet<_> = (GVOTE_OK..=GVOTE_ERROR_FILE).map(words).collect();
+    assert_eq!(all.len() as u32, GVOTE_ERROR_FILE + 1);
+    assert_eq!(words(GVOTE_ERROR_FILE + 1), words(12345));
     assert!(!all.contains(&words(12345)));
 }

@@ -270,7 +270,7 @@ fn where_rows_are_to_be_lost_they_are() {
     // SAFETY: both live.
     assert_eq!(unsafe { gvote_set_params(handle.0, &capped()) }, GVOTE_ERROR_PARAMS);
     assert!(handle.error().contains("recall"), "{}", handle.error());
-    let nonsense = gvote_params { recall: 2, ..capped() };
+    let nonsense = gvote_params { recall: 3, ..capped() };
     // SAFETY: both live.
     assert_eq!(unsafe { gvote_set_params(handle.0, &nonsense) }, GVOTE_ERROR_PARAMS);
 }

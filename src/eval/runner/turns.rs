@@ -40,7 +40,7 @@ impl Runner {
         let prompt = self.read_prompt(tokens, 0)?;
         let mut added = 0;
         for (config, mut run) in missing {
-            self.session.set_recall(config.recall);
+            self.session.set_recall(config.recall.clone());
             self.session.set_more_questions(true);
             self.compress(&prompt, &config, &mut run)?;
             let mut chat = begin();

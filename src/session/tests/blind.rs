@@ -139,7 +139,7 @@ fn an_answer_that_does_not_look_at_the_text_is_no_reason_to_lose_it() {
         (report.bound, report.cells_after, report.cells_before, least)
     };
     for (recall, more_questions) in [(Recall::Off, false), (Recall::Auto, true), (Recall::Auto, false)] {
-        let (bound, after, _, least) = vote(recall, more_questions, policy());
+        let (bound, after, _, least) = vote(recall.clone(), more_questions, policy());
         assert_eq!((bound, after), (Bound::Trial, least), "{recall:?}, {more_questions}");
     }
     let (bound, after, before, _) = vote(Recall::Off, true, policy());

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use super::*;
+use crate::archive::RecallType;
+use crate::compact::row_bytes;
 use crate::llama::ModelParams;
 use crate::tests::fixture::F16;
 
@@ -119,7 +121,7 @@ fn fields(session: &mut Session, bytes: &[u8]) -> Vec<Field> {
     }
     for batch in 0..fields.number("batches set aside", 8) {
         let n = fields.number(&format!("rows of batch {batch} that are set aside"), 8) as usize;
-        for (head, bytes) in Layout::of(&session.ctx, SEQ).unwrap().row_bytes().enumerate() {
+        for (head, bytes) in row_bytes(&Layout::of(&session.ctx, SEQ).unwrap(), RecallType::Cache).enumerate() {
             fields.several(&format!("positions of head {head} in batch {batch} that are set aside"), n, 4);
             fields.at += n * bytes;
         }

@@ -6,16 +6,20 @@ use crate::compact::CompactError;
 use crate::policy::Evict;
 use crate::tests::fixture::{F16, F16_FLASH, Q4_0, Q8_0, greedy, on_device};
 
-const N: usize = 250;
+pub(super) const N: usize = 250;
 
 /// Votes that leave a hundred cells.
-fn hundred() -> Params {
+pub(super) fn hundred() -> Params {
     Params { max_cells: Some(100), ..quick() }
 }
 
 /// A session that has read some tokens.
 fn started(arch: &str, setup: Setup, policy: Params) -> Session {
-    let mut session = open_recalling(arch, setup, N_CTX, policy);
+    started_as(arch, setup, policy, Recall::Auto)
+}
+
+pub(super) fn started_as(arch: &str, setup: Setup, policy: Params, recall: Recall) -> Session {
+    let mut session = open_as(&tiny::model(arch), setup, N_CTX, policy, recall);
     read(&mut session, &words(N, 1));
     session
 }
@@ -38,8 +42,12 @@ fn bytes_per_token(session: &Session) -> usize {
 }
 
 fn assert_comes_back(arch: &str, setup: Setup, policy: &Params) {
+    assert_comes_back_from(&Recall::Auto, arch, setup, policy);
+}
+
+pub(super) fn assert_comes_back_from(recall: &Recall, arch: &str, setup: Setup, policy: &Params) {
     let name = format!("{arch}, {setup}, {:?}", policy.evict);
-    let mut session = started(arch, setup, policy.clone());
+    let mut session = started_as(arch, setup, policy.clone(), recall.clone());
     let (before, saved, labels) = (cells(&mut session), session.save(), cache::cells(&session.ctx, SEQ));
     let report = session.compress().unwrap();
     assert_eq!((report.cells_before, report.cells_after, session.rows_aside()), (N, 100, N - 100), "{name}");
@@ -105,7 +113,7 @@ fn many_votes_are_taken_back_at_once() {
 }
 
 /// K and V of all heads in a cell.
-fn rows_of(session: &Session, cell: &crate::cache::Cell) -> Vec<Vec<f32>> {
+pub(super) fn rows_of(session: &Session, cell: &crate::cache::Cell) -> Vec<Vec<f32>> {
     let layout = Layout::of(&session.ctx, SEQ).unwrap();
     let heads = layout.n_head_kv().enumerate().flat_map(|(layer, n)| (0..n).map(move |kv| (layer, kv)));
     heads.flat_map(|(layer, kv)| [false, true].map(|is_v| fixture::row(&layout, layer, is_v, kv, cell))).collect()
@@ -303,7 +311,7 @@ fn a_file_of_the_version_before_is_read() {
     old.extend_from_slice(checksum.as_bytes());
     std::fs::write(&path, old).unwrap();
     for recall in [Recall::Off, Recall::Auto] {
-        let mut loaded = open_as(&tiny::model("llama"), F16, N_CTX, hundred(), recall);
+        let mut loaded = open_as(&tiny::model("llama"), F16, N_CTX, hundred(), recall.clone());
         assert_eq!(loaded.load_from(&path, |note| Ok(note.to_vec())).unwrap(), b"a note");
         assert!(loaded.save() == session.save() && loaded.recall() == recall);
         assert!(loaded.exact_from() > 0 && loaded.rows_aside() == 0);

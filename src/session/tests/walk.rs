@@ -104,7 +104,7 @@ struct Walk {
 impl Walk {
     fn new((arch, setup, policy, recall): Way) -> Self {
         let [saved, never] = [(); 2].map(|()| {
-            let mut session = open_as(&tiny::model(arch), setup, N_CTX, policy.clone(), recall);
+            let mut session = open_as(&tiny::model(arch), setup, N_CTX, policy.clone(), recall.clone());
             // how the model scales its attention is learned once, and no trace of a sequence
             read(&mut session, &[1]);
             session.clear();
@@ -145,7 +145,7 @@ impl Walk {
     }
 
     fn opened(&self, bytes: &[u8]) -> Session {
-        let mut session = open_as(&tiny::model(self.arch), self.setup, N_CTX, self.policy.clone(), self.recall);
+        let mut session = open_as(&tiny::model(self.arch), self.setup, N_CTX, self.policy.clone(), self.recall.clone());
         session.load(bytes).unwrap();
         session
     }
