@@ -140,6 +140,11 @@ uint32_t gvote_shim_free_cells(llama_context * ctx, llama_seq_id seq, uint32_t *
     return n;
 }
 
+bool gvote_shim_has_uncut(llama_context * ctx) {
+    const llama_model * model = &ctx->get_model();
+    return llama_model_is_recurrent(model) || llama_model_is_hybrid(model) || base_cache(ctx) == nullptr || window_cache(ctx) != nullptr;
+}
+
 llama_pos gvote_shim_cut_from(llama_context * ctx, llama_seq_id seq) {
     const llama_model * model = &ctx->get_model();
     if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {

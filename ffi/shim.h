@@ -76,6 +76,10 @@ uint32_t gvote_shim_cells_end(struct llama_context * ctx, llama_seq_id seq);
 // there sees a whole window, and a state that knows no more. 0 without either.
 llama_pos gvote_shim_cut_from(struct llama_context * ctx, llama_seq_id seq);
 
+// Whether a part of a sequence's state cannot be cut at any position: a window cache, the state of recurrent layers, or a memory that we
+// do not know.
+bool gvote_shim_has_uncut(struct llama_context * ctx);
+
 // What `seq` holds in each of the cells; `index` counts over all streams.
 void gvote_shim_rows(
         struct llama_context * ctx, llama_seq_id seq, const int64_t * index, uint32_t n, struct gvote_shim_row * out);

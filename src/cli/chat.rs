@@ -8,7 +8,8 @@ use anyhow::{Error, Result, bail};
 use clap::Args;
 use gvote::SessionParams;
 use gvote::llama::{Message, Role};
-use gvote::session::Stop;
+use gvote::policy::Kind;
+use gvote::session::{Recall, Stop};
 
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, RecallArgs, SamplingArgs, share};
 use super::cells::Cells;
@@ -128,6 +129,9 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     let cells = Cells::for_chat(&model);
     let params = cells.given_to(args.policy.session(&args.context, cells.first())?, &args.context);
     let recall_type = args.recall.recall_type();
+    if matches!(recall, Recall::Off) && params.policy.policy != Kind::Full {
+        note("--recall off: what the vote for one message drops is lost for all that come after it");
+    }
     let session = steps.open(
         &model,
         &SessionParams { recall, recall_type, renew: args.recall.renew, more_questions: true, ..params },

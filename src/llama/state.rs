@@ -42,6 +42,11 @@ impl Context {
     /// # Errors
     /// [`LlamaError::Memory`].
     pub(crate) fn copy_uncut(&mut self, seq: SeqId) -> Result<Vec<u8>, LlamaError> {
+        // of a plain cache llama.cpp would write all cells, whatever the flag says
+        // SAFETY: valid context.
+        if !unsafe { sys::gvote_shim_has_uncut(self.as_ptr()) } {
+            return Ok(Vec::new());
+        }
         self.copy_state(seq, sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
     }
 

@@ -29,8 +29,10 @@ impl Session {
     ) -> Result<PrefillReport, SessionError> {
         let start = Instant::now();
         let mut report = self.read_long(tokens, progress)?;
-        let chosen = self.reconsider().inspect_err(|_| self.logits.clear())?;
-        report.squeezes.append(&chosen);
+        if self.rows_aside() > 0 {
+            let chosen = self.choose_among_all(tokens.len()).inspect_err(|_| self.logits.clear())?;
+            report.squeezes.append(&chosen);
+        }
         report.time = start.elapsed();
         Ok(report)
     }
@@ -79,6 +81,26 @@ impl Session {
         }
         self.keep_logits()?;
         Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), expanded, squeezes })
+    }
+
+    /// Chooses for a prompt of `n` tokens that was just read, see [`Session::reconsider`], and reads its end once more, as far as all
+    /// heads hold it: what it was read with was something else.
+    fn choose_among_all(&mut self, n: usize) -> Result<Squeezes, SessionError> {
+        let mut squeezes = self.reconsider()?;
+        let exact_from = cache::cut_from(&self.ctx, SEQ).max(self.sequence.exact_from);
+        let n = n.min(self.policy.recent).min((self.n_past() - exact_from).max(0) as usize);
+        if n == 0 {
+            return Ok(squeezes);
+        }
+        let end = self.sequence.tokens.split_off(self.sequence.tokens.len() - n);
+        let first = self.n_past() - n as Pos;
+        self.remove_from(first);
+        self.sequence.truncate(first, self.cells_used());
+        for (start, part) in (0..).step_by(self.step()).zip(end.chunks(self.step())) {
+            self.read_part(part, n - start - part.len(), &[], &mut squeezes)?;
+        }
+        self.keep_logits()?;
+        Ok(squeezes)
     }
 
     /// `left`: tokens of the prompt that come after this part.

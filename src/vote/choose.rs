@@ -85,6 +85,18 @@ impl Vote<'_> {
     /// [`VoteError`]; the cache is then as before.
     pub fn observe_newest(&mut self, ahead: &[Token]) -> Result<(), VoteError> {
         let wanted = if ahead.is_empty() { self.voter.policy.window } else { 1 };
+        let last = self.sequence.n_past - 1;
+        let known = self.voter.capture.window(self.sequence.id, 0, last).map_or(0, |queries| queries.pos.len());
+        self.observe(wanted, known)
+    }
+
+    /// The same, also where they are known: what they look at is other than it was, where rows have come back since.
+    pub fn observe_again(&mut self) -> Result<(), VoteError> {
+        self.observe(self.voter.policy.window, 0)
+    }
+
+    /// Computes the queries of the newest `wanted` tokens, unless so many are `known`.
+    fn observe(&mut self, wanted: usize, known: usize) -> Result<(), VoteError> {
         let chunk = chunk(self.ctx);
         let Self { ctx, voter, sequence, .. } = self;
         let (seq, n_past) = (sequence.id, sequence.n_past);
@@ -92,7 +104,6 @@ impl Vote<'_> {
         let is_blind = !voter.capture.has_statistics(seq) && n_past as usize > voter.policy.sinks;
         // a cache of a sliding window has no room for so many
         let more = if is_blind && !voter.layout.info.has_window { capture::FIRST } else { 0 };
-        let known = voter.capture.window(seq, 0, n_past - 1).map_or(0, |queries| queries.pos.len());
         let most = wanted.max(more).min((n_past - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
         // embeddings cannot be decoded once more
         let n = sequence.tokens.iter().rev().take(most).take_while(|token| **token >= 0).count();

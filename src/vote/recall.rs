@@ -13,7 +13,8 @@ use crate::policy::Kind;
 impl Vote<'_> {
     /// Chooses what the cache holds of a sequence among all its rows, in the cache or set aside, for the tokens that were read last.
     /// What is set aside comes back a page at a time, and each time the policy votes on the pages before and what won against them.
-    /// So a row that was dropped long since is there again when it is asked for.
+    /// So a row that was dropped long since is there again when it is asked for. The newest tokens are computed once more for each page,
+    /// because what they look for depends on what they see.
     ///
     /// `limit`: cells that the sequence may have. `each` hears of every vote. Rows of each head that came back: 0 where all are in the
     /// cache, and where those that always stay leave no room for others.
@@ -54,7 +55,7 @@ impl Vote<'_> {
     }
 
     fn keep_most(&mut self, most: usize) -> Result<CompressReport, VoteError> {
-        self.observe_newest(&[])?;
+        self.observe_again()?;
         let cells = cache::cells(self.ctx, self.sequence.id);
         let (selection, mut report) = self.choose_most(&cells, most, &[])?;
         self.compact(&cells, selection, &mut report)?;
