@@ -156,3 +156,13 @@ fn a_prefill_that_is_given_up_brings_the_window_back() {
     }
     assert!(apart(&session, &straight) < 0.02, "{}", apart(&session, &straight));
 }
+
+/// Of cells that can be cut anywhere a message needs no copy, however long the text before it is; only a window cache does.
+#[test]
+fn what_can_be_cut_is_not_copied() {
+    for (arch, is_copied) in [("llama", false), ("gemma2", true)] {
+        let mut session = open(arch, F16, 640, quick());
+        read(&mut session, &words(500, 1));
+        assert_eq!(!session.ctx.copy_uncut(SEQ).unwrap().is_empty(), is_copied, "{arch}");
+    }
+}

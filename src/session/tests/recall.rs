@@ -345,6 +345,12 @@ fn where_not_all_have_room_the_choice_for_a_new_question_is_made_among_all() {
     let n = text.len() + question.len();
     assert!(session.cells_used() <= N_CTX);
     assert_eq!((session.rows_aside() + session.cells_used(), session.exact_from()), (n, 0));
+    // and its end is read with what came back, not with what was there before
+    let logits = session.logits().to_vec();
+    session.truncate(n as Pos - 1).unwrap();
+    session.decode(*question.last().unwrap()).unwrap();
+    let apart = logits.iter().zip(session.logits()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 0.5, "{apart}");
     let came_back = before
         .iter()
         .zip(held(&session))
