@@ -23,7 +23,15 @@ use crate::guest::Guest;
 use crate::sys::{ggml_tensor, llama_context};
 
 /// What bindgen makes of `ffi/gvote.h`.
-#[allow(dead_code, improper_ctypes, non_camel_case_types, non_snake_case, non_upper_case_globals, clippy::all)]
+#[allow(
+    dead_code,
+    improper_ctypes,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    clippy::all,
+    clippy::undocumented_unsafe_blocks
+)]
 pub(crate) mod header {
     include!(concat!(env!("OUT_DIR"), "/gvote_h.rs"));
 }

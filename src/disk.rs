@@ -167,7 +167,7 @@ impl Drop for Space {
 
 /// Takes room on the disk, with zeros where the file system has no other way.
 fn allocate(file: &File, start: u64, bytes: u64) -> io::Result<()> {
-    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     match retry_on_intr(|| fallocate(file, FallocateFlags::empty(), start, bytes)) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
         done => return Ok(done?),
