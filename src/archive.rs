@@ -2,8 +2,8 @@
 //!
 //! # A row
 //! The key and the value that one KV head of one layer holds for one token, bit by bit as llama.cpp stored them ([`RecallType`] has
-//! the exception): after RoPE, rotation and quantization. In a cell they lie apart; here the key is followed by the value, channel after channel, also where
-//! the cache keeps V transposed. A row is known by its head and its position.
+//! the exception): after RoPE, rotation and quantization. In a cell they lie apart; here the key is followed by the value, channel after
+//! channel, also where the cache keeps V transposed. A row is known by its head and its position.
 //!
 //! Every row of a sequence is in exactly one place: in a cell of the cache, or in the archive. So cells and archive together never
 //! hold more rows than tokens were read, and the archive is *whole* where they hold no fewer: then every row that was ever

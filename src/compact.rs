@@ -1,7 +1,8 @@
 //! Turns a [`Selection`] into fewer cells, in place.
 //!
 //! 1. **Check** everything that could fail, and build the new table of cells aside (the shim).
-//! 2. **Set aside** what leaves, if it is to come back: see `src/archive.rs`. Memory or room on a disk that runs out here is the last error.
+//! 2. **Set aside** what leaves, if it is to come back: see `src/archive.rs`. Memory or room on a disk that runs out here is the last
+//!    error.
 //! 3. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the
 //!    sequence owns. Where cells and positions ascend together, a source never lies before its destination, so ascending
 //!    copies need no temporary; otherwise one head's rows go through a buffer. Where the host cannot reach the memory, a

@@ -130,19 +130,18 @@ fn an_answer_that_does_not_look_at_the_text_is_no_reason_to_lose_it() {
     // so large that the fewest cells always do
     let policy = || Params { target_kl: Some(10.0), ..Params::default() };
     let vote = |recall: Recall, more_questions: bool, policy: Params| {
-        let least = policy.sinks + policy.recent;
         let mut session = after_chat(&long_message(), false, policy);
         session.set_recall(recall);
         session.set_more_questions(more_questions);
         let report = session.compress().unwrap();
         assert_eq!(session.cells_used(), report.cells_after);
-        (report.bound, report.cells_after, report.cells_before, least)
+        (report.bound, report.cells_after, report.cells_before)
     };
     for (recall, more_questions) in [(Recall::Off, false), (Recall::Auto, true), (Recall::Auto, false)] {
-        let (bound, after, _, least) = vote(recall.clone(), more_questions, policy());
-        assert_eq!((bound, after), (Bound::Trial, least), "{recall:?}, {more_questions}");
+        let (bound, after, before) = vote(recall.clone(), more_questions, policy());
+        assert!(bound == Bound::Trial && after < before / 2, "{recall:?}, {more_questions}: {bound:?}, {after}");
     }
-    let (bound, after, before, _) = vote(Recall::Off, true, policy());
+    let (bound, after, before) = vote(Recall::Off, true, policy());
     assert_eq!((bound, after), (Bound::Blind, before));
     // a cap is kept whatever that loses
     let capped = Params { max_cells: Some(120), ..policy() };
