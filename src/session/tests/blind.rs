@@ -127,8 +127,8 @@ fn the_first_words_of_an_open_turn_vote() {
 /// be lost, and more questions may come, it is no reason to drop anything; where it can come back, or no question follows, it is.
 #[test]
 fn an_answer_that_does_not_look_at_the_text_is_no_reason_to_lose_it() {
-    // so large that the fewest cells always do
-    let policy = || Params { target_kl: Some(10.0), ..Params::default() };
+    // the fewest cells that a trial may settle on always do
+    let policy = || Params { target_kl: Some(10.0), min_cells: 100, ..Params::default() };
     let vote = |recall: Recall, more_questions: bool, policy: Params| {
         let mut session = after_chat(&long_message(), false, policy);
         session.set_recall(recall);
