@@ -17,6 +17,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod undo;
+mod when;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ pub use self::file::FileError;
 pub use self::grow::Stuck;
 use self::marks::Mark;
 pub use self::report::{GenerateReport, PrefillReport, Squeezes, Stop};
+pub use self::when::{AnswerVote, When};
 pub use crate::archive::{Recall, RecallFile, RecallFileError, RecallType};
 use crate::cache::{self, Layout};
 use crate::compact::{Mask, MaskError};
@@ -147,6 +149,8 @@ pub struct Session {
     limit: usize,
     chunk: usize,
     renew: usize,
+    when: When,
+    known: when::Known,
     /// Ascending by position.
     marks: Vec<Mark>,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
@@ -193,6 +197,8 @@ impl Session {
             limit: n_ctx,
             chunk: context.n_ubatch as usize,
             renew: params.renew,
+            when: When::Prompt,
+            known: when::Known::default(),
             marks: Vec::new(),
             logits: Vec::new(),
         })
@@ -364,6 +370,7 @@ impl Session {
             }
         }
         self.sequence.extend(tokens);
+        self.known.has_read(tokens.len(), start.elapsed() - expanded.time);
         self.keep_logits()?;
         Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), expanded, squeezes: Squeezes::default() })
     }
@@ -437,8 +444,9 @@ impl Session {
     /// Generates up to `n_predict` tokens (negative: until the model ends, or has come as far as it was trained for; [`LEAST_ANSWER`]
     /// tokens where that is near or behind).
     /// `on_token` gets each token before it is decoded; the last one, if it ends the generation, is not passed on and not
-    /// decoded. The cells are chosen anew from time to time where [`SessionParams::renew`] says so. Where the cells run out, those that the policy can spare are freed; under the policy `full`, and where too
-    /// few can be spared, that is the end, and so is that of a model's table of positions.
+    /// decoded. It is voted on where [`Session::set_vote`] says so, and the cells are chosen anew from time to time where
+    /// [`SessionParams::renew`] does. Where the cells run out, those that the policy can spare are freed; under the policy `full`, and
+    /// where too few can be spared, that is the end, and so is that of a model's table of positions.
     ///
     /// # Errors
     /// [`LlamaError::NoLogits`] without a prompt; whatever decoding fails with. A full cache and a cancelled run are no
@@ -457,7 +465,8 @@ impl Session {
         let [mut squeezes, mut renewals] = [Squeezes::default(); 2];
         let mut free = self.room();
         let end = self.end_of_answer();
-        let share = self.cells_used() as f64 / f64::from(self.n_past().max(1));
+        let mut share = self.cells_used() as f64 / f64::from(self.n_past().max(1));
+        let (mut meter, mut vote, first) = (self.meter(), None, self.n_past());
         let stop = loop {
             if n_predict >= 0 && tokens == n_predict as usize {
                 break Stop::Limit;
@@ -486,12 +495,23 @@ impl Session {
                 }
                 free = self.room();
             }
+            let used = self.limit - free;
+            if meter.is_due(tokens, used) {
+                meter.stop();
+                match self.vote_on_answer(first) {
+                    Ok(report) => vote = Some(AnswerVote { after: tokens, report }),
+                    Err(error) if when::ends_answer(&error) => break Stop::Cancelled,
+                    // the answer goes on with the cells that there are
+                    Err(_) => {}
+                }
+                free = self.room();
+                share = self.cells_used() as f64 / f64::from(self.n_past());
+            }
             if self.renew > 0 && tokens > 0 && tokens % self.renew == 0 && self.rows_aside() > 0 {
                 let cells = (share * f64::from(self.n_past())) as usize;
                 match self.renew(cells.min(self.limit.saturating_sub(self.renew))) {
                     Ok(renewal) => renewals.add(&renewal),
-                    Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
-                    // the answer goes on with the cells that there are
+                    Err(error) if when::ends_answer(&error) => break Stop::Cancelled,
                     Err(_) => {}
                 }
                 free = self.room();
@@ -500,6 +520,7 @@ impl Session {
                 }
             }
             let flow = on_token(token);
+            let clock = Instant::now();
             match self.decode(token) {
                 Ok(()) => {}
                 Err(SessionError::Llama(LlamaError::NoCells { .. } | LlamaError::NoPositions { .. })) => {
@@ -508,13 +529,14 @@ impl Session {
                 Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
                 Err(error) => return Err(error),
             }
+            meter.step(used, clock.elapsed());
             tokens += 1;
             free -= 1;
             if flow.is_break() {
                 break Stop::Cancelled;
             }
         };
-        Ok(GenerateReport { tokens, time: start.elapsed(), stop, squeezes, renewals })
+        Ok(GenerateReport { tokens, time: start.elapsed(), stop, vote, squeezes, renewals })
     }
 
     /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can. Where everything that

@@ -120,6 +120,8 @@ pub struct Voter {
     recall_type: RecallType,
     /// See [`crate::SessionParams::more_questions`].
     pub(crate) more_questions: bool,
+    /// An answer is being written: however long it is, no question follows within it.
+    pub(crate) is_answering: bool,
     /// Where the system message ends, which the setting `protect` keeps.
     pub(crate) system_end: Pos,
     /// Where the next vote is to be explained.
@@ -149,6 +151,7 @@ impl Voter {
             account_error,
             recall: Recall::Off,
             more_questions: false,
+            is_answering: false,
             recall_type: RecallType::Cache,
             system_end: 0,
             notes: None,

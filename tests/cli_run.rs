@@ -79,6 +79,26 @@ fn unequal_heads_cost_the_cells_of_the_greediest() {
     assert!(said.contains("as many as the greediest head takes; the heads by themselves"), "{said}");
 }
 
+/// What comes before the vote is the full cache's answer, and one that ends before it has no vote.
+#[test]
+fn an_answer_may_be_voted_on_once_it_has_begun() {
+    let answer = |report: &Value| report["answer"].as_str().unwrap().to_owned();
+    let full = on_document(&["--policy", "full"]);
+    let report = on_document(&["--vote", "4"]);
+    let vote = &report["vote"];
+    assert_eq!(number(&vote["after_tokens"]), 4);
+    assert_eq!(number(&vote["cells_before"]), number(&report["prefill"]["tokens"]) + 4);
+    let same = answer(&report).chars().zip(answer(&full).chars()).take_while(|(a, b)| a == b).count();
+    assert!(same >= 4, "{report}");
+    let short = on_document(&["--vote", "auto"]);
+    assert!(short["vote"].is_null());
+    assert_eq!(answer(&short), answer(&full));
+
+    let refused = gvote("run", &["-p", "Hi", "--vote", "soon"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--vote"));
+}
+
 #[test]
 fn json_is_consistent() {
     let report = on_document(&["--target-kl", "0.5"]);

@@ -13,7 +13,7 @@ use clap::{ArgAction, Args, ValueHint};
 use gvote::SessionParams;
 use gvote::llama::{CacheType, ContextParams, FlashAttention, ThreadParams};
 use gvote::policy::{Evict, Kind, Params, Preset, Span};
-use gvote::session::{Recall, RecallFile, RecallType};
+use gvote::session::{Recall, RecallFile, RecallType, When};
 use rustix::process::setpriority_process;
 
 pub use self::placement::{PlacementArgs, name_flag};
@@ -301,6 +301,22 @@ impl PolicyArgs {
 }
 
 const RECALL_TYPES: &[(&str, RecallType)] = &[("cache", RecallType::Cache), ("q8_0", RecallType::Q8_0)];
+
+/// When an answer is voted on.
+#[derive(Args)]
+#[command(next_help_heading = "Cache policy")]
+pub struct WhenArgs {
+    /// When to vote: prompt, before the answer; auto, once the answer is so long that fewer cells would have saved what a vote takes; or
+    /// after N tokens of it. Until then the answer is the full cache's
+    #[arg(long = "vote", value_name = "prompt|auto|N", default_value = "prompt", value_parser = When::from_str)]
+    when: When,
+}
+
+impl WhenArgs {
+    pub fn when(&self) -> When {
+        self.when
+    }
+}
 
 /// What becomes of what leaves the cache, for a conversation that may come back to it.
 #[derive(Args)]

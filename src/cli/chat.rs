@@ -11,7 +11,7 @@ use gvote::llama::{Message, Role};
 use gvote::policy::Kind;
 use gvote::session::{Recall, Stop};
 
-use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, RecallArgs, SamplingArgs, share};
+use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, RecallArgs, SamplingArgs, WhenArgs, share};
 use super::cells::Cells;
 use super::conversation::Conversation;
 use super::input::{Entry, Input};
@@ -56,6 +56,8 @@ pub struct ChatArgs {
     context: ContextArgs,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    when: WhenArgs,
     #[command(flatten)]
     recall: RecallArgs,
 
@@ -132,10 +134,11 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     if matches!(recall, Recall::Off) && params.policy.policy != Kind::Full {
         note("--recall off: what the vote for one message drops is lost for all that come after it");
     }
-    let session = steps.open(
+    let mut session = steps.open(
         &model,
         &SessionParams { recall, recall_type, renew: args.recall.renew, more_questions: true, ..params },
     )?;
+    session.set_vote(args.when.when());
     let system = args.prompt.system()?;
     tell_of_system(&template, system.as_ref());
     steps.interrupt.end();
@@ -145,7 +148,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
         args,
         steps,
         seed: sampling.seed,
-        conversation: Conversation::new(session, sampling, template, &args.length, revote_share),
+        conversation: Conversation::new(session, sampling, template, &args.length, revote_share, args.when.when()),
         last: None,
         is_interactive: on_terminal,
         failed: 0,

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Error, Result, bail};
 use gvote::compact::CompactError;
 use gvote::llama::{ChatTemplate, Message, Pos, Role, Sampler, SamplerParams, Token};
 use gvote::policy::Kind;
-use gvote::session::{CompressReport, PrefillReport};
+use gvote::session::{AnswerVote, CompressReport, PrefillReport, When};
 use gvote::vote::VoteError;
 use gvote::{Session, SessionError};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,7 @@ pub struct Conversation {
     predict: i32,
     reverse_prompts: Vec<String>,
     revote_share: f64,
+    when: When,
     state: State,
     /// The file that says what this is, where nothing has changed since.
     file: Option<PathBuf>,
@@ -86,10 +87,11 @@ impl Conversation {
         template: ChatTemplate,
         length: &LengthArgs,
         revote_share: f64,
+        when: When,
     ) -> Self {
         let (state, totals) = (State::default(), Totals::default());
         let (predict, reverse_prompts) = (length.predict, length.reverse_prompts());
-        Self { session, sampling, template, predict, reverse_prompts, revote_share, state, file: None, totals }
+        Self { session, sampling, template, predict, reverse_prompts, revote_share, when, state, file: None, totals }
     }
 
     pub fn session(&self) -> &Session {
@@ -318,6 +320,8 @@ impl Conversation {
             self.state.cells_after_vote.is_none_or(|after| cells as f64 >= after as f64 * (1.0 + self.revote_share));
         let over_cap = policy.max_cells.is_some_and(|cap| cells > cap);
         let nearly_full = cells as f64 > NEARLY_FULL * self.session.n_ctx_most() as f64;
+        // what an answer is to be voted on for needs no vote before it, but cells may be needed
+        let grown = grown && self.when == When::Prompt;
         policy.policy != Kind::Full && (grown || over_cap || nearly_full)
     }
 
@@ -331,6 +335,9 @@ impl Conversation {
         let mut sampler = self.sampler()?;
         self.state.drawn = self.state.drawn.wrapping_add(1);
         let answer = steps.answer(&mut self.session, &mut sampler, self.predict, &self.reverse_prompts, show)?;
+        if let Some(AnswerVote { report, .. }) = &answer.report.vote {
+            self.state.cells_after_vote = Some(report.cells_after);
+        }
         self.state.rendered.push_str(&answer.cached);
         self.state.messages.push(Message::new(Role::Assistant, &answer.text));
         let report = TurnReport::new(&self.session, prefill, vote, answer);

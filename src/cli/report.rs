@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use gvote::Session;
 use gvote::policy::{Bound, Kind, Params};
-use gvote::session::{CompressReport, ExpandReport, PrefillReport, Recall, Squeezes, Stop};
+use gvote::session::{AnswerVote, CompressReport, ExpandReport, PrefillReport, Recall, Squeezes, Stop};
 use serde::Serialize;
 
 use super::turn::{Reply, print};
@@ -51,6 +51,8 @@ pub struct Vote {
     /// With the times of the single steps.
     #[serde(flatten)]
     pub report: CompressReport,
+    /// Tokens of the answer that came before it; its time is part of the answer's then.
+    pub after_tokens: usize,
     /// Cells after, of those before; 0 to 1.
     pub share_kept: f64,
     /// All but what follows.
@@ -168,10 +170,12 @@ impl TurnReport {
         vote: Option<CompressReport>,
         Reply { text: answer, report: decode, .. }: Reply,
     ) -> Self {
+        let in_answer = decode.vote.map(|AnswerVote { after, report }| (report, after));
+        let vote = vote.map(|report| (report, 0)).or(in_answer);
         Self {
             answer,
             prefill: Prefill::new(prefill),
-            vote: vote.map(|report| Vote::new(report, prefill.time)),
+            vote: vote.map(|(report, after)| Vote { after_tokens: after, ..Vote::new(report, prefill.time) }),
             decode: Decode {
                 tokens: decode.tokens,
                 seconds: decode.time.as_secs_f64(),
@@ -255,6 +259,7 @@ impl Vote {
     pub fn new(report: CompressReport, prefill: Duration) -> Self {
         let share_of_prefill = report.time().as_secs_f64() / prefill.as_secs_f64();
         Self {
+            after_tokens: 0,
             share_kept: report.share(),
             vote_seconds: (report.time() - report.aside_time - report.compact_time).as_secs_f64(),
             aside_seconds: report.aside_time.as_secs_f64(),
@@ -310,7 +315,11 @@ impl Vote {
         ];
         let steps = steps.into_iter().filter(|(time, _)| time.as_millis() > 0).map(|(time, name)| step(time, name));
         let steps: Vec<String> = steps.chain([step(compact_time, "compaction")]).collect();
-        format!("{}{share}", steps.join(" + "))
+        let after = match self.after_tokens {
+            0 => String::new(),
+            n => format!(", after {} of the answer", plural(n, "token")),
+        };
+        format!("{}{share}{after}", steps.join(" + "))
     }
 }
 

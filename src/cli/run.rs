@@ -2,10 +2,10 @@
 
 use anyhow::Result;
 use clap::Args;
-use gvote::session::Stop;
+use gvote::session::{Stop, When};
 
 use super::Exit;
-use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs};
+use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, SamplingArgs, WhenArgs};
 use super::cells::Cells;
 use super::prompt::{LengthArgs, RequestArgs};
 use super::report::{Record, TurnReport, print_json};
@@ -37,6 +37,8 @@ pub struct RunArgs {
     context: ContextArgs,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    when: WhenArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -72,7 +74,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
     session.set_system_tokens(prompt.system);
 
     let prefill = steps.prefill_long(&mut session, &prompt.tokens)?;
-    let vote = steps.compress(&mut session)?;
+    let when = args.when.when();
+    session.set_vote(when);
+    let vote = if when == When::Prompt { Some(steps.compress(&mut session)?) } else { None };
     let mut shown = Answer::new(&args.output);
     if prompt.is_raw && !args.no_display_prompt {
         shown.show(&prompt.text)?;
@@ -80,7 +84,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let mut sampler = session.sampler(&sampling, args.length.predict)?;
     let ends = args.length.reverse_prompts();
     let answer = steps.answer(&mut session, &mut sampler, args.length.predict, &ends, |piece| shown.show(piece))?;
-    let report = TurnReport::new(&session, prefill, Some(vote), answer);
+    let report = TurnReport::new(&session, prefill, vote, answer);
 
     if args.output.json {
         print_json(&Record::new(&report, &session, sampling.seed, None))?;

@@ -29,6 +29,7 @@ impl Session {
             memory::trim();
             report.compact_time += clock.elapsed();
         }
+        self.known.has_voted(&report);
         Ok(report)
     }
 

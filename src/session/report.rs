@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::ExpandReport;
+use super::{AnswerVote, ExpandReport};
 use crate::vote::CompressReport;
 
 /// What a prefill did.
@@ -65,12 +65,15 @@ pub enum Stop {
 }
 
 /// What a generation did.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct GenerateReport {
     pub tokens: usize,
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
     pub stop: Stop,
+    /// The vote on it, where there was one after it had begun. Its time is part of the whole.
+    #[serde(skip)]
+    pub vote: Option<AnswerVote>,
     pub squeezes: Squeezes,
     /// How often the cells were chosen anew, and what that took.
     pub renewals: Squeezes,

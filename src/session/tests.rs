@@ -28,6 +28,7 @@ mod recall_file;
 mod recall_type;
 mod replay;
 mod walk;
+mod when;
 
 use std::ops::ControlFlow;
 

@@ -187,6 +187,9 @@ impl Vote<'_> {
     /// Where the newest turn begins, if a question may still follow it: the prompt is in a chat's format, and behind its
     /// last markup there is more text than an answer's first words.
     pub fn open_turn(&self) -> Option<usize> {
+        if self.voter.is_answering {
+            return None;
+        }
         let (model, tokens) = (self.ctx.model(), &self.sequence.tokens);
         // what ends a turn says nothing about the next one, and embeddings are no markup
         let opens = |&token: &Token| token >= 0 && model.is_control(token) && !model.is_eog(token);

@@ -1,0 +1,220 @@
+//! When an answer is voted on: before it, or once it has shown that it is long.
+//!
+//! A vote takes about as long as reading a few hundred tokens, which only a long answer earns back; and nobody knows beforehand how
+//! long an answer will be. [`When::Auto`] rents before it buys, as the ski-rental rule has it: it votes as soon as the time that fewer
+//! cells would have saved so far has reached what the vote will take. Until then the answer is the full cache's own, bit for bit, and one
+//! that ends early has paid nothing. Queries of the answer vote then.
+
+#![forbid(unsafe_code)]
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::Session;
+use crate::llama::{LlamaError, Pos};
+use crate::policy::Kind;
+use crate::vote::CompressReport;
+
+/// When an answer is voted on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum When {
+    /// Before it: the caller does, with [`Session::compress`].
+    #[default]
+    Prompt,
+    /// After so many of its tokens.
+    After(usize),
+    /// When that pays.
+    Auto,
+}
+
+impl FromStr for When {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "prompt" => Ok(Self::Prompt),
+            "auto" => Ok(Self::Auto),
+            n => n.parse().map(Self::After).map_err(|_| "prompt, auto or a number of tokens is needed"),
+        }
+    }
+}
+
+/// A vote on an answer that was begun.
+#[derive(Clone, Debug)]
+pub struct AnswerVote {
+    /// Tokens of the answer that came before it.
+    pub after: usize,
+    pub report: CompressReport,
+}
+
+/// Tokens of an answer that are always the full cache's.
+const FIRST: usize = 32;
+/// Share of the cells that a vote is expected to leave, as long as there was none.
+const KEPT: f64 = 0.4;
+/// What a vote is expected to take, as long as there was none: as long as reading so many tokens, the window, and a draft seven times;
+const READ: f64 = 288.0;
+/// and this share of the time that reading all of them took, for scores.
+const SCORED: f64 = 0.03;
+/// A prompt of fewer tokens says nothing about how fast a long one is read.
+const LEAST_READ: usize = 128;
+
+/// What this context has shown of what it takes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Known {
+    /// Seconds to read a token of a prompt.
+    read: Option<f64>,
+    /// Of the last vote: seconds for each cell that there was, and the share that it left.
+    vote: Option<(f64, f64)>,
+}
+
+impl Known {
+    pub fn has_read(&mut self, n: usize, time: Duration) {
+        if n >= LEAST_READ {
+            self.read = Some(time.as_secs_f64() / n as f64);
+        }
+    }
+
+    pub fn has_voted(&mut self, report: &CompressReport) {
+        if report.cells_after < report.cells_before {
+            self.vote = Some((report.time().as_secs_f64() / report.cells_before as f64, report.share()));
+        }
+    }
+
+    /// Seconds that a vote on `n` cells will take.
+    fn price(&self, n: usize) -> Option<f64> {
+        let n = n as f64;
+        self.vote.map(|(cell, _)| cell * n).or(self.read.map(|token| token * (READ + SCORED * n)))
+    }
+
+    fn kept(&self) -> f64 {
+        self.vote.map_or(KEPT, |(_, share)| share)
+    }
+}
+
+/// Counts what an answer could have saved so far.
+#[derive(Debug)]
+pub(super) struct Meter {
+    when: When,
+    known: Known,
+    /// Of a step's time, what it takes to read a cell: the bytes of K and V in one, of all bytes that a step reads.
+    cell: f64,
+    weights: f64,
+    /// Seconds.
+    saved: f64,
+}
+
+impl Meter {
+    /// `cell`, `weights`: bytes that a step reads of each.
+    pub fn new(when: When, known: Known, cell: usize, weights: u64) -> Self {
+        Self { when, known, cell: cell as f64, weights: weights as f64, saved: 0.0 }
+    }
+
+    /// Notes a step that took `time` with `n` cells.
+    pub fn step(&mut self, n: usize, time: Duration) {
+        let cells = n as f64 * self.cell;
+        let share = cells / (cells + self.weights).max(1.0);
+        self.saved += time.as_secs_f64() * share * (1.0 - self.known.kept());
+    }
+
+    /// Whether it is time to vote on `n` cells, after so many tokens of the answer.
+    pub fn is_due(&self, tokens: usize, n: usize) -> bool {
+        match self.when {
+            When::Prompt => false,
+            When::After(after) => tokens >= after,
+            When::Auto => tokens >= FIRST && self.known.price(n).is_some_and(|price| self.saved >= price),
+        }
+    }
+
+    /// There is no vote any more.
+    pub fn stop(&mut self) {
+        self.when = When::Prompt;
+    }
+}
+
+impl Session {
+    /// Chooses when the next answers are voted on, by [`Session::generate`]; with [`When::Prompt`] the caller votes.
+    pub fn set_vote(&mut self, when: When) {
+        self.when = when;
+    }
+
+    pub(super) fn meter(&self) -> Meter {
+        let votes = self.policy.policy != Kind::Full && self.mask.is_none();
+        let when = if votes { self.when } else { When::Prompt };
+        Meter::new(when, self.known, self.bytes_per_cell().unwrap_or(0), self.model().size())
+    }
+
+    /// Votes on an answer that began at a position. Beside the newest tokens those stay that were the newest before the answer: the
+    /// question is among them.
+    pub(super) fn vote_on_answer(&mut self, start: Pos) -> Result<CompressReport, super::SessionError> {
+        let question = (start - self.policy.recent as Pos).max(0)..self.n_past();
+        self.sequence.protect(question.clone(), true);
+        let answering = |session: &mut Self, is: bool| {
+            if let Some(voter) = &mut session.voter {
+                voter.is_answering = is;
+            }
+        };
+        answering(self, true);
+        let report = self.compress();
+        answering(self, false);
+        self.sequence.protect(question, false);
+        report
+    }
+}
+
+/// Whether an error ends the answer: without memory for a vote it goes on with the cells that there are.
+pub(super) fn ends_answer(error: &super::SessionError) -> bool {
+    matches!(error, super::SessionError::Llama(LlamaError::Cancelled))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// After 4,000 tokens that were read in 0.005 s each, with half of a step's bytes in the cache.
+    fn meter(when: When) -> Meter {
+        let mut known = Known::default();
+        known.has_read(4000, Duration::from_secs(20));
+        Meter::new(when, known, 1000, 4_000_000)
+    }
+
+    /// Tokens of an answer after which it is voted on, of at most 10,000.
+    fn due(mut meter: Meter, step: Duration) -> Option<usize> {
+        (0..10_000).find(|&tokens| {
+            let is_due = meter.is_due(tokens, 4000);
+            meter.step(4000, step);
+            is_due
+        })
+    }
+
+    #[test]
+    fn a_vote_comes_when_what_it_takes_could_have_been_saved() {
+        // (288 + 0.03 * 4000) * 0.005 s, where 0.3 of 0.02 s are saved with each token
+        assert_eq!(due(meter(When::Auto), Duration::from_millis(20)), Some(340));
+        assert_eq!(due(meter(When::Auto), Duration::from_millis(200)), Some(34));
+        assert_eq!(due(meter(When::Auto), Duration::from_secs(2)), Some(FIRST), "the first are the full cache's");
+        assert_eq!(due(meter(When::Prompt), Duration::from_secs(2)), None);
+        assert_eq!(due(meter(When::After(7)), Duration::ZERO), Some(7));
+    }
+
+    #[test]
+    fn a_cache_that_is_small_beside_the_weights_is_never_voted_on_for_speed() {
+        let small = Meter { weights: 4e9, ..meter(When::Auto) };
+        assert_eq!(due(small, Duration::from_millis(20)), None);
+        let unknown = Meter { known: Known::default(), ..meter(When::Auto) };
+        assert_eq!(due(unknown, Duration::from_secs(2)), None);
+    }
+
+    #[test]
+    fn the_last_vote_says_what_the_next_one_takes() {
+        let mut known = Known::default();
+        let mut report = CompressReport::untouched(Kind::Gvote, 1000, 1);
+        known.has_voted(&report);
+        assert_eq!(known.price(1000), None, "one that left all says nothing");
+        (report.cells_after, report.score_time) = (250, Duration::from_secs(2));
+        known.has_voted(&report);
+        known.has_read(4000, Duration::from_secs(20));
+        assert_eq!((known.price(2000), known.kept()), (Some(4.0), 0.25));
+        known.has_read(LEAST_READ - 1, Duration::from_secs(20));
+        assert_eq!(known.read, Some(0.005));
+    }
+}
