@@ -307,14 +307,14 @@ const RECALL_TYPES: &[(&str, RecallType)] = &[("cache", RecallType::Cache), ("q8
 #[command(next_help_heading = "Cache policy")]
 pub struct WhenArgs {
     /// When to vote: prompt, before the answer; auto, once the answer is so long that fewer cells would have saved what a vote takes; or
-    /// after N tokens of it. Until then the answer is the full cache's
-    #[arg(long = "vote", value_name = "prompt|auto|N", default_value = "prompt", value_parser = When::from_str)]
-    when: When,
+    /// after N tokens of it. Until then the answer is the full cache's [default: run prompt, chat auto]
+    #[arg(long = "vote", value_name = "auto|prompt|N", value_parser = When::from_str)]
+    when: Option<When>,
 }
 
 impl WhenArgs {
-    pub fn when(&self) -> When {
-        self.when
+    pub fn or(&self, default: When) -> When {
+        self.when.unwrap_or(default)
     }
 }
 

@@ -9,7 +9,7 @@ use clap::Args;
 use gvote::SessionParams;
 use gvote::llama::{Message, Role};
 use gvote::policy::Kind;
-use gvote::session::{Recall, Stop};
+use gvote::session::{Recall, Stop, When};
 
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, RecallArgs, SamplingArgs, WhenArgs, share};
 use super::cells::Cells;
@@ -61,7 +61,7 @@ pub struct ChatArgs {
     #[command(flatten)]
     recall: RecallArgs,
 
-    /// Vote again once the cache has grown by this share of what the last vote left
+    /// With --vote prompt: vote again once the cache has grown by this share of what the last vote left
     #[arg(long, value_name = "SHARE", default_value_t = 0.25, help_heading = "Cache policy", value_parser = share)]
     revote_share: f32,
 
@@ -138,7 +138,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
         &model,
         &SessionParams { recall, recall_type, renew: args.recall.renew, more_questions: true, ..params },
     )?;
-    session.set_vote(args.when.when());
+    session.set_vote(args.when.or(When::Auto));
     let system = args.prompt.system()?;
     tell_of_system(&template, system.as_ref());
     steps.interrupt.end();
@@ -148,7 +148,14 @@ pub fn run(args: &ChatArgs) -> Result<()> {
         args,
         steps,
         seed: sampling.seed,
-        conversation: Conversation::new(session, sampling, template, &args.length, revote_share, args.when.when()),
+        conversation: Conversation::new(
+            session,
+            sampling,
+            template,
+            &args.length,
+            revote_share,
+            args.when.or(When::Auto),
+        ),
         last: None,
         is_interactive: on_terminal,
         failed: 0,

@@ -74,7 +74,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     session.set_system_tokens(prompt.system);
 
     let prefill = steps.prefill_long(&mut session, &prompt.tokens)?;
-    let when = args.when.when();
+    let when = args.when.or(When::Prompt);
     session.set_vote(when);
     let vote = if when == When::Prompt { Some(steps.compress(&mut session)?) } else { None };
     let mut shown = Answer::new(&args.output);

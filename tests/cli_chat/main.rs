@@ -17,9 +17,10 @@ use serde_json::Value;
 /// Characters of a document that is worth a vote: some 650 tokens.
 const CHARS: usize = 2600;
 
-/// Sends lines to a chat about a document and returns what it leaves.
+/// Sends lines to a chat and returns what it leaves. Answers are too short to be voted on by themselves.
 fn talk(args: &[&str], lines: &[&str]) -> Done {
-    let args = [&["-n", "6", "--temp", "0", "--json"], args].concat();
+    let when: &[&str] = if args.contains(&"--vote") { &[] } else { &["--vote", "prompt"] };
+    let args = [&["-n", "6", "--temp", "0", "--json"], when, args].concat();
     finish_with(&mut gvote("chat", &args), lines.join("\n") + "\n")
 }
 
@@ -113,6 +114,39 @@ mod piped {
         assert_eq!(number(&long["vote"]["cells_before"]), before, "composite cells included");
         assert!(number(&long["vote"]["cells_after"]) < before);
         assert_eq!(number(&long["cache"]["tokens"]), turns.iter().map(tokens_in_turn).sum::<u64>());
+    }
+
+    /// Nobody pays for a vote that a short answer could not earn back: all cells stay, and every answer is the full cache's.
+    #[test]
+    fn short_answers_cost_no_vote() {
+        let lines = ["Hm.", "Go on."];
+        let turns = |args: &[&str]| about_document(args, &lines).ok().json();
+        let (turns, full) = (turns(&["--vote", "auto"]), turns(&["--policy", "full"]));
+        assert_eq!(turns.len(), 3);
+        let mut tokens = 0;
+        for (turn, full) in turns.iter().zip(full) {
+            tokens += tokens_in_turn(turn);
+            assert!(turn["vote"].is_null(), "{turn}");
+            assert_eq!((number(&turn["cache"]["cells"]), number(&turn["cache"]["rows_aside"])), (tokens, 0));
+            assert_eq!(turn["answer"], full["answer"]);
+        }
+    }
+
+    #[test]
+    fn what_a_vote_within_an_answer_drops_comes_back_for_the_next_message() {
+        let args = ["--vote", "3", "--lost-mass", "0.1"];
+        let turns = about_document(&args, &["Hm."]).ok().json();
+        let [first, second] = &turns[..] else { panic!("{turns:?}") };
+        for turn in [first, second] {
+            assert_eq!(number(&turn["vote"]["after_tokens"]), 3, "{turn}");
+            assert!(number(&turn["vote"]["cells_after"]) < number(&turn["vote"]["cells_before"]), "{turn}");
+        }
+        let expanded = &second["prefill"]["expanded"];
+        assert_eq!(number(&expanded["cells_after"]), tokens_in_turn(first));
+        assert_eq!(
+            number(&second["vote"]["cells_before"]),
+            tokens_in_turn(first) + number(&second["prefill"]["tokens"]) + 3
+        );
     }
 
     #[test]
@@ -238,7 +272,7 @@ mod piped {
         let file = folder.path().join("talk").to_str().unwrap().to_owned();
         let first = ["-f", document.path().to_str().unwrap()];
         let lines = ["Who wrote it?", "Hm.", "And why?", "Name a colour.", "Another one."];
-        let args = [&["-c", "2048", "--json", "--lost-mass", "0.1"], &DRAWN[..]].concat();
+        let args = [&["-c", "2048", "--json", "--lost-mass", "0.1", "--vote", "prompt"], &DRAWN[..]].concat();
         let run = |args: &[&str], lines: &[&str]| finish_with(&mut gvote("chat", args), lines.join("\n")).ok().json();
 
         let expected = run(&[&args[..], &first].concat(), &lines);

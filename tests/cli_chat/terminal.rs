@@ -60,7 +60,8 @@ fn a_conversation_about_a_document() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("chat");
     let file_name = document.path().to_str().unwrap();
-    let mut chat = Terminal::start(&["-f", file_name, "-n", "6", "-c", "2048", "--lost-mass", "0.1"]);
+    let vote = ["--lost-mass", "0.1", "--vote", "prompt"];
+    let mut chat = Terminal::start(&[&["-f", file_name, "-n", "6", "-c", "2048"][..], &vote].concat());
     chat.sees("/help lists the commands");
     let first = chat.sees(TURN_ENDS);
     assert!(first.contains(" -> "), "the document was voted on: {first}");

@@ -240,23 +240,26 @@ fn a_full_window_cache_is_brought_back_whole() {
 
 #[test]
 fn generated_tokens_are_heard_so_that_a_sequence_can_be_compressed_again() {
-    let app = App::new(&tiny("llama"), &ONE);
-    let handle = Handle::with(&app, &capped(150));
-    app.decode(&[(0, 0, &words(300, 0))]);
-    handle.compressed(&app, 0);
-    let first = handle.positions(&app, 0, 1, 0);
-    let tokens = words(100, 2);
-    for (i, token) in tokens.iter().enumerate() {
-        app.decode(&[(0, 300 + i as i32, &[*token])]);
+    for recall in [GVOTE_RECALL_OFF, GVOTE_RECALL_AUTO] {
+        let app = App::new(&tiny("llama"), &ONE);
+        let handle = Handle::with(&app, &gvote_params { recall, ..capped(150) });
+        app.decode(&[(0, 0, &words(300, 0))]);
+        handle.compressed(&app, 0);
+        let first = handle.positions(&app, 0, 1, 0);
+        let tokens = words(100, 2);
+        for (i, token) in tokens.iter().enumerate() {
+            app.decode(&[(0, 300 + i as i32, &[*token])]);
+        }
+        let report = handle.compressed(&app, 0);
+        assert_eq!((report.cells_before, report.cells_after), (250, 150));
+        let second = handle.positions(&app, 0, 1, 0);
+        assert_eq!(second.len(), 150);
+        assert!(second.windows(2).all(|w| w[0] < w[1]), "ascending: {second:?}");
+        // what was dropped once does not come back, unless it was set aside
+        let is_lost = second.iter().all(|pos| *pos >= 300 || first.contains(pos));
+        assert_eq!(is_lost, recall == GVOTE_RECALL_OFF, "{second:?}");
+        assert_eq!(&second[86..], (336..400).collect::<Vec<_>>(), "the recent ones stay");
     }
-    let report = handle.compressed(&app, 0);
-    assert_eq!((report.cells_before, report.cells_after), (250, 150));
-    let second = handle.positions(&app, 0, 1, 0);
-    assert_eq!(second.len(), 150);
-    assert!(second.windows(2).all(|w| w[0] < w[1]), "ascending: {second:?}");
-    // what was dropped once does not come back
-    assert!(second.iter().all(|pos| *pos >= 300 || first.contains(pos)), "{second:?}");
-    assert_eq!(&second[86..], (336..400).collect::<Vec<_>>(), "the recent ones stay");
 }
 
 /// Without tokens there is nothing to continue, so that no trial is made.
