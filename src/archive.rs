@@ -437,11 +437,13 @@ impl Archive {
 
 /// Which of the rows that are set aside come back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Bring {
+pub(crate) enum Bring<'a> {
     /// The newest ones of each head, until it has so many in the cache: see [`newest`].
     Newest(usize),
     /// All of the batch with this number.
     Batch(usize),
+    /// What the heads held before, and all else leaves: positions `[head][n_cells]`, ascending in each head.
+    Held { pos: &'a [u32], n_cells: usize },
 }
 
 /// Why an archive could not be read.

@@ -285,6 +285,10 @@ impl Guest {
         let limit = cells.len() + cache::cells_free(&visit, seq).saturating_sub(Voter::spare_cells(&voter.policy));
         let known = Known::up_to_date(known, voter, seq, &cells)?;
         let captured = voter.capture.captured(seq);
+        // what the heads hold, where other rows may come back
+        let may_come = !is_rehearsal && known.sequence.n_aside() > 0;
+        let n_heads = if may_come { voter.layout.n_head_kv().sum() } else { 0 };
+        let held = known.sequence.held(&cells, n_heads);
         let mut done = || {
             let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
             vote.observe_newest(&[])?;
@@ -302,8 +306,15 @@ impl Guest {
         let done: Result<_, VoteError> = done();
         let (mut report, left) = done.inspect_err(|_| {
             voter.capture.set_back(seq, captured);
-            // other rows may have come back
-            known.bind(&cache::cells(&visit, seq));
+            let cells = cache::cells(&visit, seq);
+            let sequence = &mut known.sequence;
+            if may_come && sequence.held(&cells, n_heads) != held {
+                let bring = Bring::Held { pos: &held, n_cells: n_before };
+                // without memory for the way back the sequence has more rows in the cache than before
+                let _ = sequence.arrange(&mut visit, &cells, sequence.n_past(), bring, voter.devices());
+                voter.release();
+                known.bind(&cache::cells(&visit, seq));
+            }
         })?;
         if let Some(cells) = left {
             known.bind(&cells);

@@ -68,6 +68,7 @@ pub(crate) fn arrange(
     let m = match bring {
         Bring::Newest(m) => m,
         Bring::Batch(batch) => n + held.archive.batches()[batch].len(),
+        Bring::Held { n_cells, .. } => n_cells,
     };
     if cells.iter().any(|cell| cell.shared) {
         return Err(CompactError::Shared);
@@ -139,6 +140,7 @@ impl Plan {
                 all.sort_unstable();
                 all
             }
+            Bring::Held { pos, n_cells } => pos[head * n_cells..][..n_cells].to_vec(),
         };
         let mut plan = Self { pos, ..Self::default() };
 

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{CompressReport, Vote, VoteError, room};
+use super::{CompressReport, Stage, Vote, VoteError, room};
 use crate::archive::Bring;
 use crate::cache;
 use crate::compact::CompactError;
@@ -28,7 +28,12 @@ impl Vote<'_> {
         let Some(most) = room::most_cells(always, limit, page).filter(|_| voter.policy.policy != Kind::Full) else {
             return Ok(0);
         };
-        let Some(archive) = self.sequence.archive.as_mut().filter(|archive| archive.len() > 0) else { return Ok(0) };
+        if self.sequence.n_aside() == 0 {
+            return Ok(0);
+        }
+        // who has cancelled already gets back what there was
+        self.enter(Stage::Probe)?;
+        let Some(archive) = &mut self.sequence.archive else { return Ok(0) };
         *archive = archive.paged(page).map_err(CompactError::from)?;
         let mut came = 0;
         for page in archive.batches().to_vec() {

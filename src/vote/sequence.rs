@@ -95,6 +95,11 @@ impl Sequence {
         (0..cells.len()).map(|c| self.held.at(cells, head, c) as Pos).collect()
     }
 
+    /// The same of all heads, in one piece: `[n_heads][cells]`.
+    pub(crate) fn held(&self, cells: &[Cell], n_heads: usize) -> Vec<u32> {
+        (0..n_heads).flat_map(|head| (0..cells.len()).map(move |place| self.held.at(cells, head, place))).collect()
+    }
+
     /// Sees to it that the tokens at these positions stay at every later vote, or no longer. A position without a token is
     /// left out.
     pub(crate) fn protect(&mut self, positions: Range<Pos>, stays: bool) {

@@ -215,7 +215,7 @@ fn the_choice_for_a_question_is_made_among_all_that_was_read() {
     }
 }
 
-/// What comes back is no reason to lose anything when a vote is cancelled among it.
+/// A vote that is cancelled while rows come back leaves every head with what it had.
 #[test]
 fn a_cancelled_choice_loses_no_row() {
     let app = App::new(&tiny("llama"), &Shape { n_ctx: 512, n_seq_max: 1, flash: false, unified: true });
@@ -229,6 +229,11 @@ fn a_cancelled_choice_loses_no_row() {
         *left -= 1;
         *left > 0
     }
+    let held = |handle: &Handle| {
+        let heads = (0..N_LAYER as i32).flat_map(|layer| [(layer, 0), (layer, 1)]);
+        heads.map(|(layer, head)| handle.positions(&app, 0, layer, head)).collect::<Vec<_>>()
+    };
+    let before = held(&handle);
     for stage in 1.. {
         let mut left: usize = stage;
         // SAFETY: the number lives until the callback is gone.
@@ -242,6 +247,7 @@ fn a_cancelled_choice_loses_no_row() {
             break;
         }
         assert_eq!(status, GVOTE_ERROR_CANCELLED, "{}", handle.error());
+        assert!(held(&handle) == before, "{stage}");
     }
     assert_eq!(handle.truncate(&app, 0, 400), GVOTE_OK, "{}", handle.error());
     assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, 400));
