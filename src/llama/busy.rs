@@ -8,6 +8,8 @@
 //! - a single token is decoded by as many threads as there are cores left;
 //! - whatever else is decoded keeps its threads, and those that wait sleep: see [`Crowd`].
 //!
+//! Nothing is ever decoded by more threads than there are cores, whatever was asked for.
+//!
 //! ggml computes a row alike whoever computes it, with one exception: flash attention of a single token splits the cells of an f16 or
 //! f32 cache into a part for each thread, and sums of parts round differently. There the number of threads stays as well, unless
 //! [`ContextParams::yields_threads`](super::ContextParams::yields_threads) gives the last bits up for speed.
@@ -246,22 +248,22 @@ impl Busy {
         }
         let asked = asked as usize;
         let mut state = self.state();
-        let cores = state.pace.cores(asked, Instant::now());
+        let (most, cores) = (state.pace.most, state.pace.cores(asked, Instant::now()));
         // SAFETY: valid context.
-        let may_yield = self.yields || !unsafe { sys::gvote_shim_token_in_parts(ctx) };
-        if cores < asked && n_tokens == 1 && may_yield {
-            state.crowd = None;
-            state.watched = (cores > 1).then(|| (cores, Reading::take()));
+        let yields = n_tokens == 1 && (self.yields || !unsafe { sys::gvote_shim_token_in_parts(ctx) });
+        // more than there are cores would only wait for each other
+        let n = if yields { cores } else { asked.min(most) };
+        if n < asked {
+            let (single_now, batch_now) = if n_tokens == 1 { (n as i32, batch) } else { (single, n as i32) };
             // SAFETY: valid context, and numbers of threads that are above 0.
-            unsafe { sys::llama_set_n_threads(ctx, cores as i32, batch) };
+            unsafe { sys::llama_set_n_threads(ctx, single_now, batch_now) };
             entered.restore = Some((single, batch));
+        }
+        state.watched = (n > 1).then(|| (n, Reading::take()));
+        if cores < n {
+            state.sleep(n);
         } else {
-            state.watched = Some((asked, Reading::take()));
-            if cores < asked {
-                state.sleep(asked);
-            } else {
-                state.crowd = None;
-            }
+            state.crowd = None;
         }
         entered
     }
