@@ -27,6 +27,7 @@
 
 #![forbid(unsafe_code)]
 
+mod coming;
 #[cfg(test)]
 mod tests;
 
@@ -35,6 +36,7 @@ use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use self::coming::Coming;
 use crate::cache::Layout;
 pub use crate::disk::{RecallFile, RecallFileError};
 use crate::llama::Pos;
@@ -119,12 +121,24 @@ impl Shape {
     fn all(&self) -> usize {
         self.start[self.n_heads()]
     }
+
+    /// The rows of each head, of which there are `n`.
+    fn split<'a>(&self, n: usize, rows: &'a mut [u8]) -> impl Iterator<Item = &'a mut [u8]> {
+        let mut rest = rows;
+        (0..self.n_heads()).map(move |head| {
+            let (own, others) = std::mem::take(&mut rest).split_at_mut(n * self.row(head));
+            rest = others;
+            own
+        })
+    }
 }
 
 /// Bytes of rows.
 #[derive(Debug)]
 enum Rows {
     Memory(Vec<u8>),
+    /// They are on their way into memory.
+    Coming(Coming),
     File(disk::Rows),
 }
 
@@ -134,6 +148,7 @@ impl Deref for Rows {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Memory(rows) => rows,
+            Self::Coming(rows) => rows.wait(),
             Self::File(rows) => rows,
         }
     }
@@ -143,7 +158,18 @@ impl DerefMut for Rows {
     fn deref_mut(&mut self) -> &mut [u8] {
         match self {
             Self::Memory(rows) => rows,
+            Self::Coming(rows) => rows.wait_mut(),
             Self::File(rows) => rows,
+        }
+    }
+}
+
+impl Rows {
+    fn len(&self) -> usize {
+        match self {
+            Self::Memory(rows) => rows.len(),
+            Self::Coming(rows) => rows.len(),
+            Self::File(rows) => rows.len(),
         }
     }
 }
@@ -210,14 +236,21 @@ impl Batch {
     /// Positions `[n]` and rows `[n][row]` of every head, to be filled.
     pub fn heads_mut(&mut self) -> impl Iterator<Item = (&mut [u32], &mut [u8])> {
         let Self { shape, n, pos, rows } = self;
-        let (shape, n, mut rest) = (&**shape, *n, &mut rows[..]);
-        let rows = (0..shape.n_heads()).map(move |head| {
-            let (own, others) = std::mem::take(&mut rest).split_at_mut(n * shape.row(head));
-            rest = others;
-            own
-        });
         // no head has rows where n is 0
-        pos.chunks_exact_mut(n.max(1)).zip(rows)
+        pos.chunks_exact_mut((*n).max(1)).zip(shape.split(*n, rows))
+    }
+
+    /// Whether [`Self::fill_later`] can be asked for: what goes to a file has to be there before it leaves the cache.
+    pub fn is_in_memory(&self) -> bool {
+        matches!(self.rows, Rows::Memory(_))
+    }
+
+    /// Has a thread of its own fill the rows `[n][row]` of every head, one head after another.
+    pub fn fill_later(&mut self, fill: impl FnOnce(&mut dyn Iterator<Item = &mut [u8]>) + Send + 'static) {
+        if let Rows::Memory(rows) = &mut self.rows {
+            let (shape, n) = (self.shape.clone(), self.n);
+            self.rows = Rows::Coming(Coming::new(std::mem::take(rows), move |rows| fill(&mut shape.split(n, rows))));
+        }
     }
 
     /// Rows in a file leave the memory of the process until they are read.

@@ -9,7 +9,7 @@ mod memory;
 use std::io;
 use std::thread::{Scope, ScopedJoinHandle};
 
-pub(crate) use self::device::{Device, Devices, HostMemory, place};
+pub(crate) use self::device::{Device, Devices, HostMemory, has_own_host_memory, place};
 pub(crate) use self::graph::{Builder, Results, Tensor};
 pub(crate) use self::lane::Lane;
 use crate::threads;
@@ -26,6 +26,12 @@ pub(crate) fn start<'s, T: Send + 's>(
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
     threads::start(scope, elsewhere(work))
+}
+
+/// Has `wait` called when the process ends, before the drivers are torn down that were loaded until now.
+pub(crate) fn before_exit(wait: extern "C" fn()) {
+    // SAFETY: a function that lives as long as this library, which calls it too when it is unloaded.
+    unsafe { libc::atexit(wait) };
 }
 
 /// Work with devices that another thread is to do.

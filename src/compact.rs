@@ -20,6 +20,7 @@
 
 mod arrange;
 mod aside;
+mod beside;
 mod device;
 mod host;
 mod mask;

@@ -51,7 +51,10 @@ unsafe impl Send for Device {}
 
 impl Device {
     /// `place`: see [`place`].
-    pub(super) fn new(place: sys::ggml_backend_dev_t, n_threads: usize) -> Result<Self, ComputeError> {
+    ///
+    /// # Errors
+    /// [`ComputeError::Backend`].
+    pub fn new(place: sys::ggml_backend_dev_t, n_threads: usize) -> Result<Self, ComputeError> {
         // SAFETY: the result is checked; NULL stands for the CPU.
         unsafe {
             let backend = sys::gvote_shim_backend_init(place);
@@ -109,12 +112,11 @@ impl Device {
 
     /// Takes the stage, and what it is sent to, where the device's driver has such memory; nothing is lost where there is none.
     fn set_stage(&mut self) {
-        // SAFETY: a device that is there, or NULL for the host.
-        let has_own = unsafe { !self.place.is_null() && !sys::ggml_backend_dev_host_buffer_type(self.place).is_null() };
-        #[cfg(test)]
-        let has_own = has_own || cache::PRETEND_DEVICE.get();
         let mut stage = HostMemory::default();
-        if has_own && self.stage.is_empty() && stage.resize(self, STAGE / size_of::<f32>()).is_ok() {
+        if has_own_host_memory(self.place)
+            && self.stage.is_empty()
+            && stage.resize(self, STAGE / size_of::<f32>()).is_ok()
+        {
             self.stage = stage;
             let _ = self.inputs.grow(self.backend, &[STAGE], 0);
         }
@@ -387,6 +389,13 @@ impl HostMemory {
         Ok(())
     }
 
+    /// The same memory as bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        let numbers: &[f32] = self;
+        // SAFETY: numbers without padding.
+        unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+    }
+
     /// The same memory as halves, two for each number.
     pub fn halves(&self) -> &[f16] {
         let numbers: &[f32] = self;
@@ -488,6 +497,16 @@ impl Devices {
         }
         bytes
     }
+}
+
+/// Whether the driver of a device makes memory of the host that it reads and writes without a detour. Such drivers serve several
+/// threads. `place`: see [`place`].
+pub(crate) fn has_own_host_memory(place: sys::ggml_backend_dev_t) -> bool {
+    // SAFETY: a device that is there, or NULL for the host.
+    let has_own = unsafe { !place.is_null() && !sys::ggml_backend_dev_host_buffer_type(place).is_null() };
+    #[cfg(test)]
+    let has_own = has_own || cache::PRETEND_DEVICE.get();
+    has_own
 }
 
 /// Where a buffer lies: its device, or NULL for memory that the host can work on in place.

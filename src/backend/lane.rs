@@ -49,6 +49,9 @@ impl Piece {
     }
 }
 
+// SAFETY: one thread at a time uses it (&mut), and what it works with is [`Device`]'s.
+unsafe impl Send for Lane {}
+
 impl Drop for Lane {
     fn drop(&mut self) {
         // SAFETY: ours, freed once; NULL is fine.
@@ -226,6 +229,15 @@ impl Lane {
     pub fn floats(&mut self, at: usize, n: usize) -> Result<&[f32], ComputeError> {
         self.load(at, n * size_of::<f32>())?;
         Ok(&self.read.host[(at - self.read.bytes.start) / size_of::<f32>()..][..n])
+    }
+
+    /// The same in bytes.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn bytes(&mut self, at: usize, n: usize) -> Result<&[u8], ComputeError> {
+        self.load(at, n)?;
+        Ok(&self.read.host.as_bytes()[at - self.read.bytes.start..][..n])
     }
 
     /// The same of some results in halves, which begin at `at`; while the caller looks at them, what is kept behind them is on its way.

@@ -208,7 +208,7 @@ fn set_aside(
     rest: &(dyn Fn(usize) -> Vec<Entry> + Sync),
     mut batch: Batch,
     n_threads: usize,
-    devices: &mut Devices,
+    devices: &mut [Devices],
 ) -> Result<Batch, CompactError> {
     let layers: Vec<_> = {
         let mut rooms = batch.heads_mut().zip(plans).enumerate();
@@ -258,7 +258,7 @@ fn fill<'a>(
 }
 
 /// Writes what comes back to the places that the plans say.
-fn bring_in(layout: &Layout, held: &Held, places: &[Cell], plans: &[Plan], n_threads: usize, devices: &mut Devices) {
+fn bring_in(layout: &Layout, held: &Held, places: &[Cell], plans: &[Plan], n_threads: usize, devices: &mut [Devices]) {
     let mut first = 0;
     let layers = layout.n_head_kv().enumerate().map(|(il, n_heads)| {
         first += n_heads;

@@ -2,13 +2,15 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use super::beside::Gathered;
 use super::pack::copy_out;
-use super::{CompactError, host};
+use super::{CompactError, give_up, host};
 use crate::archive::Archive;
-use crate::backend::{ComputeError, Devices};
+use crate::backend::{self, ComputeError, Devices};
 use crate::cache::{Cell, Layout};
 use crate::policy::Selection;
 use crate::threads;
@@ -36,7 +38,7 @@ impl Aside<'_> {
         cells: &[Cell],
         selection: &Selection,
         n_threads: usize,
-        devices: &mut Devices,
+        devices: &mut [Devices],
     ) -> Result<(), CompactError> {
         let clock = Instant::now();
         let n = cells.len() - selection.n_cells();
@@ -44,26 +46,36 @@ impl Aside<'_> {
             return Ok(());
         }
         let (form, mut batch) = (self.archive.form(), self.archive.room(n)?);
-        let layers: Vec<_> = {
-            let (mut rooms, mut first) = (batch.heads_mut(), 0);
-            let layer = |(il, n_heads)| {
-                first += n_heads;
-                (il, first - n_heads, rooms.by_ref().take(n_heads).collect::<Vec<_>>())
+        let dropped_by = |head: usize| dropped(selection.kept_by(head), cells.len());
+        let note = |(head, (positions, _)): (usize, Room)| {
+            positions.iter_mut().zip(dropped_by(head)).for_each(|(pos, place)| *pos = (self.pos)(head, place));
+        };
+        threads::share_out(n_threads, batch.heads_mut().enumerate(), note, || ());
+        let mut end = 0;
+        let heads_of = layout.n_head_kv().map(|n_heads| {
+            end += n_heads;
+            end - n_heads..end
+        });
+        let heads_of: Vec<Range<usize>> = heads_of.collect();
+        let cells_by = |head: usize| dropped_by(head).map(|place| cells[place].index);
+        let cells_of = |il: usize| heads_of[il].clone().flat_map(cells_by).collect();
+        let gathered = if batch.is_in_memory() { Gathered::new(layout, form, n, &cells_of)? } else { None };
+        if let Some(gathered) = gathered {
+            batch.fill_later(|rooms| gathered.deliver(rooms).unwrap_or_else(|error| give_up(error)));
+        } else {
+            let mut rooms = batch.heads_mut();
+            let layers = heads_of.iter().enumerate();
+            let layers = layers.map(|(il, heads)| (il, rooms.by_ref().take(heads.len()).collect::<Vec<_>>())).collect();
+            let copy = |(il, rooms): (usize, Vec<Room>), devices: Option<&mut Devices>| {
+                let mut heads: Vec<host::Leaving> = Vec::new();
+                for (head, (_, rows)) in heads_of[il].clone().zip(rooms) {
+                    let bytes = rows.len() / n;
+                    heads.push(cells_by(head).zip(rows.chunks_exact_mut(bytes)).collect());
+                }
+                copy_out(devices, layout, il, &mut heads, form)
             };
-            layout.n_head_kv().enumerate().map(layer).collect()
-        };
-        let copy = |(il, first, rooms): (usize, usize, Vec<Room>), devices: Option<&mut Devices>| {
-            let mut heads: Vec<host::Leaving> = Vec::new();
-            for (head, (positions, rows)) in (first..).zip(rooms) {
-                let places = || dropped(selection.kept_by(head), cells.len());
-                positions.iter_mut().zip(places()).for_each(|(pos, place)| *pos = (self.pos)(head, place));
-                let mut leaving = Vec::with_capacity(n);
-                leaving.extend(places().map(|place| cells[place].index).zip(rows.chunks_exact_mut(rows.len() / n)));
-                heads.push(leaving);
-            }
-            copy_out(devices, layout, il, &mut heads, form)
-        };
-        each_layer(layout, n_threads, devices, layers, copy)?;
+            each_layer(layout, n_threads, devices, layers, copy)?;
+        }
         self.archive.push(batch)?;
         *self.time = clock.elapsed();
         Ok(())
@@ -71,27 +83,43 @@ impl Aside<'_> {
 }
 
 /// Does `work` to each of `parts`, of which each is about one layer: in at most `n_threads` threads where the host can reach the cache,
-/// else one after another with `devices`.
+/// else in one for each of `devices`.
 pub(super) fn each_layer<T: Send>(
     layout: &Layout,
     n_threads: usize,
-    devices: &mut Devices,
+    devices: &mut [Devices],
     parts: Vec<T>,
     work: impl Fn(T, Option<&mut Devices>) -> Result<(), ComputeError> + Sync,
 ) -> Result<(), ComputeError> {
-    if !layout.is_host() {
-        return parts.into_iter().try_for_each(|part| work(part, Some(devices)));
-    }
-    let n_threads = n_threads.clamp(1, parts.len().max(1));
     let done = Mutex::new(Ok(()));
-    let work = |part| {
-        if let Err(error) = work(part, None) {
-            *done.lock().expect("noting an error does not panic") = Err(error);
+    let work = |part, devices: Option<&mut Devices>| {
+        if let Err(error) = work(part, devices) {
+            *done.lock().expect(ALIVE) = Err(error);
         }
     };
-    threads::share_out(n_threads, parts.into_iter(), work, || ());
-    done.into_inner().expect("noting an error does not panic")
+    if layout.is_host() {
+        let n_threads = n_threads.clamp(1, parts.len().max(1));
+        threads::share_out(n_threads, parts.into_iter(), |part| work(part, None), || ());
+    } else if let Some((own, others)) = devices.split_first_mut() {
+        let parts = Mutex::new(parts.into_iter());
+        let work_on = |devices: &mut Devices| {
+            let next = || parts.lock().expect(ALIVE).next();
+            while let Some(part) = next() {
+                work(part, Some(&mut *devices));
+            }
+        };
+        let work_on = &work_on;
+        threads::scope(|crew| {
+            for devices in others {
+                crew.start(backend::elsewhere(move || work_on(devices)));
+            }
+            work_on(own);
+        });
+    }
+    done.into_inner().expect(ALIVE)
 }
+
+const ALIVE: &str = "taking a part and noting an error do not panic";
 
 /// The places of `n` that are not in `kept`, which ascends; None: all are.
 fn dropped(kept: Option<&[u32]>, n: usize) -> impl Iterator<Item = usize> {

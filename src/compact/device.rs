@@ -46,9 +46,9 @@ impl<D: AsMut<[Devices]>> Mover<D> {
         Ok(mover)
     }
 
-    /// The back ends of this thread.
-    pub fn devices(&mut self) -> &mut Devices {
-        &mut self.threads.as_mut()[0]
+    /// The back ends of each thread.
+    pub fn devices(&mut self) -> &mut [Devices] {
+        self.threads.as_mut()
     }
 
     /// Moves the rows of all layers. `moves_of`: of each head of a layer. While a device works on one layer, the next is described to it,
@@ -205,12 +205,18 @@ fn describe<'a>(
 }
 
 /// K and V of a layer, and the size of a head there.
-fn storages(layer: &sys::gvote_shim_layer) -> [(Tensor, u32); 2] {
+pub(super) fn storages(layer: &sys::gvote_shim_layer) -> [(Tensor, u32); 2] {
     [(layer.k, layer.n_embd_head_k), (layer.v, layer.n_embd_head_v)]
 }
 
 /// The rows of the sequence's stream: [floats, cells, n_head_kv]
-fn rows_as_floats(b: &Builder, layout: &Layout, layer: &sys::gvote_shim_layer, storage: Tensor, d: u32) -> Tensor {
+pub(super) fn rows_as_floats(
+    b: &Builder,
+    layout: &Layout,
+    layer: &sys::gvote_shim_layer,
+    storage: Tensor,
+    d: u32,
+) -> Tensor {
     // SAFETY: shapes as noted; the view lies inside the storage, and the floats inside their rows.
     unsafe {
         let bytes = row_bytes(storage, d);
@@ -242,6 +248,7 @@ pub(super) fn copy_out(
         return unsafe { host::copy_out(layout, layer, heads) };
     }
     let n = heads.iter().map(Vec::len).max().unwrap_or(0);
+    let mut rows: Vec<[u8; size_of::<f32>()]> = Vec::new();
     for first in (0..n).step_by(AT_ONCE) {
         let these = first..(first + AT_ONCE).min(n);
         // heads with fewer rows name a cell that nobody asks for
@@ -262,7 +269,7 @@ pub(super) fn copy_out(
         for gathered in gathered {
             // SAFETY: a tensor of this context.
             let floats = unsafe { (*gathered).ne[0] as usize };
-            let mut rows = vec![[0u8; size_of::<f32>()]; floats * these.len() * heads.len()];
+            rows.resize(floats * these.len() * heads.len(), Default::default());
             device.read(&mut rows, gathered)?;
             let bytes = floats * size_of::<f32>();
             for (head, rows) in heads.iter_mut().zip(rows.as_flattened().chunks_exact(bytes * these.len())) {
@@ -291,21 +298,23 @@ pub(super) fn copy_in(
         // SAFETY: the cache is idle, and no other thread works on this layer.
         return unsafe { host::copy_in(layout, layer, heads) };
     }
+    let mut floats: [Vec<f32>; 2] = Default::default();
     for first in (0..n).step_by(AT_ONCE) {
         let these = first..(first + AT_ONCE).min(n);
         let cells: Vec<u32> = heads.iter().flat_map(|head| &head[these.clone()]).map(|&(cell, _)| cell).collect();
         let mut b = Builder::new(NODES)?;
         let cells = b.rows([these.len(), heads.len(), 1], cells);
         let mut at = 0;
-        for (storage, d) in storages(layer) {
+        for ((storage, d), floats) in storages(layer).into_iter().zip(&mut floats) {
             // SAFETY: the storage tensors live as long as the context, which the caller holds.
             let bytes = unsafe { row_bytes(storage, d) };
-            let mut floats = Vec::with_capacity(bytes / size_of::<f32>() * these.len() * heads.len());
+            floats.clear();
+            floats.reserve(bytes / size_of::<f32>() * these.len() * heads.len());
             for (_, row) in heads.iter().flat_map(|head| &head[these.clone()]) {
                 floats.extend(row[at..][..bytes].as_chunks().0.iter().map(|&bytes| f32::from_ne_bytes(bytes)));
             }
             at += bytes;
-            let rows = b.input([bytes / size_of::<f32>(), these.len(), heads.len()], floats);
+            let rows = b.input([bytes / size_of::<f32>(), these.len(), heads.len()], &floats[..]);
             let receiving = rows_as_floats(&b, layout, layer, storage, d);
             // SAFETY: tensors of this context, of shapes that belong together.
             let put = unsafe { sys::ggml_set_rows(b.ctx, receiving, rows, cells) };
@@ -327,7 +336,7 @@ unsafe fn row_bytes(storage: Tensor, d: u32) -> usize {
 }
 
 /// Whether K and V of a layer lie on one device, in rows that are whole floats.
-fn moves_on_device(layout: &Layout, layer: &sys::gvote_shim_layer) -> bool {
+pub(super) fn moves_on_device(layout: &Layout, layer: &sys::gvote_shim_layer) -> bool {
     // SAFETY: the storage tensors live as long as the context.
     unsafe {
         let place = backend::place((*layer.k).buffer);

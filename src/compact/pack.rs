@@ -16,7 +16,7 @@ const AT_ONCE: usize = 1024;
 
 /// The key or the value of one head in a cell.
 #[derive(Clone, Copy)]
-struct Part {
+pub(super) struct Part {
     type_: sys::ggml_type,
     /// Numbers.
     d: usize,
@@ -24,7 +24,7 @@ struct Part {
 }
 
 /// How rows of a layer's heads are set aside: key, then value.
-struct Packing([Part; 2]);
+pub(super) struct Packing([Part; 2]);
 
 impl Part {
     fn new(storage: *const sys::ggml_tensor, d: u32, form: RecallType) -> Self {
@@ -35,19 +35,19 @@ impl Part {
     }
 
     /// Bytes in the cache.
-    fn cached(&self) -> usize {
+    pub fn cached(&self) -> usize {
         // SAFETY: plain query.
         unsafe { sys::ggml_row_size(self.type_, self.d as i64) }
     }
 
     /// Bytes set aside.
-    fn aside(&self) -> usize {
+    pub fn aside(&self) -> usize {
         let type_ = if self.is_packed { sys::GGML_TYPE_Q8_0 } else { self.type_ };
         // SAFETY: plain query.
         unsafe { sys::ggml_row_size(type_, self.d as i64) }
     }
 
-    fn pack(&self, cached: &[u8], aside: &mut [u8], floats: &mut Vec<f32>) {
+    pub fn pack(&self, cached: &[u8], aside: &mut [u8], floats: &mut Vec<f32>) {
         if self.is_packed {
             self.convert(self.type_, cached, sys::GGML_TYPE_Q8_0, aside, floats);
         } else {
@@ -93,11 +93,16 @@ impl Part {
 }
 
 impl Packing {
-    fn of(layer: &sys::gvote_shim_layer, form: RecallType) -> Self {
+    pub fn of(layer: &sys::gvote_shim_layer, form: RecallType) -> Self {
         Self(
             [(layer.k, layer.n_embd_head_k), (layer.v, layer.n_embd_head_v)]
                 .map(|(storage, d)| Part::new(storage, d, form)),
         )
+    }
+
+    /// Key and value.
+    pub fn parts(&self) -> impl Iterator<Item = Part> {
+        self.0.into_iter()
     }
 
     fn is_plain(&self) -> bool {

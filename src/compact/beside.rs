@@ -1,0 +1,129 @@
+//! Rows that leave a device while it decodes.
+//!
+//! A device gathers them in other memory of its own, which takes it no longer than to read and write them once; after that the cache
+//! may be changed. A thread of its own brings them to the host from there, with a back end of its own. So a vote does not wait for the
+//! bus. It takes as much memory of the device as the rows have bytes, and gives it back when they have arrived.
+
+use super::device::{moves_on_device, rows_as_floats, storages};
+use super::pack::Packing;
+use crate::archive::RecallType;
+use crate::backend::{self, Builder, ComputeError, Device, Lane};
+use crate::cache::Layout;
+use crate::sys;
+
+/// Of the memory that is free on a device, this part may be taken for a while: llama.cpp ends the process where it finds none.
+const SPARE: usize = 4;
+/// Numbers of K or V that are read at once, at most.
+const AT_ONCE: usize = Lane::PIECE / size_of::<f32>();
+
+/// Rows in memory of a device that were the cache's.
+pub(super) struct Gathered {
+    lane: Lane,
+    /// What the lane works with: it goes last.
+    _device: Device,
+    layers: Vec<Layer>,
+    /// Rows of each head.
+    n: usize,
+}
+
+/// The rows of a layer's heads.
+struct Layer {
+    n_heads: usize,
+    packing: Packing,
+    /// Where its keys and values lie, `[head][n][row]`.
+    at: [usize; 2],
+}
+
+impl Gathered {
+    /// Gathers `n` rows of each head. `cells_of`: those of the heads of a layer, one head's after another's. None: the layers do not
+    /// lie on one device, or it has no memory to spare, or its driver is not for several threads.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn new(
+        layout: &Layout,
+        form: RecallType,
+        n: usize,
+        cells_of: &dyn Fn(usize) -> Vec<u32>,
+    ) -> Result<Option<Self>, ComputeError> {
+        let Some(first) = layout.layers.first() else { return Ok(None) };
+        // SAFETY: the storage tensors live as long as the context, which the caller holds.
+        let place_of = |layer: &sys::gvote_shim_layer| unsafe { backend::place((*layer.k).buffer) };
+        let place = place_of(first);
+        let is_one_place = |layer| moves_on_device(layout, layer) && place_of(layer) == place;
+        if !backend::has_own_host_memory(place) || !layout.layers.iter().all(is_one_place) {
+            return Ok(None);
+        }
+        let packings: Vec<Packing> = layout.layers.iter().map(|layer| Packing::of(layer, form)).collect();
+        let mut sizes = Vec::new();
+        for (layer, packing) in layout.layers.iter().zip(&packings) {
+            let rows = n * layer.n_head_kv as usize;
+            sizes.push(rows * size_of::<u32>());
+            sizes.extend(packing.parts().map(|part| rows * part.cached()));
+        }
+        let device = Device::new(place, 1)?;
+        if device.free_bytes().is_some_and(|free| sizes.iter().sum::<usize>() > free / SPARE) {
+            return Ok(None);
+        }
+        let mut lane = Lane::new(place);
+        // SAFETY: the device, and with it the back end, lives as long as the lane.
+        unsafe { lane.enter(device.backend())? };
+        if lane.prepare(&sizes, 0).is_err() {
+            return Ok(None);
+        }
+        let mut layers = Vec::with_capacity(packings.len());
+        for (il, packing) in packings.into_iter().enumerate() {
+            let (layer, n_heads) = (&layout.layers[il], layout.layers[il].n_head_kv as usize);
+            let cells_at = lane.send(cells_of(il))?;
+            let mut b = Builder::new(NODES)?;
+            let cells = lane.sent(&b, cells_at, n * n_heads);
+            // SAFETY: a tensor of this context.
+            let cells = unsafe { sys::ggml_reshape_2d(b.ctx, cells, n as i64, n_heads as i64) };
+            let at = storages(layer).map(|(storage, d)| {
+                let rows = rows_as_floats(&b, layout, layer, storage, d);
+                // SAFETY: tensors of this context, of shapes that belong together.
+                let gathered = unsafe { sys::ggml_get_rows(b.ctx, rows, cells) };
+                let at = lane.keep(gathered);
+                b.run(gathered);
+                at
+            });
+            // SAFETY: the cache lies on the same device, and stays as it is until the lane was waited for.
+            unsafe { lane.enqueue(&mut b)? };
+            layers.push(Layer { n_heads, packing, at });
+        }
+        lane.wait()?;
+        Ok(Some(Self { lane, _device: device, layers, n }))
+    }
+
+    /// Brings the rows of all heads to the host. `rooms`: `[head]`, over all layers, of `[n][row]` bytes.
+    ///
+    /// # Errors
+    /// [`ComputeError`].
+    pub fn deliver<'a>(mut self, mut rooms: impl Iterator<Item = &'a mut [u8]>) -> Result<(), ComputeError> {
+        let mut floats = Vec::new();
+        for Layer { n_heads, packing, at } in &self.layers {
+            for head in 0..*n_heads {
+                let Some(room) = rooms.next() else { return Ok(()) };
+                let row = room.len() / self.n;
+                let mut start = 0;
+                for (part, at) in packing.parts().zip(at) {
+                    let (cached, end) = (part.cached(), start + part.aside());
+                    let n_read = (AT_ONCE * size_of::<f32>() / cached).max(1);
+                    let mut at = at + head * self.n * cached;
+                    for rows in room.chunks_mut(n_read * row) {
+                        let bytes = rows.len() / row * cached;
+                        let read = self.lane.bytes(at, bytes)?;
+                        let to = rows.chunks_exact_mut(row).map(|row| &mut row[start..end]);
+                        to.zip(read.chunks_exact(cached)).for_each(|(to, from)| part.pack(from, to, &mut floats));
+                        at += bytes;
+                    }
+                    start = end;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rows, cells, and what is gathered, of a layer.
+const NODES: usize = 16;
