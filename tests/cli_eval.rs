@@ -47,6 +47,34 @@ fn the_turns_of_a_chat_meet_all_that_was_set_aside() {
     assert!(refused.status == 2 && refused.stderr.contains("--questions 9"), "{}", refused.stderr);
 }
 
+/// What leaves the cache of a task is lost as in `gvote run`, unless it is to come back for the question.
+#[test]
+fn a_task_meets_what_was_set_aside_where_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model();
+    let of = |name: &str, more: &[&str]| -> Vec<Value> {
+        let runs = folder.path().join(name);
+        let args = ["eval", "tasks", "-t", "1", "-m", model.to_str().unwrap(), "--needle", "--needle-words", "250"];
+        gvote(&[&args[..], &["--limit", "1", "-o", runs.to_str().unwrap()], more].concat()).ok();
+        records(&runs)
+    };
+    let number = |record: &Value, field: &str| record[field].as_u64().unwrap();
+
+    let few = ["plain:", "off:recall=off,", "auto:recall=auto,"].map(|name| format!("{name}ctx-size=200,ratio=1"));
+    let few = of("few", &["--config", &few[0], "--config", &few[1], "--config", &few[2]]);
+    assert_eq!([&few[0]["cells"], &few[0]["answer"]], [&few[1]["cells"], &few[1]["answer"]]);
+    // the choice among all ends with a quarter of the cells free
+    assert!(number(&few[2], "cells") <= 150 && number(&few[0], "cells") > 150, "{few:?}");
+
+    let blind = of("blind", &["--blind", "--config", "off:ratio=0.5", "--config", "auto:ratio=0.5,recall=auto"]);
+    let [off, auto] = [&blind[0], &blind[1]].map(|record| ["tokens", "cells"].map(|field| number(record, field)));
+    assert!(
+        auto[0] > off[0] && auto[1] > off[1],
+        "a vote on the context, and one with the question: {off:?}, {auto:?}"
+    );
+    assert!(auto[1].abs_diff(auto[0] / 2) <= 1, "{auto:?}");
+}
+
 #[test]
 fn needles_are_scored_once_and_reported() {
     let folder = tempfile::tempdir().unwrap();

@@ -42,12 +42,16 @@ A run that was stopped goes on where it was when it is started again with the sa
 const CONFIGS: &str = "\
 A configuration is the name of a policy or preset, or NAME:KEY=VALUE,... with the keys policy, preset, target-kl, draft, \
 lost-mass, ratio, max-cells, min-cells, p-nuc, samples, window, recent, sinks, span (back-forward), pool, head-mix, protect, replay, evict, exact, \
-seed, key-error, ctx-size, recall.
+seed, key-error, ctx-size, recall, renew.
 
 ctx-size=N reads the prompt in N cells, as `gvote run -c N` does with a longer prompt: cells are freed on the way, and the \
 policy's own budget applies to what is left. ratio=1 keeps all of that.
 
-recall=off, for gvote eval turns, lets what a vote drops be lost, as `gvote chat --recall off` does.
+recall=auto sets aside what leaves the cache, and chooses anew for the question among all that was read: at the end of a prompt \
+that is read in fewer cells (ctx-size), after the question of --blind, and before every message of a chat. recall=off lets it be \
+lost. Without it, texts and tasks go as in `gvote run`, where it is lost, and turns as in `gvote chat`, where it is set aside.
+
+renew=N, for gvote eval adaptivity, chooses the cells anew every N tokens of an answer, as `gvote chat --renew N` does.
 
 exact=true, for adakv and gvote-paper, keeps a different number of tokens in every head, as their papers have it. No cache of \
 llama.cpp can: nothing is freed, what a head drops is masked while decoding (needs -fa off), and the cells of a record are the \

@@ -18,8 +18,9 @@ pub struct Config {
     pub account_error: bool,
     /// Read the prompt in so few cells, as [`crate::Session::prefill_long`] does, before the policy's own vote.
     pub ctx_size: Option<usize>,
-    /// In a chat of several turns: what becomes of rows that leave the cache.
-    pub recall: Recall,
+    /// What becomes of rows that leave the cache. `None`: what the program does with the like, so that they are lost as in
+    /// `gvote run`, but in a chat of several turns set aside as in `gvote chat`.
+    pub recall: Option<Recall>,
     /// While an answer is followed: choose the cells anew every so many tokens, as [`crate::Session::renew`] does.
     pub renew: Option<usize>,
 }
@@ -37,6 +38,8 @@ pub enum ConfigError {
     FullCtxSize(usize),
     #[error("ctx-size={n} is too few cells to go on in: {least} is the least with these sinks and recent")]
     CtxSize { n: usize, least: usize },
+    #[error("renew chooses among what is set aside, and recall=off sets nothing aside; leave one of them out")]
+    RenewOff,
     #[error(transparent)]
     Policy(#[from] PolicyError),
 }
@@ -105,9 +108,10 @@ impl Config {
             parts.push("key-error=true".into());
         }
         parts.extend(self.ctx_size.map(|n| format!("ctx-size={n}")));
-        if self.recall == Recall::Off {
-            parts.push("recall=off".into());
-        }
+        parts.extend(self.recall.as_ref().map(|recall| match recall {
+            Recall::Off => "recall=off".to_owned(),
+            _ => "recall=auto".to_owned(),
+        }));
         parts.extend(self.renew.map(|n| format!("renew={n}")));
         parts.join(",")
     }
@@ -127,7 +131,7 @@ impl Config {
     }
 
     fn of(name: &str, params: Params) -> Self {
-        Self { name: name.into(), params, account_error: false, ctx_size: None, recall: Recall::Auto, renew: None }
+        Self { name: name.into(), params, account_error: false, ctx_size: None, recall: None, renew: None }
     }
 
     pub fn is_full(&self) -> bool {
@@ -164,8 +168,8 @@ impl Config {
             "key-error" => self.account_error = parse(key, value)?,
             "recall" => {
                 self.recall = match value {
-                    "auto" => Recall::Auto,
-                    "off" => Recall::Off,
+                    "auto" => Some(Recall::Auto),
+                    "off" => Some(Recall::Off),
                     _ => return Err(ConfigError::Value(key.into(), value.into(), "choose auto or off".into())),
                 }
             }
@@ -203,6 +207,7 @@ impl FromStr for Config {
         match config.ctx_size {
             Some(n) if config.is_full() => Err(ConfigError::FullCtxSize(n)),
             Some(n) if n < least => Err(ConfigError::CtxSize { n, least }),
+            _ if config.renew.is_some() && config.recall == Some(Recall::Off) => Err(ConfigError::RenewOff),
             _ => Ok(config),
         }
     }
@@ -252,6 +257,9 @@ mod tests {
         let given = "policy=snapkv,evict=cells,max-cells=900,span=2-32,key-error=true,ctx-size=2048";
         assert_eq!(settings(&format!("a:{given}")), given);
         assert_eq!(settings(&format!("a:{}", settings("safe"))), settings("safe"));
+        for given in ["recall=auto", "recall=off", "recall=auto,renew=32"] {
+            assert_eq!(settings(&format!("a:ratio=0.5,{given}")), format!("policy=gvote,ratio=0.5,{given}"));
+        }
     }
 
     #[test]
@@ -267,6 +275,8 @@ mod tests {
             ("x:policy=full,ctx-size=2048", "ctx-size=2048"),
             ("x:ctx-size=90", "91 is the least"),
             ("x:ctx-size=0", "ctx-size=0"),
+            ("x:recall=rows", "auto or off"),
+            ("x:recall=off,renew=32", "recall=off"),
             ("x:max-cells=68", "--max-cells to 69"),
             ("nobody", "nobody"),
         ] {

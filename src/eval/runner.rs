@@ -223,9 +223,16 @@ impl Runner {
         Ok(Prompt { tokens, system, saved: self.session.save() })
     }
 
-    /// Brings back the full cache, or reads the prompt anew in as few cells as a configuration has, and compresses it. Returns
-    /// what a trial tried.
-    fn compress(&mut self, prompt: &Prompt, config: &Config, run: &mut Run) -> Result<Vec<(usize, f32)>, EvalError> {
+    /// Brings back the full cache, or reads the prompt anew in as few cells as a configuration has, and compresses it.
+    /// `recall`: what becomes of rows that leave the cache where the configuration does not say. Returns what a trial tried.
+    fn compress(
+        &mut self,
+        prompt: &Prompt,
+        config: &Config,
+        recall: Recall,
+        run: &mut Run,
+    ) -> Result<Vec<(usize, f32)>, EvalError> {
+        self.session.set_recall(config.recall.clone().unwrap_or(recall));
         (run.tokens, run.cells) = (prompt.tokens.len(), prompt.tokens.len());
         self.session.limit_cells(config.ctx_size.unwrap_or(usize::MAX));
         if config.is_full() {
@@ -268,9 +275,14 @@ impl Runner {
         let prompt = self.read_prompt(context, system)?;
         let added = missing.len();
         for (config, mut run) in missing {
-            self.compress(&prompt, &config, &mut run)?;
+            self.compress(&prompt, &config, Recall::Off, &mut run)?;
             if blind {
                 self.session.prefill_long(&rest, |_, _| ControlFlow::Continue(()))?;
+                if config.recall == Some(Recall::Auto) && !config.is_full() {
+                    // as in a chat: all came back before the question, which votes on it
+                    run.cells = self.session.compress()?.cells_after;
+                    run.tokens = self.session.n_past() as usize;
+                }
             }
             let answer = self.answer(sample.max_tokens)?;
             let answer = self.session.model().detokenize(&answer, false);
@@ -362,8 +374,8 @@ impl Runner {
         run: &mut Run,
     ) -> Result<(Distance, Vec<(usize, f32)>), EvalError> {
         let Reference { prompt, tokens, from, full } = reference;
-        self.session.set_recall(if config.renew.is_some() { Recall::Auto } else { Recall::Off });
-        let tried = self.compress(prompt, config, run)?;
+        let recall = if config.renew.is_some() { Recall::Auto } else { Recall::Off };
+        let tried = self.compress(prompt, config, recall, run)?;
         // the continuation is not what is measured: it always has room
         self.session.limit_cells(usize::MAX);
         let mut distance = Distance::default();

@@ -40,9 +40,8 @@ impl Runner {
         let prompt = self.read_prompt(tokens, 0)?;
         let mut added = 0;
         for (config, mut run) in missing {
-            self.session.set_recall(config.recall.clone());
             self.session.set_more_questions(true);
-            self.compress(&prompt, &config, &mut run)?;
+            self.compress(&prompt, &config, Recall::Auto, &mut run)?;
             let mut chat = begin();
             chat.say(self, &message, prefix)?;
             if opens {
