@@ -466,7 +466,7 @@ impl Session {
         let mut free = self.room();
         let end = self.end_of_answer();
         let mut share = self.cells_used() as f64 / f64::from(self.n_past().max(1));
-        let (mut meter, mut vote, first) = (self.meter(), None, self.n_past());
+        let (mut meter, mut vote, mut unvoted, first) = (self.meter(), None, None, self.n_past());
         let stop = loop {
             if n_predict >= 0 && tokens == n_predict as usize {
                 break Stop::Limit;
@@ -482,6 +482,18 @@ impl Session {
                 self.grow_for(1);
                 free = self.room();
             }
+            let used = self.limit - free;
+            if meter.is_due(tokens, used, free == 0) && !self.policy.leaves_alone(used) {
+                meter.stop();
+                match self.vote_on_answer(first) {
+                    Ok(report) => vote = Some(AnswerVote { after: tokens, report }),
+                    Err(error) if when::ends_answer(&error) => break Stop::Cancelled,
+                    // the answer goes on with the cells that there are
+                    Err(error) => unvoted = Some(error.to_string()),
+                }
+                free = self.room();
+                share = self.cells_used() as f64 / f64::from(self.n_past());
+            }
             if free == 0 {
                 match self.make_room(1, &[]) {
                     Ok(squeeze) => squeezes.add(&squeeze),
@@ -494,18 +506,6 @@ impl Session {
                     Err(error) => return Err(error),
                 }
                 free = self.room();
-            }
-            let used = self.limit - free;
-            if meter.is_due(tokens, used) {
-                meter.stop();
-                match self.vote_on_answer(first) {
-                    Ok(report) => vote = Some(AnswerVote { after: tokens, report }),
-                    Err(error) if when::ends_answer(&error) => break Stop::Cancelled,
-                    // the answer goes on with the cells that there are
-                    Err(_) => {}
-                }
-                free = self.room();
-                share = self.cells_used() as f64 / f64::from(self.n_past());
             }
             if self.renew > 0 && tokens > 0 && tokens % self.renew == 0 && self.rows_aside() > 0 {
                 let cells = (share * f64::from(self.n_past())) as usize;
@@ -529,14 +529,14 @@ impl Session {
                 Err(SessionError::Llama(LlamaError::Cancelled)) => break Stop::Cancelled,
                 Err(error) => return Err(error),
             }
-            meter.step(used, clock.elapsed());
+            meter.step(self.limit - free, clock.elapsed());
             tokens += 1;
             free -= 1;
             if flow.is_break() {
                 break Stop::Cancelled;
             }
         };
-        Ok(GenerateReport { tokens, time: start.elapsed(), stop, vote, squeezes, renewals })
+        Ok(GenerateReport { tokens, time: start.elapsed(), stop, vote, unvoted, squeezes, renewals })
     }
 
     /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can. Where everything that

@@ -276,7 +276,8 @@ fn the_trial_is_told_as_it_went() {
 fn explaining_changes_nothing() {
     let (json, _) = both();
     let document = document(CHARS);
-    let args = ["-f", document.path().to_str().unwrap(), "-p", QUESTION, "--target-kl", "0.5", "-n", "1", "--json"];
+    let file = document.path().to_str().unwrap();
+    let args = ["-f", file, "-p", QUESTION, "--target-kl", "0.5", "-n", "1", "--vote", "prompt", "--json"];
     let run = finish(&mut gvote("run", &args)).ok().json().remove(0);
     for key in ["cells_before", "cells_after", "bound", "lost_mass", "tried", "kv_bytes_after"] {
         assert_eq!(run["vote"][key], json["vote"][key], "{key}");

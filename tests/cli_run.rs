@@ -36,6 +36,11 @@ fn on_document(args: &[&str]) -> Value {
     json(&[&["-f", file, "-n", "8", "--temp", "0", "--gvote-seed", "4"], args].concat())
 }
 
+/// The same with the vote before the answer.
+fn voted_first(args: &[&str]) -> Value {
+    on_document(&[&["--vote", "prompt"], args].concat())
+}
+
 fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or_else(|| panic!("not a number: {value}"))
 }
@@ -55,7 +60,8 @@ fn an_answer_that_may_go_past_the_trained_context_is_announced() {
 fn answers_on_stdout_and_reports_on_stderr() {
     let document = document(CHARS);
     let file = document.path().to_str().unwrap();
-    let done = run(&["-f", file, "-p", "What is this about?", "-n", "8", "--temp", "0"]).ok();
+    let args = ["-f", file, "-p", "What is this about?", "-n", "8", "--temp", "0"];
+    let done = run(&[&args[..], &["--vote", "prompt"]].concat()).ok();
     assert!(!done.stdout.trim().is_empty());
     assert!(done.stdout.ends_with('\n'));
     assert!(!done.stdout.contains("What is this about?"), "the prompt is not repeated");
@@ -63,6 +69,10 @@ fn answers_on_stdout_and_reports_on_stderr() {
         assert!(done.stderr.contains(part), "{part:?} is not in {}", done.stderr);
     }
     assert!(!done.stderr.contains('\x1b'), "colours only on a terminal");
+    let short = run(&args).ok().stderr;
+    assert!(short.contains("vote      none: the answer was too short for one to pay"), "{short}");
+    let full = run(&[&args[..], &["--policy", "full"]].concat()).ok().stderr;
+    assert!(full.contains("cache     ") && !full.contains("vote"), "{full}");
 }
 
 #[test]
@@ -79,10 +89,67 @@ fn unequal_heads_cost_the_cells_of_the_greediest() {
     assert!(said.contains("as many as the greediest head takes; the heads by themselves"), "{said}");
 }
 
+fn answer(report: &Value) -> String {
+    report["answer"].as_str().unwrap().to_owned()
+}
+
+/// Not even where each token would save more than a vote takes: its price is known once 128 tokens are read, and it is high.
+#[test]
+fn a_short_answer_is_the_full_cache_s_and_pays_for_no_vote() {
+    let long = |args: &[&str]| {
+        let document = document(CHARS);
+        json(&[&["-f", document.path().to_str().unwrap(), "-n", "32", "--temp", "0", "--ignore-eos"], args].concat())
+    };
+    let (report, full) = (long(&[]), long(&["--policy", "full"]));
+    assert!(report["vote"].is_null() && report["unvoted"].is_null(), "{report}");
+    assert_eq!(number(&report["decode"]["tokens"]), 32);
+    assert_eq!(number(&report["cache"]["cells"]), number(&report["prefill"]["tokens"]) + 32);
+    assert_eq!(answer(&report), answer(&full));
+}
+
+#[test]
+fn what_asks_for_cells_or_a_second_reading_votes_before_the_answer() {
+    for args in
+        [&["--ratio", "0.5"][..], &["--replay"], &["--max-cells", "300"], &["--vote", "auto", "--max-cells", "300"]]
+    {
+        let report = on_document(args);
+        assert_eq!(number(&report["vote"]["after_tokens"]), 0, "{args:?}");
+        assert_eq!(report["vote"]["cells_before"], report["prefill"]["tokens"], "{args:?}");
+    }
+    for args in [&["--max-cells", "4000"][..], &["--vote", "auto", "--ratio", "0.5"]] {
+        assert!(on_document(args)["vote"].is_null(), "{args:?}");
+    }
+}
+
+/// The answer goes on with fewer cells where there is none for its next token.
+#[test]
+fn a_full_cache_brings_the_vote_forward() {
+    let document = document(CHARS);
+    let file = document.path().to_str().unwrap();
+    let tokens = number(&json(&["-f", file, "-n", "1"])["prefill"]["tokens"]);
+    let cells = (tokens + 5).to_string();
+    let args = ["-f", file, "-n", "12", "--temp", "0", "--ignore-eos", "--target-kl", "0.5", "-c", &cells];
+    let report = json(&args);
+    assert_eq!(number(&report["vote"]["after_tokens"]), 5, "{report}");
+    assert!(number(&report["vote"]["cells_after"]) < tokens, "{report}");
+    assert_eq!(number(&report["decode"]["tokens"]), 12);
+    assert_eq!(number(&report["decode"]["squeezes"]["count"]), 0);
+}
+
+#[test]
+fn the_times_of_an_answer_are_told() {
+    let report = on_document(&["--ignore-eos"]);
+    let timeline = report["decode"]["timeline"].as_array().unwrap();
+    let tokens: Vec<_> = timeline.iter().map(|point| number(&point["tokens"])).collect();
+    assert_eq!(tokens, [1, 2, 4, 8]);
+    let seconds = timeline.iter().map(|point| point["seconds"].as_f64().unwrap());
+    assert!(seconds.clone().is_sorted());
+    assert!(seconds.min_by(f64::total_cmp).unwrap() >= report["prefill"]["seconds"].as_f64().unwrap());
+}
+
 /// What comes before the vote is the full cache's answer, and one that ends before it has no vote.
 #[test]
 fn an_answer_may_be_voted_on_once_it_has_begun() {
-    let answer = |report: &Value| report["answer"].as_str().unwrap().to_owned();
     let full = on_document(&["--policy", "full"]);
     let report = on_document(&["--vote", "4"]);
     let vote = &report["vote"];
@@ -101,7 +168,7 @@ fn an_answer_may_be_voted_on_once_it_has_begun() {
 
 #[test]
 fn json_is_consistent() {
-    let report = on_document(&["--target-kl", "0.5"]);
+    let report = voted_first(&["--target-kl", "0.5"]);
     let (vote, cache) = (&report["vote"], &report["cache"]);
     let (before, after) = (number(&vote["cells_before"]), number(&vote["cells_after"]));
     let per_cell = number(&cache["bytes_per_cell"]);
@@ -144,7 +211,7 @@ fn a_random_seed_is_reported_and_repeats() {
 
 #[test]
 fn policy_full_keeps_every_cell() {
-    let vote = &on_document(&["--policy", "full"])["vote"];
+    let vote = &voted_first(&["--policy", "full"])["vote"];
     assert_eq!(vote["cells_after"], vote["cells_before"]);
     assert_eq!(vote["kv_bytes_after"], vote["kv_bytes_before"]);
     assert_eq!(vote["bound"], "all");
@@ -161,15 +228,15 @@ fn max_cells_is_never_exceeded() {
 
 #[test]
 fn presets_and_target_kl_set_the_same_thing() {
-    let safe = on_document(&["--preset", "safe"]);
-    assert_eq!(safe["vote"]["cells_after"], on_document(&["--target-kl", "0.005"])["vote"]["cells_after"]);
-    let aggressive = on_document(&["--preset", "aggressive"]);
+    let safe = voted_first(&["--preset", "safe"]);
+    assert_eq!(safe["vote"]["cells_after"], voted_first(&["--target-kl", "0.005"])["vote"]["cells_after"]);
+    let aggressive = voted_first(&["--preset", "aggressive"]);
     assert!(number(&aggressive["vote"]["cells_after"]) < number(&safe["vote"]["cells_after"]));
 }
 
 #[test]
 fn lost_mass_takes_the_place_of_the_trial() {
-    let vote = &on_document(&["--lost-mass", "0.05"])["vote"];
+    let vote = &voted_first(&["--lost-mass", "0.05"])["vote"];
     assert_eq!((&vote["bound"], &vote["tried"]), (&"lost-mass".into(), &Value::Array(Vec::new())));
     assert!(vote["lost_mass"].as_f64().unwrap() <= 0.05, "{vote}");
 }
@@ -559,7 +626,8 @@ fn an_answer_that_outgrows_its_cells_loses_nothing() {
     // what was asked for stays
     let (report, _) = endless(&made, &["-p", "ab", "-n", "600", "-c", "512"]);
     assert_eq!(report["cache"]["size"], 512, "{report}");
-    assert!(number(&report["decode"]["squeezes"]["count"]) > 0, "{report}");
+    assert_eq!(number(&report["decode"]["tokens"]), 600, "{report}");
+    assert!(number(&report["vote"]["cells_before"]) == 512 && number(&report["cache"]["cells"]) <= 512, "{report}");
 }
 
 #[test]

@@ -29,10 +29,10 @@ fn two() -> ([Worker; 2], String) {
     (workers, endpoints)
 }
 
-/// A run on the document.
+/// A run on the document, with the vote before the answer.
 fn run(args: &[&str]) -> Value {
     let document = document(CHARS);
-    let file = ["-f", document.path().to_str().unwrap(), "--temp", "0", "--json"];
+    let file = ["-f", document.path().to_str().unwrap(), "--temp", "0", "--vote", "prompt", "--json"];
     let done = finish(&mut gvote("run", &[&file[..], args].concat())).ok();
     assert_eq!(done.stderr, "");
     done.json().remove(0)

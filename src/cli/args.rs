@@ -307,14 +307,15 @@ const RECALL_TYPES: &[(&str, RecallType)] = &[("cache", RecallType::Cache), ("q8
 #[command(next_help_heading = "Cache policy")]
 pub struct WhenArgs {
     /// When to vote: prompt, before the answer; auto, once the answer is so long that fewer cells would have saved what a vote takes; or
-    /// after N tokens of it. Until then the answer is the full cache's [default: run prompt, chat auto]
+    /// after N tokens of it. Until then the answer is the full cache's. A prompt of more cells than --max-cells is voted on before the
+    /// answer in any case [default: auto; prompt where run has --ratio or --replay]
     #[arg(long = "vote", value_name = "auto|prompt|N", value_parser = When::from_str)]
     when: Option<When>,
 }
 
 impl WhenArgs {
-    pub fn or(&self, default: When) -> When {
-        self.when.unwrap_or(default)
+    pub fn given(&self) -> Option<When> {
+        self.when
     }
 }
 

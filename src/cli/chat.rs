@@ -134,11 +134,10 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     if matches!(recall, Recall::Off) && params.policy.policy != Kind::Full {
         note("--recall off: what the vote for one message drops is lost for all that come after it");
     }
-    let mut session = steps.open(
+    let session = steps.open(
         &model,
         &SessionParams { recall, recall_type, renew: args.recall.renew, more_questions: true, ..params },
     )?;
-    session.set_vote(args.when.or(When::Auto));
     let system = args.prompt.system()?;
     tell_of_system(&template, system.as_ref());
     steps.interrupt.end();
@@ -154,7 +153,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
             template,
             &args.length,
             revote_share,
-            args.when.or(When::Auto),
+            args.when.given().unwrap_or(When::Auto),
         ),
         last: None,
         is_interactive: on_terminal,

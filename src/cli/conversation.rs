@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result, bail};
 use gvote::compact::CompactError;
@@ -29,6 +30,8 @@ pub struct Conversation {
     reverse_prompts: Vec<String>,
     revote_share: f64,
     when: When,
+    /// When the newest request came.
+    asked: Instant,
     state: State,
     /// The file that says what this is, where nothing has changed since.
     file: Option<PathBuf>,
@@ -91,7 +94,19 @@ impl Conversation {
     ) -> Self {
         let (state, totals) = (State::default(), Totals::default());
         let (predict, reverse_prompts) = (length.predict, length.reverse_prompts());
-        Self { session, sampling, template, predict, reverse_prompts, revote_share, when, state, file: None, totals }
+        Self {
+            session,
+            sampling,
+            template,
+            predict,
+            reverse_prompts,
+            revote_share,
+            when,
+            asked: Instant::now(),
+            state,
+            file: None,
+            totals,
+        }
     }
 
     pub fn session(&self) -> &Session {
@@ -215,6 +230,7 @@ impl Conversation {
     /// next message.
     fn attempt(&mut self, work: impl FnOnce(&mut Self) -> Result<TurnReport>) -> Result<TurnReport> {
         let (state, n_past) = (self.state.clone(), self.session.n_past());
+        self.asked = Instant::now();
         let report = work(self);
         if report.is_ok() {
             self.file = None;
@@ -334,7 +350,10 @@ impl Conversation {
     ) -> Result<TurnReport> {
         let mut sampler = self.sampler()?;
         self.state.drawn = self.state.drawn.wrapping_add(1);
-        let answer = steps.answer(&mut self.session, &mut sampler, self.predict, &self.reverse_prompts, show)?;
+        // one vote a turn
+        self.session.set_vote(if vote.is_some() { When::Prompt } else { self.when });
+        let (predict, ends) = (self.predict, &self.reverse_prompts);
+        let answer = steps.answer(&mut self.session, &mut sampler, predict, ends, self.asked, show)?;
         if let Some(AnswerVote { report, .. }) = &answer.report.vote {
             self.state.cells_after_vote = Some(report.cells_after);
         }

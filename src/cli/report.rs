@@ -18,6 +18,9 @@ pub struct TurnReport {
     pub prefill: Prefill,
     /// Absent when there was no vote this turn.
     pub vote: Option<Vote>,
+    /// Why a vote failed, where one was due.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unvoted: Option<String>,
     pub decode: Decode,
     pub cache: Cache,
     #[serde(skip)]
@@ -41,9 +44,20 @@ pub struct Decode {
     pub seconds: f64,
     pub tokens_per_second: Option<f64>,
     pub stop: Stop,
+    /// The time to the first token, and to 2, 4, 8 and so on.
+    pub timeline: Vec<Milestone>,
     pub squeezes: Squeezes,
     /// How often the cells were chosen anew.
     pub renewals: Squeezes,
+}
+
+/// A point of an answer.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Milestone {
+    /// Tokens of the answer so far.
+    pub tokens: usize,
+    /// Since the prompt began to be read: reading, votes and answering.
+    pub seconds: f64,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -168,19 +182,21 @@ impl TurnReport {
         session: &Session,
         prefill: PrefillReport,
         vote: Option<CompressReport>,
-        Reply { text: answer, report: decode, .. }: Reply,
+        Reply { text: answer, report: decode, timeline, .. }: Reply,
     ) -> Self {
         let in_answer = decode.vote.map(|AnswerVote { after, report }| (report, after));
         let vote = vote.map(|report| (report, 0)).or(in_answer);
         Self {
             answer,
             prefill: Prefill::new(prefill),
+            unvoted: decode.unvoted,
             vote: vote.map(|(report, after)| Vote { after_tokens: after, ..Vote::new(report, prefill.time) }),
             decode: Decode {
                 tokens: decode.tokens,
                 seconds: decode.time.as_secs_f64(),
                 tokens_per_second: rate(decode.tokens, decode.time),
                 stop: decode.stop,
+                timeline: timeline.into_iter().map(Milestone::new).collect(),
                 squeezes: decode.squeezes,
                 renewals: decode.renewals,
             },
@@ -194,7 +210,7 @@ impl TurnReport {
         let prefill = self.prefill.lines(self.cache.size);
         let cache = match &self.vote {
             Some(vote) => vote.lines(&self.policy),
-            None => vec![("cache", self.cache.in_words())],
+            None => self.lines_without_vote(),
         };
         prefill.into_iter().chain(cache).for_each(|(label, text)| line(label, &text));
         let decode = &self.decode;
@@ -207,6 +223,15 @@ impl TurnReport {
             let Squeezes { count, time, .. } = decode.renewals;
             line("", &format!("cells chosen anew {} in {:.2} s of it", plural(count, "time"), time.as_secs_f64()));
         }
+    }
+
+    fn lines_without_vote(&self) -> Vec<(&'static str, String)> {
+        let why = match &self.unvoted {
+            Some(error) => error.as_str(),
+            None => "the answer was too short for one to pay",
+        };
+        let vote = (self.policy.policy != Kind::Full).then(|| ("vote", format!("none: {why}")));
+        [("cache", self.cache.in_words())].into_iter().chain(vote).collect()
     }
 
     /// The report in one line, for the end of a turn.
@@ -252,6 +277,12 @@ impl Prefill {
             lines.push(("", squeezed(&self.squeezes, size)));
         }
         lines
+    }
+}
+
+impl Milestone {
+    fn new((tokens, time): (usize, Duration)) -> Self {
+        Self { tokens, seconds: time.as_secs_f64() }
     }
 }
 

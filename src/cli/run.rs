@@ -1,7 +1,10 @@
 //! `gvote run`: one prompt, one answer.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use clap::Args;
+use gvote::policy::Params;
 use gvote::session::{Stop, When};
 
 use super::Exit;
@@ -73,17 +76,24 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let mut session = steps.open(&model, &cells.given_to(params, &args.context))?;
     session.set_system_tokens(prompt.system);
 
+    let asked = Instant::now();
     let prefill = steps.prefill_long(&mut session, &prompt.tokens)?;
-    let when = args.when.or(When::Prompt);
-    session.set_vote(when);
-    let vote = if when == When::Prompt { Some(steps.compress(&mut session)?) } else { None };
+    let when = args.when.given().unwrap_or(default_when(session.policy()));
+    let over_cap = session.policy().max_cells.is_some_and(|cap| session.cells_used() > cap);
+    let vote = if when == When::Prompt || over_cap {
+        Some(steps.compress(&mut session)?)
+    } else {
+        session.set_vote(when);
+        None
+    };
     let mut shown = Answer::new(&args.output);
     if prompt.is_raw && !args.no_display_prompt {
         shown.show(&prompt.text)?;
     }
     let mut sampler = session.sampler(&sampling, args.length.predict)?;
     let ends = args.length.reverse_prompts();
-    let answer = steps.answer(&mut session, &mut sampler, args.length.predict, &ends, |piece| shown.show(piece))?;
+    let answer =
+        steps.answer(&mut session, &mut sampler, args.length.predict, &ends, asked, |piece| shown.show(piece))?;
     let report = TurnReport::new(&session, prefill, vote, answer);
 
     if args.output.json {
@@ -94,4 +104,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
         report.print();
     }
     if report.decode.stop == Stop::Cancelled { Err(Exit::Cancelled.into()) } else { Ok(()) }
+}
+
+/// A share of the cells, or a second reading, is asked for whatever it costs; all else is to pay.
+fn default_when(policy: &Params) -> When {
+    if policy.ratio.is_some() || policy.replay { When::Prompt } else { When::Auto }
 }

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use gvote::explain::Explanation;
@@ -115,13 +115,15 @@ impl Steps {
         self.unless_cancelled(explanation)
     }
 
-    /// Generates an answer and hands its text to `show` as it comes, up to the first of `reverse_prompts`.
+    /// Generates an answer and hands its text to `show` as it comes, up to the first of `reverse_prompts`. `asked`: when the request
+    /// came.
     pub fn answer(
         &self,
         session: &mut Session,
         sampler: &mut Sampler,
         n_predict: i32,
         reverse_prompts: &[String],
+        asked: Instant,
         mut show: impl FnMut(&str) -> io::Result<()>,
     ) -> Result<Reply> {
         let model = session.model().clone();
@@ -129,9 +131,13 @@ impl Steps {
         let (mut text, mut pieces, mut reverse) = (String::new(), Pieces::default(), Reverse::new(reverse_prompts));
         // bytes of the text after each token, and of what was shown
         let (mut lengths, mut shown, mut is_reversed) = (Vec::new(), 0, false);
-        let mut broken = Ok(());
+        let (mut broken, mut timeline) = (Ok(()), Vec::new());
         crash::at(Step::Answer);
         let report = session.generate(sampler, n_predict, |token| {
+            let tokens = lengths.len() + 1;
+            if tokens.is_power_of_two() {
+                timeline.push((tokens, asked.elapsed()));
+            }
             let piece = pieces.push(&model.piece(token, false));
             text.push_str(&piece);
             lengths.push(text.len());
@@ -148,7 +154,7 @@ impl Steps {
             report.stop = Stop::ReversePrompt;
             let cached = cut(session, first, &lengths, shown).map_or(text.clone(), |length| text[..length].to_owned());
             text.truncate(shown);
-            return Ok(Reply { text, cached, report });
+            return Ok(Reply { text, cached, report, timeline });
         }
         let mut rest = reverse.finish();
         if lengths.len() > report.tokens {
@@ -160,7 +166,7 @@ impl Steps {
             rest += &unfinished;
         }
         show(&rest)?;
-        Ok(Reply { cached: text.clone(), text, report })
+        Ok(Reply { cached: text.clone(), text, report, timeline })
     }
 
     /// What llama.cpp or the library say after Ctrl-C is only its echo.
@@ -192,6 +198,8 @@ pub struct Reply {
     /// cache could not be cut.
     pub cached: String,
     pub report: GenerateReport,
+    /// After how much time since the request there were 1, 2, 4 tokens and so on.
+    pub timeline: Vec<(usize, Duration)>,
 }
 
 /// Takes the tokens of an answer that go past `end` out of the cache again; `lengths`: bytes of its text after each token. Returns

@@ -74,6 +74,9 @@ pub struct GenerateReport {
     /// The vote on it, where there was one after it had begun. Its time is part of the whole.
     #[serde(skip)]
     pub vote: Option<AnswerVote>,
+    /// Why a vote on it failed. It went on with the cells that there were.
+    #[serde(skip)]
+    pub unvoted: Option<String>,
     pub squeezes: Squeezes,
     /// How often the cells were chosen anew, and what that took.
     pub renewals: Squeezes,

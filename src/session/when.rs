@@ -116,12 +116,12 @@ impl Meter {
         self.saved += time.as_secs_f64() * share * (1.0 - self.known.kept());
     }
 
-    /// Whether it is time to vote on `n` cells, after so many tokens of the answer.
-    pub fn is_due(&self, tokens: usize, n: usize) -> bool {
+    /// Whether it is time to vote on `n` cells, after so many tokens of the answer; `is_full`: the next one has no cell.
+    pub fn is_due(&self, tokens: usize, n: usize, is_full: bool) -> bool {
         match self.when {
             When::Prompt => false,
             When::After(after) => tokens >= after,
-            When::Auto => tokens >= FIRST && self.known.price(n).is_some_and(|price| self.saved >= price),
+            When::Auto => is_full || tokens >= FIRST && self.known.price(n).is_some_and(|price| self.saved >= price),
         }
     }
 
@@ -180,7 +180,7 @@ mod tests {
     /// Tokens of an answer after which it is voted on, of at most 10,000.
     fn due(mut meter: Meter, step: Duration) -> Option<usize> {
         (0..10_000).find(|&tokens| {
-            let is_due = meter.is_due(tokens, 4000);
+            let is_due = meter.is_due(tokens, 4000, false);
             meter.step(4000, step);
             is_due
         })
