@@ -230,7 +230,7 @@ pub(super) fn rows_as_floats(
     }
 }
 
-/// Rows of a head that are copied from or to a device at once: many, and yet little beside a cache.
+/// Rows of a head that are copied from a device at once: many, and yet little beside a cache.
 const AT_ONCE: usize = 4096;
 
 /// What [`host::copy_out`] does. Rows are gathered on the device, so that no others leave it.
@@ -298,9 +298,13 @@ pub(super) fn copy_in(
         // SAFETY: the cache is idle, and no other thread works on this layer.
         return unsafe { host::copy_in(layout, layer, heads) };
     }
+    // SAFETY: the storage tensors live as long as the context, which the caller holds.
+    let row = storages(layer).into_iter().map(|(storage, d)| unsafe { row_bytes(storage, d) }).sum::<usize>();
+    // as many as are sent in one piece
+    let at_once = (backend::STAGE / (heads.len() * (row + size_of::<u32>() + 1))).max(1);
     let mut floats: [Vec<f32>; 2] = Default::default();
-    for first in (0..n).step_by(AT_ONCE) {
-        let these = first..(first + AT_ONCE).min(n);
+    for first in (0..n).step_by(at_once) {
+        let these = first..(first + at_once).min(n);
         let cells: Vec<u32> = heads.iter().flat_map(|head| &head[these.clone()]).map(|&(cell, _)| cell).collect();
         let mut b = Builder::new(NODES)?;
         let cells = b.rows([these.len(), heads.len(), 1], cells);
