@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{CompressReport, Stage, Vote, VoteError, room};
+use super::{CompressReport, Stage, Vote, VoteError, Voter, room};
 use crate::archive::Bring;
 use crate::cache;
 use crate::compact::CompactError;
@@ -49,8 +49,10 @@ impl Vote<'_> {
                 came += page.len();
             }
         }
-        if self.sequence.n_aside() > 0 && self.room(limit) < page {
-            each(&self.keep_most(most)?);
+        // nothing else comes back: no more has to be free than what follows needs
+        let spare = Voter::spare_cells(&self.voter.policy).min(page);
+        if self.sequence.n_aside() > 0 && self.room(limit) < spare {
+            each(&self.keep_most(limit - spare)?);
         }
         Ok(came)
     }
