@@ -3,6 +3,8 @@ MODEL    ?= $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 # A real document that every Debian machine has: about 5,000 tokens
 DOC      ?= /usr/share/common-licenses/GFDL-1.3
 QUESTION ?= Answer in one sentence: what is the purpose of this License?
+# By default so short an answer gets no vote: none would pay. Here one is to be seen
+WHEN     ?= prompt
 # The requests of the gallery
 EASY     ?= What must you do to convey a modified version?
 HARD     ?= Summarise it in three points.
@@ -15,15 +17,15 @@ LLAMA    ?= oldest
 # A tree that can be copied anywhere
 STAGE    ?= target/stage
 
-.PHONY: help run test test-llama check-memory fuzz bench bench-peers bench-busy bench-memory soak completion bench-completion results \
-        gallery cuda-kit doc stage install uninstall setup fmt lint clean
+.PHONY: help run test test-llama check-memory fuzz bench bench-cost bench-peers bench-busy bench-memory soak completion bench-completion \
+        results gallery cuda-kit doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: setup ## install what is needed, build, and ask a question about a long document
 	cargo build --release
-	target/release/gvote run -m "$(MODEL)" -f "$(DOC)" -p "$(QUESTION)" -n 128 --temp 0
+	target/release/gvote run -m "$(MODEL)" -f "$(DOC)" -p "$(QUESTION)" -n 128 --temp 0 --vote $(WHEN)
 
 test: setup ## run the whole test suite
 	cargo test
@@ -49,6 +51,10 @@ results: ## make docs/results.md from the run files in docs/results
 	cargo build --release
 	target/release/gvote eval report $(wildcard docs/results/*.jsonl) --baseline half --title "What was measured" \
 	    --notes docs/results/notes.md -o docs/results.md
+
+bench-cost: setup ## compare whole requests, short and long, with the full cache and with a vote at once (about an hour)
+	cargo build --release
+	scripts/bench-requests -m "$(MODEL)"
 
 bench-peers: setup ## compare with llama.cpp's own llama-bench, in turns
 	cargo build --release

@@ -93,7 +93,6 @@ fn answer(report: &Value) -> String {
     report["answer"].as_str().unwrap().to_owned()
 }
 
-/// Not even where each token would save more than a vote takes: its price is known once 128 tokens are read, and it is high.
 #[test]
 fn a_short_answer_is_the_full_cache_s_and_pays_for_no_vote() {
     let long = |args: &[&str]| {

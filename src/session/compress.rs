@@ -38,9 +38,12 @@ impl Session {
             let bytes_per_cell = self.bytes_per_cell().unwrap_or(0);
             return Ok(CompressReport::untouched(Kind::Full, self.cells_used(), bytes_per_cell));
         };
+        let clock = Instant::now();
         vote.observe_newest(&[])?;
+        let observed = clock.elapsed();
         let cells = cache::cells(vote.ctx, SEQ);
         let (selection, mut report) = vote.choose(&cells)?;
+        report.probe_time += observed;
         if let Kept::Ragged { .. } = selection.kept {
             drop(vote);
             let clock = Instant::now();

@@ -1,9 +1,9 @@
 //! When an answer is voted on: before it, or once it has shown that it is long.
 //!
-//! A vote takes about as long as reading a few hundred tokens, which only a long answer earns back; and nobody knows beforehand how
-//! long an answer will be. [`When::Auto`] rents before it buys, as the ski-rental rule has it: it votes as soon as the time that fewer
-//! cells would have saved so far has reached what the vote will take. Until then the answer is the full cache's own, bit for bit, and one
-//! that ends early has paid nothing. Queries of the answer vote then.
+//! A vote takes as long as some 150 tokens of an answer, most of it for the trial, which only a long answer earns back; and nobody knows
+//! beforehand how long an answer will be. [`When::Auto`] rents before it buys, as the ski-rental rule has it: it votes as soon as the
+//! time that fewer cells would have saved so far has reached what the vote will take, or where the cache is full. Until then the answer
+//! is the full cache's own, bit for bit, and one that ends early has paid nothing. Queries of the answer vote then.
 
 #![forbid(unsafe_code)]
 
@@ -51,9 +51,12 @@ pub struct AnswerVote {
 const FIRST: usize = 32;
 /// Share of the cells that a vote is expected to leave, as long as there was none.
 const KEPT: f64 = 0.4;
-/// What a vote is expected to take, as long as there was none: as long as reading so many tokens, the window, and a draft seven times;
-const READ: f64 = 288.0;
-/// and this share of the time that reading all of them took, for scores.
+/// What a vote is expected to take, as long as there was none: as long as so many steps for each token of a trial, which are drafted one
+/// by one, and then read in small batches some seven times;
+const TRIED: f64 = 4.7;
+/// as long as reading so many tokens for each of the window, whose queries are computed again;
+const OBSERVED: f64 = 1.2;
+/// and this share of the time that reading all cells' tokens took, for scores.
 const SCORED: f64 = 0.03;
 /// A prompt of fewer tokens says nothing about how fast a long one is read.
 const LEAST_READ: usize = 128;
@@ -80,10 +83,11 @@ impl Known {
         }
     }
 
-    /// Seconds that a vote on `n` cells will take.
-    fn price(&self, n: usize) -> Option<f64> {
-        let n = n as f64;
-        self.vote.map(|(cell, _)| cell * n).or(self.read.map(|token| token * (READ + SCORED * n)))
+    /// Seconds that a vote on `n` cells will take where a step of the answer takes `step`.
+    fn price(&self, n: usize, step: f64, work: Work) -> Option<f64> {
+        let (n, Work { tried, observed }) = (n as f64, work);
+        let first = |token| TRIED * tried as f64 * step + token * (OBSERVED * observed as f64 + SCORED * n);
+        self.vote.map(|(cell, _)| cell * n).or(self.read.map(first))
     }
 
     fn kept(&self) -> f64 {
@@ -91,28 +95,43 @@ impl Known {
     }
 }
 
+/// What a vote has to do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Work {
+    /// Tokens of its trial; 0 without one.
+    pub tried: usize,
+    /// Tokens that are read again.
+    pub observed: usize,
+}
+
 /// Counts what an answer could have saved so far.
 #[derive(Debug)]
 pub(super) struct Meter {
     when: When,
     known: Known,
+    work: Work,
     /// Of a step's time, what it takes to read a cell: the bytes of K and V in one, of all bytes that a step reads.
     cell: f64,
     weights: f64,
-    /// Seconds.
+    steps: usize,
+    /// Seconds of all steps, and what they could have saved of it.
+    time: f64,
     saved: f64,
 }
 
 impl Meter {
     /// `cell`, `weights`: bytes that a step reads of each.
-    pub fn new(when: When, known: Known, cell: usize, weights: u64) -> Self {
-        Self { when, known, cell: cell as f64, weights: weights as f64, saved: 0.0 }
+    pub fn new(when: When, known: Known, work: Work, cell: usize, weights: u64) -> Self {
+        let (cell, weights) = (cell as f64, weights as f64);
+        Self { when, known, work, cell, weights, steps: 0, time: 0.0, saved: 0.0 }
     }
 
     /// Notes a step that took `time` with `n` cells.
     pub fn step(&mut self, n: usize, time: Duration) {
         let cells = n as f64 * self.cell;
         let share = cells / (cells + self.weights).max(1.0);
+        self.steps += 1;
+        self.time += time.as_secs_f64();
         self.saved += time.as_secs_f64() * share * (1.0 - self.known.kept());
     }
 
@@ -121,8 +140,12 @@ impl Meter {
         match self.when {
             When::Prompt => false,
             When::After(after) => tokens >= after,
-            When::Auto => is_full || tokens >= FIRST && self.known.price(n).is_some_and(|price| self.saved >= price),
+            When::Auto => is_full || tokens >= FIRST && self.price(n).is_some_and(|price| self.saved >= price),
         }
+    }
+
+    fn price(&self, n: usize) -> Option<f64> {
+        self.known.price(n, self.time / self.steps.max(1) as f64, self.work)
     }
 
     /// There is no vote any more.
@@ -140,7 +163,10 @@ impl Session {
     pub(super) fn meter(&self) -> Meter {
         let votes = self.policy.policy != Kind::Full && self.mask.is_none();
         let when = if votes { self.when } else { When::Prompt };
-        Meter::new(when, self.known, self.bytes_per_cell().unwrap_or(0), self.model().size())
+        let policy = &self.policy;
+        let reread = if policy.replay { self.cells_used() } else { 0 };
+        let work = Work { tried: if policy.tries() { policy.draft } else { 0 }, observed: policy.window + reread };
+        Meter::new(when, self.known, work, self.bytes_per_cell().unwrap_or(0), self.model().size())
     }
 
     /// Votes on an answer that began at a position. Beside the newest tokens those stay that were the newest before the answer: the
@@ -174,7 +200,7 @@ mod tests {
     fn meter(when: When) -> Meter {
         let mut known = Known::default();
         known.has_read(4000, Duration::from_secs(20));
-        Meter::new(when, known, 1000, 4_000_000)
+        Meter::new(when, known, Work { tried: 32, observed: 64 }, 1000, 4_000_000)
     }
 
     /// Tokens of an answer after which it is voted on, of at most 10,000.
@@ -188,10 +214,13 @@ mod tests {
 
     #[test]
     fn a_vote_comes_when_what_it_takes_could_have_been_saved() {
-        // (288 + 0.03 * 4000) * 0.005 s, where 0.3 of 0.02 s are saved with each token
-        assert_eq!(due(meter(When::Auto), Duration::from_millis(20)), Some(340));
-        assert_eq!(due(meter(When::Auto), Duration::from_millis(200)), Some(34));
-        assert_eq!(due(meter(When::Auto), Duration::from_secs(2)), Some(FIRST), "the first are the full cache's");
+        // 4.7 * 32 steps and (1.2 * 64 + 0.03 * 4000) * 0.005 s, where 0.3 of each step are saved
+        assert_eq!(due(meter(When::Auto), Duration::from_millis(20)), Some(666));
+        assert_eq!(due(meter(When::Auto), Duration::from_millis(200)), Some(518));
+        let cheap = Meter { work: Work { tried: 0, observed: 64 }, ..meter(When::Auto) };
+        assert_eq!(due(cheap, Duration::from_millis(30)), Some(110), "without a trial");
+        let cheap = Meter { work: Work { tried: 0, observed: 64 }, ..meter(When::Auto) };
+        assert_eq!(due(cheap, Duration::from_secs(2)), Some(FIRST), "the first are the full cache's");
         assert_eq!(due(meter(When::Prompt), Duration::from_secs(2)), None);
         assert_eq!(due(meter(When::After(7)), Duration::ZERO), Some(7));
     }
@@ -208,12 +237,13 @@ mod tests {
     fn the_last_vote_says_what_the_next_one_takes() {
         let mut known = Known::default();
         let mut report = CompressReport::untouched(Kind::Gvote, 1000, 1);
+        let work = Work { tried: 32, observed: 64 };
         known.has_voted(&report);
-        assert_eq!(known.price(1000), None, "one that left all says nothing");
+        assert_eq!(known.price(1000, 0.02, work), None, "one that left all says nothing");
         (report.cells_after, report.score_time) = (250, Duration::from_secs(2));
         known.has_voted(&report);
         known.has_read(4000, Duration::from_secs(20));
-        assert_eq!((known.price(2000), known.kept()), (Some(4.0), 0.25));
+        assert_eq!((known.price(2000, 0.02, work), known.kept()), (Some(4.0), 0.25));
         known.has_read(LEAST_READ - 1, Duration::from_secs(20));
         assert_eq!(known.read, Some(0.005));
     }

@@ -34,6 +34,7 @@ pub struct CompressReport {
     pub recall_time: Duration,
     #[serde(serialize_with = "seconds")]
     pub replay_time: Duration,
+    /// Of queries: synthetic ones, and those of the newest tokens, where they had to be computed again.
     #[serde(serialize_with = "seconds")]
     pub probe_time: Duration,
     #[serde(serialize_with = "seconds")]
