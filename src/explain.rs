@@ -8,17 +8,19 @@
 mod bits;
 mod html;
 mod plot;
+mod recalled;
 mod text;
 
 use serde::Serialize;
 
 pub use self::bits::Bits;
 pub use self::html::About;
+pub use self::recalled::{EarlierVote, Recalled};
 use crate::Session;
 use crate::cache;
 use crate::llama::{Pos, Token};
 use crate::policy::{HeadOpinion, Params};
-use crate::vote::{CompressReport, Notes};
+use crate::vote::{CompressReport, Notes, Way};
 
 /// What a vote kept, and why.
 ///
@@ -54,6 +56,9 @@ pub struct Explanation {
     pub real: Vec<f64>,
     /// `[position]` what synthetic queries and the current one look at, or the repeated text of a replay.
     pub synthetic: Vec<f64>,
+    /// What left the cache before the vote, and came back; absent where no vote came before it, or nobody noted it: see
+    /// [`Session::note_recall`].
+    pub recall: Option<Recalled>,
 }
 
 /// Tokens of a passage.
@@ -70,7 +75,7 @@ pub struct Passage {
 }
 
 impl Explanation {
-    pub(crate) fn new(session: &Session, report: CompressReport, notes: Notes) -> Self {
+    pub(crate) fn new(session: &Session, report: CompressReport, notes: Notes, way: Option<Way>) -> Self {
         let (sequence, layout) = (session.sequence(), session.layout());
         let layers: Vec<i32> = layout.iter().flat_map(|layout| &layout.layers).map(|layer| layer.il).collect();
         let n_heads: usize = layout.iter().flat_map(|layout| layout.n_head_kv()).sum();
@@ -83,14 +88,16 @@ impl Explanation {
             let pieces: Vec<Vec<u8>> = tokens.iter().map(|&token| session.model().piece(token, true)).collect();
             text::shown(&pieces)
         };
+        let kept = Bits::new(n, kept.into_iter());
         Self {
             report,
+            recall: way.and_then(|way| Recalled::new(&way, &kept, n)),
             policy: session.policy().clone(),
             texts: shown(&sequence.tokens),
             tokens: sequence.tokens.clone(),
             n_head_kv: n_heads / layers.len().max(1),
             layers,
-            kept: Bits::new(n, kept.into_iter()),
+            kept,
             kept_by,
             heads: notes.heads,
             curve: notes.curve,

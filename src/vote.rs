@@ -14,6 +14,7 @@ mod report;
 pub(crate) mod room;
 mod sequence;
 mod trial;
+mod way;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub(crate) use self::notes::Notes;
 pub use self::report::CompressReport;
 pub(crate) use self::sequence::Saved;
 pub use self::sequence::Sequence;
+pub(crate) use self::way::Way;
 use crate::archive::{Archive, NoRoom, ReadError, Recall, RecallType};
 use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
@@ -126,6 +128,8 @@ pub struct Voter {
     pub(crate) system_end: Pos,
     /// Where the next vote is to be explained.
     pub(crate) notes: Option<Notes>,
+    /// Where what comes before that vote is to be told, too.
+    pub(crate) way: Option<Way>,
     /// What a vote on a device has to do is not worth the start of a thread.
     _threads: Option<Arc<threads::Pool>>,
 }
@@ -155,6 +159,7 @@ impl Voter {
             recall_type: RecallType::Cache,
             system_end: 0,
             notes: None,
+            way: None,
             layout,
         })
     }
@@ -174,7 +179,7 @@ impl Voter {
         (moved.system_end, moved.recall) = (self.system_end, self.recall.clone());
         moved.recall_type = self.recall_type;
         moved.more_questions = self.more_questions;
-        moved.notes = self.notes.take();
+        (moved.notes, moved.way) = (self.notes.take(), self.way.take());
         Ok(moved)
     }
 

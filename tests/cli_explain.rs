@@ -169,10 +169,14 @@ fn tokens_of(page: &str) -> Vec<(usize, String)> {
     let spans = rest.split_once("</div>").unwrap().0;
     let token = |span: &str| {
         let (attributes, text) = span.split_once('>').unwrap();
-        let heads = attributes.strip_prefix(r#" style="--k:"#).map_or(0, |k| k.trim_end_matches('"').parse().unwrap());
+        let heads = attributes.strip_prefix(r#" style="--k:"#).map_or(0, number_in_front);
         (heads, unescaped(text.strip_suffix("</i>").unwrap()))
     };
     spans.split("<i").skip(1).map(token).collect()
+}
+
+fn number_in_front(text: &str) -> usize {
+    text.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
 }
 
 fn unescaped(html: &str) -> String {
@@ -367,6 +371,49 @@ fn what_was_freed_while_reading_is_not_on_the_map() {
     }
     assert_eq!(numbers(&json["curve"]).len(), number(&json["vote"]["cells_before"]) + 1);
     assert_eq!(numbers(&json["synthetic"]).len(), tokens);
+    assert!(json["recall"].is_null(), "it is lost, as in `gvote run`");
+}
+
+#[test]
+fn what_came_back_for_the_question_is_told_from_what_stayed_all_along() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("page.html");
+    let args = ["-c", "300", "--ratio", "0.5", "--recall", "auto"];
+    let json = on_document(&[&args[..], &["-o", out.to_str().unwrap()]].concat());
+    let n = json["tokens"].as_array().unwrap().len();
+    let recall = &json["recall"];
+    let (stay, back) = (kept_of(&json), kept(recall["came_back"].as_str().unwrap(), n));
+    for (head, (stay, back)) in stay.iter().zip(&back).enumerate() {
+        assert!(back.iter().all(|position| stay.contains(position)), "head {head}: what came back is what stays of it");
+        let always = |position: &usize| *position < SINKS || *position >= n - RECENT;
+        assert!(!back.iter().any(always), "head {head}: the first and last tokens never leave");
+    }
+    let counts = kept_by(&back, n);
+    assert_eq!(numbers(&recall["came_back_by"]), counts.iter().map(|&count| count as f64).collect::<Vec<_>>());
+    let mean = counts.iter().sum::<usize>() as f64 / HEADS as f64;
+    assert!(mean > 0.0 && mean < recall["left"].as_f64().unwrap(), "{recall}");
+
+    // votes that freed cells to go on, then those of the choice among all
+    let votes = recall["votes"].as_array().unwrap();
+    assert_eq!(votes.len(), number(&json["prefill"]["squeezes"]["count"]));
+    let reading = votes.iter().take_while(|vote| number(&vote["tokens"]) < n).count();
+    assert!(reading > 1 && votes[..reading].iter().all(|vote| number(&vote["back"]) == 0), "{recall}");
+    assert!(votes[reading..].iter().any(|vote| number(&vote["back"]) > 0), "{recall}");
+    let dropped_kept: f64 = votes.iter().map(|vote| vote["dropped_kept"].as_f64().unwrap()).sum();
+    assert!((dropped_kept - mean).abs() < 1e-9, "each of them left in one of the votes: {recall}");
+
+    let page = fs::read_to_string(out).unwrap();
+    assert_eq!(data(&page)["back"], recall["came_back"]);
+    assert_eq!(tokens_of(&page).iter().map(|(heads, _)| *heads).collect::<Vec<_>>(), kept_by(&stay, n));
+    assert!(page.contains(">What left, and what came back</h"));
+    let told = |text: &str| number_in_front(text.split_once("--b:").unwrap().1);
+    assert_eq!(told(&page), *counts.iter().find(|&&count| count > 0).unwrap());
+
+    let document = document(CHARS);
+    let asked = ["-f", document.path().to_str().unwrap(), "-p", QUESTION, "--terminal"];
+    let done = explain(&[&asked[..], &args].concat()).ok();
+    assert!(done.stdout.lines().nth(2).unwrap().starts_with(" back"), "{}", done.stdout);
+    assert!(done.stderr.contains("tokens had left each head"), "{}", done.stderr);
 }
 
 #[test]
@@ -470,6 +517,7 @@ fn nonsense_is_a_usage_error() {
         (&["-p", "Hi", "--policy", "full"], "--policy full"),
         (&["-p", "Hi", "--json", "--terminal"], "--terminal"),
         (&["-p", "Hi", "-n", "5"], "-n"),
+        (&["-p", "Hi", "--recall", "rows"], "--recall"),
         (&["-p", "Hi", "--max-cells", "10"], "--max-cells"),
     ] {
         let done = explain(args);

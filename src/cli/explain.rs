@@ -8,19 +8,20 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use clap::Args;
-use gvote::Session;
-use gvote::explain::{About, Explanation};
+use clap::{ArgAction, Args};
+use gvote::explain::{About, Explanation, Recalled};
 use gvote::policy::{Kind, Params};
+use gvote::session::Recall;
+use gvote::{Session, SessionParams};
 use serde::Serialize;
 
 use super::Exit;
-use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs};
+use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, by_name};
 use super::cells::Cells;
 use super::prompt::RequestArgs;
 use super::report::{Prefill, Vote, print_json};
 use super::turn::Steps;
-use super::words::{bytes, line};
+use super::words::{bytes, count, line};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -28,11 +29,14 @@ Examples:
   gvote explain -m model.gguf -f report.txt -p 'Summarise.' --preset safe -o safe.html
   gvote explain -m model.gguf -f report.txt -p 'Summarise.' --terminal
   gvote explain -m model.gguf -f report.txt -p 'Summarise.' --json | jq '.heads[].lost_mass'
+  gvote explain -m model.gguf -f book.txt -p 'Who is Ahab?' -c 4096 --recall auto
 
 The page is one file that needs no network. Nothing is answered: only the prompt is read, and the vote is taken.";
 
 /// The page where neither -o nor another form is asked for.
 const DEFAULT_OUT: &str = "explain.html";
+
+const RECALL: &[(&str, bool)] = &[("auto", true), ("off", false)];
 
 /// Show what a vote keeps of a prompt, and why: as a page, in the terminal, or as JSON
 #[derive(Args)]
@@ -46,6 +50,13 @@ pub struct ExplainArgs {
     context: ContextArgs,
     #[command(flatten)]
     policy: PolicyArgs,
+
+    /// What leaves the cache where a prompt has more tokens than cells: auto sets it aside, to choose for the prompt's end among all that
+    /// was read, as `gvote chat` does, and shows what came back; off drops it, as `gvote run` does
+    #[arg(long, value_name = "auto|off", default_value = "off", hide_possible_values = true,
+          action = ArgAction::Set,
+          help_heading = "Cache policy", value_parser = by_name(RECALL))]
+    recall: bool,
 
     /// Write the page to this file [default: explain.html, without --terminal and --json]
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
@@ -79,7 +90,12 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     let model = steps.load_model(&args.model, policy)?;
     let request = args.request.request(&model, text)?;
     let cells = Cells::for_answer(&model, request.tokens.len(), 0);
-    let mut session = steps.open(&model, &args.policy.session(&args.context, cells.first())?)?;
+    let recall = if args.recall { Recall::Auto } else { Recall::Off };
+    let params = SessionParams { recall, ..args.policy.session(&args.context, cells.first())? };
+    let mut session = steps.open(&model, &params)?;
+    if args.recall {
+        session.note_recall();
+    }
     session.set_system_tokens(request.system);
     let prefill = steps.prefill_long(&mut session, &request.tokens)?;
     let explanation = steps.explain(&mut session)?;
@@ -87,7 +103,8 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     let vote = Vote::new(explanation.report.clone(), prefill.time);
     let time = prefill.time;
     let prefill = Prefill::new(prefill);
-    let lines = [prefill.lines(session.n_ctx()), vote.lines(session.policy())].concat();
+    let recalled = explanation.recall.as_ref().map(|recall| ("recall", in_words(recall)));
+    let lines = [prefill.lines(session.n_ctx()), vote.lines(session.policy()), recalled.into_iter().collect()].concat();
     if !args.output.json {
         lines.iter().for_each(|(label, text)| line(label, text));
     }
@@ -114,6 +131,12 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
         print_json(&Record { model, policy, prefill: &prefill, vote: &vote, explanation: &explanation })?;
     }
     Ok(())
+}
+
+/// What left each head while the prompt was read, and what is back.
+fn in_words(recall: &Recalled) -> String {
+    let [left, back] = [recall.left, recall.back()].map(|tokens| count(tokens.round() as usize));
+    format!("{left} tokens had left each head, of which {back} came back and stay")
 }
 
 /// Its file, and what it is.

@@ -35,6 +35,8 @@ pub struct About {
 struct Token {
     text: String,
     heads: u32,
+    /// Of these, the heads that had lost it meanwhile.
+    back: u32,
 }
 
 /// What the script of the page needs.
@@ -44,6 +46,8 @@ struct Data<'a> {
     layers: &'a [i32],
     heads_per_layer: usize,
     kept: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    back: Option<String>,
     real: Vec<f64>,
     synthetic: Vec<f64>,
 }
@@ -61,13 +65,17 @@ pub fn render(explanation: &Explanation, about: &About) -> String {
     let Explanation { texts, kept_by, layers, n_head_kv, real, synthetic, report, .. } = explanation;
     // a shade needs something to lie on
     let visible = |text: &String| text.replace('\n', "⏎\n");
+    let recall = explanation.recall.as_ref();
+    let back = |at: usize| recall.map_or(0, |recall| recall.came_back_by[at]);
+    let tokens = texts.iter().zip(kept_by).enumerate();
     let tokens: Vec<Token> =
-        texts.iter().zip(kept_by).map(|(text, &heads)| Token { text: visible(text), heads }).collect();
+        tokens.map(|(at, (text, &heads))| Token { text: visible(text), heads, back: back(at) }).collect();
     let data = Data {
         n: texts.len(),
         layers,
         heads_per_layer: *n_head_kv,
         kept: explanation.kept.to_base64(),
+        back: recall.map(|recall| recall.came_back.to_base64()),
         real: rounded(real),
         synthetic: rounded(synthetic),
     };
@@ -88,6 +96,7 @@ pub fn render(explanation: &Explanation, about: &About) -> String {
             budget => Serde(budget(explanation)),
             by_layer => Serde(by_layer(explanation)),
             draft => explanation.draft.concat(),
+            recall => recall.map(Serde),
             steps => Serde(steps(explanation, about.prefill)),
             memory => Serde([("before", report.kv_bytes_before, report.cells_before), ("after", report.kv_bytes_after, report.cells_after)]),
             percent_kept => percent(report.share()),
@@ -168,6 +177,7 @@ fn steps(explanation: &Explanation, prefill: Duration) -> Vec<Step> {
         ("scoring the keys", report.score_time),
         ("ranking", report.select_time),
         ("trial", report.trial_time),
+        ("setting aside", report.aside_time),
         ("compaction", report.compact_time),
     ];
     let all: f64 = steps.iter().map(|(_, time)| time.as_secs_f64()).sum();

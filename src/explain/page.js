@@ -11,27 +11,32 @@
   const [zoomOut, zoomIn, zoomAll] = ["out", "in", "all"].map((id) => document.getElementById(id));
   if (n === 0 || heads === 0) return;
 
-  // sums[head][p]: how many of the first p tokens the head kept
-  const bytes = Uint8Array.from(atob(data.kept), (c) => c.charCodeAt(0));
+  // sums[head][p]: how many of the first p tokens the head has; by[p]: how many heads have the token
   const stride = (n + 7) >> 3;
-  const by = new Uint32Array(n);
-  const sums = Array.from({ length: heads }, (_, head) => {
-    const sum = new Uint32Array(n + 1);
-    for (let p = 0; p < n; p++) {
-      const bit = (bytes[head * stride + (p >> 3)] >> (p & 7)) & 1;
-      by[p] += bit;
-      sum[p + 1] = sum[p] + bit;
-    }
-    return sum;
-  });
-  const keeps = (head, p) => sums[head][p + 1] > sums[head][p];
+  const summed = (packed) => {
+    const bytes = Uint8Array.from(atob(packed), (c) => c.charCodeAt(0));
+    const by = new Uint32Array(n);
+    const sums = Array.from({ length: heads }, (_, head) => {
+      const sum = new Uint32Array(n + 1);
+      for (let p = 0; p < n; p++) {
+        const bit = (bytes[head * stride + (p >> 3)] >> (p & 7)) & 1;
+        by[p] += bit;
+        sum[p + 1] = sum[p] + bit;
+      }
+      return sum;
+    });
+    return { by, sums, has: (head, p) => sums[head][p + 1] > sums[head][p] };
+  };
+  const { by, sums, has: keeps } = summed(data.kept);
+  const back = data.back && summed(data.back);
 
   // Attention is shown on a scale of ratios: from a fifth of an even share to what one token in a thousand exceeds.
   const lane = (title, colour, values) => {
     const low = 0.2 / n, high = Math.max(10 * low, [...values].sort((a, b) => a - b)[Math.floor(0.999 * (n - 1))]);
     return { title, colour, part: (p) => Math.max(0, Math.min(1, Math.log(values[p] / low) / Math.log(high / low))) };
   };
-  const lanes = [{ title: "heads that kept it", colour: "--kept", part: (p) => by[p] / heads }];
+  const lanes = [{ title: "heads that kept it", colour: "--kept", part: (p) => by[p] / heads, isMean: true }];
+  if (back) lanes.push({ title: "heads that have it again", colour: "--back", part: (p) => back.by[p] / heads, isMean: true });
   if (data.real.length) lanes.push(lane("real queries look at (log)", "--second", data.real));
   if (data.synthetic.length) lanes.push(lane("synthetic queries look at (log)", "--third", data.synthetic));
 
@@ -61,12 +66,12 @@
     const starts = Array.from({ length: columns + 1 }, (_, c) => Math.min(n - 1, Math.floor(from + (c / columns) * (to - from))));
     const end = (c) => Math.max(starts[c] + 1, starts[c + 1]);
 
-    lanes.forEach(({ title, colour: name, part }, i) => {
+    lanes.forEach(({ title, colour: name, part, isMean }, i) => {
       const base = (i + 1) * LANE;
       pen.fillStyle = colour(name);
       for (let c = 0; c < columns; c++) {
         let most = 0;
-        if (i === 0) {
+        if (isMean) {
           for (let p = starts[c]; p < end(c); p++) most += part(p) / (end(c) - starts[c]);
         } else {
           for (let p = starts[c]; p < end(c); p++) most = Math.max(most, part(p));
@@ -79,14 +84,15 @@
       pen.fillText(title, LEFT, base - LANE + TITLE - 2);
     });
 
-    const [ground, full] = [rgb("--shade"), rgb("--kept")];
+    const [ground, full, again] = [rgb("--shade"), rgb("--kept"), rgb("--back")];
     const image = new ImageData(columns, heads);
     for (let head = 0; head < heads; head++) {
       const sum = sums[head];
       for (let c = 0; c < columns; c++) {
-        const share = (sum[end(c)] - sum[starts[c]]) / (end(c) - starts[c]);
+        const part = (sum) => (sum[end(c)] - sum[starts[c]]) / (end(c) - starts[c]);
+        const share = part(sum), returned = back ? part(back.sums[head]) : 0;
         const o = 4 * (head * columns + c);
-        for (let k = 0; k < 3; k++) image.data[o + k] = ground[k] + share * (full[k] - ground[k]);
+        for (let k = 0; k < 3; k++) image.data[o + k] = ground[k] + share * (full[k] - ground[k]) + returned * (again[k] - full[k]);
         image.data[o + 3] = 255;
       }
     }
@@ -149,9 +155,10 @@
     const name = document.createElement("bdi");
     name.textContent = "“" + tokens[p].textContent.replace("\n", "") + "”";
     let line = ` held by ${count(by[p])} of ${count(heads)} heads`;
+    if (back) line += `, by ${count(back.by[p])} of them again`;
     if (head >= 0) {
       const [layer, h] = [layers[Math.floor(head / heads_per_layer)], head % heads_per_layer];
-      line = ` layer ${layer}, head ${h}: ${keeps(head, p) ? "kept" : "dropped"};` + line;
+      line = ` layer ${layer}, head ${h}: ${!keeps(head, p) ? "dropped" : back?.has(head, p) ? "came back" : "kept"};` + line;
     }
     if (data.real.length) line += `; attention of real queries ${percent(data.real, p)}`;
     if (data.synthetic.length) line += `, of synthetic ones ${percent(data.synthetic, p)}`;

@@ -145,6 +145,9 @@ impl Vote<'_> {
         })?;
         self.sequence.compacted(cells, selection, self.voter.policy.recent, self.ctx.n_threads_batch());
         self.sequence.bound(&left);
+        if let Some(way) = &mut self.voter.way {
+            way.voted(self.sequence, cells.len(), left.len(), self.voter.layout.n_head_kv().sum());
+        }
         report.compact_time = clock.elapsed() - report.aside_time;
         Ok(left)
     }

@@ -47,6 +47,9 @@ impl Vote<'_> {
                 let end = self.sequence.n_past;
                 self.sequence.arrange(self.ctx, &cells, end, Bring::Batch(number), self.voter.scorer.devices())?;
                 came += page.len();
+                if let Some(way) = &mut self.voter.way {
+                    way.came_back(&page, self.voter.layout.n_head_kv().sum());
+                }
             }
         }
         // nothing else comes back: no more has to be free than what follows needs

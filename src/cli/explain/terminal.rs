@@ -14,6 +14,7 @@ const NARROWEST: usize = 16;
 /// From nothing to all.
 const BLOCKS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 const STRIP: Style = AnsiColor::Blue.on_default();
+const BACK: Style = AnsiColor::Magenta.on_default();
 const TITLE: Style = Style::new().effects(Effects::DIMMED);
 /// Passages that are quoted.
 const PASSAGES: usize = 5;
@@ -37,6 +38,10 @@ pub fn view(explanation: &Explanation, width: usize) -> String {
     );
     let all: Vec<u32> = explanation.kept_by.clone();
     out += &row("all", explanation, 0..explanation.n_heads(), &all, columns);
+    if let Some(recall) = &explanation.recall {
+        let strip = strip(&recall.came_back_by, explanation.n_heads(), columns);
+        out += &format!("{:>5}  {:<17}{BACK}{strip}{BACK:#}\n", "back", "had left");
+    }
     for (place, layer) in explanation.layers.iter().enumerate() {
         let heads = place * explanation.n_head_kv..(place + 1) * explanation.n_head_kv;
         let mut kept_by = vec![0; explanation.tokens.len()];
@@ -65,8 +70,12 @@ fn row(
     let needs = needs.filter(|needs| needs.is_finite()).map_or_else(String::new, |needs| count(needs.round() as usize));
     let lost = mean(opinions.iter().map(|head| f64::from(head.lost_mass)).sum());
     let lost = if lost.is_finite() { format!("{:.1}%", 100.0 * lost) } else { String::new() };
-    let strip: String = (0..columns).map(|column| BLOCKS[level(kept_by, n_heads, column, columns)]).collect();
+    let strip = strip(kept_by, n_heads, columns);
     format!("{label:>5}  {needs:>8}  {lost:>5}  {STRIP}{strip}{STRIP:#}\n")
+}
+
+fn strip(kept_by: &[u32], n_heads: usize, columns: usize) -> String {
+    (0..columns).map(|column| BLOCKS[level(kept_by, n_heads, column, columns)]).collect()
 }
 
 /// The height of a column: something that was kept is seen.

@@ -1,0 +1,58 @@
+//! What left the cache before a vote that somebody wants explained, and what came back. Other votes keep nothing.
+
+use super::Sequence;
+use crate::archive::Batch;
+
+/// The votes before the one that is explained, in order.
+#[derive(Debug, Default)]
+pub(crate) struct Way {
+    pub votes: Vec<Step>,
+    back: Vec<Batched>,
+}
+
+/// One of them.
+#[derive(Debug)]
+pub(crate) struct Step {
+    /// Tokens that were read so far.
+    pub tokens: usize,
+    pub cells_before: usize,
+    pub cells_after: usize,
+    /// What came back before it, and what it set aside.
+    pub back: Vec<Batched>,
+    pub left: Option<Batched>,
+}
+
+/// Positions of rows that moved together: as many of each head. `[head][n]`
+#[derive(Debug)]
+pub(crate) struct Batched(Vec<Vec<u32>>);
+
+impl Batched {
+    fn of(batch: &Batch, n_heads: usize) -> Self {
+        Self((0..n_heads).map(|head| batch.positions(head).to_vec()).collect())
+    }
+
+    /// Rows of each head.
+    pub fn len(&self) -> usize {
+        self.0.first().map_or(0, Vec::len)
+    }
+
+    /// Each row as its head and position.
+    pub fn rows(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.0.iter().enumerate().flat_map(|(head, positions)| positions.iter().map(move |&pos| (head, pos as usize)))
+    }
+}
+
+impl Way {
+    /// These rows are in the cache again.
+    pub fn came_back(&mut self, batch: &Batch, n_heads: usize) {
+        self.back.push(Batched::of(batch, n_heads));
+    }
+
+    /// A vote has left so many cells of `cells_before`, and what it dropped is set aside.
+    pub fn voted(&mut self, sequence: &Sequence, cells_before: usize, cells_after: usize, n_heads: usize) {
+        let dropped = sequence.archive.as_ref().and_then(|archive| archive.batches().last());
+        let left = dropped.filter(|_| cells_after < cells_before).map(|batch| Batched::of(batch, n_heads));
+        let (tokens, back) = (sequence.tokens.len(), std::mem::take(&mut self.back));
+        self.votes.push(Step { tokens, cells_before, cells_after, back, left });
+    }
+}
