@@ -344,6 +344,15 @@ impl Capture {
         }
     }
 
+    /// Gives back the memory that it works with, where that is the host's: it is made again as soon as there is something to read.
+    pub(crate) fn release(&mut self, layout: &Layout) {
+        self.settle();
+        if layout.is_host() && self.inner.failed.is_none() {
+            self.inner.pending.clear();
+            self.inner.devices.release();
+        }
+    }
+
     /// Whether there are statistics of every layer.
     pub(crate) fn has_statistics(&self, seq: SeqId) -> bool {
         self.inner.records.get(&seq).is_some_and(Record::has_moments)

@@ -26,6 +26,9 @@ impl Session {
         if report.cells_after < report.cells_before && self.mask.is_none() {
             let clock = Instant::now();
             compact::give_back(&mut self.ctx, SEQ);
+            if let Some(voter) = &mut self.voter {
+                voter.capture.release(&voter.layout);
+            }
             memory::trim();
             report.compact_time += clock.elapsed();
         }
