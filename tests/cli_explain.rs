@@ -406,7 +406,7 @@ fn what_came_back_for_the_question_is_told_from_what_stayed_all_along() {
     assert_eq!(data(&page)["back"], recall["came_back"]);
     assert_eq!(tokens_of(&page).iter().map(|(heads, _)| *heads).collect::<Vec<_>>(), kept_by(&stay, n));
     assert!(page.contains(">What left, and what came back</h"));
-    let told = |text: &str| number_in_front(text.split_once("--b:").unwrap().1);
+    let told = |text: &str| number_in_front(text.split_once(";--b:").unwrap().1);
     assert_eq!(told(&page), *counts.iter().find(|&&count| count > 0).unwrap());
 
     let document = document(CHARS);
