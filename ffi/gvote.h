@@ -142,6 +142,14 @@ typedef enum gvote_recall_type {
     GVOTE_RECALL_TYPE_FORCE_32_BITS = 0x7fffffff
 } gvote_recall_type;
 
+/* When gvote_vote_if_due() votes on an answer. */
+typedef enum gvote_when {
+    GVOTE_WHEN_AUTO          = 0, /* once the time that fewer cells would have saved so far has reached what a vote will take */
+    GVOTE_WHEN_AFTER         = 1, /* after `vote_after` tokens of it */
+    GVOTE_WHEN_NEVER         = 2, /* gvote_compress() alone votes, as after the prompt */
+    GVOTE_WHEN_FORCE_32_BITS = 0x7fffffff
+} gvote_when;
+
 /* The rule that set the number of cells. */
 typedef enum gvote_bound {
     GVOTE_BOUND_ALL           = 0, /* nothing could be dropped, or the sequence is too short to be worth it */
@@ -210,6 +218,8 @@ typedef struct gvote_params {
                                  file. It loses its name as soon as it is open, and its space is free again when the handle is
                                  freed or the process ends. Calls that take it copy it; what gvote_get_params() gives lives
                                  until the settings change or the handle is freed */
+    uint32_t when;         /* gvote_when; of answers that begin later */
+    uint32_t vote_after;   /* GVOTE_WHEN_AFTER: tokens of an answer before it is voted on */
 } gvote_params;
 
 /* One attempt of a trial. */
@@ -252,8 +262,8 @@ typedef struct gvote_report {
 /* An eval callback, as in llama_context_params.cb_eval (ggml_backend_sched_eval_callback). */
 typedef bool (*gvote_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data);
 
-/* Told of a step that begins; called from inside gvote_compress(), gvote_plan() and gvote_make_room(). Returning false cancels.
- * It must not call gvote with the same handle, gvote_cancel() aside. */
+/* Told of a step that begins; called from inside gvote_compress(), gvote_plan(), gvote_vote_if_due() and gvote_make_room().
+ * Returning false cancels. It must not call gvote with the same handle, gvote_cancel() aside. */
 typedef bool (*gvote_progress_callback)(gvote_stage stage, void * user_data);
 
 /* Gets lines of text without a newline; `text` lives for the call. */
@@ -367,6 +377,32 @@ GVOTE_API gvote_status gvote_compress(gvote_t * g, struct llama_context * ctx, i
  * nothing came back. Costs as much. `report` may be NULL.
  * Errors as gvote_compress(). */
 GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32_t seq, gvote_report * report);
+
+/* Votes on an answer once that is time, as the setting `when` says. Call it before every llama_decode() of the answer, in place of
+ * gvote_compress() before it. Until the vote every token is the full cache's own, and with GVOTE_WHEN_AUTO the first 32 tokens always
+ * are; so an answer that ends early has paid nothing. `start` is the position of the first token of the answer: those behind it
+ * have shown how long it is, and all of them stay, with the `recent` tokens before it, where the question is. A negative one is 0.
+ *
+ * A call that is not yet due takes about a microsecond: it looks at counters of the context, and waits for no device. What steps take
+ * is what llama_perf_context() counts, or where `no_perf` is set the time from call to call; of what the app does in between, only what
+ * it does at each step is counted as a part of the step. In a batch of several sequences each has its own call and its own vote.
+ *
+ * There is one vote on an answer at most, and none after gvote_compress() has voted on it; a vote that left all cells is one. The next
+ * answer has another `start`; so has one that is written anew, once the sequence ends at `start` or before the end that was seen.
+ * What earlier votes set aside stays aside, unlike with gvote_compress(), which is also the call where cells are needed at once.
+ *
+ * Whether there was a vote is written to `has_voted` (may be NULL), and what it did to `report` (may be NULL; its `size` must be set)
+ * where there was one. A vote that fails says so once: the cache is as it was, the answer can go on, and the calls that follow do not
+ * try again.
+ * Errors: GVOTE_ERROR_NOT_SEEN where the sequence is empty, or ends before `start`; of a vote that is due, those of
+ * gvote_compress(); GVOTE_ERROR_SIZE. */
+GVOTE_API gvote_status gvote_vote_if_due(
+        gvote_t              * g,
+        struct llama_context * ctx,
+        int32_t                seq,
+        int32_t                start,
+        bool                 * has_voted,
+        gvote_report         * report);
 
 /* Makes room for a text longer than the cache. Call it before every llama_decode(): it sees to it that `needed` cells (the
  * tokens of the next batch) are free in the stream of the sequence `seq`, and beside them those that a later vote needs. Where

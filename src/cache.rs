@@ -103,6 +103,12 @@ impl Layout {
     }
 }
 
+/// The number of cells of `seq`, without a look at each.
+pub(crate) fn n_cells(ctx: &Context, seq: SeqId) -> usize {
+    // SAFETY: valid context; the shim checks the rest, and writes nothing.
+    unsafe { sys::gvote_shim_cells(ctx.as_ptr(), seq, std::ptr::null_mut(), 0) as usize }
+}
+
 /// The cells of `seq`, ordered by position; none where there is no attention cache, or no such sequence.
 pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
     // SAFETY: valid context; the shim checks the rest, and writes at most the given number of entries.

@@ -203,6 +203,22 @@ pub unsafe extern "C" fn gvote_plan(
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn gvote_vote_if_due(
+    g: *mut gvote_t,
+    ctx: *mut llama_context,
+    seq: i32,
+    start: i32,
+    has_voted: *mut bool,
+    report: *mut gvote_report,
+) -> gvote_status {
+    call(g, |core| {
+        let is_due = report::vote_if_due(core, ctx, seq, start, report)?;
+        ptr::put(has_voted, is_due);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_make_room(
     g: *mut gvote_t,
     ctx: *mut llama_context,

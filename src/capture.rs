@@ -34,6 +34,7 @@ mod state;
 pub(crate) mod watch;
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
 
 use half::f16;
 use half::vec::HalfBitsVecExt;
@@ -185,6 +186,10 @@ struct Inner {
     is_alone: bool,
     /// What went wrong where it could not be said at once; nothing is read any more then.
     failed: Option<CaptureError>,
+    /// The ubatch of an app's prompt that is in work: its tokens, and since when.
+    reading: Option<(usize, Instant)>,
+    /// Tokens in those that came to their end, and what that took.
+    read: (usize, Duration),
 }
 
 /// Reads what the forward passes of a context tell, sequence by sequence.
@@ -227,6 +232,8 @@ impl Capture {
                 is_whole: false,
                 is_alone: true,
                 failed: None,
+                reading: None,
+                read: (0, Duration::ZERO),
             },
         }
     }
@@ -396,14 +403,25 @@ impl Capture {
 
     /// Whether the graph in work is a step of answers, of which `node` is the last one.
     pub(crate) fn ends_step(&self, node: &Node) -> bool {
-        // SAFETY: asked about a node of the graph in work.
-        let is_last = || unsafe { graph::last_node(self.inner.ctx) }.is_some_and(|last| std::ptr::eq(last.0, node.0));
-        self.inner.reads.step && is_last()
+        self.inner.reads.step && self.inner.is_last_node(node)
+    }
+
+    /// Tokens of prompts that an app decoded since the last call, as far as that could be timed, and what it took.
+    pub(crate) fn take_read(&mut self) -> (usize, Duration) {
+        std::mem::take(&mut self.inner.read)
     }
 
     /// Looks at a node for somebody who has the callback installed already: see [`watch::Watch`]. `is_alone`: nobody else is to see it.
     pub(crate) fn on_node(&mut self, node: &Node, ask: bool, is_alone: bool) -> Result<bool, CaptureError> {
+        let ends_reading = self.inner.reading.is_some() && self.inner.is_last_node(node);
         self.inner.is_alone = is_alone;
-        if ask { self.inner.ask(node) } else { self.inner.read(node) }
+        if ask {
+            Ok(self.inner.ask(node)? || ends_reading)
+        } else if ends_reading {
+            self.inner.end_reading();
+            Ok(true)
+        } else {
+            self.inner.read(node)
+        }
     }
 }

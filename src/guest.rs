@@ -6,6 +6,7 @@
 //! every call: where they go on, or another tail follows, that is taken over; what an app did behind our back otherwise
 //! (`llama_memory_seq_add`, a hole, a loaded state) is refused.
 
+mod answer;
 mod expand;
 mod known;
 mod saved;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use self::answer::Answer;
 use self::known::Known;
 use crate::archive::{Bring, Recall, RecallType};
 use crate::cache::{self, Cell};
@@ -27,7 +29,7 @@ use crate::compact::{self, CompactError};
 use crate::llama::{Context, Pos, SeqId, Token, Visit};
 use crate::policy::{self, Kind, PolicyError};
 use crate::sys;
-use crate::vote::{CompressReport, Sequence, Stage, Vote, VoteError, Voter, room};
+use crate::vote::{self, CompressReport, Sequence, Stage, Vote, VoteError, Voter, When, room};
 
 /// What can go wrong for a guest. The context is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +65,7 @@ pub enum GuestError {
         if *protected == 0 { "sinks and recent".into() } else { format!("sinks, recent and {protected} protected tokens") }
     )]
     TooFew { seq: SeqId, needed: usize, limit: usize, least: usize, protected: usize },
-    #[error("sequence {seq} ends before position {end}: protect what was decoded, which is {n_past} tokens")]
+    #[error("sequence {seq} ends before position {end}: {n_past} tokens of it were decoded")]
     NotThere { seq: SeqId, end: Pos, n_past: Pos },
     #[error("the cache is full, and the policy full drops nothing")]
     Full,
@@ -88,6 +90,8 @@ pub struct Settings {
     pub recall: Recall,
     /// How they are set aside.
     pub recall_type: RecallType,
+    /// When answers are voted on, by [`Guest::vote_if_due`].
+    pub when: When,
 }
 
 /// A guest, and the context it is in.
@@ -109,6 +113,9 @@ struct Home {
     /// Ours, as it is installed.
     callback: Callback,
     known: BTreeMap<SeqId, Known>,
+    answers: BTreeMap<SeqId, Answer>,
+    /// What reading and voting took so far.
+    costs: vote::Known,
     /// Why nothing is listened to any more.
     deaf: Option<CaptureError>,
     /// Who asked for the node in work: we, and the app's own callback.
@@ -199,7 +206,16 @@ impl Guest {
         unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
         let there = (0..ctx.n_seq_max() as SeqId).filter(|&seq| !cache::cells(&ctx, seq).is_empty());
         let known = there.map(|seq| (seq, Known::stranger(voter.sequence(seq)))).collect();
-        self.home = Some(Home { ctx, voter, callback, known, deaf: None, asked: (false, false) });
+        self.home = Some(Home {
+            ctx,
+            voter,
+            callback,
+            known,
+            answers: BTreeMap::new(),
+            costs: vote::Known::default(),
+            deaf: None,
+            asked: (false, false),
+        });
         Ok(())
     }
 
@@ -276,53 +292,10 @@ impl Guest {
     ) -> Result<CompressReport, GuestError> {
         let home = self.home_in(ctx)?;
         home.check_sequence(seq)?;
-        let Home { ctx, voter, known, .. } = home;
-        let mut visit = Visit::new(ctx)?;
-        // SAFETY: valid context, and our callbacks are in it.
-        unsafe { sys::gvote_shim_update(visit.as_ptr()) };
-        let mut cells = cache::cells(&visit, seq);
-        let n_before = cells.len();
-        let limit = cells.len() + cache::cells_free(&visit, seq).saturating_sub(Voter::spare_cells(&voter.policy));
-        let known = Known::up_to_date(known, voter, seq, &cells)?;
-        let captured = voter.capture.captured(seq);
-        // what the heads hold, where other rows may come back
-        let may_come = !is_rehearsal && known.sequence.n_aside() > 0;
-        let n_heads = if may_come { voter.layout.n_head_kv().sum() } else { 0 };
-        let held = known.sequence.held(&cells, n_heads);
-        let mut done = || {
-            let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
-            vote.observe_newest(&[])?;
-            let clock = Instant::now();
-            let came = if is_rehearsal { 0 } else { vote.reconsider(limit, |_| ())? };
-            if came > 0 {
-                cells = cache::cells(vote.ctx, seq);
-            }
-            let recall_time = clock.elapsed();
-            let (selection, mut report) = vote.choose(&cells)?;
-            report.note_recall(n_before, came, recall_time);
-            let left = if is_rehearsal { None } else { Some(vote.compact(&cells, selection, &mut report)?) };
-            Ok((report, left))
-        };
-        let done: Result<_, VoteError> = done();
-        let (mut report, left) = done.inspect_err(|_| {
-            voter.capture.set_back(seq, captured);
-            let cells = cache::cells(&visit, seq);
-            let sequence = &mut known.sequence;
-            if may_come && sequence.held(&cells, n_heads) != held {
-                let bring = Bring::Held { pos: &held, n_cells: n_before };
-                // without memory for the way back the sequence has more rows in the cache than before
-                let _ = sequence.arrange(&mut visit, &cells, sequence.n_past(), bring, voter.devices());
-                voter.release();
-                known.bind(&cache::cells(&visit, seq));
-            }
-        })?;
-        if let Some(cells) = left {
-            known.bind(&cells);
-            let clock = Instant::now();
-            compact::give_back(&mut visit, seq);
-            report.compact_time += clock.elapsed();
+        if let Some(answer) = home.answers.get_mut(&seq).filter(|_| !is_rehearsal) {
+            answer.was_voted_on();
         }
-        Ok(report)
+        home.vote(seq, !is_rehearsal, is_rehearsal, progress)
     }
 
     /// Sees to it that `needed` cells are free in the stream of a sequence, beside those that a later vote needs. Where there
@@ -499,6 +472,66 @@ impl Home {
             Some(error) => Err(GuestError::Deaf(error.to_string())),
             None => Ok(()),
         }
+    }
+
+    /// Lets the policy vote on a sequence. `brings_back`: first, what earlier votes set aside.
+    fn vote(
+        &mut self,
+        seq: SeqId,
+        brings_back: bool,
+        is_rehearsal: bool,
+        progress: &dyn Fn(Stage) -> ControlFlow<()>,
+    ) -> Result<CompressReport, GuestError> {
+        let Self { ctx, voter, known, costs, .. } = self;
+        let mut visit = Visit::new(ctx)?;
+        // SAFETY: valid context, and our callbacks are in it.
+        unsafe { sys::gvote_shim_update(visit.as_ptr()) };
+        let mut cells = cache::cells(&visit, seq);
+        let n_before = cells.len();
+        let limit = cells.len() + cache::cells_free(&visit, seq).saturating_sub(Voter::spare_cells(&voter.policy));
+        let known = Known::up_to_date(known, voter, seq, &cells)?;
+        let captured = voter.capture.captured(seq);
+        // what the heads hold, where other rows may come back
+        let may_come = brings_back && known.sequence.n_aside() > 0;
+        let n_heads = if may_come { voter.layout.n_head_kv().sum() } else { 0 };
+        let held = known.sequence.held(&cells, n_heads);
+        let mut done = || {
+            let mut vote = Vote { ctx: &mut visit, voter, sequence: &mut known.sequence, progress };
+            vote.observe_newest(&[])?;
+            let clock = Instant::now();
+            let came = if brings_back { vote.reconsider(limit, |_| ())? } else { 0 };
+            if came > 0 {
+                cells = cache::cells(vote.ctx, seq);
+            }
+            let recall_time = clock.elapsed();
+            let (selection, mut report) = vote.choose(&cells)?;
+            report.note_recall(n_before, came, recall_time);
+            let left = if is_rehearsal { None } else { Some(vote.compact(&cells, selection, &mut report)?) };
+            Ok((report, left))
+        };
+        let done: Result<_, VoteError> = done();
+        let (mut report, left) = done.inspect_err(|_| {
+            voter.capture.set_back(seq, captured);
+            let cells = cache::cells(&visit, seq);
+            let sequence = &mut known.sequence;
+            if may_come && sequence.held(&cells, n_heads) != held {
+                let bring = Bring::Held { pos: &held, n_cells: n_before };
+                // without memory for the way back the sequence has more rows in the cache than before
+                let _ = sequence.arrange(&mut visit, &cells, sequence.n_past(), bring, voter.devices());
+                voter.release();
+                known.bind(&cache::cells(&visit, seq));
+            }
+        })?;
+        if let Some(cells) = left {
+            known.bind(&cells);
+            let clock = Instant::now();
+            compact::give_back(&mut visit, seq);
+            report.compact_time += clock.elapsed();
+            if report.rows_back == 0 {
+                costs.has_voted(&report);
+            }
+        }
+        Ok(report)
     }
 
     /// The first head of a layer of the model, counted over the layers of the cache.

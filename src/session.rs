@@ -36,7 +36,7 @@ use crate::compact::{Mask, MaskError};
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, Sampler, SamplerParams, SeqId, Token};
 use crate::policy::{self, Kind, PolicyError};
 pub use crate::vote::CompressReport;
-use crate::vote::{Sequence, VoteError, Voter};
+use crate::vote::{self, Sequence, VoteError, Voter};
 
 /// The sequence that holds the conversation.
 const SEQ: SeqId = 0;
@@ -150,7 +150,7 @@ pub struct Session {
     chunk: usize,
     renew: usize,
     when: When,
-    known: when::Known,
+    known: vote::Known,
     /// Ascending by position.
     marks: Vec<Mark>,
     /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
@@ -198,7 +198,7 @@ impl Session {
             chunk: context.n_ubatch as usize,
             renew: params.renew,
             when: When::Prompt,
-            known: when::Known::default(),
+            known: vote::Known::default(),
             marks: Vec::new(),
             logits: Vec::new(),
         })

@@ -15,6 +15,7 @@ pub(crate) mod room;
 mod sequence;
 mod trial;
 mod way;
+mod when;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -24,6 +25,8 @@ pub use self::report::CompressReport;
 pub(crate) use self::sequence::Saved;
 pub use self::sequence::Sequence;
 pub(crate) use self::way::Way;
+pub use self::when::When;
+pub(crate) use self::when::{Known, Meter, Work};
 use crate::archive::{Archive, NoRoom, ReadError, Recall, RecallType};
 use crate::backend::{ComputeError, Devices};
 use crate::cache::{CacheError, Layout};
@@ -122,8 +125,8 @@ pub struct Voter {
     recall_type: RecallType,
     /// See [`crate::SessionParams::more_questions`].
     pub(crate) more_questions: bool,
-    /// An answer is being written: however long it is, no question follows within it.
-    pub(crate) is_answering: bool,
+    /// Where the answer begins that is voted on: no question follows within it, and it stays, with the newest tokens before it.
+    pub(crate) answer: Option<Pos>,
     /// Where the system message ends, which the setting `protect` keeps.
     pub(crate) system_end: Pos,
     /// Where the next vote is to be explained.
@@ -155,7 +158,7 @@ impl Voter {
             account_error,
             recall: Recall::Off,
             more_questions: false,
-            is_answering: false,
+            answer: None,
             recall_type: RecallType::Cache,
             system_end: 0,
             notes: None,

@@ -47,6 +47,7 @@ same! {
     gvote_set_next_callback(_, _, _);
     gvote_compress(_, _, _, _);
     gvote_plan(_, _, _, _);
+    gvote_vote_if_due(_, _, _, _, _, _);
     gvote_make_room(_, _, _, _, _, _, _);
     gvote_expand(_, _, _, _, _);
     gvote_seq_cells(_, _, _, _);

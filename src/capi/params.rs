@@ -10,7 +10,7 @@ use super::header::*;
 use super::ptr;
 use crate::guest::Settings;
 use crate::policy::{Evict, Kind, Params, Span};
-use crate::session::{Recall, RecallFile, RecallType};
+use crate::session::{Recall, RecallFile, RecallType, When};
 
 const POLICIES: [(gvote_policy, Kind); 8] = [
     (GVOTE_POLICY_GVOTE, Kind::Gvote),
@@ -46,12 +46,17 @@ pub(super) fn policy_number(kind: Kind) -> gvote_policy {
 
 /// The settings as C has them.
 pub(super) fn of(settings: &Settings) -> gvote_params {
-    let Settings { policy: params, account_error, recall, recall_type } = settings;
+    let Settings { policy: params, account_error, recall, recall_type, when } = settings;
     let evict = EVICTS.iter().find(|entry| entry.1 == params.evict).map_or(GVOTE_EVICT_COMPOSITE, |entry| entry.0);
     let (recall, recall_file) = match recall {
         Recall::Auto => (GVOTE_RECALL_AUTO, null()),
         Recall::Off => (GVOTE_RECALL_OFF, null()),
         Recall::File(file) => (GVOTE_RECALL_FILE, file.name().as_ptr()),
+    };
+    let (when, vote_after) = match *when {
+        When::Auto => (GVOTE_WHEN_AUTO, 0),
+        When::After(n) => (GVOTE_WHEN_AFTER, n),
+        When::Prompt => (GVOTE_WHEN_NEVER, 0),
     };
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     let flag = |set: bool, flag: u32| if set { flag } else { 0 };
@@ -81,12 +86,14 @@ pub(super) fn of(settings: &Settings) -> gvote_params {
         recall,
         recall_type: RECALL_TYPES.iter().find(|entry| entry.1 == *recall_type).map_or(0, |entry| entry.0),
         recall_file,
+        when,
+        vote_after: number(vote_after),
     }
 }
 
 /// What an app has that asks for nothing else.
 fn default_settings() -> Settings {
-    Settings { recall: Recall::Auto, ..Settings::default() }
+    Settings { recall: Recall::Auto, when: When::Auto, ..Settings::default() }
 }
 
 pub(super) fn defaults() -> gvote_params {
@@ -148,6 +155,12 @@ pub(super) fn read(from: *const gvote_params, now: &Recall) -> Result<Settings, 
             other => return Err(unknown("recall", other)),
         },
         recall_type: recall_type.ok_or_else(|| unknown("recall_type", params.recall_type))?.1,
+        when: match params.when {
+            GVOTE_WHEN_AUTO => When::Auto,
+            GVOTE_WHEN_AFTER => When::After(params.vote_after as usize),
+            GVOTE_WHEN_NEVER => When::Prompt,
+            other => return Err(unknown("when", other)),
+        },
     })
 }
 

@@ -23,7 +23,21 @@ pub(super) fn vote(
     report: *mut gvote_report,
 ) -> Result<(), Failure> {
     let verb = if is_rehearsal { "would keep" } else { "keeps" };
-    told(core, ctx, seq, verb, report, |guest, ctx, progress| guest.compress(ctx, seq, is_rehearsal, progress))
+    told(core, ctx, seq, verb, report, |guest, ctx, progress| {
+        guest.compress(ctx, seq, is_rehearsal, progress).map(Some)
+    })?;
+    Ok(())
+}
+
+/// Whether there was a vote.
+pub(super) fn vote_if_due(
+    core: &mut Core,
+    ctx: *mut llama_context,
+    seq: i32,
+    start: i32,
+    report: *mut gvote_report,
+) -> Result<bool, Failure> {
+    told(core, ctx, seq, "keeps", report, |guest, ctx, progress| guest.vote_if_due(ctx, seq, start, progress))
 }
 
 pub(super) fn make_room(
@@ -35,19 +49,20 @@ pub(super) fn make_room(
     report: *mut gvote_report,
 ) -> Result<(), Failure> {
     told(core, ctx, seq, "keeps", report, |guest, ctx, progress| {
-        guest.make_room(ctx, seq, needed as usize, ahead, progress)
-    })
+        guest.make_room(ctx, seq, needed as usize, ahead, progress).map(Some)
+    })?;
+    Ok(())
 }
 
-/// Lets a guest vote, with the app's callback for progress, and fills the app's report.
+/// Lets a guest vote, with the app's callback for progress, and fills the app's report where there was a vote. Whether there was one.
 fn told(
     core: &mut Core,
     ctx: *mut llama_context,
     seq: i32,
     verb: &str,
     report: *mut gvote_report,
-    work: impl FnOnce(&mut Guest, NonNull<llama_context>, Progress) -> Result<CompressReport, GuestError>,
-) -> Result<(), Failure> {
+    work: impl FnOnce(&mut Guest, NonNull<llama_context>, Progress) -> Result<Option<CompressReport>, GuestError>,
+) -> Result<bool, Failure> {
     let ctx = ptr::context(ctx)?;
     let is_known = params::is_known_size::<gvote_report>;
     if !report.is_null() {
@@ -60,7 +75,7 @@ fn told(
         Some((callback, data)) if !unsafe { callback(stage_number(stage), data) } => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     };
-    let done = work(&mut core.guest, ctx, &progress)?;
+    let Some(done) = work(&mut core.guest, ctx, &progress)? else { return Ok(false) };
     let bytes_aside = core.guest.bytes_aside(ctx, seq).unwrap_or(0);
     let (before, after) = (done.cells_before, done.cells_after);
     core.tell(
@@ -74,7 +89,7 @@ fn told(
     if !report.is_null() {
         ptr::write_sized(report, "gvote_report", &of(&done, bytes_aside), is_known)?;
     }
-    Ok(())
+    Ok(true)
 }
 
 fn stage_number(stage: Stage) -> gvote_stage {

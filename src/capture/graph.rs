@@ -1,6 +1,7 @@
 //! The nodes of a graph in work that tell something, and what becomes of them.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use super::moments::Block;
 use super::node::Node;
@@ -100,6 +101,9 @@ impl Watch for Inner {
     }
 }
 
+/// A ubatch of fewer tokens says nothing about how fast a prompt is read: it waits for the weights.
+const LEAST_TIMED: usize = 32;
+
 /// Rows of a tensor of any number of dimensions.
 fn rows_of(node: &Node) -> usize {
     node.0.ne[1..].iter().map(|&n| n as usize).product()
@@ -147,6 +151,20 @@ impl Inner {
 
     fn is_last(&self, layer: usize) -> bool {
         layer + 1 == self.layers.len()
+    }
+
+    /// Whether `node` is the last one of the graph in work.
+    pub(super) fn is_last_node(&self, node: &Node) -> bool {
+        // SAFETY: called from inside the graph.
+        unsafe { last_node(self.ctx) }.is_some_and(|last| std::ptr::eq(last.0, node.0))
+    }
+
+    /// Notes that the ubatch of a prompt came to its end.
+    pub(super) fn end_reading(&mut self) {
+        if let Some((n, since)) = self.reading.take() {
+            self.read.0 += n;
+            self.read.1 += since.elapsed();
+        }
     }
 
     pub(super) fn stores_first_k(&self, node: &Node) -> bool {
@@ -225,6 +243,8 @@ impl Inner {
             && !(reads.hidden || reads.queries)
             && self.records.values().all(|record| record.rows.len() <= 1);
         self.reads = reads;
+        let is_prompt = matches!(self.mode, Mode::Listen) && cells.len() >= LEAST_TIMED;
+        self.reading = is_prompt.then(|| (cells.len(), Instant::now()));
         Ok(())
     }
 

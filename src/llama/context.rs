@@ -4,6 +4,7 @@ use std::ptr::NonNull;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::busy::Busy;
 use super::rope::RopeParams;
@@ -479,6 +480,13 @@ impl Context {
         // SAFETY: valid memory and sequence.
         let pos = unsafe { sys::llama_memory_seq_pos_max(self.memory(), seq) };
         (pos >= 0).then_some(pos)
+    }
+
+    /// What all graphs took so far, as llama.cpp counts it; it stands still where the app has turned that off (`no_perf`).
+    pub(crate) fn decode_time(&self) -> Duration {
+        // SAFETY: valid context.
+        let perf = unsafe { sys::llama_perf_context(self.as_ptr()) };
+        Duration::try_from_secs_f64((perf.t_p_eval_ms + perf.t_eval_ms) / 1000.0).unwrap_or_default()
     }
 }
 

@@ -1,43 +1,12 @@
-//! When an answer is voted on: before it, or once it has shown that it is long.
-//!
-//! A vote takes as long as some 150 tokens of an answer, most of it for the trial, which only a long answer earns back; and nobody knows
-//! beforehand how long an answer will be. [`When::Auto`] rents before it buys, as the ski-rental rule has it: it votes as soon as the
-//! time that fewer cells would have saved so far has reached what the vote will take, or where the cache is full. Until then the answer
-//! is the full cache's own, bit for bit, and one that ends early has paid nothing. Queries of the answer vote then.
+//! Votes on the answers of a session.
 
 #![forbid(unsafe_code)]
 
-use std::str::FromStr;
-use std::time::Duration;
-
-use super::Session;
+use super::{Session, SessionError};
 use crate::llama::{LlamaError, Pos};
 use crate::policy::Kind;
-use crate::vote::CompressReport;
-
-/// When an answer is voted on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum When {
-    /// Before it: the caller does, with [`Session::compress`].
-    #[default]
-    Prompt,
-    /// After so many of its tokens.
-    After(usize),
-    /// When that pays.
-    Auto,
-}
-
-impl FromStr for When {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "prompt" => Ok(Self::Prompt),
-            "auto" => Ok(Self::Auto),
-            n => n.parse().map(Self::After).map_err(|_| "prompt, auto or a number of tokens is needed"),
-        }
-    }
-}
+pub use crate::vote::When;
+use crate::vote::{CompressReport, Meter, Work};
 
 /// A vote on an answer that was begun.
 #[derive(Clone, Debug)]
@@ -45,113 +14,6 @@ pub struct AnswerVote {
     /// Tokens of the answer that came before it.
     pub after: usize,
     pub report: CompressReport,
-}
-
-/// Tokens of an answer that are always the full cache's.
-const FIRST: usize = 32;
-/// Share of the cells that a vote is expected to leave, as long as there was none.
-const KEPT: f64 = 0.4;
-/// What a vote is expected to take, as long as there was none: as long as so many steps for each token of a trial, which are drafted one
-/// by one, and then read in small batches some seven times;
-const TRIED: f64 = 4.7;
-/// as long as reading so many tokens for each of the window, whose queries are computed again;
-const OBSERVED: f64 = 1.2;
-/// and this share of the time that reading all cells' tokens took, for scores.
-const SCORED: f64 = 0.03;
-/// A prompt of fewer tokens says nothing about how fast a long one is read.
-const LEAST_READ: usize = 128;
-
-/// What this context has shown of what it takes.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Known {
-    /// Seconds to read a token of a prompt.
-    read: Option<f64>,
-    /// Of the last vote: seconds for each cell that there was, and the share that it left.
-    vote: Option<(f64, f64)>,
-}
-
-impl Known {
-    pub fn has_read(&mut self, n: usize, time: Duration) {
-        if n >= LEAST_READ {
-            self.read = Some(time.as_secs_f64() / n as f64);
-        }
-    }
-
-    pub fn has_voted(&mut self, report: &CompressReport) {
-        if report.cells_after < report.cells_before {
-            self.vote = Some((report.time().as_secs_f64() / report.cells_before as f64, report.share()));
-        }
-    }
-
-    /// Seconds that a vote on `n` cells will take where a step of the answer takes `step`.
-    fn price(&self, n: usize, step: f64, work: Work) -> Option<f64> {
-        let (n, Work { tried, observed }) = (n as f64, work);
-        let first = |token| TRIED * tried as f64 * step + token * (OBSERVED * observed as f64 + SCORED * n);
-        self.vote.map(|(cell, _)| cell * n).or(self.read.map(first))
-    }
-
-    fn kept(&self) -> f64 {
-        self.vote.map_or(KEPT, |(_, share)| share)
-    }
-}
-
-/// What a vote has to do.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Work {
-    /// Tokens of its trial; 0 without one.
-    pub tried: usize,
-    /// Tokens that are read again.
-    pub observed: usize,
-}
-
-/// Counts what an answer could have saved so far.
-#[derive(Debug)]
-pub(super) struct Meter {
-    when: When,
-    known: Known,
-    work: Work,
-    /// Of a step's time, what it takes to read a cell: the bytes of K and V in one, of all bytes that a step reads.
-    cell: f64,
-    weights: f64,
-    steps: usize,
-    /// Seconds of all steps, and what they could have saved of it.
-    time: f64,
-    saved: f64,
-}
-
-impl Meter {
-    /// `cell`, `weights`: bytes that a step reads of each.
-    pub fn new(when: When, known: Known, work: Work, cell: usize, weights: u64) -> Self {
-        let (cell, weights) = (cell as f64, weights as f64);
-        Self { when, known, work, cell, weights, steps: 0, time: 0.0, saved: 0.0 }
-    }
-
-    /// Notes a step that took `time` with `n` cells.
-    pub fn step(&mut self, n: usize, time: Duration) {
-        let cells = n as f64 * self.cell;
-        let share = cells / (cells + self.weights).max(1.0);
-        self.steps += 1;
-        self.time += time.as_secs_f64();
-        self.saved += time.as_secs_f64() * share * (1.0 - self.known.kept());
-    }
-
-    /// Whether it is time to vote on `n` cells, after so many tokens of the answer; `is_full`: the next one has no cell.
-    pub fn is_due(&self, tokens: usize, n: usize, is_full: bool) -> bool {
-        match self.when {
-            When::Prompt => false,
-            When::After(after) => tokens >= after,
-            When::Auto => is_full || tokens >= FIRST && self.price(n).is_some_and(|price| self.saved >= price),
-        }
-    }
-
-    fn price(&self, n: usize) -> Option<f64> {
-        self.known.price(n, self.time / self.steps.max(1) as f64, self.work)
-    }
-
-    /// There is no vote any more.
-    pub fn stop(&mut self) {
-        self.when = When::Prompt;
-    }
 }
 
 impl Session {
@@ -163,88 +25,26 @@ impl Session {
     pub(super) fn meter(&self) -> Meter {
         let votes = self.policy.policy != Kind::Full && self.mask.is_none();
         let when = if votes { self.when } else { When::Prompt };
-        let policy = &self.policy;
-        let reread = if policy.replay { self.cells_used() } else { 0 };
-        let work = Work { tried: if policy.tries() { policy.draft } else { 0 }, observed: policy.window + reread };
+        let work = Work::of(&self.policy, self.cells_used());
         Meter::new(when, self.known, work, self.bytes_per_cell().unwrap_or(0), self.model().size())
     }
 
     /// Votes on an answer that began at a position. Beside the newest tokens those stay that were the newest before the answer: the
     /// question is among them.
-    pub(super) fn vote_on_answer(&mut self, start: Pos) -> Result<CompressReport, super::SessionError> {
-        let question = (start - self.policy.recent as Pos).max(0)..self.n_past();
-        self.sequence.protect(question.clone(), true);
-        let answering = |session: &mut Self, is: bool| {
+    pub(super) fn vote_on_answer(&mut self, start: Pos) -> Result<CompressReport, SessionError> {
+        let answers_from = |session: &mut Self, start| {
             if let Some(voter) = &mut session.voter {
-                voter.is_answering = is;
+                voter.answer = start;
             }
         };
-        answering(self, true);
+        answers_from(self, Some(start));
         let report = self.compress();
-        answering(self, false);
-        self.sequence.protect(question, false);
+        answers_from(self, None);
         report
     }
 }
 
 /// Whether an error ends the answer: without memory for a vote it goes on with the cells that there are.
-pub(super) fn ends_answer(error: &super::SessionError) -> bool {
-    matches!(error, super::SessionError::Llama(LlamaError::Cancelled))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// After 4,000 tokens that were read in 0.005 s each, with half of a step's bytes in the cache.
-    fn meter(when: When) -> Meter {
-        let mut known = Known::default();
-        known.has_read(4000, Duration::from_secs(20));
-        Meter::new(when, known, Work { tried: 32, observed: 64 }, 1000, 4_000_000)
-    }
-
-    /// Tokens of an answer after which it is voted on, of at most 10,000.
-    fn due(mut meter: Meter, step: Duration) -> Option<usize> {
-        (0..10_000).find(|&tokens| {
-            let is_due = meter.is_due(tokens, 4000, false);
-            meter.step(4000, step);
-            is_due
-        })
-    }
-
-    #[test]
-    fn a_vote_comes_when_what_it_takes_could_have_been_saved() {
-        // 4.7 * 32 steps and (1.2 * 64 + 0.03 * 4000) * 0.005 s, where 0.3 of each step are saved
-        assert_eq!(due(meter(When::Auto), Duration::from_millis(20)), Some(666));
-        assert_eq!(due(meter(When::Auto), Duration::from_millis(200)), Some(518));
-        let cheap = Meter { work: Work { tried: 0, observed: 64 }, ..meter(When::Auto) };
-        assert_eq!(due(cheap, Duration::from_millis(30)), Some(110), "without a trial");
-        let cheap = Meter { work: Work { tried: 0, observed: 64 }, ..meter(When::Auto) };
-        assert_eq!(due(cheap, Duration::from_secs(2)), Some(FIRST), "the first are the full cache's");
-        assert_eq!(due(meter(When::Prompt), Duration::from_secs(2)), None);
-        assert_eq!(due(meter(When::After(7)), Duration::ZERO), Some(7));
-    }
-
-    #[test]
-    fn a_cache_that_is_small_beside_the_weights_is_never_voted_on_for_speed() {
-        let small = Meter { weights: 4e9, ..meter(When::Auto) };
-        assert_eq!(due(small, Duration::from_millis(20)), None);
-        let unknown = Meter { known: Known::default(), ..meter(When::Auto) };
-        assert_eq!(due(unknown, Duration::from_secs(2)), None);
-    }
-
-    #[test]
-    fn the_last_vote_says_what_the_next_one_takes() {
-        let mut known = Known::default();
-        let mut report = CompressReport::untouched(Kind::Gvote, 1000, 1);
-        let work = Work { tried: 32, observed: 64 };
-        known.has_voted(&report);
-        assert_eq!(known.price(1000, 0.02, work), None, "one that left all says nothing");
-        (report.cells_after, report.score_time) = (250, Duration::from_secs(2));
-        known.has_voted(&report);
-        known.has_read(4000, Duration::from_secs(20));
-        assert_eq!((known.price(2000, 0.02, work), known.kept()), (Some(4.0), 0.25));
-        known.has_read(LEAST_READ - 1, Duration::from_secs(20));
-        assert_eq!(known.read, Some(0.005));
-    }
+pub(super) fn ends_answer(error: &SessionError) -> bool {
+    matches!(error, SessionError::Llama(LlamaError::Cancelled))
 }

@@ -190,7 +190,7 @@ impl Vote<'_> {
     /// Where the newest turn begins, if a question may still follow it: the prompt is in a chat's format, and behind its
     /// last markup there is more text than an answer's first words.
     pub fn open_turn(&self) -> Option<usize> {
-        if self.voter.is_answering {
+        if self.voter.answer.is_some() {
             return None;
         }
         let (model, tokens) = (self.ctx.model(), &self.sequence.tokens);

@@ -1,4 +1,4 @@
-//! What no vote may drop: the chat template's markers, the system message, and what an app asks for.
+//! What no vote may drop: the chat template's markers, the system message, what an app asks for, and an answer with its question.
 
 use super::{Sequence, Vote, Voter};
 use crate::cache::Cell;
@@ -23,6 +23,10 @@ impl Voter {
         let mut stays = sequence.protected().to_vec();
         stays.resize(sequence.tokens.len(), false);
         self.protected(model, 0, &sequence.tokens).for_each(|pos| stays[pos as usize] = true);
+        if let Some(start) = self.answer {
+            let question = (start.max(0) as usize).saturating_sub(self.policy.recent);
+            stays.iter_mut().skip(question).for_each(|stays| *stays = true);
+        }
         stays
     }
 

@@ -1,0 +1,126 @@
+//! Votes on answers that an app has begun, as a session votes on its own: see [`crate::vote::When`].
+//!
+//! The app says before each of its steps where the answer began. Nothing but counters is looked at until a vote is due.
+
+#![forbid(unsafe_code)]
+
+use std::ops::ControlFlow;
+use std::ptr::NonNull;
+use std::time::{Duration, Instant};
+
+use super::{Guest, GuestError, Home};
+use crate::cache;
+use crate::llama::{Context, Pos, SeqId};
+use crate::policy::Kind;
+use crate::sys::llama_context;
+use crate::vote::{CompressReport, Meter, Stage, When, Work};
+
+/// An answer that is being written.
+pub(super) struct Answer {
+    start: Pos,
+    /// Where its sequence ended at the last call, and when that was.
+    end: Pos,
+    clock: Clock,
+    /// The quickest step so far: whatever an app does between two steps, now and then, is not a step's own.
+    step: Option<Duration>,
+    meter: Meter,
+}
+
+/// A moment.
+#[derive(Clone, Copy)]
+struct Clock {
+    at: Instant,
+    /// Spent in graphs until then, as far as llama.cpp counts that.
+    in_graphs: Duration,
+}
+
+impl Clock {
+    fn now(ctx: &Context) -> Self {
+        Self { at: Instant::now(), in_graphs: ctx.decode_time() }
+    }
+
+    /// What was decoded since another moment took so long; where nobody counts that, all that was done.
+    fn since(&self, earlier: &Self) -> Duration {
+        let counted = self.in_graphs.checked_sub(earlier.in_graphs).filter(|time| !time.is_zero());
+        counted.unwrap_or(self.at - earlier.at)
+    }
+}
+
+impl Answer {
+    /// There is no other vote on it.
+    pub fn was_voted_on(&mut self) {
+        self.meter.stop();
+    }
+
+    /// Notes that its sequence ends at a position now, and has `n` cells.
+    fn go_on(&mut self, end: Pos, n: usize, clock: Clock) {
+        if end > self.end {
+            let step = clock.since(&self.clock);
+            if let Some(quickest) = self.step {
+                self.meter.step(n, step.min(quickest));
+            }
+            self.step = Some(self.step.map_or(step, |quickest| step.min(quickest)));
+        }
+        (self.end, self.clock) = (end, clock);
+    }
+}
+
+impl Guest {
+    /// Votes on an answer that began at position `start`, if it is time to: called before each of its steps. There is one vote on an
+    /// answer at most, also where it failed.
+    ///
+    /// # Errors
+    /// [`GuestError`]; the context is then as before.
+    pub fn vote_if_due(
+        &mut self,
+        ctx: NonNull<llama_context>,
+        seq: SeqId,
+        start: Pos,
+        progress: &dyn Fn(Stage) -> ControlFlow<()>,
+    ) -> Result<Option<CompressReport>, GuestError> {
+        let when = if self.settings.policy.policy == Kind::Full { When::Prompt } else { self.settings.when };
+        let home = self.home_in(ctx)?;
+        home.check_sequence(seq)?;
+        let last = home.ctx.pos_max(seq).ok_or(GuestError::NotSeen { seq, reason: "it is empty" })?;
+        let (start, end) = (start.max(0), last + 1);
+        if start > end {
+            return Err(GuestError::NotThere { seq, end: start, n_past: end });
+        }
+        let (n, clock) = (cache::n_cells(&home.ctx, seq), Clock::now(&home.ctx));
+        let is_same = |answer: &&mut Answer| answer.start == start && start < end && answer.end <= end;
+        let answer = match home.answers.get_mut(&seq).filter(is_same) {
+            Some(answer) => answer,
+            None => {
+                let meter = home.meter(when, seq);
+                home.answers.entry(seq).insert_entry(Answer { start, end, clock, step: None, meter }).into_mut()
+            }
+        };
+        answer.go_on(end, n, clock);
+        if !answer.meter.is_due((end - start) as usize, n, false) || home.voter.policy.leaves_alone(n) {
+            return Ok(None);
+        }
+        answer.meter.stop();
+        home.voter.answer = Some(start);
+        let report = home.vote(seq, false, false, progress);
+        home.voter.answer = None;
+        report.map(Some)
+    }
+}
+
+impl Home {
+    /// For an answer that begins in a sequence. What the others have in the cache is read at each step as the weights are.
+    fn meter(&mut self, when: When, seq: SeqId) -> Meter {
+        let (tokens, time) = self.voter.capture.take_read();
+        self.costs.has_read(tokens, time);
+        let others = (0..self.ctx.n_seq_max() as SeqId).filter(|&other| other != seq);
+        let cell = self.voter.layout.bytes_per_cell();
+        let beside = others.map(|other| cache::n_cells(&self.ctx, other) * cell).sum::<usize>();
+        Meter::new(
+            when,
+            self.costs,
+            Work::of(&self.voter.policy, cache::n_cells(&self.ctx, seq)),
+            cell,
+            self.ctx.model().size() + beside as u64,
+        )
+    }
+}
