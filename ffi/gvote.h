@@ -37,6 +37,9 @@
  *              a smaller struct, goes on working; a size that this library does not know is GVOTE_ERROR_SIZE. Enumerations
  *              may get more values.
  *
+ * A vote takes time that only a long answer earns back. Called before each llama_decode() of an answer, in place of
+ * gvote_compress() before it, gvote_vote_if_due() votes once that pays.
+ *
  * A vote is a bet on what will be asked. So what it takes out of the cache is set aside in memory or in a file, as many bytes
  * as the freed cells held, and gvote_expand() brings it back before the next question is decoded:
  *
@@ -378,24 +381,24 @@ GVOTE_API gvote_status gvote_compress(gvote_t * g, struct llama_context * ctx, i
  * Errors as gvote_compress(). */
 GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32_t seq, gvote_report * report);
 
-/* Votes on an answer once that is time, as the setting `when` says. Call it before every llama_decode() of the answer, in place of
- * gvote_compress() before it. Until the vote every token is the full cache's own, and with GVOTE_WHEN_AUTO the first 32 tokens always
- * are; so an answer that ends early has paid nothing. `start` is the position of the first token of the answer: those behind it
- * have shown how long it is, and all of them stay, with the `recent` tokens before it, where the question is. A negative one is 0.
+/* Votes on an answer once it is time to, as the setting `when` says. Call it before every llama_decode() of the answer, in
+ * place of gvote_compress() before the first. Until it votes, every token is the full cache's own; with GVOTE_WHEN_AUTO the
+ * first 32 tokens always are, and an answer that ends early has paid nothing. `start` is the position of the answer's first
+ * token: the tokens from there on vote and have shown how long the answer is; all of them stay, and so do the `recent` tokens
+ * before it, where the question is. A negative `start` is 0.
  *
- * A call that is not yet due takes about a microsecond: it looks at counters of the context, and waits for no device. What steps take
- * is what llama_perf_context() counts, or where `no_perf` is set the time from call to call; of what the app does in between, only what
- * it does at each step is counted as a part of the step. In a batch of several sequences each has its own call and its own vote.
+ * A call before the vote is due takes about a microsecond: it looks at counters of the context and waits for no device. The
+ * time of a step is what llama_perf_context() counts, or with `no_perf` the time from call to call; what the app does between
+ * two steps counts then only as far as it does it at every step. Each sequence of a batch has its own calls and its own vote.
  *
- * There is one vote on an answer at most, and none after gvote_compress() has voted on it; a vote that left all cells is one. The next
- * answer has another `start`; so has one that is written anew, once the sequence ends at `start` or before the end that was seen.
- * What earlier votes set aside stays aside, unlike with gvote_compress(), which is also the call where cells are needed at once.
+ * There is at most one vote on an answer, whether it dropped anything or not, and none after gvote_compress() has voted on it.
+ * The next answer has another `start`. An answer that is written again from its start, or cut, is another one as well. What
+ * earlier votes set aside stays aside, unlike with gvote_compress(), which is still the call where cells are needed at once.
  *
- * Whether there was a vote is written to `has_voted` (may be NULL), and what it did to `report` (may be NULL; its `size` must be set)
- * where there was one. A vote that fails says so once: the cache is as it was, the answer can go on, and the calls that follow do not
- * try again.
- * Errors: GVOTE_ERROR_NOT_SEEN where the sequence is empty, or ends before `start`; of a vote that is due, those of
- * gvote_compress(); GVOTE_ERROR_SIZE. */
+ * `has_voted` (may be NULL) says whether there was a vote; `report` (may be NULL; its `size` must be set) is written only where
+ * there was. A vote that fails says so once: the cache is as it was, the answer goes on, and later calls do not try again.
+ * Errors: GVOTE_ERROR_NOT_SEEN where the sequence is empty or ends before `start`; GVOTE_ERROR_SIZE; of a vote that is due,
+ * those of gvote_compress(). */
 GVOTE_API gvote_status gvote_vote_if_due(
         gvote_t              * g,
         struct llama_context * ctx,

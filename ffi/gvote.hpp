@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -68,6 +69,16 @@ public:
 
     gvote_report compress(llama_context * ctx, std::int32_t seq) { return vote(gvote_compress, ctx, seq); }
     gvote_report plan(llama_context * ctx, std::int32_t seq) { return vote(gvote_plan, ctx, seq); }
+
+    // What a vote on the answer did that began at position `start`, where it was time for one; see gvote.h.
+    std::optional<gvote_report> vote_if_due(llama_context * ctx, std::int32_t seq, std::int32_t start) {
+        bool has_voted = false;
+        const auto call = [&](gvote_t * g, llama_context * c, std::int32_t s, gvote_report * report) {
+            return gvote_vote_if_due(g, c, s, start, &has_voted, report);
+        };
+        const gvote_report report = vote(call, ctx, seq);
+        return has_voted ? std::make_optional(report) : std::nullopt;
+    }
 
     // `ahead`: the text that is still to come, or its end.
     gvote_report make_room(

@@ -38,15 +38,14 @@ fn is_smaller(&(before, after): &(u32, u32)) {
 fn an_example_in_c_is_built_with_pkg_config() {
     let dir = tempfile::tempdir().unwrap();
     let (question, word) = FERRY;
-    let (answer, cells) = answers(
-        Command::new(built_with_pkg_config(prefix(), &source("ffi/examples/simple.c"), dir.path()))
-            .arg(model())
-            .arg(document())
-            .arg(question),
-    );
+    let program = built_with_pkg_config(prefix(), &source("ffi/examples/simple.c"), dir.path());
+    let ask = |more: &[&str]| answers(Command::new(&program).arg(model()).arg(document()).arg(question).args(more));
+    let (answer, cells) = ask(&["4"]);
     assert!(answer.contains(word), "{answer}");
     assert_eq!(cells.len(), 1);
     is_smaller(&cells[0]);
+    let (answer, cells) = ask(&[]);
+    assert!(answer.contains(word) && cells.is_empty(), "a short answer: {answer}, {cells:?}");
 }
 
 #[test]
@@ -104,7 +103,7 @@ fn an_example_in_cpp_is_built_with_cmake_and_votes_every_turn() {
     let turns = dir.path().join("turns");
     fs::write(&turns, format!("{}\n{}\n", FERRY.0, LIGHTHOUSE.0)).unwrap();
     let (answer, cells) =
-        answers(Command::new(program).arg(model()).arg(document()).stdin(fs::File::open(&turns).unwrap()));
+        answers(Command::new(program).arg(model()).arg(document()).arg("4").stdin(fs::File::open(&turns).unwrap()));
     let lines: Vec<&str> = answer.lines().collect();
     assert!(lines[0].contains(FERRY.1), "{answer}");
     assert!(lines.len() == 2 && !lines[1].is_empty(), "{answer}");

@@ -1,11 +1,13 @@
-// A chat: each line of the input is a turn. Before it is read, everything comes back; before its answer the cache is voted on, for
-// this question.
+// A chat: each line of the input is a turn. Before it is read, everything comes back; an answer that turns out to be long is voted
+// on while it is written.
 //
 //     find_package(gvote REQUIRED)
 //     add_executable(chat chat.cpp)
 //     target_link_libraries(chat PRIVATE gvote::gvote)
 //
-//     ./chat MODEL.gguf [DOCUMENT.txt]       the document goes before the first question
+//     ./chat MODEL.gguf [DOCUMENT.txt [VOTE_AFTER]]
+//
+// The document goes before the first question; VOTE_AFTER: after so many tokens of each answer.
 
 #include <gvote.hpp>
 #include <llama.h>
@@ -80,9 +82,13 @@ static void decode(llama_context * ctx, std::vector<llama_token> tokens) {
     }
 }
 
-static void answer(llama_context * ctx, const llama_vocab * vocab, llama_sampler * sampler) {
+static void answer(gvote::handle & g, llama_context * ctx, const llama_vocab * vocab, llama_sampler * sampler) {
+    const llama_pos start = llama_memory_seq_pos_max(llama_get_memory(ctx), 0) + 1;
     for (int i = 0;; ++i) {
         const llama_token token = i < n_answer ? llama_sampler_sample(sampler, ctx, -1) : llama_vocab_eot(vocab);
+        if (const auto report = g.vote_if_due(ctx, 0, start)) {
+            std::cerr << "cells: " << report->cells_before << " -> " << report->cells_after << std::endl;
+        }
         decode(ctx, { token }); // the end of the turn belongs into the cache as well
         if (llama_vocab_is_eog(vocab, token)) {
             break;
@@ -94,12 +100,12 @@ static void answer(llama_context * ctx, const llama_vocab * vocab, llama_sampler
 }
 
 static void chat(int argc, char ** argv) {
-    if (argc < 2 || argc > 3) {
-        throw std::runtime_error("usage: chat MODEL.gguf [DOCUMENT.txt]");
+    if (argc < 2 || argc > 4) {
+        throw std::runtime_error("usage: chat MODEL.gguf [DOCUMENT.txt [VOTE_AFTER]]");
     }
     const auto model = need(llama_model_load_from_file(argv[1], llama_model_default_params()), "a model");
     const llama_vocab * vocab = llama_model_get_vocab(model.get());
-    std::string document = argc == 3 ? read_file(argv[2]) + "\n\n" : "";
+    std::string document = argc > 2 ? read_file(argv[2]) + "\n\n" : "";
 
     llama_context_params cparams = llama_context_default_params();
     cparams.n_ctx   = n_ctx;
@@ -109,6 +115,10 @@ static void chat(int argc, char ** argv) {
 
     gvote_params params = gvote_params_default();
     params.flags |= GVOTE_FLAG_PROTECT; // the template's markers stay, however many turns there are
+    if (argc == 4) {
+        params.when = GVOTE_WHEN_AFTER;
+        params.vote_after = static_cast<std::uint32_t>(std::stoul(argv[3]));
+    }
     gvote::handle g(params);
     g.attach(ctx.get());
     bool is_first = true;
@@ -120,9 +130,7 @@ static void chat(int argc, char ** argv) {
             g.expand(ctx.get(), 0, static_cast<std::uint32_t>(tokens.size()) + n_answer);
         }
         decode(ctx.get(), tokens);
-        const gvote_report report = g.compress(ctx.get(), 0);
-        std::cerr << "cells: " << report.cells_before << " -> " << report.cells_after << std::endl;
-        answer(ctx.get(), vocab, sampler.get());
+        answer(g, ctx.get(), vocab, sampler.get());
     }
     g.detach(ctx.get()); // it goes before the context here
 }

@@ -1,7 +1,8 @@
-/* Reads a document, frees the cells that the question does not need, and answers from what is left.
+/* Reads a document and answers a question about it. Once the answer has shown that it is long, the cells that it does not need
+ * are freed.
  *
  *     cc simple.c -o simple $(pkg-config --cflags --libs gvote)
- *     ./simple MODEL.gguf DOCUMENT.txt QUESTION
+ *     ./simple MODEL.gguf DOCUMENT.txt QUESTION [VOTE_AFTER]       after so many tokens of the answer
  */
 
 #include <gvote.h>
@@ -68,9 +69,20 @@ static void decode(struct llama_context * ctx, llama_token * tokens, int32_t n) 
     }
 }
 
+/* Called before each token of an answer that began at position `start`. */
+static void vote(gvote_t * g, struct llama_context * ctx, int32_t start) {
+    bool has_voted = false;
+    gvote_report report = { .size = sizeof(report) };
+    if (gvote_vote_if_due(g, ctx, 0, start, &has_voted, &report) != GVOTE_OK) {
+        fprintf(stderr, "gvote: %s; going on with the whole cache\n", gvote_last_error(g));
+    } else if (has_voted) {
+        fprintf(stderr, "cells: %u -> %u\n", report.cells_before, report.cells_after);
+    }
+}
+
 int main(int argc, char ** argv) {
-    if (argc != 4) {
-        die("usage: simple MODEL.gguf DOCUMENT.txt QUESTION", "");
+    if (argc < 4 || argc > 5) {
+        die("usage: simple MODEL.gguf DOCUMENT.txt QUESTION [VOTE_AFTER]", "");
     }
     llama_log_set(quiet, NULL);
     llama_backend_init();
@@ -98,18 +110,16 @@ int main(int argc, char ** argv) {
         die("cannot make a context", "");
     }
 
-    gvote_t * g = gvote_new(NULL, NULL); /* the default settings */
+    gvote_params params = gvote_params_default();
+    if (argc == 5) {
+        params.when       = GVOTE_WHEN_AFTER;
+        params.vote_after = (uint32_t) atoi(argv[4]);
+    }
+    gvote_t * g = gvote_new(&params, NULL);
     if (g == NULL || gvote_attach(g, ctx) != GVOTE_OK) {
         die("gvote", gvote_last_error(g));
     }
     decode(ctx, tokens, n_prompt);
-
-    gvote_report report = { .size = sizeof(report) };
-    if (gvote_compress(g, ctx, 0, &report) != GVOTE_OK) {
-        fprintf(stderr, "gvote: %s; going on with the whole cache\n", gvote_last_error(g));
-    } else {
-        fprintf(stderr, "cells: %u -> %u\n", report.cells_before, report.cells_after);
-    }
 
     struct llama_sampler * sampler = llama_sampler_init_greedy();
     for (int i = 0; i < N_ANSWER; ++i) {
@@ -120,6 +130,7 @@ int main(int argc, char ** argv) {
         char piece[256];
         const int32_t n = llama_token_to_piece(vocab, token, piece, sizeof(piece), 0, false);
         fwrite(piece, 1, n > 0 ? (size_t) n : 0, stdout);
+        vote(g, ctx, n_prompt);
         decode(ctx, &token, 1);
     }
     putchar('\n');

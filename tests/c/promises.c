@@ -68,6 +68,27 @@ static void a_compression_frees_cells_and_keeps_outputs(gvote_t * g, struct llam
     REQUIRE(n_protected == 20);
 }
 
+static void an_answer_is_voted_on_when_it_is_time(gvote_t * g, struct llama_context * ctx) {
+    const llama_pos start = llama_memory_seq_pos_max(llama_get_memory(ctx), 0) + 1;
+    gvote_params params = gvote_params_default();
+    params.when       = GVOTE_WHEN_AFTER;
+    params.vote_after = 3;
+    REQUIRE_OK(g, gvote_set_params(g, &params));
+    uint32_t cells = 0;
+    REQUIRE_OK(g, gvote_seq_cells(g, ctx, 0, &cells));
+    for (uint32_t i = 0; i < 6; ++i) {
+        bool has_voted = false;
+        gvote_report report = { .size = sizeof(report) };
+        REQUIRE_OK(g, gvote_vote_if_due(g, ctx, 0, start, &has_voted, &report));
+        REQUIRE(has_voted == (i == 3));
+        REQUIRE(report.cells_before == (has_voted ? cells + 3 : 0));
+        llama_token token = likeliest(ctx);
+        REQUIRE(llama_decode(ctx, llama_batch_get_one(&token, 1)) == 0);
+    }
+    REQUIRE(gvote_vote_if_due(g, ctx, 0, start + 7, NULL, NULL) == GVOTE_ERROR_NOT_SEEN);
+    REQUIRE_OK(g, gvote_seq_truncate(g, ctx, 0, start));
+}
+
 static void decoding_goes_on(gvote_t * g, struct llama_context * ctx) {
     uint32_t before = 0;
     uint32_t after  = 0;
@@ -151,6 +172,8 @@ int main(int argc, char ** argv) {
     a_sequence_is_truncated_anywhere(g, ctx);
     what_was_dropped_comes_back(g, ctx);
     what_is_known_is_saved(g, ctx);
+    REQUIRE(llama_decode(ctx, llama_batch_get_one(tokens, 100)) == 0);
+    an_answer_is_voted_on_when_it_is_time(g, ctx);
 
     REQUIRE_OK(g, gvote_cancel(g));
     REQUIRE(gvote_compress(g, ctx, 0, NULL) == GVOTE_ERROR_CANCELLED);

@@ -68,6 +68,11 @@ int main(int argc, char ** argv) {
         REQUIRE(report.bytes_aside > 0);
         REQUIRE(g.expand(ctx, 0, 0) == static_cast<uint32_t>(N));
         REQUIRE(g.compress(ctx, 0).cells_after <= static_cast<uint32_t>(N));
+        REQUIRE(!g.vote_if_due(ctx, 0, N)); // no token of an answer yet
+        params.when = GVOTE_WHEN_AFTER;
+        g.set_params(params);
+        REQUIRE(g.vote_if_due(ctx, 0, N)->cells_before <= static_cast<uint32_t>(N));
+        REQUIRE(status_of([&] { g.vote_if_due(ctx, 0, N + 1); }) == GVOTE_ERROR_NOT_SEEN);
         g.protect(ctx, 0, 0, 20);
         g.protect(ctx, 0, 10, -1, false);
         REQUIRE(status_of([&] { g.protect(ctx, 0, 0, N + 1); }) == GVOTE_ERROR_NOT_SEEN);

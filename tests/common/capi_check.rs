@@ -40,6 +40,8 @@ struct Params {
     recall: u32,
     recall_type: u32,
     recall_file: usize,
+    when: u32,
+    vote_after: u32,
 }
 
 #[repr(C)]
@@ -129,7 +131,7 @@ fn check_params(mut bytes: Vec<u8>) -> u32 {
     // exactly the memory that the struct says it has, so that a look behind it is seen
     bytes.resize(size.clamp(size_of::<usize>(), MAX_STRUCT), 0);
     // a pointer is the caller's promise, and no file is made here
-    if let Some(recall_file) = bytes.get_mut(offset_of!(Params, recall_file)..size_of::<Params>()) {
+    if let Some(recall_file) = bytes.get_mut(offset_of!(Params, recall_file)..offset_of!(Params, when)) {
         recall_file.fill(0);
     }
     let given = bytes.into_boxed_slice();
@@ -150,7 +152,7 @@ fn check_params(mut bytes: Vec<u8>) -> u32 {
         assert_eq!(gvote_set_params(g, (&raw const params).cast()), OK, "{}", error_of(g));
         gvote_free(g);
     }
-    assert!(params.policy < 8 && params.evict < 2 && params.flags < 8, "{params:?}");
+    assert!(params.policy < 8 && params.evict < 2 && params.flags < 8 && params.when < 3, "{params:?}");
     assert!((1..=1024).contains(&params.window), "{params:?}");
     if params.policy != POLICY_FULL {
         assert!((0.0..=10.0).contains(&params.target_kl), "{params:?}");

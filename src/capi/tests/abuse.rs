@@ -40,6 +40,8 @@ fn every_function_takes_null_for_an_answer() {
             gvote_detach(g, no_ctx),
             gvote_compress(no_g, ctx, 0, ptr::null_mut()),
             gvote_compress(g, no_ctx, 0, ptr::null_mut()),
+            gvote_vote_if_due(no_g, ctx, 0, 0, ptr::null_mut(), ptr::null_mut()),
+            gvote_vote_if_due(g, no_ctx, 0, 0, ptr::null_mut(), ptr::null_mut()),
             gvote_plan(no_g, ctx, 0, ptr::null_mut()),
             gvote_plan(g, no_ctx, 0, ptr::null_mut()),
             gvote_make_room(no_g, ctx, 0, 1, ptr::null(), 0, ptr::null_mut()),
@@ -79,6 +81,7 @@ fn every_function_takes_null_for_an_answer() {
         assert_eq!(gvote_set_params(g, ptr::null()), GVOTE_OK);
         assert_eq!(gvote_seq_positions(g, ctx, 0, 0, 0, ptr::null_mut(), 0, ptr::null_mut()), GVOTE_OK);
         assert_eq!(gvote_plan(g, ctx, 0, ptr::null_mut()), GVOTE_OK);
+        assert_eq!(gvote_vote_if_due(g, ctx, 0, 0, ptr::null_mut(), ptr::null_mut()), GVOTE_OK);
         assert_eq!(gvote_expand(g, ctx, 0, 0, ptr::null_mut()), GVOTE_OK);
         assert_eq!(gvote_make_room(g, ctx, 0, 500, ptr::null(), 0, ptr::null_mut()), GVOTE_OK);
         let unnamed = gvote_new(ptr::null(), ptr::null_mut());
@@ -151,6 +154,7 @@ fn nonsense_settings_are_refused_by_the_name_of_the_field() {
         (change(|p| p.pool = 4), "pool"),
         (change(|p| p.head_mix = -0.5), "head_mix"),
         (change(|p| p.p_nuc = 0.0), "p_nuc"),
+        (change(|p| p.when = 3), "when"),
     ] {
         let mut status = GVOTE_OK;
         // SAFETY: both live.
@@ -169,6 +173,7 @@ fn calls_out_of_order_are_refused() {
     app.decode(&[(0, 0, &words(N, 0))]);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_ATTACHED);
     assert_eq!(handle.make_room(&app, 0, 500, &[]).0, GVOTE_ERROR_NOT_ATTACHED);
+    assert_eq!(handle.vote_if_due(&app, 0, 0).0, GVOTE_ERROR_NOT_ATTACHED);
     assert!(handle.error().contains("gvote_attach"));
     // SAFETY: all live.
     unsafe {
@@ -180,6 +185,7 @@ fn calls_out_of_order_are_refused() {
     for seq in [-1, 1, 255, 256, i32::MAX, i32::MIN] {
         assert_eq!(handle.compress(&app, seq).0, GVOTE_ERROR_NO_SEQUENCE, "{seq}");
         assert_eq!(handle.make_room(&app, seq, 500, &[]).0, GVOTE_ERROR_NO_SEQUENCE, "{seq}");
+        assert_eq!(handle.vote_if_due(&app, seq, 0).0, GVOTE_ERROR_NO_SEQUENCE, "{seq}");
     }
     for (layer, head) in [(-1, 0), (3, 0), (0, 2), (0, u32::MAX)] {
         // SAFETY: all live.

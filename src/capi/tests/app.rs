@@ -164,6 +164,14 @@ impl Handle {
         (unsafe { gvote_compress(self.0, app.ctx, seq, &raw mut out) }, out)
     }
 
+    /// What the vote did, if there was one.
+    pub fn vote_if_due(&self, app: &App, seq: SeqId, start: Pos) -> (gvote_status, Option<gvote_report>) {
+        let (mut out, mut has_voted) = (report(), false);
+        // SAFETY: all live.
+        let status = unsafe { gvote_vote_if_due(self.0, app.ctx, seq, start, &raw mut has_voted, &raw mut out) };
+        (status, has_voted.then_some(out))
+    }
+
     pub fn make_room(&self, app: &App, seq: SeqId, needed: usize, ahead: &[Token]) -> (gvote_status, gvote_report) {
         let mut out = report();
         // SAFETY: all live, and `ahead` has as many tokens as it says.

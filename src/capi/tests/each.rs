@@ -43,9 +43,9 @@ unsafe fn of_a_handle(g: *mut gvote_t) -> [Answer; 7] {
 }
 
 /// Functions that name a sequence.
-unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) -> [Answer; 11] {
+unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) -> [Answer; 12] {
     let mut report = report();
-    let (mut number, mut pos, mut size) = (0, 0, 0);
+    let (mut number, mut pos, mut size, mut voted) = (0, 0, 0, false);
     let mut data = vec![0_u8; ROOM];
     let bytes = data.as_mut_ptr().cast::<c_void>();
     // SAFETY: as above, and the context lives.
@@ -58,6 +58,7 @@ unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) ->
             ("gvote_state_get", gvote_state_get(g, ctx, seq, bytes, ROOM, &raw mut size)),
             ("gvote_plan", gvote_plan(g, ctx, seq, &raw mut report)),
             ("gvote_compress", gvote_compress(g, ctx, seq, &raw mut report)),
+            ("gvote_vote_if_due", gvote_vote_if_due(g, ctx, seq, 0, &raw mut voted, &raw mut report)),
             ("gvote_expand", gvote_expand(g, ctx, seq, 0, &raw mut number)),
             ("gvote_seq_protect", gvote_seq_protect(g, ctx, seq, 0, 10, true)),
             ("gvote_seq_truncate", gvote_seq_truncate(g, ctx, seq, N as i32)),
@@ -204,6 +205,8 @@ fn each_that_takes_a_size_refuses_wrong_ones() {
             let mut report = gvote_report { size, ..report() };
             assert_eq!(gvote_plan(handle.0, app.ctx, 0, &raw mut report), GVOTE_ERROR_SIZE, "{size}");
             assert_eq!(gvote_compress(handle.0, app.ctx, 0, &raw mut report), GVOTE_ERROR_SIZE, "{size}");
+            let status = gvote_vote_if_due(handle.0, app.ctx, 0, 0, ptr::null_mut(), &raw mut report);
+            assert_eq!(status, GVOTE_ERROR_SIZE, "{size}");
             let status = gvote_make_room(handle.0, app.ctx, 0, 1, ptr::null(), 0, &raw mut report);
             assert_eq!(status, GVOTE_ERROR_SIZE, "{size}");
         }

@@ -29,6 +29,8 @@ enum Step {
     /// One more token for all that have some, in one batch.
     Together,
     Compress(usize),
+    /// On an answer that began at a place in thousandths of what there is.
+    Due(usize, usize),
     Expand(usize),
     Plan(usize),
     /// So many tokens from a place on, or no longer.
@@ -56,6 +58,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (seq(), 1..8usize).prop_map(|(seq, n)| Answer(seq, n)),
         2 => Just(Together),
         6 => seq().prop_map(Compress),
+        3 => (seq(), share()).prop_map(|(seq, start)| Due(seq, start)),
         3 => seq().prop_map(Expand),
         1 => seq().prop_map(Plan),
         2 => (seq(), share(), 1..8, any::<bool>()).prop_map(|(seq, at, n, stays)| Protect(seq, at, n, stays)),
@@ -118,6 +121,7 @@ impl Walk {
             draft: 8,
             evict,
             recall,
+            when: GVOTE_WHEN_AFTER,
             ..defaults()
         };
         let handle = Handle::with(&app, &params);
@@ -214,16 +218,30 @@ impl Walk {
                     seqs.into_iter().for_each(|seq| self.grow(seq, 1));
                 }
             }
-            Compress(seq) => {
+            Compress(seq) | Due(seq, _) => {
                 let (is_shared, before) = (self.is_shared(seq), self.expected[seq].clone());
-                let mut after = 0;
+                let start = if let Due(_, start) = *step { Some(self.place(seq, start)) } else { None };
+                let mut after = before.cells.len();
+                let mut is_due = true;
                 let status = self.alone(seq, |walk| {
-                    let (status, report) = walk.handle.compress(&walk.app, seq as SeqId);
-                    after = report.cells_after as usize;
+                    let (status, report) = match start {
+                        None => {
+                            let (status, report) = walk.handle.compress(&walk.app, seq as SeqId);
+                            (status, Some(report))
+                        }
+                        Some(start) => walk.handle.vote_if_due(&walk.app, seq as SeqId, start),
+                    };
+                    is_due = status != GVOTE_OK || report.is_some();
+                    after = report.map_or(after, |report| report.cells_after as usize);
                     status
                 });
                 if status == GVOTE_ERROR_PARAMS {
-                    assert!(before.is_cramped(), "{}", self.handle.error());
+                    let stays = start.map_or(0, |start| before.n_past - start) as u32 + RECENT;
+                    let is_cramped = start.is_some() && before.protected.len() as u32 + stays + SINKS >= MAX_CELLS;
+                    assert!(is_cramped || before.is_cramped(), "{}", self.handle.error());
+                } else if !is_due {
+                    // there was a vote on this answer, or the sequence is too short for one
+                    assert!(start.is_some() && before.n_past > 0);
                 } else if before.n_past == 0 {
                     assert_eq!(status, GVOTE_ERROR_NOT_SEEN);
                 } else if !before.known {
