@@ -221,8 +221,7 @@ impl Walk {
             Compress(seq) | Due(seq, _) => {
                 let (is_shared, before) = (self.is_shared(seq), self.expected[seq].clone());
                 let start = if let Due(_, start) = *step { Some(self.place(seq, start)) } else { None };
-                let mut after = before.cells.len();
-                let mut is_due = true;
+                let (mut is_due, mut after, mut came) = (true, 0, 0);
                 let status = self.alone(seq, |walk| {
                     let (status, report) = match start {
                         None => {
@@ -232,7 +231,7 @@ impl Walk {
                         Some(start) => walk.handle.vote_if_due(&walk.app, seq as SeqId, start),
                     };
                     is_due = status != GVOTE_OK || report.is_some();
-                    after = report.map_or(after, |report| report.cells_after as usize);
+                    (after, came) = report.map_or((0, 0), |report| (report.cells_after as usize, report.rows_back));
                     status
                 });
                 if status == GVOTE_ERROR_PARAMS {
@@ -249,14 +248,14 @@ impl Walk {
                     assert!(refusals.contains(&status), "{status}: {}", self.handle.error());
                 } else if !before.asks {
                     assert!([GVOTE_OK, GVOTE_ERROR_NOT_SEEN, GVOTE_ERROR_SHARED].contains(&status), "{status}");
-                    if status == GVOTE_OK && after < before.cells.len() {
+                    if status == GVOTE_OK && (after < before.cells.len() || came > 0) {
                         self.relabel(seq);
                     }
                 } else if is_shared && after < before.cells.len() && status != GVOTE_OK {
                     assert_eq!(status, GVOTE_ERROR_SHARED, "{}", self.handle.error());
                 } else {
                     assert_eq!(status, GVOTE_OK, "{}", self.handle.error());
-                    if after < before.cells.len() {
+                    if after < before.cells.len() || came > 0 {
                         assert!(!is_shared, "cells of another sequence were rewritten");
                         self.relabel(seq);
                     }
