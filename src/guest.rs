@@ -292,10 +292,11 @@ impl Guest {
     ) -> Result<CompressReport, GuestError> {
         let home = self.home_in(ctx)?;
         home.check_sequence(seq)?;
+        let report = home.vote(seq, !is_rehearsal, is_rehearsal, progress)?;
         if let Some(answer) = home.answers.get_mut(&seq).filter(|_| !is_rehearsal) {
             answer.was_voted_on();
         }
-        home.vote(seq, !is_rehearsal, is_rehearsal, progress)
+        Ok(report)
     }
 
     /// Sees to it that `needed` cells are free in the stream of a sequence, beside those that a later vote needs. Where there
