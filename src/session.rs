@@ -485,7 +485,7 @@ impl Session {
             let used = self.limit - free;
             if meter.is_due(tokens, used, free == 0) && !self.policy.leaves_alone(used) {
                 meter.stop();
-                match self.vote_on_answer(first) {
+                match self.compress_answer(first) {
                     Ok(report) => vote = Some(AnswerVote { after: tokens, report }),
                     Err(error) if when::ends_answer(&error) => break Stop::Cancelled,
                     // the answer goes on with the cells that there are

@@ -14,7 +14,7 @@ use super::metrics::Distance;
 use super::record::{Fidelity, Journal, Record, RecordError, Run, TaskScore};
 use super::tasks::Sample;
 use crate::llama::{
-    ChatTemplate, LlamaError, Message, Model, Rendered, Role, Sampler, SamplerParams, TemplateError, Token,
+    ChatTemplate, LlamaError, Message, Model, Pos, Rendered, Role, Sampler, SamplerParams, TemplateError, Token,
 };
 use crate::policy::Kind;
 use crate::session::{Recall, Stop};
@@ -71,6 +71,8 @@ struct Prompt {
     tokens: Vec<Token>,
     /// How many of them are the system message.
     system: usize,
+    /// Where an answer begins that they end with.
+    answer: Option<Pos>,
     /// The session that holds all of them.
     saved: Vec<u8>,
 }
@@ -220,7 +222,7 @@ impl Runner {
         self.session.limit_cells(usize::MAX);
         self.session.clear();
         self.prefill(&tokens)?;
-        Ok(Prompt { tokens, system, saved: self.session.save() })
+        Ok(Prompt { tokens, system, answer: None, saved: self.session.save() })
     }
 
     /// Brings back the full cache, or reads the prompt anew in as few cells as a configuration has, and compresses it.
@@ -253,7 +255,11 @@ impl Runner {
         } else {
             self.session.load(&prompt.saved)?;
         }
-        let report = self.session.compress().map_err(named)?;
+        let report = match prompt.answer {
+            Some(start) => self.session.compress_answer(start),
+            None => self.session.compress(),
+        };
+        let report = report.map_err(named)?;
         (run.cells, run.ragged) = (report.cells_after, report.ragged);
         Ok(report.tried)
     }

@@ -29,9 +29,12 @@ impl Session {
         Meter::new(when, self.known, work, self.bytes_per_cell().unwrap_or(0), self.model().size())
     }
 
-    /// Votes on an answer that began at a position. Beside the newest tokens those stay that were the newest before the answer: the
-    /// question is among them.
-    pub(super) fn vote_on_answer(&mut self, start: Pos) -> Result<CompressReport, SessionError> {
+    /// Votes on an answer that began at position `start` and is not finished. Beside the newest tokens those stay that were the newest
+    /// before the answer: the question is among them.
+    ///
+    /// # Errors
+    /// Those of [`Session::compress`]; the cache is then as before.
+    pub fn compress_answer(&mut self, start: Pos) -> Result<CompressReport, SessionError> {
         let answers_from = |session: &mut Self, start| {
             if let Some(voter) = &mut session.voter {
                 voter.answer = start;

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::{EvalError, Reference, Runner};
+use super::{EvalError, Prompt, Reference, Runner};
 use crate::SessionError;
 use crate::eval::config::Config;
 use crate::eval::record::{Adaptivity, Record, Run};
 use crate::eval::search::{fewest, grid};
 use crate::eval::tasks::Sample;
-use crate::llama::Token;
+use crate::llama::{Pos, Token};
 use crate::policy::Params;
 
 /// A prompt to compress, and how it goes on.
@@ -127,8 +127,9 @@ impl Runner {
                     return Err(EvalError::NoAnswer(request.item.clone()));
                 }
                 let next = tokens.split_off(after);
+                let start = prompt.tokens.len() as Pos;
                 let prompt = self.read_prompt([prompt.tokens, tokens].concat(), system)?;
-                self.reference(prompt, next, 0)
+                self.reference(Prompt { answer: Some(start), ..prompt }, next, 0)
             }
         }
     }
