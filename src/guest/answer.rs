@@ -87,14 +87,12 @@ impl Guest {
             return Err(GuestError::NotThere { seq, end: start, n_past: end });
         }
         let (n, clock) = (cache::n_cells(&home.ctx, seq), Clock::now(&home.ctx));
-        let is_same = |answer: &&mut Answer| answer.start == start && start < end && answer.end <= end;
-        let answer = match home.answers.get_mut(&seq).filter(is_same) {
+        let is_same = |answer: &Answer| answer.start == start && start < end && answer.end <= end;
+        let answer = match home.answers.remove(&seq).filter(is_same) {
             Some(answer) => answer,
-            None => {
-                let meter = home.meter(when, seq);
-                home.answers.entry(seq).insert_entry(Answer { start, end, clock, step: None, meter }).into_mut()
-            }
+            None => Answer { start, end, clock, step: None, meter: home.meter(when, seq) },
         };
+        let answer = home.answers.entry(seq).or_insert(answer);
         answer.go_on(end, n, clock);
         if !answer.meter.is_due((end - start) as usize, n, false) || home.voter.policy.leaves_alone(n) {
             return Ok(None);
