@@ -9,7 +9,7 @@ mod memory;
 use std::io;
 use std::thread::{Scope, ScopedJoinHandle};
 
-pub(crate) use self::device::{Device, Devices, HostMemory, has_own_host_memory, place};
+pub(crate) use self::device::{Device, Devices, HostMemory, STAGE, has_own_host_memory, place};
 pub(crate) use self::graph::{Builder, Results, Tensor};
 pub(crate) use self::lane::Lane;
 use crate::threads;

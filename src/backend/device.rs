@@ -32,7 +32,7 @@ pub(crate) struct Device {
 /// Bytes of a stage. The driver takes half a millisecond to make half as much memory that a device can read and write; with other
 /// memory everything takes several times as long, and others wait for the driver meanwhile.
 /// In tests it is small, so that their inputs and results take more than one.
-pub(super) const STAGE: usize = if cfg!(test) { 4096 } else { 2 << 20 };
+pub(crate) const STAGE: usize = if cfg!(test) { 4096 } else { 2 << 20 };
 /// Of a result, what is read at once.
 const PIECE: usize = STAGE / 2;
 

@@ -231,6 +231,7 @@ impl Conversation {
     fn attempt(&mut self, work: impl FnOnce(&mut Self) -> Result<TurnReport>) -> Result<TurnReport> {
         let (state, n_past) = (self.state.clone(), self.session.n_past());
         self.asked = Instant::now();
+        self.session.set_vote(self.when);
         let report = work(self);
         if report.is_ok() {
             self.file = None;

@@ -76,14 +76,15 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let mut session = steps.open(&model, &cells.given_to(params, &args.context))?;
     session.set_system_tokens(prompt.system);
 
+    let when = args.when.given().unwrap_or(default_when(session.policy()));
+    session.set_vote(when);
     let asked = Instant::now();
     let prefill = steps.prefill_long(&mut session, &prompt.tokens)?;
-    let when = args.when.given().unwrap_or(default_when(session.policy()));
     let over_cap = session.policy().max_cells.is_some_and(|cap| session.cells_used() > cap);
     let vote = if when == When::Prompt || over_cap {
+        session.set_vote(When::Prompt);
         Some(steps.compress(&mut session)?)
     } else {
-        session.set_vote(when);
         None
     };
     let mut shown = Answer::new(&args.output);

@@ -298,7 +298,10 @@ pub(super) fn copy_in(
         // SAFETY: the cache is idle, and no other thread works on this layer.
         return unsafe { host::copy_in(layout, layer, heads) };
     }
-    let at_once = AT_ONCE;
+    // SAFETY: the storage tensors live as long as the context, which the caller holds.
+    let row: usize = storages(layer).into_iter().map(|(storage, d)| unsafe { row_bytes(storage, d) }).sum();
+    // as many as are sent in one piece
+    let at_once = (backend::STAGE / (heads.len() * (row + size_of::<u32>() + 1))).max(1);
     let mut floats: [Vec<f32>; 2] = Default::default();
     for first in (0..n).step_by(at_once) {
         let these = first..(first + at_once).min(n);

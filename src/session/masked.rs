@@ -1,6 +1,6 @@
 //! Unequal budgets: from such a compression on, everything is decoded behind a mask.
 
-use super::{Session, SessionError};
+use super::{Session, SessionError, When};
 use crate::compact::MaskError;
 use crate::llama::Batch;
 use crate::vote::VoteError;
@@ -21,7 +21,8 @@ impl Session {
         match (&mut self.mask, &mut self.voter) {
             (Some(mask), _) => Ok(mask.decode(&mut self.ctx, batch)?),
             (None, Some(voter)) if let Some(left) = left => {
-                let is_observed = left < self.policy.window;
+                // a vote within an answer asks the answer's own queries
+                let is_observed = left < self.policy.window && self.when == When::Prompt;
                 Ok(voter.capture.decode(&mut self.ctx, batch, is_observed).map_err(VoteError::from)?)
             }
             _ => Ok(self.ctx.decode(batch)?),
