@@ -21,7 +21,8 @@
 //!
 //! # Failure
 //! All memory and all room on a disk is taken, and rows that leave are copied and written, before anything in the cache moves. Where
-//! either runs out, the cache and the archive are as they were.
+//! either runs out, the cache and the archive are as they were. Rows of a device are copied within it, and arrive while it goes on
+//! (`src/compact/beside.rs`): who asks for them before waits.
 //!
 //! Rows are copied by [`crate::compact`], the only code that knows where they lie in the cache.
 

@@ -75,6 +75,24 @@ fn a_vote_and_an_expansion_leave_every_byte() {
     }
 }
 
+/// What no graph can move, as transposed values, is copied before.
+#[test]
+fn rows_leave_a_device_while_it_goes_on() {
+    on_device(|| {
+        for (setup, is_copied_before) in [(F16_FLASH, false), (F16, true)] {
+            let mut session = started("llama", setup, hundred());
+            session.compress().unwrap();
+            let archive = session.sequence.archive.as_ref().unwrap();
+            assert_eq!(archive.batches()[0].is_in_memory(), is_copied_before, "{setup:?}");
+            let of_copies = archive.clone();
+            session.clear();
+            drop(session);
+            assert_eq!(of_copies.entries(0).len(), N - 100, "{setup:?}: they outlive the context that they left");
+            assert!(of_copies.batches()[0].row(0, 0).iter().any(|&byte| byte != 0), "{setup:?}");
+        }
+    });
+}
+
 /// With a row of a head that is no whole number of floats, and one alone.
 #[test]
 fn so_they_do_beside_a_window_and_with_other_heads() {
