@@ -125,10 +125,17 @@ impl Known {
             sequence.truncate(end, same);
             Some((from, Self::of(sequence, &cells[..same])))
         };
-        let mut copies = known.iter().filter_map(copy);
-        let (from, first) = copies.next()?;
+        let copies: Vec<_> = known.iter().filter_map(copy).collect();
+        let n_bound = |(_, copy): &&(SeqId, Self)| copy.n_bound;
+        let &(from, ref longest) = copies.iter().max_by_key(n_bound)?;
         // two may look alike, and hold something else
-        copies.all(|(_, other)| other.sequence.holds_as(&first.sequence)).then_some((from, first))
+        let begins_as = |(_, other): &(SeqId, Self)| {
+            let mut begin = longest.sequence.copied_to(seq);
+            begin.truncate(other.sequence.n_past(), other.n_bound);
+            begin.holds_as(&other.sequence)
+        };
+        let is_sure = copies.iter().all(begins_as);
+        is_sure.then(|| copies.into_iter().find(|&(id, _)| id == from)).flatten()
     }
 
     /// Notes tokens that were heard, by position: all behind the first of them is other than it was.

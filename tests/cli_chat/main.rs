@@ -497,9 +497,9 @@ mod piped {
         /// the capture work with is given back.
         const KEPT: f64 = 0.05;
         let folder = tempfile::tempdir().unwrap();
-        let document = document(5 * CHARS);
+        let document = document(7 * CHARS);
         let resident = |args: &[&str]| {
-            let common = ["-n", "2", "--temp", "0", "--json", "-c", "4096", "-f", document.path().to_str().unwrap()];
+            let common = ["-n", "2", "--temp", "0", "--json", "-c", "6144", "-f", document.path().to_str().unwrap()];
             let mut chat = gvote("chat", &[&common, args].concat()).stdin(Stdio::piped()).spawn().unwrap();
             let mut line = String::new();
             BufReader::new(chat.stdout.take().unwrap()).read_line(&mut line).unwrap();

@@ -118,7 +118,8 @@ fn a_short_answer_pays_nothing_and_by_hand_there_is_no_vote() {
 fn a_vote_comes_when_that_pays() {
     for (no_perf, expected) in [(true, Some(32)), (false, None)] {
         let app = App::with(&tiny("llama"), &ONE, |params| params.no_perf = no_perf);
-        let handle = Handle::at(&app);
+        // a trial would take as long as hundreds of steps
+        let handle = Handle::with(&app, &gvote_params { target_kl: 0.0, ..defaults() });
         app.decode(&[(0, 0, &words(N, 0))]);
         let mut first = None;
         for i in 0..36 {

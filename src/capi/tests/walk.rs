@@ -545,3 +545,17 @@ proptest! {
         }
     }
 }
+
+/// The first sequence has the beginning of the third one's cells as well.
+#[test]
+fn a_copy_of_a_copy_that_went_on_is_followed() {
+    for recall in [GVOTE_RECALL_AUTO, GVOTE_RECALL_OFF] {
+        for unified in [true, false] {
+            let mut walk = Walk::new(unified, false, GVOTE_EVICT_COMPOSITE, recall);
+            for step in [Decode(1, 61), Compress(1), Copy(1, 0), Decode(0, 1), Copy(0, 2), Compress(1), Decode(2, 1)] {
+                walk.take(&step);
+                walk.check();
+            }
+        }
+    }
+}
