@@ -228,7 +228,7 @@ typedef struct gvote_params {
 /* One attempt of a trial. */
 typedef struct gvote_try {
     uint32_t cells; /* that were visible */
-    float    kl;    /* mean KL to the full cache, nats a token; a lower bound where it is too much */
+    float    kl;    /* mean KL to the full cache beyond that of rounding, nats a token; a lower bound where it is too much */
 } gvote_try;
 
 /* Attempts that a report has room for. */

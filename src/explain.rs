@@ -47,7 +47,7 @@ pub struct Explanation {
     pub heads: Vec<HeadOpinion>,
     /// `[n + 1]` mean share of the attention mass that is given up by each number of cells; empty where the policy has none.
     pub curve: Vec<f64>,
-    /// The mean KL that a trial let pass, in nats a token.
+    /// The mean KL beyond that of rounding that a trial let pass, in nats a token.
     pub bar: Option<f32>,
     /// The continuation on which the trial compared, as it can be shown.
     pub draft: Vec<String>,

@@ -118,8 +118,8 @@ fn budget(explanation: &Explanation) -> Vec<Panel> {
     };
     let trial = format!(
         "The full cache wrote a continuation; each number of cells was tried on it. {chose} The bar is {} nats, {:.0} % of \
-         the {target} that the whole answer may drift (--target-kl): what comes later drifts further. Rounding alone, \
-         where the same is computed in another order, comes to {}.",
+         the {target} that the whole answer may drift (--target-kl): what comes later drifts further. What rounding alone \
+         causes, {}, is taken off.",
         significant(f64::from(explanation.bar.unwrap_or_default())),
         percent(f64::from(explanation.bar.unwrap_or_default() / target)),
         significant(f64::from(report.rounding)),

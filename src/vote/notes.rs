@@ -12,7 +12,7 @@ pub(crate) struct Notes {
     ranking: Option<Ranking>,
     /// The continuation that a trial compared on.
     pub draft: Vec<Token>,
-    /// The mean KL that the trial let pass, in nats a token.
+    /// The mean KL beyond that of rounding that the trial let pass, in nats a token.
     pub bar: Option<f32>,
     /// `[n + 1]` the mean share of the attention mass that is lost at each count; empty where the policy has none.
     pub curve: Vec<f64>,

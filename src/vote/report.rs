@@ -21,9 +21,9 @@ pub struct CompressReport {
     /// The rule that set the number of cells.
     pub bound: Bound,
     pub ragged: Option<Ragged>,
-    /// Cells that a trial tried, and the mean KL to the full cache on them, in nats a token.
+    /// Cells that a trial tried, and the mean KL to the full cache on them beyond that of rounding, in nats a token.
     pub tried: Vec<(usize, f32)>,
-    /// Mean KL between two ways to compute the same in the trial, one by one and in batches, in nats a token: what rounding alone does.
+    /// Mean KL that rounding alone caused in the trial, in nats a token.
     pub rounding: f32,
     /// Bytes of ggml's compute buffers that scoring held; they are given back.
     pub compute_bytes: usize,

@@ -1,12 +1,13 @@
 //! The trial: how few cells continue this request as the full cache does?
 //!
-//! While the sequence is parked, the full cache drafts a continuation. Then each head's rows are put in the order of the ranking, in
-//! place: for any count C the first C cells are now what a compaction to C would keep, so that a sequence that sees only those
-//! continues exactly as the compacted cache would - with llama.cpp's own kernels, on whatever back end. The draft is read there in
-//! batches, first with all cells and then with fewer, and the mean KL between what is expected then is the damage at C. All are read
-//! in the new order, because quantized weights turn the last bit of a sum into a KL of some 0.003 on a small model. A search finds
-//! the fewest cells whose damage is within the target, and leaves a count as soon as it has done more than that; then the rows go
-//! back to where they were. No copy of the cache is made, and nothing is lost if the trial fails or is cancelled.
+//! While the sequence is parked, the full cache drafts a continuation, and reads it once more in one batch, for what it
+//! expects after each token. Then each head's rows are put in the order of the ranking, in place: for any count C the
+//! first C cells are now what a compaction to C would keep, so that a sequence that sees only those continues exactly
+//! as the compacted cache would - with llama.cpp's own kernels, on whatever back end. The draft is decoded there in one batch,
+//! and the mean KL to what the full cache expected is the damage at C, once the KL that the new order alone causes is taken
+//! off: quantized weights turn the last bit of a sum into a KL of some 0.003 on a small model. A search finds the fewest
+//! cells whose damage is within the target, and leaves a count as soon as it has done more than that; then the rows go back
+//! to where they were. No copy of the cache is made, and nothing is lost if the trial fails or is cancelled.
 
 use std::ops::{ControlFlow, Range};
 
@@ -36,16 +37,17 @@ const LEAST_AT_ONCE: usize = 4;
 pub(crate) struct Trial {
     /// The fewest cells that came close enough.
     pub count: usize,
-    /// Cells and mean KL, in nats a token, in the order of the attempts. Where that is too much it is a lower bound.
+    /// Cells and mean KL beyond that of rounding, in nats a token, in the order of the attempts. Where that is too much it is
+    /// a lower bound.
     pub tried: Vec<(usize, f32)>,
-    /// Mean KL between two ways to compute the same, one by one and in batches in another order, in nats a token.
+    /// Mean KL that rounding alone causes, in nats a token.
     pub rounding: f32,
 }
 
 /// How the full cache would go on.
 struct Draft {
     tokens: Vec<Token>,
-    /// What came after each of the tokens, when it was written.
+    /// What comes after each of the tokens.
     expected: Vec<Likely>,
 }
 
@@ -114,33 +116,41 @@ impl Trying<'_> {
         enter(&self.parked, self.progress, stage)
     }
 
-    /// The full cache's own continuation, up to the end of its turn.
     fn draft(&mut self) -> Result<Draft, VoteError> {
+        let tokens = self.likeliest()?;
+        // once more in a batch: its kernels round differently from those of single steps, and smaller caches get a batch too
+        let mut expected = Vec::with_capacity(tokens.len());
+        self.lead(&tokens, 0..0, |_, logits| {
+            expected.push(Likely::of(logits));
+            ControlFlow::Continue(())
+        })?;
+        Ok(Draft { tokens, expected })
+    }
+
+    /// The full cache's own continuation, up to the end of its turn.
+    fn likeliest(&mut self) -> Result<Vec<Token>, VoteError> {
         let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
-        let mut draft = Draft { tokens: Vec::new(), expected: Vec::new() };
-        let Some(&newest) = self.sequence.tokens.last().filter(|&&token| token >= 0) else { return Ok(draft) };
+        let Some(&newest) = self.sequence.tokens.last().filter(|&&token| token >= 0) else { return Ok(Vec::new()) };
         let parked = &mut self.parked;
         let model = parked.model().clone();
         let mut batch = Batch::new(1);
-        let mut next = |parked: &mut Parked, token, pos| -> Result<(Token, Likely), VoteError> {
+        let mut next = |parked: &mut Parked, token, pos| -> Result<Token, VoteError> {
             batch.clear();
             batch.add(token, pos, seq, true)?;
             parked.decode(&batch)?;
-            let logits = parked.logits()?;
-            Ok((argmax(logits), Likely::of(logits)))
+            Ok(argmax(parked.logits()?))
         };
         // what follows the newest token is known to whoever decoded it; we have to ask again
         parked.hide_from(n_past - 1)?;
-        let (mut token, _) = next(parked, newest, n_past - 1)?;
+        let mut token = next(parked, newest, n_past - 1)?;
         parked.reset()?;
-        while draft.tokens.len() < self.voter.policy.draft && !model.is_eog(token) {
-            draft.tokens.push(token);
-            let (following, expected) = next(parked, token, n_past + draft.tokens.len() as Pos - 1)?;
-            draft.expected.push(expected);
-            token = following;
+        let mut tokens = Vec::new();
+        while tokens.len() < self.voter.policy.draft && !model.is_eog(token) {
+            tokens.push(token);
+            token = next(parked, token, n_past + tokens.len() as Pos - 1)?;
         }
         parked.reset()?;
-        Ok(draft)
+        Ok(tokens)
     }
 
     /// What is expected after each of `tokens` where the cells at the positions `hidden` are missing: `each(i, logits)`, until
@@ -173,16 +183,14 @@ impl Trying<'_> {
 
     fn search(&mut self, ranking: &Ranking, draft: &Draft, target: f64) -> Result<Trial, VoteError> {
         let (least, most) = ranking.range();
-        let (mut full, mut rounding) = (Vec::with_capacity(draft.tokens.len()), 0.0);
-        self.lead(&draft.tokens, 0..0, |i, logits| {
-            rounding += draft.expected[i].kl(logits) / draft.tokens.len() as f64;
-            full.push(Likely::of(logits));
-            ControlFlow::Continue(())
-        })?;
+        // all the cells in another order: what differs now is how sums are rounded, and no loss
+        let rounding = self.damage(ranking, draft, ranking.n(), f64::INFINITY)?;
         let mut tried = Vec::new();
         let mut fits = |vote: &mut Self, count| -> Result<bool, VoteError> {
             vote.enter(Stage::Try)?;
-            let kl = vote.damage(ranking, &draft.tokens, &full, count, target)?;
+            let kl = vote.damage(ranking, draft, count, rounding + target)? - rounding;
+            // not `f64::max`, which would hide a NaN
+            let kl = if kl < 0.0 { 0.0 } else { kl };
             tried.push((count, kl as f32));
             Ok(kl <= target)
         };
@@ -200,23 +208,16 @@ impl Trying<'_> {
         Ok(Trial { count: enough, tried, rounding: rounding as f32 })
     }
 
-    /// Mean KL of what the first `count` of the reordered cells expect along a draft to what all of them do (`full`); once it is
+    /// Mean KL of what the first `count` of the reordered cells expect along the draft to what all of them did; once it is
     /// certain to be above `limit`, as much of it as is known.
-    fn damage(
-        &mut self,
-        ranking: &Ranking,
-        draft: &[Token],
-        full: &[Likely],
-        count: usize,
-        limit: f64,
-    ) -> Result<f64, VoteError> {
+    fn damage(&mut self, ranking: &Ranking, draft: &Draft, count: usize, limit: f64) -> Result<f64, VoteError> {
         let (_, tail) = ranking.forced();
         let cells = cache::cells(&self.parked, self.sequence.id);
         let first_hidden = count - (ranking.n() - tail);
         let hidden = if first_hidden < tail { cells[first_hidden].pos..cells[tail].pos } else { 0..0 };
         let mut mean = 0.0;
-        self.lead(draft, hidden, |i, logits| {
-            mean += full[i].kl(logits) / draft.len() as f64;
+        self.lead(&draft.tokens, hidden, |i, logits| {
+            mean += draft.expected[i].kl(logits) / draft.tokens.len() as f64;
             if mean > limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         Ok(mean)
@@ -299,7 +300,7 @@ mod tests {
                 real += draft.expected[i].kl(logits) / draft.tokens.len() as f64;
             };
             session.follow(&draft.tokens, each).unwrap();
-            let foretold = f64::from(kl);
+            let foretold = f64::from(kl + trial.rounding);
             let apart = real.sqrt() - foretold.sqrt();
             // of a count that does too much damage only so much was measured as shows it
             let is_whole = count == trial.count;
