@@ -92,6 +92,16 @@ impl Layout {
         self.layers.iter().map(|l| l.n_head_kv as usize)
     }
 
+    /// The KV heads of every layer, counted over all layers.
+    pub(crate) fn heads(&self) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let of_layer = |n_heads| {
+            end += n_heads;
+            end - n_heads..end
+        };
+        self.n_head_kv().map(of_layer).collect()
+    }
+
     /// Whether all of the cache lies in memory that the host can work on in place.
     pub(crate) fn is_host(&self) -> bool {
         self.on_host && !pretends_device()

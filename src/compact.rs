@@ -391,12 +391,7 @@ fn move_rows(
     n_threads: usize,
     meanwhile: impl FnOnce(),
 ) {
-    let mut end = 0;
-    let heads = layout.n_head_kv().map(|n| {
-        end += n;
-        end - n..end
-    });
-    let heads: Vec<Range<usize>> = heads.collect();
+    let heads = layout.heads();
     let moves_of = |il: usize| order.of(heads[il].clone());
     let n_layer = layout.n_layer();
     let n_threads = n_threads.clamp(1, n_layer);

@@ -259,11 +259,6 @@ fn fill<'a>(
 
 /// Writes what comes back to the places that the plans say.
 fn bring_in(layout: &Layout, held: &Held, places: &[Cell], plans: &[Plan], n_threads: usize, devices: &mut [Devices]) {
-    let mut first = 0;
-    let layers = layout.n_head_kv().enumerate().map(|(il, n_heads)| {
-        first += n_heads;
-        (il, first - n_heads..first)
-    });
     let copy = |(il, heads): (usize, Range<usize>), devices: Option<&mut Devices>| {
         let coming = |head: usize| -> host::Coming {
             let rows = plans[head].coming.iter();
@@ -275,7 +270,7 @@ fn bring_in(layout: &Layout, held: &Held, places: &[Cell], plans: &[Plan], n_thr
         }
         copy_in(devices, layout, il, &heads, held.archive.form())
     };
-    if let Err(error) = each_layer(layout, n_threads, devices, layers.collect(), copy) {
+    if let Err(error) = each_layer(layout, n_threads, devices, layout.heads().into_iter().enumerate().collect(), copy) {
         give_up(error);
     }
 }

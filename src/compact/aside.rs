@@ -2,7 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -51,12 +50,7 @@ impl Aside<'_> {
             positions.iter_mut().zip(dropped_by(head)).for_each(|(pos, place)| *pos = (self.pos)(head, place));
         };
         threads::share_out(n_threads, batch.heads_mut().enumerate(), note, || ());
-        let mut end = 0;
-        let heads_of = layout.n_head_kv().map(|n_heads| {
-            end += n_heads;
-            end - n_heads..end
-        });
-        let heads_of: Vec<Range<usize>> = heads_of.collect();
+        let heads_of = layout.heads();
         let cells_by = |head: usize| dropped_by(head).map(|place| cells[place].index);
         let cells_of = |il: usize| heads_of[il].clone().flat_map(cells_by).collect();
         let gathered = if batch.is_in_memory() { Gathered::new(layout, form, n, &cells_of)? } else { None };

@@ -61,7 +61,7 @@ impl Gathered {
             sizes.push(rows * size_of::<u32>());
             sizes.extend(packing.parts().map(|part| rows * part.cached()));
         }
-        let device = Device::new(place, 1)?;
+        let Ok(device) = Device::new(place, 1) else { return Ok(None) };
         if device.free_bytes().is_some_and(|free| sizes.iter().sum::<usize>() > free / SPARE) {
             return Ok(None);
         }
