@@ -85,33 +85,39 @@ impl Vote<'_> {
     /// [`VoteError`]; the cache is then as before.
     pub fn observe_newest(&mut self, ahead: &[Token]) -> Result<(), VoteError> {
         let wanted = if ahead.is_empty() { self.voter.policy.window } else { 1 };
-        let last = self.sequence.n_past - 1;
+        let last = self.last_voter();
         let known = self.voter.capture.window(self.sequence.id, 0, last).map_or(0, |queries| queries.pos.len());
-        self.observe(wanted, known)
+        self.observe(last + 1, wanted, known)
+    }
+
+    /// Position of the newest token that votes.
+    fn last_voter(&self) -> Pos {
+        self.sequence.n_past - self.held_out() as Pos - 1
     }
 
     /// The same, also where they are known: what they look at is other than it was, where rows have come back since.
     pub fn observe_again(&mut self) -> Result<(), VoteError> {
-        self.observe(self.voter.policy.window, 0)
+        self.observe(self.sequence.n_past, self.voter.policy.window, 0)
     }
 
-    /// Computes the queries of the newest `wanted` tokens, unless so many are `known`.
-    fn observe(&mut self, wanted: usize, known: usize) -> Result<(), VoteError> {
+    /// Computes the queries of the `wanted` tokens before position `end`, unless so many are `known`.
+    fn observe(&mut self, end: Pos, wanted: usize, known: usize) -> Result<(), VoteError> {
         let chunk = chunk(self.ctx);
         let Self { ctx, voter, sequence, .. } = self;
-        let (seq, n_past) = (sequence.id, sequence.n_past);
+        let seq = sequence.id;
         // the first tokens give no statistics
-        let is_blind = !voter.capture.has_statistics(seq) && n_past as usize > voter.policy.sinks;
+        let is_blind = !voter.capture.has_statistics(seq) && end as usize > voter.policy.sinks;
         // a cache of a sliding window has no room for so many
         let more = if is_blind && !voter.layout.info.has_window { capture::FIRST } else { 0 };
-        let most = wanted.max(more).min((n_past - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
+        let most = wanted.max(more).min((end - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
+        let read = &sequence.tokens[..end as usize];
         // embeddings cannot be decoded once more
-        let n = sequence.tokens.iter().rev().take(most).take_while(|token| **token >= 0).count();
+        let n = read.iter().rev().take(most).take_while(|token| **token >= 0).count();
         if n == 0 || (known >= n && !is_blind) {
             return Ok(());
         }
-        let tokens = &sequence.tokens[sequence.tokens.len() - n..];
-        let first = n_past - n as Pos;
+        let tokens = &read[read.len() - n..];
+        let first = end - n as Pos;
         let mut parked = Parked::new(ctx, seq, n)?;
         parked.hide_from(first)?;
         let mut batch = Batch::new(chunk);
@@ -245,7 +251,7 @@ impl Vote<'_> {
         report: &mut CompressReport,
     ) -> Result<(), VoteError> {
         let needs = policy.needs();
-        let (seq, pos_last) = (self.sequence.id, self.sequence.n_past - 1);
+        let (seq, pos_last, last_voter) = (self.sequence.id, self.sequence.n_past - 1, self.last_voter());
         self.enter(if needs.samples() { Stage::Probe } else { Stage::Score })?;
         let Self { ctx, voter, progress, .. } = self;
         let Voter { layout, capture, scorer, policy: params, account_error, notes, .. } = &mut **voter;
@@ -303,7 +309,7 @@ impl Vote<'_> {
             }
             let (capture, synthetic) = (&*capture, &synthetic);
             let queries = (0..layout.n_layer()).map(|il| {
-                let (window, scale) = (capture.window(seq, il, pos_last)?, capture.logit_scale(il));
+                let (window, scale) = (capture.window(seq, il, last_voter)?, capture.logit_scale(il));
                 Ok(LayerQueries::of_window(&window, synthetic.layer(il), synthetic.pos(), scale))
             });
             let queries = queries.collect::<Result<Vec<_>, CaptureError>>()?;

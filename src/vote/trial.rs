@@ -1,9 +1,10 @@
 //! The trial: how few cells continue this request as the full cache does?
 //!
-//! While the sequence is parked, the full cache drafts a continuation, and reads it once more in one batch, for what it
-//! expects after each token. Then each head's rows are put in the order of the ranking, in place: for any count C the
+//! The test is the newest part of the answer, which did not vote; where the answer is too short for that, the full cache drafts
+//! the rest while the sequence is parked. It reads the test once more in one batch, for what it expects after each
+//! token. Then each head's rows are put in the order of the ranking, in place: for any count C the
 //! first C cells are now what a compaction to C would keep, so that a sequence that sees only those continues exactly
-//! as the compacted cache would - with llama.cpp's own kernels, on whatever back end. The draft is decoded there in one batch,
+//! as the compacted cache would - with llama.cpp's own kernels, on whatever back end. The test is decoded there in one batch,
 //! and the mean KL to what the full cache expected is the damage at C, once the KL that the new order alone causes is taken
 //! off: quantized weights turn the last bit of a sum into a KL of some 0.003 on a small model. A search finds the fewest
 //! cells whose damage is within the target, and leaves a count as soon as it has done more than that; then the rows go back
@@ -18,16 +19,20 @@ use crate::divergence::Likely;
 use crate::llama::{Batch, Pos, Token};
 use crate::policy::Ranking;
 
-/// Of the target, what the draft may use up: the text that comes after it, and a text that is not the model's own, drift
-/// further than the draft. Chosen on 38 requests so that at most one in five misses its target, and checked on others: see
+/// Of the target, what the test may use up: the text that comes after it, and a text that is not the model's own, drift
+/// further. Chosen on 38 requests so that at most one in five misses its target, and checked on others: see
 /// docs/results.md.
 const MARGIN: f64 = 0.15;
 
-/// Halvings of the range in which the count lies, on a scale of ratios: from a twelfth to all of the cells, four leave a step
-/// of 15 %.
-const HALVINGS: usize = 4;
+/// Counts that are tried. Each halves the range in which the fewest lies, on a scale of ratios: from a twelfth to all of the cells,
+/// four leave a step of 17 %.
+const TRIES: i32 = 4;
 
-/// Of the bytes of the sequence's K and V, what llama.cpp's buffer for the draft's logits may take: a few tokens at once for
+/// Tokens of an answer that vote, before any is held out for the test. Without them the prompt's end alone votes, and its ranking is
+/// worse.
+const VOTERS: usize = 32;
+
+/// Of the bytes of the sequence's K and V, what llama.cpp's buffer for the test's logits may take: a few tokens at once for
 /// a small model with a short prompt, all of them where the cache is large or the vocabulary small.
 const LOGITS_SHARE: f64 = 0.02;
 /// Tokens at once at least: below this a batch is hardly faster than single steps.
@@ -44,8 +49,10 @@ pub(crate) struct Trial {
     pub rounding: f32,
 }
 
-/// How the full cache would go on.
-struct Draft {
+/// How the full cache goes on.
+struct Test {
+    /// Position of its first token; the newest of the answer lie there already.
+    first: Pos,
     tokens: Vec<Token>,
     /// What comes after each of the tokens.
     expected: Vec<Likely>,
@@ -82,6 +89,17 @@ impl Drop for Reordered<'_, '_> {
 }
 
 impl Vote<'_> {
+    /// The newest tokens of an answer that its test is made of. They do not vote: a test of the voters themselves is too easy.
+    pub fn held_out(&self) -> usize {
+        let policy = &self.voter.policy;
+        let Some(start) = self.voter.answer.filter(|_| policy.tries()) else { return 0 };
+        let sequence = &*self.sequence;
+        let written = (sequence.n_past - start.max(sequence.exact_from)).max(0) as usize;
+        let most = policy.draft.min(policy.recent).min(written.saturating_sub(VOTERS));
+        // embeddings cannot be decoded once more
+        sequence.tokens.iter().rev().take(most).take_while(|token| **token >= 0).count()
+    }
+
     /// Tries counts of a ranking of the sequence's cells. None if there is nothing to compare: the model would end at once, or
     /// the newest token is not known.
     ///
@@ -90,16 +108,17 @@ impl Vote<'_> {
     pub fn try_out(&mut self, ranking: &Ranking) -> Result<Option<Trial>, VoteError> {
         let Some(target) = self.voter.policy.target_kl else { return Ok(None) };
         let bar = MARGIN * f64::from(target);
+        let held_out = self.held_out();
         let mut trying = self.trying()?;
         trying.enter(Stage::Draft)?;
-        let draft = trying.draft()?;
-        if draft.tokens.is_empty() {
+        let test = trying.test(held_out)?;
+        if test.tokens.is_empty() {
             return Ok(None);
         }
-        let trial = Reordered::new(&mut trying, ranking)?.trying.search(ranking, &draft, bar)?;
+        let trial = Reordered::new(&mut trying, ranking)?.trying.search(ranking, &test, bar)?;
         drop(trying);
         if let Some(notes) = &mut self.voter.notes {
-            (notes.draft, notes.bar) = (draft.tokens, Some(bar as f32));
+            (notes.draft, notes.bar) = (test.tokens, Some(bar as f32));
         }
         Ok(Some(trial))
     }
@@ -116,19 +135,27 @@ impl Trying<'_> {
         enter(&self.parked, self.progress, stage)
     }
 
-    fn draft(&mut self) -> Result<Draft, VoteError> {
-        let tokens = self.likeliest()?;
-        // once more in a batch: its kernels round differently from those of single steps, and smaller caches get a batch too
-        let mut expected = Vec::with_capacity(tokens.len());
-        self.lead(&tokens, 0..0, |_, logits| {
+    /// The newest `held_out` tokens of the answer, and what the full cache would write next.
+    fn test(&mut self, held_out: usize) -> Result<Test, VoteError> {
+        let sequence = self.sequence;
+        let mut tokens = sequence.tokens[sequence.tokens.len() - held_out..].to_vec();
+        tokens.extend(self.draft(self.voter.policy.draft - held_out)?);
+        let mut test = Test { first: sequence.n_past - held_out as Pos, tokens, expected: Vec::new() };
+        // in a batch, as smaller caches read it: its kernels round differently from those of single steps
+        let mut expected = Vec::with_capacity(test.tokens.len());
+        self.lead(&test, 0..0, |_, logits| {
             expected.push(Likely::of(logits));
             ControlFlow::Continue(())
         })?;
-        Ok(Draft { tokens, expected })
+        test.expected = expected;
+        Ok(test)
     }
 
-    /// The full cache's own continuation, up to the end of its turn.
-    fn likeliest(&mut self) -> Result<Vec<Token>, VoteError> {
+    /// The full cache's own continuation of at most `n` tokens, up to the end of its turn.
+    fn draft(&mut self, n: usize) -> Result<Vec<Token>, VoteError> {
+        if n == 0 {
+            return Ok(Vec::new());
+        }
         let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
         let Some(&newest) = self.sequence.tokens.last().filter(|&&token| token >= 0) else { return Ok(Vec::new()) };
         let parked = &mut self.parked;
@@ -145,7 +172,7 @@ impl Trying<'_> {
         let mut token = next(parked, newest, n_past - 1)?;
         parked.reset()?;
         let mut tokens = Vec::new();
-        while tokens.len() < self.voter.policy.draft && !model.is_eog(token) {
+        while tokens.len() < n && !model.is_eog(token) {
             tokens.push(token);
             token = next(parked, token, n_past + tokens.len() as Pos - 1)?;
         }
@@ -153,25 +180,29 @@ impl Trying<'_> {
         Ok(tokens)
     }
 
-    /// What is expected after each of `tokens` where the cells at the positions `hidden` are missing: `each(i, logits)`, until
+    /// What is expected after each token of a test where the cells at the positions `hidden` are missing: `each(i, logits)`, until
     /// it breaks.
     fn lead(
         &mut self,
-        tokens: &[Token],
+        test: &Test,
         hidden: Range<Pos>,
         each: impl FnMut(usize, &[f32]) -> ControlFlow<()>,
     ) -> Result<(), VoteError> {
+        let Test { first, tokens, .. } = test;
         if tokens.is_empty() {
             return Ok(());
         }
         let at_once = self.at_once(tokens.len());
-        let (seq, n_past) = (self.sequence.id, self.sequence.n_past);
+        let seq = self.sequence.id;
         self.parked.hide(hidden)?;
-        follow::<VoteError>(&mut self.parked, seq, n_past, tokens, at_once, |ctx, batch| Ok(ctx.decode(batch)?), each)?;
+        if *first < self.sequence.n_past {
+            self.parked.hide_from(*first)?;
+        }
+        follow::<VoteError>(&mut self.parked, seq, *first, tokens, at_once, |ctx, batch| Ok(ctx.decode(batch)?), each)?;
         Ok(self.parked.reset()?)
     }
 
-    /// Tokens of a draft of `n` in one batch.
+    /// Tokens of a test of `n` in one batch.
     fn at_once(&self, n: usize) -> usize {
         let ctx = &self.parked;
         let kv = cache::cells(ctx, self.sequence.id).len() * self.voter.layout.bytes_per_cell();
@@ -181,43 +212,36 @@ impl Trying<'_> {
         n.div_ceil(n.div_ceil(most))
     }
 
-    fn search(&mut self, ranking: &Ranking, draft: &Draft, target: f64) -> Result<Trial, VoteError> {
+    fn search(&mut self, ranking: &Ranking, test: &Test, target: f64) -> Result<Trial, VoteError> {
         let (least, most) = ranking.range();
         // all the cells in another order: what differs now is how sums are rounded, and no loss
-        let rounding = self.damage(ranking, draft, ranking.n(), f64::INFINITY)?;
+        let rounding = self.damage(ranking, test, ranking.n(), f64::INFINITY)?;
         let mut tried = Vec::new();
-        let mut fits = |vote: &mut Self, count| -> Result<bool, VoteError> {
-            vote.enter(Stage::Try)?;
-            let kl = vote.damage(ranking, draft, count, rounding + target)? - rounding;
+        let (mut too_few, mut enough) = (0, 1 << TRIES);
+        let step = (most as f64 / least as f64).powf(1.0 / f64::from(enough - 1));
+        let count = |place: i32| ((most as f64 / step.powi((1 << TRIES) - place)).round() as usize).clamp(least, most);
+        while enough - too_few > 1 && count(too_few + 1) < count(enough) {
+            self.enter(Stage::Try)?;
+            let middle = (too_few + enough) / 2;
+            let kl = self.damage(ranking, test, count(middle), rounding + target)? - rounding;
             // not `f64::max`, which would hide a NaN
             let kl = if kl < 0.0 { 0.0 } else { kl };
-            tried.push((count, kl as f32));
-            Ok(kl <= target)
-        };
-        let (mut too_few, mut enough) = (least, most);
-        if fits(self, least)? {
-            enough = least;
+            tried.push((count(middle), kl as f32));
+            if kl <= target { enough = middle } else { too_few = middle }
         }
-        for _ in 0..HALVINGS {
-            let middle = (too_few as f64 * enough as f64).sqrt().round() as usize;
-            if middle <= too_few || middle >= enough {
-                break;
-            }
-            if fits(self, middle)? { enough = middle } else { too_few = middle }
-        }
-        Ok(Trial { count: enough, tried, rounding: rounding as f32 })
+        Ok(Trial { count: count(enough), tried, rounding: rounding as f32 })
     }
 
-    /// Mean KL of what the first `count` of the reordered cells expect along the draft to what all of them did; once it is
+    /// Mean KL of what the first `count` of the reordered cells expect along the test to what all of them did; once it is
     /// certain to be above `limit`, as much of it as is known.
-    fn damage(&mut self, ranking: &Ranking, draft: &Draft, count: usize, limit: f64) -> Result<f64, VoteError> {
+    fn damage(&mut self, ranking: &Ranking, test: &Test, count: usize, limit: f64) -> Result<f64, VoteError> {
         let (_, tail) = ranking.forced();
         let cells = cache::cells(&self.parked, self.sequence.id);
         let first_hidden = count - (ranking.n() - tail);
         let hidden = if first_hidden < tail { cells[first_hidden].pos..cells[tail].pos } else { 0..0 };
         let mut mean = 0.0;
-        self.lead(&draft.tokens, hidden, |i, logits| {
-            mean += draft.expected[i].kl(logits) / draft.tokens.len() as f64;
+        self.lead(test, hidden, |i, logits| {
+            mean += test.expected[i].kl(logits) / test.tokens.len() as f64;
             if mean > limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         Ok(mean)
@@ -252,10 +276,10 @@ fn argmax(logits: &[f32]) -> Token {
 mod tests {
     use super::*;
     use crate::cache::Cell;
-    use crate::llama::{CacheType, ContextParams, FlashAttention};
+    use crate::llama::{CacheType, Context, ContextParams, FlashAttention, LlamaError};
     use crate::policy::{Bound, Decision, Evict, Kind, Params};
     use crate::tests::{fixture, tiny};
-    use crate::vote::CompressReport;
+    use crate::vote::{CompressReport, Notes};
     use crate::{Session, SessionParams};
 
     fn session(flash_attn: FlashAttention, cache: CacheType, evict: Evict) -> Session {
@@ -277,35 +301,45 @@ mod tests {
 
     /// What a trial measures is what a compaction to the same count does, and afterwards every byte is as before.
     ///
-    /// `rounding`: of the kernels, which add up in another order where cells are hidden, as the root of a KL: that is
-    /// quadratic in what the logits differ by.
-    fn assert_foretold(session: &mut Session, rounding: f64, name: &str) {
+    /// `answer`: where one begins that the vote is on. `rounding`: of the kernels, which add up in another order where cells are
+    /// hidden, as the root of a KL: that is quadratic in what the logits differ by.
+    fn assert_foretold(session: &mut Session, answer: Option<Pos>, rounding: f64, name: &str) -> Vec<Token> {
+        let mut vote = session.vote().unwrap();
+        (vote.voter.answer, vote.voter.notes) = (answer, Some(Notes::default()));
+        vote.observe_newest(&[]).unwrap();
+        drop(vote);
         let before = session.save();
         let cells = cache::cells(session.context(), 0);
         let ranking = ranking(session, &cells);
         let trial = session.vote().unwrap().try_out(&ranking).unwrap().unwrap();
         assert!(session.save() == before, "{name}");
-
-        let draft = session.vote().unwrap().trying().unwrap().draft().unwrap();
         assert!(trial.tried.len() > 1, "{name}: {:?}", trial.tried);
+
+        let held_out = session.vote().unwrap().held_out();
+        let test = session.vote().unwrap().trying().unwrap().test(held_out).unwrap();
         for &(count, kl) in &trial.tried {
             session.load(&before).unwrap();
             let selection = ranking.clone().keep(count, Bound::Trial);
             assert_eq!(selection.n_cells(), count);
             let vote = session.vote().unwrap();
             crate::compact::compact(vote.ctx, 0, &cells, &selection, vote.voter.scorer.devices(), None).unwrap();
-            drop(vote);
+            assert!(vote.ctx.remove(0, test.first, -1));
             let mut real = 0.0;
             let each = |i: usize, logits: &[f32]| {
-                real += draft.expected[i].kl(logits) / draft.tokens.len() as f64;
+                real += test.expected[i].kl(logits) / test.tokens.len() as f64;
+                ControlFlow::Continue(())
             };
-            session.follow(&draft.tokens, each).unwrap();
+            let decode = |ctx: &mut Context, batch: &Batch| ctx.decode(batch);
+            follow::<LlamaError>(vote.ctx, 0, test.first, &test.tokens, test.tokens.len(), decode, each).unwrap();
             let foretold = f64::from(kl + trial.rounding);
             let apart = real.sqrt() - foretold.sqrt();
             // of a count that does too much damage only so much was measured as shows it
             let is_whole = count == trial.count;
             assert!(apart > -rounding && (apart < rounding || !is_whole), "{name}, {count}: {foretold}, really {real}");
         }
+        session.load(&before).unwrap();
+        let notes = session.vote().unwrap().voter.notes.take();
+        notes.unwrap().draft
     }
 
     #[test]
@@ -316,8 +350,33 @@ mod tests {
             (FlashAttention::Off, CacheType::F16, Evict::Cells),
         ] {
             // a model in 4 bits rounds its activations to 8
-            assert_foretold(&mut session(flash, cache, evict), 0.03, &format!("{cache:?} {evict:?}"));
+            let name = format!("{cache:?} {evict:?}");
+            let mut session = session(flash, cache, evict);
+            assert_foretold(&mut session, None, 0.03, &name);
+
+            // 56 tokens of an answer: 32 vote, 24 are held out, and 8 are drafted behind them
+            let start = session.n_past();
+            let written = fixture::tokens(session.model(), 500)[400..456].to_vec();
+            session.prefill(&written, |_, _| ControlFlow::Continue(())).unwrap();
+            let tested = assert_foretold(&mut session, Some(start), 0.03, &format!("{name}, an answer"));
+            assert_eq!((tested.len(), &tested[..24]), (32, &written[32..]), "{name}");
         }
+    }
+
+    /// The test of a long answer is free: nothing is drafted.
+    #[test]
+    fn the_newest_tokens_of_an_answer_are_the_test_and_do_not_vote() {
+        let mut session = session(FlashAttention::Off, CacheType::F16, Evict::Composite);
+        session.vote().unwrap().voter.notes = Some(Notes::default());
+        let (start, last) = (session.n_past() - 100, session.n_past() - 33);
+        session.compress_answer(start).unwrap();
+        let expected = fixture::tokens(session.model(), 400);
+        let vote = session.vote().unwrap();
+        let voter = &vote.voter;
+        assert_eq!(voter.notes.as_ref().unwrap().draft, expected[368..]);
+        let voters = voter.capture.window(0, 0, last).unwrap().pos;
+        assert_eq!(voters, (last - 63..=last).collect::<Vec<_>>());
+        assert!(voter.capture.window(0, 0, last + 32).is_err(), "the queries of the test were not asked for");
     }
 
     /// The window layers see their whole window whatever the trial hides.
@@ -334,7 +393,9 @@ mod tests {
             let mut session = Session::new(&model, &params).unwrap();
             let tokens: Vec<_> = (0..500).map(|i| (7 * i + i * i / 5) % tiny::N_VOCAB as Token).collect();
             session.prefill(&tokens, |_, _| ControlFlow::Continue(())).unwrap();
-            assert_foretold(&mut session, 1e-3, &format!("{flash_attn:?}"));
+            assert_foretold(&mut session, None, 1e-3, &format!("{flash_attn:?}"));
+            let answer = session.n_past() - 60;
+            assert_foretold(&mut session, Some(answer), 1e-3, &format!("{flash_attn:?}, an answer"));
         }
     }
 }
