@@ -257,7 +257,7 @@ fn chunk(ctx: &Context) -> usize {
 }
 
 /// Decodes `tokens` at the positions from `first` on, `at_once` in a batch, and gives `each(i, logits)` the next-token logits
-/// after `tokens[i]`, `[n_vocab]`, until it breaks.
+/// after `tokens[i]` and those that follow in its batch, `[n][n_vocab]`, until it breaks.
 pub(crate) fn follow<E: From<LlamaError>>(
     ctx: &mut Context,
     seq: SeqId,
@@ -265,7 +265,7 @@ pub(crate) fn follow<E: From<LlamaError>>(
     tokens: &[Token],
     at_once: usize,
     mut decode: impl FnMut(&mut Context, &Batch) -> Result<(), E>,
-    mut each: impl FnMut(usize, &[f32]) -> ControlFlow<()>,
+    mut each: impl FnMut(usize, &[&[f32]]) -> ControlFlow<()>,
 ) -> Result<(), E> {
     let mut batch = Batch::new(at_once);
     for (start, chunk) in (0..).step_by(at_once).zip(tokens.chunks(at_once)) {
@@ -274,10 +274,8 @@ pub(crate) fn follow<E: From<LlamaError>>(
             batch.add(token, first + (start + i) as Pos, seq, true)?;
         }
         decode(ctx, &batch)?;
-        for i in 0..chunk.len() {
-            if each(start + i, ctx.logits_at(i as i32)?).is_break() {
-                return Ok(());
-            }
+        if each(start, &ctx.logits_of(chunk.len())?).is_break() {
+            return Ok(());
         }
     }
     Ok(())

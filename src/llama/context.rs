@@ -434,6 +434,20 @@ impl Context {
         }
     }
 
+    /// Next-token logits after each of the `n` tokens of the last batch, all of which asked for them. `[n][n_vocab]`
+    ///
+    /// # Errors
+    /// [`LlamaError::NoLogits`].
+    pub fn logits_of(&mut self, n: usize) -> Result<Vec<&[f32]>, LlamaError> {
+        let n_vocab = self.model.n_vocab();
+        // SAFETY: as in `logits_at`.
+        let row = |i| unsafe {
+            let row = sys::llama_get_logits_ith(self.as_ptr(), i);
+            (!row.is_null()).then(|| std::slice::from_raw_parts(row, n_vocab)).ok_or(LlamaError::NoLogits)
+        };
+        (0..n as i32).map(row).collect()
+    }
+
     /// Removes the cells of `seq` whose position (of a composite cell: its label) lies in `p0..p1`; -1 = open end.
     /// False where that cannot be: recurrent layers cannot be cut, and there may be no such sequence.
     pub fn remove(&mut self, seq: SeqId, p0: Pos, p1: Pos) -> bool {

@@ -27,8 +27,8 @@ impl Session {
                 None => Ok(ctx.decode(batch)?),
             }
         };
-        let result = follow(ctx, SEQ, n_past, tokens, *chunk, decode, |i, logits| {
-            each(i, logits);
+        let result = follow(ctx, SEQ, n_past, tokens, *chunk, decode, |start, logits| {
+            (start..).zip(logits).for_each(|(i, logits)| each(i, logits));
             ControlFlow::Continue(())
         });
         self.ctx.remove(SEQ, n_past, -1);

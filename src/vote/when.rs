@@ -1,6 +1,6 @@
 //! When an answer is voted on: before it, or once it has shown that it is long.
 //!
-//! A vote takes as long as some 150 tokens of an answer, most of it for the trial, which only a long answer earns back; and nobody knows
+//! A vote takes as long as some 100 tokens of an answer, most of it for the trial, which only a long answer earns back; and nobody knows
 //! beforehand how long an answer will be. [`When::Auto`] rents before it buys, as the ski-rental rule has it: it votes as soon as the
 //! time that fewer cells would have saved so far has reached what the vote will take, or where the cache is full. Until then the answer
 //! is the full cache's own, bit for bit, and one that ends early has paid nothing. Queries of the answer vote then.
@@ -39,16 +39,15 @@ impl FromStr for When {
     }
 }
 
-/// Tokens of an answer that are always the full cache's.
-const FIRST: usize = 32;
+/// Tokens of an answer that are always the full cache's: so many that the trial's test is made of them, and enough are left to vote.
+const FIRST: usize = 64;
 /// Share of the cells that a vote is expected to leave, as long as there was none.
 const KEPT: f64 = 0.4;
-/// What a vote is expected to take, as long as there was none: as long as so many steps for each token of a trial, which are drafted one
-/// by one, and then read in small batches some seven times;
-const TRIED: f64 = 4.7;
-/// as long as reading so many tokens for each of the window, whose queries are computed again;
-const OBSERVED: f64 = 1.2;
-/// and this share of the time that reading all cells' tokens took, for scores.
+/// Readings of a trial, as long as there was no vote that could be timed: what the full cache expects, rounding, and the counts.
+const READINGS: f64 = 6.0;
+/// A reading takes as long as a step, and so many times what its tokens took in a prompt: small batches at the end of the text.
+const DEEP: f64 = 1.3;
+/// Of the time that reading all cells' tokens took, what scores take.
 const SCORED: f64 = 0.03;
 /// A prompt of fewer tokens says nothing about how fast a long one is read.
 const LEAST_READ: usize = 128;
@@ -78,7 +77,10 @@ impl Known {
     /// Seconds that a vote on `n` cells will take where a step of the answer takes `step`.
     fn price(&self, n: usize, step: f64, work: Work) -> Option<f64> {
         let (n, Work { tried, observed }) = (n as f64, work);
-        let first = |token| TRIED * tried as f64 * step + token * (OBSERVED * observed as f64 + SCORED * n);
+        let first = |token| {
+            let reading = |tokens: usize| if tokens > 0 { step + DEEP * tokens as f64 * token } else { 0.0 };
+            READINGS * reading(tried) + reading(observed) + SCORED * token * n
+        };
         self.vote.map(|(cell, _)| cell * n).or(self.read.map(first))
     }
 
@@ -177,11 +179,11 @@ mod tests {
 
     #[test]
     fn a_vote_comes_when_what_it_takes_could_have_been_saved() {
-        // 4.7 * 32 steps and (1.2 * 64 + 0.03 * 4000) * 0.005 s, where 0.3 of each step are saved
-        assert_eq!(due(meter(When::Auto), Duration::from_millis(20)), Some(666));
-        assert_eq!(due(meter(When::Auto), Duration::from_millis(200)), Some(518));
+        // 7 steps and (6 * 1.3 * 32 + 1.3 * 64 + 0.03 * 4000) * 0.005 s, where 0.3 of each step are saved
+        assert_eq!(due(meter(When::Auto), Duration::from_millis(20)), Some(401));
+        assert_eq!(due(meter(When::Auto), Duration::from_millis(100)), Some(99));
         let cheap = Meter { work: Work { tried: 0, observed: 64 }, ..meter(When::Auto) };
-        assert_eq!(due(cheap, Duration::from_millis(30)), Some(110), "without a trial");
+        assert_eq!(due(cheap, Duration::from_millis(30)), Some(117), "without a trial");
         let cheap = Meter { work: Work { tried: 0, observed: 64 }, ..meter(When::Auto) };
         assert_eq!(due(cheap, Duration::from_secs(2)), Some(FIRST), "the first are the full cache's");
         assert_eq!(due(meter(When::Prompt), Duration::from_secs(2)), None);

@@ -105,7 +105,7 @@ fn there_is_one_vote_and_the_answer_goes_on_behind_it() {
 fn a_short_answer_pays_nothing_and_by_hand_there_is_no_vote() {
     let never = gvote_params { when: GVOTE_WHEN_NEVER, ..after(0) };
     let full = gvote_params { policy: GVOTE_POLICY_FULL, when: GVOTE_WHEN_AFTER, vote_after: 5, ..defaults() };
-    for (params, n) in [(after(20), 20), (defaults(), 31), (never, 60), (full, 20)] {
+    for (params, n) in [(after(20), 20), (defaults(), 63), (never, 60), (full, 20)] {
         let (app, handle) = asked(&ONE, &params);
         assert!(votes(&app, &handle, 0, n).is_empty());
         assert_eq!(handle.cells(&app, 0), (GVOTE_OK, (N + n) as u32));
@@ -116,13 +116,13 @@ fn a_short_answer_pays_nothing_and_by_hand_there_is_no_vote() {
 /// long as nobody counts what they take.
 #[test]
 fn a_vote_comes_when_that_pays() {
-    for (no_perf, expected) in [(true, Some(32)), (false, None)] {
+    for (no_perf, expected) in [(true, Some(64)), (false, None)] {
         let app = App::with(&tiny("llama"), &ONE, |params| params.no_perf = no_perf);
         // a trial would take as long as hundreds of steps
         let handle = Handle::with(&app, &gvote_params { target_kl: 0.0, ..defaults() });
         app.decode(&[(0, 0, &words(N, 0))]);
         let mut first = None;
-        for i in 0..36 {
+        for i in 0..68 {
             let (status, report) = step(&app, &handle, 0, START, START + i);
             assert_eq!(status, GVOTE_OK, "{}", handle.error());
             // llama.cpp counts a step when its outputs are asked for

@@ -69,9 +69,9 @@ fn the_question_stays_in_every_head() {
 #[test]
 fn an_answer_that_ends_early_has_paid_nothing() {
     let mut session = begun(F16, When::Auto, Recall::Off);
-    let (_, report) = answer(&mut session, 31);
+    let (_, report) = answer(&mut session, 63);
     assert!(report.vote.is_none());
-    assert_eq!(session.cells_used(), QUESTION + 31);
+    assert_eq!(session.cells_used(), QUESTION + 63);
 }
 
 #[test]
