@@ -218,7 +218,7 @@ impl Voter {
     /// Cells that a vote needs beside those of the sequence.
     pub fn spare_cells(policy: &policy::Params) -> usize {
         let replay = if policy.replay { replay::CELLS } else { 0 };
-        policy.samples.max(policy.draft).max(policy.window).max(replay)
+        policy.samples.max(trial::most_tokens(policy)).max(policy.window).max(replay)
     }
 }
 

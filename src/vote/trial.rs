@@ -17,7 +17,7 @@ use crate::cache::{self, Parked};
 use crate::compact::Reorder;
 use crate::divergence::Likely;
 use crate::llama::{Batch, Pos, Token};
-use crate::policy::Ranking;
+use crate::policy::{self, Ranking};
 use crate::threads;
 
 /// Of the target, what the test may use up: the text that comes after it, and a text that is not the model's own, drift
@@ -32,6 +32,10 @@ const TRIES: i32 = 4;
 /// Tokens of an answer that vote, before any is held out for the test. Without them the prompt's end alone votes, and its ranking is
 /// worse.
 const VOTERS: usize = 32;
+
+/// Of an answer that is long enough, so many times the tokens of a draft are the test: what was written tells less of what comes than
+/// what would be written next, and costs nothing to make.
+const WRITTEN: usize = 2;
 
 /// Of the bytes of the model, or of the sequence's K and V where those are more, what llama.cpp's buffer for the test's logits may
 /// take.
@@ -89,6 +93,16 @@ impl Drop for Reordered<'_, '_> {
     }
 }
 
+/// Tokens of a test, at most.
+pub(crate) fn most_tokens(policy: &policy::Params) -> usize {
+    policy.draft.max(most_held_out(policy))
+}
+
+/// llama.cpp wants to see the cell before the first of them, which is a recent one then.
+fn most_held_out(policy: &policy::Params) -> usize {
+    (WRITTEN * policy.draft).min(policy.recent.saturating_sub(1))
+}
+
 impl Vote<'_> {
     /// The newest tokens of an answer that its test is made of. They do not vote: a test of the voters themselves is too easy.
     pub fn held_out(&self) -> usize {
@@ -96,8 +110,7 @@ impl Vote<'_> {
         let Some(start) = self.voter.answer.filter(|_| policy.tries()) else { return 0 };
         let sequence = &*self.sequence;
         let written = (sequence.n_past - start.max(sequence.exact_from)).max(0) as usize;
-        // llama.cpp wants to see the cell before the first of them, which is a recent one then
-        let most = policy.draft.min(policy.recent.saturating_sub(1)).min(written.saturating_sub(VOTERS));
+        let most = most_held_out(policy).min(written.saturating_sub(VOTERS));
         // embeddings cannot be decoded once more
         sequence.tokens.iter().rev().take(most).take_while(|token| **token >= 0).count()
     }
@@ -127,7 +140,7 @@ impl Vote<'_> {
 
     fn trying(&mut self) -> Result<Trying<'_>, VoteError> {
         let Self { ctx, voter, sequence, progress } = self;
-        let parked = Parked::new(ctx, sequence.id, voter.policy.draft)?;
+        let parked = Parked::new(ctx, sequence.id, most_tokens(&voter.policy))?;
         Ok(Trying { parked, voter, sequence, progress: *progress })
     }
 }
@@ -141,7 +154,7 @@ impl Trying<'_> {
     fn test(&mut self, held_out: usize) -> Result<Test, VoteError> {
         let sequence = self.sequence;
         let mut tokens = sequence.tokens[sequence.tokens.len() - held_out..].to_vec();
-        tokens.extend(self.draft(self.voter.policy.draft - held_out)?);
+        tokens.extend(self.draft(self.voter.policy.draft.saturating_sub(held_out))?);
         let mut test = Test { first: sequence.n_past - held_out as Pos, tokens, expected: Vec::new() };
         // in a batch, as smaller caches read it: its kernels round differently from those of single steps
         let mut expected = Vec::with_capacity(test.tokens.len());
@@ -399,15 +412,15 @@ mod tests {
     fn the_newest_tokens_of_an_answer_are_the_test_and_do_not_vote() {
         let mut session = session(FlashAttention::Off, CacheType::F16, Evict::Composite);
         session.vote().unwrap().voter.notes = Some(Notes::default());
-        let (start, last) = (session.n_past() - 100, session.n_past() - 33);
+        let (start, last) = (session.n_past() - 100, session.n_past() - 64);
         session.compress_answer(start).unwrap();
         let expected = fixture::tokens(session.model(), 400);
         let vote = session.vote().unwrap();
         let voter = &vote.voter;
-        assert_eq!(voter.notes.as_ref().unwrap().draft, expected[368..]);
+        assert_eq!(voter.notes.as_ref().unwrap().draft, expected[337..]);
         let voters = voter.capture.window(0, 0, last).unwrap().pos;
         assert_eq!(voters, (last - 63..=last).collect::<Vec<_>>());
-        assert!(voter.capture.window(0, 0, last + 32).is_err(), "the queries of the test were not asked for");
+        assert!(voter.capture.window(0, 0, last + 63).is_err(), "the queries of the test were not asked for");
     }
 
     /// The window layers see their whole window whatever the trial hides.

@@ -10,7 +10,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::CompressReport;
+use super::{CompressReport, trial};
 use crate::policy;
 #[cfg(doc)]
 use crate::session::Session;
@@ -39,7 +39,7 @@ impl FromStr for When {
     }
 }
 
-/// Tokens of an answer that are always the full cache's: so many that the trial's test is made of them, and enough are left to vote.
+/// Tokens of an answer that are always the full cache's: with so many nothing is drafted for the trial.
 const FIRST: usize = 64;
 /// Share of the cells that a vote is expected to leave, as long as there was none.
 const KEPT: f64 = 0.4;
@@ -102,7 +102,7 @@ impl Work {
     /// For a vote on `n` cells.
     pub fn of(policy: &policy::Params, n: usize) -> Self {
         let reread = if policy.replay { n } else { 0 };
-        Self { tried: if policy.tries() { policy.draft } else { 0 }, observed: policy.window + reread }
+        Self { tried: if policy.tries() { trial::most_tokens(policy) } else { 0 }, observed: policy.window + reread }
     }
 }
 
