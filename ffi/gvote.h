@@ -339,7 +339,7 @@ GVOTE_API gvote_status gvote_cancel(gvote_t * g);
 /* Allows votes again. Any thread, as long as the handle lives. */
 GVOTE_API gvote_status gvote_cancel_clear(gvote_t * g);
 
-/* ---- listening ----------------------------------------------------------------------------------------------------------- */
+/* ---- observing ----------------------------------------------------------------------------------------------------------- */
 
 /* Observes all sequences of a context from now on. Call it after llama_init_from_model() and before the prompt; gvote
  * does not know what was decoded earlier.
