@@ -1,10 +1,13 @@
 MODELS   ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/gvote/models
 MODEL    ?= $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
-# A real document that every Debian machine has: about 5,000 tokens
+# A document that every Debian machine has: about 5,000 tokens
 DOC      ?= /usr/share/common-licenses/GFDL-1.3
 QUESTION ?= Answer in one sentence: what is the purpose of this License?
-# By default so short an answer gets no vote: none would pay. Here one is to be seen
-WHEN     ?= prompt
+# The demo: the smallest model that answers rightly, and a document of 2,800 tokens that every Debian machine has
+DEMO_MODEL    ?= $(MODELS)/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf
+DEMO_DOC      ?= /usr/share/common-licenses/GPL-1
+DEMO_QUESTION ?= For how long must a written offer to provide the source code be valid?
+DEMO_ANSWER   ?= three years
 # The requests of the gallery
 EASY     ?= What must you do to convey a modified version?
 HARD     ?= Summarise it in three points.
@@ -23,9 +26,12 @@ STAGE    ?= target/stage
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: setup ## install what is needed, build, and ask a question about a long document
-	cargo build --release
-	target/release/gvote run -m "$(MODEL)" -f "$(DOC)" -p "$(QUESTION)" -n 128 --temp 0 --vote $(WHEN)
+run: ## install what is needed, build, and compare an answer about a real document with the full cache's
+	@scripts/install-prerequisites build
+	@scripts/fetch-model qwen-0.5b --dir "$(MODELS)" >/dev/null & fetching=$$!; \
+	    cargo build --release --locked || { kill $$fetching; exit 1; }; \
+	    wait $$fetching
+	@scripts/demo -m "$(DEMO_MODEL)" -f "$(DEMO_DOC)" -p "$(DEMO_QUESTION)" --expect "$(DEMO_ANSWER)"
 
 test: setup ## run the whole test suite
 	cargo test

@@ -1,4 +1,4 @@
-// gvote for C++17: the handle as an object, statuses as exceptions. Header only; see gvote.h for what each call does.
+// gvote for C++17: the handle as an object, statuses as exceptions. Header only; gvote.h documents the calls.
 //
 //     gvote::handle g;
 //     g.attach(ctx);
@@ -21,7 +21,7 @@
 
 namespace gvote {
 
-// What a call answered other than GVOTE_OK. what() is gvote_last_error().
+// A status other than GVOTE_OK. what() is gvote_last_error().
 class error : public std::runtime_error {
 public:
     error(gvote_status status, const std::string & text) : std::runtime_error(text), status_(status) {}
@@ -32,12 +32,12 @@ private:
     gvote_status status_;
 };
 
-// Owns a gvote_t. Movable; threads and lifetimes as in gvote.h. It must not outlive a callback's captures.
+// Owns a gvote_t. Movable; threads and lifetimes as in gvote.h. Captures of its callbacks must outlive it.
 class handle {
 public:
-    // Told of each line; an exception in it is dropped.
+    // Receives each log line; its exceptions are ignored.
     using log_function = std::function<void(gvote_log_level, const char *)>;
-    // Told of each step; false or an exception cancels.
+    // Called at each step of a vote; false or an exception cancels.
     using progress_function = std::function<bool(gvote_stage)>;
 
     explicit handle(const gvote_params & params = gvote_params_default()) : callbacks_(std::make_unique<callbacks>()) {
@@ -48,7 +48,7 @@ public:
         }
     }
 
-    // The handle for C; still owned by this object.
+    // The C handle; this object keeps ownership.
     gvote_t * get() const noexcept { return g_.get(); }
 
     void set_params(const gvote_params & params) { check(gvote_set_params(get(), &params)); }
@@ -62,7 +62,7 @@ public:
     void attach(llama_context * ctx) { check(gvote_attach(get(), ctx)); }
     void detach(llama_context * ctx) { check(gvote_detach(get(), ctx)); }
 
-    // An eval callback of the app's own, called beside gvote's; nullptr: none.
+    // Sets an eval callback that is called beside gvote's; nullptr: none.
     void set_next_callback(gvote_eval_callback callback, void * user_data) {
         check(gvote_set_next_callback(get(), callback, user_data));
     }
@@ -70,7 +70,7 @@ public:
     gvote_report compress(llama_context * ctx, std::int32_t seq) { return vote(gvote_compress, ctx, seq); }
     gvote_report plan(llama_context * ctx, std::int32_t seq) { return vote(gvote_plan, ctx, seq); }
 
-    // What a vote on the answer did that began at position `start`, where it was time for one; see gvote.h.
+    // Votes on the answer that began at position `start` if a vote is due, and returns its report; else std::nullopt.
     std::optional<gvote_report> vote_if_due(llama_context * ctx, std::int32_t seq, std::int32_t start) {
         bool has_voted = false;
         const auto call = [&](gvote_t * g, llama_context * c, std::int32_t s, gvote_report * report) {
@@ -80,7 +80,7 @@ public:
         return has_voted ? std::make_optional(report) : std::nullopt;
     }
 
-    // `ahead`: the text that is still to come, or its end.
+    // `ahead`: the text still to come, or its end.
     gvote_report make_room(
             llama_context      * ctx,
             std::int32_t         seq,
@@ -93,7 +93,7 @@ public:
         return vote(call, ctx, seq);
     }
 
-    // What votes took out of the cache comes back, as far as `needed` cells stay free; the cells of the sequence afterwards.
+    // Brings back what votes took out of the cache, as far as `needed` cells stay free. Returns the number of cells.
     std::uint32_t expand(llama_context * ctx, std::int32_t seq, std::uint32_t needed) {
         std::uint32_t n = 0;
         check(gvote_expand(get(), ctx, seq, needed, &n));
@@ -120,7 +120,7 @@ public:
         return out;
     }
 
-    // The positions from p0 to p1 - 1 stay at every later vote, or no longer; a negative p1: to the end of the sequence.
+    // Protects positions p0 to p1 - 1 at later votes, or no longer; a negative p1 is the end of the sequence.
     void protect(llama_context * ctx, std::int32_t seq, std::int32_t p0, std::int32_t p1, bool stays = true) {
         check(gvote_seq_protect(get(), ctx, seq, p0, p1, stays));
     }
@@ -145,7 +145,7 @@ public:
     void cancel() noexcept { (void) gvote_cancel(get()); }
     void cancel_clear() noexcept { (void) gvote_cancel_clear(get()); }
 
-    // An empty function: nobody is told.
+    // An empty function disables logging.
     void on_log(log_function f) {
         callbacks_->log = std::move(f);
         check(gvote_set_log_callback(get(), callbacks_->log ? log : nullptr, callbacks_.get()));
@@ -195,7 +195,7 @@ private:
         return report;
     }
 
-    // gone after the handle that points to it
+    // destroyed after the handle that points to it
     std::unique_ptr<callbacks>              callbacks_;
     std::unique_ptr<gvote_t, free_handle>   g_;
 };

@@ -3,6 +3,8 @@
 
 #[path = "common/cli.rs"]
 mod cli;
+#[path = "common/help.rs"]
+mod help;
 #[allow(dead_code)] // it serves other tests too
 #[path = "../src/tests/tiny.rs"]
 mod tiny;
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use cli::{PROGRAM, bare, finish};
 use gvote::llama;
+use help::{Flag, commands, flags_of};
 
 /// The ends of every type of number that a flag may have, the smallest number above nothing, and what is no number. The bounds
 /// and names that a refusal mentions are tried besides.
@@ -104,64 +107,6 @@ const REPEATED: Duration = Duration::from_secs(2);
 /// Bytes that may be resident, and that may be asked for.
 const RESIDENT_MAX: usize = 1 << 30;
 const ADDRESSES_MAX: u64 = 8 << 30;
-
-/// A flag as the help lists it.
-struct Flag {
-    command: String,
-    /// All that the help says of it.
-    entry: String,
-    /// All its spellings, the long one first.
-    spellings: Vec<String>,
-    /// What the help calls its value, if it has one.
-    value: Option<String>,
-}
-
-fn help_of(command: &str) -> String {
-    let words: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
-    finish(&mut bare(&words)).ok().stdout
-}
-
-/// The commands below one, or itself where there are none.
-fn commands(above: &str) -> Vec<String> {
-    let help = help_of(above);
-    let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
-    // longer descriptions go on in lines that are indented further
-    let names = listed.filter(|line| !line.starts_with("   ")).filter_map(|line| line.split_whitespace().next());
-    let below: Vec<String> = names.filter(|&name| name != "help").map(|name| format!("{above} {name}")).collect();
-    if below.is_empty() {
-        return vec![above.trim().to_owned()];
-    }
-    below.iter().flat_map(|command| commands(command)).collect()
-}
-
-/// Reads `  -c, --ctx-size <N>  What it does [also: -c]`, and the lines below it, up to the next flag.
-fn flags_of(command: &str) -> Vec<Flag> {
-    let help = help_of(command);
-    let mut entries: Vec<String> = Vec::new();
-    for line in help.lines() {
-        if line.starts_with("  -") || line.starts_with("      --") {
-            entries.push(line.trim().to_owned());
-        } else if let Some(entry) = entries.last_mut() {
-            *entry += " ";
-            *entry += line.trim();
-        }
-    }
-    let flags = entries.iter().map(|entry| {
-        let head = entry.split("  ").next().unwrap_or_default();
-        let (names, value) = head.split_once(['<', '[']).map_or((head, None), |(names, value)| (names, Some(value)));
-        let own = names.split([',', ' ']).filter(|word| word.starts_with('-')).rev();
-        let others = entry.split('[').filter_map(|part| part.strip_prefix("al")?.split_once(": "));
-        let others = others.flat_map(|(_, names)| names.split(']').next().unwrap_or_default().split(", "));
-        Flag {
-            command: command.to_owned(),
-            entry: entry.clone(),
-            spellings: own.chain(others).map(str::to_owned).collect(),
-            value: value
-                .map(|value| value.trim_start_matches('<').split(['>', ']']).next().unwrap_or_default().to_owned()),
-        }
-    });
-    flags.filter(|flag| !["--help", "--version"].contains(&flag.spellings[0].as_str())).collect()
-}
 
 /// Where the models and texts lie.
 struct Files {
