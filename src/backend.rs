@@ -12,7 +12,7 @@ use std::thread::{Scope, ScopedJoinHandle};
 pub(crate) use self::device::{Device, Devices, HostMemory, STAGE, has_own_host_memory, place};
 pub(crate) use self::graph::{Builder, Results, Tensor};
 pub(crate) use self::lane::Lane;
-use crate::threads;
+use crate::policy::threads;
 
 /// Layers that a device works on at once, at most: while it computes one, another is described to it, and what came of one before is read.
 pub(crate) const DEVICE_LAYERS: usize = 4;

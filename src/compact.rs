@@ -44,8 +44,9 @@ use crate::archive::NoRoom;
 use crate::backend::{ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, SeqId};
+use crate::policy::threads;
 use crate::policy::{Kept, Selection};
-use crate::{sys, threads};
+use crate::sys;
 
 pub(crate) use mask::Mask;
 pub use mask::MaskError;

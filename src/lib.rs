@@ -52,14 +52,13 @@ pub mod machine;
 mod memory;
 mod page;
 mod plot;
-pub mod policy;
 pub mod score;
 pub mod session;
 mod sys;
 #[cfg(test)]
 mod tests;
 pub mod text;
-mod threads;
 pub mod vote;
 
+pub use gvote_policy as policy;
 pub use session::{Session, SessionError, SessionParams};

@@ -33,9 +33,9 @@ use crate::cache::{CacheError, Layout};
 use crate::capture::{Capture, CaptureError};
 use crate::compact::{self, CompactError};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId, Token};
+use crate::policy::threads;
 use crate::policy::{self, PolicyError, Shape};
 use crate::score::Scorer;
-use crate::threads;
 
 /// Why there was no vote. The cache is as it was.
 #[derive(Debug, thiserror::Error)]

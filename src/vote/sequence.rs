@@ -12,8 +12,8 @@ use crate::cache::{Cell, Layout};
 use crate::capture::{Capture, Restored};
 use crate::compact::{self, Arranged, Aside, CompactError, share};
 use crate::llama::{Context, Model, Pos, SeqId, Token};
+use crate::policy::threads;
 use crate::policy::{Kept, Selection};
-use crate::threads;
 
 /// Stands for an embedding among tokens.
 const EMBEDDING: Token = -1;

@@ -40,8 +40,8 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use super::rank::{self, Forced, Sum};
 use super::ranking::Ranking;
 use super::turns::{self, Turns};
-use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
-use crate::{memory, threads};
+use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape, Zeros};
+use crate::threads;
 
 /// `m`, `a` and `b` are stored as f16 times this. The largest, 1, becomes half of f16's range; what underflows
 /// is below 2e-12, which no count of entries turns into a loss. Every stored value is a multiple of
@@ -66,6 +66,7 @@ pub(super) struct Gvote {
     /// Heads observed so far.
     seen: usize,
     threads: usize,
+    zeros: Zeros,
     /// `[head][n]` the bits of `a * SCALE` and `b * SCALE` as f16, `a` above; ranking the heads turns them into entries from
     /// best to worst, in place. Empty for `Evict::Cells`. This and `mass` are asked for at once, but take up memory only some
     /// layers at a time, as they are written to, while the queries that were scored are freed.
@@ -210,6 +211,7 @@ impl Gvote {
             forced: Forced::new(params, n, protected),
             seen: 0,
             threads: threads::at_most(),
+            zeros: Zeros::default(),
             score: Vec::new(),
             mass: Vec::new(),
             passages_sum: vec![0.0; n],
@@ -239,12 +241,10 @@ impl Gvote {
 
     /// Scores heads, some of them in each thread, and keeps what ranks them later.
     fn keep_scores(&mut self, first: usize, heads: &[HeadScores<'_>]) {
-        let Self { params, shape, score, mass, passages_sum, passages, next_passages, scratch, .. } = self;
+        let Self { params, shape, zeros, score, mass, passages_sum, passages, next_passages, scratch, .. } = self;
         let (n, params, scratch) = (shape.n, &*params, &*scratch);
         if score.is_empty() {
-            (*score, *mass) = (vec![0; shape.heads() * n], vec![0; shape.heads() * n]);
-            memory::ask_for_large_pages(score);
-            memory::ask_for_large_pages(mass);
+            (*score, *mass) = ((zeros.of_u32)(shape.heads() * n), (zeros.of_u16)(shape.heads() * n));
         }
         let threads = self.threads.min(heads.len() * n / ENTRIES_A_THREAD).max(1);
         // one of the threads is late
@@ -257,8 +257,8 @@ impl Gvote {
         let (score, next_score) = score[first * n..].split_at_mut(heads.len() * n);
         let (mass, next_mass) = mass[first * n..].split_at_mut(heads.len() * n);
         if first == 0 {
-            memory::touch(score);
-            memory::touch(mass);
+            threads::touch(score);
+            threads::touch(mass);
         }
         let n_next = next_mass.len().min(heads.len() * n);
         let parts = score.chunks_mut(share * n).zip(mass.chunks_mut(share * n));
@@ -272,8 +272,8 @@ impl Gvote {
         let meanwhile = || {
             // the heads before these, one after another, so that the sum does not depend on the number of threads
             add_all(passages_sum, passages, n);
-            memory::touch(&mut next_score[..n_next]);
-            memory::touch(&mut next_mass[..n_next]);
+            threads::touch(&mut next_score[..n_next]);
+            threads::touch(&mut next_mass[..n_next]);
         };
         threads::share_out(threads, parts, work, meanwhile);
         std::mem::swap(passages, next_passages);
@@ -355,6 +355,10 @@ impl Policy for Gvote {
     fn needs(&self) -> Needs {
         let asks = !self.params.replay;
         Needs { future: asks, observed: asks, key_similarity: asks, value_norm: true, ..Needs::default() }
+    }
+
+    fn allocate_with(&mut self, zeros: Zeros) {
+        self.zeros = zeros;
     }
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {

@@ -1,7 +1,7 @@
 //! The ranking that a trial works on.
 
 use super::*;
-use crate::threads::{PRETEND_NONE, Pool};
+use crate::threads::{Pool, alone};
 
 const SHAPE: Shape = Shape { n: 300, n_layer: 2, n_head_kv: 2, group: 1 };
 
@@ -33,21 +33,23 @@ fn ranking_of(params: &Params, shape: Shape, request: &Request, at_once: usize) 
 fn heads_in_several_threads_rank_and_are_cut_as_one_after_another() {
     let shape = Shape { n: 70_000, n_layer: 2, n_head_kv: 4, group: 1 };
     let request = Request::random(&shape, 1, 9);
-    let alone = ranking_of(&Params::default(), shape, &request, 1);
+    let by_one = ranking_of(&Params::default(), shape, &request, 1);
     // the last ones are fewer; and where the system starts no threads, and where they wait
-    for (at_once, pretends_none, keeps) in
+    for (at_once, is_alone, keeps) in
         [(4, false, false), (3, false, false), (8, false, false), (8, true, false), (3, false, true)]
     {
-        PRETEND_NONE.set(pretends_none);
         let _threads = keeps.then(Pool::keep);
-        let layers = ranking_of(&Params::default(), shape, &request, at_once);
-        let kept = layers.clone().keep(20_000, Bound::Trial);
-        PRETEND_NONE.set(false);
-        assert_eq!(alone.curve(), layers.curve());
+        let rank = || {
+            let layers = ranking_of(&Params::default(), shape, &request, at_once);
+            let kept = layers.clone().keep(20_000, Bound::Trial);
+            (layers, kept)
+        };
+        let (layers, kept) = if is_alone { alone(rank) } else { rank() };
+        assert_eq!(by_one.curve(), layers.curve());
         for head in 0..shape.heads() {
             // not `assert_eq`, which would print them
-            assert!(alone.of_head(head) == layers.of_head(head), "head {head}");
-            let mut best = alone.of_head(head)[..20_000].to_vec();
+            assert!(by_one.of_head(head) == layers.of_head(head), "head {head}");
+            let mut best = by_one.of_head(head)[..20_000].to_vec();
             best.sort_unstable();
             assert!(kept.kept_by(head) == Some(&best[..]), "head {head}");
         }

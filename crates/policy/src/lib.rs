@@ -39,12 +39,12 @@ mod snapkv;
 mod streaming_llm;
 #[cfg(test)]
 mod tests;
+pub mod threads;
 mod turns;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use opinions::Opinions;
-pub use opinions::{Agreement, HeadOpinion};
+pub use opinions::{Agreement, HeadOpinion, Opinions};
 pub use params::{DEFAULT_RATIO, Evict, Params, PolicyError, Preset, Span};
 pub use protected::Protected;
 pub use ranking::Ranking;
@@ -192,7 +192,7 @@ pub struct Needs {
 
 impl Needs {
     /// What comes of keys and values alone.
-    pub(crate) fn of_cells(self) -> Self {
+    pub fn of_cells(self) -> Self {
         Self { value_norm: self.value_norm, key_similarity: self.key_similarity, ..Self::default() }
     }
 
@@ -204,6 +204,19 @@ impl Needs {
     /// Whether synthetic queries are needed: without them the probe pass can be skipped.
     pub const fn samples(&self) -> bool {
         self.future || self.each || self.expected
+    }
+}
+
+/// Vectors of so many zeros. The caller knows what its system does best with large ones.
+#[derive(Clone, Copy)]
+pub struct Zeros {
+    pub of_u32: fn(usize) -> Vec<u32>,
+    pub of_u16: fn(usize) -> Vec<u16>,
+}
+
+impl Default for Zeros {
+    fn default() -> Self {
+        Self { of_u32: |n| vec![0; n], of_u16: |n| vec![0; n] }
     }
 }
 
@@ -231,6 +244,9 @@ pub trait Policy {
             self.observe(first + i, scores);
         }
     }
+
+    /// Where to take large buffers from, before the first head arrives.
+    fn allocate_with(&mut self, _: Zeros) {}
 
     /// Chooses.
     ///

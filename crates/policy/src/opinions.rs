@@ -7,7 +7,7 @@ use super::rank::{self, Forced};
 use super::{HeadScores, Params, Protected, Ranking, Selection, Shape};
 
 /// The scores of all heads. Takes 8 bytes for each head and entry.
-pub(crate) struct Opinions {
+pub struct Opinions {
     params: Params,
     shape: Shape,
     forced: Forced,

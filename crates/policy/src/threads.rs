@@ -3,8 +3,7 @@
 //! To start a thread takes some systems a tenth of a millisecond, which is more than it has to do in a vote on a device. So threads
 //! may be kept that wait for work: see [`Pool`].
 
-#![forbid(unsafe_code)]
-
+use std::cell::Cell;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle, Scope, ScopedJoinHandle};
@@ -14,34 +13,50 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 /// More threads than this wait for memory.
 const MOST: usize = 16;
 
-#[cfg(test)]
 thread_local! {
-    /// Tests set it to be a system that starts no more threads.
-    pub(crate) static PRETEND_NONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    static IS_ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Does `work`, started by this thread, as on a system that starts no more threads.
+pub fn alone<T>(work: impl FnOnce() -> T) -> T {
+    struct Before(bool);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            IS_ALONE.set(self.0);
+        }
+    }
+    let _before = Before(IS_ALONE.replace(true));
+    work()
 }
 
 /// How many work well together here, at most.
-pub(crate) fn at_most() -> usize {
+pub fn at_most() -> usize {
     thread::available_parallelism().map_or(1, |n| n.get()).min(MOST)
+}
+
+/// Has pages of zeros made ready before several threads write to them at once, each of which would make a large one ready by itself.
+pub fn touch<T: Copy + Default>(zeros: &mut [T]) {
+    /// The least that any system makes ready at once.
+    const STEP: usize = 4096;
+    zeros.iter_mut().step_by(STEP / size_of::<T>()).for_each(|x| *x = T::default());
 }
 
 /// Starts a thread of `scope`.
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn start<'s, T: Send + 's>(
+pub fn start<'s, T: Send + 's>(
     scope: &'s Scope<'s, '_>,
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
-    #[cfg(test)]
-    if PRETEND_NONE.get() {
-        return Err(io::Error::other("no threads in this test"));
+    if IS_ALONE.get() {
+        return Err(io::Error::other("no other thread may do it"));
     }
     thread::Builder::new().spawn_scoped(scope, work)
 }
 
 /// Threads that wait for what [`scope`] has for them, until nobody has this any more. They have ended then: a library may be unloaded.
-pub(crate) struct Pool {
+pub struct Pool {
     /// None while they end.
     pool: Option<ThreadPool>,
     threads: Vec<JoinHandle<()>>,
@@ -74,8 +89,7 @@ impl Pool {
     }
 
     fn at_hand() -> Option<Arc<Self>> {
-        #[cfg(test)]
-        if PRETEND_NONE.get() {
+        if IS_ALONE.get() {
             return None;
         }
         POOL.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
@@ -93,7 +107,7 @@ impl Drop for Pool {
 }
 
 /// Who helps with some work: threads that were kept, or are started for it.
-pub(crate) enum Crew<'s, 'env> {
+pub enum Crew<'s, 'env> {
     Pool(&'s rayon::Scope<'env>),
     Started(&'s Scope<'s, 'env>),
 }
@@ -109,7 +123,7 @@ impl<'env> Crew<'_, 'env> {
 }
 
 /// Does `work`, some of it in other threads, and waits for them.
-pub(crate) fn scope<'env>(work: impl FnOnce(&Crew<'_, 'env>)) {
+pub fn scope<'env>(work: impl FnOnce(&Crew<'_, 'env>)) {
     let kept = Pool::at_hand();
     match kept.as_ref().and_then(|kept| kept.pool.as_ref()) {
         Some(pool) => pool.in_place_scope(|scope| work(&Crew::Pool(scope))),
@@ -118,7 +132,7 @@ pub(crate) fn scope<'env>(work: impl FnOnce(&Crew<'_, 'env>)) {
 }
 
 /// Does `work` to each of `parts` in at most `n_threads` threads, of which this is one that does something else first.
-pub(crate) fn share_out<T>(
+pub fn share_out<T>(
     n_threads: usize,
     parts: impl Iterator<Item = T> + Send,
     work: impl Fn(T) + Sync,
@@ -167,9 +181,7 @@ mod tests {
         let kept = Pool::keep().unwrap();
         assert!(Arc::ptr_eq(&kept, &Pool::keep().unwrap()));
         assert!(all());
-        PRETEND_NONE.set(true);
-        assert!(all());
-        PRETEND_NONE.set(false);
+        assert!(alone(all));
         drop(kept);
         assert!(all());
     }
