@@ -45,7 +45,6 @@ mod disk;
 mod divergence;
 pub mod eval;
 pub mod explain;
-pub mod gguf;
 mod guest;
 pub mod llama;
 pub mod machine;

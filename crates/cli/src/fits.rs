@@ -5,9 +5,9 @@ use std::env;
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
-use gvote::gguf::{Gguf, ModelInfo, Support};
 use gvote::llama::{Buffers, ContextParams, ModelParams, Simulation, devices};
 use gvote::{SessionParams, machine};
+use gvote_gguf::{Gguf, ModelInfo, Support};
 
 use super::words::{bytes, count};
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use gvote::gguf::{Entry, Gguf};
+use gvote_gguf::{Entry, Gguf};
 use serde_json::Value;
 
 use super::report::print_json;

@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use gvote::SessionParams;
-use gvote::gguf::{ModelInfo, Support};
 use gvote::llama::{CacheType, ContextParams, FlashAttention, Simulation};
 use gvote::policy::{Kind, Params};
+use gvote_gguf::{ModelInfo, Support};
 use serde::Serialize;
 
 use super::args::{PlacementArgs, flash_attention, name_flag};

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use gvote::explain::Explanation;
-use gvote::gguf::{Gguf, Support};
 use gvote::llama::rpc::{self, Endpoint};
 use gvote::llama::{Model, Pieces, Pos, Sampler, Token};
 use gvote::policy::Kind;
 use gvote::session::{CompressReport, GenerateReport, PrefillReport, Stop, Stuck};
 use gvote::{Session, SessionError, SessionParams};
+use gvote_gguf::{Gguf, Support};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::Exit;

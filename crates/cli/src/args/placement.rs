@@ -6,9 +6,9 @@ use std::str::FromStr;
 
 use anyhow::{Result, anyhow};
 use clap::Args;
-use gvote::gguf::{self, Gguf, GgufError};
 use gvote::llama::rpc::Endpoint;
 use gvote::llama::{KvOverride, LlamaError, LoadMode, ModelParams, SplitMode, TensorBuffer};
+use gvote_gguf::{self as gguf, Gguf, GgufError};
 
 use super::by_name;
 use crate::Exit;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use gvote::gguf::{Entry, Gguf, Support, Tensor};
 use gvote::llama::{CacheType, ContextParams};
+use gvote_gguf::{Entry, Gguf, Support, Tensor};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -60,7 +60,7 @@ impl Report {
             Support::BaseOnly => ("base-only", None),
             Support::Refused(reason) => ("refused", Some(reason)),
         };
-        let per_type = |bytes: fn(&gvote::gguf::ModelInfo, CacheType) -> usize| {
+        let per_type = |bytes: fn(&gvote_gguf::ModelInfo, CacheType) -> usize| {
             let types = CacheType::all().filter(|&t| info.can_cache(t));
             types.map(|t| (t.name(), bytes(info, t))).collect()
         };

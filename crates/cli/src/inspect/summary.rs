@@ -1,7 +1,7 @@
 //! The summary for people.
 
-use gvote::gguf::{Gguf, ModelInfo, Support};
 use gvote::llama::{CacheType, ContextParams};
+use gvote_gguf::{Gguf, ModelInfo, Support};
 
 use crate::table::{labelled, plain, table};
 use crate::words::{bytes, count, plural};

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use gvote::SessionParams;
-use gvote::gguf::ModelInfo;
 use gvote::llama::{Buffers, CacheType, ContextParams, Device, LlamaError, Memory, Simulation};
+use gvote_gguf::ModelInfo;
 use serde::Serialize;
 
 /// llama.cpp rounds the cells of a cache up to a multiple of this (`GGML_PAD` in `llama-context.cpp`).

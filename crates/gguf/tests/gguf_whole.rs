@@ -1,6 +1,6 @@
 //! What a model file holds beside its shape: every tensor, every entry, the other files of a split model; and where it is wrong.
 
-#[path = "common/gguf.rs"]
+#[path = "../../../tests/common/gguf.rs"]
 mod file;
 
 use std::cell::Cell;
@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use file::Value::{self, *};
 use file::{Tensor, borrowed, decoder, head, tensor};
-use gvote::gguf::{Gguf, GgufError, Kind, Support};
+use gvote_gguf::{Gguf, GgufError, Kind, Support};
 use serde_json::json;
 use tempfile::TempDir;
 

@@ -5,7 +5,7 @@ use std::io::Cursor;
 use serde_json::{Number, Value};
 
 use super::walk::HEAD_MAX;
-use crate::llama::{KvOverride, KvValue};
+use gvote::llama::{KvOverride, KvValue};
 
 /// `gguf_type` in `ggml/include/gguf.h`, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! What a model file says of itself, and what becomes of files that lie.
 
-#[path = "common/gguf.rs"]
+#[path = "../../../tests/common/gguf.rs"]
 mod file;
 
 use std::fs::File;
@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use file::Value::{self, *};
 use file::handwritten;
-use gvote::gguf::{self, GgufError, ModelInfo, Support};
 use gvote::llama::CacheType;
+use gvote_gguf::{self as gguf, GgufError, ModelInfo, Support};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;

@@ -1,8 +1,8 @@
 //! The reader of model files on files that were changed at random: a short, repeatable cousin of `make fuzz`.
 
-#[path = "common/gguf.rs"]
+#[path = "../../../tests/common/gguf.rs"]
 mod file;
-#[path = "common/gguf_check.rs"]
+#[path = "../../../tests/common/gguf_check.rs"]
 mod gguf_check;
 
 use std::cell::RefCell;

@@ -9,7 +9,7 @@ use super::entry::Entry;
 use super::support::refusal;
 use super::walk::{Fault, HEAD_MAX, bad};
 use super::window::window;
-use crate::llama::CacheType;
+use gvote::llama::CacheType;
 
 /// Most heads, and most values in a row. Keeps every product of them inside 64 bits.
 const DIM_MAX: u64 = 1 << 20;

@@ -70,7 +70,7 @@ pub(super) fn refusal(keys: &Keys, info: &ModelInfo, tensors: &[Tensor], is_unev
 
 impl ModelInfo {
     /// How far gvote can go with this model, as far as its metadata tells. llama.cpp has the last word when the model is loaded
-    /// ([`crate::llama::Model::unsupported`] and the shim): an architecture unknown here is not refused here.
+    /// ([`gvote::llama::Model::unsupported`] and the shim): an architecture unknown here is not refused here.
     pub fn support(&self) -> Support {
         match self.refusal {
             Some(reason) => Support::Refused(reason.into()),

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::Tensor;
 use super::entry::{Entry, Kind, parse};
-use crate::llama::TensorType;
+use gvote::llama::TensorType;
 
 /// Metadata entries a file may have. Real ones have 20 to 60.
 const ENTRIES_MAX: u64 = 1 << 12;

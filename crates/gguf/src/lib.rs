@@ -34,7 +34,7 @@ pub use self::entry::{Entry, Kind};
 pub use self::info::{ModelInfo, Rope};
 pub use self::support::Support;
 use self::walk::{Fault, Found, Walk};
-use crate::llama::{KvOverride, TensorType};
+use gvote::llama::{KvOverride, TensorType};
 
 /// Why a file cannot be read. One line each: the path, what is wrong and where, what to do.
 #[derive(Debug, thiserror::Error)]
