@@ -42,22 +42,18 @@ mod capi;
 pub mod capture;
 pub mod compact;
 mod disk;
-mod divergence;
-pub mod eval;
 pub mod explain;
 mod guest;
 pub mod llama;
 pub mod machine;
 mod memory;
-mod page;
-mod plot;
 pub mod score;
 pub mod session;
 mod sys;
 #[cfg(test)]
 mod tests;
-pub mod text;
 pub mod vote;
 
 pub use gvote_policy as policy;
+use gvote_policy::divergence;
 pub use session::{Session, SessionError, SessionParams};

@@ -11,7 +11,7 @@ mod protect;
 mod recall;
 pub(crate) mod replay;
 mod report;
-pub(crate) mod room;
+pub(crate) use crate::policy::room;
 mod sequence;
 mod trial;
 mod way;

@@ -20,7 +20,7 @@ pub const PROGRAM: &str = env!("CARGO_BIN_EXE_gvote");
 pub fn text(chars: usize) -> String {
     // no word with its space is that short on average
     let words = chars / 4;
-    let text = gvote::eval::tasks::needle::generate(words, 0.5, 1).context;
+    let text = gvote_eval::tasks::needle::generate(words, 0.5, 1).context;
     text.chars().take(chars).collect()
 }
 

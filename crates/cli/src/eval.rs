@@ -9,16 +9,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand};
-use gvote::eval::config::Config;
-use gvote::eval::provenance::{Start, command_words};
-use gvote::eval::record::{self, Journal, Record};
-use gvote::eval::report::Report;
-use gvote::eval::runner::{Continuation, EvalError, Runner};
-use gvote::eval::tasks::Sample;
-use gvote::eval::tasks::turns::{self, Talk};
 use gvote::llama::{ContextParams, Model};
 use gvote::policy::Kind;
-use gvote::{SessionError, SessionParams, text};
+use gvote::{SessionError, SessionParams};
+use gvote_eval::config::Config;
+use gvote_eval::provenance::{Start, command_words};
+use gvote_eval::record::{self, Journal, Record};
+use gvote_eval::report::Report;
+use gvote_eval::runner::{Continuation, EvalError, Runner};
+use gvote_eval::tasks::Sample;
+use gvote_eval::tasks::turns::{self, Talk};
+use gvote_eval::text;
 use indicatif::ProgressBar;
 
 use self::suites::SuiteArgs;

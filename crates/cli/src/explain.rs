@@ -1,5 +1,6 @@
 //! `gvote explain`: what a vote keeps of a prompt, and why.
 
+mod page;
 mod terminal;
 
 use std::env;
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::{ArgAction, Args};
-use gvote::explain::{About, Explanation, Recalled};
+use gvote::explain::{Explanation, Recalled};
 use gvote::policy::{Kind, Params};
 use gvote::session::Recall;
 use gvote::{Session, SessionParams};
@@ -109,13 +110,13 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
         lines.iter().for_each(|(label, text)| line(label, text));
     }
     if let Some(path) = args.page() {
-        let about = About {
+        let about = page::About {
             model: model_name(args, &session),
             command: env::args().collect(),
             lines: lines.into_iter().map(|(label, text)| (label.to_owned(), text)).collect(),
             prefill: time,
         };
-        let page = explanation.to_html(&about);
+        let page = page::render(&explanation, &about);
         fs::write(path, &page).with_context(|| cannot_write(path))?;
         if !args.output.json {
             line("page", &format!("{}, {}", path.display(), bytes(page.len(), page.len())));

@@ -5,7 +5,7 @@ use std::io::{self, BufRead as _, ErrorKind, StdinLock};
 use std::path::PathBuf;
 
 use anyhow::{Error, Result, anyhow};
-use gvote::text;
+use gvote_eval::text;
 use rustyline::completion::{Completer, FilenameCompleter, Pair};
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;

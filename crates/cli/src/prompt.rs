@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Error, Result};
 use clap::Args;
 use gvote::llama::{ChatTemplate, Message, Model, Rendered, Role, Token};
-use gvote::text;
+use gvote_eval::text;
 
 use super::Exit;
 use super::crash::{self, Step};

@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod adakv;
+pub mod divergence;
 mod expected_attention;
 mod fixed;
 mod full;
@@ -35,6 +36,7 @@ mod params;
 mod protected;
 mod rank;
 mod ranking;
+pub mod room;
 mod snapkv;
 mod streaming_llm;
 #[cfg(test)]

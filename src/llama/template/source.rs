@@ -2,6 +2,8 @@
 
 use super::methods::MODULO;
 
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// `%` operators in one chain of factors; those after it stay, which bounds how deep calls are nested.
 const MAX_MODULO: usize = 64;
 /// Brackets within brackets; deeper ones are copied, and minijinja refuses them.
@@ -21,7 +23,7 @@ const KEYWORDS: &[&str] = &[
 ///
 /// Comments, raw blocks and strings stay as they are.
 pub(super) fn adapt(source: &str) -> String {
-    let source = crate::text::without_mark(source).replace("\r\n", "\n").replace('\r', "\n");
+    let source = source.strip_prefix(BYTE_ORDER_MARK).unwrap_or(source).replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
     let mut rest = source.as_str();
     while let Some(at) = rest.find('{') {

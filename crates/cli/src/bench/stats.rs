@@ -1,7 +1,7 @@
 //! Means and medians of a handful of repetitions.
 
-pub use gvote::eval::metrics::mean;
-use gvote::eval::metrics::quantile;
+pub use gvote_eval::metrics::mean;
+use gvote_eval::metrics::quantile;
 
 /// Sample standard deviation, with n - 1; 0 for a single value, as in llama-bench.
 pub fn deviation(values: &[f64]) -> f64 {

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::Args;
 use gvote::SessionError;
-use gvote::eval::runner::{EvalError, Next, Request};
-use gvote::eval::tasks::Sample;
-use gvote::eval::texts;
 use gvote::llama::{Model, Token};
 use gvote::policy::Kind;
+use gvote_eval::runner::{EvalError, Next, Request};
+use gvote_eval::tasks::Sample;
+use gvote_eval::texts;
 
 use super::suites::{self, SuiteArgs};
 use super::{CommonArgs, ROOM, SPARE, above_0, finish, note_too_long};

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
-use gvote::eval::tasks::{self, Loaded, Sample};
 use gvote::llama::Model;
+use gvote_eval::tasks::{self, Loaded, Sample};
 
 use crate::Exit;
 use crate::words::{note, plural};
