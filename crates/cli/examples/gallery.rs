@@ -10,8 +10,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use gvote::explain::Explanation;
-use gvote::llama::{ChatTemplate, ContextParams, Message, Model, ModelParams, Role};
+use gvote::llama::{ContextParams, Model, ModelParams};
 use gvote::{Session, SessionParams};
+use gvote_chat::{ChatTemplate, Message, Role};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 

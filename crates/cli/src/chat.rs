@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use anyhow::{Error, Result, bail};
 use clap::Args;
 use gvote::SessionParams;
-use gvote::llama::{Message, Role};
 use gvote::policy::Kind;
 use gvote::session::{Recall, Stop, When};
+use gvote_chat::{Message, Role};
 
 use super::args::{ContextArgs, ModelArgs, OutputArgs, PolicyArgs, RecallArgs, SamplingArgs, WhenArgs, share};
 use super::cells::Cells;

@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result, bail};
 use gvote::compact::CompactError;
-use gvote::llama::{ChatTemplate, Message, Pos, Role, Sampler, SamplerParams, Token};
+use gvote::llama::{Pos, Sampler, SamplerParams, Token};
 use gvote::policy::Kind;
 use gvote::session::{AnswerVote, CompressReport, PrefillReport, When};
 use gvote::vote::VoteError;
 use gvote::{Session, SessionError};
+use gvote_chat::{ChatTemplate, Message, Role};
 use serde::{Deserialize, Serialize};
 
 use super::crash::{self, Step};

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Error, Result};
 use clap::Args;
-use gvote::llama::{ChatTemplate, Message, Model, Rendered, Role, Token};
+use gvote::llama::{Model, Token};
+use gvote_chat::{ChatTemplate, Message, Rendered, Role};
 use gvote_eval::text;
 
 use super::Exit;

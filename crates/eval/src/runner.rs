@@ -14,12 +14,11 @@ use super::metrics::Distance;
 use super::record::{Fidelity, Journal, Record, RecordError, Run, TaskScore};
 use super::tasks::Sample;
 pub use adaptivity::{Next, Request};
-use gvote::llama::{
-    ChatTemplate, LlamaError, Message, Model, Pos, Rendered, Role, Sampler, SamplerParams, TemplateError, Token,
-};
+use gvote::llama::{LlamaError, Model, Pos, Sampler, SamplerParams, Token};
 use gvote::policy::Kind;
 use gvote::session::{Recall, Stop};
 use gvote::{Session, SessionError, SessionParams};
+use gvote_chat::{ChatTemplate, Message, Rendered, Role, TemplateError};
 
 /// What can stop an evaluation.
 #[derive(Debug, thiserror::Error)]

@@ -5,8 +5,9 @@ use std::ops::ControlFlow;
 use super::{EvalError, Runner};
 use crate::record::{Record, TaskScore};
 use crate::tasks::turns::Talk;
-use gvote::llama::{ChatTemplate, Message, Role, Token};
+use gvote::llama::Token;
 use gvote::session::Recall;
+use gvote_chat::{ChatTemplate, Message, Role};
 
 /// More than an opening's "OK." has.
 const OPENING_TOKENS: i32 = 16;

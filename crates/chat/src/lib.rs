@@ -4,8 +4,10 @@
 
 mod engine;
 mod json;
+mod markers;
 mod methods;
 mod quote;
+mod rendered;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -14,15 +16,17 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
+#[cfg(test)]
+use gvote::llama;
+use gvote::llama::{LlamaError, Model, Token};
 use minijinja::value::{Serde, merge_maps};
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
+use self::markers::Markers;
 use self::quote::StandIns;
-use super::markers::Markers;
-use super::model::Special;
-use super::{LlamaError, Model, Rendered, Token};
+pub use self::rendered::Rendered;
 
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,8 +95,8 @@ impl ChatTemplate {
     pub fn new(model: &Model, source: String) -> Self {
         Self {
             source,
-            bos: model.special_text(Special::Bos),
-            eos: model.special_text(Special::Eos),
+            bos: model.bos_text(),
+            eos: model.eos_text(),
             markers: Markers::of(model),
             is_fallback: false,
             values: Map::new(),

@@ -1,6 +1,15 @@
 use super::*;
-use crate::llama::ModelParams;
-use crate::tests::{fixture, tiny};
+use gvote::llama::ModelParams;
+
+#[path = "../../../tests/common/model.rs"]
+mod models;
+#[allow(dead_code)] // it serves other tests too
+#[path = "../../../src/tests/tiny.rs"]
+mod tiny;
+
+fn model() -> Model {
+    Model::load(&models::model(), &ModelParams::default(), |_| true).unwrap()
+}
 
 fn template(source: &str) -> ChatTemplate {
     ChatTemplate {
@@ -19,7 +28,7 @@ fn template(source: &str) -> ChatTemplate {
 fn models() -> [Model; 2] {
     let folder = tempfile::tempdir().unwrap();
     let file = tiny::sentencepiece(folder.path());
-    [fixture::model(), Model::load(&file, &ModelParams::default(), |_| true).unwrap()]
+    [model(), Model::load(&file, &ModelParams::default(), |_| true).unwrap()]
 }
 
 fn user(content: &str) -> Vec<Message> {
@@ -264,7 +273,7 @@ fn an_answer_that_is_begun_has_no_markers() {
 fn cutting_at_markers_makes_the_tokens_that_llama_cpp_makes_of_the_whole() {
     for model in models() {
         let template = ChatTemplate::chatml(&model);
-        let bos = model.special_text(Special::Bos);
+        let bos = model.bos_text();
         for content in ["Hi", "  two\n\n lines <b> ", "ünïcode 日本", "", "1 < 2", "\n", "a\t\tb  c"] {
             for lead in ["", &bos, "\n "] {
                 let plain = template.render(&with_system(content), true).unwrap();
@@ -318,7 +327,7 @@ fn pieces_that_make_up_a_marker_are_read_apart() {
 
 #[test]
 fn content_with_markers_comes_back_as_text() {
-    let model = fixture::model();
+    let model = model();
     let content = "What does <|im_end|> mean? <|im_start|>system";
     let tokens = ChatTemplate::of(&model).render(&user(content), true).unwrap().tokens(&model).unwrap();
     assert!(model.detokenize(&tokens, true).contains(content));
@@ -329,7 +338,7 @@ fn content_with_markers_comes_back_as_text() {
 #[test]
 fn a_prompt_has_one_bos_token() {
     for model in models() {
-        let bos = model.tokenize(&model.special_text(Special::Bos), false, true).unwrap();
+        let bos = model.tokenize(&model.bos_text(), false, true).unwrap();
         let [bos] = bos[..] else { panic!("{bos:?}") };
         for source in [
             "{{ bos_token }}x",
@@ -338,7 +347,7 @@ fn a_prompt_has_one_bos_token() {
             "{{ messages[0].content }}",
         ] {
             let template = ChatTemplate::new(&model, source.into());
-            for content in ["Hi", &model.special_text(Special::Bos), "a <|im_end|>"] {
+            for content in ["Hi", &model.bos_text(), "a <|im_end|>"] {
                 let tokens = template.render(&user(content), true).unwrap().tokens(&model).unwrap();
                 let count = tokens.iter().filter(|&&token| token == bos).count();
                 assert_eq!(count, usize::from(model.adds_bos() || source.contains("bos")), "{source:?} {content}");

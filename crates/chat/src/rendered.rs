@@ -1,10 +1,10 @@
-#![forbid(unsafe_code)]
+//! What a template makes of a conversation, and its tokens.
 
 use std::ops::Range;
 
-use super::markers::{Marker, Markers};
-use super::model::Special;
-use super::{LlamaError, Model, Token};
+use gvote::llama::{LlamaError, Marker, Model, Token};
+
+use super::markers::Markers;
 
 /// What a chat template makes of a conversation. The text of a marker, such as `<|im_end|>`, is that marker only where the
 /// template wrote it: in a message it is text.
@@ -88,7 +88,7 @@ impl Rendered {
 
     /// Bytes up to the end of the BOS token that the tokenizer adds as well.
     fn start(&self, model: &Model) -> usize {
-        let bos = model.special_text(Special::Bos);
+        let bos = model.bos_text();
         let blank = self.text.len() - self.text.trim_start().len();
         let range = blank..blank + bos.len();
         let is_marker = |places: &Vec<Place>| places.iter().any(|place| place.range == range);
