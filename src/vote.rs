@@ -53,15 +53,15 @@ pub enum VoteError {
     #[error(transparent)]
     Compact(#[from] CompactError),
     #[error(
-        "the layers of this model differ in their number of heads, which is not supported yet; --policy full runs it as it is"
+        "the layers of this model differ in their number of heads, which is not supported yet; `policy` full runs it as it is"
     )]
     UnevenHeads,
     #[error(
-        "a replay needs the whole context in the cache, and a part of it was dropped before: vote without --replay"
+        "a replay needs the whole context in the cache, and a part of it was dropped before: vote without `replay`"
     )]
     ReplayCompressed,
     #[error(
-        "--recall-type {name} stores blocks of 32 numbers, and heads of this model have {d}: take the cache's own type"
+        "`recall_type` {name} stores blocks of 32 numbers, and heads of this model have {d}: take the cache's own type"
     )]
     RecallType { name: &'static str, d: usize },
     #[error("the saved session does not fit: {0}")]

@@ -1,7 +1,8 @@
 //! What each crate may be made of, by what cargo says that it compiles.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What draws, speaks with a terminal or renders templates: no part of what a C program is linked with.
@@ -42,11 +43,40 @@ fn the_policies_know_no_llama_cpp() {
 fn only_the_library_may_be_unsafe() {
     let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
     let mut n = 0;
-    for folder in std::fs::read_dir(crates).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+    for folder in fs::read_dir(crates).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
         let root = ["src/lib.rs", "src/main.rs"].map(|file| folder.join(file)).into_iter().find(|file| file.exists());
-        let text = std::fs::read_to_string(root.expect("a crate has a root")).unwrap();
+        let text = fs::read_to_string(root.expect("a crate has a root")).unwrap();
         assert!(text.lines().any(|line| line == "#![forbid(unsafe_code)]"), "{} may be unsafe", folder.display());
         n += 1;
     }
     assert!(n >= 5, "{n} crates were looked at");
+}
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let is_test = |path: &Path| path.file_stem().is_some_and(|name| name == "tests");
+    let (folders, files): (Vec<_>, Vec<_>) = paths.filter(|path| !is_test(path)).partition(|path| path.is_dir());
+    let files = files.into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    files.chain(folders.iter().flat_map(|folder| sources(folder))).collect()
+}
+
+/// Errors name settings; the program knows which flags they are (`crates/cli/src/spelling.rs`).
+#[test]
+fn the_library_spells_no_flags() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut n = 0;
+    for file in ["src", "crates/policy/src", "crates/gguf/src", "crates/chat/src"]
+        .map(|name| sources(&root.join(name)))
+        .concat()
+    {
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+        for line in code {
+            let is_flag = |part: &str| part.starts_with(|c: char| c.is_ascii_lowercase());
+            assert!(!line.split("--").skip(1).any(is_flag), "{}: {line}", file.display());
+            n += 1;
+        }
+    }
+    assert!(n > 10_000, "{n} lines were looked at");
 }

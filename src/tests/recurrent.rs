@@ -49,7 +49,7 @@ fn every_policy_that_votes_is_refused_with_the_reason() {
         assert!(reason.contains("recurrent"), "{reason}");
         for kind in Kind::ALL.iter().copied().filter(|kind| *kind != Kind::Full) {
             let error = session(&model, kind).err().unwrap().to_string();
-            assert!(error.contains(&reason) && error.contains("--policy full"), "{kind}: {error}");
+            assert!(error.contains(&reason) && error.contains("`policy` full"), "{kind}: {error}");
         }
 
         let app = app::App::with(&model, &app::ONE, |_| {});

@@ -53,7 +53,7 @@ impl Message {
 
 /// A chat template does not render.
 #[derive(Debug, thiserror::Error)]
-#[error("the chat template fails: {0}; use --chat-template chatml, or --raw for a plain prompt")]
+#[error("the chat template fails: {0}; use `chat_template` chatml, or `raw` for a plain prompt")]
 pub struct TemplateError(String);
 
 /// Turns a conversation into the text the model was trained on, with a Jinja template, by default the GGUF's own.

@@ -26,6 +26,7 @@ mod reverse;
 mod rpc_server;
 mod run;
 mod shorthand;
+mod spelling;
 mod table;
 mod turn;
 mod words;
@@ -133,7 +134,7 @@ fn report_error(error: &anyhow::Error) -> ExitCode {
 }
 
 fn print_error(error: &anyhow::Error) {
-    let line = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = spelling::with_flags(&format!("{error:#}")).split_whitespace().collect::<Vec<_>>().join(" ");
     // Nobody is left to tell when stderr is closed too.
     let _ = writeln!(io::stderr(), "gvote: {line}");
 }
@@ -151,7 +152,7 @@ fn usage_error(error: &clap::Error, origin: Option<&str>) -> anyhow::Error {
         )
         .into();
     }
-    let text = error.render().to_string();
+    let text = spelling::with_flags(&error.render().to_string());
     let mut line = String::new();
     for part in text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:")) {
         let part = part.strip_prefix("error: ").unwrap_or(part);

@@ -8,6 +8,7 @@ use gvote::policy::{Bound, Kind, Params};
 use gvote::session::{AnswerVote, CompressReport, ExpandReport, PrefillReport, Recall, Squeezes, Stop};
 use serde::Serialize;
 
+use super::spelling::with_flags;
 use super::turn::{Reply, print};
 use super::words::{bytes, count, line, number_of_bytes, plural, short};
 
@@ -189,7 +190,7 @@ impl TurnReport {
         Self {
             answer,
             prefill: Prefill::new(prefill),
-            unvoted: decode.unvoted,
+            unvoted: decode.unvoted.map(|error| with_flags(&error)),
             vote: vote.map(|(report, after)| Vote { after_tokens: after, ..Vote::new(report, prefill.time) }),
             decode: Decode {
                 tokens: decode.tokens,

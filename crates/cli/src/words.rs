@@ -4,16 +4,18 @@ use std::io::Write;
 
 use anstyle::{Effects, Style};
 
+use super::spelling::with_flags;
+
 /// Prints a labelled line on stderr. That stderr is closed is nothing to fail for.
 pub fn line(label: &str, text: &str) {
     let dim = Style::new().effects(Effects::DIMMED);
-    let _ = writeln!(anstream::stderr(), "{dim}{label:<9}{dim:#} {text}");
+    let _ = writeln!(anstream::stderr(), "{dim}{label:<9}{dim:#} {}", with_flags(text));
 }
 
 /// Prints a remark on stderr.
 pub fn note(text: &str) {
     let dim = Style::new().effects(Effects::DIMMED);
-    let _ = writeln!(anstream::stderr(), "{dim}{text}{dim:#}");
+    let _ = writeln!(anstream::stderr(), "{dim}{}{dim:#}", with_flags(text));
 }
 
 /// Three digits or so.

@@ -192,9 +192,9 @@ impl Params {
         if self.recent == 0 {
             return Err(PolicyError::NoRecent);
         }
-        for (flag, n) in [("--sinks", self.sinks), ("--recent", self.recent)] {
+        for (setting, n) in [("sinks", self.sinks), ("recent", self.recent)] {
             if n > MAX_FORCED {
-                return Err(PolicyError::Forced { flag, n });
+                return Err(PolicyError::Forced { setting, n });
             }
         }
         let forced = self.sinks + self.recent;
@@ -364,70 +364,70 @@ impl FromStr for Evict {
 #[allow(missing_docs)] // each message says what its fields are
 pub enum PolicyError {
     #[error(
-        "--target-kl is {0}, but must be above 0 and at most {MAX_KL} nats a token (0.02 is 1.02 times the perplexity)"
+        "`target_kl` is {0}, but must be above 0 and at most {MAX_KL} nats a token (0.02 is 1.02 times the perplexity)"
     )]
     TargetKl(f32),
-    #[error("--draft is {0}, but must be 1 to {MAX_DRAFT} tokens")]
+    #[error("`draft` is {0}, but must be 1 to {MAX_DRAFT} tokens")]
     Draft(usize),
-    #[error("--lost-mass is {0}, but must lie between 0 and 1, both excluded (0.01 is safe, 0.1 bold)")]
+    #[error("`lost_mass` is {0}, but must lie between 0 and 1, both excluded (0.01 is safe, 0.1 bold)")]
     LostMass(f32),
-    #[error("--p-nuc is {0}, but must be above 0 and at most 1 (the paper uses 0.95)")]
+    #[error("`p_nuc` is {0}, but must be above 0 and at most 1 (the paper uses 0.95)")]
     PNuc(f32),
-    #[error("--samples is {0}, but must be 1 to {MAX_SAMPLES}")]
+    #[error("`samples` is {0}, but must be 1 to {MAX_SAMPLES}")]
     Samples(usize),
-    #[error("--window is {0}, but must be 1 to {MAX_WINDOW}")]
+    #[error("`window` is {0}, but must be 1 to {MAX_WINDOW}")]
     Window(usize),
-    #[error("--span is {0}, but neither side may be above {MAX_SPAN}")]
+    #[error("`span` is {0}, but neither side may be above {MAX_SPAN}")]
     Span(Span),
-    #[error("--span is {0:?}, but should read BACK,FORWARD, such as 2,32, or 0 for no spans")]
+    #[error("`span` is {0:?}, but should read BACK,FORWARD, such as 2,32, or 0 for no spans")]
     SpanText(String),
-    #[error("{flag} is {n}, which is more than any cache holds")]
-    Forced { flag: &'static str, n: usize },
+    #[error("`{setting}` is {n}, which is more than any cache holds")]
+    Forced { setting: &'static str, n: usize },
     #[error(
-        "--recent is {recent}, but must be at least --window ({window}): the window's own tokens \
-         are not scored and would be lost; raise --recent or lower --window"
+        "`recent` is {recent}, but must be at least `window` ({window}): the window's own tokens \
+         are not scored and would be lost; raise `recent` or lower `window`"
     )]
     Recent { recent: usize, window: usize },
-    #[error("--recent is 0, but the last token must stay for decoding to go on")]
+    #[error("`recent` is 0, but the last token must stay for decoding to go on")]
     NoRecent,
     #[error(
-        "--max-cells is {cap}, but {sinks} sinks and {recent} recent tokens always stay; \
-         set --max-cells to {least} or more, or lower --sinks or --recent"
+        "`max_cells` is {cap}, but {sinks} sinks and {recent} recent tokens always stay; \
+         set `max_cells` to {least} or more, or lower `sinks` or `recent`"
     )]
     MaxCells { cap: usize, sinks: usize, recent: usize, least: usize },
     #[error(
-        "--max-cells is {cap}, but {sinks} sinks, {recent} recent tokens and {protected} protected ones (--protect) \
-         always stay; set --max-cells to {least} or more, or protect fewer"
+        "`max_cells` is {cap}, but {sinks} sinks, {recent} recent tokens and {protected} protected ones (`protect`) \
+         always stay; set `max_cells` to {least} or more, or protect fewer"
     )]
     Protected { cap: usize, sinks: usize, recent: usize, protected: usize, least: usize },
-    #[error("--min-cells is {min}, but must not be above --max-cells ({cap})")]
+    #[error("`min_cells` is {min}, but must not be above `max_cells` ({cap})")]
     MinCells { min: usize, cap: usize },
-    #[error("--max-cells is {0}, but the policy `full` keeps everything; choose another --policy")]
+    #[error("`max_cells` is {0}, but the policy `full` keeps everything; choose another `policy`")]
     FullWithCap(usize),
-    #[error("--ratio is {0}, but the policy `full` keeps everything; choose another --policy")]
+    #[error("`ratio` is {0}, but the policy `full` keeps everything; choose another `policy`")]
     FullWithRatio(f32),
-    #[error("--ratio is {0}, but must be above 0 and at most 1 (0.5 keeps half of the cells)")]
+    #[error("`ratio` is {0}, but must be above 0 and at most 1 (0.5 keeps half of the cells)")]
     Ratio(f32),
     #[error("the pool is {0} positions wide, but must be an odd number of at most {MAX_POOL}")]
     Pool(usize),
     #[error("the head mix is {0}, but must be 0 to {MAX_HEAD_MIX}")]
     HeadMix(f32),
-    #[error("--replay is what gvote ranks by, and the policy {0} has no use for it; leave one of the two out")]
+    #[error("`replay` is what gvote ranks by, and the policy {0} has no use for it; leave one of the two out")]
     Replay(Kind),
     #[error("exact is for unequal budgets of the heads, which the policy {0} does not have; take adakv or gvote-paper")]
     Exact(Kind),
-    #[error("exact lets gvote-paper keep every union of votes: it goes with no --ratio, --max-cells and --min-cells")]
+    #[error("exact lets gvote-paper keep every union of votes: it goes with no `ratio`, `max_cells` and `min_cells`")]
     ExactBudget,
     #[error(
-        "--evict is cells, which keeps the same tokens in every head, but here the heads have unequal budgets; \
-         take --evict composite, or --policy snapkv"
+        "`evict` is cells, which keeps the same tokens in every head, but here the heads have unequal budgets; \
+         take `evict` composite, or `policy` snapkv"
     )]
     EvictUnequal,
-    #[error("--policy {0:?} is unknown; choose one of {names}", names = names(Kind::ALL, |k| k.name()))]
+    #[error("`policy` {0:?} is unknown; choose one of {names}", names = names(Kind::ALL, |k| k.name()))]
     UnknownPolicy(String),
-    #[error("--preset {0:?} is unknown; choose one of {names}", names = names(Preset::ALL, |p| p.name()))]
+    #[error("`preset` {0:?} is unknown; choose one of {names}", names = names(Preset::ALL, |p| p.name()))]
     UnknownPreset(String),
-    #[error("--evict {0:?} is unknown; choose one of {names}", names = names(Evict::ALL, |e| e.name()))]
+    #[error("`evict` {0:?} is unknown; choose one of {names}", names = names(Evict::ALL, |e| e.name()))]
     UnknownEvict(String),
     #[error("nothing can be chosen from a request of the shape {0:?}")]
     Shape(Shape),

@@ -105,7 +105,10 @@ fn what_is_protected_counts_where_cells_cannot_be_freed() {
     assert_eq!(set(368), GVOTE_OK);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_PARAMS);
     let error = handle.error();
-    assert!(error.contains("300 protected") && error.contains("max_cells to 369") && !error.contains("--"), "{error}");
+    assert!(
+        error.contains("300 protected") && error.contains("`max_cells` to 369") && !error.contains("--"),
+        "{error}"
+    );
     assert!(app.state(0) == before && handle.save(&app, 0) == known);
     assert_eq!(set(369), GVOTE_OK);
     assert_eq!(handle.plan(&app, 0).1.cells_after, 369);

@@ -67,6 +67,6 @@ fn a_cache_without_room_for_them_is_refused_before_anything_is_read() {
     session.set_system_tokens(220);
     let error = session.prefill_long(&tokens, |_, _| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, SessionError::CacheTooSmall { n_ctx: CELLS, protected: 200.., .. }), "{error}");
-    assert!(error.to_string().contains("--protect"), "{error}");
+    assert!(error.to_string().contains("`protect`"), "{error}");
     assert_eq!((session.n_past(), session.cells_used()), (0, 0));
 }

@@ -108,7 +108,7 @@ fn a_cap_without_room_for_them_names_the_flag() {
     let protected = Protected::everywhere((20..70).collect());
     let error = build_protecting(&params(Kind::Gvote, Evict::Composite), SHAPE, &protected).err().unwrap();
     assert!(matches!(error, PolicyError::Protected { cap: CELLS, protected: 50, least: 64, .. }), "{error}");
-    assert!(error.to_string().contains("--protect") && error.to_string().contains("64 or more"), "{error}");
+    assert!(error.to_string().contains("`protect`") && error.to_string().contains("64 or more"), "{error}");
     let roomy = Params { max_cells: Some(64), ..params(Kind::Gvote, Evict::Composite) };
     assert!(build_protecting(&roomy, SHAPE, &protected).is_ok());
 }
