@@ -371,6 +371,7 @@ impl Capture {
     }
 
     /// Mean and variance per channel of the hidden state that enters attention in the i-th layer of the cache.
+    #[cfg(test)]
     pub fn statistics(&mut self, seq: SeqId, layer: usize) -> (Vec<f64>, Vec<f64>) {
         self.settle();
         self.inner.records.get(&seq).map(|record| record.statistics(layer)).unwrap_or_default()

@@ -99,7 +99,7 @@ impl From<VoteError> for SessionError {
 pub struct SessionParams {
     pub context: ContextParams,
     pub policy: policy::Params,
-    /// Account for the rounding of a quantized K cache in the vote: see [`crate::score`].
+    /// Account for the rounding of a quantized K cache in the vote: see `src/score.rs`.
     pub account_error: bool,
     /// Cells that the cache may grow to where a text needs more than it was made with; 0: it does not grow.
     pub grow_to: u32,

@@ -229,6 +229,7 @@ impl Capture {
     }
 
     /// The hidden state that the probe of `seq` uses as sample `index` in the i-th layer of the cache. `[n_embd]`
+    #[cfg(test)]
     pub fn sample(&mut self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
         self.settle();
         let mut out = vec![0.0; self.inner.n_embd];

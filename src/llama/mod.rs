@@ -1,7 +1,7 @@
 //! Safe owners over llama.h.
 //!
 //! Each type owns one llama.cpp object and frees it. A [`Context`] keeps its [`Model`] alive. Nothing here knows about
-//! eviction: the rooms above ([`crate::capture`], [`crate::score`], [`crate::compact`]) reach the raw context.
+//! eviction: the rooms above (`capture`, `score`, `compact`) reach the raw context.
 
 mod abort;
 mod batch;

@@ -5,12 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result, bail};
-use gvote::compact::CompactError;
 use gvote::llama::{Pos, Sampler, SamplerParams, Token};
 use gvote::policy::Kind;
 use gvote::session::{AnswerVote, CompressReport, PrefillReport, When};
-use gvote::vote::VoteError;
-use gvote::{Session, SessionError};
+use gvote::{CompactError, Session, SessionError, VoteError};
 use gvote_chat::{ChatTemplate, Message, Role};
 use serde::{Deserialize, Serialize};
 

@@ -1,6 +1,6 @@
 //! What a model file tells, against models and contexts that really exist.
 
-use gvote::cache::Layout;
+use gvote::Layout;
 use gvote::llama::{self, CacheType, Context, ContextParams, FlashAttention, Model, ModelParams};
 use gvote_gguf::{Gguf, Support};
 
