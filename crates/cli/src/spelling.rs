@@ -65,7 +65,7 @@ mod tests {
         for text in ["the policy `full` drops nothing", "a ` alone", "``", "`no_such_thing`", "samples"] {
             assert_eq!(with_flags(text), text);
         }
-        assert_eq!(with_flags("a ` before `samples`"), "a ` before `samples`");
+        assert_eq!(with_flags("a ` before `samples`"), "a ` before --samples");
     }
 
     #[test]
