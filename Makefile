@@ -118,10 +118,10 @@ setup: ## install prerequisites, fetch sources and the default model
 	@scripts/fetch-model smollm2 --dir "$(MODELS)" >/dev/null
 
 fmt: ## format the code
-	cargo fmt
+	cargo fmt --all
 
 lint: ## formatting and clippy, warnings as errors
-	cargo fmt --check
+	cargo fmt --all --check
 	cargo clippy --all-targets -- -D warnings
 
 clean: ## remove everything that was built

@@ -47,6 +47,9 @@ fn main() {
     println!("cargo:rustc-env=GVOTE_GGML_VERSION={ggml}");
     // for tests that change parts of it
     println!("cargo:rustc-env=GVOTE_LLAMA_SOURCE={}", source.display());
+    // for the build scripts of what is linked with this: crates/link.rs
+    println!("cargo:llama_version={llama}");
+    println!("cargo:llama_source={}", source.display());
 }
 
 /// A checkout named by the environment, or one in vendor/, or the pin.
@@ -356,9 +359,10 @@ fn link(libraries: &Path) {
     if let Ok(rpath) = env::var("GVOTE_RPATH") {
         // the libraries will lie elsewhere
         println!("cargo:rustc-link-arg=-Wl,-rpath,{rpath}");
+        println!("cargo:rpath={rpath}");
     } else if is_shared() {
-        // for other programs than these cargo finds what lies in its target folder
-        println!("cargo:rustc-link-arg-bins=-Wl,-rpath,{}", libraries.display());
+        println!("cargo:rpath={}", libraries.display());
+        // otherwise cargo finds for tests what lies in its target folder
         if env::var_os("LLAMA_LIB_DIR").is_some() {
             println!("cargo:rustc-link-arg-tests=-Wl,-rpath,{}", libraries.display());
             println!("cargo:rustc-cdylib-link-arg=-Wl,-rpath,{}", libraries.display());

@@ -12,7 +12,7 @@ use std::thread::{Scope, ScopedJoinHandle};
 pub(crate) use self::device::{Device, Devices, HostMemory, STAGE, has_own_host_memory, place};
 pub(crate) use self::graph::{Builder, Results, Tensor};
 pub(crate) use self::lane::Lane;
-use crate::threads;
+use crate::policy::threads;
 
 /// Layers that a device works on at once, at most: while it computes one, another is described to it, and what came of one before is read.
 pub(crate) const DEVICE_LAYERS: usize = 4;
@@ -50,18 +50,18 @@ pub(crate) fn elsewhere<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
 /// Why something could not be computed.
 #[derive(Debug, thiserror::Error)]
 pub enum ComputeError {
-    #[error("out of memory ({0}): lower -ub, -c or --samples")]
+    #[error("out of memory ({0}): lower `n_ubatch`, `n_ctx` or `samples`")]
     Memory(&'static str),
     #[error(
-        "the back end that holds the KV cache cannot be started a second time; --policy full runs the model as it is"
+        "the back end that holds the KV cache cannot be started a second time; `policy` full runs the model as it is"
     )]
     Backend,
     #[error(
-        "the device that holds the KV cache cannot compute {0} of gvote's own: another -ctk or -ctv, or -ngl 0, may do; --policy full runs the model as it is"
+        "the device that holds the KV cache cannot compute {0} of gvote's own: another `type_k` or `type_v`, or `n_gpu_layers` 0, may do; `policy` full runs the model as it is"
     )]
     Unsupported(String),
     #[error("the system starts no more threads ({0})")]
     Threads(#[from] io::Error),
-    #[error("a graph of gvote's own failed (ggml status {0}); --policy full runs the model as it is")]
+    #[error("a graph of gvote's own failed (ggml status {0}); `policy` full runs the model as it is")]
     Failed(i32),
 }

@@ -9,7 +9,7 @@ use crate::sys;
 
 /// Why a context's cache cannot be worked on.
 #[derive(Debug, thiserror::Error)]
-#[error("the KV cache of this context cannot be compressed: {0}; --policy full runs it as it is")]
+#[error("the KV cache of this context cannot be compressed: {0}; `policy` full runs it as it is")]
 pub struct CacheError(pub(crate) String);
 
 impl CacheError {

@@ -58,20 +58,20 @@ use crate::sys;
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     #[error(
-        "the model's graph has no `attn_norm` for layer {0}: this architecture is not supported yet; --policy full runs it as it is"
+        "the model's graph has no `attn_norm` for layer {0}: this architecture is not supported yet; `policy` full runs it as it is"
     )]
     NoHidden(i32),
-    #[error("the model's attention uses {0}, which is not supported yet; --policy full runs it as it is")]
+    #[error("the model's attention uses {0}, which is not supported yet; `policy` full runs it as it is")]
     Attention(&'static str),
     #[error(
-        "the graph node {0} has an unexpected shape or type: this architecture is not supported yet; --policy full runs it as it is"
+        "the graph node {0} has an unexpected shape or type: this architecture is not supported yet; `policy` full runs it as it is"
     )]
     Shape(String),
     #[error("the capture was made for another context")]
     OtherContext,
     #[error("nothing was captured: decode a prompt with the capture on before compressing")]
     Empty,
-    #[error("the probe needs {needed} free cells and the cache has {free}: raise -c, or lower --samples")]
+    #[error("the probe needs {needed} free cells and the cache has {free}: raise `n_ctx`, or lower `samples`")]
     NoCells { needed: usize, free: usize },
     #[error("internal error in the eval callback: {0}")]
     Panic(String),
@@ -371,6 +371,7 @@ impl Capture {
     }
 
     /// Mean and variance per channel of the hidden state that enters attention in the i-th layer of the cache.
+    #[cfg(test)]
     pub fn statistics(&mut self, seq: SeqId, layer: usize) -> (Vec<f64>, Vec<f64>) {
         self.settle();
         self.inner.records.get(&seq).map(|record| record.statistics(layer)).unwrap_or_default()

@@ -44,8 +44,9 @@ use crate::archive::NoRoom;
 use crate::backend::{ComputeError, DEVICE_LAYERS, Devices};
 use crate::cache::{self, CacheError, Cell, Layout};
 use crate::llama::{Context, SeqId};
+use crate::policy::threads;
 use crate::policy::{Kept, Selection};
-use crate::{sys, threads};
+use crate::sys;
 
 pub(crate) use mask::Mask;
 pub use mask::MaskError;
@@ -68,13 +69,13 @@ pub enum CompactError {
     #[error("the heads keep different numbers of tokens, which the cells of llama.cpp cannot: see `exact`")]
     Ragged,
     #[error(
-        "there is no memory to set {} MiB of K and V aside that leave the cache: free some, or let them be lost (--recall off)",
+        "there is no memory to set {} MiB of K and V aside that leave the cache: free some, or let them be lost (`recall` off)",
         bytes.div_ceil(1 << 20)
     )]
     Archive { bytes: usize },
     #[error(
-        "there is no room on the disk to set {} MiB of K and V aside that leave the cache (--recall {}: {reason}): free some, or let \
-         them be lost (--recall off)",
+        "there is no room on the disk to set {} MiB of K and V aside that leave the cache (`recall` {}: {reason}): free some, or let \
+         them be lost (`recall` off)",
         bytes.div_ceil(1 << 20),
         path.display()
     )]

@@ -6,21 +6,17 @@
 #![forbid(unsafe_code)]
 
 mod bits;
-mod html;
-mod plot;
 mod recalled;
 mod text;
 
 use serde::Serialize;
 
 pub use self::bits::Bits;
-pub use self::html::About;
 pub use self::recalled::{EarlierVote, Recalled};
-use crate::Session;
-use crate::cache;
-use crate::llama::{Pos, Token};
+pub use self::text::shown;
+use crate::llama::Token;
 use crate::policy::{HeadOpinion, Params};
-use crate::vote::{CompressReport, Notes, Way};
+use crate::vote::CompressReport;
 
 /// What a vote kept, and why.
 ///
@@ -57,7 +53,7 @@ pub struct Explanation {
     /// `[position]` what synthetic queries and the current one look at, or the repeated text of a replay.
     pub synthetic: Vec<f64>,
     /// What left the cache before the vote, and came back; absent where no vote came before it, or nobody noted it: see
-    /// [`Session::note_recall`].
+    /// [`crate::Session::note_recall`].
     pub recall: Option<Recalled>,
 }
 
@@ -75,39 +71,6 @@ pub struct Passage {
 }
 
 impl Explanation {
-    pub(crate) fn new(session: &Session, report: CompressReport, notes: Notes, way: Option<Way>) -> Self {
-        let (sequence, layout) = (session.sequence(), session.layout());
-        let layers: Vec<i32> = layout.iter().flat_map(|layout| &layout.layers).map(|layer| layer.il).collect();
-        let n_heads: usize = layout.iter().flat_map(|layout| layout.n_head_kv()).sum();
-        let cells = cache::cells(session.context(), sequence.id());
-        let n = sequence.n_past() as usize;
-        let kept: Vec<Vec<Pos>> = (0..n_heads).map(|head| sequence.positions(&cells, head)).collect();
-        let mut kept_by = vec![0; n];
-        kept.iter().flatten().for_each(|&pos| kept_by[pos as usize] += 1);
-        let shown = |tokens: &[Token]| {
-            let pieces: Vec<Vec<u8>> = tokens.iter().map(|&token| session.model().piece(token, true)).collect();
-            text::shown(&pieces)
-        };
-        let kept = Bits::new(n, kept.into_iter());
-        Self {
-            report,
-            recall: way.and_then(|way| Recalled::new(&way, &kept, n)),
-            policy: session.policy().clone(),
-            texts: shown(&sequence.tokens),
-            tokens: sequence.tokens.clone(),
-            n_head_kv: n_heads / layers.len().max(1),
-            layers,
-            kept,
-            kept_by,
-            heads: notes.heads,
-            curve: notes.curve,
-            bar: notes.bar,
-            draft: shown(&notes.draft),
-            real: notes.real,
-            synthetic: notes.synthetic,
-        }
-    }
-
     /// KV heads of all layers.
     pub fn n_heads(&self) -> usize {
         self.layers.len() * self.n_head_kv
@@ -135,10 +98,5 @@ impl Explanation {
             }
         }
         best
-    }
-
-    /// One page without external resources. `about`: what the vote does not know.
-    pub fn to_html(&self, about: &About) -> String {
-        html::render(self, about)
     }
 }

@@ -48,7 +48,7 @@ pub enum GuestError {
         "position {pos} lies inside the compressed part of the sequence, or before what its sliding window holds: it is exact from {exact_from} on only"
     )]
     Compressed { pos: Pos, exact_from: Pos },
-    #[error("{0} cannot change while gvote is attached: detach first")]
+    #[error("`{0}` cannot change while gvote is attached: detach first")]
     Fixed(&'static str),
     #[error("sequence {seq} is not one of this context (n_seq_max is {n_seq_max})")]
     NoSequence { seq: SeqId, n_seq_max: usize },

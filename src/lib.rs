@@ -29,37 +29,35 @@
 //! ```
 //!
 //! # Rooms
-//! Data flows one way: [`capture`] -> [`score`] -> [`policy`] -> [`compact`]; [`vote`] brings them together, and [`session`]
-//! is the loop around it; [`explain`] shows what it kept.
+//! Data flows one way: `capture` -> `score` -> [`policy`] -> `compact`; `vote` brings them together, and [`session`]
+//! is the loop around it; [`explain`] says what it kept.
 //! A *cell* is a slot of the cache, a *position* a token's logical place: cell i need not hold position i, and a
 //! *composite cell* holds for every layer and KV head a token of that head's own choice.
 
 mod archive;
-pub mod backend;
+mod backend;
 mod bytes;
-pub mod cache;
+mod cache;
 mod capi;
-pub mod capture;
-pub mod compact;
+mod capture;
+mod compact;
 mod disk;
-mod divergence;
-pub mod eval;
 pub mod explain;
-pub mod gguf;
 mod guest;
 pub mod llama;
 pub mod machine;
 mod memory;
-mod page;
-mod plot;
-pub mod policy;
-pub mod score;
+mod score;
 pub mod session;
 mod sys;
 #[cfg(test)]
 mod tests;
-pub mod text;
-mod threads;
-pub mod vote;
+mod vote;
 
+#[doc(hidden)] // what a test of the sizes in a model file compares with
+pub use cache::Layout;
+pub use compact::CompactError;
+pub use gvote_policy as policy;
+use gvote_policy::divergence;
 pub use session::{Session, SessionError, SessionParams};
+pub use vote::VoteError;

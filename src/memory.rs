@@ -27,13 +27,6 @@ pub(crate) fn ask_for_large_pages<T>(memory: &mut [T]) {
     }
 }
 
-/// Has pages of zeros made ready before several threads write to them at once, each of which would make a large one ready by itself.
-pub(crate) fn touch<T: Copy + Default>(zeros: &mut [T]) {
-    /// The least that any system makes ready at once.
-    const STEP: usize = 4096;
-    zeros.iter_mut().step_by(STEP / size_of::<T>()).for_each(|x| *x = T::default());
-}
-
 /// Gives memory that was freed back to the system, where it is kept for later: after a vote that is some of what the vote took.
 pub(crate) fn trim() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -51,10 +44,19 @@ pub(crate) unsafe trait Number {}
 
 // SAFETY: all zero bits are 0.
 unsafe impl Number for u8 {}
+// SAFETY: all zero bits are 0.
+unsafe impl Number for u16 {}
+// SAFETY: all zero bits are 0.
+unsafe impl Number for u32 {}
 // SAFETY: all zero bits are 0.0.
 unsafe impl Number for f32 {}
 // SAFETY: all zero bits are 0.0.
 unsafe impl Number for f16 {}
+
+/// [`zeros`], where nothing can be done without them.
+pub(crate) fn must_have_zeros<T: Number + Clone + Default>(n: usize) -> Vec<T> {
+    zeros(n).unwrap_or_else(|| vec![T::default(); n])
+}
 
 /// `n` zeros, of which none takes up memory before it is written to; None where the system has not as much.
 pub(crate) fn zeros<T: Number>(n: usize) -> Option<Vec<T>> {

@@ -56,20 +56,20 @@ pub enum SessionError {
     Vote(VoteError),
     #[error(transparent)]
     Mask(MaskError),
-    #[error("this model cannot be compressed: {0}; --policy full runs it as it is")]
+    #[error("this model cannot be compressed: {0}; `policy` full runs it as it is")]
     Unsupported(&'static str),
     #[error(
-        "the prompt has {tokens} tokens and the context {room} free cells; raise -c (the model was trained for {trained})"
+        "the prompt has {tokens} tokens and the context {room} free cells; raise `n_ctx` (the model was trained for {trained})"
     )]
     PromptTooLong { tokens: usize, room: usize, trained: usize },
     #[error(
-        "{n_ctx} cells are too few to go on in: {least} is the least with these --sinks and --recent{too} (raise -c or lower them)",
-        too = if *protected == 0 { String::new() } else { format!(" and the {protected} tokens of --protect") }
+        "{n_ctx} cells are too few to go on in: {least} is the least with these `sinks` and `recent`{too} (raise `n_ctx` or lower them)",
+        too = if *protected == 0 { String::new() } else { format!(" and the {protected} tokens of `protect`") }
     )]
     CacheTooSmall { n_ctx: usize, least: usize, protected: usize },
     #[error("the cache is full, and the policy `full` drops nothing")]
     Full,
-    #[error("the policy `full` does not vote, so there is nothing to explain: choose another --policy")]
+    #[error("the policy `full` does not vote, so there is nothing to explain: choose another `policy`")]
     NoVote,
     #[error("the prompt is empty")]
     Empty,
@@ -77,7 +77,7 @@ pub enum SessionError {
         "position {0} lies inside the compressed part, or before what a sliding window or recurrent layers hold (exact from {1} on): start over and read the text again"
     )]
     Compressed(Pos, Pos),
-    #[error("{0} cannot change in a living session")]
+    #[error("`{0}` cannot change in a living session")]
     Fixed(&'static str),
     #[error("the saved session does not fit: {0}")]
     Saved(&'static str),
@@ -99,7 +99,7 @@ impl From<VoteError> for SessionError {
 pub struct SessionParams {
     pub context: ContextParams,
     pub policy: policy::Params,
-    /// Account for the rounding of a quantized K cache in the vote: see [`crate::score`].
+    /// Account for the rounding of a quantized K cache in the vote: see `src/score.rs`.
     pub account_error: bool,
     /// Cells that the cache may grow to where a text needs more than it was made with; 0: it does not grow.
     pub grow_to: u32,
@@ -279,16 +279,16 @@ impl Session {
         policy.validate()?;
         let old = &self.policy;
         let is_full = |p: &policy::Params| p.policy == Kind::Full;
-        for (changed, flag) in [
-            (policy.window != old.window, "--window"),
-            (policy.sinks != old.sinks, "--sinks"),
-            (policy.samples > self.spare(), "--samples"),
-            (policy.draft > self.spare(), "--draft"),
-            (Voter::spare_cells(&policy) > self.spare(), "--replay"),
-            (is_full(&policy) != is_full(old), "--policy"),
+        for (changed, setting) in [
+            (policy.window != old.window, "window"),
+            (policy.sinks != old.sinks, "sinks"),
+            (policy.samples > self.spare(), "samples"),
+            (policy.draft > self.spare(), "draft"),
+            (Voter::spare_cells(&policy) > self.spare(), "replay"),
+            (is_full(&policy) != is_full(old), "policy"),
         ] {
             if changed {
-                return Err(SessionError::Fixed(flag));
+                return Err(SessionError::Fixed(setting));
             }
         }
         if let Some(voter) = &mut self.voter {

@@ -11,7 +11,7 @@ mod protect;
 mod recall;
 pub(crate) mod replay;
 mod report;
-pub(crate) mod room;
+pub(crate) use crate::policy::room;
 mod sequence;
 mod trial;
 mod way;
@@ -33,9 +33,9 @@ use crate::cache::{CacheError, Layout};
 use crate::capture::{Capture, CaptureError};
 use crate::compact::{self, CompactError};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId, Token};
+use crate::policy::threads;
 use crate::policy::{self, PolicyError, Shape};
 use crate::score::Scorer;
-use crate::threads;
 
 /// Why there was no vote. The cache is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -53,15 +53,15 @@ pub enum VoteError {
     #[error(transparent)]
     Compact(#[from] CompactError),
     #[error(
-        "the layers of this model differ in their number of heads, which is not supported yet; --policy full runs it as it is"
+        "the layers of this model differ in their number of heads, which is not supported yet; `policy` full runs it as it is"
     )]
     UnevenHeads,
     #[error(
-        "a replay needs the whole context in the cache, and a part of it was dropped before: vote without --replay"
+        "a replay needs the whole context in the cache, and a part of it was dropped before: vote without `replay`"
     )]
     ReplayCompressed,
     #[error(
-        "--recall-type {name} stores blocks of 32 numbers, and heads of this model have {d}: take the cache's own type"
+        "`recall_type` {name} stores blocks of 32 numbers, and heads of this model have {d}: take the cache's own type"
     )]
     RecallType { name: &'static str, d: usize },
     #[error("the saved session does not fit: {0}")]

@@ -1,9 +1,9 @@
 //! The library as an app in C or C++ meets it: installed, linked with the shared llama.cpp.
 
-#[path = "common/cli.rs"]
-mod cli;
 #[path = "common/installed.rs"]
 mod installed;
+#[path = "common/model.rs"]
+mod models;
 #[allow(dead_code)] // it serves other tests too
 #[path = "../src/tests/tiny.rs"]
 mod tiny;
@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use cli::model;
 use gvote::llama;
 use installed::{prefix, run, source};
+use models::model;
 
 /// Compiles a program with warnings as errors.
 fn built(compiler: &str, standard: &str, name: &str, dir: &Path) -> PathBuf {

@@ -9,9 +9,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::ffi::{CStr, c_long, c_void};
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::process::Command;
-use std::sync::OnceLock;
 
 use gvote::llama::{self, ContextParams, Model, ModelParams, Pos, Sampler, SamplerParams, Token};
 use gvote::policy::{Kind, Params};
@@ -20,6 +18,11 @@ use gvote::{Session, SessionError, SessionParams};
 #[allow(dead_code)] // it serves other tests too
 #[path = "../src/tests/tiny.rs"]
 mod tiny;
+
+#[path = "common/scarce.rs"]
+mod scarce;
+
+use scarce::library;
 
 /// Cells of a session: a prompt of twice as many makes room three times and more.
 const N_CTX: u32 = 192;
@@ -48,20 +51,6 @@ impl Scarce {
             })
         }
     }
-}
-
-/// `scarce.cpp`, compiled.
-fn library() -> &'static Path {
-    static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let dir = MADE.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/scarce.cpp");
-        let mut compiler = Command::new("g++");
-        compiler.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
-        assert!(compiler.arg(dir.path().join("scarce.so")).arg(source).status().unwrap().success());
-        dir
-    });
-    Box::leak(dir.path().join("scarce.so").into_boxed_path())
 }
 
 /// Runs a test in a process where memory can run out.
@@ -355,33 +344,4 @@ fn a_session_that_cannot_grow_is_as_it_was() {
         // where only the move fails, the text is read in the cells that there are
         assert!(grown.contains(&(true, true)) && grown.contains(&(true, false)), "{grown:?}");
     });
-}
-
-/// Where an exception meets nobody who catches it, too.
-#[test]
-fn the_program_says_in_one_line_that_memory_has_run_out() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = tiny::recurrent(dir.path(), "jamba");
-    let run = |after: usize| {
-        let mut program = Command::new(env!("CARGO_BIN_EXE_gvote"));
-        program.args(["run", "--policy", "full", "-p", "Hello", "-n", "2", "-t", "1", "--temp", "0", "-m"]).arg(&model);
-        program.env("LD_PRELOAD", library()).env("SCARCE_AFTER", after.to_string());
-        let done = program.output().unwrap();
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-        (done.status.code(), text(done.stdout), text(done.stderr))
-    };
-    let (mut after, mut said) = (1, BTreeSet::new());
-    loop {
-        let (status, stdout, stderr) = run(after);
-        if status == Some(0) {
-            break;
-        }
-        let mut errors = stderr.lines().filter(|line| !line.starts_with("this model has no chat template"));
-        let (first, more) = (errors.next(), errors.next());
-        let error = first.filter(|line| line.starts_with("gvote: ")).unwrap_or_else(|| panic!("{after}: {stderr}"));
-        assert!(status == Some(1) && stdout.is_empty() && more.is_none(), "{after}: {status:?}, {stdout:?}, {stderr}");
-        said.insert(error.to_owned());
-        after += after / 2 + 1;
-    }
-    assert!(said.len() > 2, "{said:#?}");
 }

@@ -250,7 +250,7 @@ fn a_prompt_that_does_not_fit_loses_nothing() {
     let mut session = Session::new(&model(), &params(256)).unwrap();
     let error = prefill(&mut session, &tokens(N)).unwrap_err();
     assert!(matches!(error, SessionError::PromptTooLong { tokens: N, room: 256, .. }), "{error}");
-    assert!(error.to_string().contains("-c"), "{error}");
+    assert!(error.to_string().contains("`n_ctx`"), "{error}");
     prefill(&mut session, &tokens(150)).unwrap();
     let before = session.logits().to_vec();
     assert!(prefill(&mut session, &tokens(150)).is_err());
@@ -370,7 +370,7 @@ fn unequal_budgets_are_masked_until_the_session_starts_over() {
         params.policy = Params { exact: true, ..Params::new(kind) };
         params.context.flash_attn = FlashAttention::On;
         let error = prefilled(&params).compress().unwrap_err().to_string();
-        assert!(error.contains("-fa off"), "{error}");
+        assert!(error.contains("`flash_attn` off"), "{error}");
 
         params.context.flash_attn = FlashAttention::Off;
         let mut session = prefilled(&params);
@@ -408,10 +408,10 @@ fn unequal_budgets_are_masked_until_the_session_starts_over() {
 #[test]
 fn nonsense_settings_are_refused_before_anything_is_allocated() {
     for (name, change) in [
-        ("--lost-mass", (|p| p.lost_mass = -1.0) as fn(&mut Params)),
-        ("--samples", |p| p.samples = 0),
-        ("--recent", |p| p.recent = 10),
-        ("--max-cells", |p| p.max_cells = Some(5)),
+        ("`lost_mass`", (|p| p.lost_mass = -1.0) as fn(&mut Params)),
+        ("`samples`", |p| p.samples = 0),
+        ("`recent`", |p| p.recent = 10),
+        ("`max_cells`", |p| p.max_cells = Some(5)),
     ] {
         let mut params = params(512);
         change(&mut params.policy);
@@ -426,5 +426,5 @@ fn a_quantized_v_cache_without_flash_attention_is_refused() {
     params.context.type_v = CacheType::Q4_0;
     params.context.flash_attn = FlashAttention::Off;
     let error = Session::new(&model(), &params).err().expect("refused").to_string();
-    assert!(error.contains("-fa") && error.contains("q4_0"), "{error}");
+    assert!(error.contains("`flash_attn`") && error.contains("q4_0"), "{error}");
 }

@@ -66,7 +66,7 @@ impl Failure {
 impl<E: Into<GuestError>> From<E> for Failure {
     fn from(error: E) -> Self {
         let error = error.into();
-        Self { status: status_of(&error), text: for_c(&error.to_string()) }
+        Self { status: status_of(&error), text: error.to_string() }
     }
 }
 
@@ -107,26 +107,6 @@ fn status_of(error: &GuestError) -> gvote_status {
             VoteError::Compact(_) => GVOTE_ERROR_INTERNAL,
         },
     }
-}
-
-/// Names of flags become names of parameters.
-fn for_c(text: &str) -> String {
-    let word = |word: &str| match word.strip_prefix("--") {
-        Some(flag) => flag.replace('-', "_"),
-        None if word == "-c" => "n_ctx".to_owned(),
-        None if word == "-fa" => "flash_attn_type".to_owned(),
-        None => word.to_owned(),
-    };
-    // flags stand between spaces, brackets and the like
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some(at) = rest.find(|c: char| !(c.is_alphanumeric() || c == '-')) {
-        out += &word(&rest[..at]);
-        let after = rest[at..].chars().next().map_or(0, char::len_utf8);
-        out += &rest[at..at + after];
-        rest = &rest[at + after..];
-    }
-    out + &word(rest)
 }
 
 fn c_text(text: &str) -> CString {

@@ -17,7 +17,8 @@ use super::{CaptureError, Inner, Mode};
 use crate::backend::{Builder, ComputeError, Lane};
 use crate::cache::Layout;
 use crate::llama::SeqId;
-use crate::{sys, threads};
+use crate::policy::threads;
+use crate::sys;
 
 /// What lies on one device.
 pub(super) struct Pending {

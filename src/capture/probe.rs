@@ -16,7 +16,8 @@ use super::{Capture, CaptureError, Inner, Layer, Mode};
 use crate::backend::{Builder, ComputeError};
 use crate::cache::{self, Parked};
 use crate::llama::{Batch, Context, Pos, SeqId};
-use crate::{memory, sys, threads};
+use crate::policy::threads;
+use crate::{memory, sys};
 
 /// How a ubatch becomes queries.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -120,7 +121,7 @@ impl SyntheticQueries {
         let n = self.layers.last().map_or(0, |last| last.end);
         if self.data.len() < n {
             self.data = memory::zeros(n).ok_or(ComputeError::Memory("queries"))?;
-            memory::touch(&mut self.data);
+            threads::touch(&mut self.data);
         }
         Ok(())
     }
@@ -228,6 +229,7 @@ impl Capture {
     }
 
     /// The hidden state that the probe of `seq` uses as sample `index` in the i-th layer of the cache. `[n_embd]`
+    #[cfg(test)]
     pub fn sample(&mut self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
         self.settle();
         let mut out = vec![0.0; self.inner.n_embd];

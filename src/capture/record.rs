@@ -158,6 +158,7 @@ impl Record {
         Some(Window { parts, pos })
     }
 
+    #[cfg(test)]
     pub fn statistics(&self, layer: usize) -> (Vec<f64>, Vec<f64>) {
         let m = &self.layers[layer].moments;
         (m.mean.clone(), m.m2.iter().map(|s| s / m.count.max(1.0)).collect())

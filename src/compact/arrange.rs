@@ -17,7 +17,8 @@ use crate::archive::{Archive, Batch, Bring, Entry, newest};
 use crate::backend::Devices;
 use crate::cache::{self, Cell, Layout};
 use crate::llama::{Context, Pos, SeqId, Token};
-use crate::{sys, threads};
+use crate::policy::threads;
+use crate::sys;
 
 /// What a sequence has.
 pub(crate) struct Held<'a> {

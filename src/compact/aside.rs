@@ -12,7 +12,7 @@ use crate::archive::Archive;
 use crate::backend::{self, ComputeError, Devices};
 use crate::cache::{Cell, Layout};
 use crate::policy::Selection;
-use crate::threads;
+use crate::policy::threads;
 
 /// Where rows go that leave the cache.
 pub(crate) struct Aside<'a> {

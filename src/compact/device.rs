@@ -12,7 +12,8 @@ use super::host::{Coming, Leaving};
 use super::{Moves, Order, give_up, host};
 use crate::backend::{self, Builder, ComputeError, DEVICE_LAYERS, Devices, Tensor};
 use crate::cache::Layout;
-use crate::{sys, threads};
+use crate::policy::threads;
+use crate::sys;
 
 /// What moves the rows of a sequence, with the memory for it.
 pub(super) struct Mover<D: AsMut<[Devices]>> {

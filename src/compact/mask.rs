@@ -23,7 +23,7 @@ pub enum MaskError {
     Cache(#[from] CacheError),
     #[error(transparent)]
     Selection(#[from] CompactError),
-    #[error("exact masks the product of q and k, which flash attention does not show: set -fa off")]
+    #[error("exact masks the product of q and k, which flash attention does not show: set `flash_attn` off")]
     Flash,
     #[error("exact masks the product of q and k, which this model's attention goes on to change: {0}")]
     Attention(&'static str),

@@ -16,7 +16,7 @@ pub struct Bits {
 
 impl Bits {
     /// `rows`: the columns that are set in each.
-    pub(super) fn new(n_columns: usize, rows: impl ExactSizeIterator<Item = Vec<i32>>) -> Self {
+    pub(crate) fn new(n_columns: usize, rows: impl ExactSizeIterator<Item = Vec<i32>>) -> Self {
         let stride = n_columns.div_ceil(8);
         let mut bytes = vec![0; rows.len() * stride];
         for (row, columns) in rows.enumerate() {
@@ -39,7 +39,8 @@ impl Bits {
         self.bytes.len() / self.n_columns.div_ceil(8).max(1)
     }
 
-    pub(super) fn to_base64(&self) -> String {
+    /// As it is serialised.
+    pub fn to_base64(&self) -> String {
         STANDARD.encode(&self.bytes)
     }
 }

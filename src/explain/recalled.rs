@@ -35,7 +35,7 @@ pub struct EarlierVote {
 
 impl Recalled {
     /// `kept`: what is in the cache after the last vote of `n` tokens. None where no vote came before it.
-    pub(super) fn new(way: &Way, kept: &Bits, n: usize) -> Option<Self> {
+    pub(crate) fn new(way: &Way, kept: &Bits, n: usize) -> Option<Self> {
         let n_heads = kept.n_rows();
         if way.votes.is_empty() || n_heads == 0 {
             return None;

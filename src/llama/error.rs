@@ -20,26 +20,28 @@ pub enum LlamaError {
     #[error("tensors can be split over GPUs and workers only, and there are none")]
     SplitMode,
     #[error(
-        "RoPE would stretch the context past 2,147,483,647 tokens: lower --rope-scale or --yarn-orig-ctx, or raise --rope-freq-scale"
+        "RoPE would stretch the context past 2,147,483,647 tokens: lower `rope_scale` or `yarn_orig_ctx`, or raise `rope_freq_scale`"
     )]
     Rope,
     #[error("the path {0:?} holds a NUL byte")]
     PathNul(PathBuf),
     #[error(
-        "llama.cpp cannot create a context{reason}; lower -c or -ub, or take other types with -ctk and -ctv (see gvote plan)"
+        "llama.cpp cannot create a context{reason}; lower `n_ctx` or `n_ubatch`, or take other types with `type_k` and `type_v` (see gvote plan)"
     )]
     Context { reason: String },
     #[error(
-        "no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise -c, or compress more (--target-kl, --max-cells)"
+        "no room in the KV cache: the batch needs {needed} cells, {free} of {size} are free; raise `n_ctx`, or compress more (`target_kl`, `max_cells`)"
     )]
     NoCells { needed: usize, free: usize, size: usize },
     #[error(
-        "position {pos} lies past the end of this model's table of {n} positions: shorten the prompt, or lower -n (a vote needs some positions behind the text)"
+        "position {pos} lies past the end of this model's table of {n} positions: shorten the prompt, or lower `n_predict` (a vote needs some positions behind the text)"
     )]
     NoPositions { pos: i32, n: usize },
-    #[error("llama.cpp could not decode the batch (status {0}); -v shows its log, a lower -ub takes less memory")]
+    #[error(
+        "llama.cpp could not decode the batch (status {0}): its log (`verbose`) says why; a lower `n_ubatch` takes less memory"
+    )]
     Decode(i32),
-    #[error("out of memory: lower -c or -ub")]
+    #[error("out of memory: lower `n_ctx` or `n_ubatch`")]
     Memory,
     #[error("cancelled")]
     Cancelled,
@@ -52,7 +54,7 @@ pub enum LlamaError {
     #[error("there is no sequence {seq}: the context was made for {n_seq_max} (n_seq_max)")]
     NoSequence { seq: i32, n_seq_max: usize },
     #[error(
-        "the model computes logits that are no numbers (NaN): its file or a loaded session is damaged, or a flag does not suit it, such as -ctk, -ctv, --rope-freq-base, --yarn-attn-factor, --lora-scaled or --override-kv"
+        "the model computes logits that are no numbers (NaN): its file or a loaded session is damaged, or a setting does not suit it, such as `type_k`, `type_v`, `rope_freq_base`, `yarn_attn_factor`, `lora_scaled` or `override_kv`"
     )]
     NotANumber,
     #[error("there are no logits to sample from: decode a batch that asks for them first")]
@@ -71,6 +73,6 @@ pub enum LlamaError {
     State(&'static str),
     #[error("unknown cache type {0:?}: use one of f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1")]
     CacheType(String),
-    #[error("a quantized V cache (-ctv {0}) needs flash attention: drop -fa off, or use -ctv f16")]
+    #[error("a quantized V cache (`type_v` {0}) needs flash attention: drop `flash_attn` off, or use `type_v` f16")]
     QuantizedV(&'static str),
 }

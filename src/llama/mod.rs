@@ -1,7 +1,7 @@
 //! Safe owners over llama.h.
 //!
 //! Each type owns one llama.cpp object and frees it. A [`Context`] keeps its [`Model`] alive. Nothing here knows about
-//! eviction: the rooms above ([`crate::capture`], [`crate::score`], [`crate::compact`]) reach the raw context.
+//! eviction: the rooms above (`capture`, `score`, `compact`) reach the raw context.
 
 mod abort;
 mod batch;
@@ -15,13 +15,11 @@ mod markers;
 mod memory;
 mod model;
 mod placement;
-mod rendered;
 mod rope;
 pub mod rpc;
 mod sampler;
 mod sampling;
 mod state;
-mod template;
 mod tensor_type;
 mod threads;
 mod tokenize;
@@ -32,14 +30,13 @@ pub(crate) use context::Visit;
 pub use context::{CacheType, Context, ContextParams, FlashAttention};
 pub use device::{Device, DeviceMemory, devices};
 pub use error::LlamaError;
+pub use markers::Marker;
 pub use memory::{Buffers, Memory, Simulation};
 pub use model::{Model, Pieces, Token};
 pub use placement::{KvError, KvOverride, KvValue, LoadMode, ModelParams, SplitMode, TensorBuffer, TensorBufferError};
-pub use rendered::Rendered;
 pub use rope::{RopeParams, RopeScaling};
 pub use sampler::Sampler;
 pub use sampling::{Dry, Mirostat, SamplerKind, SamplerParams, is_repeat_penalty};
-pub use template::{ChatTemplate, Message, Role, TemplateError};
 pub use tensor_type::TensorType;
 pub use threads::ThreadParams;
 

@@ -268,15 +268,19 @@ impl Model {
         unsafe { sys::llama_vocab_is_eog(self.vocab(), token) }
     }
 
-    /// The text of a special token such as BOS; empty if there is none.
-    pub(crate) fn special_text(&self, which: Special) -> String {
+    /// The text of the token that begins a sequence; empty if there is none.
+    pub fn bos_text(&self) -> String {
         // SAFETY: valid vocabulary.
-        let token = unsafe {
-            match which {
-                Special::Bos => sys::llama_vocab_bos(self.vocab()),
-                Special::Eos => sys::llama_vocab_eos(self.vocab()),
-            }
-        };
+        self.special_text(unsafe { sys::llama_vocab_bos(self.vocab()) })
+    }
+
+    /// The text of the token that ends a sequence; empty if there is none.
+    pub fn eos_text(&self) -> String {
+        // SAFETY: valid vocabulary.
+        self.special_text(unsafe { sys::llama_vocab_eos(self.vocab()) })
+    }
+
+    fn special_text(&self, token: Token) -> String {
         if token < 0 { String::new() } else { String::from_utf8_lossy(&self.piece(token, true)).into_owned() }
     }
 
@@ -314,11 +318,6 @@ impl Model {
         let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t, special)).collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
-}
-
-pub(crate) enum Special {
-    Bos,
-    Eos,
 }
 
 /// Joins token pieces into text for streaming: a character split over tokens is held back until it is whole.

@@ -29,9 +29,9 @@ pub enum RpcError {
     Endpoint(String),
     #[error("this llama.cpp was built without its RPC back end: build it with -DGGML_RPC=ON")]
     NotBuilt,
-    #[error("cannot reach the worker {worker} (--rpc): {error}; start it there with gvote rpc-server")]
+    #[error("cannot reach the worker {worker} (`rpc`): {error}; start it there with gvote rpc-server")]
     Unreachable { worker: Endpoint, error: io::Error },
-    #[error("the worker {0} (--rpc) has no devices")]
+    #[error("the worker {0} (`rpc`) has no devices")]
     NoDevices(Endpoint),
     #[error("lost the worker {}: it takes no connections any more; start it again and repeat the command", in_words(.0))]
     Lost(Vec<Endpoint>),
@@ -43,7 +43,7 @@ pub enum RpcError {
     Broken { workers: Vec<Endpoint>, reason: String },
     #[error("there is no device {name:?}: there are {known}")]
     Device { name: String, known: String },
-    #[error("cannot listen on {address}: {error}; name another port (-p), or 0 for one that is free")]
+    #[error("cannot listen on {address}: {error}; name another port (`port`), or 0 for one that is free")]
     Listen { address: SocketAddr, error: io::Error },
     #[error("the path of the cache holds a NUL byte")]
     CachePath,

@@ -1,8 +1,10 @@
 //! A vote that tells what it saw.
 
 use super::{Session, SessionError};
-use crate::explain::Explanation;
-use crate::vote::{Notes, Way};
+use crate::cache;
+use crate::explain::{self, Bits, Explanation, Recalled};
+use crate::llama::{Pos, Token};
+use crate::vote::{CompressReport, Notes, Way};
 
 impl Session {
     /// From now on notes which rows leave the cache, where they are set aside, and which come back, for the next
@@ -22,6 +24,39 @@ impl Session {
         voter.notes = Some(Notes::default());
         let report = self.compress();
         let notes = self.voter.as_mut().and_then(|voter| voter.notes.take());
-        Ok(Explanation::new(self, report?, notes.unwrap_or_default(), way))
+        Ok(self.explained(report?, notes.unwrap_or_default(), way))
+    }
+
+    fn explained(&self, report: CompressReport, notes: Notes, way: Option<Way>) -> Explanation {
+        let (sequence, layout) = (self.sequence(), self.layout());
+        let layers: Vec<i32> = layout.iter().flat_map(|layout| &layout.layers).map(|layer| layer.il).collect();
+        let n_heads: usize = layout.iter().flat_map(|layout| layout.n_head_kv()).sum();
+        let cells = cache::cells(self.context(), sequence.id());
+        let n = sequence.n_past() as usize;
+        let kept: Vec<Vec<Pos>> = (0..n_heads).map(|head| sequence.positions(&cells, head)).collect();
+        let mut kept_by = vec![0; n];
+        kept.iter().flatten().for_each(|&pos| kept_by[pos as usize] += 1);
+        let shown = |tokens: &[Token]| {
+            let pieces: Vec<Vec<u8>> = tokens.iter().map(|&token| self.model().piece(token, true)).collect();
+            explain::shown(&pieces)
+        };
+        let kept = Bits::new(n, kept.into_iter());
+        Explanation {
+            report,
+            recall: way.and_then(|way| Recalled::new(&way, &kept, n)),
+            policy: self.policy().clone(),
+            texts: shown(&sequence.tokens),
+            tokens: sequence.tokens.clone(),
+            n_head_kv: n_heads / layers.len().max(1),
+            layers,
+            kept,
+            kept_by,
+            heads: notes.heads,
+            curve: notes.curve,
+            bar: notes.bar,
+            draft: shown(&notes.draft),
+            real: notes.real,
+            synthetic: notes.synthetic,
+        }
     }
 }

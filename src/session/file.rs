@@ -50,15 +50,17 @@ pub enum FileError {
     Damaged,
     #[error("it was saved with {found}, and this gvote has {LLAMA}: load it with the gvote that saved it")]
     Llama { found: String },
-    #[error("it was saved with another model ({found}): start with that one (-m)")]
+    #[error("it was saved with another model ({found}): start with that one (`model`)")]
     Model { found: String },
     #[error(
-        "it was saved with other adapters, other values in place of the model file's, or another RoPE: start with the same --lora, --lora-scaled, --override-kv, --rope and --yarn flags"
+        "it was saved with other adapters, other values in place of the model file's, or another RoPE: start with the same ones (`lora`, `lora_scaled`, `override_kv`, `rope_scaling` and the like)"
     )]
     Altered,
-    #[error("it was saved with {flag} {found}, and this session has {flag} {here}: start with {flag} {found}")]
-    Setting { flag: &'static str, found: String, here: String },
-    #[error("it holds {found} cells and there are {here}: start with -c {found} or more")]
+    #[error(
+        "it was saved with `{setting}` {found}, and this session has `{setting}` {here}: start with `{setting}` {found}"
+    )]
+    Setting { setting: &'static str, found: String, here: String },
+    #[error("it holds {found} cells and there are {here}: start with `n_ctx` {found} or more")]
     Cells { found: usize, here: usize },
     #[error("its note makes no sense: {0}")]
     Note(String),
@@ -204,33 +206,33 @@ impl Session {
         }
         let on_off =
             |flash_attn: Option<bool>| flash_attn.map_or("auto", |on| if on { "on" } else { "off" }).to_owned();
-        for (flag, found, here) in [
-            ("-ctk", found.type_k.clone(), here.type_k),
-            ("-ctv", found.type_v.clone(), here.type_v),
-            ("-fa", on_off(found.flash_attn), on_off(here.flash_attn)),
+        for (setting, found, here) in [
+            ("type_k", found.type_k.clone(), here.type_k),
+            ("type_v", found.type_v.clone(), here.type_v),
+            ("flash_attn", on_off(found.flash_attn), on_off(here.flash_attn)),
         ] {
             if found != here {
-                return Err(FileError::Setting { flag, found, here });
+                return Err(FileError::Setting { setting, found, here });
             }
         }
         if found.votes != here.votes {
             let [found, here] = [found.policy, here.policy].map(|kind| kind.to_string());
-            return Err(FileError::Setting { flag: "--policy", found, here });
+            return Err(FileError::Setting { setting: "policy", found, here });
         }
-        for (flag, found, here) in [("--window", found.window, here.window), ("--sinks", found.sinks, here.sinks)] {
+        for (setting, found, here) in [("window", found.window, here.window), ("sinks", found.sinks, here.sinks)] {
             if found != here {
                 let [found, here] = [found, here].map(|n| n.to_string());
-                return Err(FileError::Setting { flag, found, here });
+                return Err(FileError::Setting { setting, found, here });
             }
         }
         if found.aside > 0 && self.recall() == Recall::Off {
-            return Err(FileError::Setting { flag: "--recall", found: "auto".into(), here: "off".into() });
+            return Err(FileError::Setting { setting: "recall", found: "auto".into(), here: "off".into() });
         }
         let found_type = found.recall_type.as_deref().unwrap_or(RecallType::Cache.name());
         let here_type = self.recall_type().name();
         if found.aside > 0 && found_type != here_type {
             let [found, here] = [found_type, here_type].map(str::to_owned);
-            return Err(FileError::Setting { flag: "--recall-type", found, here });
+            return Err(FileError::Setting { setting: "recall_type", found, here });
         }
         if found.cells > self.n_ctx_most() {
             return Err(FileError::Cells { found: found.cells, here: self.n_ctx_most() });

@@ -13,12 +13,12 @@ use crate::llama::{LlamaError, Pos, Token};
 use crate::vote::{Saved, Sequence, VoteError};
 
 const CUT_OFF: SessionError = SessionError::Saved("it is cut off");
-const OTHER_MODEL: SessionError = SessionError::Saved("it was made with another model, --window or --policy");
+const OTHER_MODEL: SessionError = SessionError::Saved("it was made with another model, `window` or `policy`");
 const NONSENSE: SessionError = SessionError::Saved("its numbers contradict each other");
 const OTHER_PART: SessionError = SessionError::Saved("its two parts do not belong together");
 const SET_ASIDE: SessionError =
-    SessionError::Saved("a part of it is set aside, and this session sets nothing aside (--recall off)");
-const OTHER_POLICY: SessionError = SessionError::Saved("either it was made with --policy full, or this session was");
+    SessionError::Saved("a part of it is set aside, and this session sets nothing aside (`recall` off)");
+const OTHER_POLICY: SessionError = SessionError::Saved("either it was made with `policy` full, or this session was");
 
 /// How an archive begins that has no rows.
 const NOTHING_ASIDE: [u8; size_of::<u64>()] = [0; size_of::<u64>()];
@@ -202,7 +202,7 @@ impl Session {
         let cells = cache::cells(&self.ctx, SEQ);
         let n_cells = if saved.is_some() { cells.len() } else { n_past };
         if n_cells > self.n_ctx {
-            return Err(SessionError::Saved("it has more cells than this context (-c)"));
+            return Err(SessionError::Saved("it has more cells than this context (`n_ctx`)"));
         }
         // of a window cache or a recurrent state beside the cells, too
         let last = n_past.checked_sub(1).map(|last| last as Pos);

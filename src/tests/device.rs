@@ -10,9 +10,9 @@ use crate::cache::Layout;
 use crate::capture::{Capture, CaptureError, PRETEND_SCATTERED};
 use crate::compact::Reorder;
 use crate::llama::{Batch, Context, ContextParams, LlamaError, Pos, SeqId, devices};
+use crate::policy::threads::{self, Pool};
 use crate::policy::{HeadScores, Needs};
 use crate::score::{LayerQueries, Scorer};
-use crate::threads::{PRETEND_NONE, Pool};
 
 const N: usize = 300;
 
@@ -272,9 +272,7 @@ fn compaction_moves_the_same_rows() {
         assert!(expected == on_device(run), "{setup:?}");
         drop(kept);
         // a compaction that has begun comes to its end without other threads
-        PRETEND_NONE.set(true);
-        let alone = [run(), on_device(run)];
-        PRETEND_NONE.set(false);
+        let alone = threads::alone(|| [run(), on_device(run)]);
         assert!(alone.iter().all(|logits| *logits == expected), "{setup:?}");
     }
 }

@@ -51,6 +51,13 @@ pub fn greedy(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
     (tokens, stop)
 }
 
+/// The tokens of a chat as the real model's template writes it: roles and what they say, and the opening of an answer.
+pub fn chat(messages: &[(&str, String)], opens_answer: bool) -> Vec<Token> {
+    let opening = if opens_answer { "<|im_start|>assistant\n" } else { "" };
+    let turns = messages.iter().map(|(role, text)| format!("<|im_start|>{role}\n{text}<|im_end|>\n"));
+    model().tokenize(&(turns.collect::<String>() + opening), true, true).expect("the model has a tokenizer")
+}
+
 /// Real text of some length, which stays as it is: what rounding does depends on it.
 pub fn tokens(model: &Model, n: usize) -> Vec<Token> {
     let mut tokens = model.tokenize(include_str!("text.txt"), true, false).expect("the model has a tokenizer");

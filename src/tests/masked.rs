@@ -213,7 +213,7 @@ fn what_cannot_be_masked_or_compacted_is_refused() {
     let layout = Layout::of(&ctx, 0).unwrap();
     let unequal = random_ragged(&layout, N, 1);
     let error = Mask::new(&ctx, 0, &unequal).err().unwrap();
-    assert!(matches!(error, MaskError::Flash) && error.to_string().contains("-fa off"), "{error}");
+    assert!(matches!(error, MaskError::Flash) && error.to_string().contains("`flash_attn` off"), "{error}");
     let error = compact(&mut ctx, 0, &unequal).unwrap_err().to_string();
     assert!(error.contains("different numbers"), "{error}");
     assert_eq!(cells(&ctx).len(), N);

@@ -81,7 +81,7 @@ fn needs_what_it_says() {
     let mut capture = captured(&mut ctx, &tokens);
     let error = capture.probe(&mut ctx, 0, N as Pos - 1, 200, 0).unwrap_err();
     assert!(matches!(error, CaptureError::NoCells { needed: 200, free: 106 }), "{error}");
-    assert!(error.to_string().contains("--samples"), "{error}");
+    assert!(error.to_string().contains("`samples`"), "{error}");
 
     let layout = Layout::of(&ctx, 0).unwrap();
     let mut empty = Capture::new(&ctx, &layout, WINDOW, 4);

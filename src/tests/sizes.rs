@@ -1,40 +1,10 @@
-//! What a model file tells, and what llama.cpp works out without weights, against models and contexts that really exist.
+//! What llama.cpp works out without weights, against contexts that really exist.
 
 #![forbid(unsafe_code)]
 
 use super::tiny::{SPECS, Tiny};
 use crate::SessionParams;
-use crate::cache::Layout;
-use crate::gguf::{Gguf, Support};
 use crate::llama::{CacheType, Context, ContextParams, FlashAttention, ModelParams, Simulation};
-
-#[test]
-fn a_file_tells_the_sizes_of_every_architecture() {
-    let dir = tempfile::tempdir().unwrap();
-    for spec in SPECS {
-        let tiny = Tiny::new(dir.path(), spec);
-        let file = Gguf::open(&tiny.path).unwrap();
-        assert_eq!((file.n_params(), file.n_bytes()), (tiny.model.n_params(), tiny.model.size()), "{spec:?}");
-        let expected = if spec.arch == "gemma2" { Support::BaseOnly } else { Support::Composite };
-        assert_eq!(file.info.support(), expected, "{spec:?}");
-        for cache_type in [CacheType::F16, CacheType::Q8_0, CacheType::Q4_0, CacheType::Iq4Nl] {
-            let params = ContextParams {
-                n_ctx: 256,
-                flash_attn: FlashAttention::On,
-                type_k: cache_type,
-                type_v: cache_type,
-                ..Default::default()
-            };
-            let context = Context::new(&tiny.model, &params).unwrap();
-            let layout = Layout::of(&context, 0).unwrap();
-            assert_eq!(
-                file.info.kv_bytes_per_cell(cache_type, cache_type),
-                layout.bytes_per_cell(),
-                "{spec:?} {cache_type:?}"
-            );
-        }
-    }
-}
 
 #[test]
 fn a_simulation_allocates_what_a_real_context_does() {

@@ -20,9 +20,7 @@ fn source_files(folder: &Path) -> Vec<PathBuf> {
 fn with_parents(src: &Path, file: &Path) -> Vec<PathBuf> {
     let folders = file.ancestors().skip(1).take_while(|folder| *folder != src);
     let parents = folders.flat_map(|folder| [folder.with_extension("rs"), folder.join("mod.rs")]);
-    // the program's modules lie in its own root
-    let root = file.starts_with(src.join("cli")).then(|| src.join("main.rs"));
-    [file.to_owned()].into_iter().chain(parents).chain(root).filter(|path| path.exists()).collect()
+    [file.to_owned()].into_iter().chain(parents).filter(|path| path.exists()).collect()
 }
 
 fn forbids(file: &Path) -> bool {

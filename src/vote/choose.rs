@@ -13,7 +13,8 @@ use crate::cache::{self, Cell, Layout, Parked};
 use crate::capture::{self, CaptureError, SyntheticQueries};
 use crate::compact;
 use crate::llama::{Batch, LlamaError, Pos, Token};
-use crate::policy::{self, Bound, Decision, HeadScores, Kind, Policy, Ranking, Selection};
+use crate::memory;
+use crate::policy::{self, Bound, Decision, HeadScores, Kind, Policy, Ranking, Selection, Zeros};
 use crate::score::LayerQueries;
 
 impl Vote<'_> {
@@ -170,6 +171,7 @@ impl Vote<'_> {
         let shape = uniform_shape(&self.voter.layout, cells.len())?;
         let protected = self.protected(cells);
         let mut policy = policy::build_protecting(&self.voter.policy, shape, &protected)?;
+        policy.allocate_with(Zeros { of_u32: memory::must_have_zeros, of_u16: memory::must_have_zeros });
         if !policy.needs().nothing() {
             let reread = match ahead {
                 [] => self.reread(cells, report)?,

@@ -12,8 +12,8 @@ use crate::cache::{Cell, Layout};
 use crate::capture::{Capture, Restored};
 use crate::compact::{self, Arranged, Aside, CompactError, share};
 use crate::llama::{Context, Model, Pos, SeqId, Token};
+use crate::policy::threads;
 use crate::policy::{Kept, Selection};
-use crate::threads;
 
 /// Stands for an embedding among tokens.
 const EMBEDDING: Token = -1;
@@ -332,7 +332,7 @@ impl Saved {
             return Err(NONSENSE);
         }
         let captured =
-            capture.read(captured).ok_or(VoteError::Saved("it was made with another model, --window or --policy"))?;
+            capture.read(captured).ok_or(VoteError::Saved("it was made with another model, `window` or `policy`"))?;
         let held = if pos.is_empty() { Held::default() } else { Held { n_cells, pos } };
         let mut sequence = Sequence { id: 0, n_past, tokens, exact_from, held, protected: Vec::new(), archive: None };
         protected.into_iter().for_each(|pos| sequence.protect(pos..pos + 1, true));

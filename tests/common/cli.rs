@@ -2,29 +2,25 @@
 #![allow(dead_code)] // each test program uses its own part of it
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_gvote");
+#[path = "model.rs"]
+mod models;
 
-/// The default model; `make setup` fetches it.
-pub fn model() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"), PathBuf::from);
-    let path = cache.join("gvote/models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    assert!(path.exists(), "{} is missing: run `make setup`", path.display());
-    path
-}
+#[allow(unused_imports)] // each test program uses its own part of it
+pub use models::{model, optional};
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_gvote");
 
 /// Some characters of English (four and a half a token), the same on every machine: sentences that say nothing, with a few
 /// numbers of animals among them.
 pub fn text(chars: usize) -> String {
     // no word with its space is that short on average
     let words = chars / 4;
-    let text = gvote::eval::tasks::needle::generate(words, 0.5, 1).context;
+    let text = gvote_eval::tasks::needle::generate(words, 0.5, 1).context;
     text.chars().take(chars).collect()
 }
 
@@ -48,16 +44,6 @@ pub fn bare(args: &[&str]) -> Command {
     let mut program = Command::new(PROGRAM);
     program.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     program
-}
-
-/// A model that need not be there.
-pub fn optional(name: &str) -> Option<PathBuf> {
-    let path = model().with_file_name(name);
-    if !path.exists() {
-        eprintln!("skipped: {} is not there (make setup)", path.display());
-        return None;
-    }
-    Some(path)
 }
 
 /// What a finished program left.

@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use gvote::gguf::{Gguf, GgufError};
 use gvote::llama::CacheType;
+use gvote_gguf::{Gguf, GgufError};
 
 /// Bytes, and zeros after them, as in a sparse file.
 struct Sparse<'a> {

@@ -12,8 +12,14 @@ pub fn run(command: &mut Command) -> String {
     stdout.into_owned()
 }
 
+/// The repository.
+pub fn root() -> &'static Path {
+    let mut folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
+    folders.find(|folder| folder.join("Makefile").exists()).expect("every package lies in it")
+}
+
 pub fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+    root().join(name)
 }
 
 /// `make` with the goal and the place that are named.
@@ -28,7 +34,7 @@ pub fn make_from(target: &Path, env: &[(&str, &Path)], goal: &str, destdir: &Pat
     static STAGE: Mutex<()> = Mutex::new(());
     let _stage = STAGE.lock().unwrap_or_else(|e| e.into_inner());
     run(Command::new("make")
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .current_dir(root())
         .env("CARGO_TARGET_DIR", target)
         .envs(env.iter().copied())
         .arg(goal)

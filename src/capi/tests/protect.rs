@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::app::*;
 use super::room::read_long;
 use crate::capi::*;
-use crate::llama::{ChatTemplate, Message, Pos, Role, SeqId, Token};
+use crate::llama::{Pos, SeqId, Token};
 use crate::sys;
 use crate::tests::fixture;
 use crate::tests::tiny::N_LAYER;
@@ -37,15 +37,13 @@ fn lost_of_tiny(app: &App, handle: &Handle, seq: SeqId, positions: Range<Pos>) -
 /// A chat with a system message, and where that ends.
 fn chat() -> (Vec<Token>, usize) {
     let model = fixture::model();
-    let template = ChatTemplate::of(&model);
     let text = model.detokenize(&fixture::tokens(&model, 900), false);
-    let mut messages = vec![Message::new(Role::System, "Whatever is asked, you answer in rhymes and in one line.")];
+    let mut messages = vec![("system", "Whatever is asked, you answer in rhymes and in one line.".to_owned())];
     let words: Vec<&str> = text.split_inclusive(' ').collect();
-    for (i, part) in words.chunks(words.len() / 6).enumerate() {
-        messages.push(Message::new(if i % 2 == 0 { Role::User } else { Role::Assistant }, part.concat()));
+    for (part, role) in words.chunks(words.len() / 6).zip(["user", "assistant"].into_iter().cycle()) {
+        messages.push((role, part.concat()));
     }
-    let tokens = |messages: &[Message]| template.render(messages, false).unwrap().tokens(&model).unwrap();
-    (tokens(&messages), tokens(&messages[..1]).len())
+    (fixture::chat(&messages, false), fixture::chat(&messages[..1], false).len())
 }
 
 /// A real model, and a chat of more tokens than cells: the system message was named, the markers are a setting.
@@ -107,7 +105,10 @@ fn what_is_protected_counts_where_cells_cannot_be_freed() {
     assert_eq!(set(368), GVOTE_OK);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_PARAMS);
     let error = handle.error();
-    assert!(error.contains("300 protected") && error.contains("max_cells to 369") && !error.contains("--"), "{error}");
+    assert!(
+        error.contains("300 protected") && error.contains("`max_cells` to 369") && !error.contains("--"),
+        "{error}"
+    );
     assert!(app.state(0) == before && handle.save(&app, 0) == known);
     assert_eq!(set(369), GVOTE_OK);
     assert_eq!(handle.plan(&app, 0).1.cells_after, 369);

@@ -94,7 +94,7 @@ fn the_settings_name_the_file_and_the_same_name_is_the_same_file() {
     };
     assert_eq!(change(&gvote_params { max_cells: 120, ..params }), GVOTE_OK, "{}", handle.error());
     assert_eq!(change(&in_file(&other)), GVOTE_ERROR_PARAMS);
-    assert!(handle.error().contains("recall cannot change"), "{}", handle.error());
+    assert!(handle.error().contains("`recall` cannot change"), "{}", handle.error());
     assert_eq!(change(&defaults()), GVOTE_ERROR_PARAMS);
     assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, N as u32));
     // SAFETY: both live.

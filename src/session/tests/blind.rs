@@ -1,7 +1,6 @@
 //! A chat turn that is still open: no question is in sight.
 
 use super::*;
-use crate::llama::{ChatTemplate, Message, Role};
 use crate::policy::{Bound, Kept};
 use crate::tests::fixture::F16;
 
@@ -10,12 +9,16 @@ const LONG: usize = 300;
 
 /// A conversation in the model's format, up to the end of the last message or, if the turn is `open`, to its last word.
 fn chat(message: &str, open: bool) -> Vec<Token> {
-    let model = fixture::model();
-    let messages = [Message::new(Role::User, message)];
-    let text = ChatTemplate::of(&model).render(&messages, !open).unwrap();
-    let end = if open { text.text().rfind("<|im_end|>").unwrap() } else { text.text().len() };
-    let [tokens, _] = text.tokens_split(&model, end).unwrap();
-    tokens
+    const BEFORE: &str = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+        <|im_start|>user\n";
+    let tokens = |text: &str, starts, has_markers| fixture::model().tokenize(text, starts, has_markers).unwrap();
+    let mut chat = tokens(BEFORE, true, true);
+    // a marker in two parts is text
+    message.split_inclusive('<').for_each(|part| chat.extend(tokens(part, false, false)));
+    if !open {
+        chat.extend(tokens("<|im_end|>\n<|im_start|>assistant\n", false, true));
+    }
+    chat
 }
 
 fn long_message() -> String {

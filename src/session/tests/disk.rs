@@ -219,7 +219,7 @@ fn a_file_with_one_wrong_byte_is_refused_wherever_that_is() {
 }
 
 #[test]
-fn a_file_of_other_settings_is_refused_with_the_flag_to_change() {
+fn a_file_of_other_settings_is_refused_with_the_one_to_change() {
     let folder = tempfile::tempdir().unwrap();
     let (_, path) = saved(folder.path());
     let f16_k_only = Setup { k: Q8_0.k, ..F16_FLASH };
@@ -228,19 +228,19 @@ fn a_file_of_other_settings_is_refused_with_the_flag_to_change() {
         change(&mut policy);
         policy
     };
-    for (setup, n_ctx, policy, flag) in [
-        (f16_k_only, N_CTX, quick(), "-ctk f16"),
-        (Setup { v: Q8_0.v, ..F16_FLASH }, N_CTX, quick(), "-ctv f16"),
-        (F16_FLASH, N_CTX, quick(), "-fa off"),
-        (F16, 100, with(|p| p.max_cells = Some(90)), "-c 220"),
-        (F16, N_CTX, with(|p| p.window = 32), "--window 64"),
-        (F16, N_CTX, with(|p| p.sinks = 8), "--sinks 4"),
-        (F16, N_CTX, Params::new(Kind::Full), "--policy gvote"),
+    for (setup, n_ctx, policy, setting) in [
+        (f16_k_only, N_CTX, quick(), "`type_k` f16"),
+        (Setup { v: Q8_0.v, ..F16_FLASH }, N_CTX, quick(), "`type_v` f16"),
+        (F16_FLASH, N_CTX, quick(), "`flash_attn` off"),
+        (F16, 100, with(|p| p.max_cells = Some(90)), "`n_ctx` 220"),
+        (F16, N_CTX, with(|p| p.window = 32), "`window` 64"),
+        (F16, N_CTX, with(|p| p.sinks = 8), "`sinks` 4"),
+        (F16, N_CTX, Params::new(Kind::Full), "`policy` gvote"),
     ] {
         let mut session = open("llama", setup, n_ctx, policy);
         read(&mut session, &words(80, 3));
         let error = refused(&mut session, &path).to_string();
-        assert!(error.contains(flag), "{flag}: {error}");
+        assert!(error.contains(setting), "{setting}: {error}");
         // and goes on
         assert_eq!(answer(&mut session, 3).len(), 3);
     }

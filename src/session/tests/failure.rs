@@ -234,9 +234,9 @@ fn settings_that_need_more_spare_cells_are_refused_by_name() {
     let mut session = session(F16, n_ctx, 64, Params::default());
     let spare = session.spare();
     for (change, flag) in [
-        (Params { draft: spare + 1, ..Params::default() }, "--draft"),
-        (Params { samples: spare + 1, ..Params::default() }, "--samples"),
-        (replaying(), "--replay"),
+        (Params { draft: spare + 1, ..Params::default() }, "draft"),
+        (Params { samples: spare + 1, ..Params::default() }, "samples"),
+        (replaying(), "replay"),
     ] {
         let error = session.set_policy(change, false).unwrap_err();
         assert!(matches!(error, SessionError::Fixed(named) if named == flag), "{flag}: {error}");

@@ -1,7 +1,6 @@
 //! The chat template's markers and the system message, in a prompt that does not fit.
 
 use super::*;
-use crate::llama::{ChatTemplate, Message, Role};
 use crate::policy::Evict;
 use crate::tests::fixture::F16;
 
@@ -10,18 +9,15 @@ const CELLS: usize = 256;
 /// A chat of several turns that is longer than the cache, and how many of its tokens are the system message.
 fn chat() -> (Vec<Token>, usize) {
     let model = fixture::model();
-    let template = ChatTemplate::of(&model);
-    let system = Message::new(Role::System, "You answer in rhymes only, and never mention the sea, whatever is asked.");
+    let system = "You answer in rhymes only, and never mention the sea, whatever is asked.";
     let text = model.detokenize(&fixture::tokens(&model, 300), false);
     let parts: Vec<&str> = text.split_inclusive(' ').collect();
-    let mut messages = vec![system];
-    for (i, part) in parts.chunks(parts.len() / 4 + 1).enumerate() {
-        let role = if i % 2 == 0 { Role::User } else { Role::Assistant };
-        messages.push(Message::new(role, part.concat()));
+    let mut messages = vec![("system", system.to_owned())];
+    for (part, role) in parts.chunks(parts.len() / 4 + 1).zip(["user", "assistant"].into_iter().cycle()) {
+        messages.push((role, part.concat()));
     }
-    messages.push(Message::new(Role::User, "What was this about?"));
-    let tokens = |messages: &[Message], answer| template.render(messages, answer).unwrap().tokens(&model).unwrap();
-    (tokens(&messages, true), tokens(&messages[..1], false).len())
+    messages.push(("user", "What was this about?".to_owned()));
+    (fixture::chat(&messages, true), fixture::chat(&messages[..1], false).len())
 }
 
 /// Positions of what is to stay, and for each how many heads hold it.
@@ -71,6 +67,6 @@ fn a_cache_without_room_for_them_is_refused_before_anything_is_read() {
     session.set_system_tokens(220);
     let error = session.prefill_long(&tokens, |_, _| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, SessionError::CacheTooSmall { n_ctx: CELLS, protected: 200.., .. }), "{error}");
-    assert!(error.to_string().contains("--protect"), "{error}");
+    assert!(error.to_string().contains("`protect`"), "{error}");
     assert_eq!((session.n_past(), session.cells_used()), (0, 0));
 }

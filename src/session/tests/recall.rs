@@ -301,9 +301,9 @@ fn a_saved_session_brings_what_is_set_aside() {
         read(&mut off, &words(20, 2));
         let untouched = off.save();
         let error = off.load_from(&path, |_| Ok(())).unwrap_err().to_string();
-        assert!(error.contains("start with --recall auto"), "{error}");
+        assert!(error.contains("start with `recall` auto"), "{error}");
         let error = off.load(&session.save()).unwrap_err().to_string();
-        assert!(error.contains("--recall off"), "{error}");
+        assert!(error.contains("`recall` off"), "{error}");
         assert!(off.save() == untouched);
     }
 }

@@ -120,7 +120,7 @@ fn a_saved_session_is_loaded_with_the_same_type() {
     assert!(same.save() == session.save());
     let mut other = open("llama", F16, Recall::Auto, RecallType::Cache);
     let error = other.load_from(&path, |_| Ok(())).unwrap_err().to_string();
-    assert!(error.contains("start with --recall-type q8_0"), "{error}");
+    assert!(error.contains("start with `recall_type` q8_0"), "{error}");
     assert!(other.load(&session.save()).is_err());
     assert_eq!(other.n_past(), 0);
     // where nothing is set aside, either will do
@@ -139,5 +139,5 @@ fn heads_that_are_no_whole_blocks_are_refused() {
     };
     open(F16, RecallType::Cache).unwrap();
     let error = open(F16, RecallType::Q8_0).unwrap_err().to_string();
-    assert!(error.contains("--recall-type q8_0") && error.contains("48"), "{error}");
+    assert!(error.contains("`recall_type` q8_0") && error.contains("48"), "{error}");
 }
