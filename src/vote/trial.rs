@@ -17,8 +17,7 @@ use crate::cache::{self, Parked};
 use crate::compact::Reorder;
 use crate::divergence::Likely;
 use crate::llama::{Batch, Pos, Token};
-use crate::policy::{self, Ranking};
-use crate::threads;
+use crate::policy::{self, Ranking, threads};
 
 /// Of the target, what the test may use up: the text that comes after it, and a text that is not the model's own, drift
 /// further. Chosen on 38 requests so that at most one in five misses its target, and checked on others: see

@@ -3,7 +3,7 @@
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
-#[path = "common/help.rs"]
+#[path = "../../../tests/common/help.rs"]
 mod help;
 #[allow(dead_code)] // it serves other tests too
 #[path = "../../../src/tests/tiny.rs"]

@@ -1,8 +1,8 @@
 //! What the pages name is there: links, paths, `make` targets, commands, flags, configurations, and names of the C interface.
 
-#[path = "common/cli.rs"]
+#[path = "../../../tests/common/cli.rs"]
 mod cli;
-#[path = "common/help.rs"]
+#[path = "../../../tests/common/help.rs"]
 mod help;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,8 +22,10 @@ const SOURCES: [&str; 8] = [".rs", ".c", ".cpp", ".hpp", ".h", ".cu", ".py", ".m
 /// A file of the reader's, and one of llama.cpp's programs, which the pinned package leaves out.
 const ELSEWHERE: [&str; 2] = ["app.c", "tools/completion/completion.cpp"];
 
+/// That of the workspace.
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    folder.ancestors().nth(2).unwrap()
 }
 
 fn read(path: impl AsRef<Path>) -> String {
