@@ -18,7 +18,7 @@ LLAMA    ?= oldest
 STAGE    ?= target/stage
 
 .PHONY: help run test test-llama check-memory fuzz bench bench-cost bench-peers bench-busy bench-memory soak completion bench-completion \
-        results gallery cuda-kit doc stage install uninstall setup fmt lint clean
+        results gallery server plugin cuda-kit doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,13 @@ completion: setup stage ## build llama.cpp's own llama-completion, as it is and 
 
 bench-completion: completion ## compare both: cells and speed, in turns
 	scripts/bench-completion -m "$(MODEL)" -f "$(DOC)" -p "$(QUESTION)"
+
+server: setup ## build llama.cpp's own llama-server, as it is, in target/server
+	scripts/build-server
+
+plugin: setup ## build what `gvote with` puts before a program's llama.cpp, in target/plugin; LLAMA=DIR: for the llama.cpp in DIR
+	$(if $(filter command environment,$(firstword $(origin LLAMA))),LLAMA_CPP_DIR="$(LLAMA)") \
+	    scripts/build-plugin --profile "$(PROFILE)"
 
 gallery: setup ## draw the pictures of docs/gallery from two real votes
 	cargo run --release --example gallery -- "$(MODEL)" docs/gallery \
