@@ -96,7 +96,7 @@ cuda-kit: setup ## pack what a bare CUDA machine needs to build, check and measu
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 
-stage: ## build what install copies, in target/stage
+stage: ## build what install copies, in target/stage; llama-server too, where `make server` was run
 	scripts/stage "$(STAGE)" --profile "$(PROFILE)"
 
 install: stage ## install program, manual pages, completions, libraries and headers under PREFIX; SUDO=sudo copies as root, and builds as you
@@ -107,7 +107,7 @@ install: stage ## install program, manual pages, completions, libraries and head
 uninstall: ## remove what install has put under PREFIX
 	@if cd "$(DESTDIR)$(PREFIX)/share/doc/gvote" 2>/dev/null && cd ../../..; then \
 	    $(SUDO) xargs -d '\n' rm -f <share/doc/gvote/files; \
-	    for dir in lib/gvote include/gvote lib/cmake/gvote share/doc/gvote; do \
+	    for dir in lib/gvote/server lib/gvote include/gvote lib/cmake/gvote share/doc/gvote; do \
 	        [ ! -d "$$dir" ] || $(SUDO) rmdir "$$dir"; \
 	    done; \
 	fi

@@ -1,7 +1,9 @@
 // Calls llama.h as programs do that know nothing of gvote, and prints what comes of it. Lines that begin with "same" hold whatever
 // votes do; the others only where there are none.
 //
-// usage: api MODEL FOLDER unified|apart
+// usage: api MODEL FOLDER unified|apart|read
+//
+// `read` loads the sequence that an earlier run has left in the folder.
 
 #include <llama.h>
 #include <stdio.h>
@@ -82,7 +84,7 @@ static void tell_state(const char * label, llama_seq_id seq) {
 
 int main(int argc, char ** argv) {
     if (argc != 4) {
-        fail("usage: api MODEL FOLDER unified|apart");
+        fail("usage: api MODEL FOLDER unified|apart|read");
     }
     llama_backend_init();
     struct llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
@@ -91,7 +93,7 @@ int main(int argc, char ** argv) {
     }
     n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     struct llama_context_params params = llama_context_default_params();
-    params.kv_unified = strcmp(argv[3], "unified") == 0;
+    params.kv_unified = strcmp(argv[3], "apart") != 0;
     params.n_seq_max = 2;
     params.n_ctx = params.kv_unified ? N_CTX : 2 * N_CTX;
     params.n_threads = params.n_threads_batch = 1;
@@ -100,6 +102,17 @@ int main(int argc, char ** argv) {
         fail("no context");
     }
     memory = llama_get_memory(ctx);
+
+    if (strcmp(argv[3], "read") == 0) {
+        char name[4096];
+        llama_token read[4] = { 0 };
+        size_t n_read = 0;
+        snprintf(name, sizeof name, "%s/sequence", argv[2]);
+        printf("read: %d\n", llama_state_seq_load_file(ctx, name, 0, read, 4, &n_read) > 0);
+        tell("read", 0);
+        llama_free(ctx);
+        return 0;
+    }
 
     decode(0, 0, N_PROMPT);
     printf("same prompt: logits %016llx\n", logits());

@@ -36,9 +36,13 @@ struct Done {
 }
 
 fn start(cache: &str, variables: &[(&str, &str)]) -> Done {
-    let dir = tempfile::tempdir().unwrap();
+    start_in(tempfile::tempdir().unwrap().path(), cache, variables)
+}
+
+/// The same with files in a folder that lasts.
+fn start_in(dir: &Path, cache: &str, variables: &[(&str, &str)]) -> Done {
     let mut command = Command::new(program());
-    command.arg(model()).arg(dir.path()).arg(cache).envs(variables.iter().copied());
+    command.arg(model()).arg(dir).arg(cache).envs(variables.iter().copied());
     let output = command.output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let is_ok = output.status.success();
@@ -95,6 +99,15 @@ fn what_a_program_does_after_votes_gives_what_it_gives_without() {
         assert_eq!((&lines[0]["cells_before"], &lines[0]["cells_after"]), (&608.into(), &304.into()));
         assert_eq!(lines[3]["sequence"], 1);
     }
+}
+
+#[test]
+fn a_saved_sequence_is_read_by_a_program_without_the_plugin() {
+    let dir = tempfile::tempdir().unwrap();
+    let plugin = plugin();
+    let done = start_in(dir.path(), "unified", &[&[("LD_PRELOAD", plugin.to_str().unwrap())], &VOTES[..]].concat());
+    assert!(done.is_ok, "{}", done.stdout);
+    assert_eq!(start_in(dir.path(), "read", &[]).stdout, "read: 1\nread: positions 0 to 624\n");
 }
 
 #[test]
