@@ -21,7 +21,7 @@ LLAMA    ?= oldest
 STAGE    ?= target/stage
 
 .PHONY: help run test test-llama check-memory fuzz bench bench-cost bench-peers bench-busy bench-memory soak completion bench-completion \
-        results gallery cuda-kit doc stage install uninstall setup fmt lint clean
+        results gallery server plugin cuda-kit doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,13 @@ completion: setup stage ## build llama.cpp's own llama-completion, as it is and 
 bench-completion: completion ## compare both: cells and speed, in turns
 	scripts/bench-completion -m "$(MODEL)" -f "$(DOC)" -p "$(QUESTION)"
 
+server: setup ## build llama.cpp's own llama-server, as it is, in target/server
+	scripts/build-server
+
+plugin: setup ## build what `gvote with` puts before a program's llama.cpp, in target/plugin; LLAMA=DIR: for the llama.cpp in DIR
+	$(if $(filter command environment,$(firstword $(origin LLAMA))),LLAMA_CPP_DIR="$(LLAMA)") \
+	    scripts/build-plugin --profile "$(PROFILE)"
+
 gallery: setup ## draw the pictures of docs/gallery from two real votes
 	cargo run --release --example gallery -- "$(MODEL)" docs/gallery \
 	    /usr/share/common-licenses/GPL-3 "$(EASY)" /usr/share/common-licenses/Artistic "$(HARD)"
@@ -95,7 +102,7 @@ cuda-kit: setup ## pack what a bare CUDA machine needs to build, check and measu
 doc: ## build the documentation of the library
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 
-stage: ## build what install copies, in target/stage
+stage: ## build what install copies, in target/stage; llama-server too, where `make server` was run
 	scripts/stage "$(STAGE)" --profile "$(PROFILE)"
 
 install: stage ## install program, manual pages, completions, libraries and headers under PREFIX; SUDO=sudo copies as root, and builds as you
@@ -106,7 +113,7 @@ install: stage ## install program, manual pages, completions, libraries and head
 uninstall: ## remove what install has put under PREFIX
 	@if cd "$(DESTDIR)$(PREFIX)/share/doc/gvote" 2>/dev/null && cd ../../..; then \
 	    $(SUDO) xargs -d '\n' rm -f <share/doc/gvote/files; \
-	    for dir in lib/gvote include/gvote lib/cmake/gvote share/doc/gvote; do \
+	    for dir in lib/gvote/server lib/gvote include/gvote lib/cmake/gvote share/doc/gvote; do \
 	        [ ! -d "$$dir" ] || $(SUDO) rmdir "$$dir"; \
 	    done; \
 	fi

@@ -25,10 +25,12 @@ mod report;
 mod reverse;
 mod rpc_server;
 mod run;
+mod serve;
 mod shorthand;
 mod spelling;
 mod table;
 mod turn;
+mod with;
 mod words;
 
 use std::ffi::OsString;
@@ -61,6 +63,8 @@ enum Command {
     Bench(bench::BenchArgs),
     Inspect(inspect::InspectArgs),
     Plan(plan::PlanArgs),
+    With(with::WithArgs),
+    Serve(serve::ServeArgs),
     RpcServer(rpc_server::RpcServerArgs),
     Completions(manual::CompletionsArgs),
     Man(manual::ManArgs),
@@ -109,6 +113,8 @@ fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::With(args) => with::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::RpcServer(args) => rpc_server::run(&args),
         Command::Completions(args) => manual::completions(command, &args),
         Command::Man(args) => manual::man(command, &args),
@@ -148,7 +154,7 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 fn usage_error(error: &clap::Error, origin: Option<&str>) -> anyhow::Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return Exit::Usage(
-            "name a command: gvote run, chat, explain, eval, bench, inspect, plan, rpc-server; see gvote --help".into(),
+            "name a command: gvote run, chat, explain, eval, bench, inspect, plan, with, serve, rpc-server; see gvote --help".into(),
         )
         .into();
     }

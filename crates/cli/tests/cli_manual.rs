@@ -8,8 +8,8 @@ use std::process::Command;
 
 use cli::{bare, finish};
 
-const COMMANDS: [&str; 10] =
-    ["run", "chat", "explain", "eval", "bench", "inspect", "plan", "rpc-server", "completions", "man"];
+const COMMANDS: [&str; 12] =
+    ["run", "chat", "explain", "eval", "bench", "inspect", "plan", "with", "serve", "rpc-server", "completions", "man"];
 
 fn output(args: &[&str]) -> String {
     finish(&mut bare(args)).ok().stdout

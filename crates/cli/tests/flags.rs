@@ -81,6 +81,9 @@ const LINES: &[(&str, &[&str])] = &[
     ),
     ("inspect", &["MODEL"]),
     ("plan", &["MODEL"]),
+    // the text is no library: the dynamic linker says so, and goes on
+    ("with", &["--plugin=TEXT", "--", "true"]),
+    ("serve", &["--plugin=TEXT", "--llama-server=/bin/true"]),
     ("rpc-server", &["--port=0", "--threads=1"]),
     ("man", &[]),
 ];
@@ -291,10 +294,12 @@ impl Tried {
         let mut replaced = flag.spellings.clone();
         replaced.extend(beside.iter().filter_map(|other| other.split('=').next().map(str::to_owned)));
         let mut line = files.line(&flag.command, &replaced);
-        line.extend(beside.iter().map(|&word| files.named(word)));
+        // before what is another program's
+        let at = flag.command.split(' ').count();
+        line.splice(at..at, beside.iter().map(|&word| files.named(word)));
         // BACK,FORWARD is two values; N,... is any number of them
         let parts = flag.value.as_deref().map_or(1, |name| name.split(',').filter(|part| *part != "...").count());
-        line.push(value.map_or_else(|| long.clone(), |value| format!("{long}={}", vec![value; parts].join(","))));
+        line.insert(at, value.map_or_else(|| long.clone(), |value| format!("{long}={}", vec![value; parts].join(","))));
 
         let end = run(&line, endless);
         if let Some(fault) = end.fault(flag, value.unwrap_or_default()) {

@@ -1,0 +1,248 @@
+//! `gvote with`: any program that uses llama.cpp's shared library, with the plugin before it.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fs::OpenOptions;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, ValueHint};
+use gvote::policy::{Kind, Params, Preset};
+
+use super::Exit;
+use super::args::named;
+use super::words::note;
+
+const EXAMPLES: &str = "\
+Examples:
+  gvote with -- llama-server -m model.gguf -c 32768 -np 4
+  gvote with --preset safe --stats votes.jsonl -- llama-server -m model.gguf
+
+The program is not changed: it finds libgvote-plugin.so before its own libllama.so. Each flag can be given as an environment
+variable, too, to whatever starts the program: GVOTE_PRESET, GVOTE_STATS and so on. GVOTE=off switches gvote off.";
+
+/// Run a program that uses llama.cpp, with gvote looking after its contexts
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub struct WithArgs {
+    #[command(flatten)]
+    plugin: PluginArgs,
+
+    /// The program and its own arguments, behind --
+    #[arg(last = true, required = true, value_name = "PROGRAM", value_hint = ValueHint::CommandWithArguments)]
+    command: Vec<OsString>,
+}
+
+/// What the plugin is told.
+#[derive(Args)]
+#[command(next_help_heading = "gvote")]
+pub struct PluginArgs {
+    /// How close to the full cache a trial must stay: safe, balanced or aggressive [default: balanced]
+    #[arg(long, value_name = "NAME", conflicts_with = "target_kl", value_parser = named(Preset::ALL, Preset::name))]
+    preset: Option<Preset>,
+
+    /// The same as a number: mean KL to the full cache, in nats a token
+    #[arg(long, value_name = "NATS")]
+    target_kl: Option<f32>,
+
+    /// Keep this share of the cells instead of what a trial finds out
+    #[arg(long, value_name = "SHARE", conflicts_with_all = ["preset", "target_kl"])]
+    ratio: Option<f32>,
+
+    /// First tokens that always stay
+    #[arg(long, value_name = "N")]
+    sinks: Option<u32>,
+
+    /// Last tokens that always stay; at least --window
+    #[arg(long, value_name = "N")]
+    recent: Option<u32>,
+
+    /// Last real queries that vote
+    #[arg(long, value_name = "N")]
+    window: Option<u32>,
+
+    /// When to vote on an answer: auto, once it is so long that fewer cells would have saved what a vote takes; prompt, before it;
+    /// after N tokens of it; or never [default: auto]
+    #[arg(long, value_name = "auto|prompt|never|N")]
+    vote: Option<PluginVote>,
+
+    /// What leaves the cache: auto and ram set it aside in memory, FILE in a new file of that name, which is gone when the program
+    /// ends; off drops it [default: auto]
+    #[arg(long, value_name = "auto|ram|off|FILE", value_hint = ValueHint::FilePath)]
+    recall: Option<PathBuf>,
+
+    /// Append a JSON object for each vote to this file
+    #[arg(long, value_name = "FILE")]
+    stats: Option<PathBuf>,
+
+    /// The plugin [default: libgvote-plugin.so beside gvote]
+    #[arg(long, value_name = "FILE", env = "GVOTE_PLUGIN", hide_env_values = true)]
+    plugin: Option<PathBuf>,
+}
+
+/// When the plugin votes, as it reads it.
+#[derive(Clone, Debug)]
+struct PluginVote(String);
+
+impl FromStr for PluginVote {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_known = ["auto", "prompt", "never"].contains(&text) || text.parse::<u32>().is_ok();
+        if is_known { Ok(Self(text.into())) } else { Err("auto, prompt, never or a number of tokens is needed") }
+    }
+}
+
+pub fn run(args: &WithArgs) -> Result<()> {
+    let (program, rest) = args.command.split_first().context("name a program behind --")?;
+    start(&args.plugin, Path::new(program), rest)
+}
+
+/// Becomes the program, with the plugin before its llama.cpp.
+///
+/// # Errors
+/// [`Exit::Usage`] for settings that cannot work; where there is no such program or plugin, or another llama.cpp.
+pub fn start(args: &PluginArgs, program: &Path, rest: &[OsString]) -> Result<()> {
+    if !cfg!(target_os = "linux") {
+        bail!("a library can be put before a program's own on Linux only");
+    }
+    args.check()?;
+    let plugin = args.find()?;
+    let path = in_path(program).with_context(|| format!("there is no program {}", program.display()))?;
+    check_version(&path)?;
+    let mut command = Command::new(&path);
+    command.args(rest).arg0(program).envs(args.variables());
+    let mut libraries = plugin.into_os_string();
+    if let Some(others) = env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
+        libraries.push(":");
+        libraries.push(others);
+    }
+    let error = command.env("LD_PRELOAD", libraries).exec();
+    Err(error).with_context(|| format!("cannot run {}", path.display()))
+}
+
+impl PluginArgs {
+    /// The settings, as the library will see them.
+    fn check(&self) -> Result<()> {
+        let defaults = Params::new(Kind::Gvote);
+        let number = |n: Option<u32>, default| n.map_or(default, |n| n as usize);
+        let params = Params {
+            target_kl: self.target_kl.or(defaults.target_kl),
+            ratio: self.ratio,
+            sinks: number(self.sinks, defaults.sinks),
+            recent: number(self.recent, defaults.recent),
+            window: number(self.window, defaults.window),
+            ..defaults
+        };
+        params.validate().map_err(|e| Exit::Usage(e.to_string()))?;
+        if let Some(path) = &self.stats {
+            let opened = OpenOptions::new().create(true).append(true).open(path);
+            opened.with_context(|| format!("cannot write {} (--stats)", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// The environment variables that say the same.
+    fn variables(&self) -> Vec<(&'static str, OsString)> {
+        let text = |value: &dyn ToString| OsString::from(value.to_string());
+        let all = [
+            ("GVOTE_PRESET", self.preset.map(|preset| text(&preset.name()))),
+            ("GVOTE_TARGET_KL", self.target_kl.map(|x| text(&x))),
+            ("GVOTE_RATIO", self.ratio.map(|x| text(&x))),
+            ("GVOTE_SINKS", self.sinks.map(|n| text(&n))),
+            ("GVOTE_RECENT", self.recent.map(|n| text(&n))),
+            ("GVOTE_WINDOW", self.window.map(|n| text(&n))),
+            ("GVOTE_VOTE", self.vote.as_ref().map(|vote| text(&vote.0))),
+            ("GVOTE_RECALL", self.recall.as_ref().map(|path| path.clone().into_os_string())),
+            ("GVOTE_STATS", self.stats.as_ref().map(|path| absolute(path).into_os_string())),
+        ];
+        all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    }
+
+    fn find(&self) -> Result<PathBuf> {
+        if let Some(path) = &self.plugin {
+            return path
+                .canonicalize()
+                .with_context(|| format!("cannot open the plugin {} (--plugin)", path.display()));
+        }
+        // as `make install` puts it, and as `make plugin` does beside the target folder's programs
+        beside(&["../lib/libgvote-plugin.so", "../plugin/libgvote-plugin.so"]).context(
+            "libgvote-plugin.so is not beside gvote: `make plugin` builds it, and --plugin names another place",
+        )
+    }
+}
+
+/// A program may start in another folder.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// The first of these files that there is, seen from the folder of this program.
+pub fn beside(names: &[&str]) -> Option<PathBuf> {
+    let exe = env::current_exe().and_then(|path| path.canonicalize()).ok()?;
+    names.iter().filter_map(|name| exe.parent()?.join(name).canonicalize().ok()).find(|path| path.is_file())
+}
+
+/// Where a program is, as a shell finds it.
+pub fn in_path(program: &Path) -> Option<PathBuf> {
+    if program.components().count() > 1 {
+        return program.is_file().then(|| program.to_owned());
+    }
+    let folders = env::var_os("PATH")?;
+    env::split_paths(&folders).map(|folder| folder.join(program)).find(|path| path.is_file())
+}
+
+/// The llama.cpp that a program loads must be the one that gvote was built for. Of programs that load none themselves nothing is
+/// known: others that they start are looked at by the plugin.
+fn check_version(program: &Path) -> Result<()> {
+    let listed = Command::new("ldd").arg(program).output().map(|output| output.stdout).unwrap_or_default();
+    let Some(library) = llama_of(&String::from_utf8_lossy(&listed)) else {
+        note(&format!(
+            "{} loads no libllama.so itself: gvote can look after programs that it starts, and not after a llama.cpp that is built in",
+            program.display()
+        ));
+        return Ok(());
+    };
+    let file = library.canonicalize().unwrap_or(library);
+    let ours = env!("GVOTE_LLAMA_VERSION");
+    match version_of(&file) {
+        Some(theirs) if theirs != ours => bail!(
+            "{} uses llama.cpp {theirs}, and gvote was built for {ours}: `make plugin LLAMA=DIR` builds a plugin for the llama.cpp in DIR",
+            program.display()
+        ),
+        // where no version is named, the plugin asks the library
+        _ => Ok(()),
+    }
+}
+
+/// The library in what `ldd` prints.
+fn llama_of(listed: &str) -> Option<PathBuf> {
+    let line = listed.lines().map(str::trim).find(|line| line.starts_with("libllama.so"))?;
+    let path = line.split_once(" => ")?.1.split(" (").next()?;
+    path.starts_with('/').then(|| path.into())
+}
+
+/// The version in a name such as libllama.so.1.2.3.
+fn version_of(file: &Path) -> Option<&str> {
+    let version = file.file_name().and_then(OsStr::to_str)?.strip_prefix("libllama.so.")?;
+    (version.split('.').count() == 3).then_some(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_library_and_its_version_are_read_from_ldd() {
+        let listed = "\tlinux-vdso.so.1 (0x1)\n\tlibllama.so.0 => /opt/lib/libllama.so.0 (0x2)\n\tlibc.so.6 => /lib/libc.so.6 (0x3)\n";
+        assert_eq!(llama_of(listed).as_deref(), Some(Path::new("/opt/lib/libllama.so.0")));
+        assert_eq!(llama_of("\tlibllama.so.0 => not found\n"), None);
+        assert_eq!(llama_of("\tnot a dynamic executable\n"), None);
+        assert_eq!(version_of(Path::new("/opt/lib/libllama.so.1.2.3")), Some("1.2.3"));
+        assert_eq!(version_of(Path::new("/opt/lib/libllama.so")), None);
+        assert_eq!(version_of(Path::new("/opt/lib/libllama.so.0")), None);
+    }
+}
