@@ -27,8 +27,8 @@
  *     ...                                             // llama_decode(ctx, question)
  *     gvote_compress(g, ctx, 0, NULL);
  *
- * A vote needs free cells in the stream of the sequence: as many as the largest of `samples`, `draft` and `window`, and
- * some 300 with GVOTE_FLAG_REPLAY. It works in the context's own buffers and makes no copy of the cache.
+ * A vote needs free cells in the stream of the sequence: as many as the largest of `samples`, `window` and twice `draft`,
+ * and some 300 with GVOTE_FLAG_REPLAY. It works in the context's own buffers and makes no copy of the cache.
  *
  * Supported are decoder-only models with an attention cache; beside sliding-window layers, the other layers are compressed.
  * Recurrent, hybrid, encoder and MLA models, ALiBi, learned attention sinks, and contexts that share their cache with
@@ -208,7 +208,7 @@ typedef struct gvote_params {
     uint32_t recent;       /* last tokens that always stay; at least `window` */
     uint32_t window;       /* number of last real queries that vote; 1 to 1024 */
     uint32_t samples;      /* number of synthetic queries; 1 to 256 */
-    uint32_t draft;        /* policy gvote: largest number of tokens of the trial's continuation; 1 to 256 */
+    uint32_t draft;        /* policy gvote: tokens that the trial drafts; of a long answer twice as many; 1 to 256 */
     uint32_t span_back;    /* policy gvote: tokens before a hit that stay with it; up to 1024 */
     uint32_t span_forward; /* policy gvote: tokens after a hit that stay with it; up to 1024 */
     uint32_t pool;         /* policy gvote: number of positions over which observed attention is averaged; odd, up to 63 */
@@ -391,7 +391,7 @@ GVOTE_API gvote_status gvote_plan(gvote_t * g, struct llama_context * ctx, int32
 
 /* Votes on an answer when the setting `when` says so. Call it before every llama_decode() of the answer, instead of
  * gvote_compress() before the first. Until it votes, every token is the full cache's own. With GVOTE_WHEN_AUTO the first
- * 32 tokens always are, and an answer that ends early has paid nothing.
+ * 64 tokens always are, and an answer that ends early has paid nothing.
  *
  * `start` is the position of the answer's first token; a negative `start` is 0. The tokens from there on vote, and their
  * number tells how long the answer is. All of them stay, and so do the `recent` tokens before `start`, where the question

@@ -175,7 +175,8 @@ pub struct VoteArgs {
     #[arg(long, value_name = "NATS", conflicts_with = "lost_mass")]
     target_kl: Option<f32>,
 
-    /// Tokens of the trial: a continuation that the full cache drafts and smaller caches are compared on
+    /// Tokens of the trial: a continuation that the full cache drafts and smaller caches are compared on; within a long answer its
+    /// newest tokens, twice as many
     #[arg(long, value_name = "N", default_value_t = Params::default().draft)]
     draft: usize,
 

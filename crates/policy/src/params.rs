@@ -42,7 +42,7 @@ pub struct Params {
     /// `gvote`: the mean KL to the full cache that a continuation should stay within, in nats a token; the count that does is
     /// found by trial. None: `lost_mass` decides.
     pub target_kl: Option<f32>,
-    /// `gvote`: tokens of that continuation, at most.
+    /// `gvote`: tokens of that continuation, at most; twice as many where an answer has them already.
     pub draft: usize,
     /// `gvote`: largest share of the attention mass that may be given up, mean over the KV heads; where no trial is made.
     pub lost_mass: f32,
