@@ -486,7 +486,10 @@ impl Session {
             if meter.is_due(tokens, used, free == 0) && !self.policy.leaves_alone(used) {
                 meter.stop();
                 match self.compress_answer(first) {
-                    Ok(report) => vote = Some(AnswerVote { after: tokens, report }),
+                    Ok(report) => {
+                        meter.has_voted(report.cells_before, report.cells_after);
+                        vote = Some(AnswerVote { after: tokens, report });
+                    }
                     Err(error) if when::ends_answer(&error) => break Stop::Cancelled,
                     // the answer goes on with the cells that there are
                     Err(error) => unvoted = Some(error.to_string()),
@@ -536,6 +539,7 @@ impl Session {
                 break Stop::Cancelled;
             }
         };
+        self.known.has_answered(&meter);
         Ok(GenerateReport { tokens, time: start.elapsed(), stop, vote, unvoted, squeezes, renewals })
     }
 

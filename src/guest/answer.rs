@@ -94,6 +94,7 @@ impl Guest {
         };
         let answer = home.answers.entry(seq).or_insert(answer);
         answer.go_on(end, n, clock);
+        home.costs.has_answered(&answer.meter);
         if !answer.meter.is_due((end - start) as usize, n, false) || home.voter.policy.leaves_alone(n) {
             return Ok(None);
         }
@@ -101,7 +102,11 @@ impl Guest {
         home.voter.answer = Some(start);
         let report = home.vote(seq, false, false, progress);
         home.voter.answer = None;
-        report.map(Some)
+        let report = report?;
+        if let Some(answer) = home.answers.get_mut(&seq) {
+            answer.meter.has_voted(report.cells_before, report.cells_after);
+        }
+        Ok(Some(report))
     }
 }
 

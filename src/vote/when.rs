@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -49,6 +50,10 @@ const READINGS: f64 = 6.0;
 const DEEP: f64 = 1.3;
 /// Of the time that reading all cells' tokens took, what scores take.
 const SCORED: f64 = 0.03;
+/// Steps after a vote that tell what it saves.
+const TELLING: usize = 32;
+/// What a vote saves of what it should, at least and at most: less or more is chance, and a context that found nothing looks again.
+const WORTH: RangeInclusive<f64> = 0.05..=2.0;
 /// A prompt of fewer tokens says nothing about how fast a long one is read.
 const LEAST_READ: usize = 128;
 
@@ -59,6 +64,8 @@ pub(crate) struct Known {
     read: Option<f64>,
     /// Of the last vote: seconds for each cell that there was, and the share that it left.
     vote: Option<(f64, f64)>,
+    /// What it saved, of what the bytes say that it should.
+    worth: Option<f64>,
 }
 
 impl Known {
@@ -72,6 +79,12 @@ impl Known {
         if report.cells_after < report.cells_before {
             self.vote = Some((report.time().as_secs_f64() / report.cells_before as f64, report.share()));
         }
+    }
+
+    /// Learns from an answer what a vote saves: where the cache is not what steps wait for, as on a large GPU, that is less than the bytes
+    /// say.
+    pub fn has_answered(&mut self, meter: &Meter) {
+        self.worth = meter.worth().or(self.worth);
     }
 
     /// Seconds that a vote on `n` cells will take where a step of the answer takes `step`.
@@ -119,22 +132,56 @@ pub(crate) struct Meter {
     /// Seconds of all steps, and what they could have saved of it.
     time: f64,
     saved: f64,
+    /// Seconds of the quickest step since the answer began, or since the vote on it.
+    quickest: f64,
+    vote: Option<Voted>,
+}
+
+/// A vote on an answer.
+#[derive(Debug)]
+struct Voted {
+    /// Seconds of the quickest step before it, and what it should save of that.
+    quickest: f64,
+    saves: f64,
+    /// Steps before it.
+    steps: usize,
 }
 
 impl Meter {
     /// `cell`, `weights`: bytes that a step reads of each.
     pub fn new(when: When, known: Known, work: Work, cell: usize, weights: u64) -> Self {
         let (cell, weights) = (cell as f64, weights as f64);
-        Self { when, known, work, cell, weights, steps: 0, time: 0.0, saved: 0.0 }
+        let (steps, time, saved, quickest, vote) = (0, 0.0, 0.0, f64::INFINITY, None);
+        Self { when, known, work, cell, weights, steps, time, saved, quickest, vote }
     }
 
     /// Notes a step that took `time` with `n` cells.
     pub fn step(&mut self, n: usize, time: Duration) {
-        let cells = n as f64 * self.cell;
-        let share = cells / (cells + self.weights).max(1.0);
+        let time = time.as_secs_f64();
         self.steps += 1;
-        self.time += time.as_secs_f64();
-        self.saved += time.as_secs_f64() * share * (1.0 - self.known.kept());
+        self.time += time;
+        self.saved += time * self.share(n) * (1.0 - self.known.kept()) * self.known.worth.unwrap_or(1.0);
+        self.quickest = self.quickest.min(time);
+    }
+
+    /// Of the bytes that a step reads, those of `n` cells.
+    fn share(&self, n: usize) -> f64 {
+        let cells = n as f64 * self.cell;
+        cells / (cells + self.weights).max(1.0)
+    }
+
+    /// Notes a vote that left `after` of `before` cells.
+    pub fn has_voted(&mut self, before: usize, after: usize) {
+        let freed = before.saturating_sub(after) as f64 / before.max(1) as f64;
+        let saves = self.quickest * self.share(before) * freed;
+        let quickest = std::mem::replace(&mut self.quickest, f64::INFINITY);
+        self.vote = (saves > 0.0 && saves.is_finite()).then_some(Voted { quickest, saves, steps: self.steps });
+    }
+
+    /// What a vote saved, of what it should have; None where there was none, or too few steps since.
+    fn worth(&self) -> Option<f64> {
+        let vote = self.vote.as_ref().filter(|vote| self.steps >= vote.steps + TELLING)?;
+        Some(((vote.quickest - self.quickest) / vote.saves).clamp(*WORTH.start(), *WORTH.end()))
     }
 
     /// Whether it is time to vote on `n` cells, after so many tokens of the answer; `is_full`: the next one has no cell.
@@ -196,6 +243,27 @@ mod tests {
         assert_eq!(due(small, Duration::from_millis(20)), None);
         let unknown = Meter { known: Known::default(), ..meter(When::Auto) };
         assert_eq!(due(unknown, Duration::from_secs(2)), None);
+    }
+
+    #[test]
+    fn a_vote_that_saved_little_makes_the_next_one_wait() {
+        let answered = |after: Duration, n: usize| {
+            let mut meter = meter(When::Auto);
+            (0..40).for_each(|_| meter.step(4000, Duration::from_millis(20)));
+            meter.has_voted(4000, 1000);
+            (0..n).for_each(|_| meter.step(1000, after));
+            let mut known = meter.known;
+            known.has_answered(&meter);
+            known
+        };
+        // half of a step is the cache, of which three quarters went: 7.5 ms of 20
+        assert_eq!(answered(Duration::from_micros(12_500), 31).worth, None);
+        let near = |known: Known, worth: f64| assert!((known.worth.unwrap() - worth).abs() < 1e-9, "{known:?}");
+        near(answered(Duration::from_micros(12_500), 32), 1.0);
+        near(answered(Duration::from_micros(18_500), 40), 0.2);
+        near(answered(Duration::from_millis(30), 40), 0.05);
+        let next = Meter { known: answered(Duration::from_micros(18_500), 40), ..meter(When::Auto) };
+        assert_eq!(due(next, Duration::from_millis(20)), Some(2004));
     }
 
     #[test]
