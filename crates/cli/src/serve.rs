@@ -33,8 +33,14 @@ pub struct ServeArgs {
 
 pub fn run(args: &ServeArgs) -> Result<()> {
     let server = match &args.llama_server {
-        Some(path) if path.is_file() => with::in_path(path).unwrap_or_else(|| Path::new(".").join(path)),
-        Some(path) => bail!("there is no llama-server {} (--llama-server)", path.display()),
+        Some(path) => {
+            // a file of this folder, not one in PATH
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let Some(server) = with::in_path(&path) else {
+                bail!("there is no llama-server {} that can be run (--llama-server)", path.display());
+            };
+            server
+        }
         // as `make install` puts it, and as `make server` does beside the target folder's programs
         None => with::beside(&["../lib/gvote/server/llama-server", "../server/bin/llama-server"])
             .or_else(|| with::in_path(Path::new("llama-server")))

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueHint};
 use gvote::policy::{Kind, Params, Preset};
+use rustix::fs::{Access, access};
 
 use super::Exit;
 use super::args::named;
@@ -189,10 +190,14 @@ pub fn beside(names: &[&str]) -> Option<PathBuf> {
 /// Where a program is, as a shell finds it.
 pub fn in_path(program: &Path) -> Option<PathBuf> {
     if program.components().count() > 1 {
-        return program.is_file().then(|| program.to_owned());
+        return is_program(program).then(|| program.to_owned());
     }
     let folders = env::var_os("PATH")?;
-    env::split_paths(&folders).map(|folder| folder.join(program)).find(|path| path.is_file())
+    env::split_paths(&folders).map(|folder| folder.join(program)).find(|path| is_program(path))
+}
+
+fn is_program(path: &Path) -> bool {
+    path.is_file() && access(path, Access::EXEC_OK).is_ok()
 }
 
 /// The llama.cpp that a program loads must be the one that gvote was built for. Of programs that load none themselves nothing is

@@ -76,6 +76,7 @@ fn what_cannot_work_is_refused_before_anything_starts() {
         (&["with", PLUGIN, "--vote=soon", "--", "true"], 2, "--vote"),
         (&["with", PLUGIN, "--stats=/", "--", "true"], 1, "(--stats)"),
         (&["serve", PLUGIN, "--llama-server=/no/such/server"], 1, "(--llama-server)"),
+        (&["serve", PLUGIN, "--llama-server=/etc/passwd"], 1, "(--llama-server)"),
     ] {
         // a copy elsewhere has nothing beside it
         let program = dir.path().join("gvote");
