@@ -21,7 +21,7 @@ LLAMA    ?= oldest
 STAGE    ?= target/stage
 
 .PHONY: help run test test-llama check-memory fuzz bench bench-cost bench-peers bench-busy bench-memory soak completion bench-completion \
-        results gallery server plugin cuda-kit doc stage install uninstall setup fmt lint clean
+        results gallery server test-server plugin cuda-kit doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ bench-completion: completion ## compare both: cells and speed, in turns
 
 server: setup ## build llama.cpp's own llama-server, as it is, in target/server
 	scripts/build-server
+
+test-server: server ## run the tests of the plugin in llama-server, too
+	cargo test -p gvote-plugin --test server -- --include-ignored
 
 plugin: setup ## build what `gvote with` puts before a program's llama.cpp, in target/plugin; LLAMA=DIR: for the llama.cpp in DIR
 	$(if $(filter command environment,$(firstword $(origin LLAMA))),LLAMA_CPP_DIR="$(LLAMA)") \

@@ -1,4 +1,4 @@
-//! llama.cpp's own llama-server with the plugin, over HTTP: `make server` builds it.
+//! llama.cpp's own llama-server with the plugin, over HTTP: `make test-server` builds it and runs these.
 
 mod common;
 
@@ -149,6 +149,7 @@ fn requests(server: &Server) -> Vec<(String, u64)> {
 }
 
 #[test]
+#[ignore = "needs llama-server: make test-server"]
 fn answers_without_a_vote_are_those_of_the_server_alone() {
     let flags = ["-c", "2048", "-np", "1"];
     let plain = requests(&Server::start(&flags, None));
@@ -171,6 +172,7 @@ fn answers_without_a_vote_are_those_of_the_server_alone() {
 }
 
 #[test]
+#[ignore = "needs llama-server: make test-server"]
 fn several_clients_a_stream_and_what_goes_wrong() {
     let server = Server::start(&["-c", "4096", "-np", "4"], Some(VOTES));
     // four at once, each voted on
@@ -216,6 +218,7 @@ fn several_clients_a_stream_and_what_goes_wrong() {
 }
 
 #[test]
+#[ignore = "needs llama-server: make test-server"]
 fn embeddings_pass_untouched() {
     let server = Server::start(&["-c", "512", "--embeddings", "--pooling", "mean"], Some(VOTES));
     let (status, answer) = server.post("/v1/embeddings", &json!({ "input": "a text" }));
