@@ -155,7 +155,7 @@ mod tests {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
         let error = Server::new(&params(port)).err().unwrap().to_string();
-        assert!(error.contains(&format!("127.0.0.1:{port}")) && error.contains("-p"), "{error}");
+        assert!(error.contains(&format!("127.0.0.1:{port}")) && error.contains("`port`"), "{error}");
     }
 
     #[test]
