@@ -155,7 +155,7 @@ pub unsafe extern "C" fn gvote_attach(g: *mut gvote_t, ctx: *mut llama_context) 
     call(g, |core| {
         let ctx = ptr::context(ctx)?;
         version::check_context(ctx)?;
-        // SAFETY: the app says that this is a living context, which it leaves alone while we are in this call.
+        // SAFETY: the app guarantees a living context that nothing else uses during this call.
         Ok(unsafe { core.guest.attach(ctx, (gvote_cb_eval, g.cast())) }?)
     })
 }

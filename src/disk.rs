@@ -198,8 +198,8 @@ impl Rows {
     pub fn new(file: &RecallFile, bytes: usize) -> io::Result<Self> {
         let whole = bytes.checked_next_multiple_of(rustix::param::page_size()).ok_or(io::ErrorKind::StorageFull)?;
         let space = Space::take(file, whole as u64)?;
-        // SAFETY: the file has no name and is not handed out, so that nobody else changes or shortens it; it is as long as its last
-        // space that is taken, and no two spaces overlap.
+        // SAFETY: no other process can open the nameless file to change or truncate it; it reaches to the end of its last range,
+        // and no two ranges overlap.
         let map = unsafe { MmapOptions::new().offset(space.start).len(bytes).map_mut(&file.0.file)? };
         Ok(Self { map, _space: space })
     }
@@ -216,7 +216,7 @@ impl Rows {
 
     /// Removes the bytes from the memory of the process.
     pub fn release(&self) {
-        // SAFETY: a shared mapping of a file: what was written stays in the file, and is read from there.
+        // SAFETY: the mapping is shared: written bytes stay in the file, and are read back from there.
         let _ = unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) };
     }
 }

@@ -40,7 +40,7 @@ pub struct Explanation {
     pub kept: Bits,
     /// Number of heads that hold each token, `[position]`.
     pub kept_by: Vec<u32>,
-    /// How each head judges the vote, `[head]`; empty where nothing was weighed or everything stays.
+    /// What the vote means to each head, `[head]`; empty where nothing was scored or everything stays.
     pub heads: Vec<HeadOpinion>,
     /// Mean share of the attention mass that each number of cells gives up, `[n + 1]`; empty where the policy computes
     /// none.

@@ -78,7 +78,7 @@ impl<E: Into<VoteError>> From<E> for GuestError {
     }
 }
 
-/// An eval callback, and its data.
+/// An eval callback with its user data.
 pub type Callback = (unsafe extern "C" fn(*mut sys::ggml_tensor, bool, *mut c_void) -> bool, *mut c_void);
 
 /// Settings of a [`Guest`].
@@ -191,7 +191,7 @@ impl Guest {
     /// `ctx` is a valid context that nobody else uses during the call. It outlives the attachment, which ends with
     /// [`Self::detach`] or another `attach`.
     pub unsafe fn attach(&mut self, ctx: NonNull<sys::llama_context>, callback: Callback) -> Result<(), GuestError> {
-        // SAFETY: passed on.
+        // SAFETY: the same contract as this function.
         let ctx = unsafe { Context::lent(ctx, self.cancel.clone()) };
         let present = eval_callback(&ctx);
         if present == Some(callback) && self.home.as_ref().is_some_and(|home| home.is_in(&ctx)) {
@@ -209,7 +209,7 @@ impl Guest {
         if let Some(present) = present.filter(|present| *present != callback) {
             self.next = Some(present);
         }
-        // SAFETY: valid context; the caller's callback outlives its stay there.
+        // SAFETY: valid context; the caller keeps the callback valid while it is installed.
         unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
         let there = (0..ctx.n_seq_max() as SeqId).filter(|&seq| !cache::cells(&ctx, seq).is_empty());
         let known = there.map(|seq| (seq, Known::stranger(voter.sequence(seq)))).collect();
@@ -237,7 +237,7 @@ impl Guest {
         self.home = None;
         if is_ours {
             let (next, data) = self.next.take().map_or((None, std::ptr::null_mut()), |next| (Some(next.0), next.1));
-            // SAFETY: the context is the one that was attached, and what it had before is the app's own.
+            // SAFETY: the attached context; its previous callback is the app's own.
             unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), next, data) };
         }
         Ok(())
@@ -276,7 +276,7 @@ impl Guest {
                 home.asked = (ours, theirs);
                 // SAFETY: as above.
                 if !ours && self.next.is_none() && home.may_rest(&unsafe { Node::new(t) }) {
-                    // SAFETY: the last node of the graph, to which the answer is no.
+                    // SAFETY: this is the last node of the graph, and we answer no to it.
                     unsafe { sys::gvote_shim_rest_eval_callback(home.ctx.as_ptr()) };
                 }
             }
@@ -349,7 +349,7 @@ impl Guest {
             return Err(CompactError::Shared.into());
         }
         let mut visit = Visit::new(ctx)?;
-        // SAFETY: valid context, and our callbacks are in it.
+        // SAFETY: valid context, with our callbacks installed.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let captured = voter.capture.captured(seq);
         let mut done = || {
@@ -492,7 +492,7 @@ impl Home {
     ) -> Result<CompressReport, GuestError> {
         let Self { ctx, voter, known, costs, .. } = self;
         let mut visit = Visit::new(ctx)?;
-        // SAFETY: valid context, and our callbacks are in it.
+        // SAFETY: valid context, with our callbacks installed.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let mut cells = cache::cells(&visit, seq);
         let n_before = cells.len();

@@ -55,7 +55,7 @@ mod sys;
 mod tests;
 mod vote;
 
-#[doc(hidden)] // what a test of the sizes in a model file compares with
+#[doc(hidden)] // public for a test that compares it with the sizes computed from a model file
 pub use cache::Layout;
 pub use compact::CompactError;
 pub use gvote_policy as policy;

@@ -110,7 +110,7 @@ mod tests {
             machine(&files)
         };
         assert_eq!(with("max", "max"), Some(1024 * MIB));
-        // 300 MiB, of which 200 less 100 of files are used
+        // limit 300 MiB; used: 200 MiB, less 100 MiB of file cache
         assert_eq!(with("max", "314572800"), Some(200 * MIB));
         assert_eq!(with("209715200", "314572800"), Some(100 * MIB));
         assert_eq!(with("1048576", "max"), Some(0));

@@ -22,7 +22,7 @@ pub(crate) fn ask_for_large_pages<T>(memory: &mut [T]) {
         let range = memory.as_mut_ptr_range();
         let start = range.start.cast::<u8>();
         let (first, end) = (start.addr().next_multiple_of(PAGE), range.end.addr() / PAGE * PAGE);
-        // SAFETY: whole pages inside of memory that is ours; its contents stay as they are.
+        // SAFETY: whole pages inside our own memory; their contents do not change.
         unsafe { libc::madvise(start.with_addr(first).cast(), end - first, libc::MADV_HUGEPAGE) };
     }
 }
@@ -30,7 +30,7 @@ pub(crate) fn ask_for_large_pages<T>(memory: &mut [T]) {
 /// Returns freed memory that the allocator keeps to the system, such as memory that a vote took.
 pub(crate) fn trim() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: what is in use stays as it is.
+    // SAFETY: memory in use is not touched.
     unsafe {
         libc::malloc_trim(0)
     };
@@ -64,7 +64,7 @@ pub(crate) fn zeros<T: Number>(n: usize) -> Option<Vec<T>> {
     if layout.size() == 0 {
         return Some(Vec::new());
     }
-    // SAFETY: the layout is not empty; it is that of a vector of as many numbers, which may be all zero bits.
+    // SAFETY: the layout is not empty and matches a vector of `n` numbers, for which all-zero bits are valid.
     let mut zeros = unsafe {
         let start = alloc_zeroed(layout).cast::<T>();
         if start.is_null() {

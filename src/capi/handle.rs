@@ -137,7 +137,7 @@ impl gvote_t {
             return Err(busy());
         }
         handle.alive.store(0, Ordering::Relaxed);
-        // SAFETY: made by `leak`, and nobody else has it: a second call finds it neither alive nor free.
+        // SAFETY: made by `leak`, and exclusively ours: any other call finds the handle dead or busy.
         drop(unsafe { Box::from_raw(g) });
         Ok(())
     }
@@ -155,7 +155,7 @@ fn living<'a>(g: *const gvote_t) -> Result<&'a gvote_t, Failure> {
     if !g.is_aligned() {
         return Err(wrong());
     }
-    // SAFETY: a pointer that the caller says is a handle; of what it is not, only a number is read.
+    // SAFETY: the caller guarantees a handle; of anything else only this number is read.
     unsafe {
         if (*g).alive.load(Ordering::Relaxed) != ALIVE {
             return Err(wrong());
@@ -216,7 +216,7 @@ pub(super) fn call(g: *mut gvote_t, f: impl FnOnce(&mut Core) -> Result<(), Fail
 
 pub(super) fn last_error(g: *const gvote_t) -> *const c_char {
     match living(g) {
-        // SAFETY: read between two calls, as the header asks for.
+        // SAFETY: the header requires this to be called between two calls, not during one.
         Ok(handle) => unsafe { (*handle.last_error.get()).as_ptr() },
         Err(_) => LAST_ERROR.with_borrow(|last| last.as_ptr()),
     }
@@ -239,7 +239,7 @@ pub(super) fn on_node(g: *const gvote_t, t: *mut ggml_tensor, ask: bool) -> bool
     // SAFETY: `busy` was free and is ours until the end of this function.
     let core = unsafe { &mut *handle.core.get() };
     catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: ggml's own node.
+        // SAFETY: a node that ggml passes to the eval callback.
         let answer = unsafe { core.guest.on_node(t, ask) };
         if let Some(reason) = core.guest.deaf_reason().filter(|_| !core.has_warned) {
             core.has_warned = true;

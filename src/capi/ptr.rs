@@ -24,7 +24,7 @@ pub(super) fn size_in<T>(object: *const T, what: &str, is_known: impl Fn(usize) 
     if object.is_null() {
         return Err(null(what));
     }
-    // SAFETY: a caller's struct begins with a size_t, whatever the alignment of its memory.
+    // SAFETY: the caller's struct begins with a size_t; its memory may be unaligned.
     let size = unsafe { object.cast::<usize>().read_unaligned() };
     if is_known(size) { Ok(size) } else { Err(super::params::unknown_size(what, size, size_of::<T>())) }
 }
@@ -37,7 +37,7 @@ pub(super) fn write_sized<T: Copy>(
     is_known: impl Fn(usize) -> bool,
 ) -> Result<(), Failure> {
     let rest = size_of::<usize>()..size_in(object, what, is_known)?.min(size_of::<T>());
-    // SAFETY: both structs have so many bytes at least, and are two.
+    // SAFETY: both structs have at least so many bytes, and do not overlap.
     unsafe {
         let from = std::ptr::from_ref(value).cast::<u8>().add(rest.start);
         std::ptr::copy_nonoverlapping(from, object.cast::<u8>().add(rest.start), rest.len());
@@ -54,7 +54,7 @@ pub(super) fn read_sized<T: Copy>(
 ) -> Result<T, Failure> {
     let size = size_in(object, what, is_known)?.min(size_of::<T>());
     let mut value = default;
-    // SAFETY: the caller's struct has as many bytes as it says, and ours no fewer. It holds numbers and pointers: any bytes are a value.
+    // SAFETY: the caller guarantees `size` bytes, and ours has no fewer; all fields are numbers or pointers, for which any bytes are valid.
     unsafe { std::ptr::copy_nonoverlapping(object.cast::<u8>(), (&raw mut value).cast(), size) };
     Ok(value)
 }
@@ -71,7 +71,7 @@ pub(super) fn write<T>(to: *mut T, value: T) -> Result<(), Failure> {
 /// Writes a value to an output that may be NULL.
 pub(super) fn put<T>(to: *mut T, value: T) {
     if !to.is_null() {
-        // SAFETY: a caller's variable of this type.
+        // SAFETY: the caller guarantees a variable of this type.
         unsafe { to.write_unaligned(value) };
     }
 }
@@ -84,7 +84,7 @@ pub(super) fn copy_to<T: Copy>(values: &[T], to: *mut T) -> Result<(), Failure> 
     if to.is_null() {
         return Err(null("the buffer"));
     }
-    // SAFETY: the caller says that the buffer has room for as many, whatever the alignment of its memory.
+    // SAFETY: the caller guarantees room for as many; the buffer may be unaligned.
     unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), to.cast(), size_of_val(values)) };
     Ok(())
 }
@@ -97,7 +97,7 @@ pub(super) fn bytes<'a>(data: *const c_void, size: usize) -> Result<&'a [u8], Fa
     if isize::try_from(size).is_err() {
         return Err(Failure::new(super::header::GVOTE_ERROR_SIZE, format!("no buffer has {size} bytes")));
     }
-    // SAFETY: the caller says that the buffer has as many bytes.
+    // SAFETY: the caller guarantees as many bytes.
     Ok(unsafe { std::slice::from_raw_parts(data.cast(), size) })
 }
 
@@ -106,7 +106,7 @@ pub(super) fn text<'a>(text: *const c_char, what: &str) -> Result<&'a str, Failu
     if text.is_null() {
         return Err(null(what));
     }
-    // SAFETY: the caller says that it ends in a NUL.
+    // SAFETY: the caller guarantees a NUL at the end.
     let text = unsafe { CStr::from_ptr(text) };
     text.to_str().map_err(|_| Failure::new(GVOTE_ERROR_PARAMS, format!("{what} is not UTF-8")))
 }
@@ -122,6 +122,6 @@ pub(super) fn last_tokens(tokens: *const Token, n: usize, most: usize) -> Result
     if n > isize::MAX as usize / size_of::<Token>() {
         return Err(Failure::new(super::header::GVOTE_ERROR_SIZE, format!("no text has {n} tokens")));
     }
-    // SAFETY: the caller says that there are as many tokens.
+    // SAFETY: the caller guarantees as many tokens.
     Ok((n - n.min(most)..n).map(|i| unsafe { tokens.add(i).read_unaligned() }).collect())
 }

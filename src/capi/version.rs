@@ -31,7 +31,7 @@ fn compare(name: &str, found: &str, expected: &str) -> Result<(), Failure> {
 
 /// Checks the layout of the structures of a living context.
 pub(super) fn check_context(ctx: NonNull<sys::llama_context>) -> Result<(), Failure> {
-    // SAFETY: the caller says that it is a living context; the shim calls exported functions and compares addresses.
+    // SAFETY: the caller guarantees a living context; the shim calls exported functions and compares addresses.
     let reason = unsafe { sys::gvote_shim_check_layout(ctx.as_ptr()) };
     if reason.is_null() {
         return Ok(());

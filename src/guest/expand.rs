@@ -20,7 +20,6 @@ impl Guest {
     ///
     /// # Errors
     /// [`CompactError`], and errors of [`Self::sequence`]; the context is then as before.
-    /// [`CompactError`] and those of [`Self::sequence`]; the context is then as before.
     pub fn expand(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, needed: usize) -> Result<usize, GuestError> {
         let home = self.home_in(ctx)?;
         home.check_sequence(seq)?;
@@ -54,7 +53,7 @@ impl Home {
     pub(super) fn arrange(&mut self, seq: SeqId, end: Pos, bring: Bring) -> Result<(), GuestError> {
         let Self { ctx, voter, known, .. } = self;
         let mut visit = Visit::new(ctx)?;
-        // SAFETY: valid context, and our callbacks are in it.
+        // SAFETY: valid context, with our callbacks installed.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let cells = cache::cells(&visit, seq);
         let known = Known::up_to_date(known, voter, seq, &cells)?;

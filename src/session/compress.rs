@@ -1,4 +1,4 @@
-//! A vote in a session.
+//! Votes of a session.
 
 use std::ops::ControlFlow;
 use std::time::Instant;

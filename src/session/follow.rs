@@ -17,7 +17,6 @@ impl Session {
     ///
     /// # Errors
     /// [`SessionError::PromptTooLong`], and any error of decoding; the session is then as before.
-    /// [`SessionError::PromptTooLong`] and whatever decoding fails with; the session is then as before.
     pub fn follow(&mut self, tokens: &[Token], mut each: impl FnMut(usize, &[f32])) -> Result<(), SessionError> {
         self.check_room(tokens.len())?;
         let Self { ctx, mask, sequence, chunk, .. } = self;
