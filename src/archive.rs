@@ -432,8 +432,8 @@ impl Archive {
         Ok(())
     }
 
-    /// Reads an archive for the same heads that [`Self::write`] wrote, of at most `most` rows a head. `is_sound(head,
-    /// positions)`: whether a head can have set aside these positions, which ascend.
+    /// Reads an archive for the same heads that [`Self::write`] wrote, of at most `most` rows a head.
+    /// `is_sound(head, positions)`: whether a head can have set aside these positions, which ascend.
     ///
     /// # Errors
     /// [`ReadError`].

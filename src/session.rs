@@ -40,8 +40,8 @@ use crate::vote::{self, Sequence, VoteError, Voter};
 
 /// Id of the only sequence in a session's context.
 const SEQ: SeqId = 0;
-/// Least length in tokens that an answer without a set length may reach. It applies where the context length of the
-/// model's training is nearly used up or exceeded: enough for a useful answer, and a bound on degenerate output.
+/// Tokens of an answer without a set length, where the context length of the model's training is nearly used up or
+/// exceeded: enough for a useful answer, and a bound on degenerate output.
 pub const LEAST_ANSWER: usize = 512;
 
 /// Errors of a session. After an error the session is as before the call. There are two exceptions, after which the
@@ -110,7 +110,7 @@ pub struct SessionParams {
     /// rounded.
     pub recall_type: RecallType,
     /// Whether more questions may follow the next answer. If so, and if rows that leave the cache are lost, a vote
-    /// before an answer drops nothing when that answer does not look at the text: the vote then says nothing about
+    /// before an answer drops nothing when that answer does not attend to the text: the vote then says nothing about
     /// later questions.
     pub more_questions: bool,
     /// Interval, in tokens of an answer, at which the cells are chosen anew while rows are set aside; see

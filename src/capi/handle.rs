@@ -31,7 +31,7 @@ pub struct gvote_t {
     last_error: UnsafeCell<CString>,
 }
 
-/// State of a handle, for use during a call.
+/// The part of a handle that a call works on.
 pub(super) struct Core {
     pub guest: Guest,
     pub log: Option<(unsafe extern "C" fn(gvote_log_level, *const c_char, *mut c_void), *mut c_void)>,

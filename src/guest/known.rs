@@ -28,8 +28,8 @@ pub(super) struct Known {
     pub sequence: Sequence,
     /// Expected cells, by position: first those that `sequence` describes, then cells that were observed since.
     marks: Vec<Mark>,
-    /// Number of marks that `sequence` describes. Smaller than the number of its cells once tokens were
-    /// observed at positions that it already has.
+    /// Number of marks that `sequence` describes. Smaller than the number of its cells once tokens were observed at
+    /// positions that it already has.
     n_bound: usize,
     /// Whether the sequence had cells before gvote was attached, and has not begun anew since. Its contents are
     /// unknown.
