@@ -124,7 +124,7 @@ struct Home {
 }
 
 impl Guest {
-    /// Creates a guest that is attached to no context.
+    /// Creates an attachment that has no context yet.
     ///
     /// # Errors
     /// [`PolicyError`] for invalid settings.
@@ -181,8 +181,8 @@ impl Guest {
     }
 
     /// Attaches to a context: installs `callback`, which calls [`Self::on_node`], and observes what the context
-    /// decodes. A callback that the context already has is called along with `callback`. Leaves the context that the
-    /// guest was attached to before as it is.
+    /// decodes. A callback that the context already has is called along with `callback`. A context that was attached
+    /// before is left as it is.
     ///
     /// # Errors
     /// [`GuestError::Unsupported`] and [`VoteError::Cache`], with the reason.
