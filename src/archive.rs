@@ -1,30 +1,32 @@
-//! What leaves the cache, set aside in memory or in a file, so that it can come back.
+//! Rows that left the cache, stored in memory or in a file so that they can come back.
 //!
 //! # A row
-//! The key and the value that one KV head of one layer holds for one token, bit by bit as llama.cpp stored them ([`RecallType`] has
-//! the exception): after RoPE, rotation and quantization. In a cell they lie apart; here the key is followed by the value, channel after
-//! channel, also where the cache keeps V transposed. A row is known by its head and its position.
+//! A row is the key and the value that one KV head of one layer holds for one token: the bits that llama.cpp stored,
+//! after RoPE, rotation and quantization (see [`RecallType`] for the exception). In the cache, key and value lie apart.
+//! Here the value follows the key, channel by channel, even where the cache stores V transposed. A row is identified by
+//! its head and its position.
 //!
-//! Every row of a sequence is in exactly one place: in a cell of the cache, or in the archive. So cells and archive together never
-//! hold more rows than tokens were read, and the archive is *whole* where they hold no fewer: then every row that was ever
-//! computed can come back. Rows that were dropped while nothing was set aside are the ones that can be missing.
+//! Every row of a sequence is in exactly one place: in a cell of the cache, or in the archive. So cells and archive
+//! together never hold more rows than tokens were read. An archive is *whole* if they hold just as many: then every row
+//! ever computed can come back. Rows can only be missing if they were dropped while nothing was set aside.
 //!
 //! # Bytes
-//! Rows that leave together form a [`Batch`]. All heads give up the same number of rows, because a cell of llama.cpp holds one of
-//! every head; so `n` rows of each head take the bytes of K and V of `n` cells, and 4 more bytes a row for its position. Positions are
-//! always in memory; rows are there too, or in a [`RecallFile`].
+//! Rows that leave the cache together form a [`Batch`]. All heads give up the same number of rows, because a cell of
+//! llama.cpp holds one row of every head. So `n` rows of each head take the bytes of K and V in `n` cells, plus 4 bytes
+//! a row for its position. Positions are always in memory; rows are in memory or in a [`RecallFile`].
 //!
 //! # Owner
-//! An archive belongs to a [`Sequence`](crate::vote::Sequence) and is freed with it, or emptied when the sequence is. A batch never
-//! changes, so that copies of a sequence can share it. When rows come back, the batches that they lay in are given up; what is
-//! left of these becomes a new one.
+//! An archive belongs to a [`Sequence`](crate::vote::Sequence). It is freed with the sequence, and emptied with it. A
+//! batch is immutable, so that copies of a sequence can share it. When rows come back, the batches that contain them
+//! are dropped; the rows that remain form a new batch.
 //!
 //! # Failure
-//! All memory and all room on a disk is taken, and rows that leave are copied and written, before anything in the cache moves. Where
-//! either runs out, the cache and the archive are as they were. Rows of a device are copied within it, and arrive while it goes on
-//! (`src/compact/beside.rs`): who asks for them before waits.
+//! Before anything in the cache moves, all memory and disk space is allocated, and the rows that leave are copied and
+//! written. If memory or disk space runs out, the cache and the archive are unchanged. Rows on a device are copied
+//! within the device, and are transferred while it continues to compute (`src/compact/beside.rs`); access to them waits
+//! for the transfer.
 //!
-//! Rows are copied by [`crate::compact`], the only code that knows where they lie in the cache.
+//! [`crate::compact`] copies the rows: only that module knows where they lie in the cache.
 
 #![forbid(unsafe_code)]
 
@@ -45,34 +47,34 @@ use crate::{compact, disk, machine, memory};
 
 #[cfg(test)]
 thread_local! {
-    /// Tests set it to be a machine without memory for rows.
+    /// Set by tests to simulate a machine without memory for rows.
     pub(crate) static PRETEND_FULL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// What becomes of rows that a vote, or a lack of cells, takes out of the cache.
+/// What happens to rows that a vote, or a lack of cells, removes from the cache.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Recall {
-    /// They are lost.
+    /// Rows are lost.
     #[default]
     Off,
-    /// They are set aside in this machine's memory, and can come back.
+    /// Rows are set aside in main memory, and can come back.
     Auto,
-    /// They are set aside in a file, and can come back.
+    /// Rows are set aside in a file, and can come back.
     File(RecallFile),
 }
 
-/// How rows are set aside.
+/// Storage type of rows that are set aside.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RecallType {
-    /// As the cache has them: they come back bit by bit.
+    /// The cache's own type: rows come back bit by bit.
     #[default]
     Cache,
-    /// Those of a cache of f32, f16 or bf16 as q8_0: they come back rounded. Those of other types as they are.
+    /// q8_0 for rows of an f32, f16 or bf16 cache, which come back rounded. Rows of other cache types stay as they are.
     Q8_0,
 }
 
 impl RecallType {
-    /// Its name on the command line.
+    /// Returns the name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Cache => "cache",
@@ -81,13 +83,13 @@ impl RecallType {
     }
 }
 
-/// There is no room for so many bytes of rows.
+/// No memory or disk space for rows of so many bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum NoRoom {
     Memory {
         bytes: usize,
     },
-    /// In a file that was made with this path. `reason`: what the system says.
+    /// No space in the file that was created at this path. `reason`: the system's error message.
     Disk {
         bytes: usize,
         path: PathBuf,
@@ -101,7 +103,7 @@ impl NoRoom {
     }
 }
 
-/// Where the rows of each KV head, counted over all layers, begin in a batch of one row a head.
+/// Byte offset of each KV head, counted over all layers, in a batch of one row a head.
 #[derive(Debug, PartialEq, Eq)]
 struct Shape {
     /// `[heads + 1]`
@@ -113,17 +115,17 @@ impl Shape {
         self.start.len() - 1
     }
 
-    /// Bytes of a head's row.
+    /// Bytes of one row of a head.
     fn row(&self, head: usize) -> usize {
         self.start[head + 1] - self.start[head]
     }
 
-    /// Bytes of a row of every head.
+    /// Bytes of one row of every head.
     fn all(&self) -> usize {
         self.start[self.n_heads()]
     }
 
-    /// The rows of each head, of which there are `n`.
+    /// Splits `rows` by head, with `n` rows for each.
     fn split<'a>(&self, n: usize, rows: &'a mut [u8]) -> impl Iterator<Item = &'a mut [u8]> {
         let mut rest = rows;
         (0..self.n_heads()).map(move |head| {
@@ -134,11 +136,11 @@ impl Shape {
     }
 }
 
-/// Bytes of rows.
+/// Storage of a batch's rows.
 #[derive(Debug)]
 enum Rows {
     Memory(Vec<u8>),
-    /// They are on their way into memory.
+    /// In transfer into memory by a thread.
     Coming(Coming),
     File(disk::Rows),
 }
@@ -175,19 +177,19 @@ impl Rows {
     }
 }
 
-/// As many rows of every head.
+/// Rows that left the cache together: the same number of every head.
 #[derive(Debug)]
 pub(crate) struct Batch {
     shape: Arc<Shape>,
     n: usize,
-    /// `[head][n]`, ascending in each head.
+    /// Positions, `[head][n]`, ascending in each head.
     pos: Vec<u32>,
     /// `[head][n][row]`
     rows: Rows,
 }
 
 impl Batch {
-    /// Room for `n` rows of every head: in the file, or else in memory.
+    /// Allocates `n` rows of every head: in `file`, or in memory if None.
     fn new(shape: &Arc<Shape>, n: usize, file: Option<&RecallFile>) -> Result<Self, NoRoom> {
         let bytes = n.saturating_mul(shape.all());
         let failed = || NoRoom::Memory { bytes };
@@ -197,7 +199,7 @@ impl Batch {
         }
         let n_pos = n.saturating_mul(shape.n_heads());
         let in_memory = if file.is_some() { n_pos.saturating_mul(size_of::<u32>()) } else { bytes };
-        // what a system promises it may take back by ending the process
+        // an overcommitting system grants memory that it does not have, and may end the process later
         if machine::available().is_some_and(|available| in_memory > available) {
             return Err(failed());
         }
@@ -213,7 +215,7 @@ impl Batch {
         Ok(Self { shape: shape.clone(), n, pos, rows })
     }
 
-    /// Rows of each head.
+    /// Number of rows of each head.
     pub fn len(&self) -> usize {
         self.n
     }
@@ -223,30 +225,30 @@ impl Batch {
         &self.pos[head * self.n..][..self.n]
     }
 
-    /// The `i`-th row of a head.
+    /// Returns the `i`-th row of a head.
     pub fn row(&self, head: usize, i: usize) -> &[u8] {
         let bytes = self.shape.row(head);
         &self.rows[self.n * self.shape.start[head] + i * bytes..][..bytes]
     }
 
-    /// All rows of a head.
+    /// Returns all rows of a head.
     fn rows(&self, head: usize) -> &[u8] {
         &self.rows[self.n * self.shape.start[head]..][..self.n * self.shape.row(head)]
     }
 
-    /// Positions `[n]` and rows `[n][row]` of every head, to be filled.
+    /// Returns the positions `[n]` and rows `[n][row]` of every head, for writing.
     pub fn heads_mut(&mut self) -> impl Iterator<Item = (&mut [u32], &mut [u8])> {
         let Self { shape, n, pos, rows } = self;
-        // no head has rows where n is 0
+        // an empty batch yields no heads
         pos.chunks_exact_mut((*n).max(1)).zip(shape.split(*n, rows))
     }
 
-    /// Whether [`Self::fill_later`] can be asked for: what goes to a file has to be there before it leaves the cache.
+    /// Whether [`Self::fill_later`] may be used. Rows for a file must be written before they leave the cache.
     pub fn is_in_memory(&self) -> bool {
         matches!(self.rows, Rows::Memory(_))
     }
 
-    /// Has a thread of its own fill the rows `[n][row]` of every head, one head after another.
+    /// Fills the rows `[n][row]` of every head, one head after another, on a thread of its own.
     pub fn fill_later(&mut self, fill: impl FnOnce(&mut dyn Iterator<Item = &mut [u8]>) + Send + 'static) {
         if let Rows::Memory(rows) = &mut self.rows {
             let (shape, n) = (self.shape.clone(), self.n);
@@ -254,7 +256,7 @@ impl Batch {
         }
     }
 
-    /// Rows in a file leave the memory of the process until they are read.
+    /// Removes rows in a file from the memory of the process, until they are read.
     fn release(&self) {
         if let Rows::File(rows) = &self.rows {
             rows.release();
@@ -266,27 +268,27 @@ impl Batch {
     }
 }
 
-/// A row in an archive.
+/// Place of a row in an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub pos: u32,
     pub batch: usize,
-    /// Its number among the head's rows there.
+    /// Index of the row among the head's rows in the batch.
     pub i: usize,
 }
 
-/// The rows of one sequence that are not in the cache.
+/// Rows of one sequence that are not in the cache.
 #[derive(Clone, Debug)]
 pub(crate) struct Archive {
     shape: Arc<Shape>,
     form: RecallType,
-    /// Where rows are set aside; None: in memory.
+    /// File for the rows; None for rows in memory.
     file: Option<RecallFile>,
     batches: Vec<Arc<Batch>>,
 }
 
 impl Archive {
-    /// An empty one for the heads of a cache; None where rows are lost.
+    /// Creates an empty archive for the heads of a cache; None under [`Recall::Off`].
     pub fn new(layout: &Layout, recall: &Recall, form: RecallType) -> Option<Self> {
         let file = match recall {
             Recall::Off => return None,
@@ -300,7 +302,7 @@ impl Archive {
         Some(Self { shape: Arc::new(Shape { start }), form, file, batches: Vec::new() })
     }
 
-    /// An empty one for the same heads, in the same place.
+    /// Creates an empty archive for the same heads, in the same place.
     pub fn emptied(&self) -> Self {
         self.with(Vec::new())
     }
@@ -309,39 +311,39 @@ impl Archive {
         Self { shape: self.shape.clone(), form: self.form, file: self.file.clone(), batches }
     }
 
-    /// How it sets rows aside.
+    /// Storage type of the rows.
     pub fn form(&self) -> RecallType {
         self.form
     }
 
-    /// Where it sets rows aside.
+    /// Place of the rows.
     pub fn recall(&self) -> Recall {
         self.file.clone().map_or(Recall::Auto, Recall::File)
     }
 
-    /// Rows of each head.
+    /// Number of rows of each head.
     pub fn len(&self) -> usize {
         self.batches.iter().map(|batch| batch.n).sum()
     }
 
-    /// Bytes that it takes, in memory and in a file.
+    /// Bytes in memory and in the file.
     pub fn bytes(&self) -> usize {
         self.batches.iter().map(|batch| batch.bytes()).sum()
     }
 
-    /// Room for `n` more rows of every head, to be filled and handed to [`Self::push`].
+    /// Allocates `n` rows of every head, to be filled and passed to [`Self::push`].
     ///
     /// # Errors
-    /// [`NoRoom`]; nothing has changed then.
+    /// [`NoRoom`]; the archive is then unchanged.
     pub fn room(&mut self, n: usize) -> Result<Batch, NoRoom> {
         self.batches.try_reserve(1).map_err(|_| NoRoom::Memory { bytes: n.saturating_mul(self.shape.all()) })?;
         Batch::new(&self.shape, n, self.file.as_ref())
     }
 
-    /// Takes in what is to leave the cache; what goes to a file is on the disk afterwards.
+    /// Adds a batch of rows that leave the cache. Rows in a file are on disk afterwards.
     ///
     /// # Errors
-    /// [`NoRoom`] where the disk fails; nothing has changed then.
+    /// [`NoRoom`] where the disk fails; the archive is then unchanged.
     pub fn push(&mut self, batch: Batch) -> Result<(), NoRoom> {
         if let (Rows::File(rows), Some(file)) = (&batch.rows, &self.file) {
             rows.settle().map_err(|error| NoRoom::on_disk(rows.len(), file, &error))?;
@@ -352,7 +354,7 @@ impl Archive {
         Ok(())
     }
 
-    /// The same rows in batches of at most `most` a head.
+    /// Returns the same rows in batches of at most `most` rows a head.
     ///
     /// # Errors
     /// [`NoRoom`].
@@ -381,13 +383,13 @@ impl Archive {
         &self.batches
     }
 
-    /// The same without some of its batches.
+    /// Returns the archive without the batches that `gone` marks.
     pub fn without(&self, gone: &[bool]) -> Self {
         let left = self.batches.iter().zip(gone).filter(|&(_, &gone)| !gone);
         self.with(left.map(|(batch, _)| batch.clone()).collect())
     }
 
-    /// A head's rows, ascending by position.
+    /// Returns a head's rows, ascending by position.
     pub fn entries(&self, head: usize) -> Vec<Entry> {
         let of_batch = |(batch, rows): (usize, &Arc<Batch>)| -> Vec<Entry> {
             rows.positions(head).iter().enumerate().map(|(i, &pos)| Entry { pos, batch, i }).collect()
@@ -397,24 +399,24 @@ impl Archive {
         entries
     }
 
-    /// The row of a head.
+    /// Returns a row of a head.
     pub fn row(&self, head: usize, entry: Entry) -> &[u8] {
         self.batches[entry.batch].row(head, entry.i)
     }
 
-    /// From this position on nothing is set aside.
+    /// Returns the position after the last one that is set aside.
     pub fn end(&self) -> Pos {
         let last = self.batches.iter().flat_map(|batch| batch.pos.iter()).max();
         last.map_or(0, |&pos| pos as Pos + 1)
     }
 
-    /// Bytes that [`Self::write`] writes.
+    /// Number of bytes that [`Self::write`] writes.
     pub fn written(&self) -> usize {
         size_of::<u64>() * (1 + self.batches.len()) + self.bytes()
     }
 
-    /// Writes all of it: the number of batches, and of each the rows of a head; then, for each head, first positions, then rows. A
-    /// sequence that was saved must go on as one that never was, so batches stay what they are.
+    /// Writes the archive: the number of batches, and for each batch the number of rows of a head; then, for each head,
+    /// the positions and the rows. The batches are kept, so that a loaded sequence behaves as if never saved.
     pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(&(self.batches.len() as u64).to_le_bytes())?;
         for batch in &self.batches {
@@ -430,8 +432,8 @@ impl Archive {
         Ok(())
     }
 
-    /// An archive for the same heads that [`Self::write`] wrote, of at most `most` rows a head. `is_sound(head, positions)`: whether
-    /// a head can have set these aside, which ascend.
+    /// Reads an archive for the same heads that [`Self::write`] wrote, of at most `most` rows a head.
+    /// `is_sound(head, positions)`: whether a head can have set aside these positions, which ascend.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -472,18 +474,18 @@ impl Archive {
     }
 }
 
-/// Which of the rows that are set aside come back.
+/// Selects which of the rows set aside come back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Bring<'a> {
-    /// The newest ones of each head, until it has so many in the cache: see [`newest`].
+    /// The newest rows of each head, until the cache holds so many of the head: see [`newest`].
     Newest(usize),
-    /// All of the batch with this number.
+    /// All rows of the batch with this index.
     Batch(usize),
-    /// What the heads held before, and all else leaves: positions `[head][n_cells]`, ascending in each head.
+    /// The rows that the heads held before; all others leave. Positions `[head][n_cells]`, ascending in each head.
     Held { pos: &'a [u32], n_cells: usize },
 }
 
-/// Why an archive could not be read.
+/// Errors of reading an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ReadError {
     CutOff,
@@ -491,9 +493,10 @@ pub(crate) enum ReadError {
     NoRoom(NoRoom),
 }
 
-/// The positions of which `m` cells hold rows of a head, ascending: those that the cache has, and the newest of those that are set
-/// aside. The newest position of all is always among them, because llama.cpp wants the next token to follow upon it; where there
-/// is no room for it, the newest one in the cache leaves. Both lists ascend, and `m` is no less than the cache has.
+/// Returns the positions of the rows that `m` cells hold of a head, ascending: all that are cached, and the newest of
+/// those set aside. The newest position of all is always included, because llama.cpp requires the next token to follow
+/// it. Where it does not fit, it replaces the newest cached one. Both inputs ascend, and `m` is at least the number of
+/// cached rows.
 pub(crate) fn newest(cached: &[u32], aside: &[u32], m: usize) -> Vec<u32> {
     let back = m.saturating_sub(cached.len()).min(aside.len());
     let mut positions = [cached, &aside[aside.len() - back..]].concat();

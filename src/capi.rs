@@ -1,8 +1,8 @@
-//! The C interface, `ffi/gvote.h`: thin. Types are those of the header; every export has the signature that the header gives
-//! it, or this does not compile (see `drift`).
+//! The C interface, `ffi/gvote.h`: a thin layer. Types are those of the header. Every export must have the signature in
+//! the header, or compilation fails (see `drift`).
 //!
-//! Pointers become references in [`ptr`] alone. [`handle::call`] is the border: a NULL becomes a status there, and so does a
-//! panic; C++ exceptions end in the shim.
+//! Only [`ptr`] turns pointers into references. [`handle::call`] is the boundary of every call: it turns a NULL or a
+//! panic into a status. C++ exceptions are caught in the shim.
 
 #[cfg(test)]
 mod drift;
@@ -22,7 +22,7 @@ use crate::archive::Recall;
 use crate::guest::Guest;
 use crate::sys::{ggml_tensor, llama_context};
 
-/// What bindgen makes of `ffi/gvote.h`.
+/// Bindings that bindgen generates from `ffi/gvote.h`.
 #[allow(
     dead_code,
     improper_ctypes,
@@ -155,7 +155,7 @@ pub unsafe extern "C" fn gvote_attach(g: *mut gvote_t, ctx: *mut llama_context) 
     call(g, |core| {
         let ctx = ptr::context(ctx)?;
         version::check_context(ctx)?;
-        // SAFETY: the app says that this is a living context, which it leaves alone while we are in this call.
+        // SAFETY: the app guarantees a living context that nothing else uses during this call.
         Ok(unsafe { core.guest.attach(ctx, (gvote_cb_eval, g.cast())) }?)
     })
 }

@@ -1,11 +1,11 @@
 //! A file on disk for rows that are set aside.
 //!
-//! Rows are reached through shared mappings of parts of it. The space for a batch is taken before anything moves, so that a full disk
-//! is an error and no fault in the middle; once a batch is written, its pages leave the memory of the process. What is given up goes
-//! back to the disk.
+//! Rows are accessed through shared memory mappings of parts of the file. The space for a batch is allocated before
+//! anything moves, so that a full disk causes an error and not a fault during an access. Once a batch is written, its
+//! pages leave the memory of the process. Dropped space is returned to the disk.
 //!
-//! The file has no name from the moment that it is open: nobody else can open it, change it or cut it short while it is mapped, and the
-//! system frees it when the process ends, however that ends.
+//! The file has no name once it is open. No other process can open, change or truncate it while it is mapped, and the
+//! system frees it when the process ends, in whatever way.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
@@ -23,11 +23,11 @@ use rustix::io::{Errno, retry_on_intr};
 
 #[cfg(test)]
 thread_local! {
-    /// Tests set it to have a disk of so many bytes.
+    /// Set by tests to simulate a disk of so many bytes.
     pub(crate) static PRETEND_DISK: std::cell::Cell<u64> = const { std::cell::Cell::new(u64::MAX) };
 }
 
-/// Why there is no file to set rows aside in.
+/// Errors of creating a file for rows.
 #[derive(Debug, thiserror::Error)]
 pub enum RecallFileError {
     #[error("{} is there already and is not an empty file: name one that is not there", path.display())]
@@ -36,8 +36,8 @@ pub enum RecallFileError {
     Io { path: PathBuf, error: io::Error },
 }
 
-/// An open file without a name, for rows that leave the cache. Clones are the same file; with the last one its space is free again.
-/// Several sessions may share it.
+/// An open file without a name, for rows that leave the cache. Clones share the file, whose space is freed with the
+/// last of them. Several sessions may share a file.
 #[derive(Clone, Debug)]
 pub struct RecallFile(Arc<Inner>);
 
@@ -46,7 +46,7 @@ struct Inner {
     path: PathBuf,
     name: CString,
     file: File,
-    /// Beginnings and ends of what is in use, in bytes.
+    /// Used ranges in bytes: start to end.
     taken: Mutex<BTreeMap<u64, u64>>,
 }
 
@@ -59,8 +59,8 @@ impl PartialEq for RecallFile {
 impl Eq for RecallFile {}
 
 impl RecallFile {
-    /// Makes a file, takes space in it to try it, and takes its name away. Only this process can reach it then. An empty file that is
-    /// there is used, and loses its name too.
+    /// Creates a file, allocates space in it as a test, and removes its name, so that only this process can reach it.
+    /// An existing empty file is used, and loses its name too.
     ///
     /// # Errors
     /// [`RecallFileError`], with the path.
@@ -85,19 +85,19 @@ impl RecallFile {
         Ok(made)
     }
 
-    /// The name that it was made with.
+    /// Returns the path that the file was created with.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
 
-    /// The same for C.
+    /// Returns the same path for C.
     pub(crate) fn name(&self) -> &CStr {
         &self.0.name
     }
 
-    /// Bytes of the disk that it takes; 0 where the system does not tell.
+    /// Number of bytes that the file takes on disk; 0 where the system does not tell.
     pub fn disk_bytes(&self) -> u64 {
-        /// Of what the system counts in, whatever the file system's own blocks are.
+        /// Unit of `st_blocks`, whatever the block size of the file system.
         const BLOCK: u64 = 512;
         self.0.file.metadata().map_or(0, |file| file.blocks() * BLOCK)
     }
@@ -108,7 +108,8 @@ impl Inner {
         self.taken.lock().expect("who takes space does not panic")
     }
 
-    /// Gives bytes back to the disk that nobody uses any more; a file system that cannot keeps those before the end.
+    /// Returns unused bytes to the disk. A file system that cannot punch holes keeps those before the end of the used
+    /// space.
     fn discard(&self, taken: &BTreeMap<u64, u64>, start: u64, end: u64) {
         let used = taken.last_key_value().map_or(0, |(_, &end)| end);
         #[cfg(target_os = "linux")]
@@ -122,7 +123,7 @@ impl Inner {
     }
 }
 
-/// A part of the file.
+/// An allocated range of the file.
 #[derive(Debug)]
 struct Space {
     file: RecallFile,
@@ -130,7 +131,7 @@ struct Space {
 }
 
 impl Space {
-    /// Takes so many bytes, a multiple of a page, where the first gap has room for them.
+    /// Allocates `bytes`, a multiple of the page size, in the first gap that is large enough.
     fn take(file: &RecallFile, bytes: u64) -> io::Result<Self> {
         let inner = &file.0;
         let mut taken = inner.taken();
@@ -165,7 +166,7 @@ impl Drop for Space {
     }
 }
 
-/// Takes room on the disk, with zeros where the file system has no other way.
+/// Allocates disk space; writes zeros where the file system cannot allocate otherwise.
 fn allocate(file: &File, start: u64, bytes: u64) -> io::Result<()> {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     match retry_on_intr(|| fallocate(file, FallocateFlags::empty(), start, bytes)) {
@@ -181,41 +182,41 @@ fn allocate(file: &File, start: u64, bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Bytes in the file.
+/// Rows in the file, mapped into memory.
 #[derive(Debug)]
 pub(crate) struct Rows {
-    // ends before its space is given back
+    // dropped first: the mapping must end before its space is freed
     map: MmapMut,
     _space: Space,
 }
 
 impl Rows {
-    /// Room for some bytes, one at least. What they are is not said.
+    /// Allocates and maps `bytes` bytes, at least one. Their contents are unspecified.
     ///
     /// # Errors
-    /// That of the system, where the disk is full or the file system cannot do this.
+    /// The system's error, where the disk is full or the file system does not support this.
     pub fn new(file: &RecallFile, bytes: usize) -> io::Result<Self> {
         let whole = bytes.checked_next_multiple_of(rustix::param::page_size()).ok_or(io::ErrorKind::StorageFull)?;
         let space = Space::take(file, whole as u64)?;
-        // SAFETY: the file has no name and is not handed out, so that nobody else changes or shortens it; it is as long as its last
-        // space that is taken, and no two spaces overlap.
+        // SAFETY: no other process can open the nameless file to change or truncate it; it reaches to the end of its last range,
+        // and no two ranges overlap.
         let map = unsafe { MmapOptions::new().offset(space.start).len(bytes).map_mut(&file.0.file)? };
         Ok(Self { map, _space: space })
     }
 
-    /// Writes them to the disk, and takes them out of the memory of the process; they come back when they are read.
+    /// Writes the bytes to disk and removes them from the memory of the process. They are read back on access.
     ///
     /// # Errors
-    /// That of the disk.
+    /// The disk's error.
     pub fn settle(&self) -> io::Result<()> {
         self.map.flush()?;
         self.release();
         Ok(())
     }
 
-    /// Takes them out of the memory of the process.
+    /// Removes the bytes from the memory of the process.
     pub fn release(&self) {
-        // SAFETY: a shared mapping of a file: what was written stays in the file, and is read from there.
+        // SAFETY: the mapping is shared: written bytes stay in the file, and are read back from there.
         let _ = unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) };
     }
 }
@@ -285,7 +286,7 @@ mod tests {
         assert_eq!(Rows::new(&file, 6 * PAGE).unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert!(Rows::new(&file, 5 * PAGE).is_ok());
         PRETEND_DISK.set(u64::MAX);
-        // more than any disk has
+        // more bytes than any disk has
         Rows::new(&file, 1 << 60).unwrap_err();
         Rows::new(&file, usize::MAX).unwrap_err();
         assert_eq!(file.disk_bytes(), before);
@@ -305,7 +306,7 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"mine");
         let nowhere = RecallFile::create(&path.join("x")).unwrap_err().to_string();
         assert!(nowhere.contains("notes/x") && nowhere.contains("Not a directory"), "{nowhere}");
-        // as mktemp makes it
+        // an empty file, as mktemp creates it
         fs::write(&path, "").unwrap();
         let file = RecallFile::create(&path).unwrap();
         assert!(!path.exists());

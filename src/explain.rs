@@ -1,7 +1,7 @@
-//! What a vote kept of a prompt, and why: for a page, a terminal, or another program.
+//! Explains what a vote kept of a prompt, and why: for a page, a terminal, or another program.
 //!
-//! [`crate::Session::explain`] makes an [`Explanation`]. Which tokens stayed is read off the cache after the vote; the scores
-//! are those that the policy saw.
+//! [`crate::Session::explain`] creates an [`Explanation`]. The kept tokens are read from the cache after the vote; the
+//! scores are those that the policy used.
 
 #![forbid(unsafe_code)]
 
@@ -18,65 +18,68 @@ use crate::llama::Token;
 use crate::policy::{HeadOpinion, Params};
 use crate::vote::CompressReport;
 
-/// What a vote kept, and why.
+/// Result of a vote, with the reasons.
 ///
-/// *Position*: of a token in the text, from 0. *Head*: a KV head, counted over all layers of the cache, layer-major.
+/// *Position*: index of a token in the text, from 0. *Head*: a KV head, counted over all layers of the cache,
+/// layer-major.
 #[derive(Debug, Clone, Serialize)]
 pub struct Explanation {
     #[serde(skip)]
     pub report: CompressReport,
     #[serde(skip)]
     pub policy: Params,
-    /// `[position]` the tokens.
+    /// Tokens, `[position]`.
     pub tokens: Vec<Token>,
-    /// `[position]` their text, as it can be shown: see the module's escapes.
+    /// Printable text of each token, `[position]`; see [`shown`] for the escapes.
     pub texts: Vec<String>,
-    /// The numbers that the model gives to the layers of the cache; a sliding-window model has others beside them.
+    /// Model layer numbers of the cache's layers. A sliding-window model has further layers.
     pub layers: Vec<i32>,
-    /// KV heads of each layer.
+    /// KV heads in each layer.
     pub n_head_kv: usize,
-    /// `[head][position]` what is in the cache after the vote.
+    /// Rows in the cache after the vote, `[head][position]`.
     pub kept: Bits,
-    /// `[position]` heads that hold the token.
+    /// Number of heads that hold each token, `[position]`.
     pub kept_by: Vec<u32>,
-    /// `[head]` how the vote looks from each head; empty where nothing was weighed or all stays.
+    /// What the vote means to each head, `[head]`; empty where nothing was scored or everything stays.
     pub heads: Vec<HeadOpinion>,
-    /// `[n + 1]` mean share of the attention mass that is given up by each number of cells; empty where the policy has none.
+    /// Mean share of the attention mass that each number of cells gives up, `[n + 1]`; empty where the policy computes
+    /// none.
     pub curve: Vec<f64>,
-    /// The mean KL beyond that of rounding that a trial let pass, in nats a token.
+    /// Mean KL divergence beyond that of rounding that the trial allowed, in nats a token.
     pub bar: Option<f32>,
-    /// The continuation on which the trial compared, as it can be shown.
+    /// Printable text of the continuation that the trial compared.
     pub draft: Vec<String>,
-    /// `[position]` what the last real queries look at, mean over the heads; sums to at most 1. Empty where they did not
-    /// vote.
+    /// Attention of the last real queries to each position, `[position]`, mean over the heads; sums to at most 1. Empty
+    /// where they did not vote.
     pub real: Vec<f64>,
-    /// `[position]` what synthetic queries and the current one look at, or the repeated text of a replay.
+    /// Attention of the synthetic queries and the current one, or of the repeated text of a replay, `[position]`.
     pub synthetic: Vec<f64>,
-    /// What left the cache before the vote, and came back; absent where no vote came before it, or nobody noted it: see
-    /// [`crate::Session::note_recall`].
+    /// Rows that left the cache before the vote and came back. None where no vote came before, or none was recorded:
+    /// see [`crate::Session::note_recall`].
     pub recall: Option<Recalled>,
 }
 
-/// Tokens of a passage.
+/// Number of tokens in a passage.
 const PASSAGE: usize = 24;
 
 /// A passage of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Passage {
-    /// The position of its first token, and that behind its last one.
+    /// Position of the first token, and position after the last one.
     pub start: usize,
     pub end: usize,
-    /// Mean share of the heads that keep its tokens, 0 to 1.
+    /// Mean share of the heads that keep the tokens, 0 to 1.
     pub share: f64,
 }
 
 impl Explanation {
-    /// KV heads of all layers.
+    /// Number of KV heads in all layers.
     pub fn n_heads(&self) -> usize {
         self.layers.len() * self.n_head_kv
     }
 
-    /// The `most` passages that were kept by most heads, the best first, at least one passage apart, and apart from what always stays.
+    /// Returns at most `most` passages that the most heads kept, best first. They are at least one passage apart, and
+    /// outside the tokens that always stay.
     pub fn passages(&self, most: usize) -> Vec<Passage> {
         let end = self.kept_by.len().saturating_sub(self.policy.recent);
         let starts = self.policy.sinks..(end + 1).saturating_sub(PASSAGE);
@@ -86,7 +89,7 @@ impl Explanation {
         };
         let mut all: Vec<_> =
             starts.map(|start| Passage { start, end: start + PASSAGE, share: share(start) }).collect();
-        // of equal ones the first
+        // a stable sort: of equal passages the first wins
         all.sort_by(|a, b| b.share.total_cmp(&a.share));
         let mut best: Vec<Passage> = Vec::new();
         for passage in all {

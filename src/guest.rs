@@ -1,10 +1,11 @@
-//! A guest in an app's context: the app decodes as it always did, we listen, and on request we vote.
+//! Attached contexts: gvote inside an app's llama.cpp context. The app decodes as before, gvote observes its graphs
+//! through the eval callback, and votes on request.
 //!
-//! The app's sequences, positions, outputs and callbacks are its own. While it writes answers, a token at a time, nothing is read,
-//! and our callback is out of its way: it leaves at the end of such a step, and comes back with the next graph that llama.cpp
-//! builds. So not every token is heard. What a sequence is, its cells say, which are compared one by one with what is known before
-//! every call: where they go on, or another tail follows, that is taken over; what an app did behind our back otherwise
-//! (`llama_memory_seq_add`, a hole, a loaded state) is refused.
+//! The app keeps its own sequences, positions, outputs and callbacks. While the app generates, one token at a time,
+//! gvote reads nothing: its callback is removed at the end of such a step, and comes back with the next graph that
+//! llama.cpp builds. So gvote does not observe every token. Before each call, it compares the cells of a sequence one
+//! by one with its records. A longer sequence or another tail is accepted. Other changes by the app
+//! (`llama_memory_seq_add`, a hole, a loaded state) are refused.
 
 mod answer;
 mod expand;
@@ -31,7 +32,7 @@ use crate::policy::{self, Kind, PolicyError};
 use crate::sys;
 use crate::vote::{self, CompressReport, Sequence, Stage, Vote, VoteError, Voter, When, room};
 
-/// What can go wrong for a guest. The context is as it was.
+/// Errors of an attached context. The context is as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum GuestError {
     #[error(transparent)]
@@ -77,28 +78,28 @@ impl<E: Into<VoteError>> From<E> for GuestError {
     }
 }
 
-/// An eval callback, and its data.
+/// An eval callback with its user data.
 pub type Callback = (unsafe extern "C" fn(*mut sys::ggml_tensor, bool, *mut c_void) -> bool, *mut c_void);
 
-/// The settings of a guest.
+/// Settings of a [`Guest`].
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     pub policy: policy::Params,
-    /// Whether the rounding of a quantized K cache is accounted for.
+    /// Whether the vote accounts for the rounding of a quantized K cache.
     pub account_error: bool,
-    /// What becomes of rows that leave the cache.
+    /// What happens to rows that leave the cache.
     pub recall: Recall,
-    /// How they are set aside.
+    /// Storage type of rows that are set aside.
     pub recall_type: RecallType,
-    /// When answers are voted on, by [`Guest::vote_if_due`].
+    /// When [`Guest::vote_if_due`] votes on an answer.
     pub when: When,
 }
 
-/// A guest, and the context it is in.
+/// An attachment of gvote to an app's context, behind a C handle (`gvote_t`): the settings, and the attached context, if any.
 pub struct Guest {
     settings: Settings,
     cancel: Arc<AtomicBool>,
-    /// The app's own callback, called for every node that it asks for.
+    /// The app's own callback, called for every node that the callback asks for.
     next: Option<Callback>,
     home: Option<Home>,
 }
@@ -106,46 +107,49 @@ pub struct Guest {
 // SAFETY: raw pointers are followed only in calls that name the context, or from inside a graph of it.
 unsafe impl Send for Guest {}
 
-/// What belongs to one context.
+/// State for one attached context.
 struct Home {
     ctx: Context,
     voter: Voter,
-    /// Ours, as it is installed.
+    /// gvote's eval callback, as installed.
     callback: Callback,
     known: BTreeMap<SeqId, Known>,
     answers: BTreeMap<SeqId, Answer>,
-    /// What reading and voting took so far.
+    /// Measured durations of reading and voting.
     costs: vote::Known,
-    /// Why nothing is listened to any more.
+    /// Error that ended reading the forward pass. While set, nothing is captured and calls on a sequence are refused.
     deaf: Option<CaptureError>,
-    /// Who asked for the node in work: we, and the app's own callback.
+    /// Whether gvote, and whether the app's own callback, asked for the node in work.
     asked: (bool, bool),
 }
 
 impl Guest {
+    /// Creates an attachment that has no context yet.
+    ///
     /// # Errors
-    /// [`PolicyError`] for nonsense settings.
+    /// [`PolicyError`] for invalid settings.
     pub fn new(settings: Settings) -> Result<Self, PolicyError> {
         settings.policy.validate()?;
         Ok(Self { settings, cancel: Arc::default(), next: None, home: None })
     }
 
-    /// Once true, a running or later vote answers with [`LlamaError::Cancelled`] until it is cleared.
+    /// Returns the cancel flag. While the flag is set, running and later votes fail with [`LlamaError::Cancelled`].
     pub fn cancel_flag(&self) -> Arc<AtomicBool> {
         self.cancel.clone()
     }
 
-    /// The settings in force.
+    /// Returns the settings in force.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Why nothing is listened to any more, if so.
+    /// Returns the error that ended reading the forward pass, if any.
     pub fn deaf_reason(&self) -> Option<String> {
         self.home.as_ref()?.deaf.as_ref().map(ToString::to_string)
     }
 
-    /// The callback that is called beside ours. Where ours is out of the way, so is this one until [`Self::attach`].
+    /// Sets the callback that is called along with gvote's. If gvote's callback is removed at the moment, `next` is not
+    /// called until [`Self::attach`].
     pub fn set_next_callback(&mut self, next: Option<Callback>) {
         self.next = next;
     }
@@ -153,7 +157,8 @@ impl Guest {
     /// Changes the settings of later votes.
     ///
     /// # Errors
-    /// [`PolicyError`] for nonsense, [`GuestError::Fixed`] for the window, the sinks, and what becomes of rows, of a guest that is attached.
+    /// [`PolicyError`] for invalid settings. [`GuestError::Fixed`] for settings that cannot change while attached:
+    /// `window`, `sinks`, `recall` and `recall_type`.
     pub fn set(&mut self, settings: Settings) -> Result<(), GuestError> {
         settings.policy.validate()?;
         if let Some(home) = &mut self.home {
@@ -175,20 +180,22 @@ impl Guest {
         Ok(())
     }
 
-    /// Moves into a context: from now on what it decodes is listened to, by `callback`, which calls [`Self::on_node`]. A
-    /// callback that the context has already is called beside ours. Another context that the guest was in is not touched.
+    /// Attaches to a context: installs `callback`, which calls [`Self::on_node`], and observes what the context
+    /// decodes. A callback that the context already has is called along with `callback`. A context that was attached
+    /// before is left as it is.
     ///
     /// # Errors
     /// [`GuestError::Unsupported`] and [`VoteError::Cache`], with the reason.
     ///
     /// # Safety
-    /// `ctx` is a valid context that nobody uses meanwhile, and outlives the stay: [`Self::detach`], or another `attach`.
+    /// `ctx` is a valid context that nobody else uses during the call. It outlives the attachment, which ends with
+    /// [`Self::detach`] or another `attach`.
     pub unsafe fn attach(&mut self, ctx: NonNull<sys::llama_context>, callback: Callback) -> Result<(), GuestError> {
-        // SAFETY: passed on.
+        // SAFETY: the same contract as this function.
         let ctx = unsafe { Context::lent(ctx, self.cancel.clone()) };
         let present = eval_callback(&ctx);
         if present == Some(callback) && self.home.as_ref().is_some_and(|home| home.is_in(&ctx)) {
-            // it may be out of the way
+            // the callback may be removed after a step of an answer
             // SAFETY: as below.
             unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
             return Ok(());
@@ -202,7 +209,7 @@ impl Guest {
         if let Some(present) = present.filter(|present| *present != callback) {
             self.next = Some(present);
         }
-        // SAFETY: valid context; the caller's callback outlives its stay there.
+        // SAFETY: valid context; the caller keeps the callback valid while it is installed.
         unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
         let there = (0..ctx.n_seq_max() as SeqId).filter(|&seq| !cache::cells(&ctx, seq).is_empty());
         let known = there.map(|seq| (seq, Known::stranger(voter.sequence(seq)))).collect();
@@ -219,8 +226,8 @@ impl Guest {
         Ok(())
     }
 
-    /// Moves out, and gives the context back the callback that it had before. All that was known of its sequences is
-    /// forgotten.
+    /// Detaches from a context and restores the callback that the context had before. Drops all records of its
+    /// sequences.
     ///
     /// # Errors
     /// [`GuestError::NotAttached`].
@@ -230,7 +237,7 @@ impl Guest {
         self.home = None;
         if is_ours {
             let (next, data) = self.next.take().map_or((None, std::ptr::null_mut()), |next| (Some(next.0), next.1));
-            // SAFETY: the context is the one that was attached, and what it had before is the app's own.
+            // SAFETY: the attached context; its previous callback is the app's own.
             unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), next, data) };
         }
         Ok(())
@@ -241,8 +248,8 @@ impl Guest {
         home.ok_or(GuestError::NotAttached)
     }
 
-    /// A node of a graph in work, before (`ask`) and after it was computed. See [`crate::capture::watch`]. At the end of a step of
-    /// which nobody wants anything, the callback gets out of the way.
+    /// Handles a node of a graph in work, before (`ask`) and after it is computed; see [`crate::capture::watch`]. At
+    /// the end of a step of which neither gvote nor the app wants a node, removes the callback.
     ///
     /// # Safety
     /// `t` is a node that ggml passes to an eval callback of the context.
@@ -269,7 +276,7 @@ impl Guest {
                 home.asked = (ours, theirs);
                 // SAFETY: as above.
                 if !ours && self.next.is_none() && home.may_rest(&unsafe { Node::new(t) }) {
-                    // SAFETY: the last node of the graph, to which the answer is no.
+                    // SAFETY: this is the last node of the graph, and we answer no to it.
                     unsafe { sys::gvote_shim_rest_eval_callback(home.ctx.as_ptr()) };
                 }
             }
@@ -279,7 +286,7 @@ impl Guest {
         }
     }
 
-    /// Lets the policy vote on a sequence and, unless it is a rehearsal, compacts it.
+    /// Lets the policy vote on a sequence and compacts it. With `is_rehearsal`, only votes.
     ///
     /// # Errors
     /// [`GuestError`]; the context is then as before.
@@ -299,9 +306,9 @@ impl Guest {
         Ok(report)
     }
 
-    /// Sees to it that `needed` cells are free in the stream of a sequence, beside those that a later vote needs. Where there
-    /// are fewer, the policy votes, and the sequence alone gives cells. `ahead`: the end of the text that is still to come, at
-    /// most `window` tokens; may be empty.
+    /// Frees cells in the stream of a sequence until `needed` are free, besides the spare cells of a later vote. If too
+    /// few are free, the policy votes, and only this sequence loses cells. `ahead`: the end of the text that is still
+    /// to come, at most `window` tokens; may be empty.
     ///
     /// # Errors
     /// [`GuestError`]; the context is then as before.
@@ -338,11 +345,11 @@ impl Guest {
         let known = Known::up_to_date(known, voter, seq, &cells)?;
         let most = most(voter.protected_with(ctx.model(), &known.sequence, &[]))?;
         if cells.iter().any(|cell| cell.shared) {
-            // a vote would be in vain
+            // a vote could not free cells that are shared
             return Err(CompactError::Shared.into());
         }
         let mut visit = Visit::new(ctx)?;
-        // SAFETY: valid context, and our callbacks are in it.
+        // SAFETY: valid context, with our callbacks installed.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let captured = voter.capture.captured(seq);
         let mut done = || {
@@ -358,7 +365,7 @@ impl Guest {
         Ok(report)
     }
 
-    /// The cells of a sequence, and what is known of it.
+    /// Returns the cells of a sequence, and gvote's record of it.
     ///
     /// # Errors
     /// [`GuestError::NotAttached`], [`GuestError::NotSeen`], [`GuestError::Changed`].
@@ -375,21 +382,21 @@ impl Guest {
         Ok((cells, &known.sequence))
     }
 
-    /// The position from which on a sequence can be cut exactly: where everything that left the cache is set aside, what votes dropped
-    /// is no obstacle.
+    /// Returns the first position at which a sequence can be truncated exactly. Where all rows that left the cache are
+    /// set aside, the rows that votes dropped do not limit the position.
     ///
     /// # Errors
-    /// Those of [`Self::sequence`].
+    /// Errors of [`Self::sequence`].
     pub fn exact_from(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Pos, GuestError> {
         let (cells, known) = self.sequence(ctx, seq)?;
         let (exact_from, n_past) = (known.can_be_cut_from(cells.len()), known.n_past());
         Ok(cache::cut_from(&self.home_in(ctx)?.ctx, seq).max(exact_from).min(n_past))
     }
 
-    /// The true position of what a KV head of a model's layer holds in each cell of a sequence.
+    /// Returns the true position that a KV head of a model's layer holds in each cell of a sequence.
     ///
     /// # Errors
-    /// [`GuestError::NoLayer`], [`GuestError::NoHead`], and those of [`Self::sequence`].
+    /// [`GuestError::NoLayer`], [`GuestError::NoHead`], and errors of [`Self::sequence`].
     pub fn positions(
         &mut self,
         ctx: NonNull<sys::llama_context>,
@@ -402,11 +409,11 @@ impl Guest {
         Ok(sequence.positions(&cells, first + head as usize))
     }
 
-    /// Sees to it that the tokens at these positions of a sequence stay at every later vote, or no longer; a negative end is that of
-    /// the sequence. A head that has lost one of them does without.
+    /// Protects the tokens at these positions from every later vote, or ends the protection. A negative end means the
+    /// end of the sequence. A head that has already lost one of these tokens stays without it.
     ///
     /// # Errors
-    /// [`GuestError::NotThere`] where the sequence ends before, and those of [`Self::sequence`].
+    /// [`GuestError::NotThere`] where the sequence ends before `positions` do, and errors of [`Self::sequence`].
     pub fn protect(
         &mut self,
         ctx: NonNull<sys::llama_context>,
@@ -427,12 +434,12 @@ impl Guest {
         Ok(())
     }
 
-    /// Removes what lies at `pos` and later from a sequence. Inside the compressed part, the newest rows before it come back to the
-    /// cells that the sequence has.
+    /// Removes the tokens at `pos` and later from a sequence. Inside the compressed part, brings the newest rows before
+    /// `pos` back into the cells of the sequence.
     ///
     /// # Errors
-    /// [`GuestError::Compressed`] inside the part whose cells hold different tokens in different heads, unless all of it goes, or
-    /// every row is in the cache or set aside; [`CompactError`] where memory runs out; those of [`Self::sequence`].
+    /// [`GuestError::Compressed`] inside the part with composite cells, unless the whole sequence is removed, or every
+    /// row is in the cache or set aside. [`CompactError`] where memory runs out. Errors of [`Self::sequence`].
     pub fn truncate(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, pos: Pos) -> Result<(), GuestError> {
         let home = self.home_in(ctx)?;
         home.check_sequence(seq)?;
@@ -475,7 +482,7 @@ impl Home {
         }
     }
 
-    /// Lets the policy vote on a sequence. `brings_back`: first, what earlier votes set aside.
+    /// Lets the policy vote on a sequence. `brings_back`: rows that earlier votes set aside take part in the choice.
     fn vote(
         &mut self,
         seq: SeqId,
@@ -485,14 +492,14 @@ impl Home {
     ) -> Result<CompressReport, GuestError> {
         let Self { ctx, voter, known, costs, .. } = self;
         let mut visit = Visit::new(ctx)?;
-        // SAFETY: valid context, and our callbacks are in it.
+        // SAFETY: valid context, with our callbacks installed.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let mut cells = cache::cells(&visit, seq);
         let n_before = cells.len();
         let limit = cells.len() + cache::cells_free(&visit, seq).saturating_sub(Voter::spare_cells(&voter.policy));
         let known = Known::up_to_date(known, voter, seq, &cells)?;
         let captured = voter.capture.captured(seq);
-        // what the heads hold, where other rows may come back
+        // rows that the heads hold now, to restore them if the vote fails after others came back
         let may_come = brings_back && known.sequence.n_aside() > 0;
         let n_heads = if may_come { voter.layout.n_head_kv().sum() } else { 0 };
         let held = known.sequence.held(&cells, n_heads);
@@ -517,7 +524,7 @@ impl Home {
             let sequence = &mut known.sequence;
             if may_come && sequence.held(&cells, n_heads) != held {
                 let bring = Bring::Held { pos: &held, n_cells: n_before };
-                // without memory for the way back the sequence has more rows in the cache than before
+                // if memory runs out here, the sequence keeps more rows in the cache than before
                 let _ = sequence.arrange(&mut visit, &cells, sequence.n_past(), bring, voter.devices());
                 voter.release();
                 known.bind(&cache::cells(&visit, seq));
@@ -535,7 +542,7 @@ impl Home {
         Ok(report)
     }
 
-    /// The first head of a layer of the model, counted over the layers of the cache.
+    /// Returns the index of the first head of a layer of the model, counted over the layers of the cache.
     fn first_head(&self, layer: i32, head: u32) -> Result<usize, GuestError> {
         let layers = &self.voter.layout.layers;
         let i = layers.iter().position(|l| l.il == layer).ok_or(GuestError::NoLayer(layer))?;
@@ -546,12 +553,12 @@ impl Home {
         Ok(self.voter.layout.n_head_kv().take(i).sum())
     }
 
-    /// Whether `node` ends a step of answers in a context that has our callback.
+    /// Whether `node` ends a step of answers, in a context where gvote's callback is installed.
     fn may_rest(&self, node: &Node) -> bool {
         self.deaf.is_none() && self.voter.capture.ends_step(node) && self.has_callback()
     }
 
-    /// Whether our callback is the context's, and not called by another one.
+    /// Whether gvote's callback is installed in the context itself, not called by another callback.
     fn has_callback(&self) -> bool {
         eval_callback(&self.ctx) == Some(self.callback)
     }
@@ -575,11 +582,11 @@ impl Home {
 
 #[cfg(test)]
 thread_local! {
-    /// Nodes that guests were asked about.
+    /// Number of nodes that [`Guest::on_node`] was asked about.
     pub(crate) static ASKED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
-/// The eval callback that a context has.
+/// Returns the eval callback that is installed in a context.
 fn eval_callback(ctx: &Context) -> Option<Callback> {
     let (mut callback, mut data) = (None, std::ptr::null_mut());
     // SAFETY: valid context.

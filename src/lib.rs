@@ -1,9 +1,9 @@
 //! An adaptive KV cache for llama.cpp.
 //!
-//! gvote finds out how much of the KV cache a request needs, keeps that, and frees the rest, without a budget to set and
-//! without patching llama.cpp. After a prompt it models the hidden states as a Gaussian, samples plausible future queries,
-//! lets them and the last real queries vote for the keys they need, and compacts the cache to the winners
-//! (GVote, arXiv 2509.03136).
+//! gvote measures how much of the KV cache a request needs, keeps that part and frees the rest. It needs neither a
+//! budget nor a patched llama.cpp. After a prompt, gvote models the hidden states as a Gaussian and samples plausible
+//! future queries. These queries and the last real queries vote for the keys that they attend to, and the cache is
+//! compacted to the winners (GVote, arXiv 2509.03136).
 //!
 //! ```no_run
 //! use std::{ops::ControlFlow, path::Path};
@@ -28,11 +28,12 @@
 //! }
 //! ```
 //!
-//! # Rooms
-//! Data flows one way: `capture` -> `score` -> [`policy`] -> `compact`; `vote` brings them together, and [`session`]
-//! is the loop around it; [`explain`] says what it kept.
-//! A *cell* is a slot of the cache, a *position* a token's logical place: cell i need not hold position i, and a
-//! *composite cell* holds for every layer and KV head a token of that head's own choice.
+//! # Modules
+//! Data flows one way: `capture` -> `score` -> [`policy`] -> `compact`. `vote` runs these steps, [`session`] is the
+//! loop around a vote, and [`explain`] reports what a vote kept.
+//!
+//! A *cell* is a slot of the KV cache. A *position* is the index of a token in its sequence; cell i need not hold
+//! position i. A *composite cell* holds a different token for every layer and KV head, as that head chose.
 
 mod archive;
 mod backend;
@@ -54,7 +55,7 @@ mod sys;
 mod tests;
 mod vote;
 
-#[doc(hidden)] // what a test of the sizes in a model file compares with
+#[doc(hidden)] // public for a test that compares it with the sizes computed from a model file
 pub use cache::Layout;
 pub use compact::CompactError;
 pub use gvote_policy as policy;

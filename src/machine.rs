@@ -1,15 +1,15 @@
-//! What memory the machine has left.
+//! Available memory of the machine.
 
 #![forbid(unsafe_code)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Where Linux shows control groups.
+/// Mount point of control groups on Linux.
 const GROUPS: &str = "sys/fs/cgroup";
 
-/// Bytes that this process can still take before the system ends it or another one: memory that is free or can be made free,
-/// with swap, as far as a control group allows it. None where the system does not tell.
+/// Returns the number of bytes that this process can still take before the system ends it or another process: memory
+/// that is free or can be freed, plus swap, within the limits of control groups. None where the system does not tell.
 pub fn available() -> Option<usize> {
     available_at(Path::new("/"))
 }
@@ -23,14 +23,14 @@ fn available_at(root: &Path) -> Option<usize> {
     Some(limits.fold(free.saturating_add(swap), usize::min))
 }
 
-/// The number after a name in lines of names and numbers.
+/// Returns the number after `name` in lines of names and numbers.
 fn field(text: &str, name: &str) -> Option<usize> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// The folders of the control groups that the process is in, up to the outermost: of version 2, and of version 1's for memory. In a
-/// container the outermost one is the container's.
+/// Returns the folders of the process's control groups, up to the outermost: groups of version 2, and version 1's
+/// memory groups. In a container, the outermost group is the container's.
 fn groups(root: &Path) -> Vec<PathBuf> {
     let own = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     let mut groups = Vec::new();
@@ -48,7 +48,7 @@ fn groups(root: &Path) -> Vec<PathBuf> {
     groups
 }
 
-/// Bytes that a control group has left; None where it has no limit. What it keeps of files can be given up.
+/// Bytes that a control group has left; None where it has no limit. Its file cache counts as free.
 fn left_in(group: &Path, swap: usize) -> Option<usize> {
     let text = |name| fs::read_to_string(group.join(name)).ok();
     let number = |name| text(name)?.trim().parse::<usize>().ok();
@@ -110,7 +110,7 @@ mod tests {
             machine(&files)
         };
         assert_eq!(with("max", "max"), Some(1024 * MIB));
-        // 300 MiB, of which 200 less 100 of files are used
+        // limit 300 MiB; used: 200 MiB, less 100 MiB of file cache
         assert_eq!(with("max", "314572800"), Some(200 * MIB));
         assert_eq!(with("209715200", "314572800"), Some(100 * MIB));
         assert_eq!(with("1048576", "max"), Some(0));

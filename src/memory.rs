@@ -1,19 +1,19 @@
-//! Memory that is large and fresh. The system makes a page ready when it is first written to: in pages of 4 KiB that takes several
-//! times as long as to write, in large ones a quarter of that.
+//! Large, fresh allocations. The system prepares a page at its first write: with pages of 4 KiB that takes several
+//! times as long as the write itself, with large pages a quarter of that.
 
 use std::alloc::{Layout, alloc_zeroed};
 
 use half::f16;
 
-/// Half of so much lies in whole large pages, wherever it begins.
+/// Least size for large pages: at least half of so many bytes lies in whole large pages, at any alignment.
 #[cfg(target_os = "linux")]
 const LEAST_BYTES: usize = 4 << 20;
-/// What a large page holds on most systems.
+/// Size of a large page on most systems.
 #[cfg(target_os = "linux")]
 const PAGE: usize = 2 << 20;
 
-/// Asks for large pages for what is yet to be written to, nearly all of it. What is small stays as it is, and so does all where the
-/// system has no such pages.
+/// Requests large pages for memory of which nearly all is yet to be written. Small allocations stay as they are, and so
+/// do all where the system has no large pages.
 pub(crate) fn ask_for_large_pages<T>(memory: &mut [T]) {
     #[cfg(not(target_os = "linux"))]
     let _ = memory;
@@ -22,15 +22,15 @@ pub(crate) fn ask_for_large_pages<T>(memory: &mut [T]) {
         let range = memory.as_mut_ptr_range();
         let start = range.start.cast::<u8>();
         let (first, end) = (start.addr().next_multiple_of(PAGE), range.end.addr() / PAGE * PAGE);
-        // SAFETY: whole pages inside of memory that is ours; its contents stay as they are.
+        // SAFETY: whole pages inside our own memory; their contents do not change.
         unsafe { libc::madvise(start.with_addr(first).cast(), end - first, libc::MADV_HUGEPAGE) };
     }
 }
 
-/// Gives memory that was freed back to the system, where it is kept for later: after a vote that is some of what the vote took.
+/// Returns freed memory that the allocator keeps to the system, such as memory that a vote took.
 pub(crate) fn trim() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: what is in use stays as it is.
+    // SAFETY: memory in use is not touched.
     unsafe {
         libc::malloc_trim(0)
     };
@@ -53,18 +53,18 @@ unsafe impl Number for f32 {}
 // SAFETY: all zero bits are 0.0.
 unsafe impl Number for f16 {}
 
-/// [`zeros`], where nothing can be done without them.
+/// Returns [`zeros`], or aborts where memory runs out.
 pub(crate) fn must_have_zeros<T: Number + Clone + Default>(n: usize) -> Vec<T> {
     zeros(n).unwrap_or_else(|| vec![T::default(); n])
 }
 
-/// `n` zeros, of which none takes up memory before it is written to; None where the system has not as much.
+/// Allocates `n` zeros, which take no physical memory before they are written to; None where memory runs out.
 pub(crate) fn zeros<T: Number>(n: usize) -> Option<Vec<T>> {
     let layout = Layout::array::<T>(n).ok()?;
     if layout.size() == 0 {
         return Some(Vec::new());
     }
-    // SAFETY: the layout is not empty; it is that of a vector of as many numbers, which may be all zero bits.
+    // SAFETY: the layout is not empty and matches a vector of `n` numbers, for which all-zero bits are valid.
     let mut zeros = unsafe {
         let start = alloc_zeroed(layout).cast::<T>();
         if start.is_null() {

@@ -1,4 +1,4 @@
-//! One sequence from prompt to answer: prefill, vote, compact, generate. The loop that every front end shares.
+//! One sequence from prompt to answer: prefill, vote, compact, generate. All front ends share this loop.
 
 #![forbid(unsafe_code)]
 
@@ -38,14 +38,15 @@ use crate::policy::{self, Kind, PolicyError};
 pub use crate::vote::CompressReport;
 use crate::vote::{self, Sequence, VoteError, Voter};
 
-/// The sequence that holds the conversation.
+/// Id of the only sequence in a session's context.
 const SEQ: SeqId = 0;
-/// Tokens of an answer that nobody set a length for, where the model was trained for no longer text: enough to say something, and an
-/// end to what may be nonsense.
+/// Tokens of an answer without a set length, where the context length of the model's training is nearly used up or
+/// exceeded: enough for a useful answer, and a bound on degenerate output.
 pub const LEAST_ANSWER: usize = 512;
 
-/// What can go wrong in a session. The session stays as it was before the call. Where that cannot be, because memory runs out
-/// for the way back too, or because recurrent layers have lost their state, it is empty afterwards: [`Session::n_past`] is 0.
+/// Errors of a session. After an error the session is as before the call. There are two exceptions, after which the
+/// session is empty ([`Session::n_past`] is 0): memory runs out while the old state is restored, or recurrent layers
+/// have lost their state.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     #[error(transparent)]
@@ -86,7 +87,7 @@ pub enum SessionError {
 impl From<VoteError> for SessionError {
     fn from(error: VoteError) -> Self {
         match error {
-            // a caller who cancels should not need to know where it was noticed
+            // report cancellation as the same variant, wherever it was noticed
             VoteError::Llama(error) => Self::Llama(error),
             VoteError::Saved(reason) => Self::Saved(reason),
             error => Self::Vote(error),
@@ -94,29 +95,32 @@ impl From<VoteError> for SessionError {
     }
 }
 
-/// How to make a session.
+/// Parameters of a new session.
 #[derive(Clone, Debug, Default)]
 pub struct SessionParams {
     pub context: ContextParams,
     pub policy: policy::Params,
-    /// Account for the rounding of a quantized K cache in the vote: see `src/score.rs`.
+    /// Account for the rounding of a quantized K cache in the vote; see `src/score.rs`.
     pub account_error: bool,
-    /// Cells that the cache may grow to where a text needs more than it was made with; 0: it does not grow.
+    /// Largest number of cells that the cache may grow to when a text does not fit. 0: the cache does not grow.
     pub grow_to: u32,
-    /// Whether rows that leave the cache can come back.
+    /// Whether rows that leave the cache are kept, so that they can come back.
     pub recall: Recall,
-    /// How they are set aside: [`RecallType::Q8_0`] takes half the bytes of f16, and they come back rounded.
+    /// Storage type of rows outside the cache. [`RecallType::Q8_0`] takes half the bytes of f16, and rows come back
+    /// rounded.
     pub recall_type: RecallType,
-    /// More questions may follow upon the next answer. Where rows that leave the cache are lost, a vote for an answer that does not
-    /// look at the text then drops none of it: it says nothing about what will be asked.
+    /// Whether more questions may follow the next answer. If so, and if rows that leave the cache are lost, a vote
+    /// before an answer drops nothing when that answer does not attend to the text: the vote then says nothing about
+    /// later questions.
     pub more_questions: bool,
-    /// While an answer is written, choose the cells anew every so many tokens, where something is set aside: see
+    /// Interval, in tokens of an answer, at which the cells are chosen anew while rows are set aside; see
     /// [`Session::renew`]. 0: never.
     pub renew: usize,
 }
 
 impl SessionParams {
-    /// The context that a session with `n_ctx` cells of its own asks llama.cpp for.
+    /// Returns the context parameters for a session with `n_ctx` usable cells, including the spare cells that votes
+    /// need.
     pub fn with_spare_cells(&self, n_ctx: usize) -> ContextParams {
         let mut context = self.context.clone();
         context.n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
@@ -129,23 +133,24 @@ impl SessionParams {
     }
 }
 
-/// One sequence in one context.
+/// A conversation: one sequence in a llama.cpp context of its own.
 pub struct Session {
     ctx: Context,
-    /// What compression needs; absent under the `full` policy, which leaves llama.cpp alone.
+    /// Votes and captures. None under the policy `full`, which runs llama.cpp unchanged.
     voter: Option<Voter>,
     sequence: Sequence,
-    /// What the heads dropped, where that is more than the cache could.
+    /// Attention mask over the rows that heads dropped, where heads keep unequal numbers of rows
+    /// ([`policy::Params::exact`]).
     mask: Option<Mask>,
     policy: policy::Params,
-    /// As the caller asked for it.
+    /// Context parameters as the caller gave them.
     context: ContextParams,
-    /// Cells that the caller asked for; the context has some more for votes.
+    /// Cells that the caller asked for. The context has more, as spare cells for votes.
     n_ctx: usize,
-    /// Cells that there may be later.
+    /// Largest number of cells that the cache may grow to.
     grow_to: usize,
     stuck: Option<Stuck>,
-    /// Of those, the ones that may be used now.
+    /// Cells that may be used now; at most `n_ctx`.
     limit: usize,
     chunk: usize,
     renew: usize,
@@ -153,14 +158,17 @@ pub struct Session {
     known: vote::Known,
     /// Ascending by position.
     marks: Vec<Mark>,
-    /// Next-token logits: those of the newest token, kept because the probe overwrites llama.cpp's.
+    /// Next-token logits after the newest token, `[n_vocab]`. A copy, because the probe pass overwrites llama.cpp's
+    /// own.
     logits: Vec<f32>,
 }
 
 impl Session {
+    /// Creates a session with a context of its own.
+    ///
     /// # Errors
-    /// [`SessionError::Policy`] for nonsense settings, [`SessionError::Unsupported`] for models without a cache that can be
-    /// compacted (unless the policy is `full`), or whatever creating the context fails with.
+    /// [`SessionError::Policy`] for invalid settings; [`SessionError::Unsupported`] for models whose cache cannot be
+    /// compacted (unless the policy is `full`); any error of creating the context.
     pub fn new(model: &Model, params: &SessionParams) -> Result<Self, SessionError> {
         params.policy.validate()?;
         let compresses = params.policy.policy != Kind::Full;
@@ -204,37 +212,37 @@ impl Session {
         })
     }
 
-    /// The context underneath.
+    /// Returns the llama.cpp context.
     pub fn context(&self) -> &Context {
         &self.ctx
     }
 
-    /// The model.
+    /// Returns the model.
     pub fn model(&self) -> &Model {
         self.ctx.model()
     }
 
-    /// Tokens so far: the position of the next one.
+    /// Number of tokens read so far, which is the position of the next token.
     pub fn n_past(&self) -> Pos {
         self.sequence.n_past
     }
 
-    /// What its cells hold.
+    /// Returns the sequence: its tokens, and what its cells hold.
     pub fn sequence(&self) -> &Sequence {
         &self.sequence
     }
 
-    /// Cells that the session may use (`-c`).
+    /// Number of cells that the session may use (`-c`).
     pub fn n_ctx(&self) -> usize {
         self.n_ctx
     }
 
-    /// From now on uses at most `n` of its cells, as if it had been made with so many; what it holds stays.
+    /// Limits the session to `n` cells, as if it had been created with so many. Cells that are in use stay.
     pub fn limit_cells(&mut self, n: usize) {
         self.limit = n.min(self.n_ctx);
     }
 
-    /// Cells in use.
+    /// Number of cells in use.
     pub fn cells_used(&self) -> usize {
         match &self.voter {
             Some(_) => cache::cells(&self.ctx, SEQ).len(),
@@ -242,28 +250,29 @@ impl Session {
         }
     }
 
-    /// Bytes of K and V in one cell, where the cache's layout is known.
+    /// Bytes of K and V in one cell; None where the layout of the cache is not known.
     pub fn bytes_per_cell(&self) -> Option<usize> {
         Layout::of(&self.ctx, SEQ).ok().map(|l| l.bytes_per_cell())
     }
 
-    /// What is known of the cache, where it can be compressed.
+    /// Layout of the cache; None under the policy `full`.
     pub(crate) fn layout(&self) -> Option<&Layout> {
         self.voter.as_ref().map(|voter| &voter.layout)
     }
 
-    /// A flag that stops a running call when set: it answers with [`LlamaError::Cancelled`], or [`Stop::Cancelled`].
+    /// Returns a flag that cancels a running call when set. The call then fails with [`LlamaError::Cancelled`], or ends
+    /// with [`Stop::Cancelled`].
     pub fn cancel_flag(&self) -> Arc<AtomicBool> {
         self.ctx.cancel_flag()
     }
 
-    /// The settings of the vote.
+    /// Returns the settings of the vote.
     pub fn policy(&self) -> &policy::Params {
         &self.policy
     }
 
-    /// Says that the first `n` tokens are the system message, which stays under the setting `protect`; also of what is read
-    /// after [`Session::clear`]. A saved session does not carry it.
+    /// Marks the first `n` tokens as the system message, which the setting `protect` keeps. The mark survives
+    /// [`Session::clear`] and applies to the text read afterwards. A saved session does not contain the mark.
     pub fn set_system_tokens(&mut self, n: usize) {
         if let Some(voter) = &mut self.voter {
             voter.system_end = Pos::try_from(n).unwrap_or(Pos::MAX);
@@ -273,8 +282,9 @@ impl Session {
     /// Changes the settings of later votes.
     ///
     /// # Errors
-    /// [`SessionError::Policy`] for nonsense, [`SessionError::Fixed`] for what the session was made with: `window`, `sinks`,
-    /// more `samples` than there are cells set aside for, or a change from or to the policy `full`.
+    /// [`SessionError::Policy`] for invalid settings; [`SessionError::Fixed`] for a setting that is fixed when the
+    /// session is created: `window`, `sinks`, `samples`, `draft` or `replay` beyond the spare cells, or a change from
+    /// or to the policy `full`.
     pub fn set_policy(&mut self, policy: policy::Params, account_error: bool) -> Result<(), SessionError> {
         policy.validate()?;
         let old = &self.policy;
@@ -299,7 +309,7 @@ impl Session {
         Ok(())
     }
 
-    /// Cells that were set aside for votes.
+    /// Number of spare cells for votes.
     fn spare(&self) -> usize {
         self.ctx.n_ctx() - self.n_ctx
     }
@@ -320,7 +330,7 @@ impl Session {
         }
     }
 
-    /// Changes what becomes of rows that leave the cache. Those that are set aside elsewhere are given up.
+    /// Changes what happens to rows that leave the cache. Rows that are set aside in another place are discarded.
     pub fn set_recall(&mut self, recall: Recall) {
         let Some(voter) = &mut self.voter else { return };
         voter.recall = recall.clone();
@@ -329,12 +339,13 @@ impl Session {
         }
     }
 
-    /// Decodes a prompt (or a further turn) and keeps the next-token logits. `progress(done, of)` is called after each
-    /// ubatch; breaking cancels. Rows that left the cache come back first, as far as there are cells for them and the prompt.
+    /// Decodes a prompt (or a further turn) and keeps the next-token logits. Before that, rows that left the cache come
+    /// back, as far as cells are free for them and the prompt. Calls `progress(done, of)` after each ubatch; a break
+    /// cancels.
     ///
     /// # Errors
-    /// [`SessionError::PromptTooLong`], [`LlamaError::Cancelled`] and others; the session is then as before, but rows that came
-    /// back are in the cache. [`LlamaError::NotANumber`]: it has read the prompt.
+    /// [`SessionError::PromptTooLong`], [`LlamaError::Cancelled`] and other errors of decoding: the session is as
+    /// before, but rows that came back stay in the cache. [`LlamaError::NotANumber`]: the prompt has been read.
     pub fn prefill(
         &mut self,
         tokens: &[Token],
@@ -375,8 +386,10 @@ impl Session {
         Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), expanded, squeezes: Squeezes::default() })
     }
 
+    /// Copies the next-token logits of the last decode.
+    ///
     /// # Errors
-    /// [`LlamaError::NotANumber`]; there are no logits then.
+    /// [`LlamaError::NotANumber`]; no logits are kept then.
     fn keep_logits(&mut self) -> Result<(), LlamaError> {
         self.logits.clear();
         let logits = self.ctx.logits()?;
@@ -394,7 +407,7 @@ impl Session {
         }
     }
 
-    /// Next-token logits of the newest token. `[n_vocab]`; empty before the first prefill.
+    /// Next-token logits after the newest token, `[n_vocab]`; empty before the first prefill.
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
@@ -402,8 +415,8 @@ impl Session {
     /// Decodes one token and keeps its next-token logits.
     ///
     /// # Errors
-    /// [`LlamaError::NoCells`] when the cache is full, [`LlamaError::Cancelled`]; the session is then as before.
-    /// [`LlamaError::NotANumber`]; the session has read the token then, and the next call must be a prefill, or [`Session::clear`].
+    /// [`LlamaError::NoCells`] when the cache is full, [`LlamaError::Cancelled`]: the session is as before.
+    /// [`LlamaError::NotANumber`]: the token has been read, and the next call must be a prefill or [`Session::clear`].
     pub fn decode(&mut self, token: Token) -> Result<(), SessionError> {
         let mut batch = Batch::new(1);
         batch.add(token, self.n_past(), SEQ, true)?;
@@ -421,10 +434,11 @@ impl Session {
         Ok(())
     }
 
-    /// A sampler that knows what the session has read, for an answer of `n_predict` tokens (see [`Session::generate`]).
+    /// Creates a sampler that has accepted all tokens of the session, for an answer of `n_predict` tokens (see
+    /// [`Session::generate`]).
     ///
     /// # Errors
-    /// Those of [`Sampler::new`].
+    /// Errors of [`Sampler::new`].
     pub fn sampler(&self, params: &SamplerParams, n_predict: i32) -> Result<Sampler, LlamaError> {
         let tokens = self.sequence.tokens();
         let most = match usize::try_from(n_predict) {
@@ -436,21 +450,24 @@ impl Session {
         Ok(sampler)
     }
 
-    /// Position where an answer ends whose length nobody has set.
+    /// Returns the position at which an answer without a set length ends.
     fn end_of_answer(&self) -> usize {
         self.model().n_ctx_train().max(self.n_past() as usize + LEAST_ANSWER)
     }
 
-    /// Generates up to `n_predict` tokens (negative: until the model ends, or has come as far as it was trained for; [`LEAST_ANSWER`]
-    /// tokens where that is near or behind).
-    /// `on_token` gets each token before it is decoded; the last one, if it ends the generation, is not passed on and not
-    /// decoded. It is voted on where [`Session::set_vote`] says so, and the cells are chosen anew from time to time where
-    /// [`SessionParams::renew`] does. Where the cells run out, those that the policy can spare are freed; under the policy `full`, and
-    /// where too few can be spared, that is the end, and so is that of a model's table of positions.
+    /// Generates up to `n_predict` tokens. A negative `n_predict` means: until the model ends its turn or the sequence
+    /// reaches the context length of the training; where that is near or passed, at most [`LEAST_ANSWER`] tokens.
+    ///
+    /// Calls `on_token` with each token before it is decoded. An end-of-generation token is neither passed to
+    /// `on_token` nor decoded.
+    ///
+    /// The answer is voted on as [`Session::set_vote`] says, and the cells are chosen anew at the interval
+    /// [`SessionParams::renew`]. When no cell is free, the policy frees cells. The generation ends where it cannot free
+    /// enough, under the policy `full`, and where the model has no further positions.
     ///
     /// # Errors
-    /// [`LlamaError::NoLogits`] without a prompt; whatever decoding fails with. A full cache and a cancelled run are no
-    /// errors but a [`Stop`].
+    /// [`LlamaError::NoLogits`] without a prompt, and any error of decoding. A full cache and a cancelled run are not
+    /// errors: they end with a [`Stop`].
     pub fn generate(
         &mut self,
         sampler: &mut Sampler,
@@ -491,7 +508,7 @@ impl Session {
                         vote = Some(AnswerVote { after: tokens, report });
                     }
                     Err(error) if when::ends_answer(&error) => break Stop::Cancelled,
-                    // the answer goes on with the cells that there are
+                    // the answer continues with the present cells
                     Err(error) => unvoted = Some(error.to_string()),
                 }
                 free = self.room();
@@ -543,8 +560,9 @@ impl Session {
         Ok(GenerateReport { tokens, time: start.elapsed(), stop, vote, unvoted, squeezes, renewals })
     }
 
-    /// From this position on the session can be cut exactly: see [`Session::truncate`]. At 0 it always can. Where everything that
-    /// left the cache is set aside, what a vote dropped is no obstacle.
+    /// Returns the first position at which the session can be truncated exactly; see [`Session::truncate`]. Position 0
+    /// is always possible. Where all rows that left the cache are set aside, the rows that votes dropped do not limit
+    /// the position.
     pub fn exact_from(&self) -> Pos {
         let compressed = match self.mask {
             None => self.sequence.can_be_cut_from(self.cells_used()),
@@ -553,13 +571,13 @@ impl Session {
         cache::cut_from(&self.ctx, SEQ).max(compressed).min(self.n_past())
     }
 
-    /// Forgets the tokens from position `pos` on. The next call must be a prefill, unless the place was marked: see
+    /// Removes the tokens from position `pos` on. The next call must be a prefill, unless `pos` was marked; see
     /// [`Session::mark`].
     ///
     /// # Errors
-    /// [`SessionError::Compressed`] inside the part whose cells hold different tokens in different heads, unless all others are set
-    /// aside; where a sliding window would miss tokens that it dropped since; and with recurrent layers. [`SessionError::Vote`]
-    /// where memory runs out. The session is then as before.
+    /// [`SessionError::Compressed`] in three cases: inside the part with composite cells, unless all other rows are set
+    /// aside; where a sliding window would lack tokens that it has dropped since; and with recurrent layers.
+    /// [`SessionError::Vote`] where memory runs out. The session is then as before.
     pub fn truncate(&mut self, pos: Pos) -> Result<(), SessionError> {
         let exact_from = self.exact_from();
         if pos < exact_from && pos > 0 {
@@ -581,7 +599,7 @@ impl Session {
         Ok(())
     }
 
-    /// Starts over with an empty cache.
+    /// Empties the cache and starts over.
     pub fn clear(&mut self) {
         self.ctx.clear();
         if let Some(voter) = &mut self.voter {

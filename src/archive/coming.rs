@@ -1,4 +1,4 @@
-//! Rows that a thread is still bringing into memory, while the cache is used.
+//! Rows that a thread is transferring into memory while the cache is in use.
 
 #![forbid(unsafe_code)]
 
@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use crate::backend;
 
-/// How many are on their way. A process that ends waits for them: their threads work with drivers.
+/// Number of transfers in progress. The process waits for them when it exits, because their threads use drivers.
 static ON_THE_WAY: Mutex<usize> = Mutex::new(0);
 static ARRIVED: Condvar = Condvar::new();
-/// It does not wait for longer: in a copy of the process that `fork()` made there are no such threads.
+/// Longest wait at exit. In a child made by `fork()` the transfer threads do not exist, so the count never reaches
+/// zero.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 struct Journey;
@@ -38,7 +39,7 @@ extern "C" fn wait_for_all() {
     let _ = ARRIVED.wait_timeout_while(n, PATIENCE, |n| *n > 0);
 }
 
-/// Bytes that are waited for where somebody asks for them, and where they are given up: the thread has ended then.
+/// Bytes in transfer. Both access and drop wait until the thread has ended.
 pub(super) struct Coming {
     thread: Mutex<Option<JoinHandle<Vec<u8>>>>,
     rows: OnceLock<Vec<u8>>,
@@ -46,7 +47,7 @@ pub(super) struct Coming {
 }
 
 impl Coming {
-    /// Has a thread do `fill`. Where the system starts none, it is done here and now.
+    /// Runs `fill` on a thread, or at once where no thread can be started.
     pub fn new(rows: Vec<u8>, fill: impl FnOnce(&mut [u8]) + Send + 'static) -> Self {
         let (len, journey) = (rows.len(), Journey::begin());
         let work = backend::elsewhere(move || {
@@ -55,7 +56,7 @@ impl Coming {
             drop(journey);
             rows
         });
-        // whoever comes first does it: a thread that is not started gives nothing back
+        // shared, because a failed spawn does not return its closure
         let work = Arc::new(Mutex::new(Some(work)));
         let take = |work: &Mutex<Option<_>>| work.lock().unwrap_or_else(PoisonError::into_inner).take();
         let theirs = work.clone();
@@ -80,7 +81,7 @@ impl Coming {
     }
 }
 
-/// What the thread has brought; nothing where it was asked before.
+/// Joins the thread and returns its bytes; empty if it was joined before.
 fn join(thread: &mut Option<JoinHandle<Vec<u8>>>) -> Vec<u8> {
     match thread.take().map(JoinHandle::join) {
         Some(Ok(rows)) => rows,
@@ -91,7 +92,7 @@ fn join(thread: &mut Option<JoinHandle<Vec<u8>>>) -> Vec<u8> {
 
 impl Drop for Coming {
     fn drop(&mut self) {
-        // a panic was told where it happened
+        // a panic was already reported by its thread
         let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner);
         thread.take().map(JoinHandle::join);
     }

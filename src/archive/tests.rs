@@ -1,9 +1,9 @@
-//! Rows that are set aside, in memory and in a file, are found again.
+//! Rows in an archive, in memory and in a file, are found again.
 
 use super::*;
 use crate::disk::PRETEND_DISK;
 
-/// Of two heads with rows of 3 and 5 bytes: one in memory, and one in a file.
+/// Returns archives of two heads with rows of 3 and 5 bytes: one in memory, one in a file.
 fn archives() -> [Archive; 2] {
     let folder = tempfile::tempdir().unwrap();
     let file = RecallFile::create(&folder.path().join("rows")).unwrap();
@@ -11,7 +11,7 @@ fn archives() -> [Archive; 2] {
     [None, Some(file)].map(|file| Archive { shape: shape.clone(), form: RecallType::Cache, file, batches: Vec::new() })
 }
 
-/// Sets rows aside: of each head those at its positions, whose bytes are the position.
+/// Sets rows of each head aside, at the given positions. Every byte of a row is its position.
 fn push(archive: &mut Archive, positions: [&[u32]; 2]) {
     let mut batch = archive.room(positions[0].len()).unwrap();
     for ((to, rows), positions) in batch.heads_mut().zip(positions) {
@@ -84,7 +84,7 @@ fn what_was_written_is_read_and_nothing_else() {
             assert_eq!(read(&bytes[..len], 5).unwrap_err(), ReadError::CutOff, "{len}");
         }
         assert_eq!(read(&bytes, 4).unwrap_err(), ReadError::Nonsense);
-        // the second position of the first head, which follows upon two numbers; then one that the other batch has
+        // the second position of the first head, behind two numbers: not ascending, then one that the other batch has
         for value in [0, 5] {
             bytes[20] = value;
             assert_eq!(read(&bytes, 5).unwrap_err(), ReadError::Nonsense);
@@ -126,7 +126,7 @@ fn the_newest_rows_come_back_first() {
     assert_eq!(newest(&[0, 4, 9], &[1, 2, 3, 7], 5), [0, 3, 4, 7, 9]);
     assert_eq!(newest(&[0, 4, 9], &[1, 2], 5), [0, 1, 2, 4, 9]);
     assert_eq!(newest(&[0, 4], &[], 2), [0, 4]);
-    // without room the newest one takes the place of the next
+    // without room, the newest one replaces the one before it
     assert_eq!(newest(&[0, 4], &[1, 7], 2), [0, 7]);
     assert_eq!(newest(&[0, 4], &[1], 2), [0, 4]);
 }

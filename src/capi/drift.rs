@@ -1,10 +1,11 @@
-//! Header, exports and Rust say the same. Types are the header's own; what can differ are signatures and names.
+//! Checks that the header and the exports agree. Types come from the header; only signatures and names can differ.
 
 use std::collections::BTreeSet;
 
 use super::header;
 
-/// Both have one type, or this does not compile; and the header has no other function.
+/// Fails to compile unless the export and the header's declaration have the same type, and lists the names for the test
+/// below.
 macro_rules! same {
     ($($name:ident $arguments:tt;)+) => {
         $(const _: () = {

@@ -1,4 +1,4 @@
-//! The handle, and the border between C and Rust.
+//! The handle, and the boundary between C and Rust.
 
 use std::cell::{RefCell, UnsafeCell};
 use std::ffi::{CString, c_char, c_void};
@@ -16,27 +16,27 @@ use crate::llama::LlamaError;
 use crate::sys::ggml_tensor;
 use crate::vote::VoteError;
 
-/// What a living handle begins with, and nothing else is likely to.
+/// First field of a living handle: a value unlikely to occur elsewhere.
 const ALIVE: u64 = 0x6776_6f74_6520_6865;
 
-/// What `gvote_t *` points to.
+/// The type behind `gvote_t *`.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 pub struct gvote_t {
     alive: AtomicU64,
     busy: AtomicBool,
     cancel: Arc<AtomicBool>,
-    /// Touched by whoever has set `busy`.
+    /// Accessed only by the call that has set `busy`.
     core: UnsafeCell<Core>,
     last_error: UnsafeCell<CString>,
 }
 
-/// A handle's own.
+/// The part of a handle that a call works on.
 pub(super) struct Core {
     pub guest: Guest,
     pub log: Option<(unsafe extern "C" fn(gvote_log_level, *const c_char, *mut c_void), *mut c_void)>,
     pub progress: Option<(unsafe extern "C" fn(gvote_stage, *mut c_void) -> bool, *mut c_void)>,
-    /// The warning that nothing is listened to any more was given.
+    /// Whether the app was warned that the forward pass cannot be read any more.
     pub has_warned: bool,
 }
 
@@ -50,7 +50,7 @@ impl Core {
     }
 }
 
-/// A status, and more words about it.
+/// Status of a failed call, with a message.
 #[derive(Debug)]
 pub(super) struct Failure {
     pub status: gvote_status,
@@ -114,7 +114,7 @@ fn c_text(text: &str) -> CString {
 }
 
 thread_local! {
-    /// The last failure without a handle to keep it in.
+    /// Message of the last failure on this thread that has no handle to store it in.
     static LAST_ERROR: RefCell<CString> = RefCell::default();
 }
 
@@ -137,7 +137,7 @@ impl gvote_t {
             return Err(busy());
         }
         handle.alive.store(0, Ordering::Relaxed);
-        // SAFETY: made by `leak`, and nobody else has it: a second call finds it neither alive nor free.
+        // SAFETY: made by `leak`, and exclusively ours: any other call finds the handle dead or busy.
         drop(unsafe { Box::from_raw(g) });
         Ok(())
     }
@@ -155,7 +155,7 @@ fn living<'a>(g: *const gvote_t) -> Result<&'a gvote_t, Failure> {
     if !g.is_aligned() {
         return Err(wrong());
     }
-    // SAFETY: a pointer that the caller says is a handle; of what it is not, only a number is read.
+    // SAFETY: the caller guarantees a handle; of anything else only this number is read.
     unsafe {
         if (*g).alive.load(Ordering::Relaxed) != ALIVE {
             return Err(wrong());
@@ -164,7 +164,7 @@ fn living<'a>(g: *const gvote_t) -> Result<&'a gvote_t, Failure> {
     }
 }
 
-/// Runs what may fail or panic, and keeps the reason for the thread.
+/// Runs a function that may fail or panic, and stores the message of a failure for the thread.
 pub(super) fn guarded(f: impl FnOnce() -> Result<(), Failure>) -> gvote_status {
     match caught(f) {
         Ok(()) => GVOTE_OK,
@@ -183,7 +183,7 @@ fn caught<T>(f: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     })
 }
 
-/// Lets go of a handle at the end of a call.
+/// Releases a handle at the end of a call.
 struct Held<'a>(&'a AtomicBool);
 
 impl Drop for Held<'_> {
@@ -192,7 +192,7 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Runs a call with a handle, and keeps the reason of a failure in it.
+/// Runs a call on a handle, and stores the message of a failure in the handle.
 pub(super) fn call(g: *mut gvote_t, f: impl FnOnce(&mut Core) -> Result<(), Failure>) -> gvote_status {
     let mut status = GVOTE_OK;
     let outcome = guarded(|| {
@@ -216,7 +216,7 @@ pub(super) fn call(g: *mut gvote_t, f: impl FnOnce(&mut Core) -> Result<(), Fail
 
 pub(super) fn last_error(g: *const gvote_t) -> *const c_char {
     match living(g) {
-        // SAFETY: read between two calls, as the header asks for.
+        // SAFETY: the header requires this to be called between two calls, not during one.
         Ok(handle) => unsafe { (*handle.last_error.get()).as_ptr() },
         Err(_) => LAST_ERROR.with_borrow(|last| last.as_ptr()),
     }
@@ -227,9 +227,9 @@ pub(super) fn set_cancelled(g: *const gvote_t, cancelled: bool) -> Result<(), Fa
     Ok(())
 }
 
-/// A node of a graph that a context decodes; see [`Guest::on_node`].
+/// Handles a node of a graph that a context decodes; see [`Guest::on_node`].
 pub(super) fn on_node(g: *const gvote_t, t: *mut ggml_tensor, ask: bool) -> bool {
-    // what nobody looks at is not asked for, and never ends a graph
+    // this answer asks for no node and never ends a graph
     let nobody = !ask;
     let Ok(handle) = living(g) else { return nobody };
     if t.is_null() || handle.busy.swap(true, Ordering::Acquire) {
@@ -239,7 +239,7 @@ pub(super) fn on_node(g: *const gvote_t, t: *mut ggml_tensor, ask: bool) -> bool
     // SAFETY: `busy` was free and is ours until the end of this function.
     let core = unsafe { &mut *handle.core.get() };
     catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: ggml's own node.
+        // SAFETY: a node that ggml passes to the eval callback.
         let answer = unsafe { core.guest.on_node(t, ask) };
         if let Some(reason) = core.guest.deaf_reason().filter(|_| !core.has_warned) {
             core.has_warned = true;

@@ -1,4 +1,4 @@
-//! Settings as C has them.
+//! Settings as C structs.
 
 #![forbid(unsafe_code)]
 
@@ -27,7 +27,8 @@ const EVICTS: [(gvote_evict, Evict); 2] =
 const RECALL_TYPES: [(gvote_recall_type, RecallType); 2] =
     [(GVOTE_RECALL_TYPE_CACHE, RecallType::Cache), (GVOTE_RECALL_TYPE_Q8_0, RecallType::Q8_0)];
 
-/// Structs grow by fields of four and eight bytes at the end; what lies before is understood.
+/// Granularity of struct sizes: structs grow at the end, by fields of four and eight bytes, and shorter ones remain
+/// valid.
 const STEP: usize = 8;
 
 /// Whether a caller may have been compiled with a struct of this size.
@@ -44,7 +45,7 @@ pub(super) fn policy_number(kind: Kind) -> gvote_policy {
     POLICIES.iter().find(|entry| entry.1 == kind).map_or(GVOTE_POLICY_GVOTE, |entry| entry.0)
 }
 
-/// The settings as C has them.
+/// Converts settings to the C struct.
 pub(super) fn of(settings: &Settings) -> gvote_params {
     let Settings { policy: params, account_error, recall, recall_type, when } = settings;
     let evict = EVICTS.iter().find(|entry| entry.1 == params.evict).map_or(GVOTE_EVICT_COMPOSITE, |entry| entry.0);
@@ -91,7 +92,7 @@ pub(super) fn of(settings: &Settings) -> gvote_params {
     }
 }
 
-/// What an app has that asks for nothing else.
+/// Settings that apply where the app passes none.
 fn default_settings() -> Settings {
     Settings { recall: Recall::Auto, when: When::Auto, ..Settings::default() }
 }
@@ -100,13 +101,13 @@ pub(super) fn defaults() -> gvote_params {
     of(&default_settings())
 }
 
-/// Fills a caller's struct.
+/// Fills the caller's struct.
 pub(super) fn write(to: *mut gvote_params, params: &gvote_params) -> Result<(), Failure> {
     ptr::write_sized(to, "gvote_params", params, is_known_size::<gvote_params>)
 }
 
-/// A caller's settings; the defaults for NULL. Their bounds are the guest's to check. `now`: where rows are set aside so far; a file
-/// of the same name is not made anew.
+/// Converts the caller's settings; NULL means the defaults. [`crate::guest::Guest`] checks their bounds. `now`: present
+/// destination of rows that leave the cache. A recall file with the same path is reused, not created again.
 pub(super) fn read(from: *const gvote_params, now: &Recall) -> Result<Settings, Failure> {
     if from.is_null() {
         return Ok(default_settings());
@@ -121,7 +122,7 @@ pub(super) fn read(from: *const gvote_params, now: &Recall) -> Result<Settings, 
         return Err(unknown("flags", params.flags));
     }
     let has = |flag: u32| params.flags & flag != 0;
-    // 0 is none; whatever else is out of bounds is to be refused, not taken for none
+    // 0 means none; other values out of bounds must be refused
     let optional = |x: f32| if x == 0.0 { None } else { Some(x) };
     let policy = Params {
         policy: policy.ok_or_else(|| unknown("policy", params.policy))?.1,

@@ -1,6 +1,6 @@
-//! Every pointer that C hands in becomes a reference or a value here.
+//! Turns every pointer that C passes into a reference or a value.
 //!
-//! What a pointer points to is the caller's promise: the header says what each one has to be. NULL is not trusted.
+//! The header states what each pointer must point to, and the caller guarantees it. Only NULL is checked.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr::NonNull;
@@ -14,22 +14,22 @@ pub(super) fn null(what: &str) -> Failure {
     Failure::new(GVOTE_ERROR_NULL, format!("{what} is NULL"))
 }
 
-/// A context.
+/// Checks a context for NULL.
 pub(super) fn context(ctx: *mut llama_context) -> Result<NonNull<llama_context>, Failure> {
     NonNull::new(ctx).ok_or_else(|| null("ctx"))
 }
 
-/// The size that a caller's struct begins with. Of one that is to be filled nothing else need be initialised.
+/// Reads the size field that a caller's struct begins with. The rest of an output struct may be uninitialised.
 pub(super) fn size_in<T>(object: *const T, what: &str, is_known: impl Fn(usize) -> bool) -> Result<usize, Failure> {
     if object.is_null() {
         return Err(null(what));
     }
-    // SAFETY: a caller's struct begins with a size_t, whatever the alignment of its memory.
+    // SAFETY: the caller's struct begins with a size_t; its memory may be unaligned.
     let size = unsafe { object.cast::<usize>().read_unaligned() };
     if is_known(size) { Ok(size) } else { Err(super::params::unknown_size(what, size, size_of::<T>())) }
 }
 
-/// Writes the first bytes of a struct to the caller's one, as far as its size says it reaches. The size stays.
+/// Copies a struct to the caller's one, up to the size that the caller's states. The size field stays.
 pub(super) fn write_sized<T: Copy>(
     object: *mut T,
     what: &str,
@@ -37,7 +37,7 @@ pub(super) fn write_sized<T: Copy>(
     is_known: impl Fn(usize) -> bool,
 ) -> Result<(), Failure> {
     let rest = size_of::<usize>()..size_in(object, what, is_known)?.min(size_of::<T>());
-    // SAFETY: both structs have so many bytes at least, and are two.
+    // SAFETY: both structs have at least so many bytes, and do not overlap.
     unsafe {
         let from = std::ptr::from_ref(value).cast::<u8>().add(rest.start);
         std::ptr::copy_nonoverlapping(from, object.cast::<u8>().add(rest.start), rest.len());
@@ -45,7 +45,7 @@ pub(super) fn write_sized<T: Copy>(
     Ok(())
 }
 
-/// A copy of `default` whose first bytes are the caller's.
+/// Returns a copy of `default`, overwritten by as many bytes as the caller's struct has.
 pub(super) fn read_sized<T: Copy>(
     object: *const T,
     what: &str,
@@ -54,12 +54,12 @@ pub(super) fn read_sized<T: Copy>(
 ) -> Result<T, Failure> {
     let size = size_in(object, what, is_known)?.min(size_of::<T>());
     let mut value = default;
-    // SAFETY: the caller's struct has as many bytes as it says, and ours no fewer. It holds numbers and pointers: any bytes are a value.
+    // SAFETY: the caller guarantees `size` bytes, and ours has no fewer; all fields are numbers or pointers, for which any bytes are valid.
     unsafe { std::ptr::copy_nonoverlapping(object.cast::<u8>(), (&raw mut value).cast(), size) };
     Ok(value)
 }
 
-/// Writes a value that the caller must want.
+/// Writes a value to an output that must not be NULL.
 pub(super) fn write<T>(to: *mut T, value: T) -> Result<(), Failure> {
     if to.is_null() {
         return Err(null("the place for the answer"));
@@ -68,15 +68,15 @@ pub(super) fn write<T>(to: *mut T, value: T) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Writes a value that the caller may want.
+/// Writes a value to an output that may be NULL.
 pub(super) fn put<T>(to: *mut T, value: T) {
     if !to.is_null() {
-        // SAFETY: a caller's variable of this type.
+        // SAFETY: the caller guarantees a variable of this type.
         unsafe { to.write_unaligned(value) };
     }
 }
 
-/// Copies values to a buffer that has room for them.
+/// Copies values to a caller's buffer, which has room for them.
 pub(super) fn copy_to<T: Copy>(values: &[T], to: *mut T) -> Result<(), Failure> {
     if values.is_empty() {
         return Ok(());
@@ -84,12 +84,12 @@ pub(super) fn copy_to<T: Copy>(values: &[T], to: *mut T) -> Result<(), Failure> 
     if to.is_null() {
         return Err(null("the buffer"));
     }
-    // SAFETY: the caller says that the buffer has room for as many, whatever the alignment of its memory.
+    // SAFETY: the caller guarantees room for as many; the buffer may be unaligned.
     unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), to.cast(), size_of_val(values)) };
     Ok(())
 }
 
-/// A caller's buffer of bytes that the header wants to be written: by `gvote_state_get()`.
+/// Borrows the caller's buffer, which `gvote_state_get()` filled according to the header.
 pub(super) fn bytes<'a>(data: *const c_void, size: usize) -> Result<&'a [u8], Failure> {
     if data.is_null() {
         return Err(null("data"));
@@ -97,21 +97,21 @@ pub(super) fn bytes<'a>(data: *const c_void, size: usize) -> Result<&'a [u8], Fa
     if isize::try_from(size).is_err() {
         return Err(Failure::new(super::header::GVOTE_ERROR_SIZE, format!("no buffer has {size} bytes")));
     }
-    // SAFETY: the caller says that the buffer has as many bytes.
+    // SAFETY: the caller guarantees as many bytes.
     Ok(unsafe { std::slice::from_raw_parts(data.cast(), size) })
 }
 
-/// A caller's text.
+/// Borrows the caller's text.
 pub(super) fn text<'a>(text: *const c_char, what: &str) -> Result<&'a str, Failure> {
     if text.is_null() {
         return Err(null(what));
     }
-    // SAFETY: the caller says that it ends in a NUL.
+    // SAFETY: the caller guarantees a NUL at the end.
     let text = unsafe { CStr::from_ptr(text) };
     text.to_str().map_err(|_| Failure::new(GVOTE_ERROR_PARAMS, format!("{what} is not UTF-8")))
 }
 
-/// The last of a caller's tokens, `most` of them or all.
+/// Copies the last `most` of the caller's tokens, or all if fewer.
 pub(super) fn last_tokens(tokens: *const Token, n: usize, most: usize) -> Result<Vec<Token>, Failure> {
     if n == 0 {
         return Ok(Vec::new());
@@ -122,6 +122,6 @@ pub(super) fn last_tokens(tokens: *const Token, n: usize, most: usize) -> Result
     if n > isize::MAX as usize / size_of::<Token>() {
         return Err(Failure::new(super::header::GVOTE_ERROR_SIZE, format!("no text has {n} tokens")));
     }
-    // SAFETY: the caller says that there are as many tokens.
+    // SAFETY: the caller guarantees as many tokens.
     Ok((n - n.min(most)..n).map(|i| unsafe { tokens.add(i).read_unaligned() }).collect())
 }

@@ -1,4 +1,4 @@
-//! A vote, and its report as C has it.
+//! Votes, and their reports as C structs.
 
 use std::ops::ControlFlow;
 use std::ptr::NonNull;
@@ -12,7 +12,7 @@ use crate::policy::Bound;
 use crate::sys::llama_context;
 use crate::vote::{CompressReport, Stage};
 
-/// Told of each step of a vote.
+/// Called at each stage of a vote.
 type Progress<'a> = &'a dyn Fn(Stage) -> ControlFlow<()>;
 
 pub(super) fn vote(
@@ -29,7 +29,7 @@ pub(super) fn vote(
     Ok(())
 }
 
-/// Whether there was a vote.
+/// Votes on an answer if a vote is due. Returns whether there was a vote.
 pub(super) fn vote_if_due(
     core: &mut Core,
     ctx: *mut llama_context,
@@ -54,7 +54,8 @@ pub(super) fn make_room(
     Ok(())
 }
 
-/// Lets a guest vote, with the app's callback for progress, and fills the app's report where there was a vote. Whether there was one.
+/// Runs a vote with the app's progress callback, logs the result, and fills the app's report. Returns whether there was
+/// a vote.
 fn told(
     core: &mut Core,
     ctx: *mut llama_context,
@@ -66,7 +67,7 @@ fn told(
     let ctx = ptr::context(ctx)?;
     let is_known = params::is_known_size::<gvote_report>;
     if !report.is_null() {
-        // before anything happens
+        // check the size before anything changes
         ptr::size_in(report, "gvote_report", is_known)?;
     }
     let told = core.progress;

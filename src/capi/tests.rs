@@ -1,14 +1,14 @@
-//! What the C interface promises, seen by an app that uses llama.cpp on its own:
-//! - `votes`: a vote does what a session's does, and disturbs nothing;
-//! - `changes`: what an app does behind our back is noticed;
-//! - `steps`: gvote is out of the way while an app writes an answer, and misses nothing that matters;
-//! - `answers`: an answer is voted on once it is time to, and is the full cache's until then;
+//! Tests of the C interface, from the view of an app that uses llama.cpp itself:
+//! - `votes`: a vote equals a session's, and disturbs nothing else;
+//! - `changes`: changes that an app makes without gvote are noticed;
+//! - `steps`: the callback is removed during an answer, and gvote misses nothing that matters;
+//! - `answers`: an answer is voted on once a vote is due, and is the full cache's until then;
 //! - `room`: more tokens than cells, read as a session reads them;
-//! - `protect`: what an app names, and the template's markers where that is asked for, stay in every head;
-//! - `recall`: what a vote took out of the cache comes back;
-//! - `recall_file`: so it does from a file of the app's choice;
-//! - `walk`: whatever an app does in whatever order, no sequence meets the cells of another;
-//! - `saved`: what is known of a sequence can be saved, and only that is restored;
+//! - `protect`: positions that an app names, and the template's markers if the settings say so, stay in every head;
+//! - `recall`: rows that a vote removed from the cache come back;
+//! - `recall_file`: rows come back from a file of the app's choice;
+//! - `walk`: after random sequences of operations, no sequence sees the cells of another;
+//! - `saved`: the record of a sequence can be saved, and only a valid one is restored;
 //! - `abuse`: NULLs, sizes, wrong order, cancellation, several threads;
 //! - `each`: the same for each function, one by one.
 

@@ -1,7 +1,8 @@
-//! Whether the llama.cpp in the process is the one that gvote was built for.
+//! Checks that the llama.cpp in the process is the one that gvote was built for.
 //!
-//! gvote reaches into structures that llama.h does not show. Two checks stand before that: the version numbers that the
-//! libraries name, and, for each context, that members which the libraries' own functions point to lie where our headers say.
+//! gvote accesses structures that llama.h does not declare. Two checks come first: the version numbers of the loaded
+//! libraries, and, for each context, the addresses of members that exported functions return, which must match the
+//! offsets in our headers.
 
 use std::ffi::CStr;
 use std::ptr::NonNull;
@@ -10,7 +11,7 @@ use super::handle::Failure;
 use super::header::GVOTE_ERROR_VERSION;
 use crate::sys;
 
-/// The versions of the libraries that this process has loaded.
+/// Checks the versions of the libraries that this process has loaded.
 pub(super) fn check_libraries() -> Result<(), Failure> {
     // SAFETY: both return static strings.
     let (llama, ggml) = unsafe { (CStr::from_ptr(sys::llama_version()), CStr::from_ptr(sys::ggml_version())) };
@@ -19,7 +20,7 @@ pub(super) fn check_libraries() -> Result<(), Failure> {
 }
 
 fn compare(name: &str, found: &str, expected: &str) -> Result<(), Failure> {
-    // what comes behind the number says how it was built, as in 1.2.3-dev
+    // a suffix describes the build, as in 1.2.3-dev
     let number = found.split(['-', '+']).next().unwrap_or_default();
     if number == expected {
         return Ok(());
@@ -28,9 +29,9 @@ fn compare(name: &str, found: &str, expected: &str) -> Result<(), Failure> {
     Err(Failure::new(GVOTE_ERROR_VERSION, text))
 }
 
-/// The structures of a living context.
+/// Checks the layout of the structures of a living context.
 pub(super) fn check_context(ctx: NonNull<sys::llama_context>) -> Result<(), Failure> {
-    // SAFETY: the caller says that it is a living context; the shim calls exported functions and compares addresses.
+    // SAFETY: the caller guarantees a living context; the shim calls exported functions and compares addresses.
     let reason = unsafe { sys::gvote_shim_check_layout(ctx.as_ptr()) };
     if reason.is_null() {
         return Ok(());

@@ -1,13 +1,13 @@
-//! Which positions each head kept, a bit each.
+//! The positions that each head kept, one bit each.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Serialize, Serializer};
 
-/// A bit for each row and column.
+/// A matrix of bits.
 ///
-/// As text it is the base64 of its rows one after another. A row begins with a byte of its own; within a byte the lowest bit
-/// comes first.
+/// Serialised as the base64 of its rows, one after another. Each row begins with a new byte; within a byte the lowest
+/// bit comes first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bits {
     n_columns: usize,
@@ -15,7 +15,7 @@ pub struct Bits {
 }
 
 impl Bits {
-    /// `rows`: the columns that are set in each.
+    /// Creates a matrix. `rows`: the columns that are set in each row.
     pub(crate) fn new(n_columns: usize, rows: impl ExactSizeIterator<Item = Vec<i32>>) -> Self {
         let stride = n_columns.div_ceil(8);
         let mut bytes = vec![0; rows.len() * stride];
@@ -27,19 +27,19 @@ impl Bits {
         Self { n_columns, bytes }
     }
 
-    /// Columns that are set in a row, ascending.
+    /// Returns the columns that are set in a row, ascending.
     pub fn row(&self, row: usize) -> impl Iterator<Item = usize> + '_ {
         let stride = self.n_columns.div_ceil(8);
         let bytes = &self.bytes[row * stride..][..stride];
         (0..self.n_columns).filter(move |column| bytes[column / 8] >> (column % 8) & 1 == 1)
     }
 
-    /// Rows there are.
+    /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.bytes.len() / self.n_columns.div_ceil(8).max(1)
     }
 
-    /// As it is serialised.
+    /// Returns the serialised form.
     pub fn to_base64(&self) -> String {
         STANDARD.encode(&self.bytes)
     }

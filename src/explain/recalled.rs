@@ -1,40 +1,40 @@
-//! What left the cache while a prompt was read, and what of it is back.
+//! Rows that left the cache before the explained vote, and which of them are back.
 
 use serde::Serialize;
 
 use super::Bits;
 use crate::vote::Way;
 
-/// What left the cache before the vote that is explained, and what came back.
+/// Rows that left the cache before the explained vote and came back.
 #[derive(Debug, Clone, Serialize)]
 pub struct Recalled {
-    /// Tokens of each head that had left, mean over the heads.
+    /// Rows of each head that had left, mean over the heads.
     pub left: f64,
-    /// `[head][position]` what had left, and is in the cache after the vote.
+    /// Rows that had left and are in the cache after the vote, `[head][position]`.
     pub came_back: Bits,
-    /// `[position]` heads of which that is so.
+    /// Number of heads for which a token had left and is back, `[position]`.
     pub came_back_by: Vec<u32>,
-    /// The votes before it, in order.
+    /// The votes before the explained one, in order.
     pub votes: Vec<EarlierVote>,
 }
 
-/// A vote before the one that is explained.
+/// A vote before the explained one.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct EarlierVote {
-    /// Tokens that were read so far.
+    /// Number of tokens read by then.
     pub tokens: usize,
     pub cells_before: usize,
     pub cells_after: usize,
-    /// Tokens of each head that came back before it.
+    /// Number of rows of each head that came back before the vote.
     pub back: usize,
-    /// How many of these are in the cache after the last vote; mean over the heads.
+    /// How many of these rows are in the cache after the explained vote; mean over the heads.
     pub back_kept: f64,
-    /// How many of those that it set aside are in the cache after the last vote; mean over the heads.
+    /// How many of the rows that this vote set aside are in the cache after the explained vote; mean over the heads.
     pub dropped_kept: f64,
 }
 
 impl Recalled {
-    /// `kept`: what is in the cache after the last vote of `n` tokens. None where no vote came before it.
+    /// `kept`: rows in the cache after the explained vote of `n` tokens. Returns None where no vote came before.
     pub(crate) fn new(way: &Way, kept: &Bits, n: usize) -> Option<Self> {
         let n_heads = kept.n_rows();
         if way.votes.is_empty() || n_heads == 0 {
@@ -75,7 +75,7 @@ impl Recalled {
         })
     }
 
-    /// Tokens of each head that came back and are in the cache; mean over the heads.
+    /// Number of rows of each head that came back and are in the cache, mean over the heads.
     pub fn back(&self) -> f64 {
         f64::from(self.came_back_by.iter().sum::<u32>()) / self.came_back.n_rows() as f64
     }

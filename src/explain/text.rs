@@ -1,11 +1,12 @@
-//! Tokens as they can be shown: each its part of the text, and nothing that is invisible, moves the cursor, or turns the
-//! direction of what follows.
+//! Printable text of tokens: each token's part of the text, without characters that are invisible, move the cursor or
+//! change the writing direction.
 
-/// What each token shows, from its bytes. A character that is split over tokens is shown with the one that begins it; bytes
-/// that are no text, characters without a picture, and those that steer the layout become escapes. Newlines and tabs stay.
+/// Returns the printable text of each token, from its bytes. A character that is split over several tokens is shown
+/// with the token that begins it. Bytes that are not UTF-8, characters without a glyph, and those that control the
+/// layout become escapes. Newlines and tabs stay.
 pub fn shown(pieces: &[Vec<u8>]) -> Vec<String> {
     let mut texts = vec![String::new(); pieces.len()];
-    // the token of each byte
+    // index of the token of each byte
     let owners: Vec<usize> = pieces.iter().enumerate().flat_map(|(i, piece)| piece.iter().map(move |_| i)).collect();
     let bytes = pieces.concat();
     let mut at = 0;
@@ -25,7 +26,7 @@ pub fn shown(pieces: &[Vec<u8>]) -> Vec<String> {
 fn push(text: &mut String, c: char) {
     match c {
         '\n' | '\t' => text.push(c),
-        // their own pictures: U+2400 and following
+        // control pictures: U+2400 and following
         '\0'..='\x1f' => text.extend(char::from_u32(0x2400 + c as u32)),
         '\x7f' => text.push('\u{2421}'),
         c if steers(c) => text.extend(c.escape_unicode()),
@@ -33,7 +34,8 @@ fn push(text: &mut String, c: char) {
     }
 }
 
-/// Controls and format characters of Unicode (categories Cc, Cf, Zl, Zp) but the joiners, which shape Persian words and emoji.
+/// Unicode controls and format characters (categories Cc, Cf, Zl, Zp), except the joiners, which shape Persian words
+/// and emoji.
 fn steers(c: char) -> bool {
     matches!(c,
         '\u{80}'..='\u{9f}' | '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{180e}' | '\u{200b}'

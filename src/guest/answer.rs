@@ -1,6 +1,6 @@
-//! Votes on answers that an app has begun, as a session votes on its own: see [`crate::vote::When`].
+//! Votes within an answer of an app, as a session votes on its own; see [`crate::vote::When`].
 //!
-//! The app says before each of its steps where the answer began. Nothing but counters is looked at until a vote is due.
+//! Before each of its steps, the app says where the answer began. Only counters are read until a vote is due.
 
 #![forbid(unsafe_code)]
 
@@ -15,22 +15,22 @@ use crate::policy::Kind;
 use crate::sys::llama_context;
 use crate::vote::{CompressReport, Meter, Stage, When, Work};
 
-/// An answer that is being written.
+/// An answer in work.
 pub(super) struct Answer {
     start: Pos,
-    /// Where its sequence ended at the last call, and when that was.
+    /// End of the sequence at the last call; `clock` is the time of that call.
     end: Pos,
     clock: Clock,
-    /// The quickest step so far: whatever an app does between two steps, now and then, is not a step's own.
+    /// Duration of the quickest step so far. A single measurement may include work that the app did between two steps.
     step: Option<Duration>,
     meter: Meter,
 }
 
-/// A moment.
+/// A point in time.
 #[derive(Clone, Copy)]
 struct Clock {
     at: Instant,
-    /// Spent in graphs until then, as far as llama.cpp counts that.
+    /// Time spent in graphs until then, as counted by llama.cpp.
     in_graphs: Duration,
 }
 
@@ -39,7 +39,7 @@ impl Clock {
         Self { at: Instant::now(), in_graphs: ctx.decode_time() }
     }
 
-    /// What was decoded since another moment took so long; where nobody counts that, all that was done.
+    /// Time spent decoding since `earlier`; where llama.cpp does not count that, the wall-clock time.
     fn since(&self, earlier: &Self) -> Duration {
         let counted = self.in_graphs.checked_sub(earlier.in_graphs).filter(|time| !time.is_zero());
         counted.unwrap_or(self.at - earlier.at)
@@ -47,12 +47,12 @@ impl Clock {
 }
 
 impl Answer {
-    /// There is no other vote on it.
+    /// Prevents a further vote on this answer.
     pub fn was_voted_on(&mut self) {
         self.meter.stop();
     }
 
-    /// Notes that its sequence ends at a position now, and has `n` cells.
+    /// Records the present end of the sequence, with `n` cells.
     fn go_on(&mut self, end: Pos, n: usize, clock: Clock) {
         if end > self.end {
             let step = clock.since(&self.clock);
@@ -66,8 +66,8 @@ impl Answer {
 }
 
 impl Guest {
-    /// Votes on an answer that began at position `start`, if it is time to: called before each of its steps. There is one vote on an
-    /// answer at most, also where it failed.
+    /// Votes on an answer that began at position `start`, if a vote is due. The app calls this before each step of the
+    /// answer. An answer gets at most one vote, even if the vote fails.
     ///
     /// # Errors
     /// [`GuestError`]; the context is then as before.
@@ -111,7 +111,8 @@ impl Guest {
 }
 
 impl Home {
-    /// For an answer that begins in a sequence. What the others have in the cache is read at each step as the weights are.
+    /// Creates a meter for an answer that begins in a sequence. Each step reads the cells of the other sequences, as it
+    /// reads the weights, so their bytes count as weights.
     fn meter(&mut self, when: When, seq: SeqId) -> Meter {
         let (tokens, time) = self.voter.capture.take_read();
         self.costs.has_read(tokens, time);

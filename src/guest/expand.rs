@@ -1,4 +1,4 @@
-//! Rows that left the cache come back: see [`crate::archive`].
+//! Brings back rows that left the cache; see [`crate::archive`].
 
 use std::ptr::NonNull;
 
@@ -14,11 +14,12 @@ use crate::vote::Sequence;
 use crate::vote::Voter;
 
 impl Guest {
-    /// Brings back what votes took out of the cache of a sequence, as far as `needed` cells stay free beside those that a later vote
-    /// needs: all of it where there are so many, else the newest rows of each head. The cells that it has then.
+    /// Brings back rows that votes removed from the cache of a sequence: all of them if cells suffice, else the newest
+    /// rows of each head. Leaves `needed` cells free, besides the spare cells of a later vote. Returns the number of
+    /// cells of the sequence afterwards.
     ///
     /// # Errors
-    /// [`CompactError`] and those of [`Self::sequence`]; the context is then as before.
+    /// [`CompactError`], and errors of [`Self::sequence`]; the context is then as before.
     pub fn expand(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, needed: usize) -> Result<usize, GuestError> {
         let home = self.home_in(ctx)?;
         home.check_sequence(seq)?;
@@ -37,21 +38,22 @@ impl Guest {
         Ok(n)
     }
 
-    /// Bytes that rows of a sequence take which left the cache and can come back, in memory or in a file.
+    /// Bytes of the rows of a sequence that are set aside, in memory or in a file.
     ///
     /// # Errors
-    /// Those of [`Self::sequence`].
+    /// Errors of [`Self::sequence`].
     pub fn bytes_aside(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
         Ok(self.sequence(ctx, seq)?.1.archive.as_ref().map_or(0, Archive::bytes))
     }
 }
 
 impl Home {
-    /// Lets the cells of a sequence, which was seen to be as it should be, hold other rows: see [`Sequence::arrange`].
+    /// Changes which rows the cells of a sequence hold; see [`Sequence::arrange`]. The record of the sequence must be
+    /// up to date.
     pub(super) fn arrange(&mut self, seq: SeqId, end: Pos, bring: Bring) -> Result<(), GuestError> {
         let Self { ctx, voter, known, .. } = self;
         let mut visit = Visit::new(ctx)?;
-        // SAFETY: valid context, and our callbacks are in it.
+        // SAFETY: valid context, with our callbacks installed.
         unsafe { sys::gvote_shim_update(visit.as_ptr()) };
         let cells = cache::cells(&visit, seq);
         let known = Known::up_to_date(known, voter, seq, &cells)?;

@@ -1,9 +1,10 @@
-//! What a guest knows of a sequence, and whether the cells still say so.
+//! Records of the sequences in an attached context, and their comparison with the cells.
 //!
-//! Not every token is heard, so the cells are what counts. They can be followed because of what a compaction leaves: in every head a
-//! cell holds a position that is no larger than the cell's own, and larger than that of the cell before. Where cells have all the
-//! positions from 0 on, each therefore holds just its own, whatever was done before; and so does each that follows the known ones.
-//! And cells that are those of another sequence, one by one, are a copy of it, and hold what that one's hold.
+//! Not every token is observed, so the cells decide. They can be interpreted because of an invariant of compaction: in
+//! every head, a cell holds a position no larger than the cell's own, and larger than the own position of the cell
+//! before. So where cells have all positions from 0 on, each holds exactly its own position, whatever happened before.
+//! The same is true of cells that follow the recorded ones without a gap. Cells that equal those of another sequence,
+//! one by one, are a copy and hold the same rows.
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +15,7 @@ use crate::cache::Cell;
 use crate::llama::{Pos, SeqId, Token};
 use crate::vote::{Sequence, Voter};
 
-/// Tells cells apart: another token at the same place is another cell.
+/// Identifies a cell and its content: another token in the same cell is another mark.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Mark {
     index: u32,
@@ -22,14 +23,16 @@ struct Mark {
     token: Token,
 }
 
-/// What is known of a sequence.
+/// Record of a sequence.
 pub(super) struct Known {
     pub sequence: Sequence,
-    /// Its cells as they should be, by position: those that `sequence` speaks of, then others that were heard.
+    /// Expected cells, by position: first those that `sequence` describes, then cells that were observed since.
     marks: Vec<Mark>,
-    /// How many of them `sequence` speaks of; fewer than its own where it went on elsewhere.
+    /// Number of marks that `sequence` describes. Smaller than the number of its cells once tokens were observed at
+    /// positions that it already has.
     n_bound: usize,
-    /// It had cells before anybody listened, and has not begun anew.
+    /// Whether the sequence had cells before gvote was attached, and has not begun anew since. Its contents are
+    /// unknown.
     is_stranger: bool,
 }
 
@@ -37,36 +40,37 @@ fn mark(cell: &Cell) -> Mark {
     Mark { index: cell.index, pos: cell.pos, token: cell.token }
 }
 
-/// Whether no position is missing.
+/// Whether the positions are complete from 0 on.
 fn is_whole(cells: &[Cell]) -> bool {
     cells.iter().zip(0..).all(|(cell, pos)| cell.pos == pos)
 }
 
-/// llama.cpp writes no tokens into the state of most models, and reads them as 0.
+/// Whether the cells look as if loaded from a state: for most models llama.cpp saves no tokens, and loads them as 0.
 fn is_loaded(cells: &[Cell]) -> bool {
     cells.len() > 1 && cells[..2].iter().all(|cell| cell.token == 0)
 }
 
 impl Known {
-    /// An empty sequence of which nothing is known until it begins anew.
+    /// Returns the record of a sequence that was decoded before gvote was attached. Nothing is known of it until it
+    /// begins anew.
     pub fn stranger(sequence: Sequence) -> Self {
         Self { is_stranger: true, ..Self::of(sequence, &[]) }
     }
 
-    /// What is known of a sequence that has these cells.
+    /// Returns a record of a sequence with these cells.
     pub fn of(sequence: Sequence, cells: &[Cell]) -> Self {
         let mut known = Self { sequence, marks: Vec::new(), n_bound: 0, is_stranger: false };
         known.bind(cells);
         known
     }
 
-    /// Takes the cells for the right ones.
+    /// Takes the present cells as the expected ones.
     pub fn bind(&mut self, cells: &[Cell]) {
         self.marks = cells.iter().map(mark).collect();
         self.n_bound = cells.len();
     }
 
-    /// The sequence `seq` as its cells say, if they can be followed.
+    /// Returns the record of the sequence `seq`, updated to its cells, if these can be interpreted.
     ///
     /// # Errors
     /// [`GuestError::NotSeen`], [`GuestError::Changed`].
@@ -92,7 +96,7 @@ impl Known {
                 voter.capture.set_back(seq, captured);
                 voter.capture.forget_from(seq, copy.sequence.n_past());
             }
-            // of whatever had this id before, and what came since is seen in the cells
+            // discards tokens observed under this id: older ones are of another sequence, newer ones are in the cells
             voter.capture.take_seen(seq);
             known.insert(seq, copy);
         }
@@ -104,11 +108,12 @@ impl Known {
         Ok(entry)
     }
 
-    /// The sequence that one with these cells was copied from (`llama_memory_seq_cp()`), and what is known of the copy: all as far as
-    /// the cells of both are the same, if that is more than what was compressed.
+    /// Finds the sequence that these cells were copied from (`llama_memory_seq_cp()`). Returns its id and a record for
+    /// the copy, up to the last cell that both share. None where the shared part does not reach beyond the compressed
+    /// part.
     fn copied(known: &BTreeMap<SeqId, Self>, seq: SeqId, cells: &[Cell]) -> Option<(SeqId, Self)> {
         if is_loaded(cells) {
-            // without tokens, other cells may look the same
+            // without tokens, unrelated cells may look the same
             return None;
         }
         let same = |known: &Self| {
@@ -128,7 +133,7 @@ impl Known {
         let copies: Vec<_> = known.iter().filter_map(copy).collect();
         let n_bound = |(_, copy): &&(SeqId, Self)| copy.n_bound;
         let &(from, ref longest) = copies.iter().max_by_key(n_bound)?;
-        // two may look alike, and hold something else
+        // two candidates may have equal marks and hold different rows
         let begins_as = |(_, other): &(SeqId, Self)| {
             let mut begin = longest.sequence.copied_to(seq);
             begin.truncate(other.sequence.n_past(), other.n_bound);
@@ -138,7 +143,7 @@ impl Known {
         is_sure.then(|| copies.into_iter().find(|&(id, _)| id == from)).flatten()
     }
 
-    /// Notes tokens that were heard, by position: all behind the first of them is other than it was.
+    /// Adds observed tokens, by position. They replace all marks from the first of them on.
     fn hear(&mut self, heard: impl Iterator<Item = Mark>) {
         let mut heard = heard.peekable();
         let Some(first) = heard.peek().map(|mark| mark.pos) else { return };
@@ -150,19 +155,19 @@ impl Known {
         self.marks.extend(heard);
     }
 
-    /// Whether a cell is as it should be.
+    /// Whether a cell equals its mark.
     fn expects(&self, cell: &Cell) -> bool {
         let at = self.marks.binary_search_by_key(&cell.pos, |mark| mark.pos);
         at.is_ok_and(|at| self.marks[at] == mark(cell))
     }
 
-    /// Whether a cell was at another position.
+    /// Whether a cell has moved to another position.
     fn has_moved(&self, cell: &Cell) -> bool {
         let is_same = |mark: &Mark| mark.index == cell.index && mark.token == cell.token && mark.pos != cell.pos;
         self.marks.iter().any(is_same)
     }
 
-    /// Compares with the cells that are there, and takes over what came in or went.
+    /// Compares the record with the present cells, and takes over added or removed tokens.
     fn follow(&mut self, voter: &mut Voter, cells: &[Cell]) -> Result<(), GuestError> {
         let seq = self.sequence.id();
         if self.is_stranger {
@@ -176,7 +181,7 @@ impl Known {
             return Ok(());
         }
         let refused = |reason| {
-            // of what has a beginning that was heard, or loaded by gvote
+            // known sequences have a beginning that was observed, or loaded by gvote
             let is_known = self.marks.first().is_some_and(|mark| mark.pos == 0);
             Err(if is_known { GuestError::Changed { seq, reason } } else { GuestError::NotSeen { seq, reason } })
         };
@@ -190,7 +195,7 @@ impl Known {
         if new.iter().zip(end..).any(|(cell, pos)| cell.pos != pos) {
             return refused("positions are missing, or its cells were moved");
         }
-        // of tokens that are decoded anew one may by chance be where it was, at another position
+        // of tokens that are decoded anew, one may by chance land in the same cell at another position
         let n_looked_at = if is_exact { 2 } else { 1 };
         let mut others = new.iter().filter(|cell| !self.expects(cell)).take(n_looked_at).peekable();
         if others.peek().is_some() && others.all(|cell| self.has_moved(cell)) {
@@ -208,7 +213,7 @@ impl Known {
         Ok(())
     }
 
-    /// Forgets what was captured of tokens that are not there any more.
+    /// Discards data captured from tokens that are no longer there.
     fn forget_others(&self, voter: &mut Voter, cells: &[Cell]) {
         let seq = self.sequence.id();
         let is_gone = |known: &&Mark| {
@@ -216,7 +221,7 @@ impl Known {
             at.map_or(true, |at| **known != mark(&cells[at]))
         };
         if self.marks.iter().find(is_gone).is_some_and(|first| first.pos <= voter.policy.sinks as Pos) {
-            // all that the statistics are of
+            // drops the statistics, since nothing that they describe is left
             voter.capture.forget(seq);
         }
         let sure: Vec<Pos> = cells.iter().filter(|cell| self.expects(cell)).map(|cell| cell.pos).collect();

@@ -1,4 +1,4 @@
-//! What is known of a sequence, and what is set aside of it, as bytes.
+//! Serialises the record of a sequence, and its rows that are set aside.
 
 #![forbid(unsafe_code)]
 
@@ -12,10 +12,10 @@ use crate::sys;
 use crate::vote::{Saved, VoteError};
 
 impl Guest {
-    /// What is known of a sequence, as bytes.
+    /// Serialises the record of a sequence and its rows that are set aside.
     ///
     /// # Errors
-    /// Those of [`Self::sequence`].
+    /// Errors of [`Self::sequence`].
     pub fn save(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Vec<u8>, GuestError> {
         let (cells, sequence) = self.sequence(ctx, seq)?;
         let sequence = sequence.clone();
@@ -27,10 +27,10 @@ impl Guest {
         Ok(bytes)
     }
 
-    /// How many bytes [`Self::save`] gives.
+    /// Number of bytes that [`Self::save`] returns.
     ///
     /// # Errors
-    /// Those of [`Self::sequence`].
+    /// Errors of [`Self::sequence`].
     pub fn saved_bytes(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
         let (cells, sequence) = self.sequence(ctx, seq)?;
         let sequence = sequence.clone();
@@ -38,11 +38,11 @@ impl Guest {
         Ok(sequence.save(&mut self.home_in(ctx)?.voter.capture, &cells).len() + aside)
     }
 
-    /// Takes over what [`Self::save`] wrote, for a sequence whose cells llama.cpp has loaded already.
+    /// Restores the output of [`Self::save`] for a sequence whose cells llama.cpp has already loaded.
     ///
     /// # Errors
-    /// [`VoteError::Saved`] where the bytes are cut off, or not those of these cells, or hold rows for a guest that sets none aside;
-    /// what is known is then as before.
+    /// [`VoteError::Saved`] where the bytes are cut off, do not belong to these cells, or contain rows although the
+    /// settings set none aside. The record is then as before.
     pub fn load(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, data: &[u8]) -> Result<(), GuestError> {
         let home = self.home_in(ctx)?;
         home.check_sequence(seq)?;

@@ -1,4 +1,4 @@
-//! A vote in a session.
+//! Votes of a session.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -9,18 +9,18 @@ use crate::policy::{Kept, Kind};
 use crate::vote::{CompressReport, Stage, Vote};
 use crate::{cache, memory};
 
-/// Who wants to know how far a vote is, cancels by the session's flag.
+/// Progress callback that never cancels; a session is cancelled with its flag.
 const QUIET: &dyn Fn(Stage) -> ControlFlow<()> = &|_| ControlFlow::Continue(());
 
 impl Session {
-    /// Lets the policy vote and compacts the cache. The next-token logits stay. Where the cache lies in main memory, pages that held
-    /// nothing but freed cells go back to the system (on Linux).
+    /// Lets the policy vote and compacts the cache. The next-token logits stay. Where the cache lies in main memory,
+    /// pages that held only freed cells go back to the system (on Linux).
     ///
     /// # Errors
     /// [`SessionError`]; the cache is then as before.
     pub fn compress(&mut self) -> Result<CompressReport, SessionError> {
         self.check_unmasked()?;
-        // newest tokens that were not observed yet may be read once more
+        // the vote may decode the newest tokens once more and capture them
         let captured = self.captured();
         let mut report = self.compress_now().inspect_err(|_| self.set_back(captured))?;
         if report.cells_after < report.cells_before && self.mask.is_none() {
@@ -58,7 +58,7 @@ impl Session {
         Ok(report)
     }
 
-    /// A vote on this session, unless its policy wants none.
+    /// Prepares a vote on this session; None under the policy `full`.
     pub(crate) fn vote(&mut self) -> Option<Vote<'_>> {
         let Self { ctx, voter, sequence, .. } = self;
         Some(Vote { ctx, voter: voter.as_mut()?, sequence, progress: QUIET })

@@ -1,4 +1,4 @@
-//! Rows that left the cache come back: see [`crate::archive`].
+//! Brings back rows that left the cache; see [`crate::archive`].
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::cache;
 use crate::llama::Pos;
 use crate::vote::VoteError;
 
-/// What came back.
+/// Result of bringing rows back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ExpandReport {
     /// Cells of the sequence before and after.
@@ -21,31 +21,31 @@ pub struct ExpandReport {
 }
 
 impl Session {
-    /// What becomes of rows that leave the cache.
+    /// Returns what happens to rows that leave the cache.
     pub fn recall(&self) -> Recall {
         self.sequence.archive.as_ref().map_or(Recall::Off, Archive::recall)
     }
 
-    /// How they are set aside; [`RecallType::Cache`] where they are lost.
+    /// Storage type of rows that are set aside; [`RecallType::Cache`] where rows are lost.
     pub fn recall_type(&self) -> RecallType {
         self.sequence.archive.as_ref().map_or(RecallType::Cache, Archive::form)
     }
 
-    /// Bytes that rows take which left the cache and can come back, in memory or in a file as [`Self::recall`] says.
+    /// Bytes of the rows that are set aside, in memory or in a file, as [`Self::recall`] says.
     pub fn bytes_aside(&self) -> usize {
         self.sequence.archive.as_ref().map_or(0, Archive::bytes)
     }
 
-    /// Tokens of which some heads have no row in the cache, but one that can come back.
+    /// Number of rows of each head that are set aside.
     pub fn rows_aside(&self) -> usize {
         self.sequence.n_aside()
     }
 
-    /// Brings back what left the cache, as far as there are cells for it: all of it where there are, else the newest rows of each
-    /// head. The cache grows for it where it may. Next-token logits stay.
+    /// Brings rows back into the cache: all of them if cells suffice, else the newest rows of each head. Grows the
+    /// cache where that is allowed. The next-token logits stay.
     ///
-    /// Where everything comes back that was ever read, every cell holds one token again, with the keys and values that it had: those
-    /// that were set aside as q8_0 are rounded.
+    /// Once every row ever read is back, each cell holds one token again, with its original keys and values; rows that
+    /// were set aside as q8_0 are rounded.
     ///
     /// # Errors
     /// [`SessionError::Vote`] where memory runs out; the session is then as before.
@@ -54,7 +54,8 @@ impl Session {
         self.expand_beside(0)
     }
 
-    /// The same as far as `needed` cells stay free. Behind a mask all rows are in the cache.
+    /// Brings rows back like [`Self::expand`], leaving `needed` cells free. Does nothing behind a mask, where all rows
+    /// are in the cache.
     pub(super) fn expand_beside(&mut self, needed: usize) -> Result<ExpandReport, SessionError> {
         let aside = self.rows_aside();
         if aside == 0 || self.mask.is_some() {
@@ -70,12 +71,12 @@ impl Session {
         Ok(ExpandReport { cells_before: before, cells_after: after, time: clock.elapsed() })
     }
 
-    /// Where not everything has room that was read: chooses what the cache holds among all of it, for the tokens that were read last.
-    /// What is set aside comes back a page at a time, and each time the policy votes on the pages before and what won against them.
-    /// Does nothing where all rows are in the cache.
+    /// Chooses what the cache holds among all rows ever read, for the newest tokens. Rows that are set aside come back
+    /// page by page, and for each page the policy votes among that page and the winners so far. Does nothing where all
+    /// rows are in the cache.
     ///
     /// # Errors
-    /// Those of [`Session::compress`]. No row is lost, but the cache may hold other ones then.
+    /// Errors of [`Session::compress`]. No row is lost, but the cache may then hold other rows than before.
     pub fn reconsider(&mut self) -> Result<Squeezes, SessionError> {
         let mut squeezes = Squeezes::default();
         if self.rows_aside() == 0 || self.mask.is_some() {
@@ -89,13 +90,13 @@ impl Session {
         Ok(squeezes)
     }
 
-    /// Cuts at a position inside the compressed part, of which every row is in the cache or set aside: what came before is back as
-    /// far as there are cells for it.
+    /// Truncates at a position inside the compressed part, where every row is in the cache or set aside. Brings back
+    /// the rows before `pos`, as far as cells are free.
     pub(super) fn cut_inside(&mut self, pos: Pos) -> Result<(), SessionError> {
         self.grow_until(pos as usize);
         let most = self.limit.max(self.cells_used());
         self.arrange(pos, Bring::Newest(most.min(pos as usize)))?;
-        // of a window cache
+        // removes them from a sliding-window cache
         self.remove_from(pos);
         Ok(())
     }

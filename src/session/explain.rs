@@ -1,4 +1,4 @@
-//! A vote that tells what it saw.
+//! Votes that record what they chose and why.
 
 use super::{Session, SessionError};
 use crate::cache;
@@ -7,17 +7,18 @@ use crate::llama::{Pos, Token};
 use crate::vote::{CompressReport, Notes, Way};
 
 impl Session {
-    /// From now on notes which rows leave the cache, where they are set aside, and which come back, for the next
-    /// [`Session::explain`]. Takes 4 bytes for each of them.
+    /// Starts to record which rows leave the cache, where rows are set aside, and which come back, for the next
+    /// [`Session::explain`]. Takes 4 bytes for each row.
     pub fn note_recall(&mut self) {
         self.voter.iter_mut().for_each(|voter| voter.way = Some(Way::default()));
     }
 
-    /// [`Session::compress`], with what went into the choice. Takes some 12 bytes more for each head and cell meanwhile. A
-    /// mask ([`crate::policy::Params::exact`]) drops nothing from the cache, so that everything is told to be kept.
+    /// Votes and compacts like [`Session::compress`], and returns the reasons for the choice. Takes about 12 bytes more
+    /// for each head and cell while the vote runs. A mask ([`crate::policy::Params::exact`]) drops nothing from the
+    /// cache, so that the explanation reports every row as kept.
     ///
     /// # Errors
-    /// Those of `compress`, and [`SessionError::NoVote`] under the policy `full`; the cache is then as before.
+    /// Errors of `compress`, and [`SessionError::NoVote`] under the policy `full`; the cache is then as before.
     pub fn explain(&mut self) -> Result<Explanation, SessionError> {
         let voter = self.voter.as_mut().ok_or(SessionError::NoVote)?;
         let way = voter.way.take();

@@ -1,19 +1,19 @@
-//! A session on disk.
+//! Saves a session to a file, and loads it.
 //!
 //! | bytes | content |
 //! | --- | --- |
 //! | 8 | magic |
 //! | 4 | version |
-//! | 8 + n | length and text of what it was made with, JSON |
+//! | 8 + n | length and text of the settings that the session was made with, JSON |
 //! | 8 + n | length and bytes of the caller's note |
-//! | 8 + n | length and bytes of what gvote knows |
-//! | 8 | batches of rows that are set aside; absent in version 2 |
-//! | ... | of each batch the rows of a head (8); for each head their positions, 4 bytes each, and the rows: key, then value |
+//! | 8 + n | length and bytes of gvote's own state |
+//! | 8 | number of batches of rows that are set aside; absent in version 2 |
+//! | ... | for each batch: the number of rows of a head (8); for each head their positions, 4 bytes each, and the rows, key then value |
 //! | ... | llama.cpp's state of the sequence |
-//! | 32 | BLAKE3 of all before |
+//! | 32 | BLAKE3 hash of all bytes before |
 //!
-//! Numbers are little-endian. Cells are written and read piece by piece. A file is read twice: nothing of it is used before
-//! its last byte was seen.
+//! Numbers are little-endian. Cells are written and read piece by piece. A file is read twice: once to check the
+//! checksum, and only then to use its contents.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -29,13 +29,13 @@ use crate::policy::Kind;
 
 const MAGIC: [u8; 8] = *b"gvotesn\0";
 const VERSION: u32 = 3;
-/// The first version that is read: nothing is set aside in it.
+/// Oldest version that can be read. It has no rows set aside.
 const OLDEST: u32 = 2;
 const LLAMA: &str = concat!("llama.cpp ", env!("GVOTE_LLAMA_VERSION"), ", ggml ", env!("GVOTE_GGML_VERSION"));
-/// Longest text about what a file was made with.
+/// Largest size in bytes of the settings in a file.
 const MADE_MAX: u64 = 1 << 16;
 
-/// Why a session was not saved, or not loaded. A running session is as it was.
+/// Errors of saving and loading a session. The running session is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     #[error(transparent)]
@@ -68,11 +68,11 @@ pub enum FileError {
     Session(#[from] SessionError),
 }
 
-/// What a session was made with; whatever it is loaded into must agree.
+/// Settings that a session was made with. A session must agree with them to load the file.
 #[derive(Serialize, Deserialize)]
 struct Made {
     llama: String,
-    /// For people.
+    /// Description of the model, shown in the error message.
     model: String,
     fingerprint: String,
     /// See [`Session::altered`].
@@ -80,28 +80,28 @@ struct Made {
     altered: String,
     type_k: String,
     type_v: String,
-    /// Absent where the layout of the cache is not known.
+    /// None where the layout of the cache is not known.
     flash_attn: Option<bool>,
-    /// Whether it keeps what votes need.
+    /// Whether the session can vote, so that the file contains captured data.
     votes: bool,
     policy: Kind,
     window: usize,
     sinks: usize,
     cells: usize,
-    /// Rows of each head that are set aside.
+    /// Number of rows of each head that are set aside.
     #[serde(default)]
     aside: usize,
-    /// How they are: a [`RecallType::name`]. Absent in files of before, which have the cache's own type.
+    /// Storage type of these rows, a [`RecallType::name`]. Absent in older files, whose rows have the cache's own type.
     #[serde(default)]
     recall_type: Option<String>,
 }
 
 impl Session {
-    /// Saves the session, with a note of the caller's own, to a file that is there whole or not at all: one that it replaces
-    /// stays until then. Readable by its owner alone, unless the file that it replaces says otherwise. A symbolic link stays, and
-    /// the file that it leads to is written.
+    /// Saves the session, with a note of the caller's own, to a file. The file is written atomically: a file that
+    /// exists at `path` stays until the new one is complete. The new file is readable by its owner alone, or has the
+    /// permissions of the file that it replaces. A symbolic link stays, and the file that it points to is written.
     ///
-    /// Takes no memory worth mentioning beside what there is.
+    /// Takes hardly any memory beyond the session's own.
     ///
     /// # Errors
     /// [`FileError::Io`]; [`FileError::Session`] for a session behind a mask ([`policy::Params::exact`](crate::policy::Params)).
@@ -112,7 +112,7 @@ impl Session {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "that is no file name").into());
         }
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // the error of a folder that is not there would name the temporary file
+        // otherwise the error of a missing folder would name the temporary file
         fs::metadata(folder)?;
         let mut file = tempfile::Builder::new().prefix(".gvote-").suffix(".tmp").tempfile_in(folder)?;
         self.write_file(file.as_file_mut(), note)?;
@@ -138,12 +138,12 @@ impl Session {
         Ok(out.inner.flush()?)
     }
 
-    /// Replaces this session by a saved one, and answers with what `read_note` makes of the note.
+    /// Replaces this session by a saved one. Returns the result of `read_note` on the note.
     ///
-    /// Takes as much memory as the cells take that are in use now, until it is known that the file fits.
+    /// Takes as much memory as the cells in use now, until the file is known to fit.
     ///
     /// # Errors
-    /// [`FileError`], with what to do; the session is then as before.
+    /// [`FileError`], with advice; the session is then as before.
     pub fn load_from<T>(
         &mut self,
         path: &Path,
@@ -152,7 +152,7 @@ impl Session {
         let mut file = File::open(path)?;
         let (len, version) = checked(&mut file)?;
         let mut from = BufReader::new(file).take(len);
-        // the checksum has vouched for what follows
+        // `checked` has verified these bytes
         let _ = numbers::<{ MAGIC.len() + size_of::<u32>() }>(&mut from)?;
         let made = part(&mut from, MADE_MAX)?;
         let made: Made = serde_json::from_slice(&made).map_err(|_| FileError::Damaged)?;
@@ -183,7 +183,8 @@ impl Session {
         }
     }
 
-    /// Tells what else than the model's file keys and values come from: a hash, empty where they come from nothing else.
+    /// Hashes everything besides the model file that keys and values depend on: adapters, overridden metadata, RoPE
+    /// settings. Empty where there is nothing.
     fn altered(&self) -> String {
         let rope = &self.context.rope;
         let mut what = self.model().alterations();
@@ -241,7 +242,7 @@ impl Session {
     }
 }
 
-/// Bytes before the checksum, if that is right, and the version. The file is at its beginning again.
+/// Verifies the checksum. Returns the number of bytes before the checksum, and the version. Rewinds the file.
 fn checked(file: &mut File) -> Result<(u64, u32), FileError> {
     let len = file.metadata()?.len().saturating_sub(blake3::OUT_LEN as u64);
     let mut from = BufReader::new(&mut *file);
@@ -268,7 +269,7 @@ fn checked(file: &mut File) -> Result<(u64, u32), FileError> {
     Ok((len, found))
 }
 
-/// The next `N` bytes.
+/// Reads the next `N` bytes.
 fn numbers<const N: usize>(from: &mut impl Read) -> Result<[u8; N], FileError> {
     let mut bytes = [0; N];
     match from.read_exact(&mut bytes) {
@@ -277,7 +278,7 @@ fn numbers<const N: usize>(from: &mut impl Read) -> Result<[u8; N], FileError> {
     }
 }
 
-/// A part that `put_part` wrote.
+/// Reads a part that `put_part` wrote, of at most `most` bytes.
 fn part(from: &mut impl Read, most: u64) -> Result<Vec<u8>, FileError> {
     let len = u64::from_le_bytes(numbers(from)?);
     let mut part = Vec::new();
@@ -287,7 +288,7 @@ fn part(from: &mut impl Read, most: u64) -> Result<Vec<u8>, FileError> {
     Ok(part)
 }
 
-/// Passes bytes on, and adds them to the checksum.
+/// Writer that adds all bytes to the checksum and passes them on.
 struct Hashing<W> {
     inner: W,
     hash: blake3::Hasher,
@@ -305,14 +306,14 @@ impl<W: Write> Write for Hashing<W> {
     }
 }
 
-/// Where a path leads: to itself, or through symbolic links to a file that need not be there yet.
+/// Follows symbolic links to the final path, which need not exist yet.
 fn followed(path: &Path) -> io::Result<PathBuf> {
-    /// As many as Linux follows.
+    /// The limit of Linux.
     const LINKS: usize = 40;
     let mut path = path.to_owned();
     for _ in 0..LINKS {
         match fs::read_link(&path) {
-            // a relative one begins in the folder of the link
+            // a relative target begins in the folder of the link
             Ok(target) => path = path.parent().unwrap_or(Path::new("")).join(target),
             Err(_) => return Ok(path),
         }
@@ -320,10 +321,10 @@ fn followed(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other("there are too many symbolic links on the way"))
 }
 
-/// A rename is lasting once the folder is on disk.
+/// Syncs a folder, which makes a rename in it durable.
 fn sync_folder(folder: &Path) -> io::Result<()> {
     match File::open(folder).and_then(|folder| folder.sync_all()) {
-        // not every file system can do it
+        // not every file system can sync a folder
         Err(error) if error.kind() == io::ErrorKind::InvalidInput || cfg!(not(unix)) => Ok(()),
         synced => synced,
     }

@@ -1,4 +1,4 @@
-//! A continuation that is known already, read at the speed of a prompt.
+//! Reads a known continuation at the speed of a prompt.
 
 use std::ops::ControlFlow;
 
@@ -7,16 +7,16 @@ use crate::llama::{Batch, Context, Token};
 use crate::vote::follow;
 
 impl Session {
-    /// What the model expects after each of `tokens`, as if they came next: `each(i, logits)` gets the next-token logits
-    /// after `tokens[i]`, `[n_vocab]`. They are decoded in ubatches, which is many times faster than [`Session::decode`] one
-    /// by one and gives the same up to rounding: a matrix product of many rows adds up in another order than that of one.
-    /// Compare the result with another `follow` of the same tokens, not with single steps.
+    /// Calls `each(i, logits)` with the next-token logits after `tokens[i]`, `[n_vocab]`, as if `tokens` came next.
+    /// Decodes in ubatches, which is many times faster than one [`Session::decode`] a token. The logits agree with
+    /// those of single steps up to rounding, because a matrix product of many rows adds up in another order than that
+    /// of one row. Compare the result with another `follow` of the same tokens, not with single steps.
     ///
-    /// The session is afterwards as it was. With sliding-window layers it is so only in name: what has left the window
-    /// meanwhile is gone, and a saved session must be loaded before the next step.
+    /// The session is unchanged afterwards. With sliding-window layers only its bookkeeping is: cells that left the
+    /// window meanwhile are lost, and a saved session must be loaded before the next step.
     ///
     /// # Errors
-    /// [`SessionError::PromptTooLong`] and whatever decoding fails with; the session is then as before.
+    /// [`SessionError::PromptTooLong`], and any error of decoding; the session is then as before.
     pub fn follow(&mut self, tokens: &[Token], mut each: impl FnMut(usize, &[f32])) -> Result<(), SessionError> {
         self.check_room(tokens.len())?;
         let Self { ctx, mask, sequence, chunk, .. } = self;

@@ -1,4 +1,4 @@
-//! More cells when a text needs them: a session moves into a larger context, cell by cell.
+//! Grows the cache when a text needs more cells: moves the session into a larger context.
 
 use std::io::{self, BufReader, BufWriter, Write};
 use std::thread;
@@ -8,43 +8,44 @@ use crate::cache;
 use crate::llama::{Context, ContextParams, LlamaError, Pos};
 use crate::machine;
 
-/// Each move takes the time of copying all cells: the next one should be far away.
+/// Least growth factor. Each move copies all cells, so that moves should be rare.
 const FACTOR: usize = 2;
-/// Cells beside those of the text at hand, for what follows it.
+/// Cells added beyond the text at hand, for what follows.
 const AHEAD: usize = 512;
 
-/// Why a session's cache stays smaller than [`SessionParams::grow_to`] allows. Cells are freed then where there are too few.
+/// Reason why a session's cache stays smaller than [`SessionParams::grow_to`] allows. From then on, cells are freed
+/// when they run out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stuck {
-    /// Cells that the context keeps.
+    /// Cells of the present context.
     pub n_ctx: usize,
-    /// Bytes that a larger one would take, and those that are available, where that is the reason.
+    /// Bytes that a larger context would take, and bytes available; None where memory is not the reason.
     pub memory: Option<(usize, usize)>,
 }
 
 impl Session {
-    /// Cells that the cache may have, now or later.
+    /// Largest number of cells that the cache may have, now or later.
     pub fn n_ctx_most(&self) -> usize {
         self.n_ctx.max(self.grow_to)
     }
 
-    /// Sets what [`SessionParams::grow_to`] says.
+    /// Changes [`SessionParams::grow_to`].
     pub fn set_grow_to(&mut self, n: usize) {
         self.grow_to = n;
     }
 
-    /// Why the cache does not grow any more, if so; told once.
+    /// Returns, once, the reason why the cache no longer grows; None while it can grow.
     pub fn take_stuck(&mut self) -> Option<Stuck> {
         self.stuck.take()
     }
 
-    /// Moves into a larger context where `needed` more cells do not fit into this one, and that is allowed. Where it fails, the
-    /// session is as before, and does not try again.
+    /// Moves into a larger context if `needed` more cells do not fit and growth is allowed. If the move fails, the
+    /// session is as before and makes no further attempt.
     pub(super) fn grow_for(&mut self, needed: usize) {
         self.grow_until(self.cells_used().saturating_add(needed));
     }
 
-    /// The same for `cells` of them altogether.
+    /// Grows like [`Self::grow_for`], to at least `cells` cells in total.
     pub(super) fn grow_until(&mut self, cells: usize) {
         let is_limited = self.limit < self.n_ctx || self.mask.is_some();
         if cells <= self.n_ctx || self.n_ctx >= self.grow_to || is_limited {
@@ -59,8 +60,8 @@ impl Session {
         }
     }
 
-    /// Bytes of this machine's memory that a context of so many cells takes, about: buffers grow with the cells, or less. None
-    /// where the cache lies elsewhere.
+    /// Estimates the bytes of main memory that a context of `n_ctx` cells takes, scaling the present buffers, which
+    /// grow at most in proportion to the cells. None where the cache lies on a device.
     fn memory_of(&self, n_ctx: usize) -> Option<usize> {
         let now = self.ctx.buffers();
         let share = n_ctx as f64 / self.n_ctx as f64;
@@ -77,14 +78,14 @@ impl Session {
         if self.n_past() > 0 {
             self.copy_cells_to(&mut ctx)?;
         }
-        // its pointers into the old context go first
+        // drop the old voter first: it points into the old context
         self.voter = voter;
         self.ctx = ctx;
         (self.n_ctx, self.limit, self.chunk) = (n_ctx, n_ctx, context.n_ubatch as usize);
         Ok(())
     }
 
-    /// Copies the cells without a copy of all of them in between.
+    /// Copies the cells through a pipe, without a full copy in between.
     fn copy_cells_to(&mut self, to: &mut Context) -> Result<(), SessionError> {
         let (from, into) = io::pipe().map_err(|_| LlamaError::Memory)?;
         let old = &mut self.ctx;
@@ -97,7 +98,7 @@ impl Session {
             let writer = thread::Builder::new().spawn_scoped(scope, write).map_err(|_| LlamaError::Memory)?;
             let mut from = BufReader::new(from);
             let read = to.read_sequence(SEQ, &mut from);
-            // a closed pipe would be a signal to whoever writes into it
+            // drain the pipe: closing it early would raise a signal in the writer
             let _ = io::copy(&mut from, &mut io::sink());
             match writer.join() {
                 Ok(Ok(())) => read,

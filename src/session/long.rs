@@ -1,8 +1,8 @@
-//! More tokens than cells: whenever the next ones have no room, the policy votes, and the cells it can spare are freed.
+//! Prompts that are longer than the cache: whenever the next tokens have no room, the policy votes and frees cells.
 //!
-//! While a prompt is read, its own end is known already: that is where a question stands. So the last tokens of the prompt are
-//! read ahead, as if they came now, and their queries vote in place of those of whatever happens to be the newest text. While
-//! an answer is written, the newest tokens vote, as after a prompt.
+//! The end of the prompt, where a question stands, is known while the prompt is read. So its last tokens are read
+//! ahead, and their queries vote in place of those of the newest text read so far. During an answer, the newest tokens
+//! vote, as after a prompt.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -13,15 +13,14 @@ use crate::llama::{Batch, LlamaError, Pos, Token};
 use crate::vote::{CompressReport, room};
 
 impl Session {
-    /// Like [`Session::prefill`], for prompts of any length: where the cells run out, those that the policy can spare are
-    /// freed before the next ubatch, and positions go on counting. A prompt that fits is read as by `prefill`. Where rows are set
-    /// aside, the cells at the end hold what the prompt's own end asks for among all that was ever read: see
-    /// [`Session::reconsider`].
+    /// Reads a prompt of any length, like [`Session::prefill`]. When cells run out, frees cells before the next ubatch;
+    /// positions continue to count. A prompt that fits is read as by `prefill`. Where rows are set aside, the cells
+    /// finally hold the rows that the prompt's own end needs, among all rows ever read; see [`Session::reconsider`].
     ///
     /// # Errors
-    /// Those of `prefill`, and [`SessionError::CacheTooSmall`] where the cells that always stay leave none. The session is
-    /// then as before, unless cells were freed already: then it holds what was read so far, and the next call must be
-    /// another prefill, or [`Session::clear`].
+    /// Errors of `prefill`, and [`SessionError::CacheTooSmall`] where the cells that always stay leave no others. The
+    /// session is then as before, unless cells were freed: then it holds the tokens read so far, and the next call must
+    /// be another prefill, or [`Session::clear`].
     pub fn prefill_long(
         &mut self,
         tokens: &[Token],
@@ -72,7 +71,7 @@ impl Session {
                     self.undo(before);
                     self.sequence.truncate(first, self.cells_used());
                 } else {
-                    // what was freed does not come back by itself
+                    // the freed cells are lost: keep what was read
                     self.logits.clear();
                 }
                 return Err(error);
@@ -83,8 +82,8 @@ impl Session {
         Ok(PrefillReport { tokens: tokens.len(), time: start.elapsed(), expanded, squeezes })
     }
 
-    /// Chooses for a prompt of `n` tokens that was just read, see [`Session::reconsider`], and reads its end once more, as far as all
-    /// heads hold it: what it was read with was something else.
+    /// Chooses rows for a prompt of `n` tokens that was just read, as [`Session::reconsider`] does. Then reads the end
+    /// of the prompt once more, as far as all heads hold it, because it was first read with other cells.
     fn choose_among_all(&mut self, n: usize) -> Result<Squeezes, SessionError> {
         let mut squeezes = self.reconsider()?;
         let exact_from = cache::cut_from(&self.ctx, SEQ).max(self.sequence.exact_from);
@@ -103,7 +102,7 @@ impl Session {
         Ok(squeezes)
     }
 
-    /// `left`: tokens of the prompt that come after this part.
+    /// Reads a part of a prompt, freeing cells first if needed. `left`: tokens of the prompt that follow this part.
     fn read_part(
         &mut self,
         part: &[Token],
@@ -127,10 +126,10 @@ impl Session {
         Ok(())
     }
 
-    /// Frees cells until at least `needed` are free. `ahead`: the end of the text that is being read, if it is known.
+    /// Frees cells until at least `needed` are free. `ahead`: the end of the text that is being read, or empty.
     ///
     /// # Errors
-    /// [`SessionError::CacheTooSmall`], [`SessionError::Full`], and those of a vote; the cache is then as before.
+    /// [`SessionError::CacheTooSmall`], [`SessionError::Full`], and errors of a vote; the cache is then as before.
     pub(super) fn make_room(&mut self, needed: usize, ahead: &[Token]) -> Result<CompressReport, SessionError> {
         self.check_unmasked()?;
         let most = self.most_cells(needed, self.protected_after(&[]))?;
@@ -147,17 +146,17 @@ impl Session {
         Ok(report)
     }
 
-    /// Tokens read at once where not all have room.
+    /// Number of tokens read at once when the prompt does not fit.
     fn step(&self) -> usize {
         self.chunk.min(room::freed_at_once(self.limit)).max(1)
     }
 
-    /// Tokens that `protect` keeps beside sinks and recent ones, once `tokens` are read.
+    /// Number of tokens that `protect` keeps besides the sinks and recent tokens, once `tokens` are read.
     fn protected_after(&self, tokens: &[Token]) -> usize {
         self.voter.as_ref().map_or(0, |voter| voter.protected_with(self.model(), &self.sequence, tokens))
     }
 
-    /// Cells that stay when `needed` have to be freed, and so many are `protected`.
+    /// Number of cells that may stay when `needed` cells have to be freed and `protected` ones must stay.
     fn most_cells(&self, needed: usize, protected: usize) -> Result<usize, SessionError> {
         let always = room::least_cells(&self.policy) + protected;
         let too_small =

@@ -1,28 +1,28 @@
-//! Places in a sequence to come back to.
+//! Marks: places in a sequence to return to.
 
 use super::Session;
 use crate::capture::Captured;
 use crate::llama::Pos;
 
-/// Places that are remembered: a chat comes back to where a turn began, or to where its answer did, and to those of the turn
-/// before when it gives one up.
+/// Number of marks that are remembered. A chat returns to the start of a turn or of its answer, and to those of the previous
+/// turn when it discards one.
 const MARKS: usize = 4;
-/// Those of one turn are saved.
+/// Number of marks that are saved: those of one turn.
 pub(super) const SAVED_MARKS: usize = 2;
 
-/// A place, and what else a session was there.
+/// A marked position, with the session's state there.
 pub(super) struct Mark {
     pub pos: Pos,
-    /// `[n_vocab]`, or empty.
+    /// Next-token logits, `[n_vocab]` or empty.
     pub logits: Vec<f32>,
-    /// Absent under the policy `full`.
+    /// Captured data; None under the policy `full`.
     pub captured: Option<Captured>,
 }
 
 impl Session {
-    /// Remembers this place: [`Session::truncate`] comes back to it with the next-token logits and the statistics that there
-    /// are now, as if what follows had never been. The four places that were marked last are remembered, and the last two of them
-    /// saved.
+    /// Marks the present position. [`Session::truncate`] to a mark restores the next-token logits and the statistics of
+    /// that time, as if later tokens had never been read. The newest four marks are remembered, and the newest two of
+    /// them saved.
     pub fn mark(&mut self) {
         let pos = self.n_past();
         self.marks.retain(|mark| mark.pos != pos);
@@ -33,7 +33,7 @@ impl Session {
         self.marks.push(Mark { pos, logits: self.logits.clone(), captured });
     }
 
-    /// After everything from `pos` on is gone: brings back what else was there, if that was marked.
+    /// Restores the logits and captured data if `pos` is marked. Call this once everything from `pos` on is removed.
     pub(super) fn back_to_mark(&mut self, pos: Pos) {
         self.marks.retain(|mark| mark.pos <= pos);
         let Some(mark) = self.marks.last().filter(|mark| mark.pos == pos) else { return };

@@ -1,4 +1,4 @@
-//! Unequal budgets: from such a compression on, everything is decoded behind a mask.
+//! Decodes behind an attention mask once a vote has kept unequal numbers of rows in the heads.
 
 use super::{Session, SessionError, When};
 use crate::compact::MaskError;
@@ -8,7 +8,7 @@ use crate::vote::VoteError;
 impl From<MaskError> for SessionError {
     fn from(error: MaskError) -> Self {
         match error {
-            // a caller who cancels should not need to know where it was noticed
+            // report cancellation as the same variant, wherever it was noticed
             MaskError::Llama(error) => Self::Llama(error),
             error => Self::Mask(error),
         }
@@ -16,12 +16,13 @@ impl From<MaskError> for SessionError {
 }
 
 impl Session {
-    /// Decodes a batch, with the capture on where `captures`. Behind a mask nothing is captured: it is the last vote's.
+    /// Decodes a batch. `left`: tokens of the prompt that follow this batch; None for a token of an answer, which is
+    /// not captured. Nothing is captured behind a mask, because no vote can follow.
     pub(super) fn decode_batch(&mut self, batch: &Batch, left: Option<usize>) -> Result<(), SessionError> {
         match (&mut self.mask, &mut self.voter) {
             (Some(mask), _) => Ok(mask.decode(&mut self.ctx, batch)?),
             (None, Some(voter)) if let Some(left) = left => {
-                // a vote within an answer asks the answer's own queries
+                // a vote within an answer uses the answer's own queries
                 let is_observed = left < self.policy.window && self.when == When::Prompt;
                 Ok(voter.capture.decode(&mut self.ctx, batch, is_observed).map_err(VoteError::from)?)
             }
@@ -29,7 +30,7 @@ impl Session {
         }
     }
 
-    /// Whether a vote may follow.
+    /// Returns an error where a mask is in force, which no vote can follow.
     pub(super) fn check_unmasked(&self) -> Result<(), SessionError> {
         if self.mask.is_some() { Err(MaskError::Masked.into()) } else { Ok(()) }
     }

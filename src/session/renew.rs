@@ -1,4 +1,4 @@
-//! The working set follows a long answer: the cells are chosen anew, for the tokens that were written last.
+//! Chooses the cells anew during a long answer, for its newest tokens.
 
 #![forbid(unsafe_code)]
 
@@ -10,16 +10,17 @@ use crate::compact;
 use crate::policy::Kind;
 use crate::vote::CompressReport;
 
-/// Synthetic queries of such a choice: it is made again soon, and those of the answer's own tokens are real.
+/// Synthetic queries of such a choice. Few are enough: the choice is soon repeated, and the answer's own tokens supply
+/// real queries.
 const SAMPLES: usize = 8;
 
 impl Session {
-    /// Chooses which `cells` the cache holds, among all rows that were ever read, for the tokens that were written last: a vote ages,
-    /// because a long answer needs other parts of its source later. Without a trial, and with few synthetic queries. Does nothing
-    /// where nothing is set aside.
+    /// Chooses anew what the cache holds in `cells` cells, among all rows ever read, for the newest tokens. A vote becomes
+    /// outdated because a long answer needs other parts of its source later. The choice runs without a trial and with
+    /// few synthetic queries. Does nothing where no rows are set aside.
     ///
     /// # Errors
-    /// Those of [`Session::compress`]. No row is lost, but more of them may be in the cache then.
+    /// Errors of [`Session::compress`]. No row is lost, but the cache may then hold more rows than before.
     pub fn renew(&mut self, cells: usize) -> Result<CompressReport, SessionError> {
         self.check_unmasked()?;
         let (before, bytes) = (self.cells_used(), self.bytes_per_cell().unwrap_or(0));

@@ -1,4 +1,4 @@
-//! What the steps of a session did.
+//! Reports of a session's operations.
 
 use std::time::Duration;
 
@@ -7,25 +7,25 @@ use serde::Serialize;
 use super::{AnswerVote, ExpandReport};
 use crate::vote::CompressReport;
 
-/// What a prefill did.
+/// Report of a prefill.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct PrefillReport {
     pub tokens: usize,
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
-    /// What came back before it was read; its time is part of the whole.
+    /// Rows that came back before the prompt was read. Their time is part of `time`.
     pub expanded: ExpandReport,
     pub squeezes: Squeezes,
 }
 
-/// What it took to stay within the cells that there are.
+/// Votes that freed cells to stay within the cache size.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Squeezes {
-    /// How often cells were freed to go on.
+    /// Number of votes.
     pub count: usize,
-    /// The largest share of the attention mass that one of them gave up, as the policy estimates it; 0 to 1.
+    /// Largest share of the attention mass that one vote gave up, as estimated by the policy; 0 to 1.
     pub lost_mass: Option<f32>,
-    /// Of the time that is told beside this.
+    /// Duration of the votes; part of the `time` of the report that contains this.
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
 }
@@ -48,36 +48,36 @@ pub(super) fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::
     s.serialize_f64(time.as_secs_f64())
 }
 
-/// Why a generation ended.
+/// Reason why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stop {
     /// The model ended its turn.
     EndOfGeneration,
-    /// As many tokens as asked for.
+    /// The requested number of tokens was reached.
     Limit,
-    /// No free cell is left and none can be spared, or the model has come as far as it was trained for.
+    /// No cell is free and none can be freed, or the sequence has reached the context length of the model's training.
     ContextFull,
-    /// A text that ends answers would have come: for callers that look for one, see [`super::Session::generate`].
+    /// A stop text would have followed. Set by callers that look for stop texts; [`super::Session::generate`] does not.
     ReversePrompt,
-    /// The caller, or the cancel flag, said so.
+    /// The caller or the cancel flag stopped the generation.
     Cancelled,
 }
 
-/// What a generation did.
+/// Report of a generation.
 #[derive(Clone, Debug, Serialize)]
 pub struct GenerateReport {
     pub tokens: usize,
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
     pub stop: Stop,
-    /// The vote on it, where there was one after it had begun. Its time is part of the whole.
+    /// Vote within the answer, if there was one. Its time is part of `time`.
     #[serde(skip)]
     pub vote: Option<AnswerVote>,
-    /// Why a vote on it failed. It went on with the cells that there were.
+    /// Error of a failed vote within the answer, which continued with the present cells.
     #[serde(skip)]
     pub unvoted: Option<String>,
     pub squeezes: Squeezes,
-    /// How often the cells were chosen anew, and what that took.
+    /// How often the cells were chosen anew, and how long that took.
     pub renewals: Squeezes,
 }

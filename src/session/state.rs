@@ -1,4 +1,4 @@
-//! A session as bytes: what gvote knows, what is set aside, and llama.cpp's state of the sequence.
+//! Serialises a session: gvote's own state, the rows that are set aside, and llama.cpp's state of the sequence.
 
 use std::io::{self, Read, Write};
 
@@ -20,12 +20,12 @@ const SET_ASIDE: SessionError =
     SessionError::Saved("a part of it is set aside, and this session sets nothing aside (`recall` off)");
 const OTHER_POLICY: SessionError = SessionError::Saved("either it was made with `policy` full, or this session was");
 
-/// How an archive begins that has no rows.
+/// Serialised form of an archive without rows.
 const NOTHING_ASIDE: [u8; size_of::<u64>()] = [0; size_of::<u64>()];
 
-/// What was read of a saved session before the cells are touched.
+/// Parts of a saved session that are read before the cells are touched.
 struct Head {
-    /// Under the policy `full` there is no more to know than the tokens.
+    /// None under the policy `full`, where the tokens are all there is to know.
     saved: Option<Saved>,
     tokens: Vec<Token>,
     logits: Vec<f32>,
@@ -33,15 +33,15 @@ struct Head {
 }
 
 impl Session {
-    /// The whole session as bytes, in memory; [`Session::save_to`] writes a file.
+    /// Serialises the whole session in memory; [`Session::save_to`] writes a file.
     pub fn save(&mut self) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.ctx.sequence_size(SEQ));
         self.write(&mut out).expect("a vector takes all that memory holds");
         out
     }
 
-    /// The cells alone, as llama.cpp's state of a sequence, for other contexts of this model, cache types and flash attention:
-    /// [`Context::adopt_sequence`]. They go on at position [`Session::n_past`].
+    /// Copies the cells alone, as llama.cpp's state of a sequence. Other contexts with the same model, cache types and
+    /// flash attention setting load them with [`Context::adopt_sequence`] and continue at position [`Session::n_past`].
     ///
     /// # Errors
     /// [`LlamaError::Memory`].
@@ -49,7 +49,7 @@ impl Session {
         self.ctx.copy_sequence(SEQ)
     }
 
-    /// Writes the whole session. Of the cells there is never a copy in memory.
+    /// Writes the whole session without copying the cells in memory.
     pub(super) fn write(&mut self, out: &mut dyn Write) -> io::Result<()> {
         let head = self.head();
         out.write_all(&(head.len() as u64).to_le_bytes())?;
@@ -82,20 +82,21 @@ impl Session {
     /// Replaces this session by one that [`Session::save`] wrote.
     ///
     /// # Errors
-    /// [`SessionError::Saved`] or [`LlamaError::State`] when the bytes are cut off or belong
-    /// to another model, other cache types or a larger context; the session is then as before.
+    /// [`SessionError::Saved`] or [`LlamaError::State`] when the bytes are cut off or belong to another model, other
+    /// cache types or a larger context; the session is then as before.
     pub fn load(&mut self, data: &[u8]) -> Result<(), SessionError> {
         self.read(&mut &*data, true)
     }
 
-    /// Replaces this session by what [`Session::write`] wrote, all of `from`. For the case that it does not fit, the cells that
-    /// are in use now are copied first. `has_archive`: older versions set nothing aside.
+    /// Replaces this session by the output of [`Session::write`], reading `from` to its end. First copies the cells in
+    /// use, to restore them if the saved session does not fit. `has_archive`: false for the older format, which
+    /// contains no rows set aside.
     pub(super) fn read(&mut self, from: &mut dyn Read, has_archive: bool) -> Result<(), SessionError> {
         let mut len = [0; size_of::<u64>()];
         from.read_exact(&mut len).map_err(|_| CUT_OFF)?;
         let len = u64::from_le_bytes(len);
         let mut head = Vec::new();
-        // grows with what is really there
+        // allocates as bytes arrive, not by the stated length
         from.take(len).read_to_end(&mut head).map_err(|_| CUT_OFF)?;
         if head.len() as u64 != len {
             return Err(CUT_OFF);
@@ -111,7 +112,7 @@ impl Session {
             if let Some(before) = before
                 && self.ctx.read_sequence(SEQ, &mut &before[..]).is_err()
             {
-                // no memory for the way back either
+                // no memory to restore the old cells either
                 self.clear();
             }
             return Err(error);
@@ -128,7 +129,7 @@ impl Session {
         Ok(())
     }
 
-    /// What is set aside of a session that was saved.
+    /// Reads the rows that were set aside in a saved session.
     fn read_archive(&self, from: &mut dyn Read, saved: Option<&Saved>) -> Result<Option<Archive>, SessionError> {
         let (Some(archive), Some(saved)) = (&self.sequence.archive, saved) else {
             let mut nothing = NOTHING_ASIDE;
@@ -149,7 +150,7 @@ impl Session {
             if !logits.is_empty() && logits.len() != n_vocab {
                 return Err(OTHER_MODEL);
             }
-            // false for NaN
+            // false for NaN as well
             if logits.iter().all(|&logit| logit < f32::INFINITY) { Ok(logits) } else { Err(NONSENSE) }
         };
         let mut rest = Reader(head);
@@ -193,7 +194,7 @@ impl Session {
         Ok(Head { saved, tokens, logits, marks })
     }
 
-    /// `n_past`: tokens that the cells are of.
+    /// Loads the cells and checks that they belong to `n_past` tokens.
     fn read_cells(&mut self, from: &mut dyn Read, n_past: usize, saved: Option<&Saved>) -> Result<(), SessionError> {
         self.ctx.read_sequence(SEQ, from)?;
         if !matches!(from.read(&mut [0]), Ok(0)) {
@@ -204,7 +205,7 @@ impl Session {
         if n_cells > self.n_ctx {
             return Err(SessionError::Saved("it has more cells than this context (`n_ctx`)"));
         }
-        // of a window cache or a recurrent state beside the cells, too
+        // checks a sliding-window cache or recurrent state beside the cells as well
         let last = n_past.checked_sub(1).map(|last| last as Pos);
         let is_last = self.ctx.pos_max(SEQ) == last && cells.last().is_none_or(|cell| Some(cell.pos) == last);
         if !is_last || saved.is_some_and(|saved| !saved.fits(&cells)) {

@@ -1,18 +1,18 @@
-//! Promises that need a look inside a session:
-//! - `replay`: what a second reading measures equals float64;
-//! - `failure`: whatever is cancelled or finds no room leaves no trace;
-//! - `long`: more tokens than cells;
-//! - `endless`: an answer without end takes no more cells and no more memory;
-//! - `protect`: markers and the system message stay where that is asked for;
-//! - `walk`: whatever is done in whatever order, the cache holds what it must;
-//! - `cut`: what is cut off leaves no trace, or is refused;
-//! - `disk`: a session saved and loaded at every turn goes on as one never saved, and a file that does not fit is refused;
-//! - `recall`: what left the cache comes back as it was;
-//! - `recall_file`: so it does from a file, which leaves no room taken;
-//! - `recall_type`: as q8_0 it takes half the room, and is rounded once;
-//! - `grow`: a session that outgrows its cells moves to where there are more;
-//! - `hostile`: no number in a saved session, whatever it is, does harm;
-//! - `blind`: a chat turn that is still open keeps everything, unless told otherwise.
+//! Tests of a session's internals:
+//! - `replay`: the replay's measurements equal a float64 reference;
+//! - `failure`: a cancelled or failed operation changes nothing;
+//! - `long`: prompts with more tokens than cells;
+//! - `endless`: an endless answer needs no more cells and no more memory;
+//! - `protect`: markers and the system message stay if the settings say so;
+//! - `walk`: after random sequences of operations the cache holds the expected rows;
+//! - `cut`: truncation is exact or refused;
+//! - `disk`: a session that is saved and loaded at every turn equals one that never is, and invalid files are refused;
+//! - `recall`: rows that left the cache come back unchanged;
+//! - `recall_file`: rows come back from a file too, and its space is freed;
+//! - `recall_type`: rows set aside as q8_0 take half the space and are rounded once;
+//! - `grow`: a session that outgrows its cells moves into a larger context;
+//! - `hostile`: no changed number in a saved session does harm;
+//! - `blind`: a vote in an open chat turn keeps everything, unless the settings limit the cells.
 
 mod blind;
 mod cut;
@@ -57,7 +57,7 @@ fn read(session: &mut Session, tokens: &[Token]) {
     session.prefill(tokens, |_, _| ControlFlow::Continue(())).unwrap();
 }
 
-/// A session that has read the first `n` tokens of a real text.
+/// Returns a session that has read the first `n` tokens of a real text.
 fn after(n: usize, setup: Setup, n_ctx: usize, n_ubatch: u32, policy: Params) -> Session {
     let mut session = session(setup, n_ctx, n_ubatch, policy);
     read(&mut session, &fixture::tokens(&fixture::model(), n));
@@ -67,12 +67,12 @@ fn after(n: usize, setup: Setup, n_ctx: usize, n_ubatch: u32, policy: Params) ->
 /// Cells of a session with a tiny model.
 const N_CTX: usize = 320;
 
-/// A session with a tiny random model, which takes no time.
+/// Opens a session with a tiny random model, which is fast.
 fn open(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> Session {
     open_with(&tiny::model(arch), setup, n_ctx, policy)
 }
 
-/// The same, whose rows are set aside when they leave the cache.
+/// Opens such a session that sets rows aside when they leave the cache.
 fn open_recalling(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> Session {
     open_as(&tiny::model(arch), setup, n_ctx, policy, Recall::Auto)
 }
@@ -101,7 +101,7 @@ fn params(setup: Setup, n_ctx: usize) -> SessionParams {
     SessionParams { context, ..Default::default() }
 }
 
-/// The cap is what every vote of a long chat comes down to; without a trial it is fast.
+/// Settings of a fast vote without a trial; the cap decides every vote of a long chat.
 fn quick() -> Params {
     Params { target_kl: None, lost_mass: 0.1, max_cells: Some(200), ..Params::default() }
 }

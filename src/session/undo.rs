@@ -1,21 +1,21 @@
-//! Back to where a session was, if what was begun fails.
+//! Restores a session when an operation fails midway.
 
 use super::{SEQ, Session};
 use crate::cache;
 use crate::capture::Captured;
 use crate::llama::{LlamaError, Pos};
 
-/// What a session was, beside its cells.
+/// State of a session outside its cells.
 pub(super) struct Before {
     n_past: Pos,
     captured: Option<Captured>,
-    /// What does not come back by cutting: of a window cache a long batch overwrites the cells that its last token does not
-    /// see, and the state of recurrent layers goes on.
+    /// State that cutting cannot restore: in a sliding-window cache, a long batch overwrites the cells that its last
+    /// token does not see, and recurrent layers have moved on.
     uncut: Vec<u8>,
 }
 
 impl Session {
-    /// What there is now, for [`Self::undo`].
+    /// Records the present state for [`Self::undo`].
     ///
     /// # Errors
     /// [`LlamaError::Memory`].
@@ -24,8 +24,8 @@ impl Session {
         self.before_with(captured)
     }
 
-    /// The same before `n` tokens of a prompt of which `left` come after them; what was captured is copied only where they
-    /// add to it.
+    /// Records the present state like [`Self::before`], ahead of `n` tokens of a prompt that `left` more tokens follow.
+    /// Copies the captured data only if these `n` tokens add to it.
     ///
     /// # Errors
     /// [`LlamaError::Memory`].
@@ -40,8 +40,8 @@ impl Session {
         Ok(Before { n_past: self.n_past(), captured, uncut })
     }
 
-    /// Takes out what was decoded since, of which the sequence does not know yet. Where memory runs out for that, nothing is
-    /// left.
+    /// Removes the tokens decoded since `before`, which the sequence has not counted yet. Where memory runs out, the
+    /// session is empty afterwards.
     pub(super) fn undo(&mut self, before: Before) {
         let is_cut = before.n_past == 0 || cache::cut_from(&self.ctx, SEQ) <= before.n_past;
         let is_back = is_cut || self.ctx.load_uncut(SEQ, &before.uncut).is_ok();
@@ -52,12 +52,12 @@ impl Session {
         }
     }
 
-    /// What was captured so far.
+    /// Returns a copy of the data captured so far; None under the policy `full`.
     pub(super) fn captured(&mut self) -> Option<Captured> {
         Some(self.voter.as_mut()?.capture.captured(SEQ))
     }
 
-    /// Nothing was captured since.
+    /// Restores captured data, dropping whatever was captured since.
     pub(super) fn set_back(&mut self, captured: Option<Captured>) {
         if let (Some(voter), Some(captured)) = (&mut self.voter, captured) {
             voter.capture.set_back(SEQ, captured);

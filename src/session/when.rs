@@ -1,4 +1,4 @@
-//! Votes on the answers of a session.
+//! Votes within the answers of a session.
 
 #![forbid(unsafe_code)]
 
@@ -8,16 +8,16 @@ use crate::policy::Kind;
 pub use crate::vote::When;
 use crate::vote::{CompressReport, Meter, Work};
 
-/// A vote on an answer that was begun.
+/// A vote within an answer.
 #[derive(Clone, Debug)]
 pub struct AnswerVote {
-    /// Tokens of the answer that came before it.
+    /// Tokens of the answer before the vote.
     pub after: usize,
     pub report: CompressReport,
 }
 
 impl Session {
-    /// Chooses when the next answers are voted on, by [`Session::generate`]; with [`When::Prompt`] the caller votes.
+    /// Sets when [`Session::generate`] votes on the next answers. With [`When::Prompt`], the caller votes.
     pub fn set_vote(&mut self, when: When) {
         self.when = when;
     }
@@ -29,11 +29,11 @@ impl Session {
         Meter::new(when, self.known, work, self.bytes_per_cell().unwrap_or(0), self.model().size())
     }
 
-    /// Votes on an answer that began at position `start` and is not finished. Beside the newest tokens those stay that were the newest
-    /// before the answer: the question is among them.
+    /// Votes on an unfinished answer that began at position `start`. Besides the newest tokens, keeps the tokens that
+    /// were newest when the answer began, because they contain the question.
     ///
     /// # Errors
-    /// Those of [`Session::compress`]; the cache is then as before.
+    /// Errors of [`Session::compress`]; the cache is then as before.
     pub fn compress_answer(&mut self, start: Pos) -> Result<CompressReport, SessionError> {
         let answers_from = |session: &mut Self, start| {
             if let Some(voter) = &mut session.voter {
@@ -47,7 +47,8 @@ impl Session {
     }
 }
 
-/// Whether an error ends the answer: without memory for a vote it goes on with the cells that there are.
+/// Whether an error of a vote ends the answer. Only cancellation does: without memory for a vote, the answer continues
+/// with the present cells.
 pub(super) fn ends_answer(error: &SessionError) -> bool {
     matches!(error, SessionError::Llama(LlamaError::Cancelled))
 }

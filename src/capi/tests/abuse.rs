@@ -77,7 +77,7 @@ fn every_function_takes_null_for_an_answer() {
         assert!(!gvote_cb_eval(ptr::null_mut(), true, none));
         assert!(!gvote_cb_eval(ptr::null_mut(), true, g.cast()));
         assert!(!error_of(no_g).is_empty());
-        // where it is allowed
+        // where NULL is allowed
         assert_eq!(gvote_set_params(g, ptr::null()), GVOTE_OK);
         assert_eq!(gvote_seq_positions(g, ctx, 0, 0, 0, ptr::null_mut(), 0, ptr::null_mut()), GVOTE_OK);
         assert_eq!(gvote_plan(g, ctx, 0, ptr::null_mut()), GVOTE_OK);
@@ -96,7 +96,7 @@ fn sizes_that_nobody_knows_are_refused_and_older_ones_are_not() {
     for size in [0, 1, 8, 15, 20, ours - 1, ours + 1, ours + 8, 0xfefe_fefe, usize::MAX] {
         let mut params = gvote_params { size, ..defaults() };
         let mut status = GVOTE_OK;
-        // SAFETY: a whole struct, whatever it says.
+        // SAFETY: a complete struct, whatever size it states.
         unsafe {
             assert!(gvote_new(&raw const params, &raw mut status).is_null());
             assert_eq!(status, GVOTE_ERROR_SIZE, "{size}");
@@ -104,28 +104,28 @@ fn sizes_that_nobody_knows_are_refused_and_older_ones_are_not() {
         }
         assert!(error_of(ptr::null()).contains("size"));
     }
-    // a caller that knows the first fields only: the others have their defaults
+    // a caller that knows only the first fields: the others have their defaults
     let mut old = gvote_params { size: 24, ..Default::default() };
     (old.policy, old.evict) = (GVOTE_POLICY_SNAPKV, GVOTE_EVICT_CELLS);
     (old.flags, old.target_kl) = (0, 0.5);
     let handle = Handle::new(&old);
     let mut now = gvote_params { size: ours, ..Default::default() };
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_get_params(handle.0, &raw mut now) }, GVOTE_OK);
     let expected = gvote_params { policy: GVOTE_POLICY_SNAPKV, evict: GVOTE_EVICT_CELLS, target_kl: 0.5, ..defaults() };
     assert_eq!(format!("{now:?}"), format!("{expected:?}"));
 
-    // what lies behind the caller's struct is not touched
+    // bytes behind the caller's struct are not written
     let mut report = gvote_report { size: 24, compact_s: 7.0, rounding: 3.0, ..Default::default() };
     let app = App::new(&tiny("llama"), &ONE);
     let handle = Handle::with(&app, &gvote_params { max_cells: 150, ..defaults() });
     app.decode(&[(0, 0, &words(N, 0))]);
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     assert_eq!(unsafe { gvote_compress(handle.0, app.ctx, 0, &raw mut report) }, GVOTE_OK);
     assert_eq!((report.size, report.cells_before, report.cells_after), (24, N as u32, 150));
     assert_eq!((report.compact_s, report.rounding), (7.0, 3.0));
     report.size = size_of::<gvote_report>() + 8;
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     assert_eq!(unsafe { gvote_compress(handle.0, app.ctx, 0, &raw mut report) }, GVOTE_ERROR_SIZE);
 }
 
@@ -157,7 +157,7 @@ fn nonsense_settings_are_refused_by_the_name_of_the_field() {
         (change(|p| p.when = 3), "when"),
     ] {
         let mut status = GVOTE_OK;
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         assert!(unsafe { gvote_new(&raw const params, &raw mut status) }.is_null(), "{name}");
         assert_eq!(status, GVOTE_ERROR_PARAMS, "{name}");
         let error = error_of(ptr::null());
@@ -175,7 +175,7 @@ fn calls_out_of_order_are_refused() {
     assert_eq!(handle.make_room(&app, 0, 500, &[]).0, GVOTE_ERROR_NOT_ATTACHED);
     assert_eq!(handle.vote_if_due(&app, 0, 0).0, GVOTE_ERROR_NOT_ATTACHED);
     assert!(handle.error().contains("gvote_attach"));
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     unsafe {
         assert_eq!(gvote_detach(handle.0, app.ctx), GVOTE_ERROR_NOT_ATTACHED);
         assert_eq!(gvote_attach(handle.0, app.ctx), GVOTE_OK);
@@ -188,17 +188,17 @@ fn calls_out_of_order_are_refused() {
         assert_eq!(handle.vote_if_due(&app, seq, 0).0, GVOTE_ERROR_NO_SEQUENCE, "{seq}");
     }
     for (layer, head) in [(-1, 0), (3, 0), (0, 2), (0, u32::MAX)] {
-        // SAFETY: all live.
+        // SAFETY: all objects are alive.
         let status =
             unsafe { gvote_seq_positions(handle.0, app.ctx, 0, layer, head, ptr::null_mut(), 0, ptr::null_mut()) };
         assert_eq!(status, GVOTE_ERROR_NO_SEQUENCE, "layer {layer}, head {head}");
     }
     let wider = gvote_params { window: 32, ..defaults() };
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     assert_eq!(unsafe { gvote_set_params(handle.0, &raw const wider) }, GVOTE_ERROR_PARAMS);
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     assert_eq!(unsafe { gvote_detach(handle.0, app.ctx) }, GVOTE_OK);
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     assert_eq!(unsafe { gvote_set_params(handle.0, &raw const wider) }, GVOTE_OK);
     assert_eq!(handle.error(), "", "after a success");
 }
@@ -208,7 +208,7 @@ fn a_handle_moves_from_a_freed_context_to_another() {
     let handle = Handle::new(&gvote_params { max_cells: 150, ..defaults() });
     for kind in 0..3 {
         let app = App::new(&tiny(["llama", "gemma2"][kind as usize % 2]), &ONE);
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         assert_eq!(unsafe { gvote_attach(handle.0, app.ctx) }, GVOTE_OK);
         app.decode(&[(0, 0, &words(N, kind))]);
         handle.compressed(&app, 0);
@@ -220,7 +220,7 @@ fn contexts_that_cannot_be_compressed_are_refused_with_a_reason() {
     let model = tiny("llama");
     let handle = Handle::new(&defaults());
     let app = App::new(&model, &ONE);
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     unsafe {
         sys::llama_set_causal_attn(app.ctx, false);
         assert_eq!(gvote_attach(handle.0, app.ctx), GVOTE_ERROR_UNSUPPORTED);
@@ -228,13 +228,13 @@ fn contexts_that_cannot_be_compressed_are_refused_with_a_reason() {
     assert!(handle.error().contains("causal"), "{}", handle.error());
 
     let app = App::new(&model, &Shape { n_seq_max: 256, n_ctx: 1024, ..ONE });
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_attach(handle.0, app.ctx) }, GVOTE_ERROR_UNSUPPORTED);
     assert!(handle.error().contains("n_seq_max"), "{}", handle.error());
 }
 
 unsafe extern "C" fn stop_at(stage: gvote_stage, data: *mut c_void) -> bool {
-    // SAFETY: a stage.
+    // SAFETY: `data` points to a stage.
     stage != unsafe { *data.cast::<gvote_stage>() }
 }
 
@@ -250,7 +250,7 @@ fn a_vote_is_cancelled_in_every_way_and_loses_nothing() {
         assert!(app.state(0) == before, "{how}");
         assert!(app.logits(N as i32 - 1) == logits, "{how}");
     };
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     unsafe {
         assert_eq!(gvote_cancel(handle.0), GVOTE_OK);
         check(handle.compress(&app, 0).0, "by the flag");
@@ -263,7 +263,7 @@ fn a_vote_is_cancelled_in_every_way_and_loses_nothing() {
         gvote_set_progress_callback(handle.0, None, ptr::null_mut());
 
         unsafe extern "C" fn abort(data: *mut c_void) -> bool {
-            // SAFETY: a counter; the callback is called from one thread.
+            // SAFETY: `data` points to a counter; the callback is called from one thread.
             unsafe { (*data.cast::<AtomicUsize>()).fetch_add(1, Ordering::Relaxed) > 20 }
         }
         let mut calls = AtomicUsize::new(0);
@@ -327,7 +327,7 @@ fn two_contexts_in_two_threads_do_not_meet() {
 }
 
 unsafe extern "C" fn keep_line(level: gvote_log_level, text: *const c_char, data: *mut c_void) {
-    // SAFETY: a list of lines, and a text that lives for the call.
+    // SAFETY: `data` points to a list of lines, and `text` lives during the call.
     unsafe { (*data.cast::<Vec<(gvote_log_level, CString)>>()).push((level, CStr::from_ptr(text).to_owned())) };
 }
 
@@ -337,7 +337,7 @@ fn a_vote_is_logged_to_whoever_wants_it() {
     let handle = Handle::with(&app, &gvote_params { max_cells: 150, ..defaults() });
     app.decode(&[(0, 0, &words(N, 0))]);
     let mut lines: Vec<(gvote_log_level, CString)> = Vec::new();
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     unsafe { gvote_set_log_callback(handle.0, Some(keep_line), (&raw mut lines).cast()) };
     handle.compressed(&app, 0);
     assert_eq!(lines.len(), 1);
@@ -351,7 +351,7 @@ fn a_panic_becomes_a_status_and_the_handle_goes_on() {
     let status = crate::capi::call(handle.0, |_| panic!("a fault for the test"));
     assert_eq!(status, GVOTE_ERROR_INTERNAL);
     assert!(handle.error().contains("a fault for the test"), "{}", handle.error());
-    // SAFETY: the handle lives.
+    // SAFETY: the handle is alive.
     assert_eq!(unsafe { gvote_set_params(handle.0, ptr::null()) }, GVOTE_OK);
 }
 

@@ -1,4 +1,4 @@
-//! Votes on answers that were begun.
+//! Votes within answers.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ fn after(n: u32) -> gvote_params {
     gvote_params { max_cells: 150, target_kl: 0.0, when: GVOTE_WHEN_AFTER, vote_after: n, ..defaults() }
 }
 
-/// An app that has read a prompt, and a handle that has heard it.
+/// Returns an app that has read a prompt, and a handle that observed it.
 fn asked(shape: &Shape, params: &gvote_params) -> (App, Handle) {
     let app = App::new(&tiny("llama"), shape);
     let handle = Handle::with(&app, params);
@@ -25,14 +25,14 @@ fn asked(shape: &Shape, params: &gvote_params) -> (App, Handle) {
     (app, handle)
 }
 
-/// The same without a handle.
+/// Returns such an app without a handle.
 fn full(shape: &Shape) -> App {
     let app = App::new(&tiny("llama"), shape);
     app.decode(&[(0, 0, &words(N, 0))]);
     app
 }
 
-/// A token of an answer, which a call comes before; what that answered.
+/// Decodes a token of an answer after a call of `gvote_vote_if_due()`, and returns the result of the call.
 fn step(app: &App, handle: &Handle, seq: SeqId, start: Pos, pos: Pos) -> (gvote_status, Option<gvote_report>) {
     let answer = handle.vote_if_due(app, seq, start);
     app.decode(&[(seq, pos, &[token(pos)])]);
@@ -43,12 +43,13 @@ fn token(pos: Pos) -> Token {
     (pos * 7 + 3) % 50
 }
 
-/// Bits of what follows upon the newest token.
+/// Bits of the logits after the newest token.
 fn bits(app: &App) -> Vec<u32> {
     app.logits(0).1.iter().map(|logit| logit.to_bits()).collect()
 }
 
-/// After how many of `n` tokens there was a vote, and what it did. Nothing fails.
+/// Returns the votes during an answer of `n` tokens: the number of tokens before each, and its report. Nothing may
+/// fail.
 #[track_caller]
 fn votes(app: &App, handle: &Handle, seq: SeqId, n: usize) -> Vec<(usize, gvote_report)> {
     let each = (0..n).filter_map(|i| {
@@ -88,12 +89,12 @@ fn there_is_one_vote_and_the_answer_goes_on_behind_it() {
     let [(20, report)] = votes[..] else { panic!("{votes:?}") };
     assert_eq!((report.cells_before, report.cells_after), (N as u32 + 20, 150));
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 150 + 40));
-    // with the question
+    // the question stays as well
     for head in (0..N_LAYER as i32).flat_map(|layer| [(layer, 0), (layer, 1)]) {
         let held = handle.positions(&app, 0, head.0, head.1);
         assert!((START - 64..START + 60).all(|pos| held.contains(&pos)), "{head:?}: {held:?}");
     }
-    // everything comes back before the next one, which is voted on anew
+    // all rows come back before the next answer, which is voted on anew
     assert_eq!(handle.expand(&app, 0, 40), (GVOTE_OK, N as u32 + 60), "{}", handle.error());
     app.decode(&[(0, START + 60, &words(40, 1))]);
     let start = START + 100;
@@ -112,8 +113,8 @@ fn a_short_answer_pays_nothing_and_by_hand_there_is_no_vote() {
     }
 }
 
-/// Of a tiny model half of what a step reads is the cache. The app takes its time with each token, which is all that steps take as
-/// long as nobody counts what they take.
+/// With a tiny model, the cache is half of the bytes that a step reads. The app pauses after each token; this pause
+/// counts as the time of a step if llama.cpp does not measure the decoding.
 #[test]
 fn a_vote_comes_when_that_pays() {
     for (no_perf, expected) in [(true, Some(64)), (false, None)] {
@@ -134,7 +135,7 @@ fn a_vote_comes_when_that_pays() {
     }
 }
 
-/// A real model: beside its weights a few hundred cells are nothing.
+/// With a real model, a few hundred cells are small compared with the weights.
 #[test]
 fn a_cache_that_is_small_beside_the_weights_is_never_voted_on_for_speed() {
     let model = fixture::model();
@@ -152,9 +153,9 @@ fn a_vote_that_fails_says_so_once_and_the_answer_goes_on_with_all_cells() {
         let ((app, handle), full) = (asked(&ONE, &after(10)), full(&ONE));
         match expected {
             GVOTE_ERROR_MEMORY => no_memory(),
-            // SAFETY: the handle lives.
+            // SAFETY: the handle is alive.
             GVOTE_ERROR_CANCELLED => assert_eq!(unsafe { gvote_cancel(handle.0) }, GVOTE_OK),
-            // there are more protected tokens than cells may stay
+            // more tokens are protected than cells may stay
             _ => assert_eq!(handle.protect(&app, 0, 0, 200, true), GVOTE_OK),
         }
         let mut statuses = Vec::new();
@@ -237,12 +238,12 @@ fn an_answer_that_is_not_there_is_refused() {
     }
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, N as u32));
     let before = app.state(0);
-    // all of it would have to stay
+    // everything would have to stay
     assert_eq!(handle.vote_if_due(&app, 0, Pos::MIN).0, GVOTE_ERROR_PARAMS);
     assert!(app.state(0) == before);
 }
 
-/// A call before each token should not be noticed beside it.
+/// A call before each token takes a negligible time compared with the token.
 #[test]
 fn a_call_that_is_not_due_costs_next_to_nothing() {
     let app = App::new(&tiny("llama"), &Shape { n_ctx: 8192, ..ONE });

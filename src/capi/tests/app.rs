@@ -1,4 +1,4 @@
-//! An app of its own: raw llama.cpp, and a handle.
+//! An app for the tests: raw llama.cpp, and a handle.
 
 use std::ffi::CStr;
 use std::ptr;
@@ -10,12 +10,12 @@ use crate::sys;
 use crate::tests::tiny::N_VOCAB;
 pub use crate::tests::tiny::model as tiny;
 
-/// Some tokens of a tiny model, others for every `kind`.
+/// Returns tokens of a tiny model that differ for each `kind`.
 pub fn words(n: usize, kind: i32) -> Vec<Token> {
     (0..n as i32).map(|i| (7 * i + (3 + kind) * i * i / 5 + kind).rem_euclid(N_VOCAB as i32)).collect()
 }
 
-/// A context as an app makes it.
+/// A context, created as an app does.
 pub struct App {
     pub ctx: *mut sys::llama_context,
     pub model: Model,
@@ -63,7 +63,7 @@ impl App {
         unsafe { sys::llama_get_memory(self.ctx) }
     }
 
-    /// Decodes one batch; every last token of a part asks for logits.
+    /// Decodes one batch; the last token of each part outputs logits.
     pub fn decode(&self, parts: &[(SeqId, Pos, &[Token])]) {
         let mut batch = Batch::new(parts.iter().map(|part| part.2.len()).sum());
         for (seq, first, tokens) in parts {
@@ -75,7 +75,7 @@ impl App {
         assert_eq!(unsafe { sys::llama_decode(self.ctx, batch.raw()) }, 0);
     }
 
-    /// The address and the values of what the i-th token of the last batch is followed by.
+    /// Address and values of the logits after the i-th token of the last batch.
     pub fn logits(&self, i: i32) -> (*const f32, Vec<f32>) {
         // SAFETY: valid context; as many values as the vocabulary has.
         unsafe {
@@ -113,7 +113,7 @@ impl Drop for App {
     }
 }
 
-/// A handle.
+/// A handle, freed on drop.
 pub struct Handle(pub *mut gvote_t);
 
 // SAFETY: used by one thread at a time, cancellation aside.
@@ -123,7 +123,7 @@ unsafe impl Sync for Handle {}
 
 pub fn defaults() -> gvote_params {
     let mut params = gvote_params { size: size_of::<gvote_params>(), ..Default::default() };
-    // SAFETY: a struct of the size that it says.
+    // SAFETY: a struct of the size that it states.
     assert_eq!(unsafe { gvote_params_init(&raw mut params) }, GVOTE_OK);
     params
 }
@@ -135,73 +135,73 @@ pub fn report() -> gvote_report {
 impl Handle {
     pub fn new(params: &gvote_params) -> Self {
         let mut status = 99;
-        // SAFETY: both live for the call.
+        // SAFETY: both are alive during the call.
         let g = unsafe { gvote_new(params, &raw mut status) };
         assert_eq!(status, GVOTE_OK, "{}", error_of(ptr::null()));
         Self(g)
     }
 
-    /// A handle with the default settings that listens to an app.
+    /// Creates a handle with the default settings and attaches it to an app.
     pub fn at(app: &App) -> Self {
         Self::with(app, &defaults())
     }
 
     pub fn with(app: &App, params: &gvote_params) -> Self {
         let handle = Self::new(params);
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         assert_eq!(unsafe { gvote_attach(handle.0, app.ctx) }, GVOTE_OK, "{}", handle.error());
         handle
     }
 
-    /// The handle for another thread.
+    /// The raw handle, for another thread.
     pub fn raw(&self) -> *mut gvote_t {
         self.0
     }
 
     pub fn compress(&self, app: &App, seq: SeqId) -> (gvote_status, gvote_report) {
         let mut out = report();
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         (unsafe { gvote_compress(self.0, app.ctx, seq, &raw mut out) }, out)
     }
 
-    /// What the vote did, if there was one.
+    /// Returns the report of the vote, if there was one.
     pub fn vote_if_due(&self, app: &App, seq: SeqId, start: Pos) -> (gvote_status, Option<gvote_report>) {
         let (mut out, mut has_voted) = (report(), false);
-        // SAFETY: all live.
+        // SAFETY: all objects are alive.
         let status = unsafe { gvote_vote_if_due(self.0, app.ctx, seq, start, &raw mut has_voted, &raw mut out) };
         (status, has_voted.then_some(out))
     }
 
     pub fn make_room(&self, app: &App, seq: SeqId, needed: usize, ahead: &[Token]) -> (gvote_status, gvote_report) {
         let mut out = report();
-        // SAFETY: all live, and `ahead` has as many tokens as it says.
+        // SAFETY: all objects are alive, and `ahead` has `ahead.len()` tokens.
         let status =
             unsafe { gvote_make_room(self.0, app.ctx, seq, needed as u32, ahead.as_ptr(), ahead.len(), &raw mut out) };
         (status, out)
     }
 
-    /// The cells afterwards.
+    /// Returns the number of cells afterwards.
     pub fn expand(&self, app: &App, seq: SeqId, needed: usize) -> (gvote_status, u32) {
         let mut n = 0;
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         (unsafe { gvote_expand(self.0, app.ctx, seq, needed as u32, &raw mut n) }, n)
     }
 
     pub fn exact_from(&self, app: &App, seq: SeqId) -> Pos {
         let mut pos = -1;
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         assert_eq!(unsafe { gvote_seq_exact_from(self.0, app.ctx, seq, &raw mut pos) }, GVOTE_OK, "{}", self.error());
         pos
     }
 
     pub fn truncate(&self, app: &App, seq: SeqId, pos: Pos) -> gvote_status {
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         unsafe { gvote_seq_truncate(self.0, app.ctx, seq, pos) }
     }
 
     pub fn plan(&self, app: &App, seq: SeqId) -> (gvote_status, gvote_report) {
         let mut out = report();
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         (unsafe { gvote_plan(self.0, app.ctx, seq, &raw mut out) }, out)
     }
 
@@ -215,7 +215,7 @@ impl Handle {
 
     pub fn cells(&self, app: &App, seq: SeqId) -> (gvote_status, u32) {
         let mut n = 0;
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         (unsafe { gvote_seq_cells(self.0, app.ctx, seq, &raw mut n) }, n)
     }
 
@@ -230,7 +230,7 @@ impl Handle {
     }
 
     pub fn protect(&self, app: &App, seq: SeqId, p0: Pos, p1: Pos, stays: bool) -> gvote_status {
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         unsafe { gvote_seq_protect(self.0, app.ctx, seq, p0, p1, stays) }
     }
 
@@ -248,7 +248,7 @@ impl Handle {
     }
 
     pub fn load(&self, app: &App, seq: SeqId, data: &[u8]) -> gvote_status {
-        // SAFETY: as many bytes as it says.
+        // SAFETY: `data` has `data.len()` bytes.
         unsafe { gvote_state_set(self.0, app.ctx, seq, data.as_ptr().cast(), data.len()) }
     }
 

@@ -8,7 +8,7 @@ fn capped() -> gvote_params {
     gvote_params { max_cells: 150, recall: GVOTE_RECALL_OFF, ..defaults() }
 }
 
-/// An app with a prompt, and a handle that heard it.
+/// Returns an app with a prompt, and a handle that observed it.
 fn heard() -> (App, Handle) {
     let app = App::new(&tiny("llama"), &Shape { n_seq_max: 2, ..ONE });
     let handle = Handle::with(&app, &capped());
@@ -21,12 +21,12 @@ fn a_removed_tail_is_followed() {
     let (app, handle) = heard();
     app.remove(0, 250, -1);
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 250));
-    // and goes on with other tokens
+    // continue with other tokens
     app.decode(&[(0, 250, &words(60, 3))]);
     let report = handle.compressed(&app, 0);
     assert_eq!((report.cells_before, report.cells_after), (310, 150));
 
-    // the same sequence without the detour keeps the same, up to what the removed tokens left in the statistics
+    // without the detour the same positions stay, up to the removed tokens' effect on the statistics
     app.remove(0, 280, -1);
     assert_eq!(handle.cells(&app, 0).0, GVOTE_OK);
     app.decode(&[(0, 280, &words(5, 1))]);
@@ -47,14 +47,14 @@ fn what_is_removed_inside_the_compressed_part_is_refused() {
     let (app, handle) = heard();
     handle.compressed(&app, 0);
     let mut exact_from = 0;
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_seq_exact_from(handle.0, app.ctx, 0, &raw mut exact_from) }, GVOTE_OK);
     assert_eq!(exact_from, N as i32 - 64);
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_seq_truncate(handle.0, app.ctx, 0, exact_from - 1) }, GVOTE_ERROR_COMPRESSED);
     assert!(handle.error().contains("236"), "{}", handle.error());
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 150));
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_seq_truncate(handle.0, app.ctx, 0, exact_from) }, GVOTE_OK);
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 150 - 64));
 
@@ -62,12 +62,12 @@ fn what_is_removed_inside_the_compressed_part_is_refused() {
     handle.compressed(&app, 0);
     app.remove(0, 150, -1);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_CHANGED);
-    // what is left need not reach up to there
+    // the remaining cells need not reach up to there
     // SAFETY: valid memory.
     let next = unsafe { sys::llama_memory_seq_pos_max(app.memory(), 0) } + 1;
     app.decode(&[(0, next, &words(90, 3))]);
     assert_ne!(handle.compress(&app, 0).0, GVOTE_OK);
-    // until it begins anew
+    // until the sequence begins anew
     app.remove(0, -1, -1);
     app.decode(&[(0, 0, &words(N, 3))]);
     handle.compressed(&app, 0);
@@ -86,7 +86,7 @@ fn removed_moved_and_replaced_cells_are_refused() {
     unsafe { sys::llama_memory_seq_add(app.memory(), 0, 50, -1, -50) };
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_CHANGED);
 
-    // a state of the same length, at the same cells
+    // a state of the same length, in the same cells
     let (app, handle) = heard();
     app.decode(&[(1, 0, &words(N, 4))]);
     let other = app.state(1);
@@ -107,11 +107,11 @@ fn an_empty_sequence_and_one_that_nobody_heard_are_told_apart_from_changed_ones(
     app.decode(&[(0, 0, &words(N, 0))]);
     let handle = Handle::at(&app);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
-    // hearing its end only is not enough
+    // observing only the end is not enough
     app.decode(&[(0, N as i32, &words(80, 0))]);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
 
-    // until it begins anew
+    // until the sequence begins anew
     app.remove(0, -1, -1);
     app.decode(&[(0, 0, &words(N, 0))]);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_OK, "{}", handle.error());
@@ -151,7 +151,7 @@ fn a_window_that_has_moved_on_is_not_cut_into() {
         app.decode(&[(0, first, &words(100, first))]);
     }
     let mut exact_from = 0;
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     unsafe {
         assert_eq!(gvote_seq_exact_from(handle.0, app.ctx, 0, &raw mut exact_from), GVOTE_OK);
         assert!(exact_from > 300 && exact_from < 600, "{exact_from}");
@@ -160,7 +160,7 @@ fn a_window_that_has_moved_on_is_not_cut_into() {
         assert_eq!(gvote_seq_truncate(handle.0, app.ctx, 0, exact_from), GVOTE_OK);
     }
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, exact_from as u32));
-    // what follows sees what it would have seen
+    // later tokens see the same cells as without the detour
     let straight = App::with(&tiny("gemma2"), &ONE, |params| params.swa_full = false);
     for first in (0..exact_from).step_by(100) {
         let n = 100.min(exact_from - first) as usize;

@@ -15,20 +15,20 @@ use crate::sys::llama_context;
 
 const N: usize = 300;
 
-/// What a call answered.
+/// Name of a function, and the status that it returned.
 type Answer = (&'static str, gvote_status);
 
-/// Two threads that take turns meet long before that.
+/// Upper bound: two threads that take turns meet long before that.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Room for what is saved of a tiny model's sequence.
+/// Enough bytes for the saved state of a tiny model's sequence.
 const ROOM: usize = 1 << 20;
 
-/// Functions with a handle alone, of which the last two may be called at any time.
+/// Calls the functions that take only a handle. The last two may be called at any time.
 unsafe fn of_a_handle(g: *mut gvote_t) -> [Answer; 7] {
     let mut params = gvote_params { size: size_of::<gvote_params>(), ..Default::default() };
     let none = ptr::null_mut();
-    // SAFETY: the caller's handle, whatever it is; the rest lives.
+    // SAFETY: the handle is the caller's, valid or not; everything else is alive.
     unsafe {
         [
             ("gvote_set_params", gvote_set_params(g, ptr::null())),
@@ -42,13 +42,13 @@ unsafe fn of_a_handle(g: *mut gvote_t) -> [Answer; 7] {
     }
 }
 
-/// Functions that name a sequence.
+/// Calls the functions that name a sequence.
 unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) -> [Answer; 12] {
     let mut report = report();
     let (mut number, mut pos, mut size, mut voted) = (0, 0, 0, false);
     let mut data = vec![0_u8; ROOM];
     let bytes = data.as_mut_ptr().cast::<c_void>();
-    // SAFETY: as above, and the context lives.
+    // SAFETY: as above, and the context is alive.
     unsafe {
         [
             ("gvote_seq_cells", gvote_seq_cells(g, ctx, seq, &raw mut number)),
@@ -67,13 +67,13 @@ unsafe fn of_a_sequence(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) ->
     }
 }
 
-/// Asks for a cell that is free, which an empty sequence may do too.
+/// Asks for a cell that is free, which is valid for an empty sequence too.
 unsafe fn make_room(g: *mut gvote_t, ctx: *mut llama_context, seq: SeqId) -> Answer {
     // SAFETY: as above.
     ("gvote_make_room", unsafe { gvote_make_room(g, ctx, seq, 1, ptr::null(), 0, ptr::null_mut()) })
 }
 
-/// All that name a context.
+/// Calls all functions that name a context.
 unsafe fn of_a_context(g: *mut gvote_t, ctx: *mut llama_context) -> Vec<Answer> {
     // SAFETY: as above.
     unsafe {
@@ -84,7 +84,7 @@ unsafe fn of_a_context(g: *mut gvote_t, ctx: *mut llama_context) -> Vec<Answer> 
     }
 }
 
-/// All that can fail with a handle.
+/// Calls all functions that can fail with a handle.
 unsafe fn of_all(g: *mut gvote_t, ctx: *mut llama_context) -> Vec<Answer> {
     // SAFETY: as above.
     unsafe {
@@ -109,7 +109,7 @@ fn no_function_is_left_out_here() {
     let tried = unsafe { of_all(ptr::null_mut(), app.ctx) };
     let mut left: BTreeSet<&str> = drift::NAMES.iter().copied().collect();
     tried.iter().for_each(|(name, _)| assert!(left.remove(name), "{name}"));
-    // without a handle, or without a status: each has a test of its own
+    // functions without a handle or a status: each has a test of its own
     let others = [
         "gvote_version",
         "gvote_llama_version",
@@ -132,7 +132,7 @@ fn what_is_no_handle_any_more_or_never_was_is_refused_by_each() {
         let aligned = memory.as_mut_ptr().cast::<gvote_t>();
         let crooked = aligned.wrapping_byte_add(1);
         for g in [aligned, crooked] {
-            // SAFETY: memory that is ours, whatever it is.
+            // SAFETY: our own memory, with any contents.
             unsafe {
                 all_are(&of_all(g, app.ctx), GVOTE_ERROR_HANDLE);
                 gvote_free(g);
@@ -148,7 +148,7 @@ fn what_is_no_handle_any_more_or_never_was_is_refused_by_each() {
 fn each_needs_the_context_that_the_handle_is_attached_to() {
     let (app, other) = (App::new(&tiny("llama"), &ONE), App::new(&tiny("gemma2"), &ONE));
     let handle = Handle::new(&defaults());
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     unsafe {
         all_are(&of_context(&handle, &app), GVOTE_ERROR_NOT_ATTACHED);
         assert_eq!(gvote_attach(handle.0, app.ctx), GVOTE_OK);
@@ -173,13 +173,13 @@ fn each_refuses_sequences_that_there_are_not_or_that_are_empty() {
     let handle = Handle::at(&app);
     app.decode(&[(0, 0, &words(N, 0))]);
     for seq in [-1, 2, 254, 255, 256, 1 << 16, i32::MAX, i32::MIN] {
-        // SAFETY: all live.
+        // SAFETY: all objects are alive.
         unsafe {
             all_are(&of_a_sequence(handle.0, app.ctx, seq), GVOTE_ERROR_NO_SEQUENCE);
             all_are(&[make_room(handle.0, app.ctx, seq)], GVOTE_ERROR_NO_SEQUENCE);
         }
     }
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     let (last, others) =
         unsafe { of_a_sequence(handle.0, app.ctx, 1) }.split_last().map(|(l, o)| (*l, o.to_vec())).unwrap();
     all_are(&others, GVOTE_ERROR_NOT_SEEN);
@@ -193,7 +193,7 @@ fn each_that_takes_a_size_refuses_wrong_ones() {
     app.decode(&[(0, 0, &words(N, 0))]);
     let known = handle.save(&app, 0);
     let mut data = vec![7_u8; known.len()];
-    // SAFETY: all live, and whole, whatever they say.
+    // SAFETY: all objects are alive and complete, whatever size they state.
     unsafe {
         for size in [0, 1, 8, 15, size_of::<gvote_params>() + 8, 0xfefe_fefe, usize::MAX] {
             let mut params = gvote_params { size, ..defaults() };
@@ -223,7 +223,7 @@ fn each_that_takes_a_size_refuses_wrong_ones() {
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, N as u32));
 }
 
-/// What a progress callback is to do.
+/// Data of the progress callback below.
 struct Inside {
     g: *mut gvote_t,
     ctx: *mut llama_context,
@@ -231,13 +231,13 @@ struct Inside {
 }
 
 unsafe extern "C" fn call_all(_: gvote_stage, data: *mut c_void) -> bool {
-    // SAFETY: what the test below has set; the handle is at work.
+    // SAFETY: `data` points to the struct of the test below; the handle is alive.
     unsafe {
         let inside = &mut *data.cast::<Inside>();
         inside.answers.extend(of_all(inside.g, inside.ctx));
-        // it lives on
+        // the call is refused: the handle stays alive
         gvote_free(inside.g);
-        // a node of a graph that is none of its own
+        // a NULL node
         assert!(!gvote_cb_eval(ptr::null_mut(), true, inside.g.cast()));
     }
     true
@@ -249,7 +249,7 @@ fn each_is_refused_while_another_call_is_running() {
     let handle = Handle::at(&app);
     app.decode(&[(0, 0, &words(N, 0))]);
     let mut inside = Inside { g: handle.0, ctx: app.ctx, answers: Vec::new() };
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     unsafe { gvote_set_progress_callback(handle.0, Some(call_all), (&raw mut inside).cast()) };
     assert_eq!(handle.plan(&app, 0).0, GVOTE_OK, "{}", handle.error());
     assert!(inside.answers.len() > 100);
@@ -259,7 +259,7 @@ fn each_is_refused_while_another_call_is_running() {
     }
 }
 
-/// Another thread calls each again and again; what it is not refused it gets, one call after the other.
+/// Another thread calls each function again and again. Calls that are not refused are served one after the other.
 #[test]
 fn each_can_be_called_from_another_thread_meanwhile() {
     let app = App::new(&tiny("llama"), &ONE);
@@ -273,14 +273,14 @@ fn each_can_be_called_from_another_thread_meanwhile() {
         let (g, over, served) = (&handle, &over, &served);
         let other = scope.spawn(move || {
             while !over.load(Ordering::Relaxed) {
-                // SAFETY: the handle lives.
+                // SAFETY: the handle is alive.
                 for (name, status) in unsafe { of_a_handle(g.raw()) } {
                     assert!([GVOTE_OK, GVOTE_ERROR_BUSY].contains(&status), "{name}: {status}");
                     served.fetch_add(usize::from(status == GVOTE_OK), Ordering::Relaxed);
                 }
             }
         });
-        // until both threads were served, and this one was refused too
+        // until both threads were served, and this one was also refused
         while (heard < 10 || refused == 0 || served.load(Ordering::Relaxed) == 0) && !other.is_finished() {
             match handle.plan(&app, 0).0 {
                 GVOTE_ERROR_BUSY => refused += 1,
@@ -295,7 +295,7 @@ fn each_can_be_called_from_another_thread_meanwhile() {
     });
     assert!(heard >= 10 && refused > 0, "{heard} votes, {refused} refusals: {}", handle.error());
     assert!(app.state(0) == before);
-    // SAFETY: the handle lives.
+    // SAFETY: the handle is alive.
     assert_eq!(unsafe { gvote_cancel_clear(handle.0) }, GVOTE_OK);
     assert_eq!(handle.plan(&app, 0).0, GVOTE_OK);
 }

@@ -1,4 +1,4 @@
-//! What no vote may drop.
+//! Tokens that no vote may drop.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ fn tiny_heads() -> impl Iterator<Item = (i32, u32)> {
     (0..N_LAYER as i32).flat_map(|layer| [(layer, 0), (layer, 1)])
 }
 
-/// Of some positions, those that each head has lost.
+/// Returns those of `positions` that each head has lost.
 fn lost(
     app: &App,
     handle: &Handle,
@@ -34,7 +34,7 @@ fn lost_of_tiny(app: &App, handle: &Handle, seq: SeqId, positions: Range<Pos>) -
     lost(app, handle, seq, tiny_heads(), &positions.collect::<Vec<_>>()).concat().len()
 }
 
-/// A chat with a system message, and where that ends.
+/// Returns a chat with a system message, and the end of that message.
 fn chat() -> (Vec<Token>, usize) {
     let model = fixture::model();
     let text = model.detokenize(&fixture::tokens(&model, 900), false);
@@ -46,7 +46,8 @@ fn chat() -> (Vec<Token>, usize) {
     (fixture::chat(&messages, false), fixture::chat(&messages[..1], false).len())
 }
 
-/// A real model, and a chat of more tokens than cells: the system message was named, the markers are a setting.
+/// A real model, and a chat of more tokens than cells: the app names the system message, a setting protects the
+/// markers.
 #[test]
 fn the_system_message_and_the_markers_stay_in_every_head_after_squeezes_and_votes() {
     let (tokens, system) = chat();
@@ -100,7 +101,7 @@ fn what_is_protected_counts_where_cells_cannot_be_freed() {
         assert!(handle.error().contains("at least 368 stay"), "{}", handle.error());
         assert!(handle.error().contains("300 protected"), "{}", handle.error());
     }
-    // SAFETY: the handle lives.
+    // SAFETY: the handle is alive.
     let set = |max_cells| unsafe { gvote_set_params(handle.0, &gvote_params { max_cells, ..defaults() }) };
     assert_eq!(set(368), GVOTE_OK);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_PARAMS);
@@ -113,7 +114,7 @@ fn what_is_protected_counts_where_cells_cannot_be_freed() {
     assert_eq!(set(369), GVOTE_OK);
     assert_eq!(handle.plan(&app, 0).1.cells_after, 369);
 
-    // fewer, and there is room
+    // with fewer protected tokens there is room
     assert_eq!(handle.protect(&app, 0, 70, -1, false), GVOTE_OK);
     let (status, report) = handle.make_room(&app, 0, 100, &[]);
     assert_eq!(status, GVOTE_OK, "{}", handle.error());
@@ -122,7 +123,7 @@ fn what_is_protected_counts_where_cells_cannot_be_freed() {
     assert!(lost_of_tiny(&app, &handle, 0, 70..320) > 0);
 }
 
-/// By gvote or behind its back: what comes to lie at the same positions is other text.
+/// After a removal, by gvote or without it, another text comes to the same positions.
 #[test]
 fn what_was_removed_is_protected_no_longer() {
     for by_gvote in [true, false] {
@@ -131,7 +132,7 @@ fn what_was_removed_is_protected_no_longer() {
         app.decode(&[(0, 0, &words(300, 0))]);
         assert_eq!(handle.protect(&app, 0, 60, 110, true), GVOTE_OK);
         if by_gvote {
-            // SAFETY: both live.
+            // SAFETY: both objects are alive.
             assert_eq!(unsafe { gvote_seq_truncate(handle.0, app.ctx, 0, 80) }, GVOTE_OK);
         } else {
             app.remove(0, 80, -1);
@@ -185,14 +186,14 @@ fn positions_that_a_sequence_does_not_have_are_refused_and_none_is_none() {
         assert_eq!(handle.protect(&app, 0, p0, p1, true), GVOTE_OK, "{p0}..{p1}");
         assert!(handle.save(&app, 0) == before, "{p0}..{p1}");
     }
-    // all of it: nothing can be dropped any more
+    // everything: no token can be dropped any more
     assert_eq!(handle.protect(&app, 0, i32::MIN, i32::MIN, true), GVOTE_OK);
     assert!(handle.save(&app, 0) != before);
     let (status, report) = handle.plan(&app, 0);
     assert_eq!((status, report.cells_after), (GVOTE_OK, 300), "{}", handle.error());
 }
 
-/// A head that has lost a token before does without it, and keeps the others.
+/// A head that has lost a token before continues without it, and keeps the others.
 #[test]
 fn what_was_lost_before_does_not_come_back() {
     let app = App::new(&tiny("llama"), &Shape { n_ctx: 512, ..ONE });

@@ -1,4 +1,4 @@
-//! What a vote took out of the cache comes back, and is what it was.
+//! Rows that a vote removed from the cache come back unchanged.
 
 use std::ffi::c_void;
 
@@ -20,7 +20,7 @@ fn shape(flash: bool, unified: bool) -> Shape {
     Shape { n_seq_max: 2, n_ctx: 1536, flash, unified }
 }
 
-/// An app in which another sequence's cells lie between those of the first.
+/// Returns an app in which cells of another sequence lie between those of the first.
 fn heard(shape: &Shape, params: &gvote_params) -> (App, Handle) {
     let app = App::new(&tiny("llama"), shape);
     let handle = Handle::with(&app, params);
@@ -45,7 +45,7 @@ fn every_byte_every_position_and_the_next_logits_are_those_from_before() {
         assert_eq!(report.bytes_aside, report.kv_bytes_before - report.kv_bytes_after + 4 * 150 * 2 * N_LAYER as u64);
         assert!(report.aside_s > 0.0 && report.aside_s < 1.0, "{}", report.aside_s);
         assert_eq!(handle.exact_from(&app, 0), 0);
-        // an answer, twice in between
+        // an answer, with two votes in between
         app.decode(&[(0, N as Pos, &words(7, 5))]);
         handle.compressed(&app, 0);
         app.decode(&[(0, N as Pos + 7, &words(9, 6))]);
@@ -62,7 +62,7 @@ fn every_byte_every_position_and_the_next_logits_are_those_from_before() {
             app.decode(&[(0, N as Pos, &[5])]);
             app.logits(0).1
         });
-        // cells may lie in another order, in which sums are added up
+        // cells may lie in another order, so that sums add up in another order
         let apart = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(apart < 1e-3, "{apart}");
     }
@@ -81,7 +81,7 @@ fn a_sequence_is_cut_exactly_at_any_place_that_was_compressed() {
         let (straight, _other) = heard(&shape(false, true), &capped());
         straight.remove(0, pos, -1);
         assert!(app.state(0) == straight.state(0), "{pos}");
-        // and goes on
+        // the sequence continues
         app.decode(&[(0, pos, &words(N, 8))]);
         handle.compressed(&app, 0);
         assert_eq!(handle.exact_from(&app, 0), 0);
@@ -92,11 +92,11 @@ fn a_sequence_is_cut_exactly_at_any_place_that_was_compressed() {
 fn as_much_comes_back_as_there_are_cells_for_beside_those_that_are_needed() {
     let (app, handle) = heard(&Shape { n_ctx: 512, ..shape(false, true) }, &capped());
     handle.compressed(&app, 0);
-    // of 512 cells 90 are another sequence's, and 64 are for a vote
+    // of 512 cells, 90 are another sequence's and 64 are spare cells for a vote
     for (needed, expected) in [(400, 150), (200, 158), (100, 258), (60, 298), (0, 300)] {
         assert_eq!(handle.expand(&app, 0, needed), (GVOTE_OK, expected), "{needed}: {}", handle.error());
     }
-    // what is set aside and what is not are still all of it
+    // rows in the cache and rows set aside are still complete
     handle.compressed(&app, 0);
     assert_eq!(handle.expand(&app, 0, 198), (GVOTE_OK, 160));
     app.decode(&[(0, N as Pos, &words(100, 2))]);
@@ -119,18 +119,18 @@ fn a_saved_sequence_has_what_was_set_aside() {
     assert_eq!(other.load(&later, 1, &known), GVOTE_OK, "{}", other.error());
     assert!(other.save(&later, 1) == known);
     assert_eq!(other.expand(&later, 1, 0), (GVOTE_OK, N as u32));
-    // tokens of cells are not in llama.cpp's state, and here they are known
+    // llama.cpp's state does not contain the tokens of cells, but gvote's record does
     assert_eq!(later.state(1).len(), before.len());
     assert_eq!(other.truncate(&later, 1, 120), GVOTE_OK);
     assert_eq!(other.cells(&later, 1), (GVOTE_OK, 120));
 
-    // where nothing is set aside it could not stay whole
+    // a handle that sets nothing aside could not keep the sequence whole
     let lossy = Handle::with(&later, &gvote_params { recall: GVOTE_RECALL_OFF, ..capped() });
     later.remove(1, -1, -1);
     later.load(1, &state);
     assert_eq!(lossy.load(&later, 1, &known), GVOTE_ERROR_STATE);
     assert!(lossy.error().contains("set aside"), "{}", lossy.error());
-    // the rows of a head say another position; one row too many, or too few
+    // another position for the rows of a head; one row too many, or too few
     let rows = known.len() - (handle_bytes(&handle, &app) as usize);
     for (place, value) in [(rows, known[rows] ^ 1), (rows - 8, 149), (rows - 8, 151)] {
         let mut bytes = known.clone();
@@ -139,12 +139,12 @@ fn a_saved_sequence_has_what_was_set_aside() {
     }
 }
 
-/// Bytes that are set aside, as a rehearsal reports them.
+/// Bytes that are set aside, as `gvote_plan()` reports them.
 fn handle_bytes(handle: &Handle, app: &App) -> u64 {
     handle.plan(app, 0).1.bytes_aside
 }
 
-/// With one pool of cells the copy can change once the original is gone; in a stream of its own at once.
+/// In a unified cache, the copy can change once the original is gone; in a stream of its own, at once.
 #[test]
 fn a_copy_has_what_was_set_aside_of_the_original() {
     for unified in [true, false] {
@@ -182,7 +182,8 @@ fn a_copy_has_what_was_set_aside_of_the_original() {
     }
 }
 
-/// The cells of an app that reads more than they hold are chosen among all that it read, not among the survivors.
+/// An app that reads more than its cells hold: the cells are chosen among everything that was read, not among the
+/// survivors.
 #[test]
 fn the_choice_for_a_question_is_made_among_all_that_was_read() {
     const LONG: usize = 1500;
@@ -201,7 +202,7 @@ fn the_choice_for_a_question_is_made_among_all_that_was_read() {
         assert_eq!(held.iter().any(|pos| !survivors.contains(pos)), everything);
         if everything {
             assert_eq!(u64::from(report.rows_back), LONG as u64 - u64::from(n_cells));
-            // rows are neither lost nor doubled
+            // no row is lost or exists twice
             assert_eq!(handle.exact_from(&app, 0), 0);
             assert_eq!(handle.truncate(&app, 0, 300), GVOTE_OK, "{}", handle.error());
             assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, 300));
@@ -215,16 +216,16 @@ fn the_choice_for_a_question_is_made_among_all_that_was_read() {
     }
 }
 
-/// A vote that is cancelled while rows come back leaves every head with what it had.
+/// A vote that is cancelled while rows come back leaves every head with its rows.
 #[test]
 fn a_cancelled_choice_loses_no_row() {
     let app = App::new(&tiny("llama"), &Shape { n_ctx: 512, n_seq_max: 1, flash: false, unified: true });
     let handle = Handle::with(&app, &capped());
     let text = words(900, 0);
     read_long(&app, &handle, &text, 100);
-    /// Cancels when the count comes to 0.
+    /// Progress callback that cancels when the count reaches 0.
     unsafe extern "C" fn countdown(_: gvote_stage, left: *mut c_void) -> bool {
-        // SAFETY: the number below.
+        // SAFETY: `left` points to the number below.
         let left = unsafe { &mut *left.cast::<usize>() };
         *left -= 1;
         *left > 0
@@ -236,7 +237,7 @@ fn a_cancelled_choice_loses_no_row() {
     let before = held(&handle);
     for stage in 1.. {
         let mut left: usize = stage;
-        // SAFETY: the number lives until the callback is gone.
+        // SAFETY: the number lives until the callback is removed.
         unsafe { gvote_set_progress_callback(handle.0, Some(countdown), (&raw mut left).cast()) };
         let (status, _) = handle.compress(&app, 0);
         // SAFETY: as above.
@@ -273,11 +274,11 @@ fn where_rows_are_to_be_lost_they_are() {
     assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, 150));
     assert_eq!(handle.exact_from(&app, 0), N as Pos - 64);
     assert_eq!(handle.truncate(&app, 0, 100), GVOTE_ERROR_COMPRESSED);
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_set_params(handle.0, &capped()) }, GVOTE_ERROR_PARAMS);
     assert!(handle.error().contains("recall"), "{}", handle.error());
     let nonsense = gvote_params { recall: 3, ..capped() };
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_set_params(handle.0, &nonsense) }, GVOTE_ERROR_PARAMS);
 }
 

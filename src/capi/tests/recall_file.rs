@@ -1,4 +1,4 @@
-//! What a vote took out of the cache lies in a file of the app's choice.
+//! Rows that a vote removed from the cache lie in a file of the app's choice.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -29,7 +29,7 @@ fn heard(params: &gvote_params) -> (App, Handle) {
 
 fn params_of(handle: &Handle) -> gvote_params {
     let mut params = defaults();
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_get_params(handle.0, &raw mut params) }, GVOTE_OK);
     params
 }
@@ -46,7 +46,7 @@ fn every_byte_comes_back_from_the_file_and_the_file_has_no_name() {
     assert_eq!(in_memory.compressed(&other, 0).bytes_aside, report.bytes_aside);
     assert!(report.bytes_aside > 0 && app.state(0) == other.state(0));
     assert!(handle.save(&app, 0) == in_memory.save(&other, 0), "the place is no part of what is saved");
-    // a state of either is one for the other
+    // the state of each handle can be loaded by the other
     let known = in_memory.save(&other, 0);
     assert_eq!(handle.load(&app, 0, &known), GVOTE_OK, "{}", handle.error());
     assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, N as u32));
@@ -60,7 +60,7 @@ fn a_file_that_cannot_be_made_is_refused_by_name() {
     fs::write(&there, "mine").unwrap();
     let refused = |params: &gvote_params, expected: gvote_status, words: &[&str]| {
         let mut status = GVOTE_OK;
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         let g = unsafe { gvote_new(params, &raw mut status) };
         let error = error_of(ptr::null());
         assert!(g.is_null() && status == expected, "{status}: {error}");
@@ -73,7 +73,7 @@ fn a_file_that_cannot_be_made_is_refused_by_name() {
     refused(&in_file(c"/tmp/\xff"), GVOTE_ERROR_PARAMS, &["UTF-8"]);
     refused(&gvote_params { recall_file: ptr::null(), ..in_file(c"") }, GVOTE_ERROR_NULL, &["NULL"]);
     assert_eq!(fs::read(&there).unwrap(), b"mine");
-    // where rows go elsewhere, the pointer is not looked at
+    // where rows go elsewhere, the pointer is not read
     let nonsense = ptr::without_provenance(1);
     drop(Handle::new(&gvote_params { recall_file: nonsense, ..defaults() }));
 }
@@ -85,11 +85,11 @@ fn the_settings_name_the_file_and_the_same_name_is_the_same_file() {
     let (app, handle) = heard(&in_file(&path));
     let params = params_of(&handle);
     assert_eq!(params.recall, GVOTE_RECALL_FILE);
-    // SAFETY: it lives as long as the settings.
+    // SAFETY: the text lives as long as the settings.
     assert_eq!(unsafe { CStr::from_ptr(params.recall_file) }, path.as_c_str());
     handle.compressed(&app, 0);
     let change = |params: &gvote_params| {
-        // SAFETY: both live.
+        // SAFETY: both objects are alive.
         unsafe { gvote_set_params(handle.0, params) }
     };
     assert_eq!(change(&gvote_params { max_cells: 120, ..params }), GVOTE_OK, "{}", handle.error());
@@ -97,16 +97,16 @@ fn the_settings_name_the_file_and_the_same_name_is_the_same_file() {
     assert!(handle.error().contains("`recall` cannot change"), "{}", handle.error());
     assert_eq!(change(&defaults()), GVOTE_ERROR_PARAMS);
     assert_eq!(handle.expand(&app, 0, 0), (GVOTE_OK, N as u32));
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_detach(handle.0, app.ctx) }, GVOTE_OK);
     assert_eq!(change(&in_file(&other)), GVOTE_OK, "{}", handle.error());
     assert_eq!(change(&defaults()), GVOTE_OK);
     assert!(params_of(&handle).recall_file.is_null());
-    // a caller that knows no files: memory
+    // a caller whose struct has no `recall_file`: rows are set aside in memory
     let old = gvote_params { size: size_of::<gvote_params>() - size_of::<usize>(), ..defaults() };
     drop(Handle::new(&old));
     let of_old = gvote_params { recall: GVOTE_RECALL_FILE, ..old };
-    // SAFETY: it lives.
+    // SAFETY: the struct is alive.
     assert!(unsafe { gvote_new(&raw const of_old, ptr::null_mut()) }.is_null());
 }
 
@@ -118,20 +118,20 @@ fn as_q8_0_it_takes_half_the_room() {
     assert_eq!(params_of(&rounded).recall_type, GVOTE_RECALL_TYPE_Q8_0);
     let before = app.state(0);
     let [bytes, half] = [exact.compressed(&app, 0), rounded.compressed(&other, 0)].map(|report| report.bytes_aside);
-    // 34 bytes for 64, and what positions take
+    // 34 bytes for 64, plus the positions
     assert!(half < bytes * 6 / 10, "{half} of {bytes}");
-    // the bytes of one are not the other's
+    // each refuses the bytes of the other
     assert_eq!(exact.load(&app, 0, &rounded.save(&other, 0)), GVOTE_ERROR_STATE);
     assert_eq!(rounded.load(&other, 0, &exact.save(&app, 0)), GVOTE_ERROR_STATE);
     for (app, handle) in [(&app, &exact), (&other, &rounded)] {
         assert_eq!(handle.expand(app, 0, 0), (GVOTE_OK, N as u32));
     }
     assert!(app.state(0) == before && other.state(0) != before);
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_set_params(rounded.0, &raw const params) }, GVOTE_ERROR_PARAMS);
     assert!(rounded.error().contains("recall_type"), "{}", rounded.error());
     let nonsense = gvote_params { recall_type: 2, ..params };
-    // SAFETY: it lives.
+    // SAFETY: the struct is alive.
     assert!(unsafe { gvote_new(&raw const nonsense, ptr::null_mut()) }.is_null());
 }
 

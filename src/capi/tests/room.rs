@@ -13,7 +13,7 @@ use crate::{Session, SessionParams};
 /// Tokens of a batch.
 const STEP: usize = 100;
 
-/// Reads a text as the header says.
+/// Reads a text as the header describes.
 pub fn read_long(app: &App, handle: &Handle, tokens: &[Token], step: usize) -> usize {
     let mut freed = 0;
     for start in (0..tokens.len()).step_by(step) {
@@ -30,13 +30,13 @@ fn likeliest(logits: &[f32]) -> Token {
     (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as Token
 }
 
-/// A real model and three times the cells: what every head keeps, the logits, and the answer.
+/// A real model and three times as many tokens as cells: the rows of every head, the logits, and the answer.
 #[test]
 fn a_prompt_longer_than_the_cache_is_read_as_by_a_session_and_answered() {
     const ANSWER: usize = 12;
     let model = fixture::model();
     let policy = crate::policy::Params::default();
-    // llama.cpp makes a multiple of 256 of them
+    // llama.cpp rounds up to a multiple of 256
     let n_ctx = 512 - Voter::spare_cells(&policy);
     let tokens = fixture::tokens(&model, 3 * n_ctx);
     let context = ContextParams {
@@ -55,7 +55,7 @@ fn a_prompt_longer_than_the_cache_is_read_as_by_a_session_and_answered() {
     assert_eq!(read_long(&app, &handle, &tokens, STEP), squeezes.count);
     assert!(squeezes.count >= 6, "{squeezes:?}");
 
-    // an app's queries are those of tokens that were decoded once more: rounding decides between entries that are as good
+    // an app's queries are captured when tokens are decoded once more, so that rounding decides between equal entries
     let cells = crate::cache::cells(session.context(), 0);
     let mut others = 0;
     for (layer, head) in (0..30).flat_map(|layer| (0..3).map(move |head| (layer, head))) {
@@ -84,7 +84,7 @@ fn where_there_is_room_nothing_happens() {
     let app = App::new(&tiny("llama"), &ONE);
     let handle = Handle::at(&app);
     let spare = Voter::spare_cells(&crate::policy::Params::default());
-    // an empty sequence has room too
+    // there is room for an empty sequence too
     assert_eq!(handle.make_room(&app, 0, 768 - spare, &[]).0, GVOTE_OK);
     app.decode(&[(0, 0, &words(300, 0))]);
     let before = app.state(0);
@@ -110,7 +110,8 @@ fn an_answer_goes_on_without_end() {
     }
 }
 
-/// In one stream the cells of all count, but one sequence alone gives; where each has its own, no other one matters.
+/// In one stream, the cells of all sequences count, but only one sequence loses cells. With a stream each, no other
+/// sequence matters.
 #[test]
 fn only_the_sequence_that_is_named_gives_cells() {
     let spare = Voter::spare_cells(&crate::policy::Params::default());
@@ -125,7 +126,7 @@ fn only_the_sequence_that_is_named_gives_cells() {
         assert_eq!((status, report.cells_before), (GVOTE_OK, 450), "{}", handle.error());
         assert!(report.cells_after <= 400, "unified: {unified}, {report:?}");
         assert!(app.state(0) == other);
-        // and there it is
+        // the room suffices
         app.decode(&[(1, 450, &words(needed, 3))]);
         assert_eq!(handle.cells(&app, 1), (GVOTE_OK, report.cells_after + needed as u32));
     }
@@ -146,17 +147,17 @@ fn what_cannot_be_freed_is_refused_and_nothing_is_lost() {
     for needed in [400, 448, 512, 10_000, u32::MAX as usize] {
         check(handle.make_room(&app, 0, needed, &[]), GVOTE_ERROR_NO_CELLS, "sinks and recent");
     }
-    // an empty sequence has nothing to give
+    // an empty sequence has no cells to free
     check(handle.make_room(&app, 1, 200, &[]), GVOTE_ERROR_NO_CELLS, "sequence 1");
     check(handle.make_room(&app, 0, 200, &[3, 64, 5]), GVOTE_ERROR_DECODE, "");
     check(handle.make_room(&app, 0, 200, &[-1]), GVOTE_ERROR_DECODE, "");
-    // SAFETY: all live; the text is not read, so long is it said to be.
+    // SAFETY: all objects are alive; a text of this stated length is not read.
     let status = unsafe { gvote_make_room(handle.0, app.ctx, 0, 200, text.as_ptr(), usize::MAX / 2, ptr::null_mut()) };
     check((status, report()), GVOTE_ERROR_SIZE, "tokens");
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     unsafe { gvote_cancel(handle.0) };
     check(handle.make_room(&app, 0, 200, &text), GVOTE_ERROR_CANCELLED, "");
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     unsafe { gvote_cancel_clear(handle.0) };
     assert!(handle.save(&app, 0) == known);
 
@@ -181,7 +182,7 @@ fn the_full_policy_drops_nothing() {
 fn cells_that_a_vote_needs_are_missed_in_time() {
     let app = App::new(&tiny("llama"), &Shape { n_ctx: 512, ..ONE });
     let handle = Handle::at(&app);
-    // without asking for room
+    // decoded without asking for room
     app.decode(&[(0, 0, &words(510, 0))]);
     let before = app.state(0);
     assert_eq!(handle.make_room(&app, 0, 1, &[]).0, GVOTE_ERROR_NO_CELLS, "{}", handle.error());

@@ -69,7 +69,7 @@ fn bytes_that_are_cut_off_or_of_another_sequence_are_refused() {
     assert_eq!(others.load(&app, 0, &known), GVOTE_ERROR_STATE, "of another window");
 }
 
-/// One byte after the other is changed: whatever is accepted still votes, or says why not.
+/// Every byte is changed in turn: an accepted state still votes, or the vote says why not.
 #[test]
 fn damaged_bytes_never_do_harm() {
     let app = App::new(&tiny("llama"), &shape());

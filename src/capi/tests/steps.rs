@@ -11,19 +11,19 @@ use crate::tests::fixture;
 const N: usize = 300;
 const ANSWER: usize = 40;
 
-/// A vote that does not depend on how a trial rounds.
+/// Settings whose vote does not depend on the rounding of a trial.
 fn capped() -> gvote_params {
     gvote_params { max_cells: 150, target_kl: 0.0, ..defaults() }
 }
 
-/// Nodes that gvote was asked about meanwhile.
+/// Number of nodes that gvote was asked about during `work`.
 fn asked(work: impl FnOnce()) -> usize {
     let before = ASKED.get();
     work();
     ASKED.get() - before
 }
 
-/// Decodes an answer, a token at a time; `hears`: as if every graph were built anew.
+/// Decodes an answer, a token at a time. `hears`: as if every graph were built anew, so that gvote observes each step.
 fn answer(app: &App, handle: &Handle, seq: SeqId, first: Pos, tokens: &[Token], hears: bool) {
     for (pos, token) in (first..).zip(tokens) {
         if hears {
@@ -33,13 +33,13 @@ fn answer(app: &App, handle: &Handle, seq: SeqId, first: Pos, tokens: &[Token], 
     }
 }
 
-/// Puts the callback back where it is attached already.
+/// Reinstalls the callback of a handle that is already attached.
 fn attach(app: &App, handle: &Handle) {
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_attach(handle.0, app.ctx) }, GVOTE_OK);
 }
 
-/// What the heads of a layer without a window keep.
+/// Positions that the heads of a layer without a window keep.
 fn kept(app: &App, handle: &Handle, seq: SeqId) -> [Vec<Pos>; 2] {
     [0, 1].map(|head| handle.positions(app, seq, 1, head))
 }
@@ -49,27 +49,28 @@ fn steps_of_an_answer_are_not_disturbed_and_the_next_prompt_is_heard() {
     let app = App::new(&tiny("llama"), &ONE);
     let handle = Handle::at(&app);
     assert!(asked(|| app.decode(&[(0, 0, &words(N, 0))])) > 0);
-    // the first step builds a graph; up to 512 cells it is the same
+    // the first step builds a graph, which is reused up to 512 cells
     assert!(asked(|| answer(&app, &handle, 0, N as Pos, &words(1, 2), false)) > 0);
     assert_eq!(asked(|| answer(&app, &handle, 0, N as Pos + 1, &words(ANSWER, 3), false)), 0);
     assert!(asked(|| app.decode(&[(0, (N + ANSWER) as Pos + 1, &words(60, 4))])) > 0);
     let (status, report) = handle.compress(&app, 0);
     assert_eq!((status, report.cells_before as usize), (GVOTE_OK, N + ANSWER + 61), "{}", handle.error());
-    // a vote disturbs no more than one
+    // after a vote, gvote observes at most one step
     let n = N + ANSWER + 61;
     answer(&app, &handle, 0, n as Pos, &words(1, 5), false);
     assert_eq!(asked(|| answer(&app, &handle, 0, n as Pos + 1, &words(5, 6), false)), 0);
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, report.cells_after + 6));
 }
 
-/// A device takes the rest of a part of the graph at once, with all that is read of it, unless the app reads nodes, too.
+/// A device computes the rest of a part of the graph at once, with all nodes that are read of it, unless the app reads
+/// nodes too.
 #[test]
 fn a_device_stops_once_for_a_prompt() {
     unsafe extern "C" fn look_on(_: *mut sys::ggml_tensor, _: bool, _: *mut c_void) -> bool {
         false
     }
     unsafe extern "C" fn call_it(t: *mut sys::ggml_tensor, ask: bool, handle: *mut c_void) -> bool {
-        // SAFETY: what ggml passes on.
+        // SAFETY: passes on what ggml passed.
         unsafe { gvote_cb_eval(t, ask, handle) }
     }
     #[derive(PartialEq)]
@@ -104,7 +105,7 @@ fn a_device_stops_once_for_a_prompt() {
     }
 }
 
-/// Of every cell what it would have been, and of every head what it would have kept.
+/// Every cell and every head holds what it would hold with all steps observed.
 #[test]
 fn a_vote_after_unheard_steps_is_that_of_one_who_heard_everything() {
     for (arch, flash) in [("llama", false), ("llama", true), ("gemma2", false)] {
@@ -133,7 +134,7 @@ fn a_vote_after_unheard_steps_is_that_of_one_who_heard_everything() {
     }
 }
 
-/// The same with a real model, the trial included.
+/// The same with a real model, including the trial.
 #[test]
 fn a_trial_after_unheard_steps_is_that_of_one_who_heard_everything() {
     let model: Model = fixture::model();
@@ -154,7 +155,7 @@ fn a_trial_after_unheard_steps_is_that_of_one_who_heard_everything() {
     assert_eq!(vote(false), vote(true));
 }
 
-/// Of a tail that was removed, decoded anew, and removed again, what is there counts.
+/// After a tail was removed, replaced and removed again, the present cells count.
 #[test]
 fn a_tail_that_was_replaced_unheard_is_followed() {
     let votes = |hears: bool| {
@@ -173,7 +174,7 @@ fn a_tail_that_was_replaced_unheard_is_followed() {
         }
         let report = handle.compressed(&app, 0);
         let first = (report.lost_mass.to_bits(), kept(&app, &handle, 0));
-        // and behind the compressed part
+        // behind the compressed part as well
         answer(&app, &handle, 0, 343, &words(1, 7), hears);
         go_on(344, 8, 20);
         app.remove(0, 320, -1);
@@ -185,7 +186,7 @@ fn a_tail_that_was_replaced_unheard_is_followed() {
     assert_eq!(votes(false), votes(true));
 }
 
-/// What was protected at a position is not when another token comes there.
+/// A position is not protected any more when another token comes there.
 #[test]
 fn a_tail_that_was_replaced_unheard_is_protected_no_longer() {
     let app = App::new(&tiny("llama"), &ONE);
@@ -193,7 +194,7 @@ fn a_tail_that_was_replaced_unheard_is_protected_no_longer() {
     app.decode(&[(0, 0, &words(N, 0))]);
     answer(&app, &handle, 0, N as Pos, &words(5, 1), false);
     assert_eq!(handle.protect(&app, 0, 100, N as Pos, true), GVOTE_OK);
-    // as many cannot stay
+    // so many protected tokens cannot stay
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_PARAMS, "{}", handle.error());
     app.remove(0, 150, -1);
     answer(&app, &handle, 0, 150, &words(100, 2), false);
@@ -203,7 +204,7 @@ fn a_tail_that_was_replaced_unheard_is_protected_no_longer() {
     }
 }
 
-/// The callback is away when the sequence begins anew, with a single token.
+/// The callback is removed when the sequence begins anew, with a single token.
 #[test]
 fn a_sequence_that_begins_anew_unheard_is_compressed_as_a_new_one() {
     let text = words(200, 7);
@@ -215,7 +216,7 @@ fn a_sequence_that_begins_anew_unheard_is_compressed_as_a_new_one() {
         if compresses {
             handle.compressed(&app, 0);
         }
-        // up to 256 cells the graph stays the same
+        // up to 256 cells the graph is reused
         answer(&app, &handle, 0, 201, &words(3, 2), false);
         app.remove(0, -1, -1);
         assert_eq!(asked(|| answer(&app, &handle, 0, 0, &text, false)), 0);
@@ -223,7 +224,7 @@ fn a_sequence_that_begins_anew_unheard_is_compressed_as_a_new_one() {
         assert_eq!((report.cells_before, report.cells_after), (200, 150));
         let statistics = handle.save(&app, 0);
 
-        // nothing of the old text is left in what is known of it
+        // nothing of the old text is left in the record
         let new = App::new(&tiny("llama"), &Shape { n_seq_max: 2, ..ONE });
         let only = Handle::with(&new, &capped());
         answer(&new, &only, 1, 0, &words(10, 3), false);
@@ -245,14 +246,14 @@ fn what_was_loaded_is_refused_though_the_callback_was_away() {
     app.load(0, &state);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
     assert!(handle.error().contains("loaded"), "{}", handle.error());
-    // whatever is decoded behind it, and in place of its end
+    // whatever is decoded behind the sequence, and in place of its end
     answer(&app, &handle, 0, N as Pos + 1, &words(10, 6), false);
     assert_eq!(handle.compress(&app, 0).0, GVOTE_ERROR_NOT_SEEN);
     app.remove(0, 100, -1);
     app.decode(&[(0, 100, &words(N, 7))]);
     assert_ne!(handle.compress(&app, 0).0, GVOTE_OK);
 
-    // in place of one that is known, compressed or not
+    // in place of a known sequence, compressed or not
     handle.compressed(&app, 1);
     app.load(1, &state);
     answer(&app, &handle, 1, N as Pos + 1, &words(10, 6), false);
@@ -264,7 +265,7 @@ fn what_was_loaded_is_refused_though_the_callback_was_away() {
     assert_eq!(handle.compress(&app, 1).0, GVOTE_ERROR_CHANGED);
 }
 
-/// A context shift in the midst of an answer: no cell that stays where it was, and none that nobody knew.
+/// A context shift during an answer: cells that no longer lie where they were, and cells that were never known.
 #[test]
 fn cells_that_moved_while_the_callback_was_away_are_refused() {
     for n_keep in [0, 10] {
@@ -284,7 +285,7 @@ fn cells_that_moved_while_the_callback_was_away_are_refused() {
     }
 }
 
-/// Of which no call has seen any: they hold what they say all the same.
+/// The moved cells were never recorded: each still holds exactly its own position.
 #[test]
 fn cells_of_an_answer_that_moved_unheard_are_followed() {
     let app = App::new(&tiny("llama"), &ONE);
@@ -305,7 +306,7 @@ fn cells_of_an_answer_that_moved_unheard_are_followed() {
     assert_eq!(handle.cells(&app, 0), (GVOTE_OK, 170));
 }
 
-/// In one stream and in several; one of them is there from its first token on while the callback is away.
+/// In one stream and in several. One sequence begins while the callback is removed.
 #[test]
 fn several_sequences_go_on_unheard_and_each_is_followed() {
     for unified in [true, false] {
@@ -343,7 +344,7 @@ fn several_sequences_go_on_unheard_and_each_is_followed() {
     assert_eq!((report.cells_before, report.cells_after), (200, 150));
 }
 
-/// The statistics of one that was never compressed are then those of the newest tokens.
+/// The statistics of a copy of an uncompressed sequence are those of its newest tokens.
 #[test]
 fn a_copy_is_followed() {
     for unified in [true, false] {
@@ -359,7 +360,7 @@ fn a_copy_is_followed() {
         let report = handle.compressed(&app, 1);
         assert_eq!((report.cells_before, report.cells_after), (N as u32 + 20, 150));
 
-        // and one of what was compressed
+        // a copy of a compressed sequence as well
         // SAFETY: valid memory.
         unsafe { sys::llama_memory_seq_cp(app.memory(), 1, 0, -1, -1) };
         answer(&app, &handle, 0, N as Pos + 20, &words(20, 1), false);
@@ -373,7 +374,7 @@ fn a_copy_is_followed() {
     }
 }
 
-/// Once the original has other cells, nobody can tell what a copy of the ones before holds.
+/// Once the original has other cells, it is unknown what a copy of the earlier ones holds.
 #[test]
 fn a_copy_of_what_was_voted_on_since_is_not_known() {
     let app = App::new(&tiny("llama"), &Shape { n_ctx: 1536, n_seq_max: 2, unified: false, flash: false });
@@ -404,7 +405,7 @@ unsafe extern "C" fn count(_: *mut sys::ggml_tensor, ask: bool, data: *mut c_voi
     !ask
 }
 
-/// It is there at every step, as it would be without gvote.
+/// The app's callback is called at every step, as it would be without gvote.
 #[test]
 fn a_callback_of_the_apps_own_stays_during_an_answer() {
     let mut seen = 0_usize;
@@ -421,13 +422,13 @@ fn a_callback_of_the_apps_own_stays_during_an_answer() {
         assert!(seen > before, "step {i}");
     }
 
-    // one that is named while gvote's is away comes with it, as soon as that is attached again
+    // a callback that is set while gvote's is removed is called once the handle is attached again
     let app = App::new(&tiny("llama"), &ONE);
     let second = Handle::at(&app);
     drop(handle);
     app.decode(&[(0, 0, &words(N, 0))]);
     answer(&app, &second, 0, N as Pos, &words(5, 1), false);
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     assert_eq!(unsafe { gvote_set_next_callback(second.0, Some(count), data) }, GVOTE_OK);
     attach(&app, &second);
     for i in 5..10 {
@@ -435,12 +436,12 @@ fn a_callback_of_the_apps_own_stays_during_an_answer() {
         app.decode(&[(0, (N + i) as Pos, &[1])]);
         assert!(seen > before, "step {i}");
     }
-    // SAFETY: all live.
+    // SAFETY: all objects are alive.
     assert_eq!(unsafe { gvote_set_next_callback(second.0, None, ptr::null_mut()) }, GVOTE_OK);
     app.decode(&[(0, N as Pos + 10, &[1])]);
     assert_eq!(asked(|| app.decode(&[(0, N as Pos + 11, &[1])])), 0);
-    // detached while it is away
-    // SAFETY: all live.
+    // detached while the callback is removed
+    // SAFETY: all objects are alive.
     assert_eq!(unsafe { gvote_detach(second.0, app.ctx) }, GVOTE_OK);
     assert_eq!(asked(|| app.decode(&[(0, N as Pos + 12, &words(20, 3))])), 0);
 }

@@ -16,7 +16,8 @@ fn capped(cells: u32) -> gvote_params {
     gvote_params { max_cells: cells, ..defaults() }
 }
 
-/// A real model, the default settings: the count of cells, each attempt of the trial, and what every head keeps.
+/// A real model with default settings: the number of cells, each attempt of the trial, and the rows that every head
+/// keeps.
 #[test]
 fn a_vote_does_what_a_session_does() {
     let model = fixture::model();
@@ -61,7 +62,7 @@ fn a_vote_does_what_a_session_does() {
     }
 }
 
-/// llama.cpp's mark for a random seed is one number of many here.
+/// llama.cpp's marker for a random seed is an ordinary seed here.
 #[test]
 fn every_seed_chooses_the_same_each_time() {
     let app = App::new(&tiny("llama"), &ONE);
@@ -103,7 +104,7 @@ fn outputs_and_other_sequences_are_not_disturbed() {
             assert!(outputs(&app) == before, "unified {unified}, after {seq}");
             assert!(others.iter().map(|&other| app.state(other)).eq(states), "unified {unified}, after {seq}");
         }
-        // all go on together
+        // all sequences continue in one batch
         let next: Vec<_> = (0..).zip(&prompts).map(|(seq, prompt)| (seq, prompt.len() as i32, &prompt[..1])).collect();
         app.decode(&next);
         for seq in 0..4 {
@@ -112,7 +113,8 @@ fn outputs_and_other_sequences_are_not_disturbed() {
     }
 }
 
-/// Of four sequences in one batch each is heard as if it were alone, but for how a kernel rounds in a batch of another shape.
+/// Each of four sequences in one batch is observed as if it were alone, except that kernels round differently in a
+/// batch of another shape.
 #[test]
 fn sequences_in_one_batch_are_not_mixed_up() {
     let model = tiny("llama");
@@ -141,7 +143,7 @@ fn sequences_in_one_batch_are_not_mixed_up() {
     }
 }
 
-/// What a sequence keeps does not depend on who else is in the context.
+/// The choice for a sequence does not depend on the other sequences of the context.
 #[test]
 fn a_sequence_among_others_is_compressed_as_if_it_were_alone() {
     let model = tiny("llama");
@@ -161,7 +163,7 @@ fn a_sequence_among_others_is_compressed_as_if_it_were_alone() {
     assert_eq!(got, expected);
 }
 
-/// Not only what is saved: the next tokens go to the very cells that they would have gone to.
+/// Not only the saved state is equal: the next tokens go to the same cells.
 #[test]
 fn after_a_plan_decoding_goes_on_as_without() {
     let go_on = |unified: bool, arch: &str, plans: bool| {
@@ -210,7 +212,7 @@ fn a_plan_tells_what_a_compression_does_and_changes_nothing() {
     }
 }
 
-/// A window cache that is full has no cell for a draft: those outside of the window make room, and come back.
+/// A full window cache has no cell for a draft: cells outside the window make room, and come back.
 #[test]
 fn a_full_window_cache_is_brought_back_whole() {
     let model = tiny("gemma2");
@@ -220,7 +222,7 @@ fn a_full_window_cache_is_brought_back_whole() {
         for first in (0..900).step_by(100) {
             app.decode(&[(0, first, &words(100, first))]);
         }
-        // all of it, not only what the window shows
+        // the whole cache, not only the part inside the window
         let whole = |app: &App| {
             // SAFETY: the buffer has the size that llama.cpp asks for.
             unsafe {
@@ -255,14 +257,14 @@ fn generated_tokens_are_heard_so_that_a_sequence_can_be_compressed_again() {
         let second = handle.positions(&app, 0, 1, 0);
         assert_eq!(second.len(), 150);
         assert!(second.windows(2).all(|w| w[0] < w[1]), "ascending: {second:?}");
-        // what was dropped once does not come back, unless it was set aside
+        // dropped rows do not come back, unless they were set aside
         let is_lost = second.iter().all(|pos| *pos >= 300 || first.contains(pos));
         assert_eq!(is_lost, recall == GVOTE_RECALL_OFF, "{second:?}");
         assert_eq!(&second[86..], (336..400).collect::<Vec<_>>(), "the recent ones stay");
     }
 }
 
-/// Without tokens there is nothing to continue, so that no trial is made.
+/// Without tokens there is no text to continue, so that no trial is made.
 #[test]
 fn embeddings_as_input_leave_the_count_to_the_lost_mass() {
     let app = App::new(&tiny("llama"), &ONE);
@@ -294,10 +296,10 @@ fn embeddings_as_input_leave_the_count_to_the_lost_mass() {
 }
 
 unsafe extern "C" fn count(_: *mut sys::ggml_tensor, ask: bool, data: *mut c_void) -> bool {
-    // SAFETY: a counter for nodes that were asked about, and one for those that were read.
+    // SAFETY: `data` points to two counters: nodes asked about, and nodes read.
     let counters = unsafe { &mut *data.cast::<[usize; 2]>() };
     counters[usize::from(!ask)] += 1;
-    // every third node, so that we are asked for others
+    // ask for every third node, so that gvote alone asks for the others
     !ask || counters[0] % 3 == 0
 }
 
@@ -320,7 +322,7 @@ fn the_apps_own_eval_callback_goes_on_seeing_its_nodes() {
         });
         let handle = Handle::new(&capped(150));
         if attach {
-            // SAFETY: both live.
+            // SAFETY: both objects are alive.
             assert_eq!(unsafe { gvote_attach(handle.0, app.ctx) }, GVOTE_OK);
         }
         app.decode(&[(0, 0, &words(N, 0))]);
@@ -329,7 +331,7 @@ fn the_apps_own_eval_callback_goes_on_seeing_its_nodes() {
             handle.compressed(&app, 0);
             assert_eq!(counters, heard, "a vote's own graphs are not the app's");
             assert!(!callback_of(&app).0);
-            // SAFETY: both live.
+            // SAFETY: both objects are alive.
             assert_eq!(unsafe { gvote_detach(handle.0, app.ctx) }, GVOTE_OK);
         }
         assert_eq!(callback_of(&app), (true, (&raw mut counters).cast()));
@@ -338,7 +340,7 @@ fn the_apps_own_eval_callback_goes_on_seeing_its_nodes() {
     assert_eq!(nodes(true), nodes(false));
 }
 
-/// The way of the sketch: the callback is in the context's parameters.
+/// The app installs the callback itself, in the parameters of the context.
 #[test]
 fn the_callback_can_be_installed_by_the_app() {
     let handle = Handle::new(&capped(150));
@@ -346,7 +348,7 @@ fn the_callback_can_be_installed_by_the_app() {
         params.cb_eval = Some(gvote_cb_eval);
         params.cb_eval_user_data = handle.0.cast();
     });
-    // SAFETY: both live.
+    // SAFETY: both objects are alive.
     assert_eq!(unsafe { gvote_attach(handle.0, app.ctx) }, GVOTE_OK);
     app.decode(&[(0, 0, &words(N, 0))]);
     assert_eq!(handle.compressed(&app, 0).cells_after, 150);
@@ -400,7 +402,7 @@ fn a_context_that_gives_few_outputs_at_once_is_asked_for_few() {
     assert_eq!(few.cells_before, many.cells_before);
 }
 
-/// A sampler of the app's that runs in the graph sees nothing of a draft: what it drew stays, and it draws on.
+/// An app's sampler that runs in the graph does not see a draft: its sample stays, and it continues to sample.
 #[test]
 fn samplers_in_the_graph_are_left_alone() {
     let model = tiny("llama");
@@ -412,7 +414,7 @@ fn samplers_in_the_graph_are_left_alone() {
             let drawn = {
                 let app = App::new(&model, &ONE);
                 assert!(sys::llama_set_sampler(app.ctx, 0, chain), "the CPU runs it");
-                // a plan: the cells, and so what is drawn from them, stay
+                // a plan leaves the cells, and so the samples, as they are
                 let handle = Handle::with(&app, &gvote_params { target_kl: 1e-4, ..defaults() });
                 app.decode(&[(0, 0, &words(N, 0))]);
                 let mut drawn = vec![sys::llama_get_sampled_token_ith(app.ctx, N as i32 - 1)];

@@ -1,5 +1,6 @@
-//! Random walks of an app with three sequences, in one stream and in three: a vote, a plan or a cut on one of them leaves the
-//! others as they are, byte by byte; cells that two share are refused; and what is known of a sequence is what it holds.
+//! Random walks of an app with three sequences, in one stream and in three. A vote, a plan or a truncation of one
+//! sequence leaves the others unchanged, byte by byte; shared cells are refused; and the record of a sequence equals
+//! its contents.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +15,7 @@ use crate::sys;
 use crate::tests::fixture::row;
 
 const N_SEQ: usize = 3;
-/// Of a sequence; three of them and what a vote needs fit into the cache.
+/// Most cells of a sequence: three of them and the spare cells of a vote fit into the cache.
 const MOST: usize = 180;
 const N_CTX: u32 = 768;
 const SINKS: u32 = 4;
@@ -24,28 +25,28 @@ const MAX_CELLS: u32 = 60;
 #[derive(Clone, Debug)]
 enum Step {
     Decode(usize, usize),
-    /// The same, a token at a time.
+    /// Decodes tokens like `Decode`, one at a time.
     Answer(usize, usize),
-    /// One more token for all that have some, in one batch.
+    /// Decodes one more token for all sequences that are not empty, in one batch.
     Together,
     Compress(usize),
-    /// On an answer that began at a place in thousandths of what there is.
+    /// Votes on an answer that began at a place in thousandths of the sequence.
     Due(usize, usize),
     Expand(usize),
     Plan(usize),
-    /// So many tokens from a place on, or no longer.
+    /// Protects so many tokens from a place on, or ends the protection.
     Protect(usize, usize, Pos, bool),
-    /// To a place, in thousandths of what there is; by gvote, or behind its back.
+    /// Truncates at a place in thousandths of the sequence: by gvote, or by llama.cpp alone.
     Truncate(usize, usize),
     Remove(usize, usize),
-    /// By gvote, to the first place where it can be.
+    /// Truncates by gvote, at the first possible position.
     TruncateMost(usize),
-    /// `llama_memory_seq_cp()` into another, emptied sequence.
+    /// Copies into another, emptied sequence with `llama_memory_seq_cp()`.
     Copy(usize, usize),
     Clear(usize),
-    /// Both states, into the emptied sequence.
+    /// Saves both states and loads them into the emptied sequence.
     SaveAndLoad(usize),
-    /// The same, but gvote is not told.
+    /// Saves and loads llama.cpp's state alone.
     Reload(usize),
 }
 use Step::*;
@@ -72,27 +73,27 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// The simple model of a sequence.
+/// Simple model of a sequence.
 #[derive(Clone, Default)]
 struct Expected {
     n_past: Pos,
-    /// A name of its own for every cell, by label; shared cells have the same in two sequences.
+    /// A unique name for every cell, by the cell's position. Cells that two sequences share have the same name in both.
     cells: BTreeMap<Pos, usize>,
-    /// gvote can follow it.
+    /// Whether gvote can interpret the cells.
     known: bool,
-    /// Its newest token was not cut off since: that is the one that asks.
+    /// Whether the newest token was never cut off, so that its queries can vote.
     asks: bool,
     exact_from: Pos,
-    /// By head.
+    /// Positions by head.
     held: Vec<BTreeSet<Pos>>,
-    /// Positions that stay where they are held.
+    /// Positions that stay in the heads that hold them.
     protected: BTreeSet<Pos>,
     /// Keys by head and position.
     keys: BTreeMap<(usize, Pos), Vec<f32>>,
 }
 
 impl Expected {
-    /// What always stays may be more than the cap.
+    /// Whether the tokens that always stay may exceed the cap.
     fn is_cramped(&self) -> bool {
         self.protected.len() as u32 + SINKS + RECENT >= MAX_CELLS
     }
@@ -104,7 +105,7 @@ struct Walk {
     unified: bool,
     recall: gvote_recall,
     expected: Vec<Expected>,
-    /// Names of cells, and kinds of words.
+    /// Counter for the names of cells and the kinds of words.
     drawn: usize,
 }
 
@@ -140,7 +141,7 @@ impl Walk {
         words(n, self.drawn as i32)
     }
 
-    /// New cells at the next positions.
+    /// Adds new cells at the next positions.
     fn grow(&mut self, seq: usize, n: usize) {
         let expected = &mut self.expected[seq];
         for _ in 0..n {
@@ -157,7 +158,8 @@ impl Walk {
         self.expected[seq].cells.values().any(|name| names.contains(name))
     }
 
-    /// Does something to one sequence that leaves the others as they are, and itself too where it fails.
+    /// Runs an operation on one sequence. Checks that it leaves the others unchanged, and that a failed one changes
+    /// nothing.
     fn alone(&mut self, seq: usize, work: impl FnOnce(&mut Self) -> gvote_status) -> gvote_status {
         let states = |walk: &Self| (0..N_SEQ).map(|seq| walk.app.state(seq as SeqId)).collect::<Vec<_>>();
         let before = states(self);
@@ -188,7 +190,7 @@ impl Walk {
     fn clear(&mut self, seq: usize) {
         self.app.remove(seq as SeqId, -1, -1);
         self.cut(seq, 0);
-        // gvote notices when it looks
+        // gvote notices at its next call
         assert_eq!(self.handle.cells(&self.app, seq as SeqId).0, GVOTE_ERROR_NOT_SEEN);
     }
 
@@ -239,7 +241,7 @@ impl Walk {
                     let is_cramped = start.is_some() && before.protected.len() as u32 + stays + SINKS >= MAX_CELLS;
                     assert!(is_cramped || before.is_cramped(), "{}", self.handle.error());
                 } else if !is_due {
-                    // there was a vote on this answer, or the sequence is too short for one
+                    // this answer was voted on before, or the sequence is too short for a vote
                     assert!(start.is_some() && before.n_past > 0);
                 } else if before.n_past == 0 {
                     assert_eq!(status, GVOTE_ERROR_NOT_SEEN);
@@ -264,7 +266,7 @@ impl Walk {
             Expand(seq) => {
                 let (is_shared, before) = (self.is_shared(seq), self.expected[seq].clone());
                 let (n, free) = (before.cells.len(), cache::cells_free(&self.context(), seq as SeqId));
-                // it shall not take the cells of the others
+                // the sequence must not take the cells of the others
                 let needed = free.saturating_sub(RECENT as usize).saturating_sub(MOST.saturating_sub(n));
                 let mut after = 0;
                 let status = self.alone(seq, |walk| {
@@ -293,7 +295,7 @@ impl Walk {
                 let mut plan = GVOTE_OK;
                 self.alone(seq, |walk| {
                     plan = walk.handle.plan(&walk.app, seq as SeqId).0;
-                    // not even itself
+                    // counts as failed, because a plan leaves this sequence unchanged as well
                     GVOTE_ERROR_CHANGED
                 });
                 let expected = &self.expected[seq];
@@ -321,7 +323,7 @@ impl Walk {
                 let before = self.expected[seq].clone();
                 let pos = if let Truncate(_, to) = *step { self.place(seq, to) } else { before.exact_from };
                 let status = self.alone(seq, |walk| {
-                    // SAFETY: both live.
+                    // SAFETY: both objects are alive.
                     unsafe { gvote_seq_truncate(walk.handle.0, walk.app.ctx, seq as SeqId, pos) }
                 });
                 let inside = pos > 0 && pos < before.exact_from;
@@ -347,15 +349,15 @@ impl Walk {
                 let expected = &mut self.expected[seq];
                 expected.exact_from = expected.exact_from.min(expected.n_past);
                 if is_heard && !expected.known {
-                    // what is left are its first tokens, each in a cell of its own
+                    // its first tokens are left, each in a cell of its own
                     expected.known = true;
                     expected.held.clear();
                     expected.keys.clear();
                 }
-                // what comes in at position 0 begins the sequence anew
+                // a token at position 0 begins the sequence anew
                 expected.known &= !inside;
                 if !expected.known && pos > 0 {
-                    // the app goes on behind what is left
+                    // the app continues behind the remaining cells
                     expected.n_past = expected.cells.last_key_value().map_or(0, |(label, _)| label + 1);
                     if expected.cells.is_empty() {
                         self.clear(seq);
@@ -374,7 +376,7 @@ impl Walk {
                     unsafe { sys::gvote_shim_update(self.app.ctx) };
                 }
                 let cells = self.cells(to);
-                // a copy of what was loaded is as good as loaded
+                // a copy of a loaded sequence counts as loaded
                 let is_loaded = cells.len() > 1 && cells[..2].iter().all(|cell| cell.token == 0);
                 let is_whole = cells.iter().map(|cell| cell.pos).eq(0..cells.len() as Pos);
                 let original = self.expected[from].clone();
@@ -409,7 +411,7 @@ impl Walk {
                 self.app.remove(seq as SeqId, -1, -1);
                 self.app.load(seq as SeqId, &state);
                 if let Reload(_) = step {
-                    // of a sequence that was loaded before nobody knew the tokens anyway: it is the same again
+                    // the tokens of a sequence that was loaded earlier were unknown anyway: it is the same again
                     if self.handle.cells(&self.app, seq as SeqId).0 != GVOTE_OK {
                         let unknown = Expected { held: Vec::new(), keys: BTreeMap::new(), ..before };
                         self.expected[seq] = Expected { known: false, exact_from: 0, ..unknown };
@@ -423,7 +425,7 @@ impl Walk {
         }
     }
 
-    /// After a compaction: other cells, of which only the newest hold what they say.
+    /// After a compaction: other cells, of which only the newest hold their own positions.
     fn relabel(&mut self, seq: usize) {
         let cells = self.cells(seq);
         let expected = &mut self.expected[seq];
@@ -431,7 +433,7 @@ impl Walk {
         self.rename(seq, cells);
     }
 
-    /// After rows have come back: other cells, and the first place from which on no head lacks a token.
+    /// After rows came back: other cells, and a new first position from which no head lacks a token.
     fn come_back(&mut self, seq: usize) {
         let missing = |positions: Vec<Pos>| {
             let n_past = self.expected[seq].n_past;
@@ -447,7 +449,7 @@ impl Walk {
         self.rename(seq, cells);
     }
 
-    /// These are its cells now, and where it can be cut the position before must be there.
+    /// Takes `cells` as the present ones. Where the sequence can be cut, the position before must exist.
     fn rename(&mut self, seq: usize, cells: Vec<cache::Cell>) {
         let expected = &mut self.expected[seq];
         if expected.exact_from > 0 && !cells.iter().any(|cell| cell.pos == expected.exact_from - 1) {
@@ -508,7 +510,7 @@ impl Walk {
             for (&pos, cell) in positions.iter().zip(cells) {
                 assert!(pos <= cell.pos);
                 if !self.unified {
-                    // the fixture reads the first stream alone
+                    // the fixture reads the first stream only
                     continue;
                 }
                 let (il, kv) = heads[head];
@@ -546,7 +548,7 @@ proptest! {
     }
 }
 
-/// The first sequence has the beginning of the third one's cells as well.
+/// The first sequence shares the first cells of the third one as well.
 #[test]
 fn a_copy_of_a_copy_that_went_on_is_followed() {
     for recall in [GVOTE_RECALL_AUTO, GVOTE_RECALL_OFF] {

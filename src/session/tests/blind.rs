@@ -1,19 +1,20 @@
-//! A chat turn that is still open: no question is in sight.
+//! Votes in a chat turn that is still open: no question is known yet.
 
 use super::*;
 use crate::policy::{Bound, Kept};
 use crate::tests::fixture::F16;
 
-/// Tokens of a long message: more than a prompt needs to be worth a vote.
+/// Tokens of a message that is long enough for a vote.
 const LONG: usize = 300;
 
-/// A conversation in the model's format, up to the end of the last message or, if the turn is `open`, to its last word.
+/// Returns a chat in the model's format, up to the end of its last message, or, if the turn is `open`, up to the last
+/// word.
 fn chat(message: &str, open: bool) -> Vec<Token> {
     const BEFORE: &str = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
         <|im_start|>user\n";
     let tokens = |text: &str, starts, has_markers| fixture::model().tokenize(text, starts, has_markers).unwrap();
     let mut chat = tokens(BEFORE, true, true);
-    // a marker in two parts is text
+    // split, so that a marker in the message is read as text
     message.split_inclusive('<').for_each(|part| chat.extend(tokens(part, false, false)));
     if !open {
         chat.extend(tokens("<|im_end|>\n<|im_start|>assistant\n", false, true));
@@ -53,7 +54,7 @@ fn a_turn_is_open_while_a_question_may_follow() {
     assert_eq!(open_turn(&mut session(F16, 192, 64, Params::default())), None);
 }
 
-/// A document may quote markers; only the template's own begin a turn.
+/// Markers may be quoted in a document; only the template's own markers begin a turn.
 #[test]
 fn a_quoted_marker_opens_no_turn() {
     let message = long_message();
@@ -103,14 +104,14 @@ fn an_open_turn_is_compressed_where_that_is_asked_for() {
     }
 }
 
-/// The words at the start of the turn stand in for the question: what they look at is what the vote sees as observed.
+/// The first words of the turn vote in place of a question: the observed attention is theirs.
 #[test]
 fn the_first_words_of_an_open_turn_vote() {
     let policy = Params { ratio: Some(0.5), ..Params::default() };
     let kept = |look_alike: bool| {
         let mut session = after_chat(&long_message(), true, policy.clone());
         if look_alike {
-            // the same cache, but as if it were no chat
+            // hide the chat markers from the vote; the cache stays
             let plain = session.model().tokenize(" ", false, false).unwrap()[0];
             session.sequence.tokens.fill(plain);
         }
@@ -126,11 +127,12 @@ fn the_first_words_of_an_open_turn_vote() {
     assert!(matches!(open, Kept::Heads { .. }));
 }
 
-/// An answer that needs nothing of the text, such as "OK.", says nothing about what will be asked of it. Where what a vote drops would
-/// be lost, and more questions may come, it is no reason to drop anything; where it can come back, or no question follows, it is.
+/// An answer that needs nothing of the text, such as "OK.", says nothing about later questions. If dropped rows would
+/// be lost and more questions may come, such a vote must drop nothing. If rows can come back, or no question follows,
+/// it may drop them.
 #[test]
 fn an_answer_that_does_not_look_at_the_text_is_no_reason_to_lose_it() {
-    // the fewest cells that a trial may settle on always do
+    // a trial with this limit always accepts the fewest cells
     let policy = || Params { target_kl: Some(10.0), min_cells: 100, ..Params::default() };
     let vote = |recall: Recall, more_questions: bool, policy: Params| {
         let mut session = after_chat(&long_message(), false, policy);
@@ -146,7 +148,7 @@ fn an_answer_that_does_not_look_at_the_text_is_no_reason_to_lose_it() {
     }
     let (bound, after, before) = vote(Recall::Off, true, policy());
     assert_eq!((bound, after), (Bound::Blind, before));
-    // a cap is kept whatever that loses
+    // a cap holds, whatever is lost by it
     let capped = Params { max_cells: Some(120), ..policy() };
     let (bound, after, ..) = vote(Recall::Off, true, capped);
     assert_eq!((bound, after), (Bound::MaxCells, 120));

@@ -1,4 +1,4 @@
-//! Cutting off: exact, or refused.
+//! Truncation is exact, or refused.
 
 use super::*;
 use crate::policy::{Evict, Span};
@@ -24,7 +24,7 @@ fn a_marked_place_is_come_back_to_as_if_what_followed_had_never_been() {
         answer(&mut detour, 10);
         detour.truncate(pos).unwrap();
         assert!(detour.save() == straight.save(), "{setup:?}");
-        // without the message, the answer again; then another message
+        // generate again without the message, then with another message
         assert_eq!(answer(&mut detour, 5), answer(&mut straight, 5));
         detour.truncate(pos).unwrap();
         straight.truncate(pos).unwrap();
@@ -37,7 +37,7 @@ fn a_marked_place_is_come_back_to_as_if_what_followed_had_never_been() {
     }
 }
 
-/// Often no head keeps the last one of those tokens that need not stay.
+/// Often no head keeps the last token among those that a vote may drop.
 #[test]
 fn at_the_first_place_where_a_session_can_be_cut_it_goes_on() {
     const N: usize = 250;
@@ -90,7 +90,7 @@ fn a_prefill_that_is_given_up_leaves_no_trace() {
         };
         let (mut session, mut straight) = (start(), start());
         let before = session.save();
-        // so much that a window cache has to overwrite what the tokens before saw
+        // enough tokens for a window cache to overwrite cells that earlier tokens attended to
         let flow = |done, _| if done >= 400 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         let error = session.prefill(&words(450, 2), flow).unwrap_err();
         assert!(matches!(error, SessionError::Llama(LlamaError::Cancelled)), "{error}");
@@ -102,7 +102,7 @@ fn a_prefill_that_is_given_up_leaves_no_trace() {
     }
 }
 
-/// Of a window no more is saved than the next token sees.
+/// Of a window cache, only the cells that the next token sees are saved.
 #[test]
 fn beside_a_window_a_cut_is_exact_or_refused() {
     for setup in [F16, F16_FLASH] {
@@ -131,12 +131,12 @@ fn beside_a_window_a_cut_is_exact_or_refused() {
     }
 }
 
-/// A cache so short, and a vote so hard, that the window is larger than what stays: then a message may overwrite the window of
-/// the token before it.
+/// The cache is so short, and the vote drops so much, that the window is larger than the part that stays: a message may
+/// then overwrite the window of the token before it.
 #[test]
 fn a_prefill_that_is_given_up_brings_the_window_back() {
     let policy = Params { window: 16, recent: 16, sinks: 4, max_cells: Some(24), ..quick() };
-    // with the spare cells of a vote a multiple of 256, so that llama.cpp adds none
+    // together with the spare cells a multiple of 256, so that llama.cpp adds none
     let n_ctx = 768 - Voter::spare_cells(&policy);
     let start = || {
         let mut session = open("gemma2", F16, n_ctx, policy.clone());
@@ -157,7 +157,8 @@ fn a_prefill_that_is_given_up_brings_the_window_back() {
     assert!(apart(&session, &straight) < 0.02, "{}", apart(&session, &straight));
 }
 
-/// Of cells that can be cut anywhere a message needs no copy, however long the text before it is; only a window cache does.
+/// Where cells can be cut anywhere, a message needs no copy, however long the text before it is. Only a window cache
+/// needs one.
 #[test]
 fn what_can_be_cut_is_not_copied() {
     for (arch, is_copied) in [("llama", false), ("gemma2", true)] {

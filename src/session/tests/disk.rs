@@ -10,7 +10,7 @@ use crate::tests::tiny;
 
 const TURNS: usize = 200;
 
-/// One turn as a chat makes it: marks, a message, a vote now and then, an answer.
+/// Runs one turn as a chat does: marks, a message, an occasional vote, an answer.
 fn turn(session: &mut Session, i: usize) -> Vec<Token> {
     session.mark();
     session.prefill_long(&words(5 + 7 * i % 23, i), |_, _| ControlFlow::Continue(())).unwrap();
@@ -34,7 +34,7 @@ fn chat_with_and_without_saving(arch: &str, setup: Setup, turns: usize, policy: 
         always.save_to(&path, b"").unwrap();
         always = open(arch, setup, N_CTX, policy.clone());
         assert!(always.load_from(&path, keep).unwrap().is_empty(), "{name}");
-        // the answer again; of a window no more is saved than the next token sees
+        // generate again; of a window cache, only the cells that the next token sees are saved
         if i % 10 == 9 && !has_window(arch) {
             let [again, expected] = [&mut always, &mut never].map(|session| {
                 let pos = session.marks.last().unwrap().pos;
@@ -53,8 +53,8 @@ fn has_window(arch: &str) -> bool {
     arch == "gemma2"
 }
 
-/// What has left the window is not saved, so that the others come to lie in other cells of the window cache, and sums add up in
-/// another order.
+/// Compares two sessions. A saved window cache lacks the cells outside the window, so that the others are loaded into
+/// other cells, and sums add up in another order.
 fn assert_same(a: &Session, b: &Session, arch: &str, name: &str) {
     let apart = a.logits().iter().zip(b.logits()).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
     assert!(if has_window(arch) { apart < 0.05 } else { a.logits() == b.logits() }, "{name}: {apart}");
@@ -70,7 +70,7 @@ fn so_it_does_with_every_cache_type_beside_a_window_and_under_the_full_policy() 
     for setup in [F16_FLASH, Q8_0, Q4_0] {
         chat_with_and_without_saving("llama", setup, 24, &quick());
     }
-    // a choice that rounding cannot turn
+    // a choice that rounding cannot change
     let recent = Params { max_cells: Some(200), ..Params::new(Kind::StreamingLlm) };
     for setup in [F16, F16_FLASH, Q8_0] {
         chat_with_and_without_saving("gemma2", setup, 24, &recent);
@@ -78,12 +78,12 @@ fn so_it_does_with_every_cache_type_beside_a_window_and_under_the_full_policy() 
     chat_with_and_without_saving("qwen3", F16, 10, &Params::new(Kind::Full));
 }
 
-/// Takes any note.
+/// Accepts any note.
 fn keep(note: &[u8]) -> Result<Vec<u8>, String> {
     Ok(note.to_vec())
 }
 
-/// A session with a past, and its file.
+/// Returns a session after several turns, and its file.
 fn saved(folder: &Path) -> (Session, PathBuf) {
     let path = folder.join("chat");
     let mut session = open("llama", F16, N_CTX, quick());
@@ -95,7 +95,7 @@ fn saved(folder: &Path) -> (Session, PathBuf) {
     (session, path)
 }
 
-/// Tries to load a file; all of the session is as before.
+/// Tries to load a file, and checks that the session is unchanged.
 fn refused(session: &mut Session, path: &Path) -> FileError {
     let before = session.save();
     let error = session.load_from(path, keep).unwrap_err();
@@ -126,7 +126,7 @@ fn a_file_behind_symbolic_links_is_written_and_the_links_stay() {
     let (target, first, second) = (elsewhere.join("chat"), links.join("first"), links.join("second"));
     symlink("../elsewhere/chat", &first).unwrap();
     symlink(&first, &second).unwrap();
-    // the file is not there yet, then it is replaced
+    // first a new file, then a replacement
     for note in [&b"one"[..], b"two"] {
         session.save_to(&second, note).unwrap();
         assert_eq!(session.load_from(&target, keep).unwrap(), note);
@@ -176,7 +176,7 @@ fn a_failed_save_leaves_what_was_there() {
     assert!(fs::read(&path).unwrap() == before);
 }
 
-/// Where to cut and to flip: all of the head, and some places of what follows.
+/// Places to cut and to flip: all of the head, and some of the rest.
 fn places(len: usize) -> impl Iterator<Item = usize> {
     (0..600).chain((600..len - 40).step_by(len / 150)).chain(len - 40..len)
 }
@@ -209,7 +209,7 @@ fn a_file_with_one_wrong_byte_is_refused_wherever_that_is() {
         let error = refused(&mut session, &path);
         let expected = match place {
             0..8 => matches!(error, FileError::Foreign),
-            // another version that is read
+            // another version that can be read
             8 => matches!(error, FileError::Damaged),
             9..12 => matches!(error, FileError::Version { .. }),
             _ => matches!(error, FileError::Damaged),
@@ -241,7 +241,7 @@ fn a_file_of_other_settings_is_refused_with_the_one_to_change() {
         read(&mut session, &words(80, 3));
         let error = refused(&mut session, &path).to_string();
         assert!(error.contains(setting), "{setting}: {error}");
-        // and goes on
+        // the session can continue
         assert_eq!(answer(&mut session, 3).len(), 3);
     }
 }
@@ -304,7 +304,7 @@ fn a_file_whose_keys_came_about_otherwise_is_refused() {
     }
 }
 
-/// Replaces what a file says it was made with, and signs it again.
+/// Replaces the settings in a file, and updates the checksum.
 fn forge(path: &Path, change: impl Fn(&str) -> String) {
     let bytes = fs::read(path).unwrap();
     let len = u64::from_le_bytes(bytes[12..20].try_into().unwrap()) as usize;
@@ -326,7 +326,7 @@ fn a_file_of_another_llama_cpp_is_refused() {
     assert!(matches!(error, FileError::Llama { .. }) && error.to_string().contains("llama.cpp 9"), "{error}");
 }
 
-/// With a checksum that is right llama.cpp itself is the last to look.
+/// With a valid checksum, only llama.cpp can still refuse the file.
 #[test]
 fn a_file_that_lies_is_refused_by_what_it_holds() {
     let folder = tempfile::tempdir().unwrap();

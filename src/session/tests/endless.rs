@@ -5,14 +5,14 @@ use crate::session::Stop;
 use crate::tests::fixture::F16;
 use crate::tests::heap;
 
-/// Tokens of a part.
+/// Tokens of one part of the answer.
 const PART: usize = 1000;
-/// What the list of all tokens may grow by while the others come: it doubles.
+/// Largest growth of the list of all tokens during the other parts: it doubles.
 const TOKENS: isize = 4 * 8192;
-/// What else may differ between two moments; what is kept of one vote alone is more than that over a hundred of them.
+/// Tolerance for other differences. A leak of one vote's data would exceed it over a hundred votes.
 const SLACK: isize = 8 * 1024;
 
-/// Five times what the model was trained for, in few cells.
+/// Five times the context length of the model's training, in few cells.
 #[test]
 fn an_answer_without_end_takes_no_more_cells_and_no_more_memory() {
     const CELLS: usize = 160;
@@ -25,7 +25,7 @@ fn an_answer_without_end_takes_no_more_cells_and_no_more_memory() {
         for part in 1..=5 {
             let report = session.generate(&mut sampler, PART as i32, |_| ControlFlow::Continue(())).unwrap();
             assert_eq!((report.tokens, report.stop), (PART, Stop::Limit), "{arch}");
-            // a quarter at once
+            // each squeeze frees a quarter of the cells
             assert!(report.squeezes.count.abs_diff(PART / (CELLS / 4)) <= 1, "{arch}, part {part}: {report:?}");
             assert_eq!(session.n_past() as usize, 100 + part * PART);
             assert!(session.cells_used() <= CELLS, "{arch}: {}", session.cells_used());

@@ -1,4 +1,4 @@
-//! A vote that fails leaves the session as it was, and one in a full context does not fail.
+//! A failed vote leaves the session unchanged, and a vote in a full context does not fail.
 
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -9,14 +9,14 @@ use crate::tests::fixture::{F16, Q8_0};
 use crate::vote::uniform_shape;
 
 const N: usize = 160;
-/// When to cancel: after so many parts of the time that the work takes.
+/// Number of moments to cancel at, spread over the duration of the work.
 const MOMENTS: u32 = 6;
 
 fn replaying() -> Params {
     Params { replay: true, ..Params::default() }
 }
 
-/// A ranking that needs no vote: the scores are made up.
+/// Returns a ranking with invented scores, without a vote.
 fn ranking(session: &Session) -> Ranking {
     let n = session.cells_used();
     let shape = uniform_shape(&session.voter.as_ref().unwrap().layout, n).unwrap();
@@ -50,7 +50,7 @@ fn replay(session: &mut Session) -> Result<(), SessionError> {
     Ok(session.vote().unwrap().replay(&cells).map(|_| ())?)
 }
 
-/// Runs `work` again and again, each time cancelled a bit later.
+/// Runs `work` repeatedly, each time cancelled a bit later.
 fn cancel_at_many_moments(session: &mut Session, work: fn(&mut Session) -> Result<(), SessionError>) {
     let before = session.save();
     let clock = Instant::now();
@@ -78,7 +78,7 @@ fn cancel_at_many_moments(session: &mut Session, work: fn(&mut Session) -> Resul
     assert!(cancelled >= 2, "cancelled {cancelled} times");
 }
 
-/// What a session is after a vote and one more token.
+/// Returns the saved session after a vote and one more token.
 fn vote(session: &mut Session) -> Vec<u8> {
     session.compress().unwrap();
     session.decode(100).unwrap();
@@ -101,7 +101,8 @@ fn a_cancelled_replay_leaves_no_trace() {
     assert!(vote(&mut session) == undisturbed, "a later vote is not changed by it");
 }
 
-/// Cancels `work` whenever llama.cpp or a vote asks whether to go on, or at so many of those moments that it takes no long time.
+/// Cancels `work` at each moment that llama.cpp or a vote checks for cancellation, or at a sample of these moments if
+/// there are many.
 fn cancel_whenever_it_can_be(
     session: &mut Session,
     name: &str,
@@ -138,7 +139,7 @@ fn a_vote_cancelled_at_any_moment_leaves_no_trace() {
         for setup in [F16, Q8_0] {
             let mut session = open("llama", setup, N_CTX, policy.clone());
             read(&mut session, &words(200, 1));
-            // what was answered is observed first
+            // the tokens of the answer are observed first
             answer(&mut session, 20);
             let compress = |session: &mut Session| session.compress().map(|_| ());
             cancel_whenever_it_can_be(&mut session, &format!("{name}, {setup:?}"), compress);
@@ -156,7 +157,7 @@ fn a_prefill_or_a_step_cancelled_at_any_moment_leaves_no_trace() {
     cancel_whenever_it_can_be(&mut session, "a step", |session| session.decode(5));
 }
 
-/// Where an answer needs room: either no cell was freed, or they all were.
+/// Where an answer needs room, either no cell was freed or all of them were.
 #[test]
 fn an_answer_cancelled_while_room_is_made_is_whole() {
     let mut session = open("llama", F16, N_CTX, quick());
@@ -194,11 +195,11 @@ fn generate(session: &mut Session, n: i32) -> Stop {
 #[test]
 fn a_trial_or_replay_without_a_free_cell_leaves_no_trace() {
     for work in [try_out, replay] {
-        // none is free, or too few for the whole of it
+        // no free cell, or too few for the whole vote
         for free in [0, 10] {
             let mut session = session(F16, 192, 64, Params::default());
             let size = session.ctx.n_ctx();
-            // as if no cells had been set aside
+            // as if no spare cells existed
             session.limit = size;
             read(&mut session, &fixture::tokens(&fixture::model(), size - free));
             let before = session.save();

@@ -1,11 +1,11 @@
-//! A session that grows goes on as one that had the cells from the start.
+//! A session that grows equals one that had the cells from the start.
 
 use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::tests::fixture::{F16, F16_FLASH, Q8_0};
 
-/// A session of so many cells that may have `N_MOST`, and one that has them.
+/// Returns a session of `n_ctx` cells that may grow to `N_MOST`, and one that has them from the start.
 fn growing(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> [Session; 2] {
     const N_MOST: usize = 900;
     let mut small = open(arch, setup, n_ctx, policy.clone());
@@ -17,11 +17,11 @@ fn growing(arch: &str, setup: Setup, n_ctx: usize, policy: Params) -> [Session; 
 fn assert_alike(arch: &str, [a, b]: &[Session; 2], name: &str) {
     assert_eq!((a.n_past(), a.cells_used()), (b.n_past(), b.cells_used()), "{name}");
     let apart = a.logits().iter().zip(b.logits()).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
-    // llama.cpp does not save what has left the window, and sums add up in another order
+    // llama.cpp does not save cells outside the window, so that sums add up in another order
     assert!(apart <= if arch == "gemma2" { 0.05 } else { 0.0 }, "{name}: {apart}");
 }
 
-/// Prompts, votes, answers, and the way back, each of which may be what asks for more cells.
+/// Prompts, votes, answers and truncation may each need more cells.
 #[test]
 fn whatever_asks_for_more_cells_gets_them() {
     for (arch, setup) in [("llama", F16), ("llama", F16_FLASH), ("qwen2", Q8_0), ("gemma2", F16)] {
@@ -43,7 +43,7 @@ fn whatever_asks_for_more_cells_gets_them() {
             session.mark();
         });
         step(&mut both, "more", &|session| read(session, &words(600, 3)));
-        // to a mark that was set in a smaller context, unless the window has moved on
+        // back to a mark set in a smaller context, unless the window has moved on
         if arch != "gemma2" {
             step(&mut both, "back", &|session| session.truncate(680).unwrap());
             step(&mut both, "again", &|session| {
@@ -61,7 +61,7 @@ fn where_it_may_not_grow_cells_are_freed() {
     let mut session = open("llama", F16, 200, quick());
     session.prefill_long(&words(500, 1), |_, _| ControlFlow::Continue(())).unwrap();
     assert_eq!((session.n_ctx(), session.take_stuck()), (200, None));
-    // and where it has grown as far as it may
+    // a session that has grown as far as it may
     let [mut session, _] = growing("llama", F16, 200, quick());
     session.prefill_long(&words(2000, 1), |_, _| ControlFlow::Continue(())).unwrap();
     assert_eq!((session.n_ctx(), session.take_stuck()), (900, None));
@@ -107,7 +107,7 @@ fn a_saved_session_brings_its_cells_along() {
     assert!(error.contains("600 cells and there are 100"), "{error}");
 }
 
-/// Nothing is read that has no position.
+/// No token is read that has no position.
 #[test]
 fn a_prompt_past_the_table_of_positions_is_refused_at_once() {
     for long in [false, true] {

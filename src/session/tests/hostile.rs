@@ -1,4 +1,4 @@
-//! Saved sessions in which one number is another one: refused, or a session like any other.
+//! Saved sessions with one changed number: refused, or loaded as a usable session.
 
 use std::path::Path;
 
@@ -8,9 +8,9 @@ use crate::compact::row_bytes;
 use crate::llama::ModelParams;
 use crate::tests::fixture::F16;
 
-/// Tokens of the session that is saved, before a vote and after it.
+/// Tokens of the saved session, before a vote and after it.
 const N: [usize; 2] = [230, 20];
-/// A window that keeps states small.
+/// A short window, which keeps states small.
 const WINDOW: usize = 8;
 
 /// A number in a saved session.
@@ -20,7 +20,7 @@ struct Field {
     len: usize,
 }
 
-/// Walks over the numbers of a saved session. See `head` in `src/session/state.rs`.
+/// Iterates over the numbers of a saved session; see `head` in `src/session/state.rs`.
 struct Fields<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -36,7 +36,7 @@ impl Fields<'_> {
         u64::from_le_bytes(number)
     }
 
-    /// `n` numbers, of which the first, the second, one in the middle and the last are noted.
+    /// Passes `n` numbers, and records the first, the second, the middle and the last one.
     fn several(&mut self, name: &str, n: usize, len: usize) {
         let start = self.at;
         for i in [0, 1, n / 2, n - n.min(1)].into_iter().filter(|&i| i < n) {
@@ -46,7 +46,7 @@ impl Fields<'_> {
         self.at = start + n * len;
     }
 
-    /// The length of a part, and four numbers of it.
+    /// Passes a part: records its length and four of its numbers.
     fn list(&mut self, name: &str) {
         let bytes = self.number(&format!("length of {name}"), 8) as usize;
         self.several(name, bytes / 4, 4);
@@ -80,7 +80,7 @@ impl Fields<'_> {
         self.captured("captured", session);
     }
 
-    /// One cache of llama.cpp's.
+    /// Passes one of llama.cpp's caches.
     fn cells(&mut self, name: &str) {
         self.number(&format!("{name}: streams"), 4);
         let n = self.number(&format!("{name}: cells"), 4) as usize;
@@ -96,7 +96,7 @@ impl Fields<'_> {
     }
 }
 
-/// The numbers of what a session wrote.
+/// Returns the numbers of a saved session.
 fn fields(session: &mut Session, bytes: &[u8]) -> Vec<Field> {
     let model = session.model().clone();
     let uncut = session.ctx.copy_uncut(SEQ).unwrap().len();
@@ -126,7 +126,7 @@ fn fields(session: &mut Session, bytes: &[u8]) -> Vec<Field> {
             fields.at += n * bytes;
         }
     }
-    // what cannot be cut is a recurrent state, a window cache, or all there is
+    // the part that cannot be cut is a recurrent state, a window cache, or the whole state
     if !model.is_recurrent() || uncut < bytes.len() - fields.at {
         fields.cells("cache");
     }
@@ -139,7 +139,7 @@ fn fields(session: &mut Session, bytes: &[u8]) -> Vec<Field> {
     fields.found
 }
 
-/// Numbers at the borders of what there can be, or nonsense. One is what it is; others are near it.
+/// Returns values for a number: limits, nonsense, and neighbours of its own value, which is included.
 fn values(field: &Field, bytes: &[u8]) -> Vec<Vec<u8>> {
     let own = &bytes[field.at..][..field.len];
     let near = |own: u64| [own.wrapping_add(1), own.wrapping_sub(1), 0, 1, 2];
@@ -156,21 +156,21 @@ fn values(field: &Field, bytes: &[u8]) -> Vec<Vec<u8>> {
             let own = u64::from_le_bytes(own.try_into().unwrap());
             [&near(own)[..], &lengths, &floats].concat()
         }
-        // halves: infinite and not a number; whether there are votes
+        // infinity and NaN as f16; the flag that the session votes
         _ => vec![0, 1, 2, 0xff, 0x7c00, 0x7e00, 0xfc00],
     };
     let values = values.into_iter().map(|value| value.to_le_bytes()[..own.len()].to_vec());
     values.filter(|value| value != own).collect()
 }
 
-/// Whatever can be done with a session.
+/// Runs every operation on a session.
 fn use_it(session: &mut Session, name: &str) {
     assert!(session.cells_used() <= session.n_ctx(), "{name}");
     let marks: Vec<Pos> = session.marks.iter().map(|mark| mark.pos).collect();
     assert!(marks.iter().all(|&pos| pos <= session.n_past()) && session.exact_from() <= session.n_past(), "{name}");
     let saved = session.save();
     session.load(&saved).unwrap_or_else(|error| panic!("{name}: what was taken is refused later: {error}"));
-    // a vote may find that there is nothing to go by
+    // a vote may find no captured data
     let _ = session.compress();
     session.expand().unwrap_or_else(|error| panic!("{name}: it does not come back: {error}"));
     let _ = session.compress();
@@ -195,7 +195,7 @@ fn has_window(session: &Session) -> bool {
     Layout::of(&session.ctx, SEQ).is_ok_and(|layout| layout.info.has_window)
 }
 
-/// Whether a session is as one that saved these bytes. Beside a window cells may lie elsewhere after they were read.
+/// Whether a session equals the one that saved these bytes. With a window cache, loaded cells may lie elsewhere.
 fn is_as(session: &mut Session, sound: &[u8]) -> bool {
     let saved = session.save();
     let has_window =
@@ -204,12 +204,12 @@ fn is_as(session: &mut Session, sound: &[u8]) -> bool {
     saved.len() == sound.len() && saved[..end] == sound[..end]
 }
 
-/// Has every number of a saved session be another one. Answers how many of these were taken, and how many refused.
+/// Changes every number of a saved session in turn. Returns how many changes were accepted, and how many refused.
 fn change_all(session: &mut Session, sound: &[u8]) -> [usize; 2] {
     change(session, sound, |_| true)
 }
 
-/// The same for numbers with certain names.
+/// Changes the numbers whose names `is_meant` accepts.
 fn change(session: &mut Session, sound: &[u8], is_meant: impl Fn(&str) -> bool) -> [usize; 2] {
     let mut counts = [0; 2];
     for field in fields(session, sound).into_iter().filter(|field| is_meant(&field.name)) {
@@ -235,7 +235,7 @@ fn change(session: &mut Session, sound: &[u8], is_meant: impl Fn(&str) -> bool) 
     counts
 }
 
-/// A session with marks, after a vote, and what it saves.
+/// Returns a session with marks, after a vote, and its saved bytes.
 fn saved(mut session: Session) -> (Session, Vec<u8>) {
     session.mark();
     read(&mut session, &words(N[0], 1));
@@ -252,7 +252,7 @@ fn with_vocabulary(arch: &str) -> Model {
     tiny::Tiny::new(folder.path(), tiny::Spec { vocabulary: true, ..spec }).model
 }
 
-/// Sinks and cells as in [`quick`], with the markup of the vocabulary protected.
+/// Settings like [`quick`], with the vocabulary's markers protected.
 fn protecting() -> Params {
     Params { protect: true, window: WINDOW, ..quick() }
 }
@@ -286,12 +286,12 @@ fn no_number_in_a_saved_session_does_harm() {
 fn no_other_number_is_taken_for_one_in_what_is_set_aside() {
     let policy = Params { max_cells: Some(120), ..protecting() };
     let (mut session, _) = saved(open_as(&with_vocabulary("llama"), F16, N_CTX, policy, Recall::Auto));
-    // what the first vote dropped came back for what was read since
+    // rows that the first vote dropped came back for the tokens read since
     assert_eq!(session.rows_aside(), 0);
     session.compress().unwrap();
     assert!(session.rows_aside() > 0 && session.exact_from() == 0);
     let sound = session.save();
-    // where all rows of a head are in one place alone, every other position is that of another row
+    // all rows of a head are in one place only, so that any other position belongs to another row
     let [taken, refused] = change(&mut session, &sound, |name| name.contains("set aside"));
     assert!(taken == 0 && refused > 200, "{taken} taken, {refused} refused");
 }

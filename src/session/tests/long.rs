@@ -34,7 +34,7 @@ fn a_prompt_that_fits_is_read_as_always() {
     assert!(long.save() == short.save() && long.logits() == short.logits());
 }
 
-/// Heads that hold a token of `positions`, as a share of all heads and positions.
+/// Share of all heads and `positions` for which the head holds the token.
 fn held(session: &Session, positions: std::ops::Range<Pos>) -> f64 {
     let cells = cache::cells(&session.ctx, SEQ);
     let heads: usize = session.voter.as_ref().unwrap().layout.n_head_kv().sum();
@@ -120,7 +120,7 @@ fn the_full_policy_says_that_a_prompt_is_too_long() {
     assert!(matches!(error, SessionError::PromptTooLong { tokens: 900, room: N_CTX, .. }), "{error}");
 }
 
-/// A message that does not get as far as freeing cells was never there: cells, statistics, window and logits.
+/// A message that fails before it frees cells leaves no trace in cells, statistics, window and logits.
 #[test]
 fn a_reading_that_fails_before_anything_was_freed_leaves_no_trace() {
     for arch in ["llama", "gemma2"] {
@@ -133,20 +133,20 @@ fn a_reading_that_fails_before_anything_was_freed_leaves_no_trace() {
             assert!(matches!(error, SessionError::Llama(LlamaError::Cancelled)), "{error}");
             assert!(session.save() == before && session.logits() == logits, "{arch}, cancelled at {cancel_at}");
         }
-        // it goes on as if nothing had happened
+        // the session continues as if nothing had happened
         let mut straight = open(arch, F16, N_CTX, quick());
         read(&mut straight, &words(150, 1));
         for session in [&mut session, &mut straight] {
             read_long(session, &words(600, 2));
         }
         let apart = session.logits().iter().zip(straight.logits()).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
-        // a window that was brought back lies in other cells, and sums add up in another order
+        // a restored window lies in other cells, so that sums add up in another order
         let is_alike = if arch == "gemma2" { apart < 0.05 } else { session.save() == straight.save() };
         assert!(is_alike && session.n_past() == straight.n_past(), "{arch}: {apart}");
     }
 }
 
-/// Learned positions end somewhere, and llama.cpp would end the process there.
+/// Learned positions end somewhere, and llama.cpp would abort the process there.
 #[test]
 fn a_table_of_positions_is_not_left() {
     const TABLE: usize = 1024;
@@ -161,7 +161,7 @@ fn a_table_of_positions_is_not_left() {
     let (tokens, stop) = greedy(&mut session, 400);
     assert_eq!(stop, Stop::ContextFull);
     assert!(tokens.len() <= TABLE - 900 + 1 && session.n_past() as usize <= TABLE, "{}", tokens.len());
-    // a vote's own tokens come behind the newest one
+    // the tokens of a vote lie behind the newest one
     let before = session.save();
     match session.compress() {
         Ok(_) => {}

@@ -1,4 +1,4 @@
-//! The chat template's markers and the system message, in a prompt that does not fit.
+//! Protects the chat template's markers and the system message in a prompt that does not fit.
 
 use super::*;
 use crate::policy::Evict;
@@ -6,7 +6,7 @@ use crate::tests::fixture::F16;
 
 const CELLS: usize = 256;
 
-/// A chat of several turns that is longer than the cache, and how many of its tokens are the system message.
+/// Returns a chat of several turns that is longer than the cache, and the number of tokens of its system message.
 fn chat() -> (Vec<Token>, usize) {
     let model = fixture::model();
     let system = "You answer in rhymes only, and never mention the sea, whatever is asked.";
@@ -20,7 +20,7 @@ fn chat() -> (Vec<Token>, usize) {
     (fixture::chat(&messages, true), fixture::chat(&messages[..1], false).len())
 }
 
-/// Positions of what is to stay, and for each how many heads hold it.
+/// Returns the positions that must stay, with the number of heads that hold each.
 fn holders(session: &Session, system: usize) -> Vec<(Pos, usize)> {
     let cells = cache::cells(&session.ctx, SEQ);
     let (tokens, model) = (session.sequence.tokens(), session.model());
@@ -50,7 +50,7 @@ fn every_head_holds_them_after_squeezes_and_votes() {
         assert!(session.cells_used() <= 160 && held.len() > system + 8, "{kind} {evict:?}: {held:?}");
         assert!(held.iter().all(|&(_, holders)| holders == heads), "{kind} {evict:?}: {held:?}");
 
-        // one is enough to show that they would not have stayed anyway
+        // one case is enough to show that they would not stay without protection
         if evict == Evict::Composite {
             let mut other = read_chat(Params { protect: false, ..policy }, &tokens, system);
             other.compress().unwrap();

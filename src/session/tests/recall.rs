@@ -1,4 +1,4 @@
-//! What left the cache comes back as it was.
+//! Rows that left the cache come back unchanged.
 
 use super::*;
 use crate::archive::PRETEND_FULL;
@@ -8,12 +8,12 @@ use crate::tests::fixture::{F16, F16_FLASH, Q4_0, Q8_0, greedy, on_device};
 
 pub(super) const N: usize = 250;
 
-/// Votes that leave a hundred cells.
+/// Settings of votes that leave a hundred cells.
 pub(super) fn hundred() -> Params {
     Params { max_cells: Some(100), ..quick() }
 }
 
-/// A session that has read some tokens.
+/// Returns a session that has read some tokens.
 fn started(arch: &str, setup: Setup, policy: Params) -> Session {
     started_as(arch, setup, policy, Recall::Auto)
 }
@@ -24,18 +24,18 @@ pub(super) fn started_as(arch: &str, setup: Setup, policy: Params, recall: Recal
     session
 }
 
-/// All K and V in the order of cells, with positions.
+/// Returns K and V of all cells in order, with positions.
 fn cells(session: &mut Session) -> Vec<u8> {
     session.copy_cells().unwrap()
 }
 
-/// Next-token logits after one more token.
+/// Returns the next-token logits after one more token.
 fn next(session: &mut Session) -> Vec<f32> {
     session.decode(5).unwrap();
     session.logits().to_vec()
 }
 
-/// The bytes of a row of each head that is set aside, with its position.
+/// Returns the bytes of one row of every head that is set aside, with its position.
 fn bytes_per_token(session: &Session) -> usize {
     let layout = session.layout().unwrap();
     layout.bytes_per_cell() + size_of::<u32>() * layout.n_head_kv().sum::<usize>()
@@ -75,7 +75,7 @@ fn a_vote_and_an_expansion_leave_every_byte() {
     }
 }
 
-/// What no graph can move, as transposed values, is copied before.
+/// Rows that a graph cannot move, such as transposed values, are copied before.
 #[test]
 fn rows_leave_a_device_while_it_goes_on() {
     on_device(|| {
@@ -93,7 +93,7 @@ fn rows_leave_a_device_while_it_goes_on() {
     });
 }
 
-/// With a row of a head that is no whole number of floats, and one alone.
+/// Covers rows that are not a whole number of floats, and a single row.
 #[test]
 fn so_they_do_beside_a_window_and_with_other_heads() {
     for setup in [F16, F16_FLASH, Q8_0] {
@@ -104,7 +104,7 @@ fn so_they_do_beside_a_window_and_with_other_heads() {
     }
 }
 
-/// Votes, a second one on what the first one left, tokens in between, and only then back.
+/// Several votes, with tokens in between, are undone at once.
 #[test]
 fn many_votes_are_taken_back_at_once() {
     for setup in [F16, F16_FLASH, Q8_0] {
@@ -121,7 +121,7 @@ fn many_votes_are_taken_back_at_once() {
         assert_eq!((session.cells_used(), session.rows_aside()), (130, N - 10));
         let report = session.expand().unwrap();
         assert_eq!((report.cells_after, session.rows_aside()), (N_CTX, N + 120 - N_CTX), "as many as there are cells");
-        // the newest rows come first, so that all heads have the tokens that were decoded
+        // the newest rows come first, so that all heads have the decoded tokens
         let cells = cache::cells(&session.ctx, SEQ);
         for (pos, rows) in expected {
             let cell = cells.iter().find(|cell| cell.pos == pos).unwrap();
@@ -130,7 +130,7 @@ fn many_votes_are_taken_back_at_once() {
     }
 }
 
-/// K and V of all heads in a cell.
+/// Returns K and V of all heads in a cell.
 pub(super) fn rows_of(session: &Session, cell: &crate::cache::Cell) -> Vec<Vec<f32>> {
     let layout = Layout::of(&session.ctx, SEQ).unwrap();
     let heads = layout.n_head_kv().enumerate().flat_map(|(layer, n)| (0..n).map(move |kv| (layer, kv)));
@@ -172,7 +172,7 @@ fn a_prompt_is_read_with_all_rows_and_the_cache_grows_for_them() {
     }
     assert!(session.n_ctx() > 300 && session.cells_used() == N + 120);
     assert!(session.logits() == never.logits() && cells(&mut session) == cells(&mut never));
-    // and where there is no room for both, the prompt comes first
+    // where cells do not suffice for both, the prompt comes first
     let mut fixed = started("llama", F16, hundred());
     fixed.compress().unwrap();
     let report = fixed.prefill(&words(200, 2), |_, _| ControlFlow::Continue(())).unwrap();
@@ -210,7 +210,7 @@ fn a_marked_place_before_a_vote_is_come_back_to() {
     assert!(session.logits() == logits && session.save() == before);
 }
 
-/// Where nothing was set aside at first, that part stays lost, and is not cut in.
+/// Rows dropped before recall was switched on stay lost, and that part cannot be cut.
 #[test]
 fn what_was_lost_before_stays_lost() {
     let mut lost = open("llama", F16, N_CTX, hundred());
@@ -248,12 +248,12 @@ fn without_memory_a_vote_is_refused_and_nothing_has_changed() {
         refused(&mut session, &vote);
         on_device(|| refused(&mut session, &vote));
         session.compress().unwrap();
-        // what fits is brought back without any
+        // if everything fits, no memory is needed
         PRETEND_FULL.set(true);
         assert_eq!(session.expand().unwrap().cells_after, N);
         PRETEND_FULL.set(false);
         session.compress().unwrap();
-        // of what does not, the rest of a batch becomes a new one
+        // otherwise the remaining rows of a batch form a new batch, which needs memory
         session.limit_cells(180);
         refused(&mut session, &|session| session.expand().map(|_| ()));
         refused(&mut session, &|session| session.truncate(185));
@@ -261,7 +261,7 @@ fn without_memory_a_vote_is_refused_and_nothing_has_changed() {
     }
 }
 
-/// As a chat: every turn is read with all rows and voted on, an answer makes room for itself.
+/// Like a chat: every turn is read with all rows and voted on, and answers make room for themselves.
 #[test]
 fn of_200_turns_no_more_is_set_aside_than_left_the_cache() {
     let mut session = open_recalling("llama", F16, N_CTX, hundred());
@@ -296,7 +296,7 @@ fn a_saved_session_brings_what_is_set_aside() {
         assert!(other.save() == session.save() && other.rows_aside() == N - 100);
         other.expand().unwrap();
         assert!(other.save() == before, "{setup:?}");
-        // one that sets nothing aside would lose it
+        // a session that sets nothing aside would lose the rows
         let mut off = open("llama", setup, N_CTX, hundred());
         read(&mut off, &words(20, 2));
         let untouched = off.save();
@@ -308,7 +308,7 @@ fn a_saved_session_brings_what_is_set_aside() {
     }
 }
 
-/// A file of the version before, in which nothing is set aside.
+/// A file of the previous version, which has no rows set aside.
 #[test]
 fn a_file_of_the_version_before_is_read() {
     let folder = tempfile::tempdir().unwrap();
@@ -319,7 +319,7 @@ fn a_file_of_the_version_before_is_read() {
     session.save_to(&path, b"a note").unwrap();
     let file = std::fs::read(&path).unwrap();
     let mut at = 12;
-    // what it was made with, the note, what gvote knows
+    // skip the settings, the note and gvote's own state
     for _ in 0..3 {
         at += 8 + u64::from_le_bytes(file[at..][..8].try_into().unwrap()) as usize;
     }
@@ -336,14 +336,14 @@ fn a_file_of_the_version_before_is_read() {
     }
 }
 
-/// The positions that each head holds.
+/// Returns the positions that each head holds.
 fn held(session: &Session) -> Vec<Vec<Pos>> {
     let cells = cache::cells(&session.ctx, SEQ);
     let heads: usize = session.layout().unwrap().n_head_kv().sum();
     (0..heads).map(|head| session.sequence.positions(&cells, head)).collect()
 }
 
-/// Of 1,200 tokens in 320 cells: rows that were set aside long since compete with those that are there.
+/// 1,200 tokens in 320 cells: rows set aside long before compete with those in the cache.
 #[test]
 fn where_not_all_have_room_the_choice_for_a_new_question_is_made_among_all() {
     const OLD: Pos = 300;
@@ -358,12 +358,12 @@ fn where_not_all_have_room_the_choice_for_a_new_question_is_made_among_all() {
     long(&mut session, &text);
     let before = held(&session);
     let report = long(&mut session, &question);
-    // a vote for each quarter of the cells that is set aside
+    // one vote for each page of a quarter of the cells
     assert!(report.squeezes.count >= 10, "{report:?}");
     let n = text.len() + question.len();
     assert!(session.cells_used() <= N_CTX);
     assert_eq!((session.rows_aside() + session.cells_used(), session.exact_from()), (n, 0));
-    // and its end is read with what came back, not with what was there before
+    // the end of the question is read with the rows that came back, not with the earlier ones
     let logits = session.logits().to_vec();
     session.truncate(n as Pos - 1).unwrap();
     session.decode(*question.last().unwrap()).unwrap();
@@ -378,7 +378,8 @@ fn where_not_all_have_room_the_choice_for_a_new_question_is_made_among_all() {
     assert_eq!(greedy(&mut session, 4).0.len(), 4);
 }
 
-/// The cells follow a long answer: their number stays the share that the vote chose, no row is lost, and what is held changes.
+/// During a long answer, the number of cells stays at the share that the vote chose, no row is lost, and the rows in
+/// the cache change.
 #[test]
 fn cells_are_chosen_anew_while_an_answer_is_written() {
     for evict in [Evict::Composite, Evict::Cells] {
@@ -400,13 +401,13 @@ fn cells_are_chosen_anew_while_an_answer_is_written() {
         assert_eq!(session.cells_used(), (share * 548.0) as usize + 2);
         assert_eq!(session.cells_used() + session.rows_aside(), 550, "no row is lost");
         assert!(held(&session).iter().any(|pos| *pos < 400 && !before.contains(pos)), "nothing came back");
-        // and none doubled
+        // no row exists twice
         session.expand().unwrap();
         assert!(held(&session).into_iter().eq(0..550));
     }
 }
 
-/// A choice that fails costs no answer.
+/// An answer continues when a choice fails.
 #[test]
 fn an_answer_goes_on_where_there_is_no_memory_to_choose_anew() {
     let mut session = open_recalling("llama", F16, 800, quick());

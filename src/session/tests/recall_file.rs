@@ -1,4 +1,4 @@
-//! What left the cache comes back from a file on disk.
+//! Rows that left the cache come back from a file on disk.
 
 use super::recall::{N, assert_comes_back_from, hundred, started_as};
 use super::*;
@@ -46,7 +46,7 @@ fn what_is_forgotten_takes_no_room_any_more() {
     assert_eq!((file.disk_bytes(), session.rows_aside()), (0, 0));
 }
 
-/// A chat of many turns, in which what is set aside comes, goes and is paged: in the file as in memory.
+/// A chat of many turns in which rows are set aside, come back and are paged gives the same with a file as in memory.
 #[test]
 fn turns_in_few_cells_are_the_same_with_a_file_and_saved_the_same() {
     let file = file();
@@ -70,7 +70,7 @@ fn turns_in_few_cells_are_the_same_with_a_file_and_saved_the_same() {
         std::fs::read(&path).unwrap()
     });
     assert!(saved[0] == saved[1]);
-    // and loaded from the file that either wrote, to go on in either place
+    // each file can be loaded into either kind of session
     let loaded = [Recall::Auto, Recall::File(file)].map(|recall| {
         let mut session = open(recall);
         session.load_from(&path, |_| Ok(())).unwrap();

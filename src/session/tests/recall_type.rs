@@ -1,4 +1,4 @@
-//! What is set aside as q8_0: half the bytes, rounded once.
+//! Rows set aside as q8_0 take half the bytes and are rounded once.
 
 use super::recall::{N, hundred, rows_of};
 use super::*;
@@ -18,12 +18,12 @@ fn started(arch: &str, setup: Setup, recall: Recall) -> Session {
     session
 }
 
-/// K and V of all heads in all cells, one after another.
+/// Returns K and V of all heads in all cells, one after another.
 fn rows(session: &Session) -> Vec<Vec<f32>> {
     cache::cells(&session.ctx, SEQ).iter().flat_map(|cell| rows_of(session, cell)).collect()
 }
 
-/// The largest difference in a row, of the largest value in its block of 32.
+/// Returns the largest difference in a row, relative to the largest value in its block of 32.
 fn apart(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     assert_eq!(a.len(), b.len());
     let blocks = a.iter().zip(b).flat_map(|(a, b)| a.chunks(32).zip(b.chunks(32)));
@@ -34,7 +34,7 @@ fn apart(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     blocks.map(apart).fold(0.0, f32::max)
 }
 
-/// Half a step of q8_0, and what its scale (f16) and the cache's type round.
+/// Half a step of q8_0, plus the rounding of its f16 scale and of the cache's type.
 fn bound(setup: Setup) -> f32 {
     let own = if setup.k == CacheType::Bf16 { 1.0 / 256.0 } else { 1.0 / 2048.0 };
     0.5 / 127.0 + 1.0 / 2048.0 + own
@@ -62,7 +62,7 @@ fn assert_rounded_once(arch: &str, setup: Setup, recall: Recall) {
             first = now;
             continue;
         }
-        // those that the first vote took out; it kept others
+        // rows that the first vote set aside; the others stayed in the cache
         let was_rounded = before.iter().zip(&first).map(|(before, first)| before != first);
         let [first, now] = [&first, &now].map(|rows| {
             let rounded = rows.iter().zip(was_rounded.clone()).filter(|(_, was_rounded)| *was_rounded);
@@ -123,7 +123,7 @@ fn a_saved_session_is_loaded_with_the_same_type() {
     assert!(error.contains("start with `recall_type` q8_0"), "{error}");
     assert!(other.load(&session.save()).is_err());
     assert_eq!(other.n_past(), 0);
-    // where nothing is set aside, either will do
+    // without rows set aside, the storage type does not matter
     session.expand().unwrap();
     session.save_to(&path, b"").unwrap();
     other.load_from(&path, |_| Ok(())).unwrap();

@@ -1,4 +1,4 @@
-//! The replay equals naive float64 over the queries and the keys of the decoder itself.
+//! The replay equals a naive float64 reference over the decoder's own queries and keys.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use super::*;
 use crate::tests::fixture::{F16, F16_FLASH, Q8_0, dot, is_on_gpu, is_within, largest, record, rounded, row, softmax};
 use crate::vote::replay::Replayed;
 
-/// More than one chunk with a ubatch of this many tokens, the last of them a short one.
+/// More than one chunk at this ubatch size; the last chunk is a short one.
 const N: usize = 170;
 const UBATCH: usize = 64;
 /// Tokens that are repeated before a chunk.
@@ -16,13 +16,13 @@ const LEAD: usize = 8;
 
 const HEADS: [(usize, usize); 5] = [(0, 0), (0, 2), (13, 1), (29, 0), (29, 2)];
 
-/// `[n]` each, of one KV head.
+/// Results for one KV head, `[n]` each.
 struct Naive {
     mean: Vec<f64>,
     fourth_powers: Vec<f64>,
 }
 
-/// Reads `range` again behind `announcement`, chunk by chunk, and adds up what the repeated tokens look at.
+/// Reads `range` again behind `announcement`, chunk by chunk, and adds up the attention of the repeated tokens.
 fn naive(session: &mut Session, range: Range<usize>, announcement: &[Token]) -> Vec<Naive> {
     let layout = session.voter.as_ref().unwrap().layout.clone();
     let l = &layout.layers[0];
@@ -42,10 +42,10 @@ fn naive(session: &mut Session, range: Range<usize>, announcement: &[Token]) -> 
             for i in announcement.len()..tokens.len() {
                 for head in kv * group..(kv + 1) * group {
                     let q = &attention[layer].q[(i * n_head + head) * d..][..d];
-                    // captured as f16
+                    // queries are captured as f16
                     let q: Vec<f32> = q.iter().map(|x| f16::from_f32(*x).to_f32()).collect();
                     let q = rounded(&layout, layer, &q);
-                    // the text, the announcement, and what was repeated up to this very token
+                    // the text, the announcement, and the repeated tokens up to this one
                     let logits: Vec<f64> = keys[..=N + i].iter().map(|k| scale * dot(&q, k)).collect();
                     let queries = (lead + end - start) * group;
                     let weight = (end - start) as f64 / range.len() as f64 / queries as f64;
@@ -61,7 +61,7 @@ fn naive(session: &mut Session, range: Range<usize>, announcement: &[Token]) -> 
     out
 }
 
-/// Every entry to a share of itself: most are thousands of times smaller than the largest.
+/// Compares each entry relative to its own size, because most are thousands of times smaller than the largest.
 fn are_equal(got: &Replayed, expected: &[Naive], tolerance: f64, name: &str) -> bool {
     let apart = |got: &[f32], expected: &[f64]| {
         assert_eq!(got.len(), N);
@@ -75,8 +75,8 @@ fn are_equal(got: &Replayed, expected: &[Naive], tolerance: f64, name: &str) -> 
     is_within(format_args!("fourth powers of a replay, {name}"), largest(powers), 4.0 * tolerance) && means_hold
 }
 
-/// On a GPU the sums over the queries are taken of numbers with 10 bits: see the tests of the scorer. There a value of q that
-/// lies between two steps of q8_1 may also go the other way, which shows in an entry that few queries look at.
+/// On a GPU, the sums over the queries use numbers with 10 bits: see the tests of the scorer. A value of q between two
+/// steps of q8_1 may also be rounded the other way there, which shows in an entry that few queries attend to.
 fn tolerance(session: &Session, setup: Setup) -> f64 {
     match (is_on_gpu(&session.voter.as_ref().unwrap().layout), setup.k.is_quantized()) {
         (false, false) => 2e-3,

@@ -1,5 +1,5 @@
-//! Random walks: whatever is done in whatever order, the cache holds what a simple model of it says, and a session that is
-//! saved and loaded on the way is the one that never was, byte by byte.
+//! Random walks: after any sequence of operations, the cache holds the rows that a simple model predicts. A session
+//! that is saved and loaded on the way equals one that never is, byte by byte.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -9,30 +9,30 @@ use proptest::prelude::*;
 use super::*;
 use crate::tests::fixture::{F16, F16_FLASH, Q8_0, key_and_value, row};
 
-/// Small, so that it is full again and again.
+/// Small, so that the cache is often full.
 const N_CTX: usize = 192;
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// Of so many tokens; more than there are cells, at times.
+    /// Reads so many tokens, at times more than there are cells.
     Prefill(usize),
     Decode(usize),
     Answer(i32),
     Compress,
     Expand,
     Mark,
-    /// To a place, in thousandths of what there is.
+    /// Truncates to a place, in thousandths of the sequence.
     Truncate(usize),
-    /// To the first place where it can be.
+    /// Truncates to the first possible position.
     TruncateMost,
-    /// To one of the marks.
+    /// Truncates to one of the marks.
     Back(usize),
     SaveAndLoad,
-    /// Save, go on, and load what was saved.
+    /// Saves, continues, and loads the saved session.
     Return(usize),
-    /// A file that is cut off, in thousandths.
+    /// Loads a file that is cut off, at a place in thousandths.
     BadLoad(usize),
-    /// A prefill of so many tokens, and a vote, that are cancelled when the flag is asked for the n-th time.
+    /// Cancels a prefill of so many tokens, and a vote, at the n-th check of the flag.
     CancelledPrefill(usize, usize),
     CancelledCompress(usize),
 }
@@ -58,10 +58,10 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Architecture, cache, choice, and what becomes of what is not chosen.
+/// Architecture, cache, policy, and recall.
 type Way = (&'static str, Setup, Params, Recall);
 
-/// Ways to hold and to choose; without a trial most of the time, which takes longer than all the rest.
+/// Caches and policies. Most run without a trial, which takes longer than everything else.
 fn ways() -> impl Strategy<Value = Way> {
     let small = Params { window: 16, recent: 16, samples: 8, max_cells: Some(60), ..quick() };
     let setups = prop::sample::select(vec![F16, F16_FLASH, Q8_0]);
@@ -76,15 +76,15 @@ fn ways() -> impl Strategy<Value = Way> {
     (archs, setups, policies, prop::sample::select(vec![Recall::Off, Recall::Auto]))
 }
 
-/// What a head holds: rows of K and V by layer, head and position, as they were when they came in.
+/// Rows of K and V by layer, head and position, as first decoded.
 type Rows = HashMap<(usize, usize, Pos), [Vec<f32>; 2]>;
 
-/// The simple model.
+/// Simple model of a session.
 #[derive(Default)]
 struct Expected {
     tokens: Vec<Token>,
     rows: Rows,
-    /// By head: what it held after the last step.
+    /// Positions that each head held after the last step.
     held: Vec<BTreeSet<Pos>>,
 }
 
@@ -93,11 +93,11 @@ struct Walk {
     setup: Setup,
     policy: Params,
     recall: Recall,
-    /// Saved and loaded on the way, and never.
+    /// `saved` is saved and loaded on the way, `never` is not.
     saved: Session,
     never: Session,
     expected: Expected,
-    /// Tokens come from a counter, so that every one is another.
+    /// Counter that tokens are made of, so that all of them differ.
     drawn: usize,
 }
 
@@ -105,7 +105,7 @@ impl Walk {
     fn new((arch, setup, policy, recall): Way) -> Self {
         let [saved, never] = [(); 2].map(|()| {
             let mut session = open_as(&tiny::model(arch), setup, N_CTX, policy.clone(), recall.clone());
-            // how the model scales its attention is learned once, and no trace of a sequence
+            // learns how the model scales its attention; nothing of the sequence stays
             read(&mut session, &[1]);
             session.clear();
             session
@@ -118,14 +118,14 @@ impl Walk {
         words(n, self.drawn)
     }
 
-    /// Does the same with both, which must come to the same.
+    /// Does the same with both sessions, and checks that the results are equal.
     fn both<T: PartialEq + std::fmt::Debug>(&mut self, work: impl Fn(&mut Session) -> T) -> T {
         let one = work(&mut self.saved);
         assert_eq!(work(&mut self.never), one);
         one
     }
 
-    /// Something that fails, or is taken back: nothing has changed.
+    /// Does something that fails or is undone, and checks that nothing has changed.
     fn without_trace(&mut self, work: impl FnOnce(&mut Session)) {
         let before = self.saved.save();
         work(&mut self.saved);
@@ -133,7 +133,7 @@ impl Walk {
         self.realign();
     }
 
-    /// Both from the same bytes where that matters: a window's cells come to lie elsewhere, and sums add up in another order.
+    /// Aligns the sessions where needed: a loaded window lies in other cells, so that sums add up in another order.
     fn realign(&mut self) {
         // marks of earlier turns are not saved
         let more = self.never.marks.len().saturating_sub(self.saved.marks.len());
@@ -150,7 +150,7 @@ impl Walk {
         session
     }
 
-    /// Does something that is cancelled when the flag is asked for the n-th time, or done before that.
+    /// Does something that is cancelled at the n-th check of the flag, or finishes before. Returns whether it finished.
     fn cancelled(&mut self, at: usize, work: impl Fn(&mut Session) -> Result<(), SessionError>) -> bool {
         let before = self.saved.save();
         self.saved.ctx.cancel_at(at);
@@ -235,7 +235,7 @@ impl Walk {
             }),
             CancelledPrefill(n, at) => {
                 let tokens = self.draw(n.min(self.saved.room()));
-                // this is not taken back
+                // rows that came back stay in the cache after a cancelled prefill
                 self.both(|session| session.expand_beside(tokens.len()).unwrap().cells_after);
                 if !tokens.is_empty() && self.cancelled(at, |session| session.prefill(&tokens, ON).map(|_| ())) {
                     self.expected.tokens.extend(&tokens);
@@ -249,12 +249,12 @@ impl Walk {
         }
     }
 
-    /// Behind what a vote left there must be a token that asks.
+    /// A vote needs a token behind the compressed part, whose queries vote.
     fn can_vote(&self) -> bool {
         self.saved.n_past() > self.saved.sequence().exact_from()
     }
 
-    /// Exact or refused.
+    /// Truncates, exactly or not at all.
     fn truncate(&mut self, pos: Pos) -> bool {
         let fits = pos == 0 || pos >= self.saved.exact_from();
         let done = self.both(|session| session.truncate(pos).is_ok());
@@ -304,7 +304,7 @@ impl Walk {
             }
             *held = now;
         }
-        // what is cut off by the labels leaves nothing newer behind
+        // truncation by cell positions must leave no newer row behind
         assert!(
             highest.iter().zip(&cells).all(|(&pos, cell)| pos <= cell.pos),
             "a label is older than what its cell holds"
@@ -312,7 +312,7 @@ impl Walk {
         self.check_archive(cells.len());
     }
 
-    /// Every row is in the cache or set aside, as it came in, and in one place alone.
+    /// Checks that every row is unchanged and in exactly one place: in the cache or set aside.
     fn check_archive(&mut self, n_cells: usize) {
         let Some(archive) = &self.saved.sequence.archive else { return };
         let layout = Layout::of(&self.saved.ctx, SEQ).unwrap();
@@ -336,7 +336,7 @@ impl Walk {
         assert!(self.saved.exact_from() == cache::cut_from(&self.saved.ctx, SEQ).min(n_past));
     }
 
-    /// In the first layer a key depends on its token and position alone: these are those of a session that dropped nothing.
+    /// Compares first-layer keys with those of a session that dropped nothing: they depend on token and position alone.
     fn check_keys(&self) {
         let tokens = &self.expected.tokens;
         let mut full = open(self.arch, self.setup, tokens.len() + 1, Params::new(Kind::Full));
@@ -357,7 +357,7 @@ fn has_window(arch: &str) -> bool {
     arch == "gemma2"
 }
 
-/// What is told of progress goes on.
+/// Progress callback that never cancels.
 const ON: fn(usize, usize) -> ControlFlow<()> = |_, _| ControlFlow::Continue(());
 
 proptest! {

@@ -1,4 +1,4 @@
-//! Votes on answers that were begun.
+//! Votes within answers.
 
 use super::*;
 use crate::archive::PRETEND_FULL;
@@ -14,7 +14,7 @@ fn begun(setup: Setup, when: When, recall: Recall) -> Session {
     session
 }
 
-/// Tokens of an answer, the logits that each was drawn from, and the report.
+/// Returns the tokens of an answer, the logits that each was sampled from, and the report.
 fn answer(session: &mut Session, n: i32) -> (Vec<Token>, GenerateReport) {
     let params = SamplerParams { temp: 0.0, ignore_eos: true, ..SamplerParams::default() };
     let mut sampler = session.sampler(&params, n).unwrap();
@@ -45,7 +45,7 @@ fn an_answer_is_the_full_cache_s_until_the_vote() {
     }
 }
 
-/// The newest tokens before the answer, where the question is, stay beside the newest of the answer itself.
+/// The newest tokens before the answer, which contain the question, stay besides the newest tokens of the answer.
 #[test]
 fn the_question_stays_in_every_head() {
     let mut session = begun(F16, When::After(50), Recall::Auto);
@@ -58,7 +58,7 @@ fn the_question_stays_in_every_head() {
         let wanted = QUESTION as Pos - recent..QUESTION as Pos + 51;
         assert!(wanted.clone().all(|pos| held.contains(&pos)), "{head}: {held:?}");
     }
-    // and no longer than that: a later vote may drop it
+    // only during this answer: a later vote may drop the question
     read(&mut session, &words(100, 3));
     session.compress().unwrap();
     let cells = cache::cells(session.context(), SEQ);
@@ -84,7 +84,7 @@ fn without_memory_for_a_vote_the_answer_goes_on_with_all_cells() {
     assert_eq!(session.cells_used(), QUESTION + 30);
 }
 
-/// A long answer is no message behind which a question may follow.
+/// A long answer is not an open message, behind which a question may follow.
 #[test]
 fn a_long_answer_in_a_chat_is_voted_on() {
     let model = fixture::model();
