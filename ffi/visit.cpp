@@ -1,4 +1,4 @@
-// A guest in an app's context: what the app sees of it is put away and brought back.
+// gvote in an app's context: what the app sees of it is put away and brought back.
 
 #include "llama_context_members.h" // written by build.rs
 #include "shim.hpp"

@@ -19,7 +19,7 @@ use std::ffi::{CStr, c_char, c_void};
 use self::handle::{Failure, call, guarded, gvote_t};
 use self::header::*;
 use crate::archive::Recall;
-use crate::guest::Guest;
+use crate::attach::Attachment;
 use crate::sys::{ggml_tensor, llama_context};
 
 /// Bindings that bindgen generates from `ffi/gvote.h`.
@@ -86,7 +86,7 @@ pub unsafe extern "C" fn gvote_new(params: *const gvote_params, status: *mut gvo
     let outcome = guarded(|| {
         version::check_libraries()?;
         let settings = params::read(params, &Recall::Off)?;
-        made = gvote_t::leak(Guest::new(settings).map_err(Failure::from)?);
+        made = gvote_t::leak(Attachment::new(settings).map_err(Failure::from)?);
         Ok(())
     });
     ptr::put(status, outcome);
@@ -106,14 +106,14 @@ pub unsafe extern "C" fn gvote_last_error(g: *const gvote_t) -> *const c_char {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_set_params(g: *mut gvote_t, params: *const gvote_params) -> gvote_status {
     call(g, |core| {
-        let settings = params::read(params, &core.guest.settings().recall)?;
-        Ok(core.guest.set(settings)?)
+        let settings = params::read(params, &core.attachment.settings().recall)?;
+        Ok(core.attachment.set(settings)?)
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_get_params(g: *mut gvote_t, params: *mut gvote_params) -> gvote_status {
-    call(g, |core| params::write(params, &params::of(core.guest.settings())))
+    call(g, |core| params::write(params, &params::of(core.attachment.settings())))
 }
 
 #[unsafe(no_mangle)]
@@ -156,13 +156,13 @@ pub unsafe extern "C" fn gvote_attach(g: *mut gvote_t, ctx: *mut llama_context) 
         let ctx = ptr::context(ctx)?;
         version::check_context(ctx)?;
         // SAFETY: the app guarantees a living context that nothing else uses during this call.
-        Ok(unsafe { core.guest.attach(ctx, (gvote_cb_eval, g.cast())) }?)
+        Ok(unsafe { core.attachment.attach(ctx, (gvote_cb_eval, g.cast())) }?)
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gvote_detach(g: *mut gvote_t, ctx: *mut llama_context) -> gvote_status {
-    call(g, |core| Ok(core.guest.detach(ptr::context(ctx)?, (gvote_cb_eval, g.cast()))?))
+    call(g, |core| Ok(core.attachment.detach(ptr::context(ctx)?, (gvote_cb_eval, g.cast()))?))
 }
 
 #[unsafe(no_mangle)]
@@ -177,7 +177,7 @@ pub unsafe extern "C" fn gvote_set_next_callback(
     user_data: *mut c_void,
 ) -> gvote_status {
     call(g, |core| {
-        core.guest.set_next_callback(callback.map(|callback| (callback, user_data)));
+        core.attachment.set_next_callback(callback.map(|callback| (callback, user_data)));
         Ok(())
     })
 }
@@ -229,7 +229,7 @@ pub unsafe extern "C" fn gvote_make_room(
     report: *mut gvote_report,
 ) -> gvote_status {
     call(g, |core| {
-        let ahead = ptr::last_tokens(ahead, n_ahead, core.guest.settings().policy.window)?;
+        let ahead = ptr::last_tokens(ahead, n_ahead, core.attachment.settings().policy.window)?;
         report::make_room(core, ctx, seq, needed, &ahead, report)
     })
 }
@@ -243,7 +243,7 @@ pub unsafe extern "C" fn gvote_expand(
     n_cells: *mut u32,
 ) -> gvote_status {
     call(g, |core| {
-        let n = core.guest.expand(ptr::context(ctx)?, seq, needed as usize)?;
+        let n = core.attachment.expand(ptr::context(ctx)?, seq, needed as usize)?;
         ptr::put(n_cells, n as u32);
         Ok(())
     })
@@ -257,7 +257,7 @@ pub unsafe extern "C" fn gvote_seq_cells(
     n_cells: *mut u32,
 ) -> gvote_status {
     call(g, |core| {
-        let n = core.guest.sequence(ptr::context(ctx)?, seq)?.0.len();
+        let n = core.attachment.sequence(ptr::context(ctx)?, seq)?.0.len();
         ptr::write(n_cells, n as u32)
     })
 }
@@ -270,7 +270,7 @@ pub unsafe extern "C" fn gvote_seq_exact_from(
     pos: *mut i32,
 ) -> gvote_status {
     call(g, |core| {
-        let exact_from = core.guest.exact_from(ptr::context(ctx)?, seq)?;
+        let exact_from = core.attachment.exact_from(ptr::context(ctx)?, seq)?;
         ptr::write(pos, exact_from)
     })
 }
@@ -287,7 +287,7 @@ pub unsafe extern "C" fn gvote_seq_positions(
     n: *mut u32,
 ) -> gvote_status {
     call(g, |core| {
-        let found = core.guest.positions(ptr::context(ctx)?, seq, layer, head)?;
+        let found = core.attachment.positions(ptr::context(ctx)?, seq, layer, head)?;
         let wanted = found.len().min(n_max as usize);
         ptr::copy_to(&found[..wanted], positions)?;
         ptr::put(n, found.len() as u32);
@@ -304,7 +304,7 @@ pub unsafe extern "C" fn gvote_seq_protect(
     p1: i32,
     stays: bool,
 ) -> gvote_status {
-    call(g, |core| Ok(core.guest.protect(ptr::context(ctx)?, seq, p0..p1, stays)?))
+    call(g, |core| Ok(core.attachment.protect(ptr::context(ctx)?, seq, p0..p1, stays)?))
 }
 
 #[unsafe(no_mangle)]
@@ -314,7 +314,7 @@ pub unsafe extern "C" fn gvote_seq_truncate(
     seq: i32,
     pos: i32,
 ) -> gvote_status {
-    call(g, |core| Ok(core.guest.truncate(ptr::context(ctx)?, seq, pos)?))
+    call(g, |core| Ok(core.attachment.truncate(ptr::context(ctx)?, seq, pos)?))
 }
 
 #[unsafe(no_mangle)]
@@ -325,7 +325,7 @@ pub unsafe extern "C" fn gvote_state_size(
     size: *mut usize,
 ) -> gvote_status {
     call(g, |core| {
-        let bytes = core.guest.saved_bytes(ptr::context(ctx)?, seq)?;
+        let bytes = core.attachment.saved_bytes(ptr::context(ctx)?, seq)?;
         ptr::write(size, bytes)
     })
 }
@@ -340,7 +340,7 @@ pub unsafe extern "C" fn gvote_state_get(
     written: *mut usize,
 ) -> gvote_status {
     call(g, |core| {
-        let state = core.guest.save(ptr::context(ctx)?, seq)?;
+        let state = core.attachment.save(ptr::context(ctx)?, seq)?;
         if state.len() > size {
             let text = format!("the state has {} bytes, the buffer {size}", state.len());
             return Err(Failure::new(GVOTE_ERROR_SIZE, text));
@@ -359,5 +359,5 @@ pub unsafe extern "C" fn gvote_state_set(
     data: *const c_void,
     size: usize,
 ) -> gvote_status {
-    call(g, |core| Ok(core.guest.load(ptr::context(ctx)?, seq, ptr::bytes(data, size)?)?))
+    call(g, |core| Ok(core.attachment.load(ptr::context(ctx)?, seq, ptr::bytes(data, size)?)?))
 }

@@ -21,7 +21,7 @@
 //! One capture serves all sequences of a context: which of them a token belongs to is told by the cells that its K goes to.
 //!
 //! In a context of our own the callback is installed only around the decode calls that need it; a decoding step never meets
-//! it. In a context of an app it goes and comes back by itself: see `src/guest.rs`.
+//! it. In a context of an app it goes and comes back by itself: see `src/attach.rs`.
 
 mod graph;
 mod moments;

@@ -44,7 +44,7 @@ mod capture;
 mod compact;
 mod disk;
 pub mod explain;
-mod guest;
+mod attach;
 pub mod llama;
 pub mod machine;
 mod memory;

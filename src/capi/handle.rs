@@ -11,7 +11,7 @@ use super::ptr;
 use crate::backend::ComputeError;
 use crate::capture::CaptureError;
 use crate::compact::CompactError;
-use crate::guest::{Guest, GuestError};
+use crate::attach::{Attachment, AttachError};
 use crate::llama::LlamaError;
 use crate::sys::ggml_tensor;
 use crate::vote::VoteError;
@@ -33,7 +33,7 @@ pub struct gvote_t {
 
 /// The part of a handle that a call works on.
 pub(super) struct Core {
-    pub guest: Guest,
+    pub attachment: Attachment,
     pub log: Option<(unsafe extern "C" fn(gvote_log_level, *const c_char, *mut c_void), *mut c_void)>,
     pub progress: Option<(unsafe extern "C" fn(gvote_stage, *mut c_void) -> bool, *mut c_void)>,
     /// Whether the app was warned that the forward pass cannot be read any more.
@@ -63,25 +63,25 @@ impl Failure {
     }
 }
 
-impl<E: Into<GuestError>> From<E> for Failure {
+impl<E: Into<AttachError>> From<E> for Failure {
     fn from(error: E) -> Self {
         let error = error.into();
         Self { status: status_of(&error), text: error.to_string() }
     }
 }
 
-fn status_of(error: &GuestError) -> gvote_status {
+fn status_of(error: &AttachError) -> gvote_status {
     match error {
-        GuestError::Unsupported(_) | GuestError::Deaf(_) => GVOTE_ERROR_UNSUPPORTED,
-        GuestError::NotAttached => GVOTE_ERROR_NOT_ATTACHED,
-        GuestError::NotSeen { .. } | GuestError::NotThere { .. } => GVOTE_ERROR_NOT_SEEN,
-        GuestError::Changed { .. } => GVOTE_ERROR_CHANGED,
-        GuestError::Compressed { .. } => GVOTE_ERROR_COMPRESSED,
-        GuestError::Fixed(_) => GVOTE_ERROR_PARAMS,
-        GuestError::NoToken { .. } => GVOTE_ERROR_DECODE,
-        GuestError::TooFew { .. } | GuestError::Full => GVOTE_ERROR_NO_CELLS,
-        GuestError::NoSequence { .. } | GuestError::NoLayer(_) | GuestError::NoHead { .. } => GVOTE_ERROR_NO_SEQUENCE,
-        GuestError::Vote(error) => match error {
+        AttachError::Unsupported(_) | AttachError::Unread(_) => GVOTE_ERROR_UNSUPPORTED,
+        AttachError::NotAttached => GVOTE_ERROR_NOT_ATTACHED,
+        AttachError::NotSeen { .. } | AttachError::NotThere { .. } => GVOTE_ERROR_NOT_SEEN,
+        AttachError::Changed { .. } => GVOTE_ERROR_CHANGED,
+        AttachError::Compressed { .. } => GVOTE_ERROR_COMPRESSED,
+        AttachError::Fixed(_) => GVOTE_ERROR_PARAMS,
+        AttachError::NoToken { .. } => GVOTE_ERROR_DECODE,
+        AttachError::TooFew { .. } | AttachError::Full => GVOTE_ERROR_NO_CELLS,
+        AttachError::NoSequence { .. } | AttachError::NoLayer(_) | AttachError::NoHead { .. } => GVOTE_ERROR_NO_SEQUENCE,
+        AttachError::Vote(error) => match error {
             VoteError::Cache(error) | VoteError::Compact(CompactError::Cache(error)) if error.is_memory() => {
                 GVOTE_ERROR_MEMORY
             }
@@ -119,9 +119,9 @@ thread_local! {
 }
 
 impl gvote_t {
-    pub(super) fn leak(guest: Guest) -> *mut Self {
-        let cancel = guest.cancel_flag();
-        let core = Core { guest, log: None, progress: None, has_warned: false };
+    pub(super) fn leak(attachment: Attachment) -> *mut Self {
+        let cancel = attachment.cancel_flag();
+        let core = Core { attachment, log: None, progress: None, has_warned: false };
         Box::into_raw(Box::new(Self {
             alive: AtomicU64::new(ALIVE),
             busy: AtomicBool::new(false),
@@ -227,7 +227,7 @@ pub(super) fn set_cancelled(g: *const gvote_t, cancelled: bool) -> Result<(), Fa
     Ok(())
 }
 
-/// Handles a node of a graph that a context decodes; see [`Guest::on_node`].
+/// Handles a node of a graph that a context decodes; see [`Attachment::on_node`].
 pub(super) fn on_node(g: *const gvote_t, t: *mut ggml_tensor, ask: bool) -> bool {
     // this answer asks for no node and never ends a graph
     let nobody = !ask;
@@ -240,8 +240,8 @@ pub(super) fn on_node(g: *const gvote_t, t: *mut ggml_tensor, ask: bool) -> bool
     let core = unsafe { &mut *handle.core.get() };
     catch_unwind(AssertUnwindSafe(|| {
         // SAFETY: a node that ggml passes to the eval callback.
-        let answer = unsafe { core.guest.on_node(t, ask) };
-        if let Some(reason) = core.guest.deaf_reason().filter(|_| !core.has_warned) {
+        let answer = unsafe { core.attachment.on_node(t, ask) };
+        if let Some(reason) = core.attachment.unread_reason().filter(|_| !core.has_warned) {
             core.has_warned = true;
             core.tell(GVOTE_LOG_WARN, &format!("the forward pass cannot be read any more: {reason}"));
         }

@@ -8,7 +8,7 @@ use std::ptr::null;
 use super::handle::Failure;
 use super::header::*;
 use super::ptr;
-use crate::guest::Settings;
+use crate::attach::Settings;
 use crate::policy::{Evict, Kind, Params, Span};
 use crate::session::{Recall, RecallFile, RecallType, When};
 
@@ -106,7 +106,7 @@ pub(super) fn write(to: *mut gvote_params, params: &gvote_params) -> Result<(), 
     ptr::write_sized(to, "gvote_params", params, is_known_size::<gvote_params>)
 }
 
-/// Converts the caller's settings; NULL means the defaults. [`crate::guest::Guest`] checks their bounds. `now`: present
+/// Converts the caller's settings; NULL means the defaults. [`crate::attach::Attachment`] checks their bounds. `now`: present
 /// destination of rows that leave the cache. A recall file with the same path is reused, not created again.
 pub(super) fn read(from: *const gvote_params, now: &Recall) -> Result<Settings, Failure> {
     if from.is_null() {

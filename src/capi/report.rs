@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use super::handle::{Core, Failure};
 use super::header::*;
 use super::{params, ptr};
-use crate::guest::{Guest, GuestError};
+use crate::attach::{Attachment, AttachError};
 use crate::llama::Token;
 use crate::policy::Bound;
 use crate::sys::llama_context;
@@ -23,8 +23,8 @@ pub(super) fn vote(
     report: *mut gvote_report,
 ) -> Result<(), Failure> {
     let verb = if is_rehearsal { "would keep" } else { "keeps" };
-    told(core, ctx, seq, verb, report, |guest, ctx, progress| {
-        guest.compress(ctx, seq, is_rehearsal, progress).map(Some)
+    told(core, ctx, seq, verb, report, |attachment, ctx, progress| {
+        attachment.compress(ctx, seq, is_rehearsal, progress).map(Some)
     })?;
     Ok(())
 }
@@ -37,7 +37,7 @@ pub(super) fn vote_if_due(
     start: i32,
     report: *mut gvote_report,
 ) -> Result<bool, Failure> {
-    told(core, ctx, seq, "keeps", report, |guest, ctx, progress| guest.vote_if_due(ctx, seq, start, progress))
+    told(core, ctx, seq, "keeps", report, |attachment, ctx, progress| attachment.vote_if_due(ctx, seq, start, progress))
 }
 
 pub(super) fn make_room(
@@ -48,8 +48,8 @@ pub(super) fn make_room(
     ahead: &[Token],
     report: *mut gvote_report,
 ) -> Result<(), Failure> {
-    told(core, ctx, seq, "keeps", report, |guest, ctx, progress| {
-        guest.make_room(ctx, seq, needed as usize, ahead, progress).map(Some)
+    told(core, ctx, seq, "keeps", report, |attachment, ctx, progress| {
+        attachment.make_room(ctx, seq, needed as usize, ahead, progress).map(Some)
     })?;
     Ok(())
 }
@@ -62,7 +62,7 @@ fn told(
     seq: i32,
     verb: &str,
     report: *mut gvote_report,
-    work: impl FnOnce(&mut Guest, NonNull<llama_context>, Progress) -> Result<Option<CompressReport>, GuestError>,
+    work: impl FnOnce(&mut Attachment, NonNull<llama_context>, Progress) -> Result<Option<CompressReport>, AttachError>,
 ) -> Result<bool, Failure> {
     let ctx = ptr::context(ctx)?;
     let is_known = params::is_known_size::<gvote_report>;
@@ -76,8 +76,8 @@ fn told(
         Some((callback, data)) if !unsafe { callback(stage_number(stage), data) } => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     };
-    let Some(done) = work(&mut core.guest, ctx, &progress)? else { return Ok(false) };
-    let bytes_aside = core.guest.bytes_aside(ctx, seq).unwrap_or(0);
+    let Some(done) = work(&mut core.attachment, ctx, &progress)? else { return Ok(false) };
+    let bytes_aside = core.attachment.bytes_aside(ctx, seq).unwrap_or(0);
     let (before, after) = (done.cells_before, done.cells_after);
     core.tell(
         GVOTE_LOG_INFO,

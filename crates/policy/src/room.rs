@@ -1,4 +1,4 @@
-//! How much is freed where the cells run out: one rule for a session and for a guest.
+//! How much is freed where the cells run out: one rule for a session and for an attached context.
 
 use super::Params;
 

@@ -3,7 +3,7 @@ use std::ptr;
 
 use super::app::*;
 use crate::capi::*;
-use crate::guest::ASKED;
+use crate::attach::ASKED;
 use crate::llama::{Model, Pos, SeqId, Token};
 use crate::sys;
 use crate::tests::fixture;

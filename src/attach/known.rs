@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 
-use super::GuestError;
+use super::AttachError;
 use crate::cache::Cell;
 use crate::llama::{Pos, SeqId, Token};
 use crate::vote::{Sequence, Voter};
@@ -33,7 +33,7 @@ pub(super) struct Known {
     n_bound: usize,
     /// Whether the sequence had cells before gvote was attached, and has not begun anew since. Its contents are
     /// unknown.
-    is_stranger: bool,
+    is_unheard: bool,
 }
 
 fn mark(cell: &Cell) -> Mark {
@@ -53,13 +53,13 @@ fn is_loaded(cells: &[Cell]) -> bool {
 impl Known {
     /// Returns the record of a sequence that was decoded before gvote was attached. Nothing is known of it until it
     /// begins anew.
-    pub fn stranger(sequence: Sequence) -> Self {
-        Self { is_stranger: true, ..Self::of(sequence, &[]) }
+    pub fn unheard(sequence: Sequence) -> Self {
+        Self { is_unheard: true, ..Self::of(sequence, &[]) }
     }
 
     /// Returns a record of a sequence with these cells.
     pub fn of(sequence: Sequence, cells: &[Cell]) -> Self {
-        let mut known = Self { sequence, marks: Vec::new(), n_bound: 0, is_stranger: false };
+        let mut known = Self { sequence, marks: Vec::new(), n_bound: 0, is_unheard: false };
         known.bind(cells);
         known
     }
@@ -73,20 +73,20 @@ impl Known {
     /// Returns the record of the sequence `seq`, updated to its cells, if these can be interpreted.
     ///
     /// # Errors
-    /// [`GuestError::NotSeen`], [`GuestError::Changed`].
+    /// [`AttachError::NotSeen`], [`AttachError::Changed`].
     pub fn up_to_date<'a>(
         known: &'a mut BTreeMap<SeqId, Self>,
         voter: &mut Voter,
         seq: SeqId,
         cells: &[Cell],
-    ) -> Result<&'a mut Self, GuestError> {
+    ) -> Result<&'a mut Self, AttachError> {
         if cells.is_empty() {
             known.remove(&seq);
             voter.capture.forget(seq);
-            return Err(GuestError::NotSeen { seq, reason: "it is empty" });
+            return Err(AttachError::NotSeen { seq, reason: "it is empty" });
         }
         let begins = |known: &Self| known.n_bound > 0 && known.marks[0] == mark(&cells[0]);
-        let is_known = known.get(&seq).is_some_and(|known| known.is_stranger || begins(known));
+        let is_known = known.get(&seq).is_some_and(|known| known.is_unheard || begins(known));
         if !is_known
             && !is_whole(cells)
             && let Some((from, copy)) = Self::copied(known, seq, cells)
@@ -168,10 +168,10 @@ impl Known {
     }
 
     /// Compares the record with the present cells, and takes over added or removed tokens.
-    fn follow(&mut self, voter: &mut Voter, cells: &[Cell]) -> Result<(), GuestError> {
+    fn follow(&mut self, voter: &mut Voter, cells: &[Cell]) -> Result<(), AttachError> {
         let seq = self.sequence.id();
-        if self.is_stranger {
-            return Err(GuestError::NotSeen { seq, reason: "it was decoded before gvote_attach" });
+        if self.is_unheard {
+            return Err(AttachError::NotSeen { seq, reason: "it was decoded before gvote_attach" });
         }
         let bound = &self.marks[..self.n_bound];
         let same = bound.iter().zip(cells).take_while(|(known, cell)| **known == mark(cell)).count();
@@ -183,7 +183,7 @@ impl Known {
         let refused = |reason| {
             // known sequences have a beginning that was observed, or loaded by gvote
             let is_known = self.marks.first().is_some_and(|mark| mark.pos == 0);
-            Err(if is_known { GuestError::Changed { seq, reason } } else { GuestError::NotSeen { seq, reason } })
+            Err(if is_known { AttachError::Changed { seq, reason } } else { AttachError::NotSeen { seq, reason } })
         };
         let is_exact = end >= self.sequence.exact_from();
         if !is_exact && !is_whole(cells) {

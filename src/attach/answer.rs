@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use super::{Guest, GuestError, Home};
+use super::{Attachment, AttachError, Attached};
 use crate::cache;
 use crate::llama::{Context, Pos, SeqId};
 use crate::policy::Kind;
@@ -65,52 +65,52 @@ impl Answer {
     }
 }
 
-impl Guest {
+impl Attachment {
     /// Votes on an answer that began at position `start`, if a vote is due. The app calls this before each step of the
     /// answer. An answer gets at most one vote, even if the vote fails.
     ///
     /// # Errors
-    /// [`GuestError`]; the context is then as before.
+    /// [`AttachError`]; the context is then as before.
     pub fn vote_if_due(
         &mut self,
         ctx: NonNull<llama_context>,
         seq: SeqId,
         start: Pos,
         progress: &dyn Fn(Stage) -> ControlFlow<()>,
-    ) -> Result<Option<CompressReport>, GuestError> {
+    ) -> Result<Option<CompressReport>, AttachError> {
         let when = if self.settings.policy.policy == Kind::Full { When::Prompt } else { self.settings.when };
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
-        let last = home.ctx.pos_max(seq).ok_or(GuestError::NotSeen { seq, reason: "it is empty" })?;
+        let attached = self.attached_in(ctx)?;
+        attached.check_sequence(seq)?;
+        let last = attached.ctx.pos_max(seq).ok_or(AttachError::NotSeen { seq, reason: "it is empty" })?;
         let (start, end) = (start.max(0), last + 1);
         if start > end {
-            return Err(GuestError::NotThere { seq, end: start, n_past: end });
+            return Err(AttachError::NotThere { seq, end: start, n_past: end });
         }
-        let (n, clock) = (cache::n_cells(&home.ctx, seq), Clock::now(&home.ctx));
+        let (n, clock) = (cache::n_cells(&attached.ctx, seq), Clock::now(&attached.ctx));
         let is_same = |answer: &Answer| answer.start == start && start < end && answer.end <= end;
-        let answer = match home.answers.remove(&seq).filter(is_same) {
+        let answer = match attached.answers.remove(&seq).filter(is_same) {
             Some(answer) => answer,
-            None => Answer { start, end, clock, step: None, meter: home.meter(when, seq) },
+            None => Answer { start, end, clock, step: None, meter: attached.meter(when, seq) },
         };
-        let answer = home.answers.entry(seq).or_insert(answer);
+        let answer = attached.answers.entry(seq).or_insert(answer);
         answer.go_on(end, n, clock);
-        home.costs.has_answered(&answer.meter);
-        if !answer.meter.is_due((end - start) as usize, n, false) || home.voter.policy.leaves_alone(n) {
+        attached.costs.has_answered(&answer.meter);
+        if !answer.meter.is_due((end - start) as usize, n, false) || attached.voter.policy.leaves_alone(n) {
             return Ok(None);
         }
         answer.meter.stop();
-        home.voter.answer = Some(start);
-        let report = home.vote(seq, false, false, progress);
-        home.voter.answer = None;
+        attached.voter.answer = Some(start);
+        let report = attached.vote(seq, false, false, progress);
+        attached.voter.answer = None;
         let report = report?;
-        if let Some(answer) = home.answers.get_mut(&seq) {
+        if let Some(answer) = attached.answers.get_mut(&seq) {
             answer.meter.has_voted(report.cells_before, report.cells_after);
         }
         Ok(Some(report))
     }
 }
 
-impl Home {
+impl Attached {
     /// Creates a meter for an answer that begins in a sequence. Each step reads the cells of the other sequences, as it
     /// reads the weights, so their bytes count as weights.
     fn meter(&mut self, when: When, seq: SeqId) -> Meter {

@@ -2,7 +2,7 @@
 
 use std::ptr::NonNull;
 
-use super::{Guest, GuestError, Home, Known};
+use super::{Attachment, AttachError, Attached, Known};
 use crate::archive::{Archive, Bring};
 use crate::cache;
 #[cfg(doc)]
@@ -13,18 +13,18 @@ use crate::sys;
 use crate::vote::Sequence;
 use crate::vote::Voter;
 
-impl Guest {
+impl Attachment {
     /// Brings back rows that votes removed from the cache of a sequence: all of them if cells suffice, else the newest
     /// rows of each head. Leaves `needed` cells free, besides the spare cells of a later vote. Returns the number of
     /// cells of the sequence afterwards.
     ///
     /// # Errors
     /// [`CompactError`], and errors of [`Self::sequence`]; the context is then as before.
-    pub fn expand(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, needed: usize) -> Result<usize, GuestError> {
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
+    pub fn expand(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, needed: usize) -> Result<usize, AttachError> {
+        let attached = self.attached_in(ctx)?;
+        attached.check_sequence(seq)?;
         let (n, n_past) = {
-            let Home { ctx, voter, known, .. } = home;
+            let Attached { ctx, voter, known, .. } = attached;
             let cells = cache::cells(ctx, seq);
             let known = Known::up_to_date(known, voter, seq, &cells)?;
             let free = cache::cells_free(ctx, seq).saturating_sub(Voter::spare_cells(&voter.policy));
@@ -34,7 +34,7 @@ impl Guest {
             }
             (n, known.sequence.n_past())
         };
-        home.arrange(seq, n_past, Bring::Newest(n))?;
+        attached.arrange(seq, n_past, Bring::Newest(n))?;
         Ok(n)
     }
 
@@ -42,15 +42,15 @@ impl Guest {
     ///
     /// # Errors
     /// Errors of [`Self::sequence`].
-    pub fn bytes_aside(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, GuestError> {
+    pub fn bytes_aside(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<usize, AttachError> {
         Ok(self.sequence(ctx, seq)?.1.archive.as_ref().map_or(0, Archive::bytes))
     }
 }
 
-impl Home {
+impl Attached {
     /// Changes which rows the cells of a sequence hold; see [`Sequence::arrange`]. The record of the sequence must be
     /// up to date.
-    pub(super) fn arrange(&mut self, seq: SeqId, end: Pos, bring: Bring) -> Result<(), GuestError> {
+    pub(super) fn arrange(&mut self, seq: SeqId, end: Pos, bring: Bring) -> Result<(), AttachError> {
         let Self { ctx, voter, known, .. } = self;
         let mut visit = Visit::new(ctx)?;
         // SAFETY: valid context, with our callbacks installed.

@@ -34,7 +34,7 @@ use crate::vote::{self, CompressReport, Sequence, Stage, Vote, VoteError, Voter,
 
 /// Errors of an attached context. The context is as it was.
 #[derive(Debug, thiserror::Error)]
-pub enum GuestError {
+pub enum AttachError {
     #[error(transparent)]
     Vote(VoteError),
     #[error("this model cannot be compressed: {0}")]
@@ -60,7 +60,7 @@ pub enum GuestError {
     #[error("there is no token {token}: the model has {n_vocab}")]
     NoToken { token: Token, n_vocab: usize },
     #[error("the forward pass could not be read: {0}")]
-    Deaf(String),
+    Unread(String),
     #[error(
         "{needed} cells cannot be freed: of the {limit} that sequence {seq} can have, at least {least} stay ({}); decode fewer tokens at once, make the context larger, or keep fewer",
         if *protected == 0 { "sinks and recent".into() } else { format!("sinks, recent and {protected} protected tokens") }
@@ -72,7 +72,7 @@ pub enum GuestError {
     Full,
 }
 
-impl<E: Into<VoteError>> From<E> for GuestError {
+impl<E: Into<VoteError>> From<E> for AttachError {
     fn from(error: E) -> Self {
         Self::Vote(error.into())
     }
@@ -81,7 +81,7 @@ impl<E: Into<VoteError>> From<E> for GuestError {
 /// An eval callback with its user data.
 pub type Callback = (unsafe extern "C" fn(*mut sys::ggml_tensor, bool, *mut c_void) -> bool, *mut c_void);
 
-/// Settings of a [`Guest`].
+/// Settings of a [`Attachment`].
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     pub policy: policy::Params,
@@ -91,24 +91,24 @@ pub struct Settings {
     pub recall: Recall,
     /// Storage type of rows that are set aside.
     pub recall_type: RecallType,
-    /// When [`Guest::vote_if_due`] votes on an answer.
+    /// When [`Attachment::vote_if_due`] votes on an answer.
     pub when: When,
 }
 
 /// An attachment of gvote to an app's context, behind a C handle (`gvote_t`): the settings, and the attached context, if any.
-pub struct Guest {
+pub struct Attachment {
     settings: Settings,
     cancel: Arc<AtomicBool>,
     /// The app's own callback, called for every node that the callback asks for.
     next: Option<Callback>,
-    home: Option<Home>,
+    attached: Option<Attached>,
 }
 
 // SAFETY: raw pointers are followed only in calls that name the context, or from inside a graph of it.
-unsafe impl Send for Guest {}
+unsafe impl Send for Attachment {}
 
 /// State for one attached context.
-struct Home {
+struct Attached {
     ctx: Context,
     voter: Voter,
     /// gvote's eval callback, as installed.
@@ -118,19 +118,19 @@ struct Home {
     /// Measured durations of reading and voting.
     costs: vote::Known,
     /// Error that ended reading the forward pass. While set, nothing is captured and calls on a sequence are refused.
-    deaf: Option<CaptureError>,
+    unread: Option<CaptureError>,
     /// Whether gvote, and whether the app's own callback, asked for the node in work.
     asked: (bool, bool),
 }
 
-impl Guest {
+impl Attachment {
     /// Creates an attachment that has no context yet.
     ///
     /// # Errors
     /// [`PolicyError`] for invalid settings.
     pub fn new(settings: Settings) -> Result<Self, PolicyError> {
         settings.policy.validate()?;
-        Ok(Self { settings, cancel: Arc::default(), next: None, home: None })
+        Ok(Self { settings, cancel: Arc::default(), next: None, attached: None })
     }
 
     /// Returns the cancel flag. While the flag is set, running and later votes fail with [`LlamaError::Cancelled`].
@@ -144,8 +144,8 @@ impl Guest {
     }
 
     /// Returns the error that ended reading the forward pass, if any.
-    pub fn deaf_reason(&self) -> Option<String> {
-        self.home.as_ref()?.deaf.as_ref().map(ToString::to_string)
+    pub fn unread_reason(&self) -> Option<String> {
+        self.attached.as_ref()?.unread.as_ref().map(ToString::to_string)
     }
 
     /// Sets the callback that is called along with gvote's. If gvote's callback is removed at the moment, `next` is not
@@ -157,11 +157,11 @@ impl Guest {
     /// Changes the settings of later votes.
     ///
     /// # Errors
-    /// [`PolicyError`] for invalid settings. [`GuestError::Fixed`] for settings that cannot change while attached:
+    /// [`PolicyError`] for invalid settings. [`AttachError::Fixed`] for settings that cannot change while attached:
     /// `window`, `sinks`, `recall` and `recall_type`.
-    pub fn set(&mut self, settings: Settings) -> Result<(), GuestError> {
+    pub fn set(&mut self, settings: Settings) -> Result<(), AttachError> {
         settings.policy.validate()?;
-        if let Some(home) = &mut self.home {
+        if let Some(attached) = &mut self.attached {
             let (new, now) = (&settings.policy, &self.settings.policy);
             for (changed, name) in [
                 (new.window != now.window, "window"),
@@ -170,11 +170,11 @@ impl Guest {
                 (settings.recall_type != self.settings.recall_type, "recall_type"),
             ] {
                 if changed {
-                    return Err(GuestError::Fixed(name));
+                    return Err(AttachError::Fixed(name));
                 }
             }
-            home.voter.policy = new.clone();
-            home.voter.account_error = settings.account_error;
+            attached.voter.policy = new.clone();
+            attached.voter.account_error = settings.account_error;
         }
         self.settings = settings;
         Ok(())
@@ -185,23 +185,23 @@ impl Guest {
     /// before is left as it is.
     ///
     /// # Errors
-    /// [`GuestError::Unsupported`] and [`VoteError::Cache`], with the reason.
+    /// [`AttachError::Unsupported`] and [`VoteError::Cache`], with the reason.
     ///
     /// # Safety
     /// `ctx` is a valid context that nobody else uses during the call. It outlives the attachment, which ends with
     /// [`Self::detach`] or another `attach`.
-    pub unsafe fn attach(&mut self, ctx: NonNull<sys::llama_context>, callback: Callback) -> Result<(), GuestError> {
+    pub unsafe fn attach(&mut self, ctx: NonNull<sys::llama_context>, callback: Callback) -> Result<(), AttachError> {
         // SAFETY: the same contract as this function.
         let ctx = unsafe { Context::lent(ctx, self.cancel.clone()) };
         let present = eval_callback(&ctx);
-        if present == Some(callback) && self.home.as_ref().is_some_and(|home| home.is_in(&ctx)) {
+        if present == Some(callback) && self.attached.as_ref().is_some_and(|attached| attached.is_in(&ctx)) {
             // the callback may be removed after a step of an answer
             // SAFETY: as below.
             unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
             return Ok(());
         }
         if let Some(reason) = ctx.model().unsupported() {
-            return Err(GuestError::Unsupported(reason));
+            return Err(AttachError::Unsupported(reason));
         }
         let mut voter = Voter::new(&ctx, &self.settings.policy, self.settings.account_error)?;
         voter.recall = self.settings.recall.clone();
@@ -212,15 +212,15 @@ impl Guest {
         // SAFETY: valid context; the caller keeps the callback valid while it is installed.
         unsafe { sys::gvote_shim_set_eval_callback(ctx.as_ptr(), Some(callback.0), callback.1) };
         let there = (0..ctx.n_seq_max() as SeqId).filter(|&seq| !cache::cells(&ctx, seq).is_empty());
-        let known = there.map(|seq| (seq, Known::stranger(voter.sequence(seq)))).collect();
-        self.home = Some(Home {
+        let known = there.map(|seq| (seq, Known::unheard(voter.sequence(seq)))).collect();
+        self.attached = Some(Attached {
             ctx,
             voter,
             callback,
             known,
             answers: BTreeMap::new(),
             costs: vote::Known::default(),
-            deaf: None,
+            unread: None,
             asked: (false, false),
         });
         Ok(())
@@ -230,11 +230,11 @@ impl Guest {
     /// sequences.
     ///
     /// # Errors
-    /// [`GuestError::NotAttached`].
-    pub fn detach(&mut self, ctx: NonNull<sys::llama_context>, callback: Callback) -> Result<(), GuestError> {
-        let home = self.home_in(ctx)?;
-        let is_ours = eval_callback(&home.ctx) == Some(callback);
-        self.home = None;
+    /// [`AttachError::NotAttached`].
+    pub fn detach(&mut self, ctx: NonNull<sys::llama_context>, callback: Callback) -> Result<(), AttachError> {
+        let attached = self.attached_in(ctx)?;
+        let is_ours = eval_callback(&attached.ctx) == Some(callback);
+        self.attached = None;
         if is_ours {
             let (next, data) = self.next.take().map_or((None, std::ptr::null_mut()), |next| (Some(next.0), next.1));
             // SAFETY: the attached context; its previous callback is the app's own.
@@ -243,9 +243,9 @@ impl Guest {
         Ok(())
     }
 
-    fn home_in(&mut self, ctx: NonNull<sys::llama_context>) -> Result<&mut Home, GuestError> {
-        let home = self.home.as_mut().filter(|home| home.ctx.as_ptr() == ctx.as_ptr());
-        home.ok_or(GuestError::NotAttached)
+    fn attached_in(&mut self, ctx: NonNull<sys::llama_context>) -> Result<&mut Attached, AttachError> {
+        let attached = self.attached.as_mut().filter(|attached| attached.ctx.as_ptr() == ctx.as_ptr());
+        attached.ok_or(AttachError::NotAttached)
     }
 
     /// Handles a node of a graph in work, before (`ask`) and after it is computed; see [`crate::capture::watch`]. At
@@ -256,13 +256,13 @@ impl Guest {
     pub unsafe fn on_node(&mut self, t: *mut sys::ggml_tensor, ask: bool) -> bool {
         #[cfg(test)]
         ASKED.set(ASKED.get() + usize::from(ask));
-        let asked = self.home.as_ref().map_or((false, true), |home| home.asked);
-        let ours = match &mut self.home {
+        let asked = self.attached.as_ref().map_or((false, true), |attached| attached.asked);
+        let ours = match &mut self.attached {
             // SAFETY: see above.
-            Some(home) if ask || asked.0 => {
-                let is_alone = !ask && self.next.is_none() && home.has_callback();
+            Some(attached) if ask || asked.0 => {
+                let is_alone = !ask && self.next.is_none() && attached.has_callback();
                 // SAFETY: see above.
-                home.on_node(&unsafe { Node::new(t) }, ask, is_alone)
+                attached.on_node(&unsafe { Node::new(t) }, ask, is_alone)
             }
             _ => !ask,
         };
@@ -272,12 +272,12 @@ impl Guest {
             _ => !ask,
         };
         if ask {
-            if let Some(home) = &mut self.home {
-                home.asked = (ours, theirs);
+            if let Some(attached) = &mut self.attached {
+                attached.asked = (ours, theirs);
                 // SAFETY: as above.
-                if !ours && self.next.is_none() && home.may_rest(&unsafe { Node::new(t) }) {
+                if !ours && self.next.is_none() && attached.may_rest(&unsafe { Node::new(t) }) {
                     // SAFETY: this is the last node of the graph, and we answer no to it.
-                    unsafe { sys::gvote_shim_rest_eval_callback(home.ctx.as_ptr()) };
+                    unsafe { sys::gvote_shim_rest_eval_callback(attached.ctx.as_ptr()) };
                 }
             }
             ours || theirs
@@ -289,18 +289,18 @@ impl Guest {
     /// Lets the policy vote on a sequence and compacts it. With `is_rehearsal`, only votes.
     ///
     /// # Errors
-    /// [`GuestError`]; the context is then as before.
+    /// [`AttachError`]; the context is then as before.
     pub fn compress(
         &mut self,
         ctx: NonNull<sys::llama_context>,
         seq: SeqId,
         is_rehearsal: bool,
         progress: &dyn Fn(Stage) -> ControlFlow<()>,
-    ) -> Result<CompressReport, GuestError> {
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
-        let report = home.vote(seq, !is_rehearsal, is_rehearsal, progress)?;
-        if let Some(answer) = home.answers.get_mut(&seq).filter(|_| !is_rehearsal) {
+    ) -> Result<CompressReport, AttachError> {
+        let attached = self.attached_in(ctx)?;
+        attached.check_sequence(seq)?;
+        let report = attached.vote(seq, !is_rehearsal, is_rehearsal, progress)?;
+        if let Some(answer) = attached.answers.get_mut(&seq).filter(|_| !is_rehearsal) {
             answer.was_voted_on();
         }
         Ok(report)
@@ -311,7 +311,7 @@ impl Guest {
     /// to come, at most `window` tokens; may be empty.
     ///
     /// # Errors
-    /// [`GuestError`]; the context is then as before.
+    /// [`AttachError`]; the context is then as before.
     pub fn make_room(
         &mut self,
         ctx: NonNull<sys::llama_context>,
@@ -319,26 +319,26 @@ impl Guest {
         needed: usize,
         ahead: &[Token],
         progress: &dyn Fn(Stage) -> ControlFlow<()>,
-    ) -> Result<CompressReport, GuestError> {
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
-        let Home { ctx, voter, known, .. } = home;
+    ) -> Result<CompressReport, AttachError> {
+        let attached = self.attached_in(ctx)?;
+        attached.check_sequence(seq)?;
+        let Attached { ctx, voter, known, .. } = attached;
         let cells = cache::cells(ctx, seq);
         let (free, spare) = (cache::cells_free(ctx, seq), Voter::spare_cells(&voter.policy));
         if free >= needed.saturating_add(spare) {
             return Ok(CompressReport::untouched(voter.policy.policy, cells.len(), voter.layout.bytes_per_cell()));
         }
         if voter.policy.policy == Kind::Full {
-            return Err(GuestError::Full);
+            return Err(AttachError::Full);
         }
         if let Some(&token) = ahead.iter().find(|&&token| !ctx.model().has_token(token)) {
-            return Err(GuestError::NoToken { token, n_vocab: ctx.model().n_vocab() });
+            return Err(AttachError::NoToken { token, n_vocab: ctx.model().n_vocab() });
         }
         let limit = (cells.len() + free).saturating_sub(spare);
         let always = room::least_cells(&voter.policy);
         let most = |protected| {
             let least = always + protected;
-            let too_few = GuestError::TooFew { seq, needed, limit, least, protected };
+            let too_few = AttachError::TooFew { seq, needed, limit, least, protected };
             room::most_cells(least, limit, needed).ok_or(too_few)
         };
         most(0)?;
@@ -368,15 +368,15 @@ impl Guest {
     /// Returns the cells of a sequence, and gvote's record of it.
     ///
     /// # Errors
-    /// [`GuestError::NotAttached`], [`GuestError::NotSeen`], [`GuestError::Changed`].
+    /// [`AttachError::NotAttached`], [`AttachError::NotSeen`], [`AttachError::Changed`].
     pub fn sequence(
         &mut self,
         ctx: NonNull<sys::llama_context>,
         seq: SeqId,
-    ) -> Result<(Vec<Cell>, &Sequence), GuestError> {
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
-        let Home { ctx, voter, known, .. } = home;
+    ) -> Result<(Vec<Cell>, &Sequence), AttachError> {
+        let attached = self.attached_in(ctx)?;
+        attached.check_sequence(seq)?;
+        let Attached { ctx, voter, known, .. } = attached;
         let cells = cache::cells(ctx, seq);
         let known = Known::up_to_date(known, voter, seq, &cells)?;
         Ok((cells, &known.sequence))
@@ -387,24 +387,24 @@ impl Guest {
     ///
     /// # Errors
     /// Errors of [`Self::sequence`].
-    pub fn exact_from(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Pos, GuestError> {
+    pub fn exact_from(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId) -> Result<Pos, AttachError> {
         let (cells, known) = self.sequence(ctx, seq)?;
         let (exact_from, n_past) = (known.can_be_cut_from(cells.len()), known.n_past());
-        Ok(cache::cut_from(&self.home_in(ctx)?.ctx, seq).max(exact_from).min(n_past))
+        Ok(cache::cut_from(&self.attached_in(ctx)?.ctx, seq).max(exact_from).min(n_past))
     }
 
     /// Returns the true position that a KV head of a model's layer holds in each cell of a sequence.
     ///
     /// # Errors
-    /// [`GuestError::NoLayer`], [`GuestError::NoHead`], and errors of [`Self::sequence`].
+    /// [`AttachError::NoLayer`], [`AttachError::NoHead`], and errors of [`Self::sequence`].
     pub fn positions(
         &mut self,
         ctx: NonNull<sys::llama_context>,
         seq: SeqId,
         layer: i32,
         head: u32,
-    ) -> Result<Vec<Pos>, GuestError> {
-        let first = self.home_in(ctx)?.first_head(layer, head)?;
+    ) -> Result<Vec<Pos>, AttachError> {
+        let first = self.attached_in(ctx)?.first_head(layer, head)?;
         let (cells, sequence) = self.sequence(ctx, seq)?;
         Ok(sequence.positions(&cells, first + head as usize))
     }
@@ -413,22 +413,22 @@ impl Guest {
     /// end of the sequence. A head that has already lost one of these tokens stays without it.
     ///
     /// # Errors
-    /// [`GuestError::NotThere`] where the sequence ends before `positions` do, and errors of [`Self::sequence`].
+    /// [`AttachError::NotThere`] where the sequence ends before `positions` do, and errors of [`Self::sequence`].
     pub fn protect(
         &mut self,
         ctx: NonNull<sys::llama_context>,
         seq: SeqId,
         positions: Range<Pos>,
         stays: bool,
-    ) -> Result<(), GuestError> {
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
-        let Home { ctx, voter, known, .. } = home;
+    ) -> Result<(), AttachError> {
+        let attached = self.attached_in(ctx)?;
+        attached.check_sequence(seq)?;
+        let Attached { ctx, voter, known, .. } = attached;
         let known = Known::up_to_date(known, voter, seq, &cache::cells(ctx, seq))?;
         let n_past = known.sequence.n_past();
         let end = if positions.end < 0 { n_past } else { positions.end };
         if end > n_past {
-            return Err(GuestError::NotThere { seq, end, n_past });
+            return Err(AttachError::NotThere { seq, end, n_past });
         }
         known.sequence.protect(positions.start..end, stays);
         Ok(())
@@ -438,46 +438,46 @@ impl Guest {
     /// `pos` back into the cells of the sequence.
     ///
     /// # Errors
-    /// [`GuestError::Compressed`] inside the part with composite cells, unless the whole sequence is removed, or every
+    /// [`AttachError::Compressed`] inside the part with composite cells, unless the whole sequence is removed, or every
     /// row is in the cache or set aside. [`CompactError`] where memory runs out. Errors of [`Self::sequence`].
-    pub fn truncate(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, pos: Pos) -> Result<(), GuestError> {
-        let home = self.home_in(ctx)?;
-        home.check_sequence(seq)?;
+    pub fn truncate(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, pos: Pos) -> Result<(), AttachError> {
+        let attached = self.attached_in(ctx)?;
+        attached.check_sequence(seq)?;
         let pos = pos.max(0);
         if pos > 0 {
-            let Home { ctx, voter, known, .. } = home;
+            let Attached { ctx, voter, known, .. } = attached;
             let cells = cache::cells(ctx, seq);
             let sequence = &Known::up_to_date(known, voter, seq, &cells)?.sequence;
             let can_be_cut_from = sequence.can_be_cut_from(cells.len());
             let exact_from = cache::cut_from(ctx, seq).max(can_be_cut_from).min(sequence.n_past());
             if pos < exact_from {
-                return Err(GuestError::Compressed { pos, exact_from });
+                return Err(AttachError::Compressed { pos, exact_from });
             }
             if pos < sequence.exact_from() {
-                home.arrange(seq, pos, Bring::Newest(cells.len().min(pos as usize)))?;
+                attached.arrange(seq, pos, Bring::Newest(cells.len().min(pos as usize)))?;
             }
         }
-        let Home { ctx, voter, known, .. } = home;
+        let Attached { ctx, voter, known, .. } = attached;
         ctx.remove(seq, pos, -1);
         match Known::up_to_date(known, voter, seq, &cache::cells(ctx, seq)) {
-            Ok(_) | Err(GuestError::NotSeen { .. }) => Ok(()),
+            Ok(_) | Err(AttachError::NotSeen { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
 }
 
-impl Home {
+impl Attached {
     fn is_in(&self, ctx: &Context) -> bool {
         self.ctx.as_ptr() == ctx.as_ptr()
     }
 
-    fn check_sequence(&self, seq: SeqId) -> Result<(), GuestError> {
+    fn check_sequence(&self, seq: SeqId) -> Result<(), AttachError> {
         let n_seq_max = self.ctx.n_seq_max();
         if seq < 0 || seq as usize >= n_seq_max {
-            return Err(GuestError::NoSequence { seq, n_seq_max });
+            return Err(AttachError::NoSequence { seq, n_seq_max });
         }
-        match &self.deaf {
-            Some(error) => Err(GuestError::Deaf(error.to_string())),
+        match &self.unread {
+            Some(error) => Err(AttachError::Unread(error.to_string())),
             None => Ok(()),
         }
     }
@@ -489,7 +489,7 @@ impl Home {
         brings_back: bool,
         is_rehearsal: bool,
         progress: &dyn Fn(Stage) -> ControlFlow<()>,
-    ) -> Result<CompressReport, GuestError> {
+    ) -> Result<CompressReport, AttachError> {
         let Self { ctx, voter, known, costs, .. } = self;
         let mut visit = Visit::new(ctx)?;
         // SAFETY: valid context, with our callbacks installed.
@@ -543,19 +543,19 @@ impl Home {
     }
 
     /// Returns the index of the first head of a layer of the model, counted over the layers of the cache.
-    fn first_head(&self, layer: i32, head: u32) -> Result<usize, GuestError> {
+    fn first_head(&self, layer: i32, head: u32) -> Result<usize, AttachError> {
         let layers = &self.voter.layout.layers;
-        let i = layers.iter().position(|l| l.il == layer).ok_or(GuestError::NoLayer(layer))?;
+        let i = layers.iter().position(|l| l.il == layer).ok_or(AttachError::NoLayer(layer))?;
         let n_head_kv = layers[i].n_head_kv;
         if head >= n_head_kv {
-            return Err(GuestError::NoHead { layer, head, n_head_kv });
+            return Err(AttachError::NoHead { layer, head, n_head_kv });
         }
         Ok(self.voter.layout.n_head_kv().take(i).sum())
     }
 
     /// Whether `node` ends a step of answers, in a context where gvote's callback is installed.
     fn may_rest(&self, node: &Node) -> bool {
-        self.deaf.is_none() && self.voter.capture.ends_step(node) && self.has_callback()
+        self.unread.is_none() && self.voter.capture.ends_step(node) && self.has_callback()
     }
 
     /// Whether gvote's callback is installed in the context itself, not called by another callback.
@@ -564,16 +564,16 @@ impl Home {
     }
 
     fn on_node(&mut self, node: &Node, ask: bool, is_alone: bool) -> bool {
-        if self.deaf.is_some() {
+        if self.unread.is_some() {
             return !ask;
         }
         match self.voter.capture.on_node(node, ask, is_alone) {
             Ok(answer) => {
-                self.deaf = self.voter.capture.failure();
+                self.unread = self.voter.capture.failure();
                 answer
             }
             Err(error) => {
-                self.deaf = Some(error);
+                self.unread = Some(error);
                 !ask
             }
         }
@@ -582,7 +582,7 @@ impl Home {
 
 #[cfg(test)]
 thread_local! {
-    /// Number of nodes that [`Guest::on_node`] was asked about.
+    /// Number of nodes that [`Attachment::on_node`] was asked about.
     pub(crate) static ASKED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
