@@ -156,8 +156,6 @@ struct TasksArgs {
 /// Scores of answers to several questions in one chat about a document: the needles of RULER's keys, or those that need no data
 ///
 /// The first question comes with the document. With --blind, the document comes alone, to be answered with OK, and all questions follow it.
-///
-/// The first question comes with the document. With --blind the document comes alone, to be answered with OK, and all questions after it.
 #[derive(Args)]
 struct TurnsArgs {
     #[command(flatten)]

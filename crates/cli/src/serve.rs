@@ -1,4 +1,4 @@
-//! `gvote serve`: runs llama.cpp's own server with the plugin preloaded.
+//! `gvote serve`: runs llama.cpp's own server with the gvote plugin preloaded.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
