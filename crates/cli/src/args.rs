@@ -40,8 +40,8 @@ pub const THREADS_MAX: i64 = ContextParams::THREADS_MAX as i64;
 #[derive(Args)]
 #[command(next_help_heading = "Context and KV cache")]
 pub struct ContextArgs {
-    /// KV cache size in cells. 0: as many as the current text needs, growing with it up to the context length the model was trained for.
-    /// Longer prompts are compressed while they are read
+    /// KV cache size in cells. 0: as many as the text needs; the cache then grows with the text, up to the context length the model was
+    /// trained for. Longer prompts are compressed while they are read
     #[arg(short, long, value_name = "N", default_value_t = 0,
           value_parser = clap::value_parser!(u32).range(..=CTX_SIZE_MAX))]
     pub ctx_size: u32,

@@ -1,4 +1,4 @@
-//! Context size where `-c` is not given: enough cells for the current text, growing as the text grows.
+//! Context size if `-c` is not given: enough cells for the current text, growing as the text grows.
 
 use gvote::SessionParams;
 use gvote::llama::Model;

@@ -335,7 +335,7 @@ impl Conversation {
             self.state.cells_after_vote.is_none_or(|after| cells as f64 >= after as f64 * (1.0 + self.revote_share));
         let over_cap = policy.max_cells.is_some_and(|cap| cells > cap);
         let nearly_full = cells as f64 > NEARLY_FULL * self.session.n_ctx_most() as f64;
-        // a vote within the answer replaces the one before it, unless cells are needed
+        // an answer that is voted on later needs no vote before it, unless cells are needed
         let grown = grown && self.when == When::Prompt;
         policy.policy != Kind::Full && (grown || over_cap || nearly_full)
     }

@@ -9,7 +9,7 @@ use clap::{Arg, ArgAction, Command};
 
 use super::shorthand::spellings;
 
-/// Long flags and llama.cpp's variables for them. A flag that turns something off has two if its variable turns the thing on:
+/// Long flags and llama.cpp's variables for them. A flag that says no (`--no-x`) for a variable that says yes has two variables:
 /// `LLAMA_ARG_X=0` and `LLAMA_ARG_NO_X`.
 pub const VARIABLES: [(&str, &str); 40] = [
     ("batch-size", "LLAMA_ARG_BATCH"),

@@ -84,7 +84,7 @@ pub struct PluginArgs {
     plugin: Option<PathBuf>,
 }
 
-/// When the plugin votes, as the text that it parses.
+/// When the plugin votes, as the text that the plugin parses.
 #[derive(Clone, Debug)]
 struct PluginVote(String);
 

@@ -38,7 +38,7 @@ pub struct About {
 struct Token {
     text: String,
     heads: u32,
-    /// Heads, of those, that had lost the token in the meantime.
+    /// Of these heads, those that had lost the token in the meantime.
     back: u32,
 }
 

@@ -26,7 +26,7 @@ pub fn width() -> usize {
 }
 
 /// Renders strips along the text, for all heads together and for each layer, and the passages that most heads kept. `anstream` removes the
-/// colours where they are not wanted.
+/// colours if they are not supported.
 pub fn view(explanation: &Explanation, width: usize) -> String {
     let columns = width.saturating_sub(LEFT).max(NARROWEST).min(explanation.tokens.len().max(1));
     let mut out = format!(
