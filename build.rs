@@ -11,7 +11,7 @@ use std::rc::Rc;
 use bindgen::FieldVisibilityKind;
 use bindgen::callbacks::{FieldInfo, ParseCallbacks};
 
-/// GPU back ends: cargo feature, cmake option, static library, and what that library needs besides.
+/// GPU back ends: cargo feature, cmake option, static library, and the libraries that it needs.
 const BACKENDS: &[(&str, &str, &str, &[&str])] = &[
     ("CUDA", "GGML_CUDA", "ggml-cuda", &["cudart", "cublas", "cublasLt", "cuda"]),
     ("VULKAN", "GGML_VULKAN", "ggml-vulkan", &["vulkan"]),
@@ -45,14 +45,14 @@ fn main() {
     link(&libraries);
     println!("cargo:rustc-env=GVOTE_LLAMA_VERSION={llama}");
     println!("cargo:rustc-env=GVOTE_GGML_VERSION={ggml}");
-    // for tests that change parts of it
+    // used by tests that change parts of the source
     println!("cargo:rustc-env=GVOTE_LLAMA_SOURCE={}", source.display());
-    // for the build scripts of what is linked with this: crates/link.rs
+    // used by the build scripts of crates that link this one: crates/link.rs
     println!("cargo:llama_version={llama}");
     println!("cargo:llama_source={}", source.display());
 }
 
-/// A checkout named by the environment, or one in vendor/, or the pin.
+/// Returns the llama.cpp source: a checkout named by the environment, or the one in vendor/, or the pinned package.
 fn find_llama() -> PathBuf {
     let source = if let Some(dir) = env::var_os("LLAMA_CPP_DIR") {
         PathBuf::from(dir)
@@ -68,7 +68,7 @@ fn find_llama() -> PathBuf {
     source
 }
 
-/// Asks cargo where it keeps the pinned package, downloading it on the first build only.
+/// Asks cargo for the path of the pinned package. Downloads the package on the first build only.
 fn pinned_llama() -> PathBuf {
     let metadata = |offline: &[&str]| {
         Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
@@ -94,7 +94,8 @@ fn pinned_llama() -> PathBuf {
     Path::new(manifest).with_file_name("llama.cpp")
 }
 
-/// Shared libraries named by the environment, which somebody built from the checkout that it names too, of that version.
+/// Returns the folder of existing shared libraries named by the environment. They must be built from the checkout that the environment
+/// names, of this version.
 fn built_llama(version: &str) -> Option<PathBuf> {
     let dir = PathBuf::from(env::var_os("LLAMA_LIB_DIR")?);
     if env::var_os("LLAMA_CPP_DIR").is_none() {
@@ -104,7 +105,7 @@ fn built_llama(version: &str) -> Option<PathBuf> {
     let Ok(library) = fs::canonicalize(dir.join(&file)) else {
         fail(&format!("there is no {file} in LLAMA_LIB_DIR={}", dir.display()));
     };
-    // on Linux the link leads to a file that ends in the version, as in libllama.so.1.2.3; where no version is named, gvote_new() compares
+    // on Linux the link leads to a file with the version in its name, as in libllama.so.1.2.3; without one, gvote_new() checks the version
     let named = library.to_string_lossy().rsplit_once(".so.").map(|(_, version)| version.to_owned());
     if let Some(named) = named.filter(|named| named != version) {
         fail(&format!("{} is llama.cpp {named}, but the source in LLAMA_CPP_DIR is {version}", library.display()));
@@ -112,7 +113,7 @@ fn built_llama(version: &str) -> Option<PathBuf> {
     fs::canonicalize(dir).ok()
 }
 
-/// What every build has: llama.cpp's libraries alone, and layers on other machines over plain sockets.
+/// cmake settings of every build: only llama.cpp's libraries, and RPC over plain sockets.
 const SETTINGS: &[(&str, &str)] = &[
     ("LLAMA_BUILD_COMMON", "OFF"),
     ("LLAMA_BUILD_TOOLS", "OFF"),
@@ -126,11 +127,11 @@ const SETTINGS: &[(&str, &str)] = &[
     ("GGML_RPC_RDMA", "OFF"),
 ];
 
-/// What ggml's cmake turns on for x86 where it does not build for this very CPU.
+/// Extensions that ggml's cmake enables on x86 unless it builds for the build machine's own CPU.
 const X86_EXTENSIONS: &[&str] = &["SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"];
 
-/// Flags for C and C++ code that is watched by the sanitizers named by the environment, such as `address,undefined`. Checks make
-/// optimised code slow to compile; what is left unoptimised has the more to be checked. Assertions stay off, as in what is shipped.
+/// Returns compiler flags for the sanitizers named by the environment, such as `address,undefined`. Builds with sanitizers are not
+/// optimised: optimising the checks is slow to compile, and unoptimised code leaves more to check. Assertions stay off, as in releases.
 fn sanitizer_flags() -> Vec<String> {
     let Ok(kinds) = env::var("GVOTE_SANITIZE") else { return Vec::new() };
     let flags =
@@ -138,7 +139,7 @@ fn sanitizer_flags() -> Vec<String> {
     [vec![format!("-fsanitize={kinds}")], flags.to_vec()].concat()
 }
 
-/// Builds libraries in a folder that all profiles share, and returns where they were installed.
+/// Builds the libraries in a folder that all profiles share. Returns where they were installed.
 fn build_llama(source: &Path) -> PathBuf {
     if which("cmake").is_none() {
         fail("cmake is missing; on Debian: apt-get install cmake");
@@ -154,7 +155,7 @@ fn build_llama(source: &Path) -> PathBuf {
     // OUT_DIR is <target>/<profile>/build/gvote-<hash>/out
     let out = out_dir();
     let target = out.ancestors().nth(4).expect("OUT_DIR lies deep inside the target folder");
-    // one folder for each source and its settings: another checkout, or another pin, is another build
+    // one folder per source and settings, so that another checkout or pin gets its own build
     let mut hasher = DefaultHasher::new();
     (source, SETTINGS).hash(&mut hasher);
     let mut name = format!("llama.cpp-{:08x}", hasher.finish() as u32);
@@ -175,7 +176,7 @@ fn build_llama(source: &Path) -> PathBuf {
     }
     let dir = target.join(name);
     fs::create_dir_all(&dir).expect("the target folder can be written");
-    // two cargo processes with different profiles may get here at once
+    // two cargo processes with different profiles may build at the same time
     let lock = File::create(dir.join("lock")).expect("the target folder can be written");
     lock.lock().expect("a fresh file can be locked");
 
@@ -185,7 +186,7 @@ fn build_llama(source: &Path) -> PathBuf {
         config.generator("Ninja");
     }
     for flag in sanitizer_flags() {
-        // of all profiles this one has no flags that contradict
+        // the only profile whose flags do not contradict these
         config.profile("Debug").cflag(&flag).cxxflag(&flag);
     }
     for (name, value) in SETTINGS {
@@ -204,7 +205,7 @@ fn build_llama(source: &Path) -> PathBuf {
         config.define(option, "ON");
     }
     if shared {
-        // the libraries find each other wherever they are put together
+        // the libraries find each other wherever they are installed together
         let here = if cfg!(target_os = "macos") { "@loader_path" } else { "$ORIGIN" };
         config.define("CMAKE_INSTALL_RPATH", here);
     }
@@ -215,12 +216,12 @@ fn build_llama(source: &Path) -> PathBuf {
     config.build().join("lib")
 }
 
-/// llama.cpp as shared libraries, which can be exchanged for others of the same version without building gvote again.
+/// Whether llama.cpp is linked as shared libraries, which can be replaced by others of the same version without rebuilding gvote.
 fn is_shared() -> bool {
     env::var_os("LLAMA_LIB_DIR").is_some() || env::var("GVOTE_SHARED").is_ok_and(|v| v == "1")
 }
 
-/// What is on unless the environment says 0.
+/// Whether a setting is on, which is the default; the environment turns it off with 0.
 fn is_on(var: &str) -> bool {
     env::var(var).map_or(true, |v| v != "0")
 }
@@ -239,7 +240,7 @@ fn include_dirs(source: &Path) -> [PathBuf; 4] {
     ["include", "src", "ggml/include", "ggml/src"].map(|dir| source.join(dir))
 }
 
-/// Writes llama_context_members.h, a list of all members of llama_context, for ffi/visit.cpp to check that it knows each.
+/// Writes llama_context_members.h, the list of all members of llama_context. ffi/visit.cpp checks that it handles each of them.
 fn list_context_members(source: &Path) {
     let members = Members::default();
     let mut builder = bindgen::Builder::default()
@@ -263,7 +264,7 @@ fn list_context_members(source: &Path) {
     fs::write(file, format!("#define LLAMA_CONTEXT_MEMBERS(X){list}\n")).expect("OUT_DIR can be written");
 }
 
-/// The names of llama_context's members, as bindgen meets them.
+/// Collects the names of llama_context's members while bindgen visits them.
 #[derive(Clone, Debug, Default)]
 struct Members(Rc<RefCell<Vec<String>>>);
 
@@ -277,7 +278,7 @@ impl ParseCallbacks for Members {
 }
 
 fn compile_shim(source: &Path, version: &str) {
-    // as ffi/versions.hpp counts: 10000*major + 100*minor + patch
+    // version number as in ffi/versions.hpp: 10000*major + 100*minor + patch
     let number = version.split('.').fold(0, |sum, part| 100 * sum + part.parse::<u32>().expect("a number"));
     cc::Build::new()
         .cpp(true)
@@ -289,7 +290,7 @@ fn compile_shim(source: &Path, version: &str) {
         )
         .include(out_dir())
         .includes(include_dirs(source))
-        // llama.cpp's own headers warn
+        // llama.cpp's own headers cause warnings
         .warnings(false)
         .compile("gvote_shim");
 }
@@ -307,7 +308,7 @@ fn generate_bindings(source: &Path) {
         builder = builder.clang_arg(format!("-I{}", dir.display()));
     }
     write_bindings(builder, "bindings.rs");
-    // the C interface of this crate itself: its types are those of the header, see src/capi.rs
+    // this crate's own C interface: it uses the types of the header, see src/capi.rs
     let header = bindgen::Builder::default()
         .header("ffi/gvote.h")
         .allowlist_item("(gvote|GVOTE)_.*")
@@ -326,7 +327,7 @@ fn write_bindings(builder: bindgen::Builder, name: &str) {
 }
 
 fn generate(builder: bindgen::Builder) -> bindgen::Bindings {
-    // bindgen panics where libclang is missing, with a text that names no package
+    // if libclang is missing, bindgen panics with a message that names no package
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| builder.generate()));
     match result {
         Ok(Ok(bindings)) => bindings,
@@ -352,17 +353,17 @@ fn link(libraries: &Path) {
         }
     }
     if !is_shared() {
-        // a shared libggml brings it along, if it was built with it
+        // a shared libggml loads this library itself, if built with RPC
         println!("cargo:rustc-link-lib=static=ggml-rpc");
     }
     println!("cargo:rustc-link-lib={kind}=ggml-base");
     if let Ok(rpath) = env::var("GVOTE_RPATH") {
-        // the libraries will lie elsewhere
+        // the libraries will be installed elsewhere
         println!("cargo:rustc-link-arg=-Wl,-rpath,{rpath}");
         println!("cargo:rpath={rpath}");
     } else if is_shared() {
         println!("cargo:rpath={}", libraries.display());
-        // otherwise cargo finds for tests what lies in its target folder
+        // otherwise cargo would use the libraries in its target folder for tests
         if env::var_os("LLAMA_LIB_DIR").is_some() {
             println!("cargo:rustc-link-arg-tests=-Wl,-rpath,{}", libraries.display());
             println!("cargo:rustc-cdylib-link-arg=-Wl,-rpath,{}", libraries.display());
@@ -370,7 +371,7 @@ fn link(libraries: &Path) {
     }
     let os = env::var("CARGO_CFG_TARGET_OS").expect("cargo sets it");
     if os == "linux" {
-        // an installed library finds llama.cpp in a folder beside it, wherever both are put
+        // an installed library finds llama.cpp in a folder beside it, wherever both are installed
         println!("cargo:rustc-cdylib-link-arg=-Wl,-rpath,$ORIGIN/gvote");
         let major = env::var("CARGO_PKG_VERSION_MAJOR").expect("cargo sets it");
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libgvote.so.{major}");
@@ -393,7 +394,7 @@ fn link(libraries: &Path) {
     }
 }
 
-/// The version in a CMakeLists.txt of llama.cpp or ggml.
+/// Returns the version in a CMakeLists.txt of llama.cpp or ggml.
 fn version_of(file: &Path, prefix: &str) -> Option<String> {
     let text = fs::read_to_string(file).ok()?;
     let part = |name: &str| {

@@ -1,6 +1,6 @@
-//! What gvote costs and what it buys: `cargo bench --bench cost -- --help`.
+//! Costs and gains of gvote: `cargo bench --bench cost -- --help`.
 //!
-//! Everything that is compared runs in one process, in turn; figures are medians.
+//! All variants run in turn in one process; figures are medians.
 
 mod common;
 
@@ -27,13 +27,13 @@ struct Cli {
     bench: bool,
     #[command(flatten)]
     model: common::ModelArgs,
-    /// A text to read [default: WikiText-2, and random tokens where the model has no tokenizer]
+    /// Text to read [default: WikiText-2, or random tokens if the model has no tokenizer]
     #[arg(short, long)]
     file: Option<PathBuf>,
-    /// Prompt lengths, tokens
+    /// Prompt lengths in tokens
     #[arg(short, value_delimiter = ',', default_value = "4096,8192")]
     prompt: Vec<usize>,
-    /// Tokens of a decoding measurement
+    /// Number of tokens in a decoding measurement
     #[arg(short, default_value_t = 32)]
     n: usize,
     /// Repetitions of each prefill
@@ -47,7 +47,7 @@ struct Cli {
     /// on, off, or the faster of the two for prefill and for decoding (best)
     #[arg(long, default_value = "best")]
     flash_attn: String,
-    /// Most tokens computed at once
+    /// Maximum number of tokens computed at once (ubatch)
     #[arg(long, default_value_t = ContextParams::default().n_ubatch)]
     ubatch_size: u32,
     /// Type of the K cache
@@ -56,18 +56,18 @@ struct Cli {
     /// Type of the V cache
     #[arg(long, default_value = "f16")]
     cache_type_v: CacheType,
-    /// Share of the cells that a vote keeps at most: of random weights a vote may keep all
+    /// Maximum share of the cells that a vote keeps; with random weights a vote may otherwise keep all
     #[arg(long)]
     cap: Option<f64>,
-    /// What the memory that holds the cache can move, GB/s: how near to it the steps come
+    /// Bandwidth of the memory that holds the cache, in GB/s, to show what share of it each step reaches
     #[arg(long)]
     bandwidth: Option<f64>,
-    /// Print one JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
 }
 
-/// Counts the heap that Rust code holds, and its peak.
+/// Allocator that counts the bytes allocated by Rust code, and their peak.
 struct Counting;
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
@@ -82,7 +82,7 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(layout) }
     }
 
-    // the system has zeros at hand, and no page of them is touched
+    // the system can supply zeroed pages without touching them
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
         PEAK.fetch_max(held, Ordering::Relaxed);
@@ -108,7 +108,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Peak resident bytes since the last reset, where the kernel tells.
+/// Returns the peak resident bytes since the last reset, if the kernel reports them.
 fn peak_rss(reset: bool) -> Option<f64> {
     if reset {
         std::fs::write("/proc/self/clear_refs", "5").ok()?;
@@ -124,12 +124,12 @@ struct Bench<'a> {
     tokens: Vec<Token>,
 }
 
-/// One compression with the memory it took.
+/// A compression and the memory it took.
 struct Compression {
     report: CompressReport,
-    /// From the call to its return.
+    /// Time from the call to its return.
     took: Duration,
-    /// Rust heap and ggml's compute buffers, at their largest.
+    /// Peak of the Rust heap and ggml's compute buffers.
     counted: f64,
     /// Growth of the resident set.
     resident: Option<f64>,
@@ -162,7 +162,7 @@ impl Bench<'_> {
         &self.tokens[..n]
     }
 
-    /// Seconds for `n` tokens of decoding.
+    /// Returns the seconds for decoding `n` tokens.
     fn decode(&self, session: &mut Session) -> Result<f64, Error> {
         let start = Instant::now();
         for &token in &self.tokens[..self.args.n] {
@@ -183,7 +183,7 @@ impl Bench<'_> {
         Ok(Compression { report, took, counted, resident })
     }
 
-    /// The faster setting for prefill and for decoding at this depth.
+    /// Returns the faster setting for prefill and for decoding at this depth.
     fn choose_flash(&self, n: usize) -> Result<(FlashAttention, FlashAttention), Error> {
         match self.args.flash_attn.as_str() {
             "on" => return Ok((FlashAttention::On, FlashAttention::On)),
@@ -194,7 +194,7 @@ impl Bench<'_> {
         for flash in [FlashAttention::Off, FlashAttention::On] {
             let mut session = match self.session(Kind::Full, n, flash) {
                 Ok(session) => session,
-                // its buffers do not fit, or the cache's types need the other setting
+                // the buffers do not fit, or the cache types need the other setting
                 Err(SessionError::Llama(error @ (LlamaError::Context { .. } | LlamaError::QuantizedV(_)))) => {
                     eprintln!("{n:>6}  flash attention {flash:?} is left out: {error}");
                     continue;
@@ -218,7 +218,7 @@ impl Bench<'_> {
         Ok((best(|s| s.1), best(|s| s.2)))
     }
 
-    /// The first run of a kernel loads it: reads, votes and decodes once.
+    /// Reads, votes and decodes once, so that the first run of each kernel, which loads it, is not timed.
     fn warm_up(&self, n: usize, flash: FlashAttention) -> Result<(), Error> {
         let n = n.min(2 * self.args.ubatch_size as usize);
         let mut session = self.session(Kind::Gvote, n, flash)?;
@@ -258,7 +258,7 @@ impl Bench<'_> {
         out.row("capture, vote and compaction / prefill", &all, "%", Some(5.0))?;
         out.row("trial / prefill", &share(|v| v.report.trial_time), "%", None)?;
 
-        // the least that must be moved: every key and value is read, what stays is read and written
+        // minimum traffic: every key and value is read once, and the kept ones are read and written
         let bytes =
             |f: fn(&CompressReport) -> usize| median(&votes.iter().map(|v| f(&v.report) as f64).collect::<Vec<_>>());
         out.moved("score: K and V read once", bytes(|r| r.kv_bytes_before), &part(|r| r.score_time.as_secs_f64()))?;
@@ -324,7 +324,7 @@ impl Bench<'_> {
     }
 }
 
-/// llama.cpp without gvote: a context and its decode loop.
+/// llama.cpp without gvote: a context and a decode loop.
 struct Plain {
     ctx: Context,
     pos: i32,
@@ -332,7 +332,7 @@ struct Plain {
 }
 
 impl Plain {
-    /// `listener`: who hears all of it, as in an app.
+    /// Creates a context. `listener`: a handle to attach, as an application would.
     fn new(bench: &Bench, n: usize, flash: FlashAttention, listener: Option<&Listener>) -> Result<Self, Error> {
         let mut ctx = Context::new(&bench.model, &bench.context_params(n, flash))?;
         listener.map_or(Ok(()), |listener| listener.attach(&ctx))?;
@@ -355,7 +355,7 @@ impl Plain {
             batch.add(token, self.pos, 0, true)?;
             self.ctx.decode(&batch)?;
             self.pos += 1;
-            // any caller reads the logits
+            // every caller reads the logits
             self.logits.clear();
             self.logits.extend_from_slice(self.ctx.logits()?);
         }
@@ -363,7 +363,7 @@ impl Plain {
     }
 }
 
-/// A handle of the C interface.
+/// A handle of the C interface, attached to a context.
 struct Listener(*mut c_void);
 
 unsafe extern "C" {
@@ -396,7 +396,7 @@ impl Drop for Listener {
     }
 }
 
-/// Where the figures of a measurement go.
+/// Output of a measurement's figures.
 struct Table<'a> {
     args: &'a Cli,
     prompt: usize,
@@ -404,7 +404,7 @@ struct Table<'a> {
     flash_attn: bool,
 }
 
-/// A figure with what it is of.
+/// A figure and what it measures.
 #[derive(Serialize)]
 struct Figure<'a> {
     prompt: usize,
@@ -419,7 +419,7 @@ struct Figure<'a> {
 }
 
 impl Table<'_> {
-    /// Prints a median with its range, and whether it holds the target.
+    /// Prints a median with its range, and whether it meets the target.
     fn row(&self, name: &str, values: &[f64], unit: &str, target: Option<f64>) -> Result<(), Error> {
         let min = values.iter().copied().fold(f64::INFINITY, f64::min);
         let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -439,7 +439,7 @@ impl Table<'_> {
         Ok(())
     }
 
-    /// The same of bytes that had to be moved in each of some times, and their share of what the memory could.
+    /// Prints the rate of moving `bytes` bytes in each of the times, and its share of the memory's bandwidth.
     fn moved(&self, name: &str, bytes: f64, seconds: &[f64]) -> Result<(), Error> {
         let rates: Vec<f64> = seconds.iter().map(|s| bytes / s / 1e9).collect();
         self.row(&format!("{name}, {:.3} GB", bytes / 1e9), &rates, "GB/s", None)?;
@@ -451,7 +451,7 @@ impl Table<'_> {
     }
 }
 
-/// Tokens to read: of a text, or random ones for a model that reads none; none where the text is missing.
+/// Returns tokens to read: from a text, or random ones if the model has no tokenizer. None if the text is missing.
 fn tokens(args: &Cli, model: &Model) -> Result<Option<Vec<Token>>, Error> {
     let n = args.prompt.iter().copied().max().unwrap_or(0).max(args.n);
     if let Err(LlamaError::Tokenize) = model.tokenize("", false, false) {
@@ -479,7 +479,7 @@ fn main() -> Result<(), Error> {
         return Ok(());
     };
     let bench = Bench { args: &args, model, tokens };
-    // pages the weights in
+    // loads the weights' pages into memory
     bench.session(Kind::Full, 64, FlashAttention::Auto)?.prefill(bench.prompt(64), |_, _| ControlFlow::Continue(()))?;
     if !args.json {
         println!("{}, {} threads", bench.model.description(), args.threads);

@@ -1,7 +1,7 @@
-//! Generation without end in a fixed number of cells: `make soak`, or `cargo bench --bench soak -- --help`.
+//! Endless generation in a fixed number of cells: `make soak`, or `cargo bench --bench soak -- --help`.
 //!
-//! Fails where memory grows or speed falls by more than is said here. The text itself is of no use: past what the model was trained
-//! for it is nonsense.
+//! Fails if memory grows or speed falls beyond the limits below. The text itself is not checked: beyond the model's training context it is
+//! nonsense.
 
 mod common;
 
@@ -14,12 +14,12 @@ use gvote::llama::{ContextParams, LlamaError, Sampler, SamplerParams};
 use gvote::session::Stop;
 use gvote::{Session, SessionParams};
 
-/// What resident memory may grow by after the first part, bytes: the list of tokens has 4 for each and doubles, and the
-/// allocator keeps some.
+/// Maximum growth of resident memory after the first part, in bytes: the list of tokens takes 4 bytes per token and doubles when full, and
+/// the allocator keeps some memory.
 const GROWTH: f64 = 16e6;
-/// Of the speed of the first quarter after the first part, what the last one must have; a machine with other work is not steady.
+/// Minimum speed of the last quarter, relative to the first quarter after the first part; speed varies on a machine with other work.
 const STEADY: f64 = 0.85;
-/// Parts that a comparison needs: in the first one the cells fill up, and the rest has quarters.
+/// Minimum number of parts for a comparison: the cells fill up in the first one, and the others are divided into quarters.
 const PARTS: usize = 5;
 
 #[derive(Parser)]
@@ -33,17 +33,17 @@ struct Cli {
     /// Tokens to generate
     #[arg(short, default_value_t = 100_000)]
     n: usize,
-    /// Cells to do it in
+    /// Number of cells
     #[arg(short, default_value_t = 2048)]
     cells: u32,
-    /// Tokens between two lines
+    /// Tokens between two lines of output
     #[arg(short, long, default_value_t = 5000, value_parser = clap::value_parser!(i32).range(1..))]
     every: i32,
     #[arg(short, long, default_value_t = std::thread::available_parallelism().map_or(2, |n| n.get() as i32))]
     threads: i32,
 }
 
-/// Resident bytes.
+/// Returns the resident bytes.
 fn resident() -> Result<f64, Error> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find(|line| line.starts_with("VmRSS")).ok_or("/proc/self/status has no VmRSS")?;
@@ -66,7 +66,7 @@ fn main() -> Result<(), Error> {
     };
     let mut session = Session::new(&model, &SessionParams { context, ..SessionParams::default() })?;
     let mut sampler = Sampler::new(&model, &SamplerParams { seed: 1, ..SamplerParams::default() }, 0)?;
-    // the model may end its text whenever it likes: then another begins
+    // the model may end its text at any time; then another one begins
     let read = |text: &str, add_special: bool| match model.tokenize(text, add_special, false) {
         Err(LlamaError::Tokenize) => Ok(common::random_tokens(&model, text.len())),
         tokens => tokens,

@@ -1,5 +1,5 @@
-// Looks at a grammar before llama.cpp works with it: llama.cpp's reader prints to stderr, recurses as deep as the text is nested,
-// and expands without end some rules that lead back to themselves.
+// Checks a grammar before llama.cpp uses it. llama.cpp's parser prints to stderr, recurses as deep as the text is nested, and
+// expands some recursive rules without end.
 
 #include "shim.hpp"
 
@@ -14,11 +14,12 @@
 
 namespace {
 
-// Parentheses within each other; later versions of llama.cpp have the same limit.
+// Maximum nesting of parentheses; later versions of llama.cpp have the same limit.
 constexpr int MOST_NESTED = 256;
-// Rules that begin with each other. llama.cpp follows them by recursion; so many fit into a thread's stack of 2 MiB.
+// Maximum length of a chain of rules that begin with each other. llama.cpp follows the chain by recursion; this many levels fit
+// into a thread's stack of 2 MiB.
 constexpr int DEEPEST = 4096;
-// Ways in which a rule may begin. llama.cpp tries all of them.
+// Maximum number of ways in which a rule may begin; llama.cpp tries all of them.
 constexpr uint64_t MOST_WAYS = 1 << 20;
 
 const char * skip_quoted(const char * pos, char end) {
@@ -46,9 +47,9 @@ bool is_nested_too_deep(const char * pos) {
     return false;
 }
 
-// The rules of a text. Throws what is wrong with it.
+// Parses the rules of a grammar. Throws a description of the first error.
 void parse(llama_grammar_parser & parser, const char * pos) {
-    // what may stand before a rule; parse_rule() skips it behind one
+    // skip white space and comments before the first rule; parse_rule() skips those after a rule
     while (*pos != '\0' && std::strchr(" \t\r\n#", *pos) != nullptr) {
         pos += *pos == '#' ? std::strcspn(pos, "\r\n") : 1;
     }
@@ -69,7 +70,7 @@ bool is_end(const llama_grammar_element & element) {
     return element.type == LLAMA_GRETYPE_END || element.type == LLAMA_GRETYPE_ALT;
 }
 
-// Finds rules that can never be read to their end, and rules that lead back to themselves.
+// Finds rules that can never end, and left-recursive rules.
 class checker {
   public:
     explicit checker(const llama_grammar_parser & parser)
@@ -85,7 +86,8 @@ class checker {
                 go_down(i, 1);
             }
         }
-        // Coming back to a rule as the last part of an alternative is harmless: (a*)* does. Otherwise each round leaves more to read.
+        // Recursion in the last element of an alternative is harmless, as in (a*)*. Any other left recursion adds elements to
+        // read in each round.
         for (size_t i = 0; i < rules.size(); ++i) {
             each_first(i, [&](size_t next, bool is_last) {
                 if (!is_last && nodes[i].cycle == nodes[next].cycle) {
@@ -97,9 +99,9 @@ class checker {
 
   private:
     struct node {
-        size_t   order = 0; // in which it was found, from 1
-        size_t   low   = 0; // the first one found that it leads back to
-        size_t   cycle = 0; // the same for all rules that lead to each other, from 1; 0: not known yet
+        size_t   order = 0; // order of discovery, from 1
+        size_t   low   = 0; // lowest order of a node reachable from this one and still open
+        size_t   cycle = 0; // number of the strongly connected component, from 1; 0: not known yet
         int      depth = 0;
         uint64_t ways  = 0;
     };
@@ -121,7 +123,7 @@ class checker {
         return "?";
     }
 
-    // Whether some alternative of the rule consists of elements that fit.
+    // Whether `fits` holds for all elements of some alternative of the rule.
     template <typename F>
     static bool any_alternative(const llama_grammar_rule & rule, F fits) {
         bool all = true;
@@ -161,7 +163,7 @@ class checker {
         }
     }
 
-    // Calls f(rule, is_last) for each rule that an alternative of this one may begin with.
+    // Calls f(rule, is_last) for each rule that an alternative of rule i may begin with.
     template <typename F>
     void each_first(size_t i, F f) {
         bool is_first = true;
@@ -178,7 +180,7 @@ class checker {
         }
     }
 
-    // Tarjan's search for strongly connected components.
+    // Tarjan's algorithm for strongly connected components.
     void go_down(size_t i, int level) {
         nodes[i].order = nodes[i].low = ++n_found;
         open.push_back(i);

@@ -1,4 +1,4 @@
-// A parked sequence: it can be experimented on, and comes back as it was.
+// Parked sequences: changed for an experiment and restored afterwards.
 
 #include "shim.hpp"
 
@@ -7,13 +7,14 @@
 
 namespace {
 
-// One cell of a window cache that made room, with its rows of all layers.
+// An evicted cell of a window cache, with its rows of all layers.
 struct evicted_cell {
     uint32_t             index;
     std::vector<uint8_t> rows;
 };
 
-// Calls f(tensor, offset, size, n, stride) for the parts of a cell's rows: n pieces of `size` bytes, `stride` bytes apart.
+// Calls f(tensor, offset, size, n, stride) for each tensor that holds rows of a cell: n pieces of `size` bytes, `stride` bytes
+// apart.
 template <typename F>
 void each_part(llama_kv_cache & kv, uint32_t stream, uint32_t index, F && f) {
     for (const uint32_t il : kv.get_layer_ids()) {
@@ -52,16 +53,16 @@ void write_rows(llama_kv_cache & kv, uint32_t stream, uint32_t index, const std:
     });
 }
 
-// One cache of the context while a sequence of it is parked.
+// One cache of the context while a sequence is parked.
 //
-// llama_kv_cells keeps every cell's position in trees, which take longer to copy or to change than an experiment of a few tokens
-// takes on a GPU. So as little as possible is done to cells that stay: none at all where nothing is hidden.
+// llama_kv_cells keeps positions in trees. On a GPU, copying or changing the trees takes longer than an experiment of a few
+// tokens. Therefore cells that stay are touched as little as possible, and not at all if nothing is hidden.
 struct parked_cache {
     llama_kv_cache * kv;
     uint32_t head;
-    bool is_window; // cells that left the window are overwritten, so all of them are guarded
+    bool is_window; // all cells are guarded, since cells that left the window are overwritten
     std::vector<bool> in_use;
-    std::unique_ptr<llama_kv_cells> before; // what comes back in the end, whatever failed half-way; none if nothing was touched
+    std::unique_ptr<llama_kv_cells> before; // state to restore in the end, even after a partial failure; NULL if nothing was changed
     std::vector<evicted_cell> evicted;
 
     parked_cache(llama_kv_cache * kv, llama_seq_id seq, bool is_window) :
@@ -75,7 +76,7 @@ struct parked_cache {
         }
     }
 
-    // Guards the cells of `seq` at positions p0..p1, or all that are in use.
+    // Guards the cells of `seq` at positions p0..p1; in a window cache, all cells in use.
     void guard(llama_seq_id seq, llama_pos p0, llama_pos p1) {
         llama_kv_cells & cells = cells_of(*kv, seq);
         if (!before) {
@@ -107,7 +108,8 @@ struct parked_cache {
         head_of(*kv, seq) = head;
     }
 
-    // Frees cells that neither the newest token of their sequence nor a later one sees, oldest first, until `n` are free.
+    // Evicts cells outside the window of their sequence's newest token and all later ones, oldest first, until `n` cells are
+    // free.
     void make_room(const llama_hparams & hparams, llama_seq_id seq, uint32_t n) {
         llama_kv_cells & cells = cells_of(*kv, seq);
         const uint32_t free = cells.size() - cells.get_used();
@@ -133,13 +135,13 @@ struct parked_cache {
             evicted.push_back({
                 i, read_rows(*kv, kv->get_stream(seq), i) });
         }
-        // nothing can fail any more
+        // from here on nothing can fail
         for (const uint32_t i : outside) {
             cells.rm(i);
         }
     }
 
-    // The cells themselves need no memory for it.
+    // Restores the cells and evicted rows. Restoring the cells allocates no memory.
     void bring_back(llama_seq_id seq) {
         llama_kv_cells & cells = cells_of(*kv, seq);
         if (before) {
@@ -215,7 +217,7 @@ const char * gvote_shim_parked_hide(gvote_shim_parked * parked, llama_pos p0, ll
 
 const char * gvote_shim_parked_reset(gvote_shim_parked * parked) {
     return guarded([&]() -> const char * {
-        // a batch that was given up may still be writing
+        // an aborted batch may still be writing
         llama_synchronize(parked->ctx);
         for (auto & cache : parked->caches) {
             cache.reset(parked->seq);

@@ -1,4 +1,4 @@
-// Draws tokens as llama.cpp's own programs do: the chain of common/sampling.cpp, and its way of keeping to a grammar.
+// Token sampling as in llama.cpp's own programs: the sampler chain and grammar handling of common/sampling.cpp.
 
 #include "shim.hpp"
 
@@ -7,9 +7,9 @@
 #include <cmath>
 #include <vector>
 
-// Candidates that mirostat 1 estimates from, in llama.cpp's programs.
+// Number of candidates from which Mirostat 1 estimates, as in llama.cpp's programs.
 static constexpr int32_t MIROSTAT_M = 100;
-// Every filter may leave a single candidate, as in llama.cpp's programs.
+// Minimum number of candidates that a filter keeps; 0 allows it to leave a single one, as in llama.cpp's programs.
 static constexpr size_t MIN_KEEP = 0;
 
 struct gvote_shim_sampler {
@@ -63,7 +63,7 @@ static void add_biases(gvote_shim_sampler & out, const llama_vocab * vocab, cons
     }
 }
 
-// One step of the chain. True: it draws the token, which is left to the end.
+// Adds one step of the chain. Returns true if the step itself draws the token; such a step is added at the end.
 static bool add_step(
         gvote_shim_sampler & out, const llama_vocab * vocab, const gvote_shim_sampling & p, gvote_shim_sampler_kind kind) {
     switch (kind) {
@@ -150,7 +150,7 @@ const char * gvote_shim_sampler_sample(gvote_shim_sampler * sampler, const float
             array = sampler->all_of(logits, n);
             llama_sampler_apply(sampler->grammar.get(), &array);
             token = sampler->choose(array);
-            // llama.cpp aborts where it is told of an end that the grammar does not allow
+            // llama.cpp aborts if it accepts an end token that the grammar does not allow
             if (token != LLAMA_TOKEN_NULL && !sampler->allows(token)) {
                 return "the grammar allows no token here that the model has and the other settings leave";
             }

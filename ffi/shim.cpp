@@ -160,7 +160,7 @@ llama_pos gvote_shim_cut_from(llama_context * ctx, llama_seq_id seq) {
     for (auto cell = by_pos.rbegin(); cell != by_pos.rend() && cell->first >= whole_from - 1; ++cell) {
         whole_from = cell->first;
     }
-    // a token sees itself and those before it, n_swa in all: see is_masked_swa()
+    // a token sees n_swa tokens, including itself: see is_masked_swa()
     const int64_t cut_from = whole_from == 0 ? 0 : whole_from + ctx->get_model().hparams.n_swa - 1;
     return std::min<int64_t>(cut_from, std::numeric_limits<llama_pos>::max());
 }
@@ -181,7 +181,7 @@ uint32_t gvote_shim_owners(llama_context * ctx, const int64_t * index, uint32_t 
     llama_kv_cache * kv = base_cache(ctx);
     llama_kv_cells::seq_set_t owners;
     const uint32_t n_stream = kv->get_n_stream();
-    // with streams, each sequence has its own; without, any sequence shows all cells
+    // with streams, each sequence has its own; without, every sequence gives access to all cells
     for (uint32_t s = 0; s < n_stream; ++s) {
         const llama_kv_cells & cells = kv->get_cells(s);
         const int64_t first = (int64_t) s*cells.size();
@@ -285,7 +285,7 @@ bool gvote_shim_rpc_serve(
     return is_done([&] { f(endpoint, cache, n_threads, n_devices, devices); });
 }
 
-// A function of the CPU back end, which may be a library of its own.
+// Returns a function of the CPU back end, which may be a separate library.
 template <typename F> static F of_cpu(const char * name) {
     ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     return cpu ? (F) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), name) : nullptr;
@@ -410,7 +410,7 @@ void gvote_shim_update(llama_context * ctx) {
     });
 }
 
-// Why a table cannot be made from `cells`, which were read before; NULL: it can.
+// Returns the reason why a table cannot be built from `cells`, which were read earlier; NULL if it can.
 static const char * changed_since(
         const llama_kv_cells & now, llama_seq_id seq, const gvote_shim_cell * cells, uint32_t n_cells) {
     if (now.seq_pos_get(seq).size() != n_cells) {
@@ -447,7 +447,7 @@ const char * gvote_shim_table_new(
         llama_kv_cells & next = table->cells;
         next = without(now, seq);
 
-        // what a cell remembers of its token belongs to the position, not to the slot
+        // the extra data of a cell belongs to its position, not to its index
         for (uint32_t j = 0; j < n; ++j) {
             const uint32_t i = index[j];
             if (i >= now.size() || now.is_empty(i) || !now.seq_has(i, seq) || !next.is_empty(i)) {
@@ -478,7 +478,7 @@ const char * gvote_shim_table_of_rows(
         if (const char * changed = changed_since(now, seq, cells, n_cells)) {
             return changed;
         }
-        // as apply_ubatch() does with the positions of text
+        // 2D positions are set as in apply_ubatch() for text
         const bool is_pos_2d = ctx->get_model().hparams.n_pos_per_embd() >= 3;
 
         auto table = std::make_unique<gvote_shim_table>();
@@ -542,7 +542,7 @@ const char * gvote_shim_memory(llama_context * ctx, gvote_shim_memory_use * host
         *host   = {};
         *device = {};
         for (const auto & [buft, use] : llama_get_memory_breakdown(ctx)) {
-            // buffers of repacked weights are of the CPU too, though the host must not read them
+            // buffers of repacked weights belong to the CPU, though the host must not read them
             const ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
             const auto type = dev == nullptr ? GGML_BACKEND_DEVICE_TYPE_CPU : ggml_backend_dev_type(dev);
             const bool is_gpu = type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
@@ -553,7 +553,7 @@ const char * gvote_shim_memory(llama_context * ctx, gvote_shim_memory_use * host
 }
 
 void gvote_shim_set_eval_callback(llama_context * ctx, ggml_backend_sched_eval_callback cb, void * user_data) {
-    // The context installs its own copy whenever it builds a graph, the scheduler holds the one for reused graphs.
+    // The context installs cparams.cb_eval whenever it builds a graph; the scheduler keeps its own copy for reused graphs.
     auto & cparams = const_cast<llama_cparams &>(ctx->get_cparams());
     cparams.cb_eval           = cb;
     cparams.cb_eval_user_data = user_data;
@@ -583,7 +583,7 @@ int gvote_shim_n_parts(llama_context * ctx) {
 }
 
 ggml_status gvote_shim_graph_compute_part(ggml_backend_t backend, const ggml_cgraph * graph, int first, int end) {
-    // uses of nodes are looked up in the whole graph, so that nodes are fused as ever; leafs are not computed
+    // uses of nodes are looked up in the whole graph, so nodes are fused as usual; leafs are not computed
     ggml_cgraph part = *graph;
     part.nodes   = graph->nodes + first;
     part.n_nodes = end - first;

@@ -1,4 +1,4 @@
-// What the files of the shim share: the two caches of a context, and the members that have no getters.
+// Shared code of the shim's files: the two caches of a context, and access to members that have no getters.
 
 #pragma once
 
@@ -17,8 +17,8 @@
 
 namespace {
 
-// Some of what we put away and bring back is private. C++ ignores access where a template is instantiated explicitly, so
-// that a pointer to the member can be handed out: the standard's own door ([temp.spec.general]/6).
+// Some members that the shim saves and restores are private. C++ ignores access in explicit template instantiations, so a pointer to a
+// private member can be passed out of one, as the standard permits ([temp.spec.general]/6).
 template <typename Name, auto Member> struct reveal {
     friend constexpr auto member_of(Name) { return Member; }
 };
@@ -32,9 +32,9 @@ template <typename Name, auto Member> struct reveal {
 GVOTE_REVEAL(llama_kv_cache, v_heads);
 GVOTE_REVEAL(llama_context, gf_res_prev_active);
 
-// An owner of cells that no batch can have: llama.cpp numbers sequences up to LLAMA_MAX_SEQ and takes batches for n_seq_max of
-// them. A cell with two owners is never overwritten, even where it has left its sequence's window, and one that its sequence has
-// lost is not free.
+// A sequence id that owns guarded cells and that no batch can have: llama.cpp numbers sequences up to LLAMA_MAX_SEQ and accepts batches for
+// n_seq_max of them. A cell with two owners is never overwritten, even outside its sequence's window, and is not free after its sequence
+// has lost it.
 constexpr llama_seq_id GUARD = LLAMA_MAX_SEQ - 1;
 
 int owners_beside(const llama_kv_cells & cells, uint32_t i, llama_seq_id seq) {
@@ -44,17 +44,17 @@ int owners_beside(const llama_kv_cells & cells, uint32_t i, llama_seq_id seq) {
     return owners.count();
 }
 
-// The cache hands its cells out read-only; the object itself is not const.
+// Returns the cells for writing. The cache only exposes them as const; the object itself is not const.
 llama_kv_cells & cells_of(llama_kv_cache & kv, llama_seq_id seq) {
     return const_cast<llama_kv_cells &>(kv.get_cells(seq));
 }
 
-// Where the search for free cells begins.
+// Returns the index at which the search for free cells begins.
 uint32_t & head_of(llama_kv_cache & kv, llama_seq_id seq) {
     return (kv.*member_of(llama_kv_cache_v_heads{}))[kv.get_stream(seq)];
 }
 
-// The cache that holds full attention, or NULL. Exact types only: a derived cache may keep more than K and V.
+// Returns the cache with full attention, or NULL. Accepts exact types only: a derived cache may hold more than K and V.
 llama_kv_cache * base_cache(llama_context * ctx) {
     llama_memory_i * mem = llama_get_memory(ctx);
     if (mem == nullptr) {
@@ -69,7 +69,7 @@ llama_kv_cache * base_cache(llama_context * ctx) {
     return nullptr;
 }
 
-// The window cache beside the base cache, or NULL.
+// Returns the sliding-window cache beside the base cache, or NULL.
 llama_kv_cache * window_cache(llama_context * ctx) {
     llama_memory_i * mem = llama_get_memory(ctx);
     const bool has_window = mem != nullptr && typeid(*mem) == typeid(llama_kv_cache_iswa);
@@ -80,11 +80,11 @@ bool has_sequence(const llama_kv_cache & kv, llama_seq_id seq) {
     return seq >= 0 && (uint32_t) seq < kv.get_n_seq_max();
 }
 
-// After an exception in the midst of llama.cpp: it gives a cell its position before its owner, and a cell without an owner would
-// never be free again. Needs no memory.
+// Frees cells without an owner, after an exception inside llama.cpp: it gives a cell its position before its owner, and would never free
+// such a cell. Allocates no memory.
 void mend(llama_context * ctx) {
     for (llama_kv_cache * kv : { base_cache(ctx), window_cache(ctx) }) {
-        // with streams, each sequence has its own; without, any sequence shows all cells
+        // with streams, each sequence has its own; without, every sequence gives access to all cells
         for (uint32_t s = 0; kv != nullptr && s < kv->get_n_stream(); ++s) {
             llama_kv_cells & cells = cells_of(*kv, s);
             for (uint32_t i = 0; i < cells.size(); ++i) {
@@ -96,7 +96,7 @@ void mend(llama_context * ctx) {
     }
 }
 
-// The cells of every other sequence, as they are.
+// Returns a copy of the cells with only the entries of other sequences.
 llama_kv_cells without(const llama_kv_cells & now, llama_seq_id seq) {
     llama_kv_cells next;
     next.resize(now.size());
@@ -115,7 +115,7 @@ llama_kv_cells without(const llama_kv_cells & now, llama_seq_id seq) {
     return next;
 }
 
-// get_v() is the only way to the V storage; one cell of stream 0 is enough of a view to reach it.
+// Returns a view of the V storage. get_v() is the only access to it, and a view of one cell of stream 0 suffices.
 ggml_tensor * v_view(const llama_kv_cache & kv, ggml_context * meta, int32_t il) {
     llama_kv_cache::slot_info slot;
     slot.s0 = 0;
@@ -126,7 +126,7 @@ ggml_tensor * v_view(const llama_kv_cache & kv, ggml_context * meta, int32_t il)
 using meta_ptr = std::unique_ptr<ggml_context, decltype(&ggml_free)>;
 
 meta_ptr new_meta() {
-    // room for one view; tensors are only described here, never allocated
+    // room for one view; tensors are only described here, not allocated
     return { ggml_init({ 4*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }), ggml_free };
 }
 
@@ -147,7 +147,7 @@ const char * guarded(F && f) {
     }
 }
 
-// Whether `f` comes to its end without an exception.
+// Whether `f` returns without an exception.
 template <typename F>
 bool is_done(F && f) {
     return nullptr == guarded([&]() -> const char * {
@@ -156,7 +156,7 @@ bool is_done(F && f) {
     });
 }
 
-// What `f` returns, or `failed` for an exception.
+// Returns the result of `f`, or `failed` after an exception.
 template <typename T, typename F>
 T or_else(T failed, F && f) {
     T result = failed;

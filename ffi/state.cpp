@@ -1,4 +1,4 @@
-// The state of a sequence as a stream, and what tells a model from another.
+// Streaming of a sequence's state, and the tensors that identify a model.
 
 #include "shim.hpp"
 
@@ -14,7 +14,7 @@
 
 namespace {
 
-// Bytes of a tensor that are in host memory at once: large enough that a call costs nothing, small beside any cache.
+// Bytes of a tensor copied to host memory at once: large enough to make call overhead negligible, small compared to any cache.
 constexpr size_t PIECE = 1 << 20;
 
 struct stream_writer : llama_io_write_i {
@@ -50,7 +50,7 @@ struct stream_reader : llama_io_read_i {
     void * user_data;
     size_t n = 0;
     std::vector<uint8_t> piece;
-    bool begins_recurrent = false; // the next bytes are the first ones of a recurrent state
+    bool begins_recurrent = false; // the next bytes are the start of a recurrent state
 
     stream_reader(gvote_shim_read f, void * user_data) : f(f), user_data(user_data) {}
 
@@ -60,7 +60,7 @@ struct stream_reader : llama_io_read_i {
         }
         n += size;
         if (begins_recurrent) {
-            // it is one cell, or none: llama.cpp ends the process for any other number
+            // the state has one cell or none; llama.cpp ends the process for any other number
             uint32_t n_cells = 0;
             std::memcpy(&n_cells, dst, std::min(size, sizeof(n_cells)));
             if (n_cells > 1) {
@@ -107,7 +107,7 @@ void read_memory(llama_memory_i * mem, stream_reader & io, llama_seq_id seq, lla
     }
 }
 
-// Calls f(cache) for every attention cache in a memory.
+// Calls f(cache) for every attention cache of a memory.
 template <typename F>
 void each_cache(llama_memory_i * mem, F && f) {
     if (typeid(*mem) == typeid(llama_kv_cache)) {
@@ -122,8 +122,9 @@ void each_cache(llama_memory_i * mem, F && f) {
     }
 }
 
-// A state may give a cell a position below 0, or the largest number, which llama.cpp takes, and does not find again to free it; -1
-// marks a free cell. Where there are such, the sequence is taken out of the table of cells as a whole. Whether there were any.
+// Drops a sequence with invalid positions. A state may contain positions below 0, or the largest number: llama.cpp accepts them
+// but does not find such cells again to free them; -1 marks a free cell. If there are any, removes the whole sequence from the
+// table of cells. Returns whether there were any.
 bool drop_lost(llama_memory_i * mem, llama_seq_id seq) {
     bool found = false;
     each_cache(mem, [&](llama_kv_cache & kv) {
@@ -166,14 +167,14 @@ const char * gvote_shim_state_read(
         stream_reader io(read, user_data);
         if (llama_get_memory(ctx) != nullptr) {
             if (is_whole) {
-                // of a state without cells llama.cpp reads nothing, and would leave what is there
+                // for a state without cells llama.cpp reads nothing, and would leave the existing cells
                 llama_memory_seq_rm(llama_get_memory(ctx), seq, -1, -1);
             }
             read_memory(llama_get_memory(ctx), io, seq, flags);
         }
         return nullptr;
     });
-    // after a failure, too, cells may be there
+    // a failed read may also have added cells
     const char * lost = guarded([&]() -> const char * {
         const bool found = llama_get_memory(ctx) != nullptr && drop_lost(llama_get_memory(ctx), seq);
         return found ? "the state has positions that no cell can have" : nullptr;
@@ -182,7 +183,7 @@ const char * gvote_shim_state_read(
     if (failed != nullptr) {
         guarded([&]() -> const char * {
             if (is_whole) {
-                // of two caches the first may have been read already
+                // of two caches, the first may already have been read
                 llama_memory_seq_rm(llama_get_memory(ctx), seq, -1, -1);
             }
             mend(ctx);

@@ -1,4 +1,4 @@
-// What the number of threads, and the way they wait, depend on.
+// Properties that decide the number of threads and how they wait.
 
 #include "shim.hpp"
 
@@ -6,8 +6,8 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
-// ggml splits where flash attention reads at least 512 cells of an f16 or f32 cache. llama.cpp has it read up to the last used one,
-// in steps of 256: a token that comes behind so many cannot need a second step.
+// ggml splits attention if flash attention reads at least 512 cells of an f16 or f32 cache. llama.cpp makes it read up to the last used
+// cell, rounded up to a multiple of 256: a token after this many cells cannot need a second step.
 constexpr uint32_t CELLS_OF_ONE_PART = 240;
 
 static bool in_parts(const llama_kv_cache & kv) {
@@ -29,7 +29,7 @@ bool gvote_shim_token_in_parts(llama_context * ctx) {
     }
     const llama_kv_cache * base = base_cache(ctx);
     if (base == nullptr) {
-        // unknown
+        // unknown kind of cache
         return true;
     }
     const llama_kv_cache * window = window_cache(ctx);
@@ -41,7 +41,7 @@ bool gvote_shim_uses_devices(llama_context * ctx) {
 }
 
 bool gvote_shim_crowd(int n) {
-    // looked up, not linked: the runtime comes with ggml, or there is none
+    // looked up, not linked: the OpenMP runtime is loaded with ggml, or there is none
     using gomp_parallel = void (void (*)(void *), void *, unsigned, unsigned);
     const auto parallel = (gomp_parallel *) dlsym(RTLD_DEFAULT, "GOMP_parallel");
     if (parallel == nullptr) {
@@ -50,7 +50,7 @@ bool gvote_shim_crowd(int n) {
     // the calling thread is not counted
     const int wanted = (int) sysconf(_SC_NPROCESSORS_ONLN) - n + 2;
     if (wanted < 2) {
-        // there are more already
+        // there are enough threads already
         return true;
     }
     std::atomic<int> there{0};

@@ -1,5 +1,5 @@
-// The versions of llama.cpp that gvote is built with, and what differs between them. Beside vendor/, this is the only place that
-// names a version. vendor/README.md says how to add one.
+// The llama.cpp versions that gvote supports, and the differences between them. Apart from vendor/, this is the only place that names a
+// version. vendor/README.md explains how to add one.
 
 #pragma once
 

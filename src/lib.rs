@@ -36,6 +36,7 @@
 //! position i. A *composite cell* holds a different token for every layer and KV head, as that head chose.
 
 mod archive;
+mod attach;
 mod backend;
 mod bytes;
 mod cache;
@@ -44,7 +45,6 @@ mod capture;
 mod compact;
 mod disk;
 pub mod explain;
-mod attach;
 pub mod llama;
 pub mod machine;
 mod memory;

@@ -1,10 +1,10 @@
-//! The library as an app in C or C++ meets it: installed, linked with the shared llama.cpp.
+//! Tests of the library as a C or C++ application uses it: installed, and linked with the shared llama.cpp.
 
 #[path = "common/installed.rs"]
 mod installed;
 #[path = "common/model.rs"]
 mod models;
-#[allow(dead_code)] // it serves other tests too
+#[allow(dead_code)] // also used by other tests
 #[path = "../src/tests/tiny.rs"]
 mod tiny;
 
@@ -26,7 +26,7 @@ fn built(compiler: &str, standard: &str, name: &str, dir: &Path) -> PathBuf {
         .arg(&program)
         .arg(source("tests/c").join(name))
         .arg(format!("-I{}", source("ffi").display()))
-        // llama.cpp's own headers warn
+        // llama.cpp's own headers cause warnings
         .arg("-isystem")
         .arg(prefix().join("include/gvote"))
         .args([&lib, &llama].map(|dir| format!("-L{}", dir.display())))
@@ -35,9 +35,9 @@ fn built(compiler: &str, standard: &str, name: &str, dir: &Path) -> PathBuf {
     program
 }
 
-/// What a program prints that was given a model and a text.
+/// Returns the output of a program that gets a model and a text.
 fn printed(program: &mut Command, model: &Path) -> String {
-    // tests run side by side
+    // tests run in parallel
     run(program.arg(model).arg(source("src/tests/text.txt")).env("OMP_THREAD_LIMIT", "1"))
 }
 
@@ -47,7 +47,7 @@ fn keeps_its_promises(compiler: &str, standard: &str, name: &str, model: &Path) 
     assert_eq!(printed(&mut Command::new(program), model), "all kept\n");
 }
 
-/// A model that is quick to run.
+/// Returns a model that is quick to run.
 fn tiny_model() -> &'static Path {
     static DIR: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
     let made = DIR.get_or_init(|| {
@@ -78,7 +78,7 @@ fn an_exception_in_llama_cpp_becomes_a_status_and_changes_nothing() {
     keeps_its_promises("g++", "-std=c++17", "no_memory.cpp", tiny_model());
 }
 
-/// What an app is told where `sources` stand in for parts of the llama.cpp that gvote was built for.
+/// Returns an application's output when `sources` replace parts of the llama.cpp that gvote was built for.
 fn told_with(sources: &[(&str, String)]) -> String {
     let dir = tempfile::tempdir().unwrap();
     let (program, other) = (built("gcc", "-std=c11", "refused.c", dir.path()), dir.path().join("other.so"));
@@ -104,7 +104,7 @@ fn another_version_of_llama_cpp_or_ggml_is_refused() {
     }
 }
 
-/// Members are put into llama.cpp's own code, which is compiled and does its work in place of what was installed.
+/// Adds members to llama.cpp's own code, which is compiled and replaces the installed code.
 #[test]
 fn a_llama_cpp_of_the_same_version_with_other_structures_is_refused() {
     let read = |name: &str| fs::read_to_string(Path::new(env!("GVOTE_LLAMA_SOURCE")).join("src").join(name)).unwrap();
@@ -125,7 +125,7 @@ fn a_llama_cpp_of_the_same_version_with_other_structures_is_refused() {
     }
 }
 
-/// Compiles a header as the only one of a program, with warnings as errors.
+/// Compiles a program that includes only this header, with warnings as errors.
 fn stands_by_itself(header: &str, compiler: &str, language: &str, standard: &str) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("only.h");

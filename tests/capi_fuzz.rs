@@ -1,4 +1,4 @@
-//! Settings and saved states of the C interface, and files of sessions, changed at random: a short, repeatable cousin of `make fuzz`.
+//! Random changes to settings and saved states of the C interface and to session files: a short, repeatable version of `make fuzz`.
 
 #[path = "common/capi_check.rs"]
 mod capi_check;
@@ -6,7 +6,7 @@ mod capi_check;
 mod edit;
 #[path = "common/session_check.rs"]
 mod session_check;
-#[allow(dead_code)] // it serves other tests too
+#[allow(dead_code)] // also used by other tests
 #[path = "../src/tests/tiny.rs"]
 mod tiny;
 
@@ -20,7 +20,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-/// Runs `cases` inputs, and counts what came of them.
+/// Runs `cases` inputs and counts their outcomes.
 fn outcomes<T: Ord + Debug>(
     cases: u32,
     input: impl Strategy<Value = Vec<u8>>,
@@ -37,9 +37,9 @@ fn outcomes<T: Ord + Debug>(
     counts.into_inner()
 }
 
-/// Up to four changes at such places: see `edit`.
+/// Generates up to four changes at such places: see `edit`.
 fn edits(place: impl Strategy<Value = u32>) -> impl Strategy<Value = Vec<u8>> {
-    // numbers at the borders of what is allowed
+    // numbers at the limits of what is allowed
     let number = prop_oneof![
         any::<u64>(),
         0..300_u64,
@@ -54,7 +54,7 @@ fn edits(place: impl Strategy<Value = u32>) -> impl Strategy<Value = Vec<u8>> {
     vec(edit, 0..5).prop_map(|edits| edits.concat())
 }
 
-/// The inputs of `capi_check` that begin with one of two bytes.
+/// Generates inputs of `capi_check` that begin with one of two bytes.
 fn of_c(kinds: [u8; 2]) -> impl Strategy<Value = Vec<u8>> {
     let place = prop_oneof![any::<u16>().prop_map(u32::from), 0..120_u32];
     prop_oneof![
@@ -81,7 +81,7 @@ fn saved_states_of_any_content_are_refused_or_make_sense() {
 
 #[test]
 fn files_of_sessions_of_any_content_are_refused_or_make_sense() {
-    // what is known of the tokens, and of the cells, comes before the cells themselves
+    // the records of the tokens and the cells come before the cells themselves
     let place = any::<u16>().prop_map(u32::from);
     let counts = outcomes(1_500, edits(place), session_check::check);
     for outcome in [session_check::Outcome::Taken, session_check::Outcome::Refused] {

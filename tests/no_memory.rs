@@ -1,7 +1,7 @@
-//! What a session promises where memory runs out in llama.cpp: an error, and a session that is as it was, or holds what was
-//! read so far. The first, the second, the third ... allocation of C++ fails, alone or with all that follow.
+//! Tests of a session when llama.cpp runs out of memory: an error, and a session that is unchanged or holds what was read so far. The
+//! first, the second, the third ... C++ allocation fails, alone or with all that follow.
 //!
-//! Each test runs itself again in a process of its own, in which `tests/common/scarce.cpp` stands before the libraries.
+//! Each test runs itself again in its own process, in which `tests/common/scarce.cpp` is preloaded.
 
 #![cfg(target_os = "linux")]
 
@@ -15,7 +15,7 @@ use gvote::llama::{self, ContextParams, Model, ModelParams, Pos, Sampler, Sample
 use gvote::policy::{Kind, Params};
 use gvote::{Session, SessionError, SessionParams};
 
-#[allow(dead_code)] // it serves other tests too
+#[allow(dead_code)] // also used by other tests
 #[path = "../src/tests/tiny.rs"]
 mod tiny;
 
@@ -24,9 +24,9 @@ mod scarce;
 
 use scarce::library;
 
-/// Cells of a session: a prompt of twice as many makes room three times and more.
+/// Cells of a session: a prompt of twice as many tokens frees cells at least three times.
 const N_CTX: u32 = 192;
-/// Tokens at once.
+/// Maximum tokens computed at once.
 const STEP: usize = 64;
 
 /// The functions of `scarce.cpp`.
@@ -37,7 +37,7 @@ struct Scarce {
 }
 
 impl Scarce {
-    /// None where they were not put before the libraries.
+    /// Looks up the functions; None if `scarce.cpp` is not preloaded.
     fn find() -> Option<Self> {
         // SAFETY: names; what has them are functions of these types.
         unsafe {
@@ -53,7 +53,7 @@ impl Scarce {
     }
 }
 
-/// Runs a test in a process where memory can run out.
+/// Runs a test in a process in which memory can run out.
 fn alone(name: &str, test: impl FnOnce(Scarce)) {
     if let Some(scarce) = Scarce::find() {
         return test(scarce);
@@ -65,15 +65,14 @@ fn alone(name: &str, test: impl FnOnce(Scarce)) {
     assert!(done.status.success() && said.contains("1 passed"), "{said}");
 }
 
-/// All of the first places are tried, then many of the others.
+/// Returns the next allocation to fail: every one of the first, then increasingly distant ones.
 fn next(place: c_long) -> c_long {
     const DENSE: c_long = 100;
     const SPARSE: c_long = 12;
     if place < DENSE { place + 1 } else { place + place / SPARSE }
 }
 
-/// Does something again and again until memory lasts for all of it; `check` looks at what is left after each failure. Answers
-/// how often it failed.
+/// Repeats `work` until no allocation fails; `check` inspects the session after each failure. Returns the number of failures.
 fn sweep<T>(
     scarce: Scarce,
     session: &mut Session,
@@ -93,7 +92,7 @@ fn sweep<T>(
         };
         match done {
             _ if !has_failed => return failures,
-            // a failure of what is not needed was dealt with inside
+            // the session handled the failure of an optional allocation
             Ok(_) => {}
             Err(error) => {
                 failures += 1;
@@ -149,7 +148,7 @@ fn attention_models() -> [Model; 2] {
     ["llama", "gemma2"].map(tiny::model)
 }
 
-/// Cells are freed on the way: the session holds what was read until then, as if it had been cancelled there.
+/// Cells are freed while reading: the session holds what was read until the failure, as if it had been cancelled there.
 #[test]
 fn a_long_reading_holds_what_was_read_so_far() {
     alone("a_long_reading_holds_what_was_read_so_far", |scarce| {
@@ -168,7 +167,7 @@ fn a_long_reading_holds_what_was_read_so_far() {
             let reached = RefCell::new(BTreeSet::new());
             let straight = RefCell::new(&mut straight);
             let check = |session: &mut Session, name: &str| {
-                // where all memory is gone, a window cannot be brought back
+                // if all memory is gone, a window cannot be restored
                 if is_empty(session) {
                     assert!(!once, "{name}");
                     return;
@@ -185,11 +184,11 @@ fn a_long_reading_holds_what_was_read_so_far() {
                     assert!(session.save() == straight.save(), "{name}, after {read} tokens");
                     assert!(read > 0 || session.logits() == logits, "{name}");
                 }
-                // and it goes on, also where cells were freed for what was not decoded then
+                // reading continues, even after cells were freed for tokens that were not decoded
                 read_long(session, &text[read as usize..], 0).unwrap();
                 assert!(session.n_past() == 400 && session.cells_used() <= N_CTX as usize, "{name}");
                 if freed {
-                    // a window that was brought back lies in other cells, and sums add up in another order
+                    // a restored window lies in other cells, so sums are added in another order
                     let rounding = if arch == "gemma2" { 0.02 } else { 0.0 };
                     let apart = apart(session.logits(), &whole);
                     assert!(apart <= rounding, "{name}, after {read} tokens and with cells freed: {apart}");
@@ -202,7 +201,7 @@ fn a_long_reading_holds_what_was_read_so_far() {
     });
 }
 
-/// An answer that is out of cells: the tokens that were decoded are there, and no trace of what came after them.
+/// The answer has run out of cells: the decoded tokens remain, with no trace of later ones.
 #[test]
 fn an_answer_holds_what_was_decoded_so_far() {
     alone("an_answer_holds_what_was_decoded_so_far", |scarce| {
@@ -228,7 +227,7 @@ fn an_answer_holds_what_was_decoded_so_far() {
                     assert!(straight.save() == session.save(), "{name}");
                     return;
                 }
-                // cells were freed for a token that was not decoded then
+                // cells were freed for a token that was not decoded
                 for session in [&mut straight, &mut *session] {
                     answer(session, 8 - decoded).unwrap();
                 }
@@ -256,7 +255,7 @@ fn a_vote_leaves_no_trace() {
     });
 }
 
-/// The running session stays, or is empty where memory lasts for no way back; the file is that of another one.
+/// The running session is unchanged, or empty if memory does not suffice to restore it. The file belongs to another session.
 #[test]
 fn a_loaded_file_is_there_whole_or_not_at_all() {
     alone("a_loaded_file_is_there_whole_or_not_at_all", |scarce| {
@@ -288,7 +287,7 @@ fn a_loaded_file_is_there_whole_or_not_at_all() {
     });
 }
 
-/// A state that has gone on is brought back, or nothing is left.
+/// A recurrent state that has advanced is restored, or the session is empty.
 #[test]
 fn a_reading_with_recurrent_layers_leaves_no_trace() {
     alone("a_reading_with_recurrent_layers_leaves_no_trace", |scarce| {
@@ -313,7 +312,7 @@ fn a_reading_with_recurrent_layers_leaves_no_trace() {
     });
 }
 
-/// It reads on in the cells that it has, or is as it was.
+/// The session continues to read in its existing cells, or is unchanged.
 #[test]
 fn a_session_that_cannot_grow_is_as_it_was() {
     alone("a_session_that_cannot_grow_is_as_it_was", |scarce| {
@@ -341,7 +340,7 @@ fn a_session_that_cannot_grow_is_as_it_was() {
                 place = next(place);
             }
         }
-        // where only the move fails, the text is read in the cells that there are
+        // if only the move fails, the text is read in the existing cells
         assert!(grown.contains(&(true, true)) && grown.contains(&(true, false)), "{grown:?}");
     });
 }

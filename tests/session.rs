@@ -1,4 +1,4 @@
-//! The promises of a session: what a program that uses the crate relies on.
+//! Tests of a session's guarantees, on which programs that use the crate rely.
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -54,7 +54,7 @@ fn prefill(session: &mut Session, tokens: &[Token]) -> Result<(), SessionError> 
     session.prefill(tokens, |_, _| ControlFlow::Continue(())).map(|_| ())
 }
 
-/// Greedy continuation.
+/// Generates a greedy continuation.
 fn generate(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
     let mut sampler =
         Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() }, 0).unwrap();
@@ -93,13 +93,13 @@ fn its_cells_go_on_in_a_context_of_several_sequences() {
     for flash_attn in [FlashAttention::Off, FlashAttention::On] {
         let mut params = params(1024);
         params.context.flash_attn = flash_attn;
-        // with several, flash attention sums up a single token in parts, and the tokens of a batch not
+        // with several threads, flash attention sums a single token in parts, but not the tokens of a batch
         params.context.n_threads = 1;
         let mut session = prefilled(&params);
         session.compress().unwrap();
         let (cells, n_past) = (session.copy_cells().unwrap(), session.n_past());
 
-        // smaller parts than the prompt
+        // streams smaller than the prompt
         let each = session.cells_used().next_multiple_of(256) as u32;
         assert!(each < N as u32 + 256);
         let many = ContextParams { n_ctx: 3 * each, n_seq_max: 3, kv_unified: false, ..params.context };
@@ -118,7 +118,7 @@ fn its_cells_go_on_in_a_context_of_several_sequences() {
             session.decode(token).unwrap();
             let together = ctx.logits_at(seq).unwrap();
             let off = together.iter().zip(session.logits()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            // other kernels multiply one row and three
+            // multiplying one row uses other kernels than three rows
             assert!(off < 0.3, "{flash_attn:?}, sequence {seq}: {off}");
             session.truncate(n_past).unwrap();
         }
@@ -382,7 +382,7 @@ fn unequal_budgets_are_masked_until_the_session_starts_over() {
         if kind == Kind::AdaKv {
             assert_eq!(report.cells_after, N / 2);
         }
-        // nothing is freed, and the report does not say so
+        // nothing is freed, and the report agrees
         assert_eq!((session.cells_used(), report.kv_bytes_after), (N, report.kv_bytes_before));
         let turn = tokens(N + 70)[N..].to_vec();
         let go_on = |session: &mut Session| {
@@ -398,7 +398,7 @@ fn unequal_budgets_are_masked_until_the_session_starts_over() {
         assert!(masked != unmasked);
         session.clear();
         prefill(&mut session, &tokens(N)).unwrap();
-        // both up to rounding: a restored cache may lie in other cells
+        // the two agree up to rounding: a restored cache may lie in other cells
         let again = go_on(&mut session);
         let apart = again.iter().zip(&unmasked).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
         assert!(apart < 0.1, "{apart}");

@@ -1,15 +1,15 @@
-//! What each crate may be made of, by what cargo says that it compiles.
+//! Tests of the packages that each crate may depend on, as listed by cargo.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What draws, speaks with a terminal or renders templates: no part of what a C program is linked with.
+/// Packages for plots, terminals and templates: a C program must not link with them.
 const TOOLS: [&str; 8] =
     ["clap", "comfy-table", "indicatif", "jiff", "minijinja", "minijinja-contrib", "plotters", "rustyline"];
 
-/// Names of the packages that are compiled for one, its build script included, on any system.
+/// Returns the names of the packages compiled for a package, its build script included, on any system.
 fn compiled_for(package: &str) -> BTreeSet<String> {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(env!("CARGO_MANIFEST_DIR")).args(["tree", "--locked", "--offline", "-p", package]);
@@ -60,7 +60,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files.chain(folders.iter().flat_map(|folder| sources(folder))).collect()
 }
 
-/// Errors name settings; the program knows which flags they are (`crates/cli/src/spelling.rs`).
+/// Errors name settings; the program translates them into flags (`crates/cli/src/spelling.rs`).
 #[test]
 fn the_library_spells_no_flags() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

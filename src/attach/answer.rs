@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use super::{Attachment, AttachError, Attached};
+use super::{AttachError, Attached, Attachment};
 use crate::cache;
 use crate::llama::{Context, Pos, SeqId};
 use crate::policy::Kind;

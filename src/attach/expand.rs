@@ -2,7 +2,7 @@
 
 use std::ptr::NonNull;
 
-use super::{Attachment, AttachError, Attached, Known};
+use super::{AttachError, Attached, Attachment, Known};
 use crate::archive::{Archive, Bring};
 use crate::cache;
 #[cfg(doc)]
@@ -20,7 +20,12 @@ impl Attachment {
     ///
     /// # Errors
     /// [`CompactError`], and errors of [`Self::sequence`]; the context is then as before.
-    pub fn expand(&mut self, ctx: NonNull<sys::llama_context>, seq: SeqId, needed: usize) -> Result<usize, AttachError> {
+    pub fn expand(
+        &mut self,
+        ctx: NonNull<sys::llama_context>,
+        seq: SeqId,
+        needed: usize,
+    ) -> Result<usize, AttachError> {
         let attached = self.attached_in(ctx)?;
         attached.check_sequence(seq)?;
         let (n, n_past) = {

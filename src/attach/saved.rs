@@ -4,7 +4,7 @@
 
 use std::ptr::NonNull;
 
-use super::{Attachment, AttachError, Attached, Known};
+use super::{AttachError, Attached, Attachment, Known};
 use crate::archive::{Archive, ReadError};
 use crate::cache::{self, Layout};
 use crate::llama::{LlamaError, SeqId};

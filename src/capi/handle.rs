@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::header::*;
 use super::ptr;
+use crate::attach::{AttachError, Attachment};
 use crate::backend::ComputeError;
 use crate::capture::CaptureError;
 use crate::compact::CompactError;
-use crate::attach::{Attachment, AttachError};
 use crate::llama::LlamaError;
 use crate::sys::ggml_tensor;
 use crate::vote::VoteError;
@@ -80,7 +80,9 @@ fn status_of(error: &AttachError) -> gvote_status {
         AttachError::Fixed(_) => GVOTE_ERROR_PARAMS,
         AttachError::NoToken { .. } => GVOTE_ERROR_DECODE,
         AttachError::TooFew { .. } | AttachError::Full => GVOTE_ERROR_NO_CELLS,
-        AttachError::NoSequence { .. } | AttachError::NoLayer(_) | AttachError::NoHead { .. } => GVOTE_ERROR_NO_SEQUENCE,
+        AttachError::NoSequence { .. } | AttachError::NoLayer(_) | AttachError::NoHead { .. } => {
+            GVOTE_ERROR_NO_SEQUENCE
+        }
         AttachError::Vote(error) => match error {
             VoteError::Cache(error) | VoteError::Compact(CompactError::Cache(error)) if error.is_memory() => {
                 GVOTE_ERROR_MEMORY

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use super::handle::{Core, Failure};
 use super::header::*;
 use super::{params, ptr};
-use crate::attach::{Attachment, AttachError};
+use crate::attach::{AttachError, Attachment};
 use crate::llama::Token;
 use crate::policy::Bound;
 use crate::sys::llama_context;

@@ -1,8 +1,7 @@
-//! What must hold of the C interface, whatever its settings and saved states are. Used by the tests and by cargo-fuzz.
+//! Invariants of the C interface for arbitrary settings and saved states. Used by the tests and by cargo-fuzz.
 //!
-//! The functions are the library's own, by their C names. Of a saved state the listener is made once: a tiny random model, a
-//! context, a sequence that was heard. The program that includes this has `edit` and `tiny` at its root, and `use gvote::llama` for
-//! the latter.
+//! The functions are the library's own, by their C names. The listener for saved states is created once: a tiny random model, a context, a
+//! recorded sequence. A program that includes this file has `edit` and `tiny` at its root, and `use gvote::llama` for the latter.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::offset_of;
@@ -93,7 +92,7 @@ const FLAG_PROTECT: u32 = 1 << 2;
 const POLICY_FULL: u32 = 2;
 const POLICY_GVOTE: u32 = 0;
 
-/// Larger structs than this are not made; what they would say of their size is told all the same.
+/// Maximum size of the structs created here; their size field may claim more.
 const MAX_STRUCT: usize = 512;
 
 fn error_of(g: *const Handle) -> String {
@@ -108,7 +107,7 @@ fn defaults() -> Params {
     params
 }
 
-/// Looks at one input: its first byte says what it is, settings or a saved state, the bytes themselves or changes to sound ones.
+/// Checks one input. Its first byte selects settings or a saved state, given as they are or as changes to valid ones.
 pub fn check(data: &[u8]) -> u32 {
     let (kind, data) = data.split_first().unwrap_or((&0, &[]));
     match kind % 4 {
@@ -124,13 +123,13 @@ pub fn check(data: &[u8]) -> u32 {
     }
 }
 
-/// Settings of any size and content: refused with a reason, or within the bounds that the header names.
+/// Checks settings of any size and content: refused with a reason, or within the limits that the header names.
 fn check_params(mut bytes: Vec<u8>) -> u32 {
     bytes.resize(bytes.len().max(size_of::<usize>()), 0);
     let size = usize::from_le_bytes(bytes[..size_of::<usize>()].try_into().expect("as many bytes"));
-    // exactly the memory that the struct says it has, so that a look behind it is seen
+    // allocate exactly the claimed size, so that a read beyond it is detected
     bytes.resize(size.clamp(size_of::<usize>(), MAX_STRUCT), 0);
-    // a pointer is the caller's promise, and no file is made here
+    // a pointer is the caller's responsibility; no file is created here
     if let Some(recall_file) = bytes.get_mut(offset_of!(Params, recall_file)..offset_of!(Params, when)) {
         recall_file.fill(0);
     }
@@ -173,14 +172,14 @@ fn check_params(mut bytes: Vec<u8>) -> u32 {
 /// Tokens before the vote, and after it.
 const N: [i32; 2] = [220, 20];
 const CELLS: u32 = 120;
-/// Tokens of the vocabulary that are no markup: with a chat's markers no vote would be due.
+/// Tokens of the vocabulary that are not markup: chat markers would prevent the vote.
 const N_TEXT: i32 = (tiny::N_VOCAB - tiny::MARKUP.len()) as i32;
 
-/// A handle that has heard and compressed a sequence.
+/// A handle that has recorded and compressed a sequence.
 struct Listener {
     g: *mut Handle,
     ctx: Context,
-    /// What it says of the sequence.
+    /// Saved state of the sequence.
     sound: Vec<u8>,
     n_head_kv: u32,
 }
@@ -192,7 +191,7 @@ thread_local! {
 impl Listener {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("there is room for a model");
-        // whose tokens are looked up
+        // with a vocabulary, since tokens are looked up
         let spec = tiny::Spec { vocabulary: true, ..tiny::SPECS[0] };
         let model = tiny::Tiny::new(dir.path(), spec).model;
         let shape = ContextParams {
@@ -205,7 +204,7 @@ impl Listener {
             ..ContextParams::default()
         };
         let mut ctx = Context::new(&model, &shape).expect("a context is made");
-        // a small state: what is captured of the window is most of it
+        // a small state, most of which is the captured observation window
         let params =
             Params { window: 4, target_kl: 0.0, max_cells: CELLS, samples: 2, flags: FLAG_PROTECT, ..defaults() };
         let mut status = u32::MAX;
@@ -255,7 +254,7 @@ impl Listener {
         unsafe { gvote_state_set(self.g, self.ctx(), 0, data.as_ptr().cast(), data.len()) }
     }
 
-    /// Bytes are refused with a reason, and what was known stays; or what they say makes sense.
+    /// Checks that bytes are refused with a reason and the state is unchanged, or that the new state makes sense.
     fn check(&self, bytes: Vec<u8>) -> u32 {
         assert_eq!(self.load(&self.sound), OK, "{}", error_of(self.g));
         let status = self.load(&bytes.into_boxed_slice());
@@ -286,7 +285,7 @@ impl Listener {
                 assert!(positions[0] >= 0 && positions[n as usize - 1] < N[0] + N[1], "{positions:?}");
             }
         }
-        // what it knows now, it can say and hear again
+        // the new state can be saved and loaded again
         let again = self.save();
         assert_eq!(self.load(&again), OK, "{}", error_of(self.g));
         assert!(self.save() == again);

@@ -1,5 +1,5 @@
-//! The built program, and what to feed it.
-#![allow(dead_code)] // each test program uses its own part of it
+//! Runs the built program, and creates its input.
+#![allow(dead_code)] // each test program uses only a part of it
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, Output, Stdio};
@@ -10,28 +10,28 @@ use serde_json::Value;
 #[path = "model.rs"]
 mod models;
 
-#[allow(unused_imports)] // each test program uses its own part of it
+#[allow(unused_imports)] // each test program uses only a part of it
 pub use models::{model, optional};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_gvote");
 
-/// Some characters of English (four and a half a token), the same on every machine: sentences that say nothing, with a few
-/// numbers of animals among them.
+/// Returns `chars` characters of English (4.5 per token), the same on every machine: meaningless sentences with a few numbers of animals
+/// among them.
 pub fn text(chars: usize) -> String {
-    // no word with its space is that short on average
+    // the mean length of a word with its space is larger
     let words = chars / 4;
     let text = gvote_eval::tasks::needle::generate(words, 0.5, 1).context;
     text.chars().take(chars).collect()
 }
 
-/// A file of [`text`], which lasts as long as the value.
+/// Returns a file of [`text`] that exists as long as the value.
 pub fn document(chars: usize) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text(chars).as_bytes()).unwrap();
     file
 }
 
-/// A sub-command with the model, on one thread: tests run side by side.
+/// Returns a sub-command with the model, on one thread because tests run in parallel.
 pub fn gvote(command: &str, args: &[&str]) -> Command {
     let mut program = Command::new(PROGRAM);
     program.arg(command).arg("-m").arg(model()).args(["-t", "1"]).args(args);
@@ -39,14 +39,14 @@ pub fn gvote(command: &str, args: &[&str]) -> Command {
     program
 }
 
-/// The program with nothing but these arguments.
+/// Returns the program with only these arguments.
 pub fn bare(args: &[&str]) -> Command {
     let mut program = Command::new(PROGRAM);
     program.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     program
 }
 
-/// What a finished program left.
+/// Result of a finished program.
 pub struct Done {
     pub status: i32,
     pub stdout: String,
@@ -71,7 +71,7 @@ impl Done {
         self
     }
 
-    /// The JSON objects on stdout, one a line.
+    /// Returns the JSON objects on stdout, one per line.
     pub fn json(&self) -> Vec<Value> {
         self.stdout.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect()
     }
@@ -81,15 +81,15 @@ pub fn finish(program: &mut Command) -> Done {
     program.output().unwrap().into()
 }
 
-/// Runs with this standard input.
+/// Runs the program with this standard input.
 pub fn finish_with(program: &mut Command, input: impl AsRef<[u8]>) -> Done {
     let mut child = program.stdin(Stdio::piped()).spawn().unwrap();
-    // a program that fails early does not read it
+    // a program that fails early does not read its input
     let _ = child.stdin.take().unwrap().write_all(input.as_ref());
     child.wait_with_output().unwrap().into()
 }
 
-/// Reads the first byte of what a program prints and closes the pipe; tells what it left.
+/// Reads the first byte of a program's output and closes the pipe. Returns the program's result.
 pub fn hang_up(mut child: Child) -> Done {
     let mut stdout = child.stdout.take().unwrap();
     stdout.read_exact(&mut [0]).unwrap();
@@ -97,7 +97,7 @@ pub fn hang_up(mut child: Child) -> Done {
     child.wait_with_output().unwrap().into()
 }
 
-/// Sends SIGINT and tells what the program left, and how long that took.
+/// Sends SIGINT. Returns the program's result, and how long it took to end.
 pub fn interrupt(child: Child) -> (Done, Duration) {
     let start = Instant::now();
     let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();

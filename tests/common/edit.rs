@@ -1,9 +1,9 @@
-//! Changes to sound bytes, described by other bytes: by a fuzzer's, or by those that a test draws.
+//! Changes to valid bytes, described by other bytes: from a fuzzer, or drawn by a test.
 
-/// Bytes of one change: what to do, where, and a number.
+/// Bytes that describe one change: the operation, the place, and a number.
 pub const EDIT: usize = 1 + size_of::<u32>() + size_of::<u64>();
 
-/// `bytes` with the changes that `data` describes.
+/// Returns `bytes` with the changes that `data` describes.
 pub fn edited(mut bytes: Vec<u8>, data: &[u8]) -> Vec<u8> {
     for edit in data.chunks_exact(EDIT) {
         let (place, number) = edit[1..].split_at(size_of::<u32>());

@@ -1,5 +1,5 @@
-//! Model files written by hand.
-#![allow(dead_code)] // each test program uses its own part of it
+//! Handwritten model files.
+#![allow(dead_code)] // each test program uses only a part of it
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ pub fn string(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
-/// A value of the metadata.
+/// A metadata value.
 #[derive(Clone, Copy)]
 pub enum Value<'a> {
     U16(u16),
@@ -48,8 +48,7 @@ impl Value<'_> {
     }
 }
 
-/// A tensor: name, shape, number of its ggml type, bytes of its data, and where that begins among the data of all; None: where
-/// the one before it ends.
+/// A tensor: name, shape, number of its ggml type, its data, and the offset of its data. None: directly after the previous tensor.
 #[derive(Clone)]
 pub struct Tensor<'a> {
     pub name: &'a str,
@@ -63,7 +62,7 @@ pub fn tensor<'a>(name: &'a str, shape: &'a [u64], kind: u32, bytes: u64) -> Ten
     Tensor { name, shape, kind, bytes, offset: None }
 }
 
-/// A file up to where the data begins, and the size it should have with the data.
+/// Returns a file up to the start of the data, and the size of the file with data.
 pub fn head(entries: &[(&str, Value)], tensors: &[Tensor]) -> (Vec<u8>, u64) {
     let mut file = b"GGUF\x03\0\0\0".to_vec();
     file.extend([tensors.len() as u64, entries.len() as u64].map(u64::to_le_bytes).concat());
@@ -85,12 +84,12 @@ pub fn head(entries: &[(&str, Value)], tensors: &[Tensor]) -> (Vec<u8>, u64) {
     (file, size)
 }
 
-/// A model file with more metadata, which stands before its own.
+/// Returns a model file with additional metadata before its own.
 pub fn with_entries(file: &[u8], entries: &[(&str, Value)]) -> Vec<u8> {
     const COUNT: std::ops::Range<usize> = 16..24;
     let entry = |key: &str, value: Value| [string(key), value.encode()].concat();
     let mut added: Vec<u8> = entries.iter().flat_map(|(key, value)| entry(key, *value)).collect();
-    // the data stays aligned
+    // keep the data aligned
     let filled = |n: usize| entry("filler", Text(&" ".repeat(n)));
     let n = (0..32).find(|&n| (added.len() + filled(n).len()).is_multiple_of(32)).unwrap();
     added.extend(filled(n));
@@ -98,15 +97,15 @@ pub fn with_entries(file: &[u8], entries: &[(&str, Value)]) -> Vec<u8> {
     [&file[..COUNT.start], &count.to_le_bytes(), &added, &file[COUNT.end..]].concat()
 }
 
-/// A file with a tensor of this ggml type and 256 values, and room for its data.
+/// Returns a file with a tensor of this ggml type and 256 values, and room for its data.
 pub fn handwritten(entries: &[(&str, Value)], ggml_type: u32) -> Vec<u8> {
     let (mut file, _) = head(entries, &[tensor("output.weight", &[256], ggml_type, 0)]);
     file.resize(file.len() + 2048, 0);
     file
 }
 
-/// Metadata of a decoder with 4 layers, 4 heads, 2 KV heads of 32 values. A key of `extra` that begins with a dot belongs to the
-/// architecture; it replaces one of those.
+/// Returns the metadata of a decoder with 4 layers, 4 heads, 2 KV heads of 32 values. A key of `extra` that begins with a dot belongs to
+/// the architecture; it replaces a default entry of the same name.
 pub fn decoder<'a>(name: &'a str, extra: &[(&'a str, Value<'a>)]) -> Vec<(String, Value<'a>)> {
     let shape = [
         ("general.architecture", Text(name)),
@@ -134,7 +133,7 @@ fn whole(name: &str, extra: &[(&str, Value)], tensors: &[Tensor]) -> Vec<u8> {
     file
 }
 
-/// Small files of every kind of content, to change at random.
+/// Returns small files with every kind of content, to be changed at random.
 pub fn seeds() -> Vec<Vec<u8>> {
     let words: Vec<String> = (0..600).map(|i| format!("w{i}")).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();

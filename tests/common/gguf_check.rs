@@ -1,4 +1,4 @@
-//! What must hold of the reader of model files, whatever it is given. Used by the tests and by cargo-fuzz.
+//! Invariants of the reader of model files for arbitrary input. Used by the tests and by cargo-fuzz.
 
 use std::collections::HashSet;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
@@ -7,7 +7,7 @@ use std::path::Path;
 use gvote::llama::CacheType;
 use gvote_gguf::{Gguf, GgufError};
 
-/// Bytes, and zeros after them, as in a sparse file.
+/// Bytes followed by zeros, as in a sparse file.
 struct Sparse<'a> {
     data: Cursor<&'a [u8]>,
     size: u64,
@@ -33,7 +33,7 @@ impl Seek for Sparse<'_> {
     }
 }
 
-/// Reads a file of this content, with a hole of so many bytes at its end, and checks that what comes back makes sense.
+/// Reads a file of this content with a hole of `hole` bytes at its end, and checks that the result makes sense.
 pub fn check(data: &[u8], hole: u64) -> Result<Gguf, GgufError> {
     let size = data.len() as u64 + hole;
     let source = Sparse { data: Cursor::new(data), size };
@@ -80,7 +80,7 @@ fn check_file(file: &Gguf, size: u64) {
     }
 }
 
-/// Whether it is what the file holds: what is not UTF-8 is shown alike.
+/// Whether the text is exactly what the file holds; different invalid UTF-8 is displayed alike.
 fn is_exact(text: &str) -> bool {
     !text.contains(char::REPLACEMENT_CHARACTER)
 }

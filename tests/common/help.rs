@@ -1,16 +1,16 @@
-//! The commands and flags that the program's help lists.
-#![allow(dead_code)] // each test program uses its own part of it
+//! Commands and flags listed by the program's help.
+#![allow(dead_code)] // each test program uses only a part of it
 
 use super::cli::{bare, finish};
 
-/// A flag as the help lists it.
+/// A flag as listed by the help.
 pub struct Flag {
     pub command: String,
-    /// All that the help says of it.
+    /// The complete help text of the flag.
     pub entry: String,
-    /// All its spellings, the long one first.
+    /// All spellings, the long one first.
     pub spellings: Vec<String>,
-    /// What the help calls its value, if it has one.
+    /// Name of the value in the help, if the flag takes one.
     pub value: Option<String>,
 }
 
@@ -19,11 +19,11 @@ pub fn help_of(command: &str) -> String {
     finish(&mut bare(&words)).ok().stdout
 }
 
-/// The commands below one, or itself where there are none.
+/// Returns the commands below one, or the command itself if there are none.
 pub fn commands(above: &str) -> Vec<String> {
     let help = help_of(above);
     let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
-    // longer descriptions go on in lines that are indented further
+    // the continuation lines of longer descriptions are indented further
     let names = listed.filter(|line| !line.starts_with("   ")).filter_map(|line| line.split_whitespace().next());
     let below: Vec<String> = names.filter(|&name| name != "help").map(|name| format!("{above} {name}")).collect();
     if below.is_empty() {
@@ -32,7 +32,7 @@ pub fn commands(above: &str) -> Vec<String> {
     below.iter().flat_map(|command| commands(command)).collect()
 }
 
-/// Reads `  -c, --ctx-size <N>  What it does [also: -c]`, and the lines below it, up to the next flag.
+/// Parses `  -c, --ctx-size <N>  What it does [also: -c]`, and the lines after it, up to the next flag.
 pub fn flags_of(command: &str) -> Vec<Flag> {
     let help = help_of(command);
     let mut entries: Vec<String> = Vec::new();

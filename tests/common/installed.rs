@@ -1,5 +1,5 @@
-//! What `make install` makes, of the build that the tests themselves use.
-#![allow(dead_code)] // each test program uses its own part of it
+//! The result of `make install`, from the build that the tests themselves use.
+#![allow(dead_code)] // each test program uses only a part of it
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +12,7 @@ pub fn run(command: &mut Command) -> String {
     stdout.into_owned()
 }
 
-/// The repository.
+/// Returns the root of the repository.
 pub fn root() -> &'static Path {
     let mut folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
     folders.find(|folder| folder.join("Makefile").exists()).expect("every package lies in it")
@@ -22,15 +22,15 @@ pub fn source(name: &str) -> PathBuf {
     root().join(name)
 }
 
-/// `make` with the goal and the place that are named.
+/// Runs `make` with this goal and these folders.
 pub fn make(goal: &str, destdir: &Path, prefix: &str) {
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
     make_from(scratch.parent().expect("it lies in the target folder"), &[], goal, destdir, prefix);
 }
 
-/// The same in a target folder of its own, with these variables for cargo.
+/// Runs `make` with its own target folder and these environment variables for cargo.
 pub fn make_from(target: &Path, env: &[(&str, &Path)], goal: &str, destdir: &Path, prefix: &str) {
-    // all share the folder that is put together before it is copied
+    // all calls share the staging folder
     static STAGE: Mutex<()> = Mutex::new(());
     let _stage = STAGE.lock().unwrap_or_else(|e| e.into_inner());
     run(Command::new("make")
@@ -44,7 +44,7 @@ pub fn make_from(target: &Path, env: &[(&str, &Path)], goal: &str, destdir: &Pat
         .arg(format!("PREFIX={prefix}")));
 }
 
-/// A folder with everything installed, which was moved since: nothing may know where it was.
+/// Returns a folder with everything installed, moved after the installation: nothing may depend on its old path.
 pub fn prefix() -> &'static Path {
     static PREFIX: OnceLock<tempfile::TempDir> = OnceLock::new();
     let dir = PREFIX.get_or_init(|| {
@@ -56,7 +56,7 @@ pub fn prefix() -> &'static Path {
     Box::leak(dir.path().join("moved").into_boxed_path())
 }
 
-/// Compiles a program in C as the guide says.
+/// Compiles a C program as the guide says.
 pub fn built_with_pkg_config(prefix: &Path, code: &Path, dir: &Path) -> PathBuf {
     let flags = run(Command::new("pkg-config")
         .args(["--cflags", "--libs", "gvote"])
@@ -71,9 +71,9 @@ pub fn built_with_pkg_config(prefix: &Path, code: &Path, dir: &Path) -> PathBuf 
     program
 }
 
-/// Builds a program of one file, in C or C++, as a CMake project that links one of gvote's targets.
+/// Builds a one-file program, in C or C++, as a CMake project that links one of gvote's targets.
 pub fn built_with_cmake(prefix: &Path, code: &Path, target: &str, dir: &Path) -> PathBuf {
-    // an app in C needs no C++ compiler
+    // a C application needs no C++ compiler
     let language = if code.extension().is_some_and(|ending| ending == "c") { "C" } else { "CXX" };
     let list = format!(
         "cmake_minimum_required(VERSION 3.16)\nproject(app {language})\nset(CMAKE_CXX_STANDARD 17)\n\
@@ -92,7 +92,7 @@ pub fn built_with_cmake(prefix: &Path, code: &Path, target: &str, dir: &Path) ->
     build.join("app")
 }
 
-/// The program that the guide begins with, as a file in `dir`.
+/// Writes the guide's first program to a file in `dir`.
 pub fn guide_program(dir: &Path) -> PathBuf {
     let guide = std::fs::read_to_string(source("docs/c-api.md")).unwrap();
     let code = guide.split_once("```c\n").unwrap().1.split_once("```").unwrap().0;
@@ -101,12 +101,12 @@ pub fn guide_program(dir: &Path) -> PathBuf {
     file
 }
 
-/// llama.cpp's own programs, of the version that gvote is built from.
+/// Returns the source of llama.cpp's own programs, of the version that gvote is built from.
 pub fn llama_tools() -> PathBuf {
     run(Command::new(source("scripts/find-llama")).arg("--tools")).trim_end().into()
 }
 
-/// The source of llama.cpp that gvote is built from.
+/// Returns the source of the llama.cpp that gvote is built from.
 pub fn llama_source() -> PathBuf {
     run(&mut Command::new(source("scripts/find-llama"))).trim_end().into()
 }

@@ -1,9 +1,9 @@
-//! Real models.
-#![allow(dead_code)] // each test program uses its own part of it
+//! Real models for tests.
+#![allow(dead_code)] // each test program uses only a part of it
 
 use std::path::PathBuf;
 
-/// The default model; `make setup` fetches it.
+/// Returns the default model; `make setup` fetches it.
 pub fn model() -> PathBuf {
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"), PathBuf::from);
@@ -12,7 +12,7 @@ pub fn model() -> PathBuf {
     path
 }
 
-/// A model that need not be there.
+/// Returns a model if it exists; otherwise prints that the test is skipped.
 pub fn optional(name: &str) -> Option<PathBuf> {
     let path = model().with_file_name(name);
     if !path.exists() {

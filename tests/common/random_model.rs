@@ -1,4 +1,4 @@
-//! Models of any shape with random weights: for speed, which the values do not change. Their text means nothing.
+//! Models of any shape with random weights, for measuring speed, which does not depend on the values. Their text is meaningless.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -14,18 +14,18 @@ mod gguf;
 
 use gguf::Value::{F32, Text, U32};
 
-/// Bytes made at once, and written at once: about so many.
+/// Approximate number of bytes generated and written at once.
 const CHUNK: usize = 1 << 20;
 
 /// Standard deviation of W x for an x of unit mean square.
 const GAIN: f64 = 1.0;
-/// That of queries and of keys. Their product is the deviation of attention logits: of n keys about n / e^4 count, neither all nor
-/// one.
+/// Standard deviation of queries and of keys. Their product is the deviation of attention logits: of n keys about n / e^4 have weight,
+/// neither all nor one.
 const ATTENTION_GAIN: f64 = std::f64::consts::SQRT_2;
-/// That of the logits: some tens of tokens are likely, as after real text.
+/// Standard deviation of the logits: some tens of tokens are likely, as after real text.
 const OUTPUT_GAIN: f64 = 3.0;
 
-/// How weights are stored.
+/// Storage format of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
 pub enum Weights {
@@ -36,10 +36,10 @@ pub enum Weights {
 }
 
 impl Weights {
-    /// Values of a block: a scale in f16, and a whole number for each.
+    /// Values per block: a block has a scale in f16, and an integer for each value.
     const BLOCK: usize = 32;
 
-    /// Bytes of a block.
+    /// Returns the bytes of a block.
     const fn bytes(self) -> usize {
         match self {
             Self::Q4_0 => 2 + Self::BLOCK / 2,
@@ -47,7 +47,7 @@ impl Weights {
         }
     }
 
-    /// Number of ggml's type, and of the type of a file that has mostly this one.
+    /// Returns the number of ggml's type, and of the type of a file that consists mostly of it.
     const fn numbers(self) -> (u32, u32) {
         match self {
             Self::Q4_0 => (2, 2),
@@ -55,7 +55,7 @@ impl Weights {
         }
     }
 
-    /// Root mean square of the whole numbers, all equally likely: -8 to 7, and -128 to 127.
+    /// Returns the root mean square of the integers, which are equally likely: -8 to 7, or -128 to 127.
     fn spread(self) -> f64 {
         let half: i32 = match self {
             Self::Q4_0 => 8,
@@ -66,7 +66,7 @@ impl Weights {
     }
 }
 
-/// A decoder as llama's.
+/// Shape of a decoder with llama's architecture.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub weights: Weights,
@@ -76,13 +76,13 @@ pub struct Shape {
     pub n_head_kv: u32,
     pub n_ff: u32,
     pub n_vocab: u32,
-    /// What it says it was trained for, tokens.
+    /// Training context that the file declares, in tokens.
     pub n_ctx: u32,
 }
 
 struct Tensor {
     name: String,
-    /// Innermost first.
+    /// Innermost dimension first.
     shape: Vec<u64>,
     /// None: a norm, all ones.
     gain: Option<f64>,
@@ -102,7 +102,7 @@ impl Tensor {
 }
 
 impl Shape {
-    /// What is wrong with it.
+    /// Returns what is wrong with the shape, if anything.
     fn fault(&self) -> Option<&'static str> {
         let sizes = [self.n_layer, self.n_embd, self.n_head, self.n_head_kv, self.n_ff, self.n_vocab, self.n_ctx];
         let block = Weights::BLOCK as u32;
@@ -122,7 +122,7 @@ impl Shape {
     fn tensors(&self) -> Vec<Tensor> {
         let [embd, ff, vocab] = [self.n_embd, self.n_ff, self.n_vocab].map(u64::from);
         let kv = embd / u64::from(self.n_head) * u64::from(self.n_head_kv);
-        // W x has the gain's deviation where each of the weights has it over the root of their number
+        // W x has the deviation `gain` if each weight has it divided by the square root of the number of inputs
         let matrix = |name: String, n_in: u64, n_out: u64, gain: f64| Tensor {
             name,
             shape: vec![n_in, n_out],
@@ -130,7 +130,7 @@ impl Shape {
         };
         let norm = |name: String| Tensor { name, shape: vec![embd], gain: None };
         let mut out = vec![
-            // rows are taken as they are
+            // rows are used as they are
             Tensor { name: "token_embd.weight".into(), shape: vec![embd, vocab], gain: Some(GAIN) },
             norm("output_norm.weight".into()),
             matrix("output.weight".into(), embd, vocab, OUTPUT_GAIN),
@@ -152,10 +152,10 @@ impl Shape {
         out
     }
 
-    /// Writes such a model, and says how many bytes it has. Of one seed all are alike.
+    /// Writes the model. Returns its size in bytes. The same seed always gives the same file.
     ///
     /// # Errors
-    /// [`io::ErrorKind::InvalidInput`] for a shape that cannot be, with what is wrong; those of the file.
+    /// [`io::ErrorKind::InvalidInput`] for an invalid shape, with the reason; errors of writing the file.
     pub fn write(&self, path: &Path, seed: u64) -> io::Result<u64> {
         if let Some(fault) = self.fault() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, fault));
@@ -204,7 +204,7 @@ impl Shape {
     }
 }
 
-/// Blocks of this many bytes, whose values have a mean of 0 and the deviation `gain`.
+/// Writes blocks of this many bytes, whose values have a mean of 0 and the deviation `gain`.
 fn write_random(
     file: &mut impl Write,
     mut bytes: usize,
@@ -212,7 +212,7 @@ fn write_random(
     gain: f64,
     rng: &mut ChaCha8Rng,
 ) -> io::Result<()> {
-    // the whole numbers have a mean a little below 0: half of the scales are negative
+    // the integers have a mean slightly below 0, so half of the scales are negative
     let scale = f16::from_f64(gain / weights.spread());
     let scales = [scale, -scale].map(f16::to_le_bytes);
     let block = weights.bytes();

@@ -1,5 +1,4 @@
-// Memory that runs out: put before the libraries of a program (LD_PRELOAD), it lets those allocations of C++ fail that a test
-// names.
+// Simulates memory shortage: preloaded (LD_PRELOAD), this library makes the C++ allocations fail that a test selects.
 
 #include <atomic>
 #include <csignal>
@@ -31,15 +30,15 @@ bool fails() {
 
 } // namespace
 
-// After `n` more allocations one fails, or all do, until scarce_end().
+// Makes one allocation after the next `n` fail, or all of them until scarce_end().
 extern "C" void scarce_begin(long n, bool one) {
     has_failed       = false;
     only_one         = one;
     allocations_left = n;
 }
 
-// A program that does not know of this: after as many allocations as the variable says all fail, from when it has said what is
-// to happen at an abort. Before that is what runs ahead of main(), and nobody could help it.
+// For programs that do not call scarce_begin(): all allocations fail after the number given in SCARCE_AFTER, counted from when the program
+// installs its handler for SIGABRT. Failures before main() could not be handled.
 extern "C" int sigaction(int signal, const struct sigaction * action, struct sigaction * old) {
     using type = int (*)(int, const struct sigaction *, struct sigaction *);
     static const type next = reinterpret_cast<type>(dlsym(RTLD_NEXT, "sigaction"));
@@ -50,7 +49,7 @@ extern "C" int sigaction(int signal, const struct sigaction * action, struct sig
     return next(signal, action, old);
 }
 
-// Whether any has failed.
+// Ends the failures. Returns whether any allocation failed.
 extern "C" bool scarce_end() {
     allocations_left = NEVER;
     return has_failed;

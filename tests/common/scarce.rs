@@ -1,10 +1,10 @@
-//! `scarce.cpp`: memory of C++ that runs out.
+//! Compiles `scarce.cpp`, which makes C++ allocations fail.
 
 use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// `scarce.cpp`, compiled.
+/// Returns the compiled `scarce.cpp`.
 pub fn library() -> &'static Path {
     static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
     let dir = MADE.get_or_init(|| {

@@ -1,6 +1,5 @@
-//! What must hold of the file of a session, whatever it says: with a checksum that is right, so that all of it is looked at. Used by
-//! the tests and by cargo-fuzz. The program that includes this has `edit` and `tiny` at its root, and `use gvote::llama` for the
-//! latter.
+//! Invariants of session files with arbitrary content. The checksum is always correct, so that all of the file is read. Used by the tests
+//! and by cargo-fuzz. A program that includes this file has `edit` and `tiny` at its root, and `use gvote::llama` for the latter.
 
 use std::cell::RefCell;
 use std::fs;
@@ -24,14 +23,14 @@ pub enum Outcome {
 /// Tokens before the vote, and after it.
 const N: [usize; 2] = [140, 10];
 const CELLS: usize = 100;
-/// Tokens of the vocabulary that are no markup: with a chat's markers no vote would be due.
+/// Tokens of the vocabulary that are not markup: chat markers would prevent the vote.
 const N_TEXT: usize = tiny::N_VOCAB - tiny::MARKUP.len();
 
 /// A session, and the file that it wrote.
 struct Saved {
     session: Session,
     path: PathBuf,
-    /// Without the checksum.
+    /// The file without the checksum.
     sound: Vec<u8>,
     _folder: tempfile::TempDir,
 }
@@ -40,7 +39,7 @@ thread_local! {
     static SAVED: RefCell<Saved> = RefCell::new(Saved::new());
 }
 
-/// Looks at a file with the changes that `data` describes.
+/// Checks a file with the changes that `data` describes.
 pub fn check(data: &[u8]) -> Outcome {
     SAVED.with_borrow_mut(|saved| saved.check(data))
 }
@@ -66,7 +65,7 @@ impl Saved {
             flash_attn: FlashAttention::Off,
             ..ContextParams::default()
         };
-        // a small state: what is captured of the window is most of what comes before the cells
+        // a small state: the captured observation window is most of the data before the cells
         let policy = Params {
             window: 4,
             samples: 2,
@@ -81,7 +80,7 @@ impl Saved {
         session.compress().expect("it votes");
         assert_eq!(session.cells_used(), CELLS);
         session.mark();
-        // with all rows, of which some are set aside once more
+        // with all rows, some of which are set aside again
         read(&mut session, &words(N[1], 3));
         session.compress().expect("it votes");
         assert_eq!((session.cells_used(), session.rows_aside()), (CELLS, N[0] + N[1] - CELLS));
@@ -92,7 +91,7 @@ impl Saved {
         Self { session, path, sound, _folder: folder }
     }
 
-    /// Loads a file of these bytes and their checksum.
+    /// Loads a file with these bytes and their checksum.
     fn load(&mut self, bytes: &[u8]) -> Result<(), String> {
         let checksum = blake3::hash(bytes);
         fs::write(&self.path, [bytes, checksum.as_bytes()].concat()).expect("there is room for a file");
@@ -116,20 +115,20 @@ impl Saved {
         }
     }
 
-    /// Whatever can be done with a session.
+    /// Performs every operation on the session.
     fn use_it(&mut self) {
         let Self { session, path, .. } = self;
         assert!(session.cells_used() <= session.n_ctx() && session.exact_from() <= session.n_past());
         session.save_to(path, b"").expect("there is room for a file");
         session.load_from(path, |_| Ok(())).expect("what was taken is taken again");
-        // a vote may find that there is nothing to go by
+        // a vote may fail for lack of data
         let _ = session.compress();
         let penalties = SamplerParams { repeat_penalty: 1.1, ..SamplerParams::default() };
         let mut sampler = session.sampler(&penalties, 2).expect("these are settings");
         session.model().detokenize(session.sequence().tokens(), true);
         let read = session.prefill(&words(3, 7), |_, _| ControlFlow::Continue(()));
         match read.and_then(|_| session.generate(&mut sampler, 2, |_| ControlFlow::Continue(())).map(drop)) {
-            // the cells hold what is no number
+            // the cells may hold values that are not numbers
             Ok(()) | Err(SessionError::Llama(LlamaError::NotANumber)) => {}
             Err(error) => panic!("it does not go on: {error}"),
         }

@@ -1,10 +1,10 @@
-//! Writes a tiny random model into the folder named on the command line, and prints where.
+//! Writes a tiny random model to the folder named on the command line, and prints its path.
 
 use std::path::Path;
 
 use gvote::llama;
 
-#[allow(dead_code)] // it serves tests too
+#[allow(dead_code)] // also used by tests
 #[path = "../../src/tests/tiny.rs"]
 mod tiny;
 

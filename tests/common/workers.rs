@@ -1,5 +1,5 @@
-//! Workers on loopback, and what crosses the wire to them.
-#![allow(dead_code)] // each test program uses its own part of it
+//! Workers on loopback, and measurement of the traffic with them.
+#![allow(dead_code)] // each test program uses only a part of it
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use crate::cli::{Done, bare};
 
-/// No step of these tests takes that long, on a busy machine either.
+/// No step of these tests takes this long, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(240);
 
-/// A `gvote rpc-server` on a free port; killed when the value goes.
+/// A `gvote rpc-server` on a free port; killed when dropped.
 pub struct Worker {
     pub endpoint: String,
     child: Child,
@@ -28,7 +28,7 @@ impl Worker {
 
     pub fn start_with(args: &[&str]) -> Self {
         let mut program = bare(&[&["rpc-server", "-p", "0"], args].concat());
-        // a line of its log for each graph
+        // makes the worker log a line for each graph
         let mut child = program.env("GGML_RPC_DEBUG", "1").env("OMP_WAIT_POLICY", "passive").spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let endpoint = lines.find_map(|line| Some(line.unwrap().strip_prefix("endpoint")?.trim().to_owned()));
@@ -37,24 +37,24 @@ impl Worker {
         Self { endpoint, child, log }
     }
 
-    /// Waits until it has been given so many more graphs to compute.
+    /// Waits until the worker has received `n` more graphs to compute.
     pub fn wait_for_graphs(&self, n: usize) {
         (0..n).for_each(|_| self.wait_for("[graph_compute]"));
     }
 
-    /// Waits for a line of its log.
+    /// Waits for a line of the worker's log.
     pub fn wait_for(&self, text: &str) {
         let deadline = Instant::now() + LIMIT;
         while !self.log.recv_timeout(deadline - Instant::now()).unwrap().contains(text) {}
     }
 
-    /// As `kill -9`.
+    /// Kills the worker as `kill -9` does.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// As Ctrl-C.
+    /// Stops the worker as Ctrl-C does.
     pub fn interrupt(mut self) -> (i32, String) {
         let sent = Command::new("kill").args(["-INT", &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
@@ -92,7 +92,7 @@ fn wait(child: &mut Child) -> std::process::ExitStatus {
     panic!("it hangs");
 }
 
-/// What a running program leaves, if it ends in time; its pipes are read meanwhile.
+/// Returns the result of a running program if it ends in time; reads its pipes meanwhile.
 pub fn finish_in_time(mut child: Child) -> Done {
     let read = |mut pipe: Box<dyn Read + Send>| {
         thread::spawn(move || {
@@ -114,12 +114,12 @@ mod command {
     pub const GRAPH_COMPUTE: u8 = 10;
 }
 
-/// A tensor as it is sent: its bytes, and where in them its buffer and its name lie.
+/// Layout of a tensor in a message: its size in bytes, and the offsets of its buffer and name.
 const TENSOR: usize = 296;
 const BUFFER: usize = 12;
 const NAME: std::ops::Range<usize> = 228..292;
 
-/// Bytes of a buffer's contents that went over the wire, without what is said about them.
+/// Bytes of a buffer's contents that were transferred, without the message header.
 #[derive(Clone, Copy)]
 struct Transfer {
     buffer: u64,
@@ -133,24 +133,24 @@ struct Seen {
     from_worker: u64,
     graphs: u64,
     transfers: Vec<Transfer>,
-    /// Those that hold K and V.
+    /// Buffers that hold K and V.
     cache: HashSet<u64>,
 }
 
-/// Everything that went between a client and a worker.
+/// Traffic between a client and a worker.
 #[derive(Clone, Copy, Debug)]
 pub struct Traffic {
     /// All bytes.
     pub to_worker: u64,
     pub from_worker: u64,
-    /// Those of K and V among them.
+    /// Bytes of K and V among them.
     pub kv_to_worker: u64,
     pub kv_from_worker: u64,
     /// Graphs sent in full.
     pub graphs: u64,
 }
 
-/// Stands before a worker, and counts.
+/// A proxy before a worker that counts the traffic.
 pub struct Proxy {
     pub endpoint: String,
     seen: Arc<Mutex<Seen>>,
@@ -177,7 +177,7 @@ impl Proxy {
         Self { endpoint, seen }
     }
 
-    /// So far.
+    /// Returns the traffic so far.
     pub fn traffic(&self) -> Traffic {
         let seen = self.seen.lock().unwrap();
         let kv = |to_worker| {
@@ -205,7 +205,7 @@ fn pass_answers(mut worker: TcpStream, mut client: TcpStream, seen: &Mutex<Seen>
     }
 }
 
-/// Ends a connection on both sides, also when a thread panics: who waits on it would wait for ever.
+/// Closes both sides of a connection, even when a thread panics; a peer would otherwise wait forever.
 struct Ends([TcpStream; 2]);
 
 impl Drop for Ends {
@@ -214,7 +214,7 @@ impl Drop for Ends {
     }
 }
 
-/// A command is a byte, the length of what follows in eight, and that.
+/// Forwards commands: a byte, the length of the body in eight bytes, and the body.
 fn pass_commands(mut client: TcpStream, mut worker: TcpStream, seen: &Mutex<Seen>) {
     let _ends = Ends([client.try_clone().unwrap(), worker.try_clone().unwrap()]);
     loop {
@@ -234,7 +234,7 @@ fn pass_commands(mut client: TcpStream, mut worker: TcpStream, seen: &Mutex<Seen
     }
 }
 
-/// Whether a tensor of this name holds K or V of a layer: what is computed from it has its name with something behind.
+/// Whether a tensor of this name holds K or V of a layer; tensors computed from it have a suffix in their names.
 fn is_storage(name: &[u8]) -> bool {
     let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
     let layer = name.strip_prefix(b"cache_k_l").or(name.strip_prefix(b"cache_v_l"));

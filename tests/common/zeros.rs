@@ -1,5 +1,5 @@
-//! Models with weights of zeros, of any shape and with a tokenizer: every token is as likely as the next, and the first is chosen.
-#![allow(dead_code)] // each test program uses its own part of it
+//! Models with all-zero weights, of any shape and with a tokenizer: all tokens are equally likely, and the first one is chosen.
+#![allow(dead_code)] // each test program uses only a part of it
 
 use std::io::Write;
 
@@ -10,19 +10,19 @@ pub mod file;
 
 use file::Value::{self, *};
 
-/// What tells one model from another.
+/// Properties in which the models differ.
 pub struct Zeros<'a> {
     /// `llama` or `gemma3`.
     pub architecture: &'a str,
     pub n_layer: u32,
     pub n_head_kv: u32,
-    /// Values of a head.
+    /// Dimension of a head.
     pub head: u32,
-    /// Tokens it was trained for.
+    /// Training context in tokens.
     pub n_ctx: u32,
-    /// One letter each: a text has as many tokens as letters.
+    /// Vocabulary of single letters, so that a text has as many tokens as letters.
     pub tokens: &'a [&'a str],
-    /// More metadata; see [`file::decoder`].
+    /// Additional metadata; see [`file::decoder`].
     pub extra: &'a [(&'static str, Value<'static>)],
 }
 
@@ -37,7 +37,7 @@ const N_EMBD: u64 = 64;
 const N_HEAD: u64 = 4;
 
 impl Zeros<'_> {
-    /// A file of it, which lasts as long as the value.
+    /// Writes the model to a temporary file that exists as long as the value.
     pub fn write(&self) -> NamedTempFile {
         let own = [
             (".block_count", U32(self.n_layer)),

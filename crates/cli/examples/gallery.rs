@@ -1,4 +1,4 @@
-//! Draws the pictures of the README: an easy and a hard request, from real votes.
+//! Draws the pictures of the README, an easy and a hard request, from real votes.
 //!
 //! ```text
 //! cargo run --release --example gallery -- MODEL.gguf OUT_FOLDER EASY_DOCUMENT QUESTION HARD_DOCUMENT QUESTION
@@ -19,13 +19,13 @@ use plotters::prelude::*;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Pixels.
+/// Sizes in pixels.
 const WIDTH: u32 = 900;
 const MARGIN: i32 = 16;
 const INK: RGBColor = RGBColor(0x1a, 0x1a, 0x1a);
 const DIM: RGBColor = RGBColor(0x5c, 0x5c, 0x5c);
 const GRID: RGBColor = RGBColor(0xdd, 0xdd, 0xdd);
-/// Easy and hard: two of Okabe and Ito's colours.
+/// Colours of the easy and the hard request, from Okabe and Ito's palette.
 const COLOURS: [RGBColor; 2] = [RGBColor(0x00, 0x72, 0xb2), RGBColor(0xd5, 0x5e, 0x00)];
 const NAMES: [&str; 2] = ["easy", "hard"];
 
@@ -56,7 +56,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Reads the document and the question, and lets the default policy vote.
+/// Reads the document and the question, and votes with the default policy.
 fn explain(model: &Model, document: &str, question: &str) -> Result<Request> {
     let text = format!("{}\n\n{question}", fs::read_to_string(document)?.trim_end());
     let prompt = ChatTemplate::of(model).render(&[Message::new(Role::User, text)], true)?;
@@ -71,11 +71,11 @@ fn explain(model: &Model, document: &str, question: &str) -> Result<Request> {
 }
 
 fn words(size: i32, colour: RGBColor) -> TextStyle<'static> {
-    // plotters counts the height of a line, not of its letters
+    // plotters expects the height of a line, not of its letters
     ("sans-serif", size * 5 / 4).into_font().color(&colour)
 }
 
-/// Name, question and result of a request, at the top of its half.
+/// Draws name, question and result of a request at the top of its half.
 fn title(area: &Area, place: usize, request: &Request) -> Result<()> {
     let report = &request.vote.report;
     area.draw(&Text::new(
@@ -91,7 +91,7 @@ fn title(area: &Area, place: usize, request: &Request) -> Result<()> {
     Ok(())
 }
 
-/// What the trials measured: one bar, two requests, two numbers of cells.
+/// Draws the trials' measurements: one bar, two requests, two numbers of cells.
 fn trial(area: &Area, requests: &[Request; 2]) -> Result<()> {
     let halves = area.split_evenly((1, 2));
     let bar = f64::from(requests[0].vote.bar.ok_or("the vote made no trial")?);
@@ -134,11 +134,11 @@ fn trial(area: &Area, requests: &[Request; 2]) -> Result<()> {
     Ok(())
 }
 
-/// Columns of the text, and of the height of a layer what a column takes that all its heads kept.
+/// Columns of the text, and the share of a layer's height that a column takes if all heads of the layer kept it.
 const COLUMNS: usize = 120;
 const FULL: f64 = 0.9;
 
-/// One strip a layer: the share of its heads that kept each part of the text.
+/// Draws one strip per layer: the share of its heads that kept each part of the text.
 fn layers(area: &Area, requests: &[Request; 2]) -> Result<()> {
     for (place, (half, request)) in area.split_evenly((1, 2)).iter().zip(requests).enumerate() {
         title(half, place, request)?;
@@ -184,13 +184,13 @@ fn layers(area: &Area, requests: &[Request; 2]) -> Result<()> {
     Ok(())
 }
 
-/// Letters of a line of the excerpt, its lines, and their size in pixels.
+/// Letters per line of the excerpt, number of lines, and width of a letter in pixels.
 const LETTERS: usize = 54;
 const LINES: i32 = 14;
 const LETTER: f64 = 7.2;
 const LINE: i32 = 22;
 
-/// A passage of each, shaded by how many heads kept each token: one where the vote was choosy.
+/// Draws a passage of each text in which the vote was selective, shaded by how many heads kept each token.
 fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
     for (place, (half, request)) in area.split_evenly((1, 2)).iter().zip(requests).enumerate() {
         title(half, place, request)?;
@@ -229,7 +229,7 @@ fn text(area: &Area, requests: &[Request; 2]) -> Result<()> {
     Ok(())
 }
 
-/// The words of a text, each with its place in it: an image has no spaces.
+/// Returns the words of a text with their offsets, since an image has no spaces.
 fn words_of(text: &str) -> impl Iterator<Item = (usize, String)> {
     let mut words: Vec<(usize, String)> = Vec::new();
     let mut is_inside = false;
@@ -246,9 +246,9 @@ fn words_of(text: &str) -> impl Iterator<Item = (usize, String)> {
     words.into_iter()
 }
 
-/// The start of the line from which on some tokens are kept by many heads and others by few.
+/// Returns the start of the line from which the number of heads that keep a token varies most.
 fn choosy(vote: &Explanation) -> usize {
-    /// Tokens that the picture has room for.
+    /// Number of tokens that the picture has room for.
     const SHOWN: usize = 160;
     let spread = |start: &usize| {
         let kept: Vec<f64> = vote.kept_by[*start..start + SHOWN].iter().map(|&kept_by| f64::from(kept_by)).collect();
@@ -256,7 +256,7 @@ fn choosy(vote: &Explanation) -> usize {
         kept.iter().map(|kept| (kept - mean) * (kept - mean)).sum::<f64>()
     };
     let is_line = |start: &usize| vote.texts[start - 1].ends_with('\n');
-    // the first and last tenth are the chat's markup, the title, and what is kept for being new
+    // the first and last tenth are the chat's markup, the title, and tokens kept because they are recent
     let n = vote.texts.len();
     let starts = (n / 10..(n - n / 10).saturating_sub(SHOWN)).filter(is_line);
     starts.max_by(|a, b| spread(a).total_cmp(&spread(b))).unwrap_or(0)

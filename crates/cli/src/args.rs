@@ -1,4 +1,4 @@
-//! The flags that several commands share, and what they become in the library.
+//! Flags that several commands share, and their conversion into the library's parameters.
 
 mod placement;
 mod rope;
@@ -24,7 +24,7 @@ use super::Exit;
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// The model, a GGUF file (the first one of a split model)
+    /// Model file (GGUF; the first part of a split model)
     #[arg(short, long, value_name = "FILE")]
     pub model: PathBuf,
 
@@ -32,7 +32,7 @@ pub struct ModelArgs {
     pub placement: PlacementArgs,
 }
 
-/// Positions are 32-bit numbers with a sign.
+/// Maximum for `--ctx-size`: a position is a signed 32-bit number.
 const CTX_SIZE_MAX: i64 = i32::MAX as i64;
 
 pub const THREADS_MAX: i64 = ContextParams::THREADS_MAX as i64;
@@ -40,41 +40,41 @@ pub const THREADS_MAX: i64 = ContextParams::THREADS_MAX as i64;
 #[derive(Args)]
 #[command(next_help_heading = "Context and KV cache")]
 pub struct ContextArgs {
-    /// Cells of the KV cache. 0: what the text at hand needs, and more when it needs more, up to what the model was trained for.
-    /// Prompts of more tokens than that are read too: cells are freed on the way
+    /// KV cache size in cells. 0: as many as the text needs; the cache then grows with the text, up to the context length the model was
+    /// trained for. Longer prompts are compressed while they are read
     #[arg(short, long, value_name = "N", default_value_t = 0,
           value_parser = clap::value_parser!(u32).range(..=CTX_SIZE_MAX))]
     pub ctx_size: u32,
 
-    /// Most tokens handed to llama.cpp at once
+    /// Maximum number of tokens passed to llama.cpp in one call (logical batch)
     #[arg(short, long, value_name = "N", default_value_t = ContextParams::default().n_batch,
           value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
 
-    /// Most tokens computed at once
+    /// Maximum number of tokens computed at once (ubatch)
     #[arg(long, value_name = "N", default_value_t = ContextParams::default().n_ubatch,
           value_parser = clap::value_parser!(u32).range(1..))]
     ubatch_size: u32,
 
-    /// Threads for the answer; 0 or less = all cores [default: all cores]
+    /// Threads for generating the answer; 0 or less = all cores [default: all cores]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(i32).range(..=THREADS_MAX))]
     threads: Option<i32>,
 
-    /// Threads for the prompt; 0 or less = as --threads [default: as --threads]
+    /// Threads for reading the prompt; 0 or less = same as --threads [default: as --threads]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(..=THREADS_MAX))]
     threads_batch: Option<i32>,
 
-    /// Priority of the process and its threads: -1 low, 0 normal, 1 medium, 2 high, 3 realtime. Those above 0 need a privilege
+    /// Priority of the process and its threads: -1 low, 0 normal, 1 medium, 2 high, 3 realtime. Values above 0 need a privilege
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true,
           value_parser = clap::value_parser!(i32).range(-1..=3))]
     prio: i32,
 
-    /// How long threads ask for work before they sleep, 0 to 100. OpenMP's threads wait as OpenMP says instead
+    /// How long idle threads poll for work before they sleep, 0 to 100. OpenMP threads follow OpenMP's own settings instead
     #[arg(long, value_name = "N", default_value_t = ThreadParams::default().poll,
           value_parser = clap::value_parser!(u32).range(..=100))]
     poll: u32,
 
-    /// Flash attention; `auto` leaves it to llama.cpp
+    /// Flash attention; `auto` leaves the choice to llama.cpp
     #[arg(long, value_name = "on|off|auto", default_value = "auto", hide_possible_values = true,
           value_parser = flash_attention())]
     flash_attn: FlashAttention,
@@ -83,15 +83,15 @@ pub struct ContextArgs {
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = CacheType::from_str)]
     cache_type_k: CacheType,
 
-    /// Type of the V cache; the quantized ones need flash attention
+    /// Type of the V cache; quantized types need flash attention
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = CacheType::from_str)]
     cache_type_v: CacheType,
 
-    /// Keep all cells of layers with a sliding window, too: more memory, and /regen and /edit can go back further
+    /// Keep all cells of sliding-window layers: takes more memory, and lets /regen and /edit go back further
     #[arg(long)]
     swa_full: bool,
 
-    /// Keep the KV cache in this machine's memory, also of layers on GPUs and workers
+    /// Keep the KV cache in this machine's memory, even for layers on GPUs and workers
     #[arg(long)]
     no_kv_offload: bool,
 
@@ -100,10 +100,10 @@ pub struct ContextArgs {
 }
 
 impl ContextArgs {
-    /// Gives the process its priority, as llama.cpp's programs do; threads that start later inherit it.
+    /// Sets the priority of the process, as llama.cpp's programs do; threads started later inherit it.
     ///
     /// # Errors
-    /// That of the system, which keeps raised ones for itself.
+    /// The operating system's error; it reserves raised priorities for privileged processes.
     pub fn set_priority(&self) -> Result<()> {
         const NICE: [i32; 5] = [5, 0, -5, -10, -20];
         let nice = NICE[usize::try_from(self.prio + 1).unwrap_or_default()];
@@ -113,7 +113,7 @@ impl ContextArgs {
         setpriority_process(None, nice).with_context(|| format!("--prio {}: the system does not allow it", self.prio))
     }
 
-    /// `n_ctx`: cells, where the flag leaves that open.
+    /// Returns the context parameters. `n_ctx`: cells to use when `--ctx-size` is 0.
     pub fn params(&self, n_ctx: u32) -> ContextParams {
         // As in llama.cpp, 0 and below mean all cores.
         let given = |n: Option<i32>| n.filter(|&n| n > 0);
@@ -162,25 +162,25 @@ pub struct PolicyArgs {
     vote: VoteArgs,
 }
 
-/// How a vote goes, whoever votes.
+/// Settings of a vote that every command which votes has.
 #[derive(Args)]
 #[command(next_help_heading = "Cache policy")]
 pub struct VoteArgs {
-    /// How close to the full cache a trial must stay: safe, balanced or aggressive
+    /// Allowed deviation from the full cache in a trial: safe, balanced or aggressive
     #[arg(long, value_name = "NAME", conflicts_with_all = ["target_kl", "lost_mass"],
           default_value = Preset::Balanced.name(), value_parser = named(Preset::ALL, Preset::name))]
     preset: Preset,
 
-    /// The same as a number: mean KL to the full cache, in nats a token
+    /// The same limit as a number: mean KL divergence from the full cache, in nats per token
     #[arg(long, value_name = "NATS", conflicts_with = "lost_mass")]
     target_kl: Option<f32>,
 
-    /// Tokens of the trial: a continuation that the full cache drafts and smaller caches are compared on; within a long answer its
-    /// newest tokens, twice as many
+    /// Tokens of the trial: the full cache drafts a continuation, and smaller caches are compared on it. Within a long answer, the trial
+    /// uses twice as many of the answer's newest tokens
     #[arg(long, value_name = "N", default_value_t = Params::default().draft)]
     draft: usize,
 
-    /// Instead of a trial: share of the attention mass that may be given up
+    /// Use no trial; give up at most this share of the attention mass
     #[arg(long, value_name = "SHARE")]
     lost_mass: Option<f32>,
 
@@ -192,39 +192,39 @@ pub struct VoteArgs {
     #[arg(long, value_name = "SHARE", default_value_t = Params::default().p_nuc)]
     p_nuc: f32,
 
-    /// Synthetic queries that vote [default: 32, gvote-paper: 8]
+    /// Number of synthetic queries that vote [default: 32, gvote-paper: 8]
     #[arg(long, value_name = "N")]
     samples: Option<usize>,
 
-    /// Last real queries that vote
+    /// Observation window: number of most recent real queries that vote
     #[arg(long, value_name = "N", default_value_t = Params::default().window)]
     window: usize,
 
-    /// What a hit keeps around itself, in tokens before and after it; 0 = nothing [default: gvote 2,32, others 0]
+    /// Neighbours kept with each selected token: tokens before and after it; 0 = none [default: gvote 2,32, others 0]
     #[arg(long, value_name = "BACK,FORWARD", value_parser = Span::from_str)]
     span: Option<Span>,
 
-    /// First tokens that always stay
+    /// Number of first tokens that always stay (attention sinks)
     #[arg(long, value_name = "N", default_value_t = Params::default().sinks)]
     sinks: usize,
 
-    /// Last tokens that always stay; at least --window
+    /// Number of last tokens that always stay; at least --window
     #[arg(long, value_name = "N", default_value_t = Params::default().recent)]
     recent: usize,
 
-    /// Keep the chat template's markers and the system message, too
+    /// Also keep the chat template's markers and the system message
     #[arg(long)]
     protect: bool,
 
-    /// Keep this share of the cells instead of what the policy finds out [default: 0.5 where the policy has no rule]
+    /// Keep this share of the cells instead of the number the policy finds [default: 0.5 where the policy has no rule]
     #[arg(long, value_name = "SHARE", conflicts_with_all = ["lost_mass", "target_kl"])]
     ratio: Option<f32>,
 
-    /// Cells the cache may have after a vote, whatever is lost [default: no cap]
+    /// Maximum number of cells after a vote, whatever the loss [default: no cap]
     #[arg(long, value_name = "N")]
     max_cells: Option<usize>,
 
-    /// Cells the cache keeps at least
+    /// Minimum number of cells that the cache keeps
     #[arg(long, value_name = "N", default_value_t = Params::default().min_cells)]
     min_cells: usize,
 
@@ -232,7 +232,7 @@ pub struct VoteArgs {
     #[arg(long, value_name = "N", default_value_t = Params::default().seed)]
     gvote_seed: u64,
 
-    /// What a cell holds: every head's own choice (composite), or one token for all heads (cells)
+    /// What a cell holds: a token of each head's own choice (composite), or one token for all heads (cells)
     #[arg(long, value_name = "WAY", default_value = Params::default().evict.name(),
           value_parser = named(Evict::ALL, Evict::name))]
     evict: Evict,
@@ -244,6 +244,8 @@ pub struct VoteArgs {
 }
 
 impl VoteArgs {
+    /// Returns the policy's parameters.
+    ///
     /// # Errors
     /// [`Exit::Usage`] for settings that cannot work.
     pub fn params(&self, policy: Kind) -> Result<Params> {
@@ -274,6 +276,8 @@ impl VoteArgs {
         Ok(params)
     }
 
+    /// Returns the parameters of a session with this policy, and `n_ctx` cells unless `--ctx-size` is given.
+    ///
     /// # Errors
     /// [`Exit::Usage`] for settings that cannot work.
     pub fn session(&self, policy: Kind, context: &ContextArgs, n_ctx: usize) -> Result<SessionParams> {
@@ -288,12 +292,16 @@ impl VoteArgs {
 }
 
 impl PolicyArgs {
+    /// Returns the policy's parameters.
+    ///
     /// # Errors
     /// [`Exit::Usage`] for settings that cannot work.
     pub fn params(&self) -> Result<Params> {
         self.vote.params(self.policy)
     }
 
+    /// Returns the parameters of a session with this policy, and `n_ctx` cells unless `--ctx-size` is given.
+    ///
     /// # Errors
     /// [`Exit::Usage`] for settings that cannot work.
     pub fn session(&self, context: &ContextArgs, n_ctx: usize) -> Result<SessionParams> {
@@ -303,13 +311,13 @@ impl PolicyArgs {
 
 const RECALL_TYPES: &[(&str, RecallType)] = &[("cache", RecallType::Cache), ("q8_0", RecallType::Q8_0)];
 
-/// When an answer is voted on.
+/// When to vote for an answer.
 #[derive(Args)]
 #[command(next_help_heading = "Cache policy")]
 pub struct WhenArgs {
-    /// When to vote: prompt, before the answer; auto, once the answer is so long that fewer cells would have saved what a vote takes; or
-    /// after N tokens of it. Until then the answer is the full cache's. A prompt of more cells than --max-cells is voted on before the
-    /// answer in any case [default: auto; prompt where run has --ratio or --replay]
+    /// When to vote. prompt: before the answer; auto: once the answer is so long that fewer cells would have saved the time a vote takes;
+    /// N: after N tokens of the answer. The answer uses the full cache until then. A prompt of more cells than --max-cells is always voted
+    /// on before the answer [default: auto; prompt where run has --ratio or --replay]
     #[arg(long = "vote", value_name = "auto|prompt|N", value_parser = When::from_str)]
     when: Option<When>,
 }
@@ -320,30 +328,30 @@ impl WhenArgs {
     }
 }
 
-/// What becomes of what leaves the cache, for a conversation that may come back to it.
+/// What happens to rows that leave the cache, for a conversation that may need them again.
 #[derive(Args)]
 #[command(next_help_heading = "Cache policy")]
 pub struct RecallArgs {
-    /// What leaves the cache: auto and ram set it aside in memory, FILE in a new file of that name, which is gone when the chat ends,
-    /// and the next message is read with all of it; off drops it
+    /// What happens to rows that leave the cache. auto and ram: keep them in memory; FILE: in a new file of that name, deleted when the
+    /// chat ends. The next message is then read with all of them back in the cache. off: drop them
     #[arg(long, value_name = "auto|ram|off|FILE", default_value = "auto", value_hint = ValueHint::FilePath)]
     recall: PathBuf,
 
-    /// How it is set aside: cache, bit by bit; or q8_0, in half the bytes of an f16 cache, so that what comes back is rounded
+    /// How these rows are stored: cache, bit by bit; or q8_0, in half the bytes of an f16 cache, with values rounded on the way back
     #[arg(long, value_name = "cache|q8_0", default_value = RecallType::Cache.name(), hide_possible_values = true,
           value_parser = by_name(RECALL_TYPES))]
     recall_type: RecallType,
 
-    /// While an answer is written, choose the cells anew every N tokens, among all that is set aside too; 0: never
+    /// While an answer is written, choose the cells anew every N tokens, also among the rows set aside; 0 = never
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub renew: usize,
 }
 
 impl RecallArgs {
-    /// Makes the file, where one is asked for.
+    /// Returns the setting; creates the file if one is named.
     ///
     /// # Errors
-    /// With the flag, where it cannot be made.
+    /// Names the flag if the file cannot be created.
     pub fn open(&self) -> Result<Recall> {
         match self.recall.to_str() {
             Some("auto" | "ram") => Ok(Recall::Auto),
@@ -363,7 +371,7 @@ fn kinds_in_words() -> String {
     format!("Who chooses what stays in the cache [default: {default}]{}", kinds.collect::<String>())
 }
 
-/// A parser for one of these names.
+/// Returns a parser that accepts these names.
 pub fn by_name<T: Copy + Send + Sync + 'static>(
     names: &'static [(&'static str, T)],
 ) -> impl TypedValueParser<Value = T> {
@@ -371,7 +379,7 @@ pub fn by_name<T: Copy + Send + Sync + 'static>(
         .map(|text| names.iter().find(|entry| entry.0 == text).expect("it is a possible value").1)
 }
 
-/// A parser for one of `all`, by name.
+/// Returns a parser that accepts the `name` of each of `all`.
 pub fn named<T>(all: &'static [T], name: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
 where
     T: Copy + FromStr<Err: std::error::Error + Send + Sync + 'static> + Send + Sync + 'static,
@@ -379,7 +387,7 @@ where
     PossibleValuesParser::new(all.iter().map(|&one| name(one))).try_map(|text| text.parse::<T>())
 }
 
-/// A parser for a number that `fits`.
+/// Parses a finite number for which `fits` holds. `what`: the numbers that fit, for the error.
 pub fn number(text: &str, fits: fn(f32) -> bool, what: &str) -> Result<f32, String> {
     text.parse().ok().filter(|&x: &f32| x.is_finite() && fits(x)).ok_or_else(|| format!("use {what}"))
 }
@@ -395,7 +403,7 @@ pub fn share(text: &str) -> Result<f32, String> {
 #[derive(Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
-    /// Print one JSON object an answer on stdout, and nothing else there
+    /// Print one JSON object per answer on stdout, and nothing else
     #[arg(long)]
     pub json: bool,
 

@@ -1,4 +1,4 @@
-//! `gvote bench`: llama-bench's tests, under several policies in turn.
+//! `gvote bench`: llama-bench's tests, run under several policies in turn.
 
 mod markdown;
 mod measure;
@@ -62,7 +62,7 @@ pub struct BenchArgs {
     #[command(flatten)]
     context: ContextArgs,
 
-    /// What to print on stdout: a table (md), or every figure (csv, json, jsonl)
+    /// Output format on stdout: a table (md), or all figures (csv, json, jsonl)
     #[arg(short, long, value_name = "md|csv|json|jsonl", default_value = Format::Md.name(), hide_possible_values = true,
           help_heading = "Output", value_parser = named(Format::ALL, Format::name))]
     output: Format,
@@ -78,7 +78,7 @@ fn kinds() -> String {
 }
 
 impl BenchArgs {
-    /// How a session under this policy is made. `full` has nothing to set: --max-cells and the like are for the others.
+    /// Returns the session's parameters under this policy. Flags such as --max-cells do not apply to `full`.
     fn session(&self, kind: Kind, n_ctx: usize) -> Result<SessionParams> {
         if kind != Kind::Full {
             return self.vote.session(kind, &self.context, n_ctx);
@@ -87,7 +87,7 @@ impl BenchArgs {
         Ok(SessionParams { policy: Params::new(kind), ..others })
     }
 
-    /// The policy that asks most of a model.
+    /// Returns the policy with the strictest requirements on the model.
     fn strictest(&self) -> Kind {
         self.policies.iter().copied().find(|&kind| kind != Kind::Full).unwrap_or(Kind::Full)
     }
@@ -128,7 +128,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     done
 }
 
-/// A context longer than the model was trained for must be asked for.
+/// Checks that the tests fit the context. A context longer than the training context needs an explicit `-c`.
 fn check_room(args: &BenchArgs, plan: &Plan, model: &Model) -> Result<()> {
     let (needed, trained, given) = (plan.longest(), model.n_ctx_train(), args.context.ctx_size as usize);
     if given == 0 && needed > trained {
@@ -166,7 +166,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// All tests at one depth. The sessions are made once for them, with the cells that the longest one needs.
+    /// Runs all tests at one depth. The sessions are created once, with the cells that the longest test needs.
     fn at_depth(&self, depth: usize, facts: &Facts, output: &mut dyn Output) -> Result<()> {
         let (context, rest) = self.tokens.split_at(depth);
         let n_ctx = depth + self.plan.longest_test();
@@ -192,7 +192,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// One test under every policy in turn.
+    /// Runs one test under every policy in turn.
     fn measure(&self, arms: &mut [Arm], test: Test, context: &[Token], tokens: &[Token]) -> Result<Vec<Runs>> {
         if !self.args.tests.no_warmup {
             for arm in &mut *arms {
@@ -209,7 +209,7 @@ impl Bench<'_> {
                         runs.votes.extend(arm.rewind(context)?);
                         match arm.run(test.work, tokens) {
                             Ok(time) => runs.times.push(time),
-                            // that they do not fit under one policy is a result
+                            // sequences that do not fit under one policy are a result, not a failure
                             Err(SessionError::Llama(error @ LlamaError::Context { .. })) => {
                                 runs.too_large = Some(error)
                             }
@@ -224,7 +224,7 @@ impl Bench<'_> {
         Ok(runs)
     }
 
-    /// Lets Ctrl-C stop the session of this arm.
+    /// Runs `work` so that Ctrl-C can stop this policy's session.
     fn guard(&self, arm: &mut Arm, work: impl FnOnce(&mut Arm) -> Result<(), SessionError>) -> Result<()> {
         self.steps.interrupt.cancels(arm.cancel_flag());
         let done = self.steps.unless_cancelled(work(arm));

@@ -1,4 +1,4 @@
-//! `gvote chat`: a conversation.
+//! `gvote chat`: a conversation with a model.
 
 use std::env;
 use std::io::{self, IsTerminal};
@@ -33,7 +33,7 @@ A line that ends in \\ goes on in the next one; a line of \"\"\" begins and ends
 What begins with / and is no command is a message, and a block always is.
 /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat. Without a terminal each line is a message.";
 
-/// Talk with a model
+/// Chat with a model
 #[derive(Args)]
 #[command(after_help = EXAMPLES, allow_negative_numbers = true)]
 pub struct ChatArgs {
@@ -42,11 +42,11 @@ pub struct ChatArgs {
     #[command(flatten)]
     length: LengthArgs,
 
-    /// End after one answer; with -p or -f nothing is asked
+    /// End after one answer; with -p or -f, do not wait for input
     #[arg(long, help_heading = "Prompt")]
     single_turn: bool,
 
-    /// Go on with the conversation in this file, if it is there; it is saved there at the end, and by /save
+    /// Continue the conversation saved in this file, if it exists; save the conversation there at the end and with /save
     #[arg(long, value_name = "FILE", help_heading = "Prompt")]
     session: Option<PathBuf>,
 
@@ -61,7 +61,7 @@ pub struct ChatArgs {
     #[command(flatten)]
     recall: RecallArgs,
 
-    /// With --vote prompt: vote again once the cache has grown by this share of what the last vote left
+    /// With --vote prompt: vote again once the cache has grown by this share of the cells left by the last vote
     #[arg(long, value_name = "SHARE", default_value_t = 0.25, help_heading = "Cache policy", value_parser = share)]
     revote_share: f32,
 
@@ -84,7 +84,7 @@ enum Command {
     Exit,
 }
 
-/// Name, what may follow it, what it does.
+/// Commands: name, argument, description.
 const COMMANDS: [(Command, &str, &str, &str); 9] = [
     (Command::Stats, "/stats", "", "tokens, cells, bytes and times so far"),
     (Command::Regen, "/regen", "", "answer the last message again"),
@@ -103,7 +103,7 @@ struct Chat<'a> {
     conversation: Conversation,
     seed: u32,
     last: Option<TurnReport>,
-    /// Somebody can read an error and try again.
+    /// Whether a person types the messages, and so can read an error and try again.
     is_interactive: bool,
     failed: usize,
 }
@@ -167,7 +167,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     let talked = chat.talk(first);
     let kept = chat.keep_session();
     if let (Err(_), Err(error)) = (&talked, &kept) {
-        // the first one decides how the program ends
+        // the first error decides the exit status
         print_error(error);
     }
     talked.and(kept)?;
@@ -189,8 +189,8 @@ impl Chat<'_> {
         ));
     }
 
-    /// Goes on with the file of `--session`. Where there is none yet, it is made at once: whoever cannot write it should know
-    /// before the conversation, not after it.
+    /// Loads the file of `--session`. If it does not exist, creates it at once, so that a path which cannot be written is reported before
+    /// the conversation and not after it.
     fn take_up_session(&mut self) -> Result<()> {
         let Some(path) = &self.args.session else { return Ok(()) };
         if !path.exists() {
@@ -264,7 +264,7 @@ impl Chat<'_> {
         self.turn(|conversation, steps, answer| conversation.ask(text, steps, |piece| answer.show(piece)))
     }
 
-    /// One answer: made, shown, reported.
+    /// Generates one answer, shows it, and reports on it.
     fn turn(&mut self, work: impl FnOnce(&mut Conversation, &Steps, &mut Answer) -> Result<TurnReport>) -> Result<()> {
         let mut answer = Answer::new(&self.args.output);
         self.steps.interrupt.begin();
@@ -298,7 +298,7 @@ impl Chat<'_> {
         Ok(())
     }
 
-    /// Reports that a message has no answer.
+    /// Reports that a message got no answer.
     fn fail(&mut self, error: Error) -> Result<()> {
         if self.args.output.json {
             print_json(&serde_json::json!({ "error": format!("{error:#}") }))?;
@@ -319,7 +319,7 @@ impl Chat<'_> {
         });
     }
 
-    /// Reports an error after which the chat goes on; passes on the others.
+    /// Reports an error that the chat can survive; returns the others.
     fn survive(&mut self, error: Error) -> Result<()> {
         let is_cancelled = matches!(error.downcast_ref(), Some(Exit::Cancelled));
         if is_closed_pipe(&error) || (is_cancelled && !self.is_interactive) || self.args.single_turn {
@@ -331,7 +331,7 @@ impl Chat<'_> {
         Ok(())
     }
 
-    /// Carries out a command; false ends the chat.
+    /// Executes a command. Returns false if it ends the chat.
     fn command(&mut self, command: Command, rest: &str) -> Result<bool> {
         match command {
             Command::Exit => return Ok(false),
@@ -389,7 +389,7 @@ impl Chat<'_> {
         line("now", &Cache::of(self.conversation.session()).in_words());
     }
 
-    /// The report at the end; an error if a message that nobody could repeat failed.
+    /// Prints the final report. Fails if a message failed in a chat that is not interactive, where nobody could repeat it.
     fn conclude(&self) -> Result<()> {
         if !self.args.output.json && self.conversation.totals.turns > 0 {
             note("");
@@ -402,8 +402,7 @@ impl Chat<'_> {
     }
 }
 
-/// The command that a text is, and what follows its name. A text that begins with the name of one that takes nothing, and goes
-/// on, is none.
+/// Splits a text into a command and its argument; None: the text is a message. A command without an argument must stand alone.
 fn command(text: &str) -> Option<(Command, &str)> {
     let (name, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
     let name = if name == "/quit" { "/exit" } else { name };
@@ -420,7 +419,7 @@ fn help() {
     line("\"\"\"", "alone on a line: begins and ends a message of many lines, which is never a command");
 }
 
-/// The file named after a command; `~/` is the home folder, as in a shell.
+/// Returns the path given after a command; `~/` stands for the home folder, as in a shell.
 fn file_name(command: &str, name: &str) -> Result<PathBuf> {
     if name.is_empty() {
         bail!("{command} needs the name of a file");

@@ -1,4 +1,4 @@
-//! A conversation, and the cache that holds it.
+//! A conversation and the session that holds its cache.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use super::report::{Totals, TurnReport};
 use super::turn::Steps;
 use super::words::{count, note};
 
-/// Above this share of the context every turn votes: what a vote frees may be what the next message needs.
+/// Share of the context above which every turn votes, to free cells for the next message.
 const NEARLY_FULL: f64 = 0.75;
 
 pub struct Conversation {
@@ -29,50 +29,50 @@ pub struct Conversation {
     reverse_prompts: Vec<String>,
     revote_share: f64,
     when: When,
-    /// When the newest request came.
+    /// Time of the newest request.
     asked: Instant,
     state: State,
-    /// The file that says what this is, where nothing has changed since.
+    /// File that holds the conversation in its current state, if any.
     file: Option<PathBuf>,
     pub totals: Totals,
 }
 
-/// What a conversation is beside its cache: the note in the file of a saved one.
+/// State of a conversation apart from its cache. Stored as the note in a session file.
 #[derive(Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct State {
     messages: Vec<Message>,
-    /// The text whose tokens the cache holds. Empty when the cache is.
+    /// Text whose tokens the cache holds; empty if the cache is empty.
     rendered: String,
-    /// When that text was begun, in seconds since 1970: its date stays.
+    /// Time when this text was begun, in seconds since 1970; keeps the date in the template's text constant.
     #[serde(default)]
     begun: Option<i64>,
     /// The newest turn, if the cache holds it.
     turn: Option<Turn>,
-    /// Cells that the last vote left; None before the first.
+    /// Number of cells that the last vote left; None before the first vote.
     cells_after_vote: Option<usize>,
-    /// Answers made so far.
+    /// Number of answers generated so far.
     drawn: u32,
 }
 
-/// Places in a turn; the session has marked them.
+/// Places in a turn that the session has marked.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Turn {
-    /// Where what was said begins.
+    /// Start of the user's message.
     start: Place,
-    /// Where the answer begins.
+    /// Start of the answer.
     answer: Place,
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Place {
     pos: Pos,
-    /// Bytes of the rendered text before it.
+    /// Bytes of the rendered text before this place.
     text: usize,
 }
 
 impl State {
-    /// That places lie in the text: the session checks positions.
+    /// Checks that the places lie in the text; the session checks the positions.
     fn checked(self) -> Result<Self, String> {
         let places = self.turn.iter().flat_map(|turn| [turn.start.text, turn.answer.text]);
         match places.into_iter().find(|&place| !self.rendered.is_char_boundary(place)) {
@@ -116,20 +116,20 @@ impl Conversation {
         &self.template
     }
 
-    /// The system message, if there is one.
+    /// Returns the system message, if there is one.
     pub fn system(&self) -> Option<&Message> {
         self.state.messages.first().filter(|message| message.role == Role::System)
     }
 
-    /// Whether the conversation is in this file as it is now.
+    /// Whether this file holds the conversation in its current state.
     pub fn is_in(&self, path: &Path) -> bool {
         self.file.as_deref() == Some(path)
     }
 
-    /// Says something and lets the model answer.
+    /// Adds a user message and generates the answer.
     ///
     /// # Errors
-    /// Whatever goes wrong; the conversation is then as before.
+    /// Any error of the steps; the conversation is then unchanged.
     pub fn ask(&mut self, text: String, steps: &Steps, show: impl FnMut(&str) -> io::Result<()>) -> Result<TurnReport> {
         self.attempt(|conversation| {
             conversation.state.messages.push(Message::new(Role::User, text));
@@ -138,11 +138,11 @@ impl Conversation {
         })
     }
 
-    /// Makes the last answer again: from where it began, if the cache still holds that exactly, else the conversation is read
-    /// again.
+    /// Generates the last answer again. Starts where that answer began if the cache still holds that place exactly; otherwise reads the
+    /// conversation again.
     ///
     /// # Errors
-    /// Whatever goes wrong; the conversation is then as before.
+    /// Any error of the steps; the conversation is then unchanged.
     pub fn regenerate(&mut self, steps: &Steps, show: impl FnMut(&str) -> io::Result<()>) -> Result<TurnReport> {
         if self.state.messages.last().is_none_or(|m| m.role != Role::Assistant) {
             bail!("there is no answer to make again");
@@ -156,11 +156,11 @@ impl Conversation {
         })
     }
 
-    /// Says something else in place of the last message, and lets the model answer: from where that message began, if the cache
-    /// still holds that exactly, else the conversation is read again.
+    /// Replaces the last message and generates the answer. Starts where that message began if the cache still holds that place exactly;
+    /// otherwise reads the conversation again.
     ///
     /// # Errors
-    /// Whatever goes wrong; the conversation is then as before.
+    /// Any error of the steps; the conversation is then unchanged.
     pub fn edit(
         &mut self,
         text: String,
@@ -179,14 +179,14 @@ impl Conversation {
         })
     }
 
-    /// Forgets everything but the system message.
+    /// Removes all messages except the system message.
     pub fn clear(&mut self) {
         self.state.messages.retain(|m| m.role == Role::System);
         self.file = None;
         self.forget_cache();
     }
 
-    /// Sets the system message, or none, and starts over.
+    /// Sets or removes the system message, and starts a new conversation.
     pub fn set_system(&mut self, message: Option<Message>) {
         self.state.messages = message.into_iter().collect();
         self.file = None;
@@ -201,17 +201,17 @@ impl Conversation {
         Ok(())
     }
 
-    /// Goes on with a saved conversation. Answers how many messages it has.
+    /// Loads a saved conversation. Returns its number of messages.
     ///
     /// # Errors
-    /// When the file is damaged or does not fit this model or these flags; the conversation is then as before.
+    /// If the file is damaged, or does not fit this model or these flags; the conversation is then unchanged.
     pub fn load(&mut self, path: &Path) -> Result<usize> {
         let read =
             |note: &[u8]| serde_json::from_slice(note).map_err(|error| error.to_string()).and_then(State::checked);
         self.state = match self.session.load_from(path, read) {
             Ok(state) => state,
             Err(error) => {
-                // memory may have run out for the way back too: then all is read again with the next message
+                // restoring the old cache may have failed for lack of memory: the next message then reads everything again
                 if self.session.n_past() == 0 {
                     self.forget_cache();
                 }
@@ -225,8 +225,7 @@ impl Conversation {
         Ok(self.state.messages.len())
     }
 
-    /// Does something of which nothing stays if it fails. What the cache can no longer give back then is read again with the
-    /// next message.
+    /// Runs `work`, and restores the previous state if it fails. A cache that cannot be restored is read again with the next message.
     fn attempt(&mut self, work: impl FnOnce(&mut Self) -> Result<TurnReport>) -> Result<TurnReport> {
         let (state, n_past) = (self.state.clone(), self.session.n_past());
         self.asked = Instant::now();
@@ -247,7 +246,7 @@ impl Conversation {
         report
     }
 
-    /// Takes everything from a place on out of the cache, or else all of it; false: all of it.
+    /// Truncates the cache at a place, or clears it if that is impossible. Returns false if it was cleared.
     fn go_back(&mut self, place: Option<Place>) -> bool {
         if let Some(place) = place
             && self.session.truncate(place.pos).is_ok()
@@ -262,7 +261,7 @@ impl Conversation {
         false
     }
 
-    /// Brings the cache up to date with the messages, and votes where it is time to.
+    /// Reads the new messages into the cache, and votes if a vote is due.
     fn read(&mut self, steps: &Steps) -> Result<(PrefillReport, Option<CompressReport>)> {
         if self.state.rendered.is_empty() {
             self.state.begun = ChatTemplate::clock().ok();
@@ -270,7 +269,7 @@ impl Conversation {
         self.template.stop_clock(self.state.begun);
         let text = self.template.render(&self.state.messages, true)?;
         if !text.text().starts_with(&self.state.rendered) {
-            // some templates rewrite what was said before
+            // some templates rewrite earlier messages
             self.forget_cache();
         }
         let start = self.place();
@@ -301,7 +300,7 @@ impl Conversation {
         Ok((prefill, vote))
     }
 
-    /// A vote. Where there is no room to set aside what it would drop, the answer is written with all that is there.
+    /// Votes. Without room to set aside the rows that would leave the cache, keeps all of them; the answer then uses the cache as it is.
     fn vote(&mut self, steps: &Steps) -> Result<Option<CompressReport>> {
         match steps.compress(&mut self.session) {
             Err(error) if lacks_room_aside(&error) => {
@@ -323,7 +322,7 @@ impl Conversation {
         Ok(())
     }
 
-    /// This place, to which the session can come back.
+    /// Marks the current place, so that the session can return to it.
     fn place(&mut self) -> Place {
         self.session.mark();
         Place { pos: self.session.n_past(), text: self.state.rendered.len() }
@@ -336,7 +335,7 @@ impl Conversation {
             self.state.cells_after_vote.is_none_or(|after| cells as f64 >= after as f64 * (1.0 + self.revote_share));
         let over_cap = policy.max_cells.is_some_and(|cap| cells > cap);
         let nearly_full = cells as f64 > NEARLY_FULL * self.session.n_ctx_most() as f64;
-        // what an answer is to be voted on for needs no vote before it, but cells may be needed
+        // an answer that is voted on later needs no vote before it, unless cells are needed
         let grown = grown && self.when == When::Prompt;
         policy.policy != Kind::Full && (grown || over_cap || nearly_full)
     }
@@ -350,7 +349,7 @@ impl Conversation {
     ) -> Result<TurnReport> {
         let mut sampler = self.sampler()?;
         self.state.drawn = self.state.drawn.wrapping_add(1);
-        // one vote a turn
+        // at most one vote per turn
         self.session.set_vote(if vote.is_some() { When::Prompt } else { self.when });
         let (predict, ends) = (self.predict, &self.reverse_prompts);
         let answer = steps.answer(&mut self.session, &mut sampler, predict, ends, self.asked, show)?;
@@ -364,8 +363,8 @@ impl Conversation {
         Ok(report)
     }
 
-    /// A sampler for the next answer. What it draws depends on the seed, on how many answers there were, and on the newest
-    /// tokens, so that a conversation that was saved goes on as one that never was.
+    /// Returns a sampler for the next answer. Its draws depend on the seed, the number of answers so far and the newest tokens, so a loaded
+    /// conversation continues exactly as if it had never been saved.
     fn sampler(&self) -> Result<Sampler> {
         let seed = seed_of_answer(self.sampling.seed, self.state.drawn);
         Ok(self.session.sampler(&SamplerParams { seed, ..self.sampling.clone() }, self.predict)?)
@@ -379,13 +378,13 @@ impl Conversation {
     }
 }
 
-/// Whether a vote failed for want of room for what leaves the cache.
+/// Whether a vote failed for lack of room for the rows that leave the cache.
 fn lacks_room_aside(error: &Error) -> bool {
     let Some(SessionError::Vote(VoteError::Compact(error))) = error.downcast_ref() else { return false };
     matches!(error, CompactError::Archive { .. } | CompactError::ArchiveFile { .. })
 }
 
-/// One after another, but not llama.cpp's mark for a random one.
+/// Returns consecutive seeds, skipping the value that means a random seed in llama.cpp.
 fn seed_of_answer(seed: u32, drawn: u32) -> u32 {
     ((u64::from(seed) + u64::from(drawn)) % u64::from(SamplerParams::RANDOM)) as u32
 }

@@ -1,4 +1,4 @@
-//! The line that is said where llama.cpp ends the program: an assertion, an exception or a fault is no way to tell a user.
+//! Error message for the case that llama.cpp ends the program by an assertion, an exception or a fault.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -10,7 +10,7 @@ use gvote::llama::{self, rpc};
 
 use super::{STATUS_FAILED, print_error};
 
-/// What the program is at.
+/// What the program is currently doing.
 #[derive(Clone, Copy)]
 pub enum Step {
     Load,
@@ -21,7 +21,7 @@ pub enum Step {
     Answer,
 }
 
-/// How a step is called, and what may help.
+/// Description of each step, and advice for a failure in it.
 const STEPS: [(&str, &str); 6] = [
     (" while it loaded the model", "the file contradicts itself, or is meant for another llama.cpp: see gvote inspect"),
     (" while it made the context", "the file contradicts itself (see gvote inspect), or -c or -ub is too large"),
@@ -33,10 +33,10 @@ const STEPS: [(&str, &str); 6] = [
 const NO_STEP: (&str, &str) = ("", "-v shows llama.cpp's log");
 
 static MODEL: OnceLock<String> = OnceLock::new();
-/// An index into [`STEPS`].
+/// Index into [`STEPS`].
 static STEP: AtomicUsize = AtomicUsize::new(usize::MAX);
 
-/// From now on whatever ends the program inside llama.cpp is told in one line, with exit status 1.
+/// Installs handlers that report an end of the program inside llama.cpp in one line, with exit status 1.
 pub fn install() {
     llama::on_abort(aborted);
     llama::on_crash(|signal, write| {
@@ -48,12 +48,12 @@ pub fn install() {
     });
 }
 
-/// The model that the program works with.
+/// Sets the model that errors name.
 pub fn about(path: &Path) {
     MODEL.get_or_init(|| format!("{}: ", path.display()));
 }
 
-/// What comes next.
+/// Sets the current step.
 pub fn at(step: Step) {
     STEP.store(step as usize, Ordering::Relaxed);
 }
@@ -66,10 +66,10 @@ fn step() -> (&'static str, &'static str) {
     STEPS.get(STEP.load(Ordering::Relaxed)).copied().unwrap_or(NO_STEP)
 }
 
-/// An assertion of ggml, a worker that is lost, or an exception that nobody catches.
+/// Handles an assertion of ggml, a lost worker or an uncaught exception.
 fn aborted(message: &str) -> Option<u8> {
     if io::stderr().is_terminal() {
-        // an answer or a bar may be in the middle of a line
+        // an answer or a progress bar may have left the cursor in the middle of a line
         let _ = writeln!(io::stderr());
     }
     let (step, advice) = step();
@@ -80,7 +80,7 @@ fn aborted(message: &str) -> Option<u8> {
     Some(STATUS_FAILED)
 }
 
-/// ggml's messages begin with the place in its source: `/build/ggml/src/ggml.c:12: `.
+/// Removes the folder from the source location at the start of a ggml message, such as `/build/ggml/src/ggml.c:12: `.
 fn without_folder(message: &str) -> &str {
     let place = message.split_once(": ").map_or("", |(place, _)| place);
     &message[place.rfind(['/', '\\']).map_or(0, |slash| slash + 1)..]

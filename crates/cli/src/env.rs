@@ -1,4 +1,4 @@
-//! llama.cpp's environment variables: what they say counts where the command line says nothing.
+//! llama.cpp's environment variables: each sets a flag that the command line does not give.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -9,7 +9,7 @@ use clap::{Arg, ArgAction, Command};
 
 use super::shorthand::spellings;
 
-/// Long flags, and the variables that llama.cpp reads for them. Where the flag says no and the variable yes, there are two:
+/// Long flags and llama.cpp's variables for them. A flag that says no (`--no-x`) for a variable that says yes has two variables:
 /// `LLAMA_ARG_X=0` and `LLAMA_ARG_NO_X`.
 pub const VARIABLES: [(&str, &str); 40] = [
     ("batch-size", "LLAMA_ARG_BATCH"),
@@ -54,7 +54,7 @@ pub const VARIABLES: [(&str, &str); 40] = [
     ("yarn-orig-ctx", "LLAMA_ARG_YARN_ORIG_CTX"),
 ];
 
-/// Flags whose variable does not count beside another flag that says the same, or the contrary.
+/// Flags whose variable is ignored if one of these flags is given, which say the same or the contrary.
 const YIELDS: [(&str, &[&str]); 6] = [
     ("chat-template", &["--chat-template-file", "--raw"]),
     ("chat-template-file", &["--chat-template", "--raw"]),
@@ -64,10 +64,10 @@ const YIELDS: [(&str, &[&str]); 6] = [
     ("rope-scale", &["--rope-freq-scale"]),
 ];
 
-/// Commands with flags of the same names that llama.cpp's variables do not speak of.
+/// Commands whose flags share names with llama.cpp's flags but do not read their variables.
 const OTHERS: [&str; 1] = ["rpc-server"];
 
-/// Lets the flags of all commands read their variables, as far as nothing in `args` contradicts.
+/// Makes the flags of all commands read their variables, except where a flag in `args` overrules the variable.
 pub fn attach(command: Command, args: &[OsString]) -> Command {
     command.mut_subcommands(|sub| {
         if OTHERS.contains(&sub.get_name()) {
@@ -80,7 +80,7 @@ pub fn attach(command: Command, args: &[OsString]) -> Command {
     })
 }
 
-/// The variable whose value clap complains about.
+/// Returns the variable whose value clap rejected.
 pub fn origin(command: &Command, error: &clap::Error, args: &[OsString]) -> Option<&'static str> {
     let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg) else { return None };
     let long = flag.split_whitespace().next()?;
@@ -100,7 +100,7 @@ fn yields(arg: &Arg, args: &[OsString]) -> bool {
     others.iter().any(|other| args.iter().any(|given| spells(given, other)))
 }
 
-/// Whether this is the flag, with or without a value behind `=`.
+/// Whether `given` is this flag, with or without a value after `=`.
 fn spells(given: &OsStr, spelling: &str) -> bool {
     given.to_str().is_some_and(|given| given.split('=').next() == Some(spelling))
 }
@@ -116,18 +116,18 @@ fn read(arg: Arg, variable: &'static str) -> Arg {
     match is_on(variable, contrary.as_deref(), |name| env::var(name).ok()) {
         Ok(true) => arg.default_value("true"),
         Ok(false) => arg,
-        // clap says what is wrong
+        // clap reports the invalid value
         Err(_) => arg.env(variable).hide_env(true).value_parser(StringValueParser::new().try_map(|text| truth(&text))),
     }
 }
 
-/// The variable that says no, for a flag that does so too.
+/// Returns the variable that says no, for a flag that turns something off.
 fn contrary_of(long: &str, variable: &str) -> Option<String> {
     let denies = long.starts_with("no-") && !variable.starts_with("LLAMA_ARG_NO_");
     denies.then(|| variable.replacen("LLAMA_ARG_", "LLAMA_ARG_NO_", 1))
 }
 
-/// Whether the variables turn a switch on. The one that says no counts whatever its value is, as in llama.cpp.
+/// Whether the variables turn a switch on. As in llama.cpp, the variable that says no counts whatever its value is.
 fn is_on(variable: &str, contrary: Option<&str>, value: impl Fn(&str) -> Option<String>) -> Result<bool, &'static str> {
     if contrary.and_then(&value).is_some() {
         return Ok(true);
@@ -138,7 +138,7 @@ fn is_on(variable: &str, contrary: Option<&str>, value: impl Fn(&str) -> Option<
     }
 }
 
-/// llama.cpp's words for yes and no.
+/// Parses llama.cpp's words for yes and no.
 fn truth(text: &str) -> Result<bool, &'static str> {
     match text {
         "on" | "enabled" | "true" | "1" => Ok(true),

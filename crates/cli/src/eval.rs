@@ -1,4 +1,4 @@
-//! `gvote eval`: what a compressed cache loses, on texts and tasks.
+//! `gvote eval`: measures the loss of a compressed cache, on texts and tasks.
 
 mod adaptivity;
 mod suites;
@@ -58,7 +58,7 @@ exact=true, for adakv and gvote-paper, keeps a different number of tokens in eve
 llama.cpp can: nothing is freed, what a head drops is masked while decoding (needs -fa off), and the cells of a record are the \
 mean that a head keeps.";
 
-/// Measure what a compressed cache loses against the full one
+/// Measure the loss of a compressed cache against the full one
 #[derive(Args)]
 #[command(after_help = EXAMPLES, arg_required_else_help = true)]
 pub struct EvalArgs {
@@ -85,7 +85,7 @@ struct CommonArgs {
     #[command(flatten)]
     output: OutputArgs,
 
-    /// What to compare: see below [default: balanced; tasks: full and balanced]
+    /// Configurations to compare, see below [default: balanced; tasks: full and balanced]
     #[arg(long, value_name = "CONFIG", help_heading = "Evaluation")]
     config: Vec<Config>,
 
@@ -93,18 +93,18 @@ struct CommonArgs {
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0", help_heading = "Evaluation")]
     seeds: Vec<u64>,
 
-    /// Append every measurement to this file, and skip what is in it
+    /// Append every measurement to this file, and skip those already in it
     #[arg(short, long, value_name = "FILE", help_heading = "Evaluation")]
     out: PathBuf,
 }
 
-/// KL, perplexity ratio and same top token over teacher-forced continuations of a text
+/// KL divergence, perplexity ratio and same top token over teacher-forced continuations of a text
 #[derive(Args)]
 struct TextArgs {
     #[command(flatten)]
     common: CommonArgs,
 
-    /// A text file
+    /// Text file
     #[arg(short, long, value_name = "FILE", help_heading = "Evaluation")]
     file: PathBuf,
 
@@ -120,11 +120,11 @@ struct TextArgs {
     )]
     prompt: Vec<usize>,
 
-    /// Steps of a continuation
+    /// Number of steps of a continuation
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256, value_parser = above_0, help_heading = "Evaluation")]
     predict: usize,
 
-    /// Prompts, evenly spread over the text; at most as many as it has places for
+    /// Number of prompts, spread evenly over the text; at most as many as it has starting places for
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = above_0, help_heading = "Evaluation")]
     texts: usize,
 }
@@ -144,48 +144,48 @@ struct TasksArgs {
     #[command(flatten)]
     suites: SuiteArgs,
 
-    /// Samples of each task
+    /// Number of samples of each task
     #[arg(long, value_name = "N", default_value_t = usize::MAX, hide_default_value = true, help_heading = "Evaluation")]
     limit: usize,
 
-    /// Samples of each task to skip
+    /// Number of samples of each task to skip
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Evaluation")]
     offset: usize,
 }
 
-/// Scores of answers to several questions in one chat about one document: the needles of RULER's keys, or those that need no data
+/// Scores of answers to several questions in one chat about a document: the needles of RULER's keys, or those that need no data
 ///
-/// The first question comes with the document. With --blind the document comes alone, to be answered with OK, and all questions after it.
+/// The first question comes with the document. With --blind, the document comes alone, to be answered with OK, and all questions follow it.
 #[derive(Args)]
 struct TurnsArgs {
     #[command(flatten)]
     tasks: TasksArgs,
 
-    /// Questions of a chat
+    /// Number of questions in a chat
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = above_0, help_heading = "Evaluation")]
     questions: usize,
 }
 
-/// Tables and plots of what was measured
+/// Tables and plots of the measurements
 #[derive(Args)]
 struct ReportArgs {
-    /// Files that `gvote eval` wrote
+    /// Files written by `gvote eval`
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 
-    /// Write this file instead: .md, .html, .json or .csv
+    /// Write to this file instead of stdout: .md, .html, .json or .csv
     #[arg(short, long, value_name = "FILE")]
     out: Option<PathBuf>,
 
-    /// Compare every other configuration with this one, request by request: an ablation
+    /// Compare every other configuration with this one, request by request (ablation)
     #[arg(long, value_name = "NAME")]
     baseline: Option<String>,
 
-    /// Title of a .md
+    /// Title of a .md report
     #[arg(long, value_name = "TEXT", default_value = "Results")]
     title: String,
 
-    /// Markdown to put in front of the tables of a .md
+    /// File with Markdown to put before the tables of a .md report
     #[arg(long, value_name = "FILE")]
     notes: Option<PathBuf>,
 }
@@ -210,7 +210,7 @@ impl CommonArgs {
 
     fn runner(&self, steps: &Steps, model: &Model, configs: Vec<Config>, n_ctx: usize, raw: bool) -> Result<Runner> {
         let n_ctx = u32::try_from(n_ctx).unwrap_or(u32::MAX);
-        // what is measured must not depend on what else runs
+        // measurements must not depend on other programs that run
         let context = ContextParams { yields_threads: false, ..self.context.params(n_ctx) };
         let params = SessionParams { context, ..SessionParams::default() };
         steps.check_memory(&params)?;
@@ -225,11 +225,11 @@ impl CommonArgs {
     }
 }
 
-/// Cells beside a text and its continuation.
+/// Additional cells for a text and its continuation.
 const SPARE: usize = 7;
-/// Cells that answers and chat templates take beside the prompts.
+/// Cells for answers and chat templates, in addition to the prompts.
 const ROOM: usize = 1024;
-/// Cells that a question of a chat takes beside its answer.
+/// Cells for a question of a chat, in addition to its answer.
 const TURN: usize = 256;
 
 fn text(args: &TextArgs) -> Result<()> {
@@ -240,7 +240,7 @@ fn text(args: &TextArgs) -> Result<()> {
     common.context.set_priority()?;
     let model = steps.load_model(&common.model, Kind::Gvote)?;
     let tokens = model.tokenize(&text, true, false)?;
-    // one token more: it is fed before anything is compared
+    // one more token: it is decoded before anything is compared
     let needed = |n: usize| n.saturating_add(args.predict).saturating_add(1);
     let longest = args.prompt.iter().copied().max().unwrap_or(0);
     if needed(longest) > tokens.len() {
@@ -249,7 +249,7 @@ fn text(args: &TextArgs) -> Result<()> {
     }
     let n_ctx = needed(longest) + SPARE;
     let mut runner = common.runner(&steps, &model, common.configs(&["balanced"])?, n_ctx, true)?;
-    // as many as there are places to begin
+    // at most as many as there are starting places
     let texts = |n: usize| args.texts.min(tokens.len() - needed(n) + 1);
     let bar = steps.count(args.prompt.iter().map(|&n| texts(n)).sum::<usize>() as u64, "texts");
     for &n in &args.prompt {
@@ -257,7 +257,7 @@ fn text(args: &TextArgs) -> Result<()> {
         for t in 0..texts {
             let start = t * (tokens.len() - needed) / texts.max(2);
             let (prompt, next) = tokens[start..start + needed].split_at(n);
-            // by where it starts: the t-th of four is another text than the t-th of eight
+            // items are named by their start: the t-th of four texts differs from the t-th of eight
             let item = format!("{} {start} @{n}", file_name(&args.file));
             steps.unless_cancelled(runner.continuation(&Continuation { item, prompt, next }))?;
             bar.inc(1);
@@ -289,7 +289,7 @@ fn tasks(args: &TasksArgs) -> Result<()> {
     finish(&bar, &runner, &common.output)
 }
 
-/// Measures one after another. How many are longer than the context, and were left out.
+/// Measures one item after another. Returns the number of items left out because they are longer than the context.
 fn measure_each<T>(
     steps: &Steps,
     bar: &ProgressBar,
@@ -388,7 +388,8 @@ fn report(args: &ReportArgs) -> Result<()> {
     fs::write(out, text).with_context(|| out.display().to_string())
 }
 
-/// The records of all files. What two files have word for word, as where one is a copy that went on, counts once.
+/// Reads the records of all files. A record that two files share word for word counts once, such as after copying a file and continuing the
+/// copy.
 fn read(files: &[PathBuf]) -> Result<Vec<Record>> {
     let mut known = HashSet::new();
     let mut records = Vec::new();
@@ -407,7 +408,7 @@ fn note_cut_off(file: &Path) {
     note(&format!("{}: the last line is cut off, as by a run that was killed, and is left out", file.display()));
 }
 
-/// The command line as it was typed, with the program's name alone.
+/// Returns the command line as typed, with the program's name without its folder.
 fn command() -> Vec<String> {
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
     [env!("CARGO_BIN_NAME").to_owned()].into_iter().chain(words).collect()

@@ -1,4 +1,4 @@
-//! `gvote explain`: what a vote keeps of a prompt, and why.
+//! `gvote explain`: shows what a vote keeps of a prompt, and why.
 
 mod page;
 mod terminal;
@@ -34,7 +34,7 @@ Examples:
 
 The page is one file that needs no network. Nothing is answered: only the prompt is read, and the vote is taken.";
 
-/// The page where neither -o nor another form is asked for.
+/// Default path of the page, if neither -o nor another form is requested.
 const DEFAULT_OUT: &str = "explain.html";
 
 const RECALL: &[(&str, bool)] = &[("auto", true), ("off", false)];
@@ -52,8 +52,8 @@ pub struct ExplainArgs {
     #[command(flatten)]
     policy: PolicyArgs,
 
-    /// What leaves the cache where a prompt has more tokens than cells: auto sets it aside, to choose for the prompt's end among all that
-    /// was read, as `gvote chat` does, and shows what came back; off drops it, as `gvote run` does
+    /// What happens to rows that leave the cache when a prompt has more tokens than cells. auto: set them aside, choose for the prompt's
+    /// end among everything that was read, as `gvote chat` does, and show what came back; off: drop them, as `gvote run` does
     #[arg(long, value_name = "auto|off", default_value = "off", hide_possible_values = true,
           action = ArgAction::Set,
           help_heading = "Cache policy", value_parser = by_name(RECALL))]
@@ -63,7 +63,7 @@ pub struct ExplainArgs {
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
 
-    /// Show a compact view on stdout
+    /// Print a compact view on stdout
     #[arg(long, help_heading = "Output", conflicts_with = "json")]
     terminal: bool,
 
@@ -134,19 +134,19 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     Ok(())
 }
 
-/// What left each head while the prompt was read, and what is back.
+/// Describes how many tokens left each head while the prompt was read, and how many came back.
 fn in_words(recall: &Recalled) -> String {
     let [left, back] = [recall.left, recall.back()].map(|tokens| count(tokens.round() as usize));
     format!("{left} tokens had left each head, of which {back} came back and stay")
 }
 
-/// Its file, and what it is.
+/// Returns the model's file name and description.
 fn model_name(args: &ExplainArgs, session: &Session) -> String {
     let file = args.model.model.file_name().unwrap_or_default();
     format!("{}: {}", file.to_string_lossy(), session.model().description())
 }
 
-/// What `--json` prints.
+/// JSON object that `--json` prints.
 #[derive(Serialize)]
 struct Record<'a> {
     model: String,
@@ -157,7 +157,7 @@ struct Record<'a> {
     explanation: &'a Explanation,
 }
 
-/// Notices before the work what would otherwise be noticed after it. A file that is there stays as it is.
+/// Checks before the work that the page can be written. Leaves an existing file unchanged.
 fn check_writable(path: &Path) -> Result<()> {
     let open = |options: &mut fs::OpenOptions| options.append(true).open(path).map(drop);
     let tried = match open(File::options().create_new(true)) {

@@ -1,5 +1,5 @@
-//! Whether the machine has the memory for a model and its context. The system would end the program, or another one, while it is
-//! taken.
+//! Checks that the machine has enough memory for a model and its context. Otherwise the system would kill this program, or another one,
+//! during allocation.
 
 use std::env;
 use std::path::PathBuf;
@@ -11,14 +11,14 @@ use gvote_gguf::{Gguf, ModelInfo, Support};
 
 use super::words::{bytes, count};
 
-/// With it CUDA takes the machine's memory where its own ends.
+/// Variable that lets CUDA use the machine's memory when a GPU's own is full.
 const UNIFIED_MEMORY: &str = "GGML_CUDA_ENABLE_UNIFIED_MEMORY";
-/// Bytes that llama.cpp notes of each cell, wherever the cell itself is; also where it only works out sizes.
+/// Bytes of llama.cpp's bookkeeping per cell in the machine's memory, wherever the cell lies; also allocated when only sizes are computed.
 const BOOKKEEPING: usize = 56;
-/// For all that a context takes beside the KV cache and what grows with it.
+/// Allowance for everything a context takes besides the KV cache and the buffers that grow with it.
 const SLACK: usize = 512 << 20;
 
-/// The model of a command, as it is loaded.
+/// The model of a command, with its load parameters.
 pub struct Loaded {
     path: PathBuf,
     params: ModelParams,
@@ -30,15 +30,15 @@ impl Loaded {
         Self { path: file.parts[0].path.clone(), params, info: file.info.clone() }
     }
 
-    /// Refuses a model whose weights do not fit. Those that llama.cpp maps from the file need not.
+    /// Refuses a model whose weights do not fit. Weights that llama.cpp maps from the file do not count.
     ///
     /// # Errors
-    /// With the sizes.
+    /// Names the sizes.
     pub fn check_weights(&self, file: &Gguf) -> Result<()> {
         let Some(available) = machine::available().filter(|&n| n < file.n_bytes() as usize) else { return Ok(()) };
         let least = ContextParams { n_ctx: 1, ..ContextParams::default() };
         let Ok(needed) = Simulation::load(&self.path, &self.params).and_then(|model| model.memory(&least)) else {
-            // it will not load, and llama.cpp says why
+            // the load will fail, and llama.cpp reports the reason
             return Ok(());
         };
         let needed = needed.host.repacked;
@@ -57,7 +57,7 @@ impl Loaded {
     /// Refuses a context that does not fit beside the model.
     ///
     /// # Errors
-    /// With the sizes, and the flags to change.
+    /// Names the sizes, and the flags to change.
     pub fn check_context(&self, session: &SessionParams) -> Result<()> {
         let Some(available) = machine::available() else { return Ok(()) };
         let cells = session.context.n_ctx as usize;
@@ -96,9 +96,9 @@ impl Loaded {
         info.kv_bytes_per_cell(type_k, type_v).saturating_mul(cells).saturating_add(window)
     }
 
-    /// No less than a batch computes in: its logits, and, without flash attention, what each head thinks of each cell.
+    /// Estimates at least the compute buffers of a batch: its logits and, without flash attention, the attention of each head to each cell.
     fn compute_bytes(&self, context: &ContextParams) -> usize {
-        /// Products and probabilities, in f32; the mask is no more than one head.
+        /// Attention scores and probabilities, in f32; the mask takes no more than one head.
         const A_HEAD_AND_CELL: usize = 8;
         let (info, n) = (&self.info, context.n_ubatch as usize);
         let attention = (context.n_ctx as usize).saturating_mul((info.n_head + 1) * A_HEAD_AND_CELL);

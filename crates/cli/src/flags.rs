@@ -1,4 +1,4 @@
-//! Keeps docs/flags.md and the environment variables true to the flags that there are, here and in llama-cli.
+//! Tests that docs/flags.md and the environment variables match the flags of this program and of llama-cli.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,20 +10,20 @@ use super::env::VARIABLES;
 use super::shorthand::{SHORTHANDS, spellings};
 
 const DOCS: &str = include_str!("../../../docs/flags.md");
-/// Names the version that the docs speak of.
+/// Names the llama.cpp version that the docs describe.
 const PIN: &str = include_str!("../../../vendor/README.md");
 
-/// Of the flags that llama.cpp has removed, the one that means something else here.
+/// Flag that llama.cpp has removed, and that has another meaning here.
 const DRAFT: &str = "draft";
 
 /// A flag of llama.cpp's programs.
 struct Flag {
-    /// `-c`, `--ctx-size`, and for its contrary `--no-...`.
+    /// Spellings such as `-c`, `--ctx-size`, and of the negation, `--no-...`.
     spellings: Vec<String>,
     variable: Option<String>,
 }
 
-/// Those of llama-cli, from the source of llama.cpp that this is built with; None: another version than the docs speak of.
+/// Returns the flags of llama-cli, from the source of the linked llama.cpp. None: the docs describe another version.
 fn llama_cli() -> Option<Vec<Flag>> {
     let version = env!("GVOTE_LLAMA_VERSION");
     if !PIN.contains(&format!("\n- llama.cpp {version},")) {
@@ -35,7 +35,7 @@ fn llama_cli() -> Option<Vec<Flag>> {
     Some(calls.filter(|call| is_for_cli(call)).map(flag).collect())
 }
 
-/// As `common_params_parser_init` chooses.
+/// Selects options as `common_params_parser_init` does.
 fn is_for_cli(call: &str) -> bool {
     let list = |name: &str| call.split_once(name).map(|(_, rest)| rest.split(')').next().unwrap_or_default());
     let all = ["LLAMA_EXAMPLE_COMMON", "LLAMA_EXAMPLE_CLI", "mmproj_examples"];
@@ -54,7 +54,7 @@ fn flag(call: &str) -> Flag {
     Flag { spellings: [quoted(first), contrary.map(quoted).unwrap_or_default()].concat(), variable }
 }
 
-/// Whether a row of the docs says that its flags are here, and their spellings.
+/// Returns the rows of the docs: whether the flags exist here, and their spellings.
 fn rows() -> impl Iterator<Item = (bool, Vec<&'static str>)> {
     DOCS.lines().filter_map(|line| {
         let mut cells = line.strip_prefix("| `")?.split(" | ");
@@ -72,7 +72,7 @@ fn listed(here: bool) -> BTreeSet<&'static str> {
     rows().filter(|&(is_here, _)| is_here == here).flat_map(|(_, spellings)| spellings).collect()
 }
 
-/// All spellings that `run` and `chat` take.
+/// Returns all spellings that `run` and `chat` accept.
 fn taken() -> BTreeSet<String> {
     let mut program = super::Cli::command();
     program.build();
@@ -110,7 +110,7 @@ fn flags_that_are_here_have_the_variables_of_llama_cli() {
     let theirs: BTreeSet<(&str, &str)> = flags
         .iter()
         .filter_map(|flag| {
-            // a flag may have several names, of which one is the first here
+            // a flag may have several names; any of them may be the one used here
             let names = || {
                 flag.spellings.iter().filter_map(|spelling| spelling.strip_prefix("--")).filter(|&name| name != DRAFT)
             };

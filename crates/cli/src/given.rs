@@ -1,14 +1,14 @@
-//! Flags together with the words that gave them, for a command line that repeats them.
+//! Flags together with the words that gave them, to repeat them in a suggested command line.
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use super::shorthand;
 
-/// Flags, and what was given of them.
+/// Parsed flags, and the words that gave them.
 pub struct Given<T> {
     pub flags: T,
-    /// As for a shell, llama.cpp's short spellings where there are some.
+    /// Words as typed in a shell, with llama.cpp's short spellings where they exist.
     pub words: Vec<String>,
 }
 
@@ -55,7 +55,7 @@ fn words<T: Args>(matches: &ArgMatches) -> Vec<String> {
     out
 }
 
-/// A word as a shell reads it.
+/// Quotes a word for a shell.
 pub fn quoted(word: &str) -> String {
     let is_simple = !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+=@%:,".contains(c));
     if is_simple { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }

@@ -1,4 +1,4 @@
-//! What a user types: an editor with history on a terminal, plain lines otherwise.
+//! User input: an editor with history on a terminal, plain lines otherwise.
 
 use std::env;
 use std::io::{self, BufRead as _, ErrorKind, StdinLock};
@@ -18,7 +18,7 @@ use super::words::note;
 
 const PROMPT: &str = "> ";
 const HISTORY_LEN: usize = 1000;
-/// A line of this begins and ends a block.
+/// Line that begins and ends a block.
 const FENCE: &str = "\"\"\"";
 
 pub enum Input {
@@ -29,10 +29,10 @@ pub enum Input {
 pub enum Entry {
     Text {
         text: String,
-        /// It begins with a block: no command, whatever it says.
+        /// The text begins with a block, and so is a message even if it looks like a command.
         is_block: bool,
     },
-    /// It cannot be read; the next one may be.
+    /// The text cannot be read; the next one may be valid.
     Refused(Error),
     /// Ctrl-C at the prompt.
     Cleared,
@@ -44,7 +44,7 @@ impl Input {
         Self::Lines { stdin: io::stdin().lock(), read: 0 }
     }
 
-    /// An editor that completes these commands.
+    /// Creates an editor that completes these commands.
     pub fn editor(commands: Vec<&'static str>) -> Result<Self> {
         let config = Config::builder().max_history_size(HISTORY_LEN)?.history_ignore_dups(true)?.build();
         let mut editor = Editor::with_config(config)?;
@@ -59,7 +59,7 @@ impl Input {
         Ok(Self::Editor { editor: Box::new(editor), history })
     }
 
-    /// The next message or command.
+    /// Reads the next message or command.
     pub fn next(&mut self) -> Result<Entry> {
         match self {
             Self::Editor { editor, history } => match editor.readline(PROMPT) {
@@ -79,7 +79,7 @@ impl Input {
     }
 }
 
-/// The next message of `stdin`, of which so many lines were read.
+/// Reads the next message from `stdin`. `read`: number of lines read so far.
 fn next_of_lines(stdin: &mut StdinLock, read: &mut usize) -> Result<Entry> {
     let mut text: Option<String> = None;
     let mut refused = None;
@@ -93,7 +93,7 @@ fn next_of_lines(stdin: &mut StdinLock, read: &mut usize) -> Result<Entry> {
         let bytes = line.strip_suffix(b"\n").unwrap_or(&line);
         let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
         let bytes = if *read == 1 { text::bytes_without_mark(bytes) } else { bytes };
-        // a block ends where it ends, also if it cannot be used
+        // read up to the end of the block even if the block cannot be used
         let line = String::from_utf8_lossy(bytes);
         if str::from_utf8(bytes).is_err() {
             refused.get_or_insert_with(|| anyhow!("line {read} of standard input is not UTF-8 text"));
@@ -107,7 +107,7 @@ fn next_of_lines(stdin: &mut StdinLock, read: &mut usize) -> Result<Entry> {
     })
 }
 
-/// Saved at once, so that a crash loses nothing. A history that cannot be saved is reported once.
+/// Adds an entry to the history and saves it at once, so that a crash loses nothing. Reports only the first failure to save.
 fn remember(editor: &mut Editor<Assistant, FileHistory>, history: &mut Option<PathBuf>, text: &str) {
     if text.trim().is_empty() || !editor.add_history_entry(text).unwrap_or(false) {
         return;
@@ -120,7 +120,7 @@ fn remember(editor: &mut Editor<Assistant, FileHistory>, history: &mut Option<Pa
     }
 }
 
-/// `$XDG_STATE_HOME/gvote/history`, its folder made.
+/// Returns `$XDG_STATE_HOME/gvote/history`, or `~/.local/state/gvote/history`; creates the folder.
 fn history_file() -> Option<PathBuf> {
     let given = env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
     let state = given.or_else(|| Some(env::home_dir()?.join(".local/state")))?;
@@ -129,13 +129,13 @@ fn history_file() -> Option<PathBuf> {
     Some(folder.join("history"))
 }
 
-/// Whether no further line belongs to this text.
+/// Whether the text is complete, so that no further line belongs to it.
 fn is_complete(text: &str) -> bool {
     let in_block = text.lines().filter(|l| l.trim() == FENCE).count() % 2 == 1;
     !in_block && !text.ends_with('\\')
 }
 
-/// The text without the marks that joined its lines.
+/// Removes the marks that joined the lines of a text.
 fn unwrap(text: &str) -> Entry {
     let is_block = text.lines().next().is_some_and(|line| line.trim() == FENCE);
     let mut in_block = false;

@@ -1,4 +1,4 @@
-//! `gvote inspect`: what a model file says, without its weights.
+//! `gvote inspect`: describes a model file without reading its weights.
 
 mod json;
 mod summary;
@@ -25,19 +25,19 @@ Examples:
 Only the head of the file is read, so that the size of the model does not matter. Of a split model the first file is named; the \
 others are found beside it.";
 
-/// Say what a model file holds, what its KV cache takes, and whether gvote can compress it
+/// Show what a model file holds, how large its KV cache is, and whether gvote can compress it
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct InspectArgs {
-    /// The model, a GGUF file (the first one of a split model)
+    /// Model file (GGUF; the first part of a split model)
     #[arg(value_name = "MODEL")]
     model: PathBuf,
 
-    /// List all tensors: type, shape, bytes, and where their data begins
+    /// List all tensors: type, shape, bytes, and offset of their data
     #[arg(long)]
     tensors: bool,
 
-    /// List the metadata, or, given after MODEL, print the whole value of this key
+    /// List the metadata; with a KEY after MODEL, print the complete value of that key
     #[arg(long, value_name = "KEY", num_args = 0..=1, default_missing_value = "")]
     metadata: Option<String>,
 
@@ -96,7 +96,7 @@ fn tensors(file: &Gguf) -> String {
     table(["tensor", "type", "shape", "bytes", "at byte", "file"], rows, 3)
 }
 
-/// Characters of a value, and elements of an array, that a list shows.
+/// Characters of a value, and elements of an array, shown in a list.
 const SHOWN_CHARS: usize = 60;
 const SHOWN_ELEMENTS: usize = 4;
 

@@ -1,4 +1,4 @@
-//! What Ctrl-C means.
+//! Handling of Ctrl-C.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -9,10 +9,10 @@ use gvote::llama::exit;
 
 use super::STATUS_CANCELLED;
 
-/// A Ctrl-C this soon after the end of an answer was meant for the answer.
+/// A Ctrl-C within this time after the end of an answer was meant for the answer, and is ignored.
 const TOO_LATE: Duration = Duration::from_millis(300);
 
-/// During work the first Ctrl-C asks it to stop and the second ends the program at once; between work the first does.
+/// Handler of Ctrl-C. During work, the first Ctrl-C requests a stop and the second ends the program; between work, the first one ends it.
 pub struct Interrupt(Arc<Mutex<State>>);
 
 #[derive(Default)]
@@ -20,29 +20,31 @@ struct State {
     working: bool,
     pressed: bool,
     ended: Option<Instant>,
-    /// The session's flag, which stops llama.cpp within a batch.
+    /// The session's cancel flag, which stops llama.cpp within a batch.
     cancel: Arc<AtomicBool>,
 }
 
 impl Interrupt {
+    /// Installs the handler.
+    ///
     /// # Errors
-    /// When the process has a handler already.
+    /// If the process already has a handler.
     pub fn install() -> Result<Self> {
         let state = Arc::new(Mutex::new(State::default()));
         let shared = state.clone();
-        // runs in a thread of its own, so it may lock and exit
+        // the handler runs in its own thread, so it may lock and exit
         ctrlc::set_handler(move || on_signal(&mut lock(&shared)))?;
         Ok(Self(state))
     }
 
-    /// From now on Ctrl-C during work sets this flag too.
+    /// Makes Ctrl-C during work also set this flag.
     pub fn cancels(&self, cancel: Arc<AtomicBool>) {
         let mut state = lock(&self.0);
         cancel.store(state.pressed, Ordering::Relaxed);
         state.cancel = cancel;
     }
 
-    /// Something begins that can be stopped.
+    /// Marks the start of work that can be stopped.
     pub fn begin(&self) {
         let mut state = lock(&self.0);
         state.working = true;
@@ -50,7 +52,7 @@ impl Interrupt {
         state.cancel.store(false, Ordering::Relaxed);
     }
 
-    /// It ended, or was stopped.
+    /// Marks the end of the work.
     pub fn end(&self) {
         let mut state = lock(&self.0);
         state.working = false;

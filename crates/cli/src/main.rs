@@ -1,4 +1,4 @@
-//! The program `gvote`: one file a sub-command, and what they share. See `gvote --help`.
+//! The program `gvote`: one file per sub-command, and the code they share. See `gvote --help`.
 
 #![forbid(unsafe_code)]
 
@@ -46,7 +46,7 @@ Exit status: 0 done, 1 failed, 2 wrong flags, 130 stopped with Ctrl-C.
 `gvote COMMAND --help` explains the flags of a command; their names and meanings are llama.cpp's where it has them.
 A flag that is not given takes the value of llama.cpp's environment variable for it (LLAMA_ARG_...), if that is set.";
 
-/// An adaptive KV cache for llama.cpp: keeps the part of the cache that a prompt turns out to need, frees the rest
+/// Adaptive KV cache for llama.cpp: keeps the part of the cache that a prompt turns out to need and frees the rest
 #[derive(Parser)]
 #[command(name = "gvote", version, after_help = CLOSING, arg_required_else_help = true, max_term_width = 110)]
 struct Cli {
@@ -70,20 +70,20 @@ enum Command {
     Man(manual::ManArgs),
 }
 
-/// Errors with an exit status of their own.
+/// Errors with their own exit status.
 #[derive(Debug, thiserror::Error)]
 enum Exit {
-    /// The command line makes no sense.
+    /// Invalid command line.
     #[error("{0}")]
     Usage(String),
-    /// Ctrl-C.
+    /// Stopped with Ctrl-C.
     #[error("cancelled")]
     Cancelled,
 }
 
 const STATUS_FAILED: u8 = 1;
 const STATUS_USAGE: u8 = 2;
-/// As a shell reports a program that died of SIGINT.
+/// The status that a shell reports for a program killed by SIGINT.
 const STATUS_CANCELLED: u8 = 128 + 2;
 
 fn main() -> ExitCode {
@@ -93,7 +93,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the program on a command line, its own name first.
+/// Parses a command line, whose first word is the program's name, and runs the command.
 fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     crash::install();
     let command = described();
@@ -121,12 +121,12 @@ fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     }
 }
 
-/// The command line with all that its help says.
+/// Returns the command line parser with the complete help texts.
 fn described() -> clap::Command {
     shorthand::describe(Cli::command())
 }
 
-/// Prints an error as one line and chooses the exit status. A closed pipe (`gvote ... | head`) is no error.
+/// Prints an error as one line and returns the exit status. A closed pipe (`gvote ... | head`) is not an error.
 fn report_error(error: &anyhow::Error) -> ExitCode {
     if is_closed_pipe(error) {
         return ExitCode::SUCCESS;
@@ -141,7 +141,7 @@ fn report_error(error: &anyhow::Error) -> ExitCode {
 
 fn print_error(error: &anyhow::Error) {
     let line = spelling::with_flags(&format!("{error:#}")).split_whitespace().collect::<Vec<_>>().join(" ");
-    // Nobody is left to tell when stderr is closed too.
+    // If stderr is closed too, the error cannot be reported anywhere.
     let _ = writeln!(io::stderr(), "gvote: {line}");
 }
 
@@ -150,7 +150,7 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     causes.any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// clap explains itself over several lines; here they become one. `origin`: the variable that has said what is wrong.
+/// Joins clap's multi-line error message into one line. `origin`: the environment variable that holds the wrong value.
 fn usage_error(error: &clap::Error, origin: Option<&str>) -> anyhow::Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return Exit::Usage(

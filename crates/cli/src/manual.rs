@@ -1,4 +1,4 @@
-//! `gvote completions` and `gvote man`: what a shell and `man` know of the command line.
+//! `gvote completions` and `gvote man`: shell completion scripts and manual pages.
 
 use std::path::PathBuf;
 
@@ -17,7 +17,7 @@ Examples:
 
 `make install` puts those of bash, zsh and fish into their places.";
 
-/// Print a script that teaches a shell to complete gvote's flags
+/// Print a script for completing gvote's flags in a shell
 #[derive(Args)]
 #[command(after_help = COMPLETIONS)]
 pub struct CompletionsArgs {
@@ -37,11 +37,11 @@ Examples:
 #[derive(Args)]
 #[command(after_help = PAGES)]
 pub struct ManArgs {
-    /// The command to describe; without one, gvote as a whole
+    /// Command to describe; without one, gvote as a whole
     #[arg(value_name = "COMMAND", num_args = 0.., conflicts_with = "out")]
     commands: Vec<String>,
 
-    /// Write the pages of all commands into this folder
+    /// Write the pages of all commands to this folder
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
 }

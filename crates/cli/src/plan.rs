@@ -1,4 +1,4 @@
-//! `gvote plan`: what fits into a given memory.
+//! `gvote plan`: computes what fits into a given amount of memory.
 
 mod fit;
 
@@ -35,15 +35,15 @@ estimate of the last. How much a vote keeps is found for each request and cannot
 
 Exit status: 1 if the prompt does not fit with any cache type.";
 
-/// Say what fits into a given memory, and which flags to use
+/// Show what fits into a given amount of memory, and which flags to use
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct PlanArgs {
-    /// The model, a GGUF file (the first one of a split model)
+    /// Model file (GGUF; the first part of a split model)
     #[arg(value_name = "MODEL")]
     model: PathBuf,
 
-    /// Memory to stay within, such as 8G or 512M: that of GPUs and workers together, if layers go there, else the machine's
+    /// Memory limit, such as 8G or 512M: for GPUs and workers together if layers are placed there, else for the machine
     #[arg(long, value_name = "SIZE", value_parser = size, allow_hyphen_values = true)]
     memory: Option<usize>,
 
@@ -68,72 +68,72 @@ pub struct PlanArgs {
     verbose: bool,
 }
 
-/// The flags that `gvote run` has too, and that change sizes.
+/// Flags shared with `gvote run` that change sizes.
 #[derive(Args)]
 struct SharedArgs {
     #[command(flatten)]
     placement: PlacementArgs,
 
-    /// Most tokens computed at once: fewer take smaller compute buffers, and more time
+    /// Maximum number of tokens computed at once (ubatch): fewer need smaller compute buffers, and more time
     #[arg(long, value_name = "N", default_value_t = ContextParams::default().n_ubatch, help_heading = CONTEXT,
           value_parser = clap::value_parser!(u32).range(1..))]
     ubatch_size: u32,
 
-    /// Flash attention; `auto` leaves it to llama.cpp. Without it a quantized cache is not possible
+    /// Flash attention; `auto` leaves the choice to llama.cpp. A quantized cache needs it
     #[arg(long, value_name = "on|off|auto", default_value = "auto", hide_possible_values = true, help_heading = CONTEXT,
           value_parser = flash_attention())]
     flash_attn: FlashAttention,
 
-    /// Keep the KV cache in this machine's memory, also of layers on GPUs and workers
+    /// Keep the KV cache in this machine's memory, even for layers on GPUs and workers
     #[arg(long, help_heading = CONTEXT)]
     no_kv_offload: bool,
 
-    /// With all cells for layers with a sliding window, too
+    /// Count all cells of sliding-window layers
     #[arg(long, help_heading = CONTEXT)]
     swa_full: bool,
 }
 
 const CONTEXT: &str = "Context and KV cache";
 
-/// Shares of the cells that a vote may keep: no more than examples.
+/// Example shares of the cells that a vote may keep.
 const SHARES: [(&str, f64); 3] = [("all", 1.0), ("half", 0.5), ("a quarter", 0.25)];
 
-/// Sizes are in bytes.
+/// A plan; sizes are in bytes.
 #[derive(Serialize)]
 struct Plan {
     model: String,
-    /// Cells of the cache, -c.
+    /// Cells of the cache, `-c`.
     cells: usize,
     prompt: usize,
     predict: usize,
     n_ctx_train: usize,
     memory: Option<usize>,
     weights: usize,
-    /// Why nothing is compressed, if so.
+    /// Reason why the model cannot be compressed, if so.
     refused: Option<String>,
-    /// The cache types that llama.cpp takes for this model, the most exact first.
+    /// Cache types that llama.cpp accepts for this model, the most exact first.
     types: Vec<Need>,
-    /// The one to use: the most exact that fits, of those that are not larger than f16.
+    /// Recommended type: the most exact one that fits and is not larger than f16.
     chosen: Option<&'static str>,
-    /// With the chosen type, or f16: the GPUs and workers that hold something, as llama.cpp would share it out now.
+    /// GPUs and workers that hold something with the chosen type, or f16, as llama.cpp would distribute it now.
     devices: Vec<OnDevice>,
     command: Option<String>,
-    /// With the chosen type. Shares are examples.
+    /// Cache after a vote, with the chosen type and example shares.
     after_vote: Vec<Kept>,
-    /// An estimate, of the vote's memory while it works.
+    /// Estimated memory of the vote itself.
     vote_bytes: usize,
 }
 
 #[derive(Serialize)]
 struct OnDevice {
     name: String,
-    /// Where a worker listens; of a GPU, its maker's name for it.
+    /// Address of a worker, or the vendor's name of a GPU.
     description: String,
     weights: usize,
     kv_cache: usize,
     compute: usize,
     total: usize,
-    /// Now, as far as it is known.
+    /// Free memory now, if known.
     free: Option<usize>,
 }
 
@@ -143,7 +143,7 @@ struct Kept {
     name: &'static str,
     share: f64,
     cells: usize,
-    /// Of these cells, in the layers that are compressed.
+    /// Bytes of these cells in the layers that are compressed.
     kv_bytes: usize,
     free_cells: usize,
 }
@@ -329,8 +329,10 @@ impl Plan {
         out + &labelled("", &format!("While it works, a vote takes about {} more (an estimate).", bytes(vote, vote)))
     }
 
+    /// Checks that some cache type fits.
+    ///
     /// # Errors
-    /// When nothing fits.
+    /// If none fits.
     fn verdict(&self) -> Result<()> {
         let (Some(memory), None) = (self.memory, self.chosen) else {
             return Ok(());
@@ -351,7 +353,7 @@ impl Plan {
     }
 }
 
-/// What is in use after a vote that keeps these shares.
+/// Returns the memory in use after votes that keep the example shares.
 fn kept(info: &ModelInfo, cache_type: CacheType, prompt: usize, cells: usize) -> Vec<Kept> {
     let per_cell = info.kv_bytes_per_cell(cache_type, cache_type);
     let one = |(name, share): (_, f64)| {
@@ -368,7 +370,7 @@ fn type_flags(cache_type: CacheType) -> String {
     }
 }
 
-/// A command line for the shell.
+/// Returns a `gvote run` command line for a shell.
 fn command(args: &PlanArgs, cache_type: CacheType, cells: usize, is_refused: bool) -> String {
     let path = quoted(&args.model.to_string_lossy());
     let mut out = format!("gvote run -m {path} -f FILE -c {cells} -n {}{}", args.predict, type_flags(cache_type));

@@ -1,4 +1,4 @@
-//! Where the prompt comes from, and how it becomes tokens.
+//! Sources of the prompt, and its conversion to tokens.
 
 use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
@@ -16,23 +16,23 @@ use super::words::{count, note};
 #[derive(Args)]
 #[command(next_help_heading = "Prompt")]
 pub struct PromptArgs {
-    /// The prompt, or the question below the document of -f
+    /// Prompt text, or the question about the document of -f
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
 
-    /// A text file for the prompt; - is standard input
+    /// Text file with the prompt; - is standard input
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
 
-    /// The system message
+    /// System message
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system_prompt: Option<String>,
 
-    /// A text file for the system message
+    /// Text file with the system message
     #[arg(long, value_name = "FILE", conflicts_with = "system_prompt")]
     system_prompt_file: Option<PathBuf>,
 
-    /// Read \n, \r, \t, \\, \", \' and \xHH in -p and -sys as what they stand for
+    /// Interpret the escapes \n, \r, \t, \\, \", \' and \xHH in -p and -sys
     #[arg(short, long)]
     escape: bool,
 
@@ -40,11 +40,11 @@ pub struct PromptArgs {
     #[arg(long, value_name = "NAME|JINJA", value_parser = template_text, conflicts_with = "chat_template_file")]
     chat_template: Option<String>,
 
-    /// A file with the Jinja template to use instead of the model's own
+    /// File with a Jinja template to use instead of the model's own
     #[arg(long, value_name = "FILE")]
     chat_template_file: Option<PathBuf>,
 
-    /// What the chat template shall know beside the messages, such as {"enable_thinking": false}
+    /// Additional variables for the chat template, such as {"enable_thinking": false}
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     chat_template_kwargs: Option<Values>,
 }
@@ -55,55 +55,55 @@ type Values = serde_json::Map<String, serde_json::Value>;
 #[derive(Args)]
 #[command(next_help_heading = "Prompt")]
 pub struct LengthArgs {
-    /// Most tokens to answer with, also past what the model was trained for (a note says so); negative = until the model ends,
-    /// or has come as far as it was trained for
+    /// Maximum number of tokens of the answer, even beyond the training context (a note says so); negative = until the model ends the
+    /// answer or the training context is full
     #[arg(short = 'n', long, visible_alias = "n-predict", value_name = "N", default_value_t = -1)]
     pub predict: i32,
 
-    /// End the answer where this text would come, and leave it out; may be given several times. \n and the like are read as by -e
+    /// End the answer before this text, and leave the text out. Can be repeated; escapes such as \n are read as with -e
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     reverse_prompt: Vec<String>,
 }
 
 impl LengthArgs {
-    /// The texts that end an answer.
+    /// Returns the texts that end an answer, with escapes replaced.
     pub fn reverse_prompts(&self) -> Vec<String> {
         self.reverse_prompt.iter().map(|text| unescape(text)).filter(|text| !text.is_empty()).collect()
     }
 }
 
-/// The prompt of a single request.
+/// Flags for the prompt of a single request.
 #[derive(Args)]
 #[command(next_help_heading = "Prompt")]
 pub struct RequestArgs {
     #[command(flatten)]
     prompt: PromptArgs,
 
-    /// Take the prompt as it is, without the chat template: markers such as <|im_end|> in it count
+    /// Use the prompt as it is, without the chat template; markers such as <|im_end|> are then read as special tokens
     #[arg(long, conflicts_with_all = ["chat_template", "chat_template_file", "chat_template_kwargs", "system_prompt", "system_prompt_file"])]
     raw: bool,
 }
 
-/// The prompt as the model gets it.
+/// Prompt as the model receives it.
 pub struct Request {
     pub text: String,
     pub tokens: Vec<Token>,
-    /// How many of them stand before what the user says.
+    /// Number of tokens before the user's message.
     pub system: usize,
     pub is_raw: bool,
 }
 
 impl RequestArgs {
-    /// What is asked.
+    /// Returns the text of the prompt.
     ///
     /// # Errors
-    /// [`Exit::Usage`] where there is nothing.
+    /// [`Exit::Usage`] if there is none.
     pub fn text(&self) -> Result<String> {
         let text = self.prompt.text_or_stdin()?.filter(|t| !t.is_empty());
         text.ok_or_else(|| Exit::Usage("there is no prompt: give -p TEXT, -f FILE, or pipe one in".into()).into())
     }
 
-    /// [`Self::text`] in the words of the model.
+    /// Applies the chat template to the text of [`Self::text`], and tokenizes it.
     pub fn request(&self, model: &Model, text: String) -> Result<Request> {
         let (template, system) = (self.prompt.template(model)?, self.prompt.system()?);
         if template.is_fallback() && !self.raw {
@@ -138,8 +138,8 @@ impl RequestArgs {
 }
 
 impl PromptArgs {
-    /// The document, then the question; None if neither flag was given. Fails for the other files that the flags name, too: before
-    /// a model is loaded.
+    /// Returns the document followed by the question; None if neither flag was given. Also reads the other files that the flags name, so
+    /// that an unreadable file is reported before a model is loaded.
     pub fn text(&self) -> Result<Option<String>> {
         self.system()?;
         self.template_source()?;
@@ -153,7 +153,7 @@ impl PromptArgs {
         })
     }
 
-    /// [`Self::text`], or what is piped in.
+    /// Returns [`Self::text`], or else the text piped into standard input.
     pub fn text_or_stdin(&self) -> Result<Option<String>> {
         match self.text()? {
             None if !io::stdin().is_terminal() => read_file(Path::new("-")).map(Some),
@@ -179,7 +179,7 @@ impl PromptArgs {
         Ok(template.with_values(self.chat_template_kwargs.clone().unwrap_or_default()))
     }
 
-    /// The template that takes the place of the model's: [`CHATML`], or its text.
+    /// Returns the template that replaces the model's: [`CHATML`], or its text.
     fn template_source(&self) -> Result<Option<String>> {
         match (&self.chat_template, &self.chat_template_file) {
             (Some(source), _) => Ok(Some(source.clone())),
@@ -194,7 +194,7 @@ impl PromptArgs {
     }
 }
 
-/// The text of a file, without the newline that editors put at its end.
+/// Reads a text file, without the newline that editors put at the end.
 pub fn read_file(path: &Path) -> Result<String> {
     let (name, bytes) = if path == Path::new("-") {
         let mut bytes = Vec::new();
@@ -215,7 +215,7 @@ fn without_last_newline(mut text: String) -> String {
     text
 }
 
-/// llama.cpp's name for ChatML, the one template that has one.
+/// llama.cpp's name for ChatML, the only template with a name.
 const CHATML: &str = "chatml";
 
 fn template_text(text: &str) -> Result<String, &'static str> {
@@ -227,7 +227,7 @@ fn json_object(text: &str) -> Result<Values, String> {
     serde_json::from_str(text).map_err(|e| format!("use a JSON object: {e}"))
 }
 
-/// The text of the file that a flag names, as it is.
+/// Reads the text file that `flag` names, unchanged.
 pub fn read_text(path: &Path, flag: &str) -> Result<String> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {name} ({flag})"))?;
@@ -238,14 +238,14 @@ fn text_of(bytes: &[u8], name: &str, flag: &str) -> Result<String> {
     text::of_bytes(bytes).with_context(|| format!("{name} ({flag}) is not UTF-8 text"))
 }
 
-/// Says where a system message goes that the template has no place for.
+/// Notes where the system message goes if the template has no place for one.
 pub fn tell_of_system(template: &ChatTemplate, system: Option<&Message>) {
     if system.is_some() && !template.takes_system() {
         note("the model's chat template takes no system message: it goes into the first user message");
     }
 }
 
-/// Replaces escapes by what they stand for; an unknown one stays as it is.
+/// Replaces escapes by the characters they stand for; leaves unknown ones unchanged.
 pub fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

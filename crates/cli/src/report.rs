@@ -1,4 +1,4 @@
-//! What a turn did, in words and as JSON.
+//! Reports on a turn, as text and as JSON.
 
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ use super::spelling::with_flags;
 use super::turn::{Reply, print};
 use super::words::{bytes, count, line, number_of_bytes, plural, short};
 
-/// One prompt and its answer.
+/// Report on one prompt and its answer.
 #[derive(Debug, Clone, Serialize)]
 pub struct TurnReport {
     pub answer: String,
     pub prefill: Prefill,
-    /// Absent when there was no vote this turn.
+    /// Absent if there was no vote in this turn.
     pub vote: Option<Vote>,
-    /// Why a vote failed, where one was due.
+    /// Reason why a vote that was due failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unvoted: Option<String>,
     pub decode: Decode,
@@ -28,13 +28,13 @@ pub struct TurnReport {
     policy: Params,
 }
 
-/// Rates are absent where there was nothing to measure.
+/// Report on reading the prompt. The rate is absent if nothing was measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Prefill {
     pub tokens: usize,
     pub seconds: f64,
     pub tokens_per_second: Option<f64>,
-    /// What came back into the cache before.
+    /// Rows brought back into the cache before reading.
     pub expanded: ExpandReport,
     pub squeezes: Squeezes,
 }
@@ -45,57 +45,57 @@ pub struct Decode {
     pub seconds: f64,
     pub tokens_per_second: Option<f64>,
     pub stop: Stop,
-    /// The time to the first token, and to 2, 4, 8 and so on.
+    /// Times until the answer had 1, 2, 4, 8 and so on tokens.
     pub timeline: Vec<Milestone>,
     pub squeezes: Squeezes,
-    /// How often the cells were chosen anew.
+    /// How often the cells were chosen anew, and the time for it.
     pub renewals: Squeezes,
 }
 
-/// A point of an answer.
+/// A point in time of an answer.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Milestone {
     /// Tokens of the answer so far.
     pub tokens: usize,
-    /// Since the prompt began to be read: reading, votes and answering.
+    /// Time since reading the prompt began: reading, votes and answering.
     pub seconds: f64,
 }
 
 #[derive(Debug, Clone, Serialize)]
 pub struct Vote {
-    /// With the times of the single steps.
+    /// The library's report, with the times of the single steps.
     #[serde(flatten)]
     pub report: CompressReport,
-    /// Tokens of the answer that came before it; its time is part of the answer's then.
+    /// Tokens of the answer generated before the vote; if any, the vote's time is part of the answer's.
     pub after_tokens: usize,
-    /// Cells after, of those before; 0 to 1.
+    /// Cells after the vote divided by cells before it, 0 to 1.
     pub share_kept: f64,
-    /// All but what follows.
+    /// Time of the vote, without the two steps below.
     pub vote_seconds: f64,
-    /// Of rows that can come back: copying them out of the cache.
+    /// Time to copy rows that can come back out of the cache.
     pub aside_seconds: f64,
     pub compaction_seconds: f64,
-    /// All of it together, of the time of the prefill before them.
+    /// Time of all three divided by the time of the prefill before them.
     pub share_of_prefill: Option<f64>,
 }
 
-/// The cache after the answer.
+/// State of the cache after the answer.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Cache {
     pub cells: usize,
     pub size: usize,
     /// Tokens that the cells stand for.
     pub tokens: usize,
-    /// Absent where the layout of the cache is not known.
+    /// Absent if the layout of the cache is not known.
     pub bytes_per_cell: Option<usize>,
     pub kv_bytes: Option<usize>,
-    /// Rows of each head that left the cells and can come back, the bytes that they take, and where.
+    /// Rows per head that left the cells and can come back, their bytes, and their place.
     pub rows_aside: usize,
     pub bytes_aside: usize,
     pub aside_in: Option<AsideIn>,
 }
 
-/// Where what left the cache lies.
+/// Where rows that left the cache are stored.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AsideIn {
@@ -124,10 +124,10 @@ impl Cache {
     }
 }
 
-/// What `--json` prints of an answer.
+/// JSON object that `--json` prints for an answer.
 #[derive(Serialize)]
 pub struct Record<'a> {
-    /// In a chat, from 1.
+    /// Number of the turn in a chat, from 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     turn: Option<usize>,
     #[serde(flatten)]
@@ -143,7 +143,7 @@ impl<'a> Record<'a> {
     }
 }
 
-/// All turns of a conversation.
+/// Sums over all turns of a conversation.
 #[derive(Default)]
 pub struct Totals {
     pub turns: usize,
@@ -206,7 +206,7 @@ impl TurnReport {
         }
     }
 
-    /// The report as aligned lines on stderr.
+    /// Prints the report as aligned lines on stderr.
     pub fn print(&self) {
         let prefill = self.prefill.lines(self.cache.size);
         let cache = match &self.vote {
@@ -235,7 +235,7 @@ impl TurnReport {
         [("cache", self.cache.in_words())].into_iter().chain(vote).collect()
     }
 
-    /// The report in one line, for the end of a turn.
+    /// Returns the report in one line, for the end of a turn.
     pub fn summary(&self) -> String {
         let cache = match &self.vote {
             Some(vote) if vote.report.cells_after < vote.report.cells_before => {
@@ -263,7 +263,7 @@ impl Prefill {
         }
     }
 
-    /// Labels and lines. `size`: cells that there are.
+    /// Returns labels and lines. `size`: cells of the cache.
     pub fn lines(&self, size: usize) -> Vec<(&'static str, String)> {
         let mut lines = vec![("prompt", in_time(self.tokens, self.seconds, self.tokens_per_second))];
         let ExpandReport { cells_before, cells_after, time } = self.expanded;
@@ -301,12 +301,12 @@ impl Vote {
         }
     }
 
-    /// Nobody was asked: the policy keeps everything, or the cache is small.
+    /// Whether there was no vote because the policy keeps everything or the cache is small.
     fn was_skipped(&self, policy: &Params) -> bool {
         policy.leaves_alone(self.report.cells_before)
     }
 
-    /// Labels and lines.
+    /// Returns labels and lines.
     pub fn lines(&self, policy: &Params) -> Vec<(&'static str, String)> {
         let mut lines = vec![("cache", self.cells(policy))];
         if !self.was_skipped(policy) {
@@ -372,7 +372,7 @@ impl Cache {
     }
 }
 
-/// Why the cache has the size it has.
+/// Explains why the vote kept this number of cells.
 fn why(report: &CompressReport, policy: &Params) -> String {
     let lost =
         report.lost_mass.map_or_else(String::new, |lost| format!(", giving up {:.1} % of the attention", 100.0 * lost));
@@ -396,7 +396,7 @@ fn why(report: &CompressReport, policy: &Params) -> String {
     rule + &unequal(report)
 }
 
-/// What the heads would keep if each could hold its own number.
+/// Describes how many entries the heads would keep if each could have its own number.
 fn unequal(report: &CompressReport) -> String {
     report.ragged.map_or_else(String::new, |heads| {
         let [least, most] = [heads.min, heads.max].map(|n| count(n as usize));

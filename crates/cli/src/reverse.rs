@@ -1,6 +1,6 @@
-//! Reverse prompts: texts at which an answer ends, and which are no part of it.
+//! Reverse prompts: texts that end an answer and are not part of it.
 
-/// Looks for the texts in an answer that comes in pieces. What may be the beginning of one is held back.
+/// Searches for the texts in an answer that arrives in pieces. Holds back text that may be the beginning of one of them.
 pub struct Reverse<'a> {
     texts: &'a [String],
     held: String,
@@ -11,7 +11,7 @@ impl<'a> Reverse<'a> {
         Self { texts, held: String::new() }
     }
 
-    /// Takes a piece, and hands out what is sure to be part of the answer. True: the answer has ended.
+    /// Takes a piece and returns the text that is certain to be part of the answer. True: the answer has ended.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
         let found = self.texts.iter().filter_map(|text| self.held.find(text.as_str())).min();
@@ -21,12 +21,12 @@ impl<'a> Reverse<'a> {
         (std::mem::replace(&mut self.held, rest), found.is_some())
     }
 
-    /// What is held back where the answer ends otherwise.
+    /// Returns the text held back when the answer ends for another reason.
     pub fn finish(self) -> String {
         self.held
     }
 
-    /// Bytes at the end of what is held that this text may begin with.
+    /// Returns the length in bytes of the end of the held text that `text` begins with.
     fn begun(&self, text: &str) -> usize {
         let parts = text.char_indices().rev();
         parts.map(|(n, _)| n).find(|&n| self.held.ends_with(&text[..n])).unwrap_or(0)
@@ -37,7 +37,7 @@ impl<'a> Reverse<'a> {
 mod tests {
     use super::*;
 
-    /// What is shown of some pieces, and whether a text was found.
+    /// Returns the text shown for some pieces, and whether a reverse prompt was found.
     fn shown(texts: &[&str], pieces: &[&str]) -> (String, bool) {
         let texts: Vec<String> = texts.iter().map(|&text| text.into()).collect();
         let mut reverse = Reverse::new(&texts);

@@ -1,4 +1,4 @@
-//! `gvote rpc-server`: this machine's devices for clients elsewhere.
+//! `gvote rpc-server`: serves this machine's devices to clients on other machines.
 
 use std::env;
 use std::fs;
@@ -28,15 +28,15 @@ The server is llama.cpp's own and speaks with its programs too. It serves one cl
 WARNING: it has no password and no encryption, and whoever reaches the port can take over this
 process. Never let it listen on an open network.";
 
-/// Serve the devices of this machine to gvote and llama.cpp elsewhere (--rpc)
+/// Serve this machine's devices to gvote and llama.cpp on other machines (--rpc)
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct RpcServerArgs {
-    /// Address to listen on, IPv4; 0.0.0.0 is every network of this machine
+    /// IPv4 address to listen on; 0.0.0.0 = all networks of this machine
     #[arg(short = 'H', long, value_name = "HOST", default_value_t = Ipv4Addr::LOCALHOST)]
     host: Ipv4Addr,
 
-    /// Port to listen on; 0 = one that is free
+    /// Port to listen on; 0 = any free port
     #[arg(short, long, value_name = "PORT", default_value_t = 50052)]
     port: u16,
 
@@ -44,11 +44,11 @@ pub struct RpcServerArgs {
     #[arg(short, long, value_name = "DEVICE,...", value_delimiter = ',')]
     device: Vec<String>,
 
-    /// Threads of the CPU device [default: half the cores]
+    /// Number of threads of the CPU device [default: half the cores]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=THREADS_MAX))]
     threads: Option<u16>,
 
-    /// Keep large tensors in a folder, so that a model need not be sent again: rpc in $LLAMA_CACHE or ~/.cache/llama.cpp
+    /// Cache large tensors in a folder, so that a model is not sent again: rpc in $LLAMA_CACHE or ~/.cache/llama.cpp
     #[arg(short, long)]
     cache: bool,
 }
@@ -83,7 +83,7 @@ pub fn run(args: &RpcServerArgs) -> Result<()> {
     print(&about)?;
     let endpoint = labelled("endpoint", &server.address().to_string());
     let ended = server.run(move || {
-        // nobody may be there to read it
+        // stdout may be closed
         let _ = print(&endpoint);
         log::set_verbose(true);
     });
@@ -114,7 +114,7 @@ fn half_the_cores() -> usize {
     available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1))
 }
 
-/// llama.cpp's own folder for it, made if need be.
+/// Returns llama.cpp's folder for cached tensors; creates it if necessary.
 fn cache_folder() -> Result<PathBuf> {
     let by_name = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let by_home = || {

@@ -1,4 +1,4 @@
-//! `gvote run`: one prompt, one answer.
+//! `gvote run`: answers one prompt.
 
 use std::time::Instant;
 
@@ -47,7 +47,7 @@ pub struct RunArgs {
     #[command(flatten)]
     output: OutputArgs,
 
-    /// Without a chat template the prompt is printed before the answer: leave it out
+    /// Leave out the prompt, which is printed before the answer if there is no chat template
     #[arg(long, help_heading = "Output")]
     no_display_prompt: bool,
 }
@@ -64,7 +64,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let prompt = args.request.request(&model, text)?;
     let cells = Cells::for_answer(&model, prompt.tokens.len(), args.length.predict);
     let (trained, predict) = (model.n_ctx_train(), usize::try_from(args.length.predict).unwrap_or(0));
-    // what is past them already has a note of its own
+    // a prompt beyond the training context already has its own note
     if (prompt.tokens.len()..prompt.tokens.len() + predict).contains(&trained) {
         note(&format!(
             "an answer of {} tokens may go past the {} that the model was trained for; there it may talk nonsense",
@@ -107,7 +107,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if report.decode.stop == Stop::Cancelled { Err(Exit::Cancelled.into()) } else { Ok(()) }
 }
 
-/// A share of the cells, or a second reading, is asked for whatever it costs; all else is to pay.
+/// Votes before the answer if `--ratio` or `--replay` ask for a vote whatever it costs; otherwise only if the vote pays off.
 fn default_when(policy: &Params) -> When {
     if policy.ratio.is_some() || policy.replay { When::Prompt } else { When::Auto }
 }

@@ -1,4 +1,4 @@
-//! `gvote serve`: llama.cpp's own server, with the plugin before its llama.cpp.
+//! `gvote serve`: runs llama.cpp's own server with the gvote plugin preloaded.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -15,18 +15,18 @@ Examples:
 
 gvote's own flags come first; the first one that is not gvote's, and all behind it, are llama-server's.";
 
-/// Run llama.cpp's own llama-server, with gvote looking after its slots
+/// Run llama.cpp's llama-server with its slots compressed by gvote
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ServeArgs {
     #[command(flatten)]
     plugin: PluginArgs,
 
-    /// The llama-server to run [default: the one beside gvote, or else in PATH]
+    /// llama-server to run [default: the one beside gvote, or else in PATH]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::ExecutablePath)]
     llama_server: Option<PathBuf>,
 
-    /// llama-server's own arguments
+    /// Arguments for llama-server
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "LLAMA-SERVER ARGUMENTS")]
     rest: Vec<OsString>,
 }
@@ -34,14 +34,14 @@ pub struct ServeArgs {
 pub fn run(args: &ServeArgs) -> Result<()> {
     let server = match &args.llama_server {
         Some(path) => {
-            // a file of this folder, not one in PATH
+            // a relative name is a file of the current folder, not one in PATH
             let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             let Some(server) = with::in_path(&path) else {
                 bail!("there is no llama-server {} that can be run (--llama-server)", path.display());
             };
             server
         }
-        // as `make install` puts it, and as `make server` does beside the target folder's programs
+        // places of `make install`, and of `make server` beside the programs in the target folder
         None => with::beside(&["../lib/gvote/server/llama-server", "../server/bin/llama-server"])
             .or_else(|| with::in_path(Path::new("llama-server")))
             .context(

@@ -1,11 +1,11 @@
-//! llama.cpp's flags of one dash and several letters, which clap would read as clusters of one-letter flags.
+//! llama.cpp's flags with one dash and several letters, which clap would read as clusters of one-letter flags.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 
 use clap::{Arg, Command};
 
-/// Spelling on the command line, and the long flag it stands for.
+/// Spelling on the command line, and the long flag for it.
 pub const SHORTHANDS: [(&str, &str); 19] = [
     ("-sys", "system-prompt"),
     ("-sysf", "system-prompt-file"),
@@ -28,7 +28,7 @@ pub const SHORTHANDS: [(&str, &str); 19] = [
     ("-st", "single-turn"),
 ];
 
-/// Names the shorthands in the help of the flags they stand for.
+/// Adds the shorthands to the help of their flags.
 pub fn describe(command: Command) -> Command {
     command.mut_subcommands(|sub| {
         describe(sub).mut_args(|arg| {
@@ -41,13 +41,13 @@ pub fn describe(command: Command) -> Command {
     })
 }
 
-/// How a flag is written in short.
+/// Returns the shortest spelling of a flag.
 pub fn shortest(long: &str) -> String {
     SHORTHANDS.iter().find(|entry| entry.1 == long).map_or_else(|| format!("--{long}"), |entry| entry.0.to_owned())
 }
 
-/// Replaces the shorthands of a command line by their long flags. Values of flags are left as they are, so that
-/// `-p -st` asks about "-st"; so is everything after `--`.
+/// Replaces the shorthands in a command line by their long flags. Leaves values of flags unchanged, so that `-p -st` asks about "-st", and
+/// everything after `--`.
 pub fn expand(command: &Command, args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let with_value = spellings_with_value(command);
     let mut args = args.into_iter();
@@ -73,7 +73,7 @@ fn expand_one(arg: &OsStr) -> Option<OsString> {
     Some(format!("--{long}").into())
 }
 
-/// `-x` and `--xyz` of every flag that takes a value, in any sub-command.
+/// Returns `-x` and `--xyz` of every flag that takes a value, in any sub-command.
 fn spellings_with_value(command: &Command) -> HashSet<String> {
     let own = command.get_arguments().filter(|arg| arg.get_action().takes_values()).flat_map(spellings);
     own.chain(command.get_subcommands().flat_map(spellings_with_value)).collect()
@@ -130,9 +130,9 @@ mod tests {
     fn the_help_names_both_spellings() {
         let mut command = describe(crate::Cli::command());
         let help = command.find_subcommand_mut("run").unwrap().render_long_help().to_string();
-        // lines are wrapped anywhere
+        // the help wraps lines anywhere
         let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-        // a flag of chats, and one of benches
+        // flags of `chat` and `bench`
         for (short, _) in SHORTHANDS.iter().filter(|s| !["-st", "-npl"].contains(&s.0)) {
             assert!(help.contains(&format!("[also: {short}]")), "{short}");
         }

@@ -1,9 +1,9 @@
-//! Settings as flags. An error of the library names a setting between backticks; whoever reads it here gave a flag.
+//! Translation of settings into flags: the library's errors name settings between backticks, and users of the program know flags.
 
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
-/// Settings whose flags have other names, or a shorter one that is better known.
+/// Settings whose flags have another name, or a better known short form.
 const FLAGS: [(&str, &str); 10] = [
     ("flash_attn", "-fa"),
     ("model", "-m"),
@@ -17,7 +17,7 @@ const FLAGS: [(&str, &str); 10] = [
     ("verbose", "-v"),
 ];
 
-/// The text with each `setting` as its flag. What else stands between backticks stays as it is.
+/// Replaces each `setting` in the text by its flag. Leaves other words between backticks unchanged.
 pub fn with_flags(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;

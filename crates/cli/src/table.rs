@@ -2,15 +2,15 @@
 
 use comfy_table::{CellAlignment, ContentArrangement, presets};
 
-/// Columns of a label and its text, as of the reports on stderr.
+/// Width of the label column, as in the reports on stderr.
 const LABEL: usize = 12;
 
-/// A labelled line.
+/// Returns a labelled line.
 pub fn labelled(label: &str, text: &str) -> String {
     format!("{label:<LABEL$}{text}\n")
 }
 
-/// A table without lines, indented like the text of [`labelled`]; columns are to the right but for the first `n_text`.
+/// Returns a table without lines, indented like the text of [`labelled`]. Columns are right-aligned except the first `n_text`.
 pub fn table<const N: usize>(titles: [&str; N], rows: impl IntoIterator<Item = [String; N]>, n_text: usize) -> String {
     let mut table = comfy_table::Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
@@ -23,7 +23,7 @@ pub fn table<const N: usize>(titles: [&str; N], rows: impl IntoIterator<Item = [
     lines.collect()
 }
 
-/// Text from a file, fit for a terminal: nothing in it moves the cursor or breaks the line.
+/// Escapes control characters of text from a file, so that printing it cannot move the cursor or break the line.
 pub fn plain(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
         if c.is_control() {

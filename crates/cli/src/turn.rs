@@ -1,4 +1,4 @@
-//! The steps of a turn as a user sees them: loading, reading the prompt, voting, answering.
+//! Steps of a turn with their progress display: loading, reading the prompt, voting, answering.
 
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
@@ -25,11 +25,11 @@ use super::interrupt::Interrupt;
 use super::reverse::Reverse;
 use super::words::{bytes, count, note};
 
-/// Redraws a second of a progress bar.
+/// Redraws of a progress bar per second.
 const REDRAWS: u8 = 10;
-/// Steps of the bar while a model loads: llama.cpp tells a fraction.
+/// Length of the progress bar while a model loads; llama.cpp reports a fraction.
 const LOAD_STEPS: f32 = 1000.0;
-/// A worker that serves nobody else is there sooner.
+/// Time after which a worker that has not answered probably serves another client.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Runs the steps, shows their progress, and stops them on Ctrl-C.
@@ -44,7 +44,7 @@ impl Steps {
         gvote::llama::log::set_verbose(output.verbose);
         Ok(Self {
             interrupt: Interrupt::install()?,
-            // llama.cpp's log would tear the bars apart
+            // llama.cpp's log would break up the progress bars
             show_progress: io::stderr().is_terminal() && !output.json && !output.verbose,
             loaded: OnceCell::new(),
         })
@@ -67,7 +67,7 @@ impl Steps {
         self.unless_cancelled(model.map_err(name_flag))
     }
 
-    /// Makes a session that Ctrl-C stops.
+    /// Creates a session that Ctrl-C can stop.
     pub fn open(&self, model: &Model, params: &SessionParams) -> Result<Session> {
         crash::at(Step::Open);
         self.check_memory(params)?;
@@ -80,7 +80,7 @@ impl Steps {
         Ok(session)
     }
 
-    /// Refuses a session that the machine has no memory for.
+    /// Refuses a session that does not fit into the machine's memory.
     pub fn check_memory(&self, params: &SessionParams) -> Result<()> {
         self.loaded.get().map_or(Ok(()), |loaded| loaded.check_context(params))
     }
@@ -106,7 +106,7 @@ impl Steps {
         self.unless_cancelled(report)
     }
 
-    /// The same, and what went into it.
+    /// Votes and returns the vote with an explanation of its choices.
     pub fn explain(&self, session: &mut Session) -> Result<Explanation> {
         let bar = self.bar(0, "voting {elapsed}");
         crash::at(Step::Vote);
@@ -115,8 +115,8 @@ impl Steps {
         self.unless_cancelled(explanation)
     }
 
-    /// Generates an answer and hands its text to `show` as it comes, up to the first of `reverse_prompts`. `asked`: when the request
-    /// came.
+    /// Generates an answer, up to the first of `reverse_prompts`, and passes its text to `show` piece by piece. `asked`: time of the
+    /// request.
     pub fn answer(
         &self,
         session: &mut Session,
@@ -129,7 +129,7 @@ impl Steps {
         let model = session.model().clone();
         let first = session.n_past();
         let (mut text, mut pieces, mut reverse) = (String::new(), Pieces::default(), Reverse::new(reverse_prompts));
-        // bytes of the text after each token, and of what was shown
+        // bytes of the text after each token, and bytes shown so far
         let (mut lengths, mut shown, mut is_reversed) = (Vec::new(), 0, false);
         let (mut broken, mut timeline) = (Ok(()), Vec::new());
         crash::at(Step::Answer);
@@ -169,12 +169,12 @@ impl Steps {
         Ok(Reply { cached: text.clone(), text, report, timeline })
     }
 
-    /// What llama.cpp or the library say after Ctrl-C is only its echo.
+    /// Replaces an error after Ctrl-C by [`Exit::Cancelled`]: the error only follows from the interruption.
     pub fn unless_cancelled<T>(&self, result: Result<T, impl Into<anyhow::Error>>) -> Result<T> {
         result.map_err(|error| if self.interrupt.pressed() { Exit::Cancelled.into() } else { error.into() })
     }
 
-    /// A bar over `len` things, with the time left.
+    /// Returns a progress bar over `len` things, with the remaining time.
     pub fn count(&self, len: u64, things: &str) -> ProgressBar {
         self.bar(len, &format!("{{bar:30}} {{human_pos}}/{{human_len}} {things} in {{elapsed}}, {{eta}} left"))
     }
@@ -191,27 +191,27 @@ impl Steps {
     }
 }
 
-/// An answer.
+/// A generated answer.
 pub struct Reply {
     pub text: String,
-    /// The text whose tokens the cache holds: less than all of it where a reverse prompt began within a token, or more where the
-    /// cache could not be cut.
+    /// Text whose tokens the cache holds: less than `text` if a reverse prompt began within a token, more if the cache could not be
+    /// truncated.
     pub cached: String,
     pub report: GenerateReport,
-    /// After how much time since the request there were 1, 2, 4 tokens and so on.
+    /// Time since the request at which there were 1, 2, 4 and so on tokens.
     pub timeline: Vec<(usize, Duration)>,
 }
 
-/// Takes the tokens of an answer that go past `end` out of the cache again; `lengths`: bytes of its text after each token. Returns
-/// the bytes whose tokens stay; None: the cache cannot be cut there.
+/// Removes the tokens of an answer that go past byte `end` from the cache. `lengths`: bytes of the text after each token. Returns the bytes
+/// whose tokens stay; None if the cache cannot be truncated there.
 fn cut(session: &mut Session, first: Pos, lengths: &[usize], end: usize) -> Option<usize> {
     let length = lengths.iter().copied().filter(|&length| length <= end).max().unwrap_or(0);
-    // a token without a text of its own belongs to what comes after it
+    // a token without own text belongs to the next token
     let kept = if length == 0 { 0 } else { lengths.partition_point(|&l| l < length) + 1 };
     session.truncate(first + kept as Pos).ok().map(|()| length)
 }
 
-/// Makes the devices of workers known to llama.cpp.
+/// Registers the devices of workers with llama.cpp.
 pub fn connect(workers: &[Endpoint]) -> Result<()> {
     for worker in workers {
         let (done, is_done) = mpsc::channel::<()>();
@@ -229,7 +229,7 @@ pub fn connect(workers: &[Endpoint]) -> Result<()> {
     Ok(())
 }
 
-/// Says what is wrong with a file before llama.cpp is asked, which tells less.
+/// Checks a model file before llama.cpp does, whose errors say less.
 fn check_model_file(args: &ModelArgs, policy: Kind) -> Result<Gguf> {
     // the error begins with the path
     let file = args.placement.open(&args.model);
@@ -242,7 +242,7 @@ fn check_model_file(args: &ModelArgs, policy: Kind) -> Result<Gguf> {
     Ok(file)
 }
 
-/// Says why a cache does not grow any more.
+/// Notes why a cache no longer grows.
 fn tell_stuck(session: &mut Session) {
     let Some(Stuck { n_ctx, memory }) = session.take_stuck() else { return };
     let why = memory.map_or_else(String::new, |(needed, available)| {
@@ -252,7 +252,7 @@ fn tell_stuck(session: &mut Session) {
     note(&format!("the cache stays at {} cells{why}: cells are freed where the text needs more", count(n_ctx)));
 }
 
-/// The answer on stdout, shown as it comes; nowhere where JSON was asked for.
+/// Prints an answer on stdout while it is generated; prints nothing with `--json`.
 pub struct Answer {
     is_shown: bool,
     is_mid_line: bool,
@@ -271,20 +271,20 @@ impl Answer {
         print(text)
     }
 
-    /// Ends the last line, if that is still to do.
+    /// Ends the last line if it has no newline yet.
     pub fn end_line(&mut self) -> io::Result<()> {
         if self.is_mid_line { self.show("\n") } else { Ok(()) }
     }
 }
 
-/// Writes to stdout so that it is seen at once.
+/// Writes to stdout and flushes.
 pub fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()
 }
 
-/// Whether the session refused because the prompt does not fit.
+/// Whether the session refused a prompt that does not fit.
 pub fn is_too_long(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(SessionError::PromptTooLong { .. }))
 }

@@ -1,4 +1,4 @@
-//! `gvote with`: any program that uses llama.cpp's shared library, with the plugin before it.
+//! `gvote with`: runs any program that uses llama.cpp's shared library, with the plugin preloaded.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -25,66 +25,66 @@ Examples:
 The program is not changed: it finds libgvote-plugin.so before its own libllama.so. Each flag can be given as an environment
 variable, too, to whatever starts the program: GVOTE_PRESET, GVOTE_STATS and so on. GVOTE=off switches gvote off.";
 
-/// Run a program that uses llama.cpp, with gvote looking after its contexts
+/// Run a program that uses llama.cpp with its contexts compressed by gvote
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct WithArgs {
     #[command(flatten)]
     plugin: PluginArgs,
 
-    /// The program and its own arguments, behind --
+    /// Program and its arguments, after --
     #[arg(last = true, required = true, value_name = "PROGRAM", value_hint = ValueHint::CommandWithArguments)]
     command: Vec<OsString>,
 }
 
-/// What the plugin is told.
+/// Settings passed to the plugin.
 #[derive(Args)]
 #[command(next_help_heading = "gvote")]
 pub struct PluginArgs {
-    /// How close to the full cache a trial must stay: safe, balanced or aggressive [default: balanced]
+    /// Allowed deviation from the full cache in a trial: safe, balanced or aggressive [default: balanced]
     #[arg(long, value_name = "NAME", conflicts_with = "target_kl", value_parser = named(Preset::ALL, Preset::name))]
     preset: Option<Preset>,
 
-    /// The same as a number: mean KL to the full cache, in nats a token
+    /// The same limit as a number: mean KL divergence from the full cache, in nats per token
     #[arg(long, value_name = "NATS")]
     target_kl: Option<f32>,
 
-    /// Keep this share of the cells instead of what a trial finds out
+    /// Keep this share of the cells instead of the number a trial finds
     #[arg(long, value_name = "SHARE", conflicts_with_all = ["preset", "target_kl"])]
     ratio: Option<f32>,
 
-    /// First tokens that always stay
+    /// Number of first tokens that always stay (attention sinks)
     #[arg(long, value_name = "N")]
     sinks: Option<u32>,
 
-    /// Last tokens that always stay; at least --window
+    /// Number of last tokens that always stay; at least --window
     #[arg(long, value_name = "N")]
     recent: Option<u32>,
 
-    /// Last real queries that vote
+    /// Observation window: number of most recent real queries that vote
     #[arg(long, value_name = "N")]
     window: Option<u32>,
 
-    /// When to vote on an answer: auto, once it is so long that fewer cells would have saved what a vote takes; prompt, before it;
-    /// after N tokens of it; or never [default: auto]
+    /// When to vote. auto: once the answer is so long that fewer cells would have saved the time a vote takes; prompt: before the answer;
+    /// N: after N tokens of the answer; never [default: auto]
     #[arg(long, value_name = "auto|prompt|never|N")]
     vote: Option<PluginVote>,
 
-    /// What leaves the cache: auto and ram set it aside in memory, FILE in a new file of that name, which is gone when the program
-    /// ends; off drops it [default: auto]
+    /// What happens to rows that leave the cache. auto and ram: keep them in memory; FILE: in a new file of that name, deleted when the
+    /// program ends; off: drop them [default: auto]
     #[arg(long, value_name = "auto|ram|off|FILE", value_hint = ValueHint::FilePath)]
     recall: Option<PathBuf>,
 
-    /// Append a JSON object for each vote to this file
+    /// Append one JSON object per vote to this file
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
 
-    /// The plugin [default: libgvote-plugin.so beside gvote]
+    /// Plugin library [default: libgvote-plugin.so beside gvote]
     #[arg(long, value_name = "FILE", env = "GVOTE_PLUGIN", hide_env_values = true)]
     plugin: Option<PathBuf>,
 }
 
-/// When the plugin votes, as it reads it.
+/// When the plugin votes, as the text that the plugin parses.
 #[derive(Clone, Debug)]
 struct PluginVote(String);
 
@@ -102,10 +102,11 @@ pub fn run(args: &WithArgs) -> Result<()> {
     start(&args.plugin, Path::new(program), rest)
 }
 
-/// Becomes the program, with the plugin before its llama.cpp.
+/// Replaces this process by the program, with the plugin preloaded.
 ///
 /// # Errors
-/// [`Exit::Usage`] for settings that cannot work; where there is no such program or plugin, or another llama.cpp.
+/// [`Exit::Usage`] for settings that cannot work. Also fails if the program or the plugin does not exist, or the program uses another
+/// llama.cpp.
 pub fn start(args: &PluginArgs, program: &Path, rest: &[OsString]) -> Result<()> {
     if !cfg!(target_os = "linux") {
         bail!("a library can be put before a program's own on Linux only");
@@ -126,7 +127,7 @@ pub fn start(args: &PluginArgs, program: &Path, rest: &[OsString]) -> Result<()>
 }
 
 impl PluginArgs {
-    /// The settings, as the library will see them.
+    /// Checks the settings as the library will read them.
     fn check(&self) -> Result<()> {
         let defaults = Params::new(Kind::Gvote);
         let number = |n: Option<u32>, default| n.map_or(default, |n| n as usize);
@@ -146,7 +147,7 @@ impl PluginArgs {
         Ok(())
     }
 
-    /// The environment variables that say the same.
+    /// Returns the environment variables for the given settings.
     fn variables(&self) -> Vec<(&'static str, OsString)> {
         let text = |value: &dyn ToString| OsString::from(value.to_string());
         let all = [
@@ -169,25 +170,25 @@ impl PluginArgs {
                 .canonicalize()
                 .with_context(|| format!("cannot open the plugin {} (--plugin)", path.display()));
         }
-        // as `make install` puts it, and as `make plugin` does beside the target folder's programs
+        // places of `make install`, and of `make plugin` beside the programs in the target folder
         beside(&["../lib/libgvote-plugin.so", "../plugin/libgvote-plugin.so"]).context(
             "libgvote-plugin.so is not beside gvote: `make plugin` builds it, and --plugin names another place",
         )
     }
 }
 
-/// A program may start in another folder.
+/// Makes the path absolute, since a program may change its folder.
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-/// The first of these files that there is, seen from the folder of this program.
+/// Returns the first of these files that exists, relative to the folder of this program.
 pub fn beside(names: &[&str]) -> Option<PathBuf> {
     let exe = env::current_exe().and_then(|path| path.canonicalize()).ok()?;
     names.iter().filter_map(|name| exe.parent()?.join(name).canonicalize().ok()).find(|path| path.is_file())
 }
 
-/// Where a program is, as a shell finds it.
+/// Finds a program as a shell does.
 pub fn in_path(program: &Path) -> Option<PathBuf> {
     if program.components().count() > 1 {
         return is_program(program).then(|| program.to_owned());
@@ -200,8 +201,8 @@ fn is_program(path: &Path) -> bool {
     path.is_file() && access(path, Access::EXEC_OK).is_ok()
 }
 
-/// The llama.cpp that a program loads must be the one that gvote was built for. Of programs that load none themselves nothing is
-/// known: others that they start are looked at by the plugin.
+/// Checks that the program loads the llama.cpp that gvote was built for. A program that loads none itself cannot be checked; the plugin
+/// checks the programs that it starts.
 fn check_version(program: &Path) -> Result<()> {
     let listed = Command::new("ldd").arg(program).output().map(|output| output.stdout).unwrap_or_default();
     let Some(library) = llama_of(&String::from_utf8_lossy(&listed)) else {
@@ -218,19 +219,19 @@ fn check_version(program: &Path) -> Result<()> {
             "{} uses llama.cpp {theirs}, and gvote was built for {ours}: `make plugin LLAMA=DIR` builds a plugin for the llama.cpp in DIR",
             program.display()
         ),
-        // where no version is named, the plugin asks the library
+        // if the file name has no version, the plugin asks the library
         _ => Ok(()),
     }
 }
 
-/// The library in what `ldd` prints.
+/// Finds llama.cpp's library in the output of `ldd`.
 fn llama_of(listed: &str) -> Option<PathBuf> {
     let line = listed.lines().map(str::trim).find(|line| line.starts_with("libllama.so"))?;
     let path = line.split_once(" => ")?.1.split(" (").next()?;
     path.starts_with('/').then(|| path.into())
 }
 
-/// The version in a name such as libllama.so.1.2.3.
+/// Returns the version in a name such as libllama.so.1.2.3.
 fn version_of(file: &Path) -> Option<&str> {
     let version = file.file_name().and_then(OsStr::to_str)?.strip_prefix("libllama.so.")?;
     (version.split('.').count() == 3).then_some(version)

@@ -1,4 +1,4 @@
-//! Numbers as people read them, and lines on stderr.
+//! Numbers in readable form, and lines on stderr.
 
 use std::io::Write;
 
@@ -6,7 +6,7 @@ use anstyle::{Effects, Style};
 
 use super::spelling::with_flags;
 
-/// Prints a labelled line on stderr. That stderr is closed is nothing to fail for.
+/// Prints a labelled line on stderr. Ignores errors, such as a closed stderr.
 pub fn line(label: &str, text: &str) {
     let dim = Style::new().effects(Effects::DIMMED);
     let _ = writeln!(anstream::stderr(), "{dim}{label:<9}{dim:#} {}", with_flags(text));
@@ -18,12 +18,12 @@ pub fn note(text: &str) {
     let _ = writeln!(anstream::stderr(), "{dim}{}{dim:#}", with_flags(text));
 }
 
-/// Three digits or so.
+/// Formats a rate with about three digits.
 pub fn short(rate: f64) -> String {
     if rate < 100.0 { format!("{rate:.1}") } else { count(rate.round() as usize) }
 }
 
-/// 4312 -> 4,312
+/// Formats 4312 as 4,312.
 pub fn count(n: usize) -> String {
     let digits = n.to_string();
     let mut out = String::new();
@@ -36,7 +36,7 @@ pub fn count(n: usize) -> String {
     out
 }
 
-/// 1 vote, 2 votes
+/// Formats a number with its noun: 1 vote, 2 votes.
 pub fn plural(n: usize, what: &str) -> String {
     format!("{} {what}{}", count(n), if n == 1 { "" } else { "s" })
 }
@@ -49,12 +49,12 @@ fn unit_for(n: usize) -> (f64, &'static str) {
     }
 }
 
-/// `n` bytes in the unit that suits `like`.
+/// Formats `n` bytes in the unit that suits `like`.
 pub fn bytes(n: usize, like: usize) -> String {
     format!("{} {}", number_of_bytes(n, like), unit_for(like).1)
 }
 
-/// The same without the unit.
+/// Formats `n` bytes in the unit that suits `like`, without the unit.
 pub fn number_of_bytes(n: usize, like: usize) -> String {
     format!("{:.1}", n as f64 / unit_for(like).0)
 }

@@ -1,4 +1,4 @@
-//! What `gvote bench` promises, through the built program.
+//! Tests of `gvote bench`, through the built program.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -9,7 +9,7 @@ use std::io::{BufReader, Read};
 use cli::{Done, document, finish, gvote, interrupt};
 use serde_json::Value;
 
-/// Characters of a text for the longest test: some 400 tokens.
+/// Characters of a text for the longest test: about 400 tokens.
 const CHARS: usize = 1600;
 /// Bytes of K and V in a cell of SmolLM2-135M: 30 layers, 3 KV heads, 64 values of two bytes.
 const BYTES_PER_CELL: u64 = 30 * 3 * 64 * 2 * 2;
@@ -21,7 +21,7 @@ fn bench(args: &[&str]) -> Done {
     finish(&mut gvote("bench", args))
 }
 
-/// A small run on a real text.
+/// Runs a small benchmark on a real text.
 fn small(format: &str) -> Done {
     let text = document(CHARS);
     let file = text.path().to_str().unwrap();
@@ -31,7 +31,7 @@ fn small(format: &str) -> Done {
     done
 }
 
-/// Every test under every policy, in llama-bench's order.
+/// Returns every test under every policy, in llama-bench's order.
 fn expected() -> Vec<(String, String)> {
     let pairs = TESTS.iter().flat_map(|test| POLICIES.map(|policy| (test.to_string(), policy.to_string())));
     pairs.collect()
@@ -194,7 +194,7 @@ fn sequences_generate_together() {
         assert_eq!(number("kv_bytes_total"), sequences * cells * BYTES_PER_CELL);
         assert_close(float(&row["avg_ts"]), 1e9 * (3 * sequences) as f64 / float(&row["avg_ns"]));
         assert_close(float(&row["avg_ts_sequence"]), float(&row["avg_ts"]) / sequences as f64);
-        // one needs its 160 cells before the vote, the others what is left and what they generate
+        // one sequence needs 160 cells before its vote, the others the cells that are left plus those they generate
         let (all, most) = (MEMORY / BYTES_PER_CELL, (cells + 3).max(160));
         assert_eq!(number("sequences_fit"), 1 + (all - most) / (cells + 3));
         assert_eq!(cells < 160, row["policy"] == "gvote", "{row}");
@@ -207,7 +207,7 @@ fn sequences_generate_together() {
 
 #[test]
 fn what_does_not_fit_is_told_and_the_rest_is_measured() {
-    // 256 sequences of 256 cells are 1.4 GiB
+    // 256 sequences of 256 cells take 1.4 GiB
     let mut program = std::process::Command::new("sh");
     program.args(["-c", "ulimit -v 1500000 && exec \"$@\"", "sh", cli::PROGRAM, "bench", "-m"]).arg(cli::model());
     program.args([

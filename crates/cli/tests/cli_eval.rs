@@ -1,4 +1,4 @@
-//! `gvote eval` through the built program: needles that need no data, a text, a stopped run that goes on, and reports.
+//! Tests of `gvote eval`, through the built program: needles that need no data, a text, a stopped run that continues, and reports.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -16,7 +16,7 @@ fn gvote(args: &[&str]) -> Done {
     finish(Command::new(PROGRAM).args(args))
 }
 
-/// Three questions in one chat: what is dropped for one of them is there for the next, unless it is to be lost.
+/// Three questions in one chat: rows dropped for one question are available for the next one, unless recall is off.
 #[test]
 fn the_turns_of_a_chat_meet_all_that_was_set_aside() {
     let folder = tempfile::tempdir().unwrap();
@@ -35,7 +35,7 @@ fn the_turns_of_a_chat_meet_all_that_was_set_aside() {
         turns.iter().map(|turn| ["tokens", "cells"].map(|field| turn[field].as_f64().unwrap())).collect()
     };
     assert!(of("full").iter().all(|[tokens, cells]| tokens == cells));
-    // a vote on everything keeps half of it each time; without recall a half of what the others left
+    // each vote on everything keeps half of the cells; without recall, half of those that earlier votes left
     assert!(of("half").iter().all(|[tokens, cells]| (cells / tokens - 0.5).abs() < 0.01), "{:?}", of("half"));
     assert!(of("lossy")[2][1] < 0.4 * of("half")[2][1], "{:?}", of("lossy"));
 
@@ -47,7 +47,7 @@ fn the_turns_of_a_chat_meet_all_that_was_set_aside() {
     assert!(refused.status == 2 && refused.stderr.contains("--questions 9"), "{}", refused.stderr);
 }
 
-/// What leaves the cache of a task is lost as in `gvote run`, unless it is to come back for the question.
+/// Rows that leave the cache of a task are lost as in `gvote run`, unless recall brings them back for the question.
 #[test]
 fn a_task_meets_what_was_set_aside_where_that_is_asked_for() {
     let folder = tempfile::tempdir().unwrap();
@@ -63,7 +63,7 @@ fn a_task_meets_what_was_set_aside_where_that_is_asked_for() {
     let few = ["plain:", "off:recall=off,", "auto:recall=auto,"].map(|name| format!("{name}ctx-size=200,ratio=1"));
     let few = of("few", &["--config", &few[0], "--config", &few[1], "--config", &few[2]]);
     assert_eq!([&few[0]["cells"], &few[0]["answer"]], [&few[1]["cells"], &few[1]["answer"]]);
-    // the choice among all ends with a quarter of the cells free
+    // the choice among all rows leaves a quarter of the cells free
     assert!(number(&few[2], "cells") <= 150 && number(&few[0], "cells") > 150, "{few:?}");
 
     let blind = of("blind", &["--blind", "--config", "off:ratio=0.5", "--config", "auto:ratio=0.5,recall=auto"]);
@@ -105,7 +105,7 @@ fn needles_are_scored_once_and_reported() {
     );
     assert_eq!(start["configs"][2], json!({"name": "keys", "settings": "policy=keydiff"}));
 
-    // the second time there is nothing left to do
+    // a second run has nothing left to do
     gvote(&args).ok();
     assert_eq!(std::fs::read_to_string(runs).unwrap(), lines);
 
@@ -115,7 +115,7 @@ fn needles_are_scored_once_and_reported() {
     let table = gvote(&["eval", "report", runs]).ok().stdout;
     assert!(["full", "half", "keys"].iter().all(|name| table.contains(name)), "{table}");
 
-    // a killed run goes on where it was, and a name keeps its settings
+    // a killed run continues where it stopped, and a name keeps its settings
     let last = lines.trim_end().rfind('\n').unwrap() + 1;
     fs::write(runs, &lines[..last + 20]).unwrap();
     let done = gvote(&args).ok();
@@ -163,7 +163,7 @@ fn a_text_is_compared_with_the_full_cache() {
         let records = lines.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
         records.filter(|r| r["config"] == name).map(|r| r["kl_mean"].as_f64().unwrap()).next().unwrap()
     };
-    // a restored cache is the same cache up to the order of sums
+    // a restored cache equals the original up to the order of sums
     assert!(kl("all") < 1e-4, "{}", kl("all"));
     assert!(kl("half") > kl("all"));
     assert!(kl("replayed") > kl("all"));
@@ -184,14 +184,14 @@ fn unequal_budgets_are_compared_at_the_mean_and_at_what_they_cost() {
     let ragged = |record: &Value, name: &str| record["ragged"][name].as_f64().unwrap();
     let [real, mean, paper] = &all[..] else { panic!("three records") };
     assert_eq!((&real["exact"], &mean["exact"], &paper["exact"]), (&Value::Null, &true.into(), &true.into()));
-    // the same budgets; a cache must have the cells of the greediest head
+    // the budgets are equal; a cache needs as many cells as the head that keeps most
     assert_eq!(real["ragged"], mean["ragged"]);
     assert_eq!((number(mean, "cells"), ragged(mean, "mean")), (128.0, 128.0));
     assert_eq!(number(real, "cells"), ragged(real, "max"));
     assert_eq!(number(paper, "cells"), ragged(paper, "mean").ceil());
     assert!(all.iter().all(|record| number(record, "kl_mean") > 0.0));
 
-    // the question, read after the vote, meets the mask too
+    // the mask also applies to the question, which is read after the vote
     let runs = folder.path().join("answers.jsonl");
     let needle =
         ["--needle", "--needle-words", "150", "--limit", "1", "--blind", "--config", "a:policy=adakv,exact=true"];
@@ -200,7 +200,7 @@ fn unequal_budgets_are_compared_at_the_mean_and_at_what_they_cost() {
     finish(&mut eval("tasks", &[&needle[..], &["-fa", "off"]].concat(), &runs)).ok();
     assert_eq!(records(&runs).len(), 1);
 
-    // unions of votes have no ranking to search C* in
+    // unions of votes have no ranking in which to search for C*
     let paper = ["--needle", "--config", "paper:policy=gvote-paper,exact=true"];
     let done = finish(&mut eval("adaptivity", &[&paper[..], &["-fa", "off"]].concat(), &runs));
     assert!(done.status == 1 && done.stderr.contains("gvote-paper"), "{}", done.stderr);
@@ -234,7 +234,7 @@ fn a_row_that_cannot_be_used_is_named_and_left_out() {
     assert!(done.status == 1 && done.stderr.contains("none of the 2 rows can be used"), "{}", done.stderr);
 }
 
-/// The measurements, without the start of the run.
+/// Returns the records except the one for the start of the run.
 fn records(runs: &Path) -> Vec<Value> {
     let lines = fs::read_to_string(runs).unwrap();
     lines.lines().map(|l| serde_json::from_str(l).unwrap()).filter(|r: &Value| r["kind"] != "start").collect()
@@ -264,20 +264,20 @@ fn a_choice_is_measured_beside_the_fewest_cells_that_would_have_done() {
         let kept_all = r["config"] == "all";
         assert_eq!((number("cells") == number("tokens"), number("kl_mean") == 0.0), (kept_all, kept_all), "{r}");
         assert!(["narrative", "needle"].contains(&r["family"].as_str().unwrap()), "{r}");
-        // C* and everything larger that was measured reach the target, the next fewer does not
+        // C* and all larger measured numbers of cells reach the target; the next smaller one does not
         let curve: Vec<(f64, f64)> = serde_json::from_value(r["curve"].clone()).unwrap();
         let at = curve.iter().position(|(cells, _)| *cells == number("oracle_cells")).unwrap();
         assert!(curve[at..].iter().all(|(_, kl)| *kl <= number("target")), "{r}");
         assert!(at == 0 || curve[at - 1].1 > number("target"), "{r}");
         assert_eq!(*curve.last().unwrap(), (number("tokens"), 0.0));
     }
-    // a looser target takes no more cells, and both configurations share the search
+    // a looser target needs no more cells, and both configurations share the search
     for (i, strict) in first.iter().enumerate().step_by(2) {
         assert!(first[i + 1]["oracle_cells"].as_u64() <= strict["oracle_cells"].as_u64());
     }
     assert_eq!(first[0]["oracle_cells"], first[2]["oracle_cells"]);
 
-    // a further configuration finds C* as it was; nothing is measured twice
+    // another configuration reuses C*; nothing is measured twice
     let more = [&args[..], &["--config", "half:ratio=0.5"]].concat();
     let table = finish(&mut eval("adaptivity", &more, &runs)).ok().stdout;
     let all = records(&runs);
@@ -295,7 +295,7 @@ fn a_blind_request_is_compared_from_its_first_answered_token() {
     finish(&mut eval("adaptivity", &[&needle[..], &["--blind"]].concat(), &runs)).ok();
     let all = records(&runs);
     assert_eq!((&all[0]["blind"], &all[1]["blind"]), (&false.into(), &true.into()));
-    // in sight, the full cache itself expects the first token
+    // with the question in sight, the full cache itself predicts the first token
     assert_eq!((&all[0]["steps"], &all[1]["steps"]), (&4.into(), &5.into()));
     assert!(all[1]["tokens"].as_u64() < all[0]["tokens"].as_u64());
 }
@@ -318,7 +318,7 @@ fn ctrl_c_leaves_whole_measurements_only() {
     let after = records(&runs);
     assert_eq!((after.len(), &after[..before.len()]), (4, &before[..]));
 
-    // half an answer is not scored
+    // a truncated answer is not scored
     let (story, runs) = (folder.path().join("story.jsonl"), folder.path().join("answers.jsonl"));
     fs::write(&story, r#"{"context": "Tell me a very long story in many chapters.", "answers": ["x"]}"#).unwrap();
     let args = ["--longbench", story.to_str().unwrap(), "--config", "full"];
@@ -346,7 +346,7 @@ fn nonsense_is_one_line() {
     }
 }
 
-/// The model's template writes a system message, and no task has another one.
+/// The model's template adds a system message, and no task has its own.
 #[test]
 fn the_system_message_is_protected_where_that_is_asked_for() {
     let folder = tempfile::tempdir().unwrap();
@@ -364,7 +364,7 @@ fn the_system_message_is_protected_where_that_is_asked_for() {
     };
     let protected = number("recent tokens and ", &refused.stderr);
     assert!(refused.stderr.contains("system: --max-cells is 75") && protected > 15, "{}", refused.stderr);
-    // in a cache that short no reading begins
+    // with so few cells, reading cannot start
     let refused = with("short:protect=true,ctx-size=100,ratio=1");
     assert_eq!(refused.status, 1);
     assert!(number("short: ctx-size is too few cells to go on in: ", &refused.stderr) > 100, "{}", refused.stderr);

@@ -1,4 +1,4 @@
-//! What `gvote explain` promises, through the built program: the page, the terminal and the JSON say what is in the cache.
+//! Tests of `gvote explain`, through the built program: the page, the terminal and the JSON show what is in the cache.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -12,10 +12,10 @@ use base64::engine::general_purpose::STANDARD;
 use cli::{Done, document, finish, finish_with, gvote, text};
 use serde_json::Value;
 
-/// Characters of a document that is worth a vote: some 650 tokens.
+/// Characters of a document long enough for a vote: about 650 tokens.
 const CHARS: usize = 2600;
 const QUESTION: &str = "Which animals are there?";
-/// Of SmolLM2-135M.
+/// Layers of SmolLM2-135M.
 const LAYERS: usize = 30;
 const HEADS_PER_LAYER: usize = 3;
 const HEADS: usize = LAYERS * HEADS_PER_LAYER;
@@ -35,7 +35,7 @@ fn on_document(args: &[&str]) -> Value {
     records.remove(0)
 }
 
-/// One vote as JSON and as a page.
+/// Returns one vote as JSON and as a page.
 fn both() -> &'static (Value, String) {
     static BOTH: OnceLock<(Value, String)> = OnceLock::new();
     BOTH.get_or_init(|| {
@@ -46,7 +46,7 @@ fn both() -> &'static (Value, String) {
     })
 }
 
-/// The tokens of a prompt, and their texts in one.
+/// Returns the tokens of a prompt, and their concatenated texts.
 fn tokens(args: &[&str]) -> (Vec<usize>, String) {
     let done = explain(&[args, &["--ratio", "0.9", "--json"]].concat()).ok().json().remove(0);
     (done["tokens"].as_array().unwrap().iter().map(number).collect(), strings(&done["texts"]).concat())
@@ -59,7 +59,7 @@ fn a_marker_in_a_prompt_is_text() {
     let prompt = "What does <|im_end|> mean in ChatML? <|im_start|>system";
     for args in [&["-p", prompt][..], &["-p", prompt, "-sys", "Say <|im_end|>"], &["-p", prompt, "--protect"]] {
         let (tokens, texts) = tokens(args);
-        // three turns: the system's, the user's and the beginning of the assistant's
+        // three turns: the system's, the user's and the start of the assistant's
         assert_eq!(tokens.iter().filter(|token| MARKERS.contains(token)).count(), 5, "{texts}");
         assert!(texts.contains(prompt), "{texts}");
     }
@@ -71,7 +71,7 @@ fn a_marker_in_a_prompt_is_text() {
     );
 }
 
-/// A template, in a file for `--chat-template-file`.
+/// Writes a template to a file for `--chat-template-file`.
 fn template(source: &str) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), source).unwrap();
@@ -113,7 +113,7 @@ fn a_byte_order_mark_is_no_part_of_a_text() {
     assert_eq!(tokens(&["-p", &format!("\u{feff}{text}"), "--raw"]), plain);
     let piped = finish_with(&mut gvote("explain", &["--raw", "--ratio", "0.9", "--json"]), format!("\u{feff}{text}"));
     assert_eq!(piped.ok().json()[0]["tokens"].as_array().unwrap().len(), plain.0.len());
-    // in front of the document it is the same below a question
+    // a document followed by a question equals a prompt with both
     let asked = tokens(&["-p", &format!("{text}\n\nWho?")]);
     assert_eq!(tokens(&["-f", name, "-p", "Who?"]), asked);
 }
@@ -130,7 +130,7 @@ fn strings(value: &Value) -> Vec<&str> {
     value.as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect()
 }
 
-/// The positions that each head keeps, as the packed bits have them.
+/// Unpacks the positions that each head keeps.
 fn kept(packed: &str, n: usize) -> Vec<Vec<usize>> {
     let bytes = STANDARD.decode(packed).unwrap();
     let stride = n.div_ceil(8);
@@ -149,20 +149,20 @@ fn kept_of(json: &Value) -> Vec<Vec<usize>> {
     kept(json["kept"].as_str().unwrap(), json["tokens"].as_array().unwrap().len())
 }
 
-/// Heads that keep each position.
+/// Counts the heads that keep each position.
 fn kept_by(kept: &[Vec<usize>], n: usize) -> Vec<usize> {
     let mut counts = vec![0; n];
     kept.iter().flatten().for_each(|&position| counts[position] += 1);
     counts
 }
 
-/// The data of the page's script.
+/// Returns the data of the page's script.
 fn data(page: &str) -> Value {
     let (_, rest) = page.split_once(r#"id="data">"#).unwrap();
     serde_json::from_str(rest.split_once("</script>").unwrap().0).unwrap()
 }
 
-/// Heads and text of each token on the page.
+/// Returns the number of heads and the text of each token on the page.
 fn tokens_of(page: &str) -> Vec<(usize, String)> {
     let (_, rest) = page.split_once(r#"<div id="text""#).unwrap();
     let (_, rest) = rest.split_once('>').unwrap();
@@ -207,7 +207,7 @@ fn every_head_keeps_as_many_tokens_as_there_are_cells() {
 #[test]
 fn the_system_message_and_the_markers_stay_where_that_is_asked_for() {
     let system = "Answer like a pirate who misses his parrot.";
-    // positions before the document, and those of the markers, and whether all heads hold them
+    // positions before the document, and those of the markers, and whether all heads keep them
     let held = |more: &[&str]| {
         let json = on_document(&[&["-sys", system, "--ratio", "0.2"], more].concat());
         let texts = strings(&json["texts"]);
@@ -239,7 +239,7 @@ fn what_the_heads_give_up_is_what_the_report_says() {
     assert_eq!(curve.len(), n + 1);
     assert!(curve.windows(2).all(|c| c[0] >= c[1]) && (curve[0] - 1.0).abs() < 1e-2 && curve[n] == 0.0);
     assert!((curve[after] - lost).abs() < 1e-6);
-    // a head that gives up more than the mean would need more cells than it has, and the other way round
+    // a head that gives up more than the mean would need more cells than it has, and vice versa
     for head in heads {
         let (own, needs) = (head["lost_mass"].as_f64().unwrap(), number(&head["needs"]));
         assert!(if own > mean { needs > after } else { needs <= after }, "{head}");
@@ -393,7 +393,7 @@ fn what_came_back_for_the_question_is_told_from_what_stayed_all_along() {
     let mean = counts.iter().sum::<usize>() as f64 / HEADS as f64;
     assert!(mean > 0.0 && mean < recall["left"].as_f64().unwrap(), "{recall}");
 
-    // votes that freed cells to go on, then those of the choice among all
+    // votes that freed cells while reading, then those of the choice among all rows
     let votes = recall["votes"].as_array().unwrap();
     assert_eq!(votes.len(), number(&json["prefill"]["squeezes"]["count"]));
     let reading = votes.iter().take_while(|vote| number(&vote["tokens"]) < n).count();
@@ -475,7 +475,7 @@ fn the_terminal_gets_a_compact_view() {
         assert_eq!(words[1].replace(',', ""), format!("{:.0}", mean("needs").round()), "{line}");
         assert_eq!(words[2], format!("{:.1}%", 100.0 * mean("lost_mass")), "{line}");
     }
-    // the strip of all heads, recomputed
+    // recomputes the strip of all heads
     let counts = numbers(&json["kept_by"]);
     let strip: Vec<char> = lines[1].chars().skip(24).collect();
     assert_eq!(strip.len(), 80 - 24);
@@ -493,7 +493,7 @@ fn the_terminal_gets_a_compact_view() {
 fn what_cannot_be_written_is_noticed_before_the_work() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    // with a model that is not there: the error comes before it is looked for
+    // the model does not exist: the error about the page comes before the search for the model
     for out in [path("no/such/folder.html"), path("")] {
         let done = finish(&mut cli::bare(&["explain", "-m", &path("none"), "-p", "Hi", "-o", &out]));
         assert_eq!((done.status, done.stderr.lines().count()), (1, 1), "{}", done.stderr);

@@ -1,4 +1,4 @@
-//! What `gvote inspect` promises, through the built program.
+//! Tests of `gvote inspect`, through the built program.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -29,7 +29,7 @@ fn json(path: &Path, args: &[&str]) -> Json {
     values.remove(0)
 }
 
-/// A folder with a model of this architecture in it.
+/// Creates a folder that contains a model of this architecture.
 fn made(name: &str, extra: &[(&str, Value)], tensors: &[Tensor]) -> (TempDir, PathBuf) {
     let entries = decoder(name, extra);
     let (bytes, size) = head(&borrowed(&entries), tensors);
@@ -286,7 +286,7 @@ fn bad_files_fail_with_one_line_and_a_place() {
     assert_eq!(finish(&mut bare(&["inspect"])).status, 2);
 }
 
-/// Each of these ends llama.cpp by an assertion, or keeps it busy for ever.
+/// Each of these files makes llama.cpp fail an assertion or run endlessly.
 #[test]
 fn what_llama_cpp_would_not_survive_is_said_before_it_is_loaded() {
     let twins = ["a", "b", "c", "b"];
@@ -325,7 +325,7 @@ fn what_llama_cpp_would_not_survive_is_said_before_it_is_loaded() {
 #[test]
 fn a_sound_file_has_no_faults() {
     assert_eq!(json(&model(), &[])["faults"], json!([]));
-    // 0 is no place for a token, and an entry without a text is numbered
+    // 0 is not a valid token id, and an entry without text is shown by its number
     let (_folder, path) =
         made("gpt2", &[("tokenizer.ggml.tokens", Texts(&["", "a", ""])), (".rope.dimension_count", U32(0))], &[WEIGHT]);
     assert_eq!(json(&path, &[])["faults"], json!([]));

@@ -1,4 +1,4 @@
-//! What `gvote completions` and `gvote man` promise, through the built program.
+//! Tests of `gvote completions` and `gvote man`, through the built program.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -15,7 +15,7 @@ fn output(args: &[&str]) -> String {
     finish(&mut bare(args)).ok().stdout
 }
 
-/// What bash offers after these words, the last of which is not finished.
+/// Returns bash's completions for these words, the last of which is incomplete.
 fn complete(words: &[&str]) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     let script = folder.path().join("gvote.bash");
@@ -82,7 +82,7 @@ fn a_page_describes_every_flag() {
     let help = output(&["run", "--help"]);
     let flags: Vec<&str> = help
         .lines()
-        // further to the right is a description's own text
+        // lines that are indented further are text of a description
         .filter(|line| line.find(|c| c != ' ').is_some_and(|indent| indent <= 6) && line.trim_start().starts_with('-'))
         .filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")))
         .collect();

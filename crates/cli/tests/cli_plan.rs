@@ -1,4 +1,4 @@
-//! What `gvote plan` promises, through the built program, and beside what llama.cpp really allocates.
+//! Tests of `gvote plan`, through the built program and against llama.cpp's real allocations.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -35,7 +35,7 @@ fn of_type<'a>(plan: &'a Value, name: &str) -> &'a Value {
     plan["types"].as_array().unwrap().iter().find(|t| t["type"] == name).unwrap()
 }
 
-/// Compares a plan with a model that is really loaded and contexts that are really made.
+/// Compares a plan with a model that is actually loaded and contexts that are actually created.
 fn assert_real(path: &Path, cells: u32, n_ubatch: u32, types: &[CacheType]) {
     let args = [
         "--prompt",
@@ -65,7 +65,7 @@ fn assert_real(path: &Path, cells: u32, n_ubatch: u32, types: &[CacheType]) {
         let planned = of_type(&plan, cache_type.name());
         assert_eq!(number(&planned["kv_cache"]), real.host.cache, "{cache_type:?}");
         assert_eq!(number(&planned["compute"]), real.host.compute, "{cache_type:?}");
-        // how much of the weights is mapped from the file and how much is repacked may differ by some padding
+        // the mapped and the repacked part of the weights may differ by some padding
         let (planned, real) = (number(&planned["total"]), real.host.total());
         assert!(planned.abs_diff(real) * 100 <= real, "{planned} of {real}");
     }
@@ -90,7 +90,7 @@ fn they_are_what_llama_cpp_logs_in_a_run() {
     let plan = json(&["--prompt", "1500", "-n", "36"]);
     let command = plan["command"].as_str().unwrap();
     assert!(command.contains("-c 1536") && !command.contains("-ctk"), "{command}");
-    // the cells of the plan, as the command that it names asks for them
+    // the cells of the plan, as requested by the command that it suggests
     let log = finish(&mut gvote("run", &["-p", "Hi", "-c", "1536", "-n", "1", "-v"])).ok().stderr;
     let sum = |what: &str| {
         let lines: Vec<&str> = log.lines().filter(|l| l.contains(what)).collect();
@@ -110,7 +110,7 @@ fn they_are_what_llama_cpp_logs_in_a_run() {
     }
 }
 
-/// The cache of Gemma 3 270M: a window of 512 in 15 of 18 layers.
+/// Cache of Gemma 3 270M: a window of 512 in 15 of 18 layers.
 #[test]
 fn a_window_takes_the_cells_that_it_needs() {
     let extra = &[(".attention.sliding_window", file::Value::U32(512))];
@@ -138,7 +138,7 @@ fn a_window_takes_the_cells_that_it_needs() {
     let command = plan(path, &[&args[..], &["--swa-full"]].concat()).ok().stdout;
     assert!(command.contains(" --swa-full"), "{command}");
     assert_real(path, 30_512, 512, &[CacheType::F16]);
-    // inspect counts the cells of the training
+    // inspect counts the cells of the training context
     let shown = finish(&mut bare(&["inspect", path.to_str().unwrap()])).ok().stdout;
     let row = shown.lines().find(|line| line.trim_start().starts_with("f16 ")).unwrap();
     assert!(row.contains("111.0 MiB"), "{shown}");
@@ -206,7 +206,7 @@ fn what_does_not_fit_names_the_way_out() {
     {
         assert!(error.contains(part), "{part:?} is not in {error}");
     }
-    // its advice holds
+    // following the advice works
     let words: Vec<&str> = error.split_whitespace().collect();
     let prompt = words[words.iter().position(|w| *w == "--prompt").unwrap() + 1];
     let advised =
@@ -258,7 +258,7 @@ fn a_file_that_is_no_model_is_refused_before_llama_cpp_sees_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     fs::write(&path, file::handwritten(&[("general.architecture", file::Value::Text("llama"))], 0)).unwrap();
-    // well-formed, but llama.cpp misses what makes a llama
+    // the file is well-formed, but lacks metadata that llama.cpp needs for a llama model
     let done = plan(&path, &["--prompt", "100"]);
     assert_eq!((done.status, done.stderr.lines().count()), (1, 1), "{}", done.stderr);
     assert!(done.stderr.contains("llama.cpp cannot load this model"), "{}", done.stderr);
@@ -268,7 +268,7 @@ fn a_file_that_is_no_model_is_refused_before_llama_cpp_sees_it() {
 
 #[test]
 fn a_refused_model_is_planned_without_a_vote_and_without_its_weights() {
-    // SmolLM2's head, with a hole for its weights, as a file that says it is no model: llama.cpp does not mind
+    // SmolLM2's head, with a hole for its weights, in a file whose type is not a model: llama.cpp accepts it
     let mut head = vec![0; 2 << 20];
     File::open(model()).unwrap().read_exact(&mut head).unwrap();
     let kind = head.windows(12).position(|w| w == b"general.type").unwrap() + 12 + 4 + 8;
@@ -284,7 +284,7 @@ fn a_refused_model_is_planned_without_a_vote_and_without_its_weights() {
     let found = plan(&path, &[&args[..], &["--json"]].concat()).ok().json().remove(0);
     assert_eq!(found["after_vote"], serde_json::json!([]));
     assert_eq!(found["vote_bytes"], 0);
-    // no cells to spare for a vote
+    // no spare cells for a vote
     assert_eq!(number(&of_type(&found, "f16")["kv_cache"]), 1024 * 23_040);
     let command = found["command"].as_str().unwrap();
     assert!(command.contains(r"/it'\''s a model.gguf'") && command.ends_with("--policy full"), "{command}");

@@ -1,4 +1,4 @@
-//! `gvote eval report` through the built program: every figure recomputed from the records, in every format.
+//! Tests of `gvote eval report`, through the built program: every figure is recomputed from the records, in every format.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -19,7 +19,7 @@ fn read(folder: &TempDir, name: &str) -> String {
     fs::read_to_string(folder.path().join(name)).unwrap()
 }
 
-/// Numbers that look measured, the same in every run.
+/// Returns numbers that look measured and are the same in every run.
 fn noise(of: &str) -> f64 {
     let hash = of.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     (hash >> 11) as f64 / (1_u64 << 53) as f64
@@ -42,7 +42,7 @@ fn with(mut record: Value, more: Value) -> Value {
     record
 }
 
-/// Tasks in sight and blind, texts, and requests with a target.
+/// Returns records of tasks in sight and blind, of texts, and of requests with a target.
 fn records() -> Vec<Value> {
     let mut all = Vec::new();
     for config in CONFIGS {
@@ -91,7 +91,7 @@ fn fixture() -> (TempDir, Vec<Value>) {
     (folder, records)
 }
 
-/// The samples of a configuration on RULER: task, item and the mean of a value over the seeds.
+/// Returns the samples of a configuration on RULER: task, item and the mean of a value over the seeds.
 fn samples(records: &[Value], config: &str, blind: bool, value: fn(&Value) -> f64) -> Vec<(String, String, f64)> {
     let mut found: Vec<(String, String, Vec<f64>)> = Vec::new();
     for r in records.iter().filter(|r| r["kind"] == "task" && r["config"] == config && r["blind"] == blind) {
@@ -194,7 +194,7 @@ fn fidelity_and_adaptivity_follow_from_the_records() {
         close(&row["overspend_median"], (spent[ITEMS - 1] + spent[ITEMS]) / 2.0);
         let missed = of("adaptivity", &|r| f64::from(number(r, "kl_mean") > number(r, "target")));
         close(&row["misses"], mean(&missed));
-        // no share with fewer misses than the policy's is smaller than the one that is given
+        // no smaller share has at most as many misses as the policy
         let needed = of("adaptivity", &|r| number(r, "oracle_cells") / number(r, "tokens"));
         let misses = |ratio: f64| needed.iter().filter(|needed| **needed > ratio).count();
         let allowed = missed.iter().sum::<f64>() as usize;
@@ -240,7 +240,7 @@ fn an_ablation_pairs_by_request_and_seed() {
         let number = |name: &str| of(config, item, seed, "adaptivity", name);
         (number("cells") / number("oracle_cells")).ln().abs()
     });
-    // the full cache has one seed, which stands beside each of the baseline's
+    // the full cache has one seed, which is compared with each of the baseline's
     let full = &ablation["comparisons"][0]["rows"][0];
     assert_eq!((&full["config"], &full["n"]), (&json!("full"), &json!(items.len())));
 

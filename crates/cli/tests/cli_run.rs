@@ -1,4 +1,4 @@
-//! What `gvote run` promises, through the built program.
+//! Tests of `gvote run`, through the built program.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -15,7 +15,7 @@ use serde_json::Value;
 use zeros::Zeros;
 use zeros::file::Value::{Bool, Text};
 
-/// Characters of a document that is worth a vote: some 650 tokens.
+/// Characters of a document long enough for a vote: about 650 tokens.
 const CHARS: usize = 2600;
 
 fn run(args: &[&str]) -> Done {
@@ -36,7 +36,7 @@ fn on_document(args: &[&str]) -> Value {
     json(&[&["-f", file, "-n", "8", "--temp", "0", "--gvote-seed", "4"], args].concat())
 }
 
-/// The same with the vote before the answer.
+/// Runs on the document with the vote before the answer.
 fn voted_first(args: &[&str]) -> Value {
     on_document(&[&["--vote", "prompt"], args].concat())
 }
@@ -120,7 +120,7 @@ fn what_asks_for_cells_or_a_second_reading_votes_before_the_answer() {
     }
 }
 
-/// The answer goes on with fewer cells where there is none for its next token.
+/// If there is no cell for the next token, the vote comes early and the answer continues with fewer cells.
 #[test]
 fn a_full_cache_brings_the_vote_forward() {
     let document = document(CHARS);
@@ -146,7 +146,7 @@ fn the_times_of_an_answer_are_told() {
     assert!(seconds.min_by(f64::total_cmp).unwrap() >= report["prefill"]["seconds"].as_f64().unwrap());
 }
 
-/// What comes before the vote is the full cache's answer, and one that ends before it has no vote.
+/// The answer before the vote is the full cache's, and an answer that ends before the vote has none.
 #[test]
 fn an_answer_may_be_voted_on_once_it_has_begun() {
     let full = on_document(&["--policy", "full"]);
@@ -420,7 +420,7 @@ fn bad_files_fail_with_one_line() {
     }
 }
 
-/// A BOS that is asked for and does not exist: llama.cpp finds out when it makes tokens of a prompt.
+/// The file requests a BOS token that does not exist; llama.cpp notices when it tokenizes a prompt.
 #[test]
 fn an_assertion_of_llama_cpp_is_one_line_that_names_the_file() {
     let made = Zeros { extra: &[("tokenizer.ggml.add_bos_token", Bool(true))], ..Zeros::default() }.write();
@@ -449,7 +449,7 @@ fn a_fault_is_one_line_that_names_the_file() {
     }
 }
 
-/// Regular expressions of C++ call themselves for each character of a word.
+/// std::regex recurses for each character of a word.
 #[test]
 fn a_word_of_a_mebibyte_does_not_end_the_stack() {
     let extra = &[("tokenizer.ggml.pre", Text("deepseek-llm"))];
@@ -475,7 +475,7 @@ fn a_prompt_longer_than_the_context_is_read_in_the_cells_there_are() {
     assert!(number(&report["cache"]["cells"]) <= 300, "{report}");
 }
 
-/// With batches that are longer than what can be freed at once.
+/// Uses batches that are longer than the number of cells that can be freed at once.
 #[test]
 fn a_context_with_no_cell_to_spare_is_refused_by_the_least_that_would_do() {
     let document = document(CHARS);
@@ -519,7 +519,7 @@ fn a_closed_pipe_ends_quietly() {
 
 #[test]
 fn ctrl_c_while_reading_the_prompt_ends_at_once() {
-    // a minute of reading
+    // reading takes about a minute
     let document = document(28_000);
     let child = gvote("run", &["-f", document.path().to_str().unwrap()]).spawn().unwrap();
     sleep(Duration::from_secs(2));
@@ -539,7 +539,7 @@ fn ctrl_c_stops_an_answer_and_reports() {
 
 #[test]
 fn the_help_teaches() {
-    // lines are wrapped anywhere
+    // the help wraps lines anywhere
     let help = |args: &[&str]| {
         let text = finish(std::process::Command::new(cli::PROGRAM).args(args)).ok().stdout;
         text.split_whitespace().collect::<Vec<_>>().join(" ")
@@ -577,7 +577,7 @@ fn the_help_teaches() {
     assert!(help(&["--version"]).starts_with("gvote "));
 }
 
-/// What a program prints about a model whose answers have no end.
+/// Returns the report and stderr for a model whose answers do not end.
 fn endless(made: &tempfile::NamedTempFile, args: &[&str]) -> (Value, String) {
     let path = made.path().to_str().unwrap();
     let fixed = ["run", "-m", path, "--raw", "--json", "--temp", "0", "-t", "1"];
@@ -593,7 +593,7 @@ fn a_prompt_longer_than_the_training_is_answered() {
     assert_eq!((&report["prefill"]["tokens"], &report["decode"]["tokens"]), (&400.into(), &512.into()), "{report}");
     assert_eq!(report["decode"]["stop"], "context-full");
     assert_eq!(endless(&made, &["-p", &"ab".repeat(200), "-n", "3"]).0["decode"]["tokens"], 3);
-    // so it is where hardly any of the training is left, and with cells for more
+    // the limit is the same near the end of the training context, and with cells for more
     let (report, _) = endless(&made, &["-p", &"a".repeat(250)]);
     assert_eq!(report["decode"]["tokens"], 512, "{report}");
     let (report, _) = endless(&made, &["-p", "ab", "-c", "4096"]);
@@ -614,7 +614,7 @@ fn a_short_prompt_takes_little_memory_whatever_the_training_was() {
     }
 }
 
-/// With the tokens that it would have had with all cells from the start, and nothing dropped.
+/// The tokens equal those of a cache that has all cells from the start, and nothing is dropped.
 #[test]
 fn an_answer_that_outgrows_its_cells_loses_nothing() {
     let made = Zeros { n_ctx: 8192, ..Zeros::default() }.write();
@@ -622,7 +622,7 @@ fn an_answer_that_outgrows_its_cells_loses_nothing() {
     assert_eq!(report["decode"]["tokens"], 3000, "{report}");
     assert_eq!(report["decode"]["squeezes"]["count"], 0, "{report}");
     assert_eq!(report["cache"]["cells"], 3002, "{report}");
-    // what was asked for stays
+    // a requested size stays fixed
     let (report, _) = endless(&made, &["-p", "ab", "-n", "600", "-c", "512"]);
     assert_eq!(report["cache"]["size"], 512, "{report}");
     assert_eq!(number(&report["decode"]["tokens"]), 600, "{report}");
@@ -659,7 +659,7 @@ fn a_context_that_the_machine_cannot_hold_is_refused_before_it_is_allocated() {
     }
 }
 
-/// The shell's limit on the address space: a cache of 30 GiB, and less than that to have.
+/// The shell limits the address space: the cache would take 30 GiB, and less is available.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_cache_that_memory_does_not_hold_is_refused_with_what_to_do() {

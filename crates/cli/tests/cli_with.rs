@@ -1,4 +1,4 @@
-//! `gvote with` and `gvote serve`: how programs are started. What the plugin does in them is tested beside it.
+//! Tests of `gvote with` and `gvote serve`: starting programs. The plugin itself is tested separately.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -9,10 +9,10 @@ use std::os::unix::process::ExitStatusExt;
 
 use cli::{Done, bare, finish};
 
-/// Any file: the dynamic linker says that it is no library, and goes on.
+/// An arbitrary file: the dynamic linker reports that it is not a library, and continues.
 const PLUGIN: &str = concat!("--plugin=", env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
 
-/// Runs a script in an environment of its own.
+/// Runs a script in a clean environment.
 fn with(flags: &[&str], script: &str) -> Done {
     let mut command = bare(&[&["with", PLUGIN], flags, &["--", "sh", "-c", script]].concat());
     finish(command.env_clear().env("PATH", "/usr/bin:/bin"))
@@ -78,7 +78,7 @@ fn what_cannot_work_is_refused_before_anything_starts() {
         (&["serve", PLUGIN, "--llama-server=/no/such/server"], 1, "(--llama-server)"),
         (&["serve", PLUGIN, "--llama-server=/etc/passwd"], 1, "(--llama-server)"),
     ] {
-        // a copy elsewhere has nothing beside it
+        // a copy in another folder has no libraries beside it
         let program = dir.path().join("gvote");
         fs::copy(cli::PROGRAM, &program).unwrap();
         let done = finish(std::process::Command::new(&program).args(args).env("PATH", "/usr/bin:/bin"));

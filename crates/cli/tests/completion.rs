@@ -1,4 +1,4 @@
-//! A program that nobody here wrote: llama.cpp's own llama-completion, built with an installed gvote and the lines of the guide.
+//! Tests with an unmodified program: llama.cpp's llama-completion, built with an installed gvote and the lines of the guide.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -16,27 +16,27 @@ use cli::{Done, finish, finish_with, model};
 use harbour::{FERRY, LIGHTHOUSE};
 use installed::{llama_tools, make, run, source};
 
-/// What the guide promises.
+/// Number of added lines that the guide promises.
 const MOST_ADDED_LINES: usize = 10;
 
-/// A length at which the vote's trial is clear. At others it is so close to its bound that the CPU's rounding decides it.
+/// Text length at which the trial's result is clear. At other lengths it is so close to the bound that the CPU's rounding decides.
 const LETTERS: usize = 4500;
 
-/// The folder with both programs. It stays between runs, and so does the tree that they are built with.
+/// Returns the folder with both programs. The folder and its build tree stay between runs.
 fn programs() -> &'static Path {
     static BUILD: OnceLock<PathBuf> = OnceLock::new();
     BUILD.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("completion");
         make("install", &dir.join("image"), "/usr/local");
         let build = dir.join("build");
-        // tokens come from llama.cpp's libraries: what is compiled here need not be fast, and compiles fast without
+        // tokens are computed by llama.cpp's libraries, so the code compiled here need not be fast, and compiles faster unoptimised
         let mut command = Command::new(source("scripts/build-completion"));
         run(command.arg(dir.join("image/usr/local")).arg("--build").arg(&build).args(["--build-type", "None"]));
         build
     })
 }
 
-/// The program with the document, a question, and a context with room for more than both.
+/// Returns the program with the document, a question, and a context with room for more than both.
 fn completion(name: &str, flags: &[&str]) -> (Command, tempfile::NamedTempFile) {
     let prompt = tempfile::NamedTempFile::new().unwrap();
     fs::write(&prompt, format!("{}\n\n{}", harbour::text(LETTERS), LIGHTHOUSE.0)).unwrap();
@@ -47,7 +47,7 @@ fn completion(name: &str, flags: &[&str]) -> (Command, tempfile::NamedTempFile) 
     (command, prompt)
 }
 
-/// One answer.
+/// Returns one answer.
 fn answer(name: &str, flags: &[&str]) -> Done {
     let (mut command, _prompt) = completion(name, flags);
     finish(command.arg("--single-turn")).ok()
@@ -56,7 +56,7 @@ fn answer(name: &str, flags: &[&str]) -> Done {
 const PLAIN: &str = "llama-completion";
 const WITH_GVOTE: &str = "llama-completion-gvote";
 
-/// The numbers of the lines `gvote: before -> after cells`.
+/// Returns the numbers in lines such as `gvote: before -> after cells`.
 fn votes(done: &Done) -> Vec<(u32, u32)> {
     let lines = done.stderr.lines().filter_map(|line| line.split_once("gvote: ")?.1.strip_suffix(" cells"));
     lines.filter_map(|line| line.split_once(" -> ")).map(|(a, b)| (a.parse().unwrap(), b.parse().unwrap())).collect()
@@ -90,7 +90,7 @@ fn every_turn_of_a_chat_is_voted_on() {
     let done = finish_with(&mut command, format!("{}\n", FERRY.0)).ok();
     let votes = votes(&done);
     assert_eq!(votes.len(), 2, "{}", done.stderr);
-    // the second turn begins with what the first one left, and adds a short answer and a question
+    // the second turn starts with the cells left by the first one, and adds a short answer and a question
     let new = votes[1].0 - votes[0].1;
     assert!((10..100).contains(&new), "{votes:?}");
     assert!(done.stdout.contains(LIGHTHOUSE.1), "{}", done.stdout);
@@ -99,7 +99,7 @@ fn every_turn_of_a_chat_is_voted_on() {
 #[test]
 fn a_context_shift_behind_its_back_ends_the_votes_and_nothing_else() {
     let (tokens, _) = votes(&answer(WITH_GVOTE, &["-n", "1"]))[0];
-    // an answer that does not fit: positions run out, however few cells there are
+    // an answer that does not fit: positions run out, however few cells are used
     let (n_ctx, n_predict) = ((tokens + 40).next_multiple_of(256).to_string(), "300");
     let flags = ["-c", &n_ctx, "-n", n_predict, "--ignore-eos", "--keep", "4"];
     let stopped = answer(WITH_GVOTE, &[&flags[..], &["--no-context-shift"]].concat());
@@ -108,7 +108,7 @@ fn a_context_shift_behind_its_back_ends_the_votes_and_nothing_else() {
     let (mut command, _prompt) = completion(WITH_GVOTE, &[&flags[..], &["--context-shift"]].concat());
     let done = finish_with(&mut command, format!("{}\n", FERRY.0)).ok();
     assert_eq!(votes(&done).len(), 1, "{}", done.stderr);
-    // it depends on the vote which of the two it says
+    // the vote decides which of the two messages appears
     let refusals = ["gvote: nothing is known of sequence 0: ", "gvote: sequence 0 was changed without gvote: "];
     assert!(refusals.iter().any(|refusal| done.stderr.contains(refusal)), "{}", done.stderr);
     let (first, second) = done.stdout.split_once("\n> ").unwrap();
@@ -147,7 +147,7 @@ fn another_version_of_the_program_is_refused_with_the_line_that_is_missing() {
     let original = fs::read_to_string(llama_tools().join("tools/completion/completion.cpp")).unwrap();
     let anchor = "auto llama_init = common_init_from_params(params);";
     fs::write(tool.join("completion.cpp"), original.replace(anchor, "")).unwrap();
-    // what tells a source with programs from one without
+    // the folder that distinguishes a source with programs from one without
     let bench = dir.path().join("tools/llama-bench");
     fs::create_dir(&bench).unwrap();
     fs::write(bench.join("CMakeLists.txt"), "").unwrap();
@@ -157,7 +157,7 @@ fn another_version_of_the_program_is_refused_with_the_line_that_is_missing() {
     assert!(done.stderr.contains(&format!("has 0 lines `{anchor}`")), "{}", done.stderr);
 }
 
-/// What a prompt is continued with, by the program as it is and by gvote beside it, which share llama.cpp's libraries.
+/// Returns the continuations of a prompt by the original program and by gvote, which share llama.cpp's libraries.
 fn continued(flags: &[&str]) -> [String; 2] {
     let prompt = "A shopping list:\n- two apples\n- two pears\n- two";
     let common = ["-p", prompt, "-n", "16", "-c", "256", "-t", "1", "-fa", "off", "--no-display-prompt"];

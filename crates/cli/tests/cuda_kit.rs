@@ -1,4 +1,4 @@
-//! The kit for CUDA machines: `make cuda-kit` and the scripts in it.
+//! Tests of the kit for CUDA machines: `make cuda-kit` and its scripts.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -23,7 +23,7 @@ fn first_line(file: &Path) -> String {
     fs::read_to_string(file).unwrap().lines().next().unwrap().to_owned()
 }
 
-/// Reads a script without running it.
+/// Parses a script without running it.
 fn parses(file: &Path) {
     if first_line(file).ends_with("python3") {
         run(Command::new("python3").args(["-c", "import ast, sys; ast.parse(open(sys.argv[1]).read())"]).arg(file));
@@ -65,7 +65,7 @@ fn the_list_of_packed_files_is_complete() {
     for name in SCRIPTS.iter().chain(&["README.md"]) {
         assert!(packed.contains(&format!("benches/gpu/{name}").as_str()), "{name}: {list}");
     }
-    // what check runs
+    // programs that the script `check` runs
     let check = fs::read_to_string(source("benches/gpu/check")).unwrap();
     for program in ["promises.c", "refused.c", "threads.c", "wrapper.cpp"] {
         assert!(packed.contains(&format!("tests/c/{program}").as_str()), "{program}: {list}");
@@ -73,7 +73,7 @@ fn the_list_of_packed_files_is_complete() {
     }
 }
 
-/// With CPU libraries in place of those for CUDA.
+/// Uses CPU libraries instead of those for CUDA.
 #[test]
 #[ignore = "builds gvote in release and llama.cpp twice: about half an hour on two cores"]
 fn a_kit_builds_checks_and_measures_wherever_it_lies() {

@@ -1,4 +1,5 @@
-//! What the pages name is there: links, paths, `make` targets, commands, flags, configurations, and names of the C interface.
+//! Checks that everything the pages name exists: links, paths, `make` targets, commands, flags, configurations, and names of the C
+//! interface.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -12,17 +13,17 @@ use std::path::{Path, PathBuf};
 use cli::{bare, finish};
 use help::{commands, flags_of};
 
-/// Folders at the root; a word that begins with one of them is a path.
+/// Top-level folders; a word that begins with one of them is a path.
 const FOLDERS: [&str; 12] =
     [".ci", ".github", "benches", "crates", "docs", "examples", "ffi", "fuzz", "scripts", "src", "tests", "vendor"];
-/// Paths that a build or a developer makes.
+/// Paths created by a build or a developer.
 const MADE: [&str; 1] = ["vendor/llama.cpp"];
-/// Endings of files that a page may name without their folder.
+/// File name endings that a page may use without a folder.
 const SOURCES: [&str; 8] = [".rs", ".c", ".cpp", ".hpp", ".h", ".cu", ".py", ".md"];
-/// A file of the reader's, and one of llama.cpp's programs, which the pinned package leaves out.
+/// A file of the reader's, and one of llama.cpp's programs, which the pinned package omits.
 const ELSEWHERE: [&str; 2] = ["app.c", "tools/completion/completion.cpp"];
 
-/// That of the workspace.
+/// Returns the root folder of the workspace.
 fn root() -> &'static Path {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     folder.ancestors().nth(2).unwrap()
@@ -33,7 +34,7 @@ fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Files below a folder, without what is built.
+/// Returns the files below a folder, without build outputs.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let is_built =
@@ -43,12 +44,12 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 struct Page {
-    /// From the root.
+    /// Path relative to the root.
     name: String,
     text: String,
-    /// Code within the text, on one line each.
+    /// Inline code of the text, each on one line.
     inline: Vec<String>,
-    /// Commands of the shell blocks, one a line, without comments.
+    /// Commands of the shell blocks, one per line, without comments.
     shell: Vec<String>,
 }
 
@@ -78,15 +79,15 @@ impl Page {
         }
     }
 
-    /// Commands in the text and in blocks, each with its words.
+    /// Returns the commands in the text and in blocks, each as a list of words.
     fn commands(&self) -> impl Iterator<Item = Vec<String>> {
         self.inline.iter().chain(&self.shell).flat_map(|line| line.split("&&")).map(words)
     }
 }
 
-/// All pages of the repository.
+/// Returns all pages of the repository.
 fn pages() -> Vec<Page> {
-    // the notes are the beginning of docs/results.md
+    // the notes are part of docs/results.md
     let files = files(root()).into_iter().filter(|path| !path.ends_with("docs/results/notes.md"));
     let files = files.filter(|path| path.extension().is_some_and(|ending| ending == "md"));
     let pages: Vec<Page> = files.map(|path| Page::new(&path)).collect();
@@ -94,7 +95,7 @@ fn pages() -> Vec<Page> {
     pages
 }
 
-/// The words of a command, without quotes, the variables before it, and the brackets around what may be left out.
+/// Splits a command into words, without quotes, leading variables, and brackets around optional parts.
 fn words(line: &str) -> Vec<String> {
     let (mut words, mut quote) = (vec![String::new()], None);
     for c in line.chars() {
@@ -119,7 +120,7 @@ fn assert_none(missing: &BTreeSet<String>) {
     assert!(missing.is_empty(), "\n{}\n", missing.iter().map(String::as_str).collect::<Vec<_>>().join("\n"));
 }
 
-/// The anchor that a heading gets.
+/// Returns the anchor of a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.to_lowercase().chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).collect::<String>();
     kept.trim().replace(' ', "-")
@@ -172,7 +173,7 @@ fn every_path_exists() {
                         || ELSEWHERE.contains(&word)
                         || is_named_so(word)
                 };
-                // results go where the reader wants them
+                // the reader chooses where results go
                 if !is_there && !code.contains(&format!("-o {word}")) {
                     missing.insert(format!("{}: {word}", page.name));
                 }
@@ -204,7 +205,7 @@ fn every_make_target_exists() {
     assert_none(&missing);
 }
 
-/// Every command of the program, with the spellings of its flags.
+/// Returns every command of the program, with the spellings of its flags.
 fn program() -> BTreeMap<String, BTreeSet<String>> {
     let flags = |command: &str| flags_of(command).into_iter().flat_map(|flag| flag.spellings).chain(own()).collect();
     commands("").into_iter().map(|command| (command.clone(), flags(&command))).collect()
@@ -216,11 +217,11 @@ fn own() -> impl Iterator<Item = String> {
 
 fn is_flag(word: &str) -> bool {
     let name = word.trim_start_matches('-');
-    // -D defines something for cmake
+    // -D defines a variable for cmake
     word.starts_with('-') && !word.starts_with("-D") && name.starts_with(|c: char| c.is_ascii_alphabetic())
 }
 
-/// A flag without its value, and without what punctuation puts behind it.
+/// Returns a flag without its value, and without punctuation after it.
 fn spelling(word: &str) -> &str {
     word.split('=').next().unwrap().trim_end_matches([',', '.', ':'])
 }
@@ -232,7 +233,7 @@ fn every_command_and_its_flags_are_taken() {
     let mut n = 0;
     for page in pages() {
         for words in page.commands().filter(|words| words.len() > 1 && words[0].rsplit('/').next() == Some("gvote")) {
-            // placeholders, and flags of the program itself
+            // skip placeholders, and flags of the program itself
             if is_upper(&words[1]) || own().any(|flag| flag == words[1]) {
                 continue;
             }
@@ -276,7 +277,7 @@ fn every_other_flag_is_one_of_the_program_of_a_script_or_of_llama_cpp() {
             let unknown: Vec<&str> = if is_flag(first) {
                 flags.filter(|flag| !is_known(flag)).collect()
             } else {
-                // a script, or one of those that are packed for a CUDA machine
+                // a script, or one of those packed for a CUDA machine
                 let place = first.strip_prefix("./").map_or(first.clone(), |name| format!("benches/gpu/{name}"));
                 let text = fs::read_to_string(root().join(place)).unwrap_or_default();
                 flags.filter(|flag| !text.is_empty() && !has_word(&text, flag)).collect()
@@ -296,7 +297,7 @@ fn every_configuration_is_understood() {
     for page in pages() {
         for words in page.commands() {
             let after = words.windows(2).filter(|pair| pair[0] == "--config").map(|pair| &pair[1]);
-            // a placeholder for a policy of the reader's own
+            // skip a placeholder for the reader's own policy
             configs.extend(
                 after.filter(|config| !config.contains("NAME")).map(|config| (config.clone(), page.name.clone())),
             );
@@ -324,7 +325,7 @@ fn the_results_are_those_of_the_run_files() {
     runs.retain(|path| path.extension().is_some_and(|ending| ending == "jsonl"));
     runs.sort();
     let runs = runs.iter().map(|path| path.strip_prefix(root()).unwrap().to_str().unwrap());
-    // as `make results` does
+    // the same command as in `make results`
     let settings = ["--baseline", "half", "--title", "What was measured", "--notes", "docs/results/notes.md"];
     let args: Vec<&str> = ["eval", "report"].into_iter().chain(runs).chain(settings).collect();
     finish(bare(&args).args(["-o", "docs/results.md"]).current_dir(folder.path())).ok();
@@ -332,7 +333,7 @@ fn the_results_are_those_of_the_run_files() {
     assert!(made == read("docs/results.md"), "run make results");
 }
 
-/// Names of the C interface, of its files and of the build's variables.
+/// Returns names of the C interface, of its files and of the build's variables.
 fn identifiers(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || "_.".contains(c)));
     let names = words.filter(|word| !word.contains(".rs")).flat_map(|word| word.split('.'));
@@ -342,7 +343,7 @@ fn identifiers(text: &str) -> BTreeSet<String> {
 #[test]
 fn every_name_of_the_c_interface_is_declared() {
     let header = read("ffi/gvote.h");
-    // the compilers see to the code of both headers; their comments are pages
+    // the compilers check the code of both headers; their comments are checked like pages
     let (mut code, mut comments) = (String::new(), String::new());
     for (i, part) in header.split("/*").enumerate() {
         let (comment, rest) = if i == 0 { ("", part) } else { part.split_once("*/").unwrap() };

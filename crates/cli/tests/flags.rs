@@ -1,11 +1,11 @@
-//! Every flag of every command, at the extremes of what can be written after it: it works as its help says, or it is refused in
-//! one line. The flags are those that the help lists, so that a new one is tried by itself.
+//! Tries every flag of every command with extreme values: the command must do what the help says, or refuse the value in one line. The
+//! flags are taken from the help, so a new flag is tried automatically.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
 #[path = "../../../tests/common/help.rs"]
 mod help;
-#[allow(dead_code)] // it serves other tests too
+#[allow(dead_code)] // also used by other tests
 #[path = "../../../src/tests/tiny.rs"]
 mod tiny;
 
@@ -23,8 +23,8 @@ use cli::{PROGRAM, bare, finish};
 use gvote::llama;
 use help::{Flag, commands, flags_of};
 
-/// The ends of every type of number that a flag may have, the smallest number above nothing, and what is no number. The bounds
-/// and names that a refusal mentions are tried besides.
+/// Values to try: the limits of every number type that a flag may have, the smallest positive number, and text that is not a number. The
+/// bounds and names that a refusal mentions are tried too.
 const EXTREMES: [&str; 20] = [
     "",
     "1",
@@ -48,10 +48,10 @@ const EXTREMES: [&str; 20] = [
     "-inf",
 ];
 
-/// What a flag that takes words is tried with.
+/// Values to try with a flag that takes words.
 const WORDS: [&str; 3] = ["", "-1", "nan"];
 
-/// The least work that a command can have. `MODEL` and `TEXT` stand for files. A flag that is tried replaces one of these.
+/// The least work for each command. `MODEL` and `TEXT` stand for files. A tried flag replaces its entry here.
 const LINES: &[(&str, &[&str])] = &[
     ("run", &["--model=MODEL", "--file=TEXT", "--predict=2", "--threads=1"]),
     ("chat", &["--model=MODEL", "--file=TEXT", "--predict=2", "--threads=1", "--single-turn"]),
@@ -81,14 +81,14 @@ const LINES: &[(&str, &[&str])] = &[
     ),
     ("inspect", &["MODEL"]),
     ("plan", &["MODEL"]),
-    // the text is no library: the dynamic linker says so, and goes on
+    // the text is not a library: the dynamic linker reports it and continues
     ("with", &["--plugin=TEXT", "--", "true"]),
     ("serve", &["--plugin=TEXT", "--llama-server=/bin/true"]),
     ("rpc-server", &["--port=0", "--threads=1"]),
     ("man", &[]),
 ];
 
-/// Flags that need others beside them, or that others keep out.
+/// Flags that need other flags, or that other flags exclude.
 const BESIDE: &[(&str, &str, &[&str])] = &[
     ("bench", "--memory", &["--n-parallel=1"]),
     ("eval tasks", "--tasks", &["--ruler=RULER"]),
@@ -96,22 +96,22 @@ const BESIDE: &[(&str, &str, &[&str])] = &[
     ("eval adaptivity", "--tasks", &["--ruler=RULER"]),
 ];
 
-/// Work that has no end of its own: Ctrl-C ends it.
+/// Work without an end of its own; Ctrl-C ends it.
 const ENDLESS: &[(&str, &str)] = &[("bench", "--repetitions"), ("chat", "--predict"), ("run", "--predict")];
 
-/// What fails where its report was printed already: the report says why.
+/// Failures after the report has been printed; the report gives the reason.
 const REPORTS: &[(&str, &str)] = &[("plan", "--memory")];
 
-/// How long a command may take, and how long one without an end is watched.
+/// Time limit of a command, and how long an endless one is observed.
 const DEADLINE: Duration = Duration::from_secs(30);
 const WATCHED: Duration = Duration::from_millis(500);
-/// What takes longer in one command is not tried in the others.
+/// A value that takes longer than this in one command is not tried in the others.
 const REPEATED: Duration = Duration::from_secs(2);
-/// Bytes that may be resident, and that may be asked for.
+/// Limits for resident bytes and for address space.
 const RESIDENT_MAX: usize = 1 << 30;
 const ADDRESSES_MAX: u64 = 8 << 30;
 
-/// Where the models and texts lie.
+/// Paths of the models and texts.
 struct Files {
     folder: tempfile::TempDir,
     model: PathBuf,
@@ -139,14 +139,14 @@ impl Files {
         files
     }
 
-    /// A command's line without the flags that are spelled so.
+    /// Returns a command's line without the flags that have one of these spellings.
     fn line(&self, command: &str, without: &[String]) -> Vec<String> {
         let (_, flags) = LINES.iter().find(|line| line.0 == command).unwrap_or_else(|| panic!("LINES lacks {command}"));
         let kept = flags.iter().filter(|flag| !without.iter().any(|name| flag.split('=').next() == Some(name)));
         command.split(' ').map(str::to_owned).chain(kept.map(|flag| self.named(flag))).collect()
     }
 
-    /// A word with the paths that it stands for.
+    /// Replaces placeholders in a word by paths.
     fn named(&self, word: &str) -> String {
         let files = [("MODEL", &self.model), ("TEXT", &self.text), ("RECORDS", &self.records), ("RULER", &self.ruler)];
         files.iter().fold(word.to_owned(), |word, (name, path)| word.replace(name, path.to_str().unwrap()))
@@ -157,7 +157,7 @@ fn is_in(flags: &[(&str, &str)], flag: &Flag) -> bool {
     flags.contains(&(flag.command.as_str(), flag.spellings[0].as_str()))
 }
 
-/// What became of a process.
+/// Result of a process.
 struct End {
     status: ExitStatus,
     time: Duration,
@@ -168,7 +168,7 @@ struct End {
     stderr: String,
 }
 
-/// Runs a line in a folder of its own.
+/// Runs a line in its own folder.
 fn run(line: &[String], endless: bool) -> End {
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path();
@@ -221,7 +221,7 @@ fn run(line: &[String], endless: bool) -> End {
     }
 }
 
-/// Whether a process has come as far as to handle Ctrl-C.
+/// Whether a process has installed its handler for Ctrl-C.
 fn catches_interrupts(pid: libc::pid_t) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
@@ -229,7 +229,7 @@ fn catches_interrupts(pid: libc::pid_t) -> bool {
 }
 
 impl End {
-    /// What is wrong with it, if something is.
+    /// Returns what is wrong with the result, if anything.
     fn fault(&self, flag: &Flag, value: &str) -> Option<String> {
         let errors: Vec<&str> = self.stderr.lines().filter(|line| line.starts_with("gvote: ")).collect();
         let last = self.stderr.lines().last().unwrap_or_default();
@@ -258,7 +258,7 @@ impl End {
         Some(format!("{fault}: {}", said.join(" / ")))
     }
 
-    /// Bounds and names that a refusal mentions.
+    /// Returns the bounds and names that a refusal mentions.
     fn hints(&self) -> BTreeSet<String> {
         if self.status.code() != Some(2) {
             return BTreeSet::new();
@@ -276,11 +276,11 @@ impl End {
     }
 }
 
-/// What came of trying a flag.
+/// Results of trying a flag.
 #[derive(Default)]
 struct Tried {
     faults: Vec<String>,
-    /// What the command took, and in little time.
+    /// Values that the command accepted quickly.
     taken: Vec<String>,
     hints: BTreeSet<String>,
 }
@@ -294,10 +294,10 @@ impl Tried {
         let mut replaced = flag.spellings.clone();
         replaced.extend(beside.iter().filter_map(|other| other.split('=').next().map(str::to_owned)));
         let mut line = files.line(&flag.command, &replaced);
-        // before what is another program's
+        // before arguments of another program
         let at = flag.command.split(' ').count();
         line.splice(at..at, beside.iter().map(|&word| files.named(word)));
-        // BACK,FORWARD is two values; N,... is any number of them
+        // BACK,FORWARD takes two values; N,... takes any number of them
         let parts = flag.value.as_deref().map_or(1, |name| name.split(',').filter(|part| *part != "...").count());
         line.insert(at, value.map_or_else(|| long.clone(), |value| format!("{long}={}", vec![value; parts].join(","))));
 
@@ -312,7 +312,7 @@ impl Tried {
         end
     }
 
-    /// Tries a flag with everything.
+    /// Tries a flag with all values.
     fn everything(flag: &Flag, files: &Files) -> Self {
         let mut tried = Self::default();
         if flag.value.is_none() {
@@ -323,7 +323,7 @@ impl Tried {
             let end = tried.attempt(flag, Some(value), files);
             (end.status.code(), end.stderr.replace(value, ""))
         });
-        // what takes a number and a word alike knows no numbers
+        // a flag that treats a number and a word alike takes words
         let values = if told[0] == told[1] { &WORDS[..] } else { &EXTREMES[..] };
         for value in values {
             tried.attempt(flag, Some(value), files);
@@ -334,7 +334,7 @@ impl Tried {
         tried
     }
 
-    /// Zero, the smallest and the largest number, and every word that was taken.
+    /// Returns zero, the smallest and the largest number, and every word that was accepted.
     fn ends(&self) -> Vec<Option<&str>> {
         let number = |value: &str| value.parse::<f64>().ok().filter(|x| !x.is_nan());
         let taken = || self.taken.iter().map(String::as_str);
@@ -348,7 +348,7 @@ impl Tried {
     }
 }
 
-/// Tries a flag of several commands: with everything in one of them, and in the others at the ends of what that one took.
+/// Tries a flag of several commands: with all values in one command, and in the others with the extremes of what that one accepted.
 fn try_flag(flags: &[Flag], files: &Files) -> Vec<String> {
     let (first, others) = flags.split_first().expect("a command has it");
     let mut tried = Tried::everything(first, files);

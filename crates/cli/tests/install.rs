@@ -1,4 +1,4 @@
-//! `make install`: a tree that can be moved, in which programs in C, C++ and Python find gvote and its llama.cpp.
+//! Tests of `make install`: the installed tree can be moved, and programs in C, C++ and Python find gvote and its llama.cpp in it.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -14,12 +14,12 @@ use cli::model;
 use harbour::{FERRY, LIGHTHOUSE, document};
 use installed::{built_with_cmake, built_with_pkg_config, guide_program, make, prefix, run, source};
 
-/// Tests run side by side, and threads that wait for one another's core are slow.
+/// Limits OpenMP to one thread: tests run in parallel, and threads that compete for a core are slow.
 const ONE_THREAD: &str = "1";
 
-/// What a program printed: stdout, and the numbers of its lines `cells: before -> after`.
+/// Returns what a program printed: stdout, and the numbers of its lines `cells: before -> after`.
 fn answers(command: &mut Command) -> (String, Vec<(u32, u32)>) {
-    // nothing but the installed tree may serve it
+    // only libraries of the installed tree may be used
     let command = command.env_remove("LD_LIBRARY_PATH").env("OMP_THREAD_LIMIT", ONE_THREAD);
     let output = command.output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -108,7 +108,7 @@ fn an_example_in_cpp_is_built_with_cmake_and_votes_every_turn() {
     assert!(lines[0].contains(FERRY.1), "{answer}");
     assert!(lines.len() == 2 && !lines[1].is_empty(), "{answer}");
     is_smaller(&cells[0]);
-    // the second turn begins with all that was read before, and its own words
+    // the second turn starts with everything read before, and adds its own text
     assert!(cells[1].0 > cells[0].0, "{cells:?}");
     is_smaller(&cells[1]);
 }
@@ -162,7 +162,7 @@ fn uninstall_takes_away_what_install_brought_and_nothing_else() {
     fs::write(&foreign, "").unwrap();
     make("install", &image, "/opt");
     assert!(image.join("opt/bin/gvote").exists() && image.join("opt/share/man/man1/gvote.1").exists());
-    // installing again is an update
+    // installing again updates
     make("install", &image, "/opt");
     make("uninstall", &image, "/opt");
     let left = run(Command::new("find").arg(&image).args(["!", "-type", "d"]));

@@ -1,4 +1,4 @@
-//! What the program says where memory runs out in llama.cpp.
+//! Tests of the program's messages when llama.cpp runs out of memory.
 
 #![cfg(target_os = "linux")]
 
@@ -9,13 +9,13 @@ use gvote::llama;
 
 #[path = "../../../tests/common/scarce.rs"]
 mod scarce;
-#[allow(dead_code)] // it serves other tests too
+#[allow(dead_code)] // also used by other tests
 #[path = "../../../src/tests/tiny.rs"]
 mod tiny;
 
 use scarce::library;
 
-/// Where an exception meets nobody who catches it, too.
+/// Includes exceptions that nothing catches.
 #[test]
 fn the_program_says_in_one_line_that_memory_has_run_out() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! gvote built against a llama.cpp that somebody else has built: `LLAMA_CPP_DIR` and `LLAMA_LIB_DIR`.
+//! Tests of gvote built against a llama.cpp built elsewhere: `LLAMA_CPP_DIR` and `LLAMA_LIB_DIR`.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -15,12 +15,12 @@ use std::process::Command;
 use cli::{finish, model};
 use installed::{built_with_cmake, built_with_pkg_config, guide_program, llama_source, make_from, prefix, root, run};
 
-/// It stays between runs: a folder for everything that is made here.
+/// Returns the folder for everything made here; it stays between runs.
 fn scratch() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("own-llama")
 }
 
-/// The libraries that the other tests use, as the user's own.
+/// Returns the libraries that the other tests use, standing in for a user's own.
 fn libraries() -> PathBuf {
     let dir = scratch().join("build/bin");
     fs::create_dir_all(&dir).unwrap();
@@ -28,10 +28,10 @@ fn libraries() -> PathBuf {
     dir
 }
 
-/// What the code compiled here does is tested elsewhere: it need not be fast, and compiles fast without.
+/// The code compiled here is tested elsewhere: it need not be fast, and compiles faster unoptimised.
 const UNOPTIMISED: [(&str, &str); 2] = [("CARGO_PROFILE_DEV_OPT_LEVEL", "0"), ("CARGO_PROFILE_DEV_DEBUG", "none")];
 
-/// What cargo says of a build that cannot be.
+/// Returns cargo's message for a build that must fail.
 fn refusal(source: Option<&Path>, libraries: &Path) -> String {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(root()).args(["build", "--locked", "--lib", "-p", "gvote", "--target-dir"]);
@@ -53,7 +53,7 @@ fn wrong_combinations_are_refused(source: &Path, libraries: &Path) {
     assert!(text.contains("is llama.cpp 0.7.3, but the source in LLAMA_CPP_DIR is "), "{text}");
 }
 
-/// A source like `source` but for one line of one file, before which another line stands.
+/// Returns a copy of `source` in which `added` stands before one line of one file.
 fn changed(source: &Path, file: &str, line: &str, added: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("src")).unwrap();
@@ -67,13 +67,13 @@ fn changed(source: &Path, file: &str, line: &str, added: &str) -> tempfile::Temp
     }
     let text = fs::read_to_string(source.join(file)).unwrap();
     assert_eq!(text.matches(line).count(), 1, "{line}");
-    // a link would be written through
+    // remove the link first, since writing would follow it
     let _ = fs::remove_file(dir.path().join(file));
     fs::write(dir.path().join(file), text.replacen(line, &format!("{added}\n{line}"), 1)).unwrap();
     dir
 }
 
-/// What upstream adds does not compile until somebody has looked at it, even where it hides in padding.
+/// A member that upstream adds must not compile until gvote has been adapted, even if it lies in padding.
 fn other_structures_are_refused(source: &Path, libraries: &Path) {
     let (context, cache) = ("src/llama-context.h", "src/llama-kv-cache.h");
     for (file, line, added, reason) in [
@@ -82,7 +82,7 @@ fn other_structures_are_refused(source: &Path, libraries: &Path) {
         ("CMakeLists.txt", "set(LLAMA_VERSION_MAJOR 0)", "set(LLAMA_VERSION_MAJOR 77)", "does not know this version"),
     ] {
         let other = changed(source, file, line, added);
-        // of no version, so that only the source is looked at
+        // no version in the name, so that only the source is checked
         let unnamed = tempfile::tempdir().unwrap();
         fs::copy(libraries.join("libllama.so"), unnamed.path().join("libllama.so")).unwrap();
         let text = refusal(Some(other.path()), unnamed.path());
@@ -90,7 +90,7 @@ fn other_structures_are_refused(source: &Path, libraries: &Path) {
     }
 }
 
-/// Whatever is loaded comes from the user's own folder.
+/// Checks that all libraries are loaded from the user's own folder.
 fn uses(program: &Path, libraries: &Path) {
     let loaded = run(Command::new("ldd").arg(program).env_remove("LD_LIBRARY_PATH"));
     for name in ["libllama.so", "libggml.so", "libggml-base.so"] {
@@ -102,7 +102,7 @@ fn uses(program: &Path, libraries: &Path) {
 #[test]
 fn a_users_own_llama_serves_gvote_and_apps_and_is_not_copied() {
     let (source, libraries) = (llama_source(), libraries());
-    // first, since cargo builds again after them
+    // first, since cargo rebuilds after them
     wrong_combinations_are_refused(&source, &libraries);
     other_structures_are_refused(&source, &libraries);
 
@@ -127,7 +127,7 @@ fn a_users_own_llama_serves_gvote_and_apps_and_is_not_copied() {
     }
     let program = installed.join("bin/gvote");
     uses(&program, &libraries);
-    // their RPC back end is found at run time
+    // the RPC back end of these libraries is found at run time
     let done = finish(Command::new(program).args(["rpc-server", "-d", "none"]).env_remove("LD_LIBRARY_PATH"));
     assert!(done.stderr.contains("there is no device \"none\": there are CPU"), "{}", done.stderr);
 }

@@ -1,8 +1,8 @@
-//! What the flags do that say how a model is loaded and what is changed on the way.
+//! Tests of the flags that say how a model is loaded and changed while loading.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
-#[allow(dead_code)] // it serves other tests too
+#[allow(dead_code)] // also used by other tests
 #[path = "../../../src/tests/tiny.rs"]
 mod tiny;
 
@@ -15,7 +15,7 @@ use gvote::llama;
 use serde_json::Value;
 use tiny::Tiny;
 
-/// A small model with a vocabulary, and an adapter for it.
+/// Returns a small model with a vocabulary, and an adapter for it.
 fn files() -> &'static (tempfile::TempDir, Tiny, tiny::Adapter) {
     static FILES: OnceLock<(tempfile::TempDir, Tiny, tiny::Adapter)> = OnceLock::new();
     FILES.get_or_init(|| {
@@ -32,7 +32,7 @@ fn run_with(model: &Path, flags: &[&str]) -> Done {
     finish(&mut bare(&[&common, flags].concat()))
 }
 
-/// What the model says of a text, with these flags.
+/// Returns the model's report on a text, with these flags.
 fn said(flags: &[&str]) -> Value {
     run_with(&files().1.path, &[flags, &["--json"]].concat()).ok().json().remove(0)
 }
@@ -84,7 +84,7 @@ fn a_value_in_place_of_the_files_counts_before_it_is_loaded() {
     let mended = format!("llama.attention.head_count_kv=int:{right}");
     let mended = run_with(&broken, &["--json", "--override-kv", &mended]).ok().json().remove(0);
     assert_eq!(mended["answer"], answer(&[]));
-    // and the other way round: what it makes impossible is refused, as if the file said so
+    // conversely, an override that makes the model invalid is refused as if the file said so
     let done = run_with(&model.path, &["--override-kv", "llama.attention.head_count=int:0"]);
     assert_eq!((done.status, done.stderr.lines().count()), (1, 1), "{}", done.stderr);
 }

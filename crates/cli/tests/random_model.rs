@@ -1,4 +1,4 @@
-//! What models with random weights promise, in the program and the library.
+//! Tests of models with random weights, in the program and the library.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -32,7 +32,7 @@ fn written(shape: Shape) -> (tempfile::TempDir, std::path::PathBuf) {
     (dir, path)
 }
 
-/// Root mean square.
+/// Returns the root mean square.
 fn spread(values: &[f32]) -> f32 {
     (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt()
 }

@@ -1,8 +1,8 @@
-//! What the program does with a model that has recurrent layers.
+//! Tests of the program with a model that has recurrent layers.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
-#[allow(dead_code)] // it serves other tests too
+#[allow(dead_code)] // also used by other tests
 #[path = "../../../src/tests/tiny.rs"]
 mod tiny;
 
@@ -11,7 +11,7 @@ use std::path::Path;
 use cli::{Done, bare, finish, finish_with};
 use gvote::llama;
 
-/// Arguments of a sub-command and the model of its `-m`.
+/// Returns a sub-command with these arguments and the model for `-m`.
 fn with(command: &str, model: &Path, args: &[&str]) -> std::process::Command {
     bare(&[&[command, "-m", model.to_str().unwrap(), "-c", "256"], args].concat())
 }
@@ -45,7 +45,7 @@ fn it_is_refused_with_the_reason_and_runs_as_it_is_under_the_full_policy() {
         let tokens = prompt[1].len() as u64 + 5;
         assert_eq!(cache(&done[0]), (Some(tokens), Some(tokens)), "{arch}: {}", done[0]);
 
-        // an answer cannot be taken out of a state: the conversation is read again
+        // an answer cannot be removed from a recurrent state: the conversation is read again
         let said = "Hello.\n/regen\nAnd then?\n";
         refused(&finish_with(&mut with("chat", &model, &ANSWER), said), reason);
         let chat = [&full[..], &["--chat-template", "chatml"]].concat();

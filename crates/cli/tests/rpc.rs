@@ -1,4 +1,4 @@
-//! What `--rpc` and `gvote rpc-server` promise, with two workers on loopback.
+//! Tests of `--rpc` and `gvote rpc-server`, with two workers on loopback.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -18,7 +18,7 @@ use cli::{Done, bare, document, finish, finish_with, gvote};
 use serde_json::Value;
 use workers::{Proxy, Traffic, Worker, finish_in_time};
 
-/// Characters of a document that is worth a vote: some 650 tokens.
+/// Characters of a document long enough for a vote: about 650 tokens.
 const CHARS: usize = 2600;
 /// Bytes of K and V in a cell of SmolLM2-135M: 30 layers, 3 KV heads, 64 values of two bytes.
 const BYTES_PER_CELL: u64 = 30 * 3 * 64 * 2 * 2;
@@ -29,7 +29,7 @@ fn two() -> ([Worker; 2], String) {
     (workers, endpoints)
 }
 
-/// A run on the document, with the vote before the answer.
+/// Runs on the document, with the vote before the answer.
 fn run(args: &[&str]) -> Value {
     let document = document(CHARS);
     let file = ["-f", document.path().to_str().unwrap(), "--temp", "0", "--vote", "prompt", "--json"];
@@ -42,7 +42,7 @@ fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or_else(|| panic!("not a number: {value}"))
 }
 
-/// What each head keeps of the document, and how many cells that is.
+/// Tokens of the document that each head keeps, and numbers of cells.
 struct Kept {
     bits: Vec<u8>,
     before: u64,
@@ -67,13 +67,13 @@ fn every_head_keeps_the_same_tokens() {
     for args in [&["--ratio", "0.5"][..], &["--lost-mass", "0.05", "-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on"]] {
         let here = kept(&[args, &["-ngl", "0"]].concat());
         assert!(here.after < here.before, "{} of {}", here.after, here.before);
-        // all layers on the workers, and half of them
+        // all layers on the workers, then half of them
         for layers in ["99", "15"] {
             let there = kept(&[args, &["-ngl", layers, "--rpc", &endpoints]].concat());
             let ones = |bits: &mut dyn Iterator<Item = u8>| bits.map(u8::count_ones).sum::<u32>();
             let both = ones(&mut here.bits.iter().zip(&there.bits).map(|(a, b)| a & b));
             let share = f64::from(both) / f64::from(ones(&mut here.bits.iter().copied()));
-            // where a layer is not in our memory, statistics are added up in another order, and some CPUs use other kernels
+            // for layers outside local memory, statistics are summed in another order, and some CPUs use other kernels
             assert!(
                 share >= 0.98,
                 "{args:?} {layers}: {share} of the tokens, {} and {} cells",
@@ -92,13 +92,14 @@ fn the_answer_after_a_vote_begins_the_same() {
     let there = run(&[&args[..], &["-ngl", "99", "--rpc", &endpoints]].concat());
     assert!(number(&here["vote"]["cells_after"]) < number(&here["vote"]["cells_before"]), "{here}");
     assert_eq!(here["vote"]["cells_after"], there["vote"]["cells_after"]);
-    // what rounds differently meets a word sooner or later where two are as likely
+    // rounding differences eventually meet two words that are equally likely
     let [here, there] = [&here, &there].map(|report| report["answer"].as_str().unwrap());
     let alike = here.chars().zip(there.chars()).take_while(|(a, b)| a == b).count();
     assert!(alike >= 16, "{here}\n{there}");
 }
 
-/// MiB of a device's buffer of one kind, as llama.cpp logs it. What was worked out before, without a buffer, is logged too, and smaller.
+/// Returns the MiB of a device's buffer of one kind from llama.cpp's log. Sizes computed earlier without a buffer are logged too, and are
+/// smaller.
 fn logged(log: &str, name: &str, what: &str) -> f64 {
     let is_one = |line: &&str| line.contains(name) && line.contains(&format!("{what} buffer size ="));
     let sizes = log.lines().filter(is_one).map(|line| line.split(['=', 'M']).nth_back(1).unwrap().trim());
@@ -112,13 +113,13 @@ fn the_layers_are_on_the_workers() {
     let log = finish(&mut gvote("run", &args)).ok().stderr;
     let sizes = |name: &str, what: &str| logged(&log, name, what);
     for worker in &workers {
-        // half of the layers at least, and their part of a cache of 256 cells
+        // at least half of the layers, and their part of a cache of 256 cells
         assert!(sizes(&worker.endpoint, "model") > 30.0 && sizes(&worker.endpoint, "KV") > 2.5, "{log}");
     }
     assert_eq!(sizes("CPU", "KV"), 0.0, "{log}");
 }
 
-/// Beside what llama.cpp logs in a run of the command that the plan names.
+/// Compares with llama.cpp's log in a run of the command that the plan suggests.
 #[test]
 fn a_plan_says_how_much_each_worker_holds() {
     let (workers, endpoints) = two();
@@ -139,14 +140,14 @@ fn a_plan_says_how_much_each_worker_holds() {
         for (field, what) in [("weights", "model"), ("kv_cache", "KV"), ("compute", "compute")] {
             let (planned, logged) =
                 (number(&device[field]) as f64 / f64::from(1 << 20), logged(&worker.endpoint, what));
-            // llama.cpp works out a little more to compute in than it takes where devices hand over to each other
+            // llama.cpp estimates slightly larger compute buffers than it allocates where devices pass data to each other
             let apart = if what == "compute" { 0.05 } else { 0.001 };
             assert!(logged > 0.1 && (planned - logged).abs() < apart * logged, "{what}: {planned} of {logged} MiB");
         }
         assert!(number(&device["free"]) > number(&device["total"]), "{device}");
         sum += number(&device["total"]);
     }
-    // what the limit is about
+    // the memory that the limit applies to
     let f16 = plan["types"].as_array().unwrap().iter().find(|need| need["type"] == "f16").unwrap();
     assert_eq!(number(&f16["total"]), sum);
     let short = |memory: u64| {
@@ -160,7 +161,7 @@ fn a_plan_says_how_much_each_worker_holds() {
     let of = |endpoint: &str| words.lines().filter(|line| line.contains(&format!("({endpoint})"))).count();
     assert!(workers.iter().all(|worker| of(&worker.endpoint) == 1), "{words}");
 
-    // and one that is not there
+    // a worker that does not exist
     let gone = Worker::start();
     let endpoint = gone.endpoint.clone();
     drop(gone);
@@ -180,7 +181,7 @@ fn chat_and_bench_run_on_workers_too() {
     assert_eq!(rows.as_array().unwrap().len(), 2);
 }
 
-/// One worker behind a proxy, and what a run sends and gets.
+/// Runs with one worker behind a proxy. Returns the report and the traffic.
 fn traffic(args: &[&str]) -> (Value, Traffic) {
     let worker = Worker::start();
     let proxy = Proxy::before(&worker);
@@ -216,7 +217,7 @@ fn a_vote_that_drops_cells_leaves_k_and_v_where_they_are() {
     assert_eq!((traffic.kv_to_worker, traffic.kv_from_worker), (0, 0));
 }
 
-/// All of a prompt in one batch: its statistics, and queries of the observation window, lie side by side on the worker.
+/// Reads the prompt in one batch, so that its statistics and the queries of the observation window lie side by side on the worker.
 #[test]
 fn what_a_vote_brings_back_comes_once() {
     let once = ["-b", "1024", "-ub", "1024", "-n", "1"];
@@ -313,7 +314,7 @@ mod errors {
 mod killed {
     use super::*;
 
-    /// One line, with the name of the dead one and not of the other.
+    /// Expects one line that names the dead worker and not the other one.
     #[track_caller]
     fn is_told(done: &Done, dead: &Worker, alive: &Worker) {
         assert_eq!(done.status, 1, "{}", done.stderr);
@@ -358,7 +359,7 @@ mod killed {
         for dead in [0, 1] {
             let (mut workers, endpoints) = two();
             let mut client = start("run", &["-p", "Tell me a long story.", "-n", "4000"], &endpoints);
-            // the first words of the answer
+            // first words of the answer
             let mut word = [0; 16];
             client.stdout.as_mut().unwrap().read_exact(&mut word).unwrap();
             workers[dead].kill();
@@ -392,7 +393,7 @@ mod killed {
     }
 }
 
-/// A machine without power cannot be had on loopback; that the system asks after it can be seen.
+/// A machine without power cannot be simulated on loopback; the test checks that the system probes the connection.
 #[test]
 #[cfg(target_os = "linux")]
 fn a_silent_machine_would_be_noticed() {
@@ -405,7 +406,7 @@ fn a_silent_machine_would_be_noticed() {
     let port: u16 = worker.endpoint.rsplit(':').next().unwrap().parse().unwrap();
     let table = fs::read_to_string("/proc/net/tcp").unwrap();
     let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    // remote port, established, and a timer that waits for the time to ask
+    // remote port, established, and the keep-alive timer
     let is_ours = |row: &Vec<&str>| row[2].ends_with(&format!(":{port:04X}")) && row[3] == "01";
     let timers: Vec<_> = rows.filter(is_ours).map(|row| row[5].to_owned()).collect();
     assert_eq!(timers.len(), 1, "{table}");

@@ -1,4 +1,4 @@
-//! What the samplers promise. That they draw as llama.cpp's own programs do is compared in `completion.rs`.
+//! Tests of the samplers. `completion.rs` compares their draws with those of llama.cpp's own programs.
 
 #[path = "../../../tests/common/cli.rs"]
 mod cli;
@@ -24,7 +24,7 @@ fn run(args: &[&str]) -> Done {
     finish(&mut gvote("run", args))
 }
 
-/// What follows this text at temperature 0.
+/// Returns the continuation of a text at temperature 0.
 fn continued(text: &str, args: &[&str]) -> String {
     let common = ["--raw", "--no-display-prompt", "-p", text, "--temp", "0", "-c", "256"];
     run(&[&common, args].concat()).ok().stdout
@@ -34,7 +34,7 @@ fn json(args: &[&str]) -> Value {
     run(&[args, &["--json"]].concat()).ok().json().remove(0)
 }
 
-/// Everybody knows what comes next.
+/// A text with an obvious continuation.
 const COUNT: &str = "one two three one two three one two three one two three one two";
 const FLOUR: &str = "The ingredients are: flour, sugar, flour,";
 
@@ -163,7 +163,7 @@ fn what_is_wrong_with_a_grammar_is_said() {
         ("root ::= \"a\"{99999}", "repetitions"),
         ("root ::= root \"a\" | \"b\"", "left recursion"),
         ("root ::= a\na ::= b \"x\"\nb ::= a | \"b\"", "left recursion"),
-        // llama.cpp sees neither of these, and expands them without end, or aborts
+        // llama.cpp does not detect these, and expands them endlessly or aborts
         ("root ::= x root x | \"a\"\nx ::= y\ny ::= \"\"", "left recursion"),
         ("root ::= x root\nx ::= y\ny ::= \"\"", "never ends"),
         ("root ::= \"a\" b\nb ::= \"c\" b", "never ends"),
@@ -223,7 +223,7 @@ fn a_bad_grammar_names_its_flag_or_its_file() {
     assert!(done.stderr.contains("/no/such/file") && done.stderr.contains("--grammar-file"), "{}", done.stderr);
 }
 
-/// What a grammar leaves may be nothing, where another setting forbids the rest.
+/// A grammar may leave no token if another setting forbids the rest.
 #[test]
 fn a_grammar_that_leaves_no_token_is_an_error_and_no_abort() {
     let grammar = Some(CString::new("root ::= \"a\"").unwrap());
@@ -260,7 +260,7 @@ fn the_model_file_recommends_settings_that_flags_override() {
     let own = SamplerParams::of(&Model::load(&file, &ModelParams::default(), |_| true).unwrap());
     assert_eq!((own.temp, own.top_k, own.top_p), (1.5, 3, SamplerParams::default().top_p));
     assert_eq!(own.samplers, [SamplerKind::TopK, SamplerKind::Temperature]);
-    // what cannot be is left out
+    // invalid recommendations are ignored
     assert_eq!((own.repeat_penalty, own.mirostat), (1.0, Mirostat::Off));
 
     let answer = |args: &[&str]| {

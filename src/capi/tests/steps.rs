@@ -2,8 +2,8 @@ use std::ffi::c_void;
 use std::ptr;
 
 use super::app::*;
-use crate::capi::*;
 use crate::attach::ASKED;
+use crate::capi::*;
 use crate::llama::{Model, Pos, SeqId, Token};
 use crate::sys;
 use crate::tests::fixture;

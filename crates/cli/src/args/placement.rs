@@ -1,5 +1,4 @@
-//! The flags that say where a model's weights go, how they are read, and what is changed on the way. Names and meanings are
-//! llama.cpp's.
+//! Flags that say where a model's weights go, how they are read, and what is changed while loading. Names and meanings are llama.cpp's.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -16,32 +15,32 @@ use crate::Exit;
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
 pub struct PlacementArgs {
-    /// Layers to keep on GPUs and workers, if any: a number, or `auto` or `all`
+    /// Number of layers to place on GPUs and workers, if there are any; or `auto` or `all`
     #[arg(long, visible_alias = "gpu-layers", value_name = "N", default_value = "auto", value_parser = gpu_layers)]
     pub n_gpu_layers: i32,
 
-    /// Put layers on the devices of these workers too: machines where `gvote rpc-server` runs, or llama.cpp's own server
+    /// Also place layers on the devices of these workers: machines that run `gvote rpc-server` or llama.cpp's rpc-server
     #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',', value_parser = Endpoint::from_str)]
     pub rpc: Vec<Endpoint>,
 
-    /// Devices to put layers on, such as CUDA0,CUDA1; none = keep all in this machine's memory. A name that does not exist lists
-    /// those that do [default: all GPUs and workers]
+    /// Devices to place layers on, such as CUDA0,CUDA1; none = keep all layers in this machine's memory. The error for an unknown name
+    /// lists the known ones [default: all GPUs and workers]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     device: Vec<String>,
 
-    /// How to spread the model over several devices: none (one holds it), layer, row, or tensor
+    /// How to split the model over several devices: none (one device holds all of it), layer, row or tensor
     #[arg(long, value_name = "MODE", default_value = "layer", hide_possible_values = true, value_parser = by_name(&SplitMode::NAMES))]
     split_mode: SplitMode,
 
-    /// Share of each device in turn, such as 3,1 [default: by free memory]
+    /// Share of the model for each device in turn, such as 3,1 [default: by free memory]
     #[arg(long, value_name = "N,...", value_parser = shares)]
     tensor_split: Option<List<f32>>,
 
-    /// The device that holds the model under --split-mode none, counted from 0; negative = none does
+    /// Device that holds the model with --split-mode none, counted from 0; negative = no device
     #[arg(long, value_name = "INDEX", default_value_t = 0)]
     main_gpu: i32,
 
-    /// Put tensors whose name matches a regular expression into buffers of this type, such as exps=CPU
+    /// Place tensors whose name matches a regular expression in buffers of this type, such as exps=CPU
     #[arg(long, value_name = "PATTERN=BUFFER,...", value_delimiter = ',', value_parser = TensorBuffer::from_str)]
     override_tensor: Vec<TensorBuffer>,
 
@@ -53,35 +52,35 @@ pub struct PlacementArgs {
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=LAYERS_MAX))]
     n_cpu_moe: u32,
 
-    /// How to read the model file: auto (mmap where possible), none, mmap, mlock, mmap+mlock, or dio (past the page cache)
+    /// How to read the model file: auto (mmap where possible), none, mmap, mlock, mmap+mlock, or dio (direct I/O, past the page cache)
     #[arg(long, value_name = "MODE", default_value = "auto", hide_possible_values = true, value_parser = by_name(&LoadMode::NAMES))]
     load_mode: LoadMode,
 
-    /// Read the model into memory instead of mapping the file: --load-mode none
+    /// Read the model into memory instead of mapping the file; same as --load-mode none
     #[arg(long, conflicts_with = "load_mode")]
     no_mmap: bool,
 
-    /// Keep the system from swapping the model out: --load-mode mmap+mlock, or mlock with --no-mmap
+    /// Keep the system from swapping the model out; same as --load-mode mmap+mlock, or mlock with --no-mmap
     #[arg(long, conflicts_with = "load_mode")]
     mlock: bool,
 
-    /// Take these values instead of those in the model file; TYPE is int, float, bool or str
+    /// Override metadata values of the model file; TYPE is int, float, bool or str
     #[arg(long, value_name = "KEY=TYPE:VALUE,...", value_parser = overrides)]
     override_kv: Vec<List<KvOverride>>,
 
-    /// Apply LoRA adapters, GGUF files
+    /// LoRA adapters to apply (GGUF files)
     #[arg(long, value_name = "FILE,...", value_parser = adapters)]
     lora: Vec<List<Adapter>>,
 
-    /// Apply LoRA adapters, each with this scale
+    /// LoRA adapters to apply, each with its scale
     #[arg(long, value_name = "FILE:SCALE,...", value_parser = scaled_adapters)]
     lora_scaled: Vec<List<Adapter>>,
 }
 
-/// What llama.cpp can load at most (LLAMA_MAX_LAYERS).
+/// Most layers that llama.cpp can load (`LLAMA_MAX_LAYERS`).
 const LAYERS_MAX: i64 = 512;
 
-/// What one flag lists.
+/// Values of one occurrence of a flag that takes a list.
 #[derive(Clone)]
 struct List<T>(Vec<T>);
 
@@ -117,7 +116,7 @@ impl PlacementArgs {
         }
     }
 
-    /// What the model file says, with what is to be taken instead.
+    /// Reads the model file's metadata, with the overrides of `--override-kv` applied.
     pub fn open(&self, model: &Path) -> Result<Gguf, GgufError> {
         Gguf::open_with(model, &self.kv_overrides())
     }
@@ -126,7 +125,7 @@ impl PlacementArgs {
         self.override_kv.iter().flat_map(|list| &list.0).cloned().collect()
     }
 
-    /// Looks at adapters before llama.cpp does, which ends the process where one is damaged.
+    /// Checks the adapters before llama.cpp loads them: a damaged one makes llama.cpp end the process.
     pub fn check_adapters(&self, model: &Gguf) -> Result<()> {
         for Adapter { path, .. } in self.adapters() {
             let adapter = Gguf::open(path).map_err(|error| anyhow!("--lora {error}"))?;
@@ -140,7 +139,7 @@ impl PlacementArgs {
     }
 }
 
-/// Puts the flag in front of an error that is about its value: a usage error, for the machine has no such thing.
+/// Puts the flag in front of an error about its value; makes it a usage error if the machine lacks the named thing.
 pub fn name_flag(error: LlamaError) -> anyhow::Error {
     let flag = match error {
         LlamaError::Device { .. } => "--device",
@@ -153,7 +152,7 @@ pub fn name_flag(error: LlamaError) -> anyhow::Error {
     Exit::Usage(format!("{flag}: {error}")).into()
 }
 
-/// llama.cpp's numbers for `auto` and `all`.
+/// Parses a number of layers; `auto` and `all` become llama.cpp's numbers for them.
 fn gpu_layers(text: &str) -> Result<i32, String> {
     match text {
         "auto" => Ok(-1),
@@ -168,7 +167,7 @@ fn shares(text: &str) -> Result<List<f32>, String> {
     shares.map(List).ok_or_else(|| "use numbers from 0 up, such as 3,1".into())
 }
 
-/// The fields of a line of comma-separated values; what holds commas itself stands in quotes.
+/// Parses a line of comma-separated values; a value that contains commas stands in quotes.
 fn fields<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<List<T>, String> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(text.as_bytes());
     let line = reader.records().next().and_then(Result::ok).ok_or("it is empty, or its quotes do not match")?;

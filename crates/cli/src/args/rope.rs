@@ -1,4 +1,4 @@
-//! The flags of the rotary embedding (RoPE), for contexts longer than those of the training. Names and meanings are llama.cpp's.
+//! Flags of the rotary position embedding (RoPE), for contexts longer than the training context. Names and meanings are llama.cpp's.
 
 use anyhow::Result;
 use clap::Args;
@@ -9,40 +9,40 @@ use super::{by_name, finite, number};
 #[derive(Args)]
 #[command(next_help_heading = "RoPE")]
 pub struct RopeArgs {
-    /// How to squeeze a longer context into the angles of the training: none, linear or yarn [default: as the model says]
+    /// How to scale positions of a longer context to the trained range: none, linear or yarn [default: as the model says]
     #[arg(long, value_name = "MODE", hide_possible_values = true, value_parser = by_name(&RopeScaling::NAMES))]
     rope_scaling: Option<RopeScaling>,
 
-    /// How many times longer the context gets
+    /// Factor by which the context is extended
     #[arg(long, value_name = "N", value_parser = scale, conflicts_with = "rope_freq_scale")]
     rope_scale: Option<f32>,
 
-    /// Base of the frequencies, above 1; 0 = as the model says
+    /// Base frequency of RoPE, above 1; 0 = as the model says
     #[arg(long, value_name = "N", default_value_t = 0.0, hide_default_value = true, value_parser = base)]
     rope_freq_base: f32,
 
-    /// Factor of the frequencies: one over --rope-scale; 0 = as the model says
+    /// Frequency scale of RoPE, the inverse of --rope-scale; 0 = as the model says
     #[arg(long, value_name = "N", default_value_t = 0.0, hide_default_value = true, value_parser = scale_or_0)]
     rope_freq_scale: f32,
 
-    /// YaRN: context of the training, tokens; 0 = as the model says
+    /// YaRN: training context in tokens; 0 = as the model says
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true,
           value_parser = clap::value_parser!(u32).range(..=i64::from(i32::MAX)))]
     yarn_orig_ctx: u32,
 
-    /// YaRN: share of extrapolation, up to 1; 0 = interpolate only; negative = as the model says
+    /// YaRN: extrapolation mix factor, up to 1; 0 = interpolate only; negative = as the model says
     #[arg(long, value_name = "X", default_value_t = -1.0, hide_default_value = true, value_parser = up_to_1)]
     yarn_ext_factor: f32,
 
-    /// YaRN: factor of the attention's magnitude, up to 100; negative = as the model says
+    /// YaRN: factor on the magnitude of the attention, up to 100; negative = as the model says
     #[arg(long, value_name = "X", default_value_t = -1.0, hide_default_value = true, value_parser = up_to_100)]
     yarn_attn_factor: f32,
 
-    /// YaRN: turns in the context below which a dimension is interpolated; negative = as the model says
+    /// YaRN: number of turns in the context below which a dimension is interpolated; negative = as the model says
     #[arg(long, value_name = "X", default_value_t = -1.0, hide_default_value = true, value_parser = finite)]
     yarn_beta_slow: f32,
 
-    /// YaRN: turns in the context above which a dimension is extrapolated; negative = as the model says
+    /// YaRN: number of turns in the context above which a dimension is extrapolated; negative = as the model says
     #[arg(long, value_name = "X", default_value_t = -1.0, hide_default_value = true, value_parser = finite)]
     yarn_beta_fast: f32,
 }
@@ -62,7 +62,7 @@ impl RopeArgs {
     }
 }
 
-/// No context is longer by more, and past it angles are no numbers any more.
+/// Largest scale: no context is extended by more, and the angles stop being finite numbers beyond it.
 const SCALE_MAX: f32 = 1e6;
 
 fn is_scale(x: f32) -> bool {
@@ -85,7 +85,7 @@ fn up_to_1(text: &str) -> Result<f32, String> {
     number(text, |x| x <= 1.0, "a number up to 1")
 }
 
-/// Products of keys and queries grow with its square.
+/// Parses the attention factor; the products of keys and queries grow with its square.
 fn up_to_100(text: &str) -> Result<f32, String> {
     number(text, |x| x <= 100.0, "a number up to 100")
 }

@@ -1,4 +1,4 @@
-//! How the next token is chosen.
+//! Flags for choosing the next token.
 
 use std::ffi::CString;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use super::{finite, number, share};
 use crate::Exit;
 use crate::prompt::{read_text, unescape};
 
-/// Settings without a default of their own take what the model's file recommends, or llama.cpp's default.
+/// Sampling flags. A setting without a default here takes the model file's recommendation, or else llama.cpp's default.
 #[derive(Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
@@ -19,129 +19,128 @@ pub struct SamplingArgs {
     #[arg(short, long, value_name = "N", default_value_t = -1, value_parser = seed)]
     seed: i64,
 
-    /// Temperature; 0 or less = always the likeliest token [default: the model's, or 0.8]
+    /// Temperature; 0 or less = always the most likely token [default: the model's, or 0.8]
     #[arg(long, visible_alias = "temperature", value_name = "T", value_parser = finite)]
     temp: Option<f32>,
 
-    /// Choose among the K likeliest tokens; 0 = all [default: the model's, or 40]
+    /// Top-k: sample from the K most likely tokens; 0 = all [default: the model's, or 40]
     #[arg(long, value_name = "K")]
     top_k: Option<i32>,
 
-    /// Choose among the likeliest tokens that together reach P; 1 = all [default: the model's, or 0.95]
+    /// Top-p: sample from the most likely tokens whose probabilities add up to P; 1 = all [default: the model's, or 0.95]
     #[arg(long, value_name = "P", value_parser = share)]
     top_p: Option<f32>,
 
-    /// Drop tokens less likely than P times the likeliest; 0 = none [default: the model's, or 0.05]
+    /// Min-p: drop tokens less likely than P times the most likely one; 0 = drop none [default: the model's, or 0.05]
     #[arg(long, value_name = "P", value_parser = share)]
     min_p: Option<f32>,
 
-    /// Choose among the tokens closest to the expected information that together reach P (locally typical sampling); 1 = all
+    /// Locally typical sampling: sample from the tokens closest to the expected information, up to a total probability of P; 1 = all
     #[arg(long, visible_alias = "typical-p", value_name = "P", default_value_t = SamplerParams::default().typical_p, value_parser = share)]
     typical: f32,
 
-    /// Drop tokens whose logits are more than N standard deviations below the best; 0 or less = none
+    /// Drop tokens whose logits are more than N standard deviations below the highest; 0 or less = drop none
     #[arg(long, visible_alias = "top-nsigma", value_name = "N", default_value_t = SamplerParams::default().top_n_sigma, value_parser = finite)]
     top_n_sigma: f32,
 
-    /// XTC: with this probability, drop all tokens at or above --xtc-threshold but the least likely of them; 0 = never [default:
-    /// the model's, or 0]
+    /// XTC: with this probability, drop all tokens at or above --xtc-threshold except the least likely of them; 0 = never [default: the
+    /// model's, or 0]
     #[arg(long, value_name = "P", value_parser = share)]
     xtc_probability: Option<f32>,
 
-    /// XTC: the probability from which on tokens are dropped; above 0.5 = none [default: the model's, or 0.1]
+    /// XTC: lowest probability at which a token may be dropped; above 0.5 = drop none [default: the model's, or 0.1]
     #[arg(long, value_name = "P", value_parser = share)]
     xtc_threshold: Option<f32>,
 
-    /// Dynamic temperature: up to so much more or less than --temp, with the entropy; 0 = off
+    /// Dynamic temperature: vary --temp by up to this much in both directions, depending on the entropy; 0 = off
     #[arg(long, value_name = "T", default_value_t = SamplerParams::default().dynatemp_range, value_parser = not_negative)]
     dynatemp_range: f32,
 
-    /// Dynamic temperature: the exponent that maps entropy to temperature
+    /// Dynamic temperature: exponent that maps entropy to temperature
     #[arg(long, value_name = "X", default_value_t = SamplerParams::default().dynatemp_exponent, value_parser = not_negative)]
     dynatemp_exp: f32,
 
-    /// Mirostat 1 or 2 in place of --samplers, at --temp; 0 = off [default: the model's, or 0]
+    /// Use Mirostat 1 or 2 instead of --samplers, at --temp; 0 = off [default: the model's, or 0]
     #[arg(long, value_name = "0|1|2", value_parser = mirostat)]
     mirostat: Option<Mirostat>,
 
-    /// Mirostat: learning rate, eta [default: the model's, or 0.1]
+    /// Mirostat: learning rate eta [default: the model's, or 0.1]
     #[arg(long, value_name = "X", value_parser = not_negative)]
     mirostat_lr: Option<f32>,
 
-    /// Mirostat: target entropy, tau, in bits [default: the model's, or 5]
+    /// Mirostat: target entropy tau, in bits [default: the model's, or 5]
     #[arg(long, value_name = "BITS", value_parser = not_negative)]
     mirostat_ent: Option<f32>,
 
-    /// Adaptive-p: choose tokens near this probability; less than 0 = any. Only with adaptive_p in --samplers
+    /// Adaptive-p: prefer tokens near this probability; less than 0 = off. Needs adaptive_p in --samplers
     #[arg(long, value_name = "P", default_value_t = SamplerParams::default().adaptive_target, value_parser = at_most_1)]
     adaptive_target: f32,
 
-    /// Adaptive-p: how slowly the target adapts to what was chosen, from 0 to 0.99
+    /// Adaptive-p: how slowly the target adapts to the chosen tokens, from 0 to 0.99
     #[arg(long, value_name = "SHARE", default_value_t = SamplerParams::default().adaptive_decay, value_parser = decay)]
     adaptive_decay: f32,
 
-    /// The samplers and their order: penalties, dry, top_n_sigma, top_k, typ_p, top_p, min_p, xtc, temperature and adaptive_p
-    /// [default: the model's, or all but the last, in this order]
+    /// Samplers and their order: penalties, dry, top_n_sigma, top_k, typ_p, top_p, min_p, xtc, temperature and adaptive_p [default: the
+    /// model's, or all but the last, in this order]
     #[arg(long, value_name = "NAME;...", value_parser = Chain::from_names, conflicts_with = "sampler_seq")]
     samplers: Option<Chain>,
 
-    /// The same, a letter each: edskypmxt is the default, a is adaptive_p
+    /// The same, one letter per sampler: edskypmxt is the default, a is adaptive_p
     #[arg(long, visible_alias = "sampling-seq", value_name = "LETTERS", value_parser = Chain::from_letters)]
     sampler_seq: Option<Chain>,
 
-    /// Make a token more or less likely: 15043+1, 15043-2.5, or 15043-inf for never. May be given several times
+    /// Make a token more or less likely: 15043+1, 15043-2.5, or 15043-inf to ban it. Can be repeated
     #[arg(short, long, value_name = "TOKEN_ID(+/-)BIAS", value_parser = logit_bias)]
     logit_bias: Vec<(Token, f32)>,
 
-    /// Go on where the model would end its answer
+    /// Continue where the model would end its answer
     #[arg(long)]
     ignore_eos: bool,
 
-    /// Make tokens less likely by this factor that were among the last ones, prompt included; 1 = do not [default: the model's,
-    /// or 1]
+    /// Penalty factor for tokens that occur among the last ones, prompt included; 1 = off [default: the model's, or 1]
     #[arg(long, value_name = "X", value_parser = repeat_penalty, help_heading = "Repetition")]
     repeat_penalty: Option<f32>,
 
-    /// How many tokens the penalties look back; 0 = none, -1 = all in the context [default: the model's, or 64]
+    /// Number of last tokens the penalties look at; 0 = none, -1 = the whole context [default: the model's, or 64]
     #[arg(long, value_name = "N", value_parser = last_n(), help_heading = "Repetition")]
     repeat_last_n: Option<i32>,
 
-    /// Take this off the logits of tokens that were among the last ones; 0 = nothing
+    /// Presence penalty: subtract this from the logits of tokens that occur among the last ones; 0 = off
     #[arg(long, value_name = "X", default_value_t = SamplerParams::default().presence_penalty, value_parser = finite,
           help_heading = "Repetition")]
     presence_penalty: f32,
 
-    /// The same for each time that they were there; 0 = nothing
+    /// Frequency penalty: subtract this for each occurrence among the last tokens; 0 = off
     #[arg(long, value_name = "X", default_value_t = SamplerParams::default().frequency_penalty, value_parser = finite,
           help_heading = "Repetition")]
     frequency_penalty: f32,
 
-    /// DRY: what a token loses that would continue a repetition of L tokens: MULTIPLIER * BASE ^ (L - ALLOWED_LENGTH); 0 = off
+    /// DRY: penalty for a token that would continue a repetition of L tokens: MULTIPLIER * BASE ^ (L - ALLOWED_LENGTH); 0 = off
     #[arg(long, value_name = "X", default_value_t = Dry::default().multiplier, value_parser = finite,
           help_heading = "Repetition")]
     dry_multiplier: f32,
 
-    /// DRY: the base, 1 or more
+    /// DRY: base of the penalty, 1 or more
     #[arg(long, value_name = "X", default_value_t = Dry::default().base, value_parser = at_least_1,
           help_heading = "Repetition")]
     dry_base: f32,
 
-    /// DRY: repetitions up to this length cost nothing
+    /// DRY: length up to which repetitions are not penalised
     #[arg(long, value_name = "N", default_value_t = Dry::default().allowed_length, help_heading = "Repetition",
           value_parser = clap::value_parser!(i32).range(0..))]
     dry_allowed_length: i32,
 
-    /// DRY: how many tokens are searched for repetitions; 0 = none, -1 = all in the context
+    /// DRY: number of last tokens searched for repetitions; 0 = none, -1 = the whole context
     #[arg(long, value_name = "N", default_value_t = Dry::default().penalty_last_n, value_parser = last_n(),
           help_heading = "Repetition")]
     dry_penalty_last_n: i32,
 
-    /// DRY: repetitions end at this text; may be given several times, and takes the place of the defaults: newline, colon,
-    /// quotation mark and asterisk. \n and the like are read as by -e; `none` = nothing ends them
+    /// DRY: text that ends a repetition. Can be repeated, and replaces the defaults: newline, colon, quotation mark and asterisk. Escapes
+    /// such as \n are read as with -e; `none` = nothing ends repetitions
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Repetition")]
     dry_sequence_breaker: Vec<String>,
 
-    /// What the answer must look like, in llama.cpp's GBNF: rules such as root ::= "yes" | "no"
+    /// Grammar that the answer must follow, in llama.cpp's GBNF: rules such as root ::= "yes" | "no"
     #[arg(
         long,
         value_name = "GBNF",
@@ -151,12 +150,12 @@ pub struct SamplingArgs {
     )]
     grammar: Option<String>,
 
-    /// A file with such rules
+    /// File with a GBNF grammar
     #[arg(long, value_name = "FILE", help_heading = "Grammar")]
     grammar_file: Option<PathBuf>,
 }
 
-/// What [`SamplingArgs::grammar`] found, and the flag that it comes from.
+/// Grammar from [`SamplingArgs::grammar`], and the flag that it came from.
 pub struct Grammar {
     rules: CString,
     from: String,
@@ -171,7 +170,7 @@ impl Grammar {
 }
 
 impl SamplingArgs {
-    /// The grammar, if one is asked for: an empty one is none.
+    /// Returns the grammar, if there is one; an empty text is none.
     pub fn grammar(&self) -> Result<Option<Grammar>> {
         let (text, from) = match (&self.grammar, &self.grammar_file) {
             (Some(text), _) => (text.clone(), "--grammar".to_owned()),
@@ -185,10 +184,10 @@ impl SamplingArgs {
         Ok(Some(Grammar { rules, from, is_on_command_line: self.grammar.is_some() }))
     }
 
-    /// What is asked for of this model. Every call draws a seed of its own where none is given.
+    /// Returns the sampler's parameters for this model. Without `--seed`, every call draws a new seed.
     ///
     /// # Errors
-    /// [`Exit::Usage`] for a token or a grammar on the command line that the model cannot do with.
+    /// [`Exit::Usage`] for a token or a grammar on the command line that the model cannot use.
     pub fn params(&self, model: &Model, grammar: Option<&Grammar>) -> Result<SamplerParams> {
         let own = SamplerParams::of(model);
         let chain = self.samplers.as_ref().or(self.sampler_seq.as_ref());
@@ -229,7 +228,7 @@ impl SamplingArgs {
 
     fn dry(&self) -> Dry {
         let own = Dry::default();
-        // `none` forgets those before it, as in llama.cpp
+        // `none` drops the breakers before it, as in llama.cpp
         let given = &self.dry_sequence_breaker;
         let none = given.iter().rposition(|text| text == "none").map_or(0, |i| i + 1);
         Dry {

@@ -1,4 +1,4 @@
-//! A table like llama-bench's, printed row by row: hence the fixed widths.
+//! Table like llama-bench's, printed row by row, and therefore with fixed column widths.
 
 use anyhow::Result;
 use gvote::llama::ContextParams;
@@ -11,7 +11,7 @@ use crate::words::{bytes, count, number_of_bytes};
 
 struct Column {
     title: &'static str,
-    /// Characters.
+    /// Width in characters.
     width: usize,
     is_text: bool,
     cell: fn(&Row) -> String,
@@ -31,7 +31,7 @@ pub struct Markdown {
 }
 
 impl Markdown {
-    /// Leaves out, as llama-bench does, what has its default value, and what nothing was measured for.
+    /// Creates the table. As llama-bench does, leaves out columns for settings at their default and for figures that were not measured.
     pub fn new(facts: &Facts, plan: &Plan) -> Self {
         let (given, default) = (&facts.context, ContextParams::default());
         let mut columns = vec![
@@ -103,7 +103,7 @@ impl Output for Markdown {
     }
 }
 
-/// With llama-bench's two digits.
+/// Formats a size with two decimal places, as llama-bench does.
 fn size(n: u64) -> String {
     let mib = n as f64 / f64::from(1 << 20);
     if mib < 1024.0 { format!("{mib:.2} MiB") } else { format!("{:.2} GiB", mib / 1024.0) }

@@ -1,4 +1,4 @@
-//! One policy in a session of its own, timed.
+//! Timed runs of one policy in its own session.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -18,9 +18,9 @@ use super::together::{Cells, Together};
 pub struct Arm {
     pub kind: Kind,
     session: Session,
-    /// Of contexts besides.
+    /// Parameters for additional contexts.
     params: ContextParams,
-    /// The context as it was read, before any vote.
+    /// The context as read, before any vote.
     read: Option<Read>,
 }
 
@@ -29,20 +29,20 @@ struct Read {
     time: Duration,
 }
 
-/// What the repetitions of a test gave.
+/// Results of the repetitions of a test.
 #[derive(Default)]
 pub struct Runs {
     pub times: Vec<Duration>,
-    /// None at depth 0; under `full` they tell the size of the cache.
+    /// None at depth 0; under `full` they give the size of the cache.
     pub votes: Vec<Vote>,
-    /// Why there are none: the memory is too small for as many sequences.
+    /// Reason why there are no results: the memory is too small for this many sequences.
     pub too_large: Option<LlamaError>,
 }
 
-/// A vote with the compaction behind it.
+/// A vote and the compaction after it.
 pub struct Vote {
     pub report: CompressReport,
-    /// Bytes by which the resident set grew at its peak, where the kernel tells.
+    /// Bytes by which the resident set grew at its peak, if the kernel reports them.
     pub growth: Option<usize>,
 }
 
@@ -55,29 +55,29 @@ impl Arm {
         self.session.cancel_flag()
     }
 
-    /// Bytes of K and V in a cell.
+    /// Returns the bytes of K and V per cell.
     pub fn bytes_per_cell(&self) -> Option<usize> {
         self.session.bytes_per_cell()
     }
 
-    /// Time of reading the context, once that has been done.
+    /// Returns the time it took to read the context, if it has been read.
     pub fn context_time(&self) -> Option<Duration> {
         self.read.as_ref().map(|read| read.time)
     }
 
-    /// An untimed run, of a single token where tokens are generated one by one: llama-bench's.
+    /// Does an untimed run, as llama-bench does; of a single token where the test generates tokens.
     pub fn warm_up(&mut self, work: Work, tokens: &[Token]) -> Result<(), SessionError> {
         self.session.clear();
         let once = match work {
             Work::Read(n) => Work::Read(n),
             Work::Generate(_) => Work::Generate(1),
-            // it warms itself up
+            // this test warms up by itself
             Work::Together { .. } => return Ok(()),
         };
         self.run(once, tokens).map(drop)
     }
 
-    /// Brings the session to where a test starts: the context read, voted on, and compacted.
+    /// Brings the session to the start of a test: the context is read, voted on and compacted.
     pub fn rewind(&mut self, context: &[Token]) -> Result<Option<Vote>, SessionError> {
         self.session.clear();
         if context.is_empty() {
@@ -95,7 +95,7 @@ impl Arm {
         Ok(Some(Vote { report, growth }))
     }
 
-    /// Does the work of a test from where the session is, and says how long it took.
+    /// Does the work of a test from the session's current state. Returns the time it took.
     pub fn run(&mut self, work: Work, tokens: &[Token]) -> Result<Duration, SessionError> {
         match work {
             Work::Read(n) => Ok(self.session.prefill(&tokens[..n], |_, _| ControlFlow::Continue(()))?.time),

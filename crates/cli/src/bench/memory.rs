@@ -1,17 +1,17 @@
-//! The resident set of this process, as Linux tells it.
+//! Resident set size of this process, as reported by Linux.
 
 use std::fs;
 
-/// `/proc/PID/clear_refs`: sets the peak to what is resident now.
+/// Value for `/proc/PID/clear_refs` that resets the peak to the current resident set.
 const RESET_PEAK: &str = "5";
 
-/// Sets the peak back, and returns the bytes that are resident now; None where the kernel does not tell.
+/// Resets the peak and returns the bytes resident now; None if the kernel does not report them.
 pub fn start() -> Option<usize> {
     fs::write("/proc/self/clear_refs", RESET_PEAK).ok()?;
     peak()
 }
 
-/// The most bytes that were resident since [`start`].
+/// Returns the largest resident set since [`start`], in bytes.
 pub fn peak() -> Option<usize> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;

@@ -1,4 +1,4 @@
-//! How rows are printed. Each one is printed when it is measured: a long run may end early.
+//! Output formats for rows. Each row is printed when it is measured, because a long run may end early.
 
 use std::io::{self, Stdout};
 use std::str::FromStr;
@@ -16,7 +16,7 @@ use crate::turn::print;
 pub trait Output {
     fn row(&mut self, row: &Row) -> Result<()>;
 
-    /// After the last row, however the program ends.
+    /// Completes the output after the last row; called however the program ends.
     fn finish(&mut self) -> Result<()> {
         Ok(())
     }
@@ -64,7 +64,7 @@ impl FromStr for Format {
     }
 }
 
-/// A line of names, then a line a row.
+/// A header line, then one line per row.
 struct Csv(csv::Writer<Stdout>);
 
 impl Output for Csv {
@@ -74,7 +74,7 @@ impl Output for Csv {
     }
 }
 
-/// A row with every repetition.
+/// A row with the result of every repetition.
 #[derive(Serialize)]
 struct Record<'a> {
     #[serde(flatten)]
@@ -89,7 +89,7 @@ impl<'a> From<&'a Row> for Record<'a> {
     }
 }
 
-/// One object a line.
+/// One object per line.
 struct Jsonl;
 
 impl Output for Jsonl {
@@ -98,7 +98,7 @@ impl Output for Jsonl {
     }
 }
 
-/// An array of objects, valid even when the program is stopped.
+/// An array of objects; valid even if the program is stopped early.
 struct Json {
     rows: usize,
 }

@@ -1,4 +1,4 @@
-//! Which tests there are, in llama-bench's order.
+//! The tests to run, in llama-bench's order.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -10,78 +10,78 @@ use gvote::policy::Kind;
 use crate::Exit;
 use crate::plan::size;
 
-/// What llama.cpp can tell apart in one context (LLAMA_MAX_SEQ).
+/// Most sequences that llama.cpp can hold in one context (`LLAMA_MAX_SEQ`).
 const SEQUENCES_MAX: i64 = 256;
 
 /// llama-bench's flags, with its defaults.
 #[derive(Args)]
 #[command(next_help_heading = "Tests")]
 pub struct TestArgs {
-    /// Lengths of the prompts to read, tokens; 0 = none
+    /// Lengths of the prompts to read, in tokens; 0 = none
     #[arg(short = 'p', long, value_name = "N,...", value_delimiter = ',', default_value = "512")]
     n_prompt: Vec<u32>,
 
-    /// Lengths of the texts to generate, tokens; 0 = none
+    /// Lengths of the texts to generate, in tokens; 0 = none
     #[arg(short = 'n', long, value_name = "N,...", value_delimiter = ',', default_value = "128")]
     n_gen: Vec<u32>,
 
-    /// Lengths of the contexts before each of them, tokens
+    /// Depths: lengths of the context before each test, in tokens
     #[arg(short = 'd', long, value_name = "N,...", value_delimiter = ',', default_value = "0")]
     n_depth: Vec<u32>,
 
-    /// Sequences that generate together, each with a context of its own; reading prompts is not affected
+    /// Number of sequences that generate together, each with its own context; tests that read prompts are not affected
     #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=SEQUENCES_MAX))]
     n_parallel: Vec<u32>,
 
-    /// Memory for KV caches, such as 24G: how many such sequences fit into it, with --n-parallel
+    /// Memory for KV caches, such as 24G: with --n-parallel, report how many such sequences fit
     #[arg(long, value_name = "SIZE", value_parser = size, allow_hyphen_values = true, requires = "n_parallel")]
     pub memory: Option<usize>,
 
-    /// Times each test is repeated under each policy
+    /// Number of repetitions of each test under each policy
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
 
-    /// A text file to take the tokens from; - is standard input [default: random tokens, as in llama-bench]
+    /// Text file to take the tokens from; - is standard input [default: random tokens, as in llama-bench]
     #[arg(short, long, value_name = "FILE")]
     pub file: Option<PathBuf>,
 
-    /// Time the first run too
+    /// Skip the warm-up, so that the first run is timed cold
     #[arg(long)]
     pub no_warmup: bool,
 }
 
-/// What a test times.
+/// Work that a test times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Reads a prompt of so many tokens.
+    /// Reads a prompt of this many tokens.
     Read(usize),
-    /// Generates so many tokens, one by one.
+    /// Generates this many tokens, one at a time.
     Generate(usize),
-    /// The same in several sequences at once: a batch has a token of each.
+    /// Generates tokens in several sequences at once: each batch has one token of every sequence.
     Together { tokens: usize, sequences: usize },
 }
 
 impl Work {
-    /// Tokens read or generated in each sequence.
+    /// Returns the tokens read or generated in each sequence.
     pub fn tokens(self) -> usize {
         let (Self::Read(n) | Self::Generate(n) | Self::Together { tokens: n, .. }) = self;
         n
     }
 
-    /// Sequences at work.
+    /// Returns the number of sequences.
     pub fn sequences(self) -> usize {
         if let Self::Together { sequences, .. } = self { sequences } else { 1 }
     }
 }
 
-/// Something to time after a context of `depth` tokens.
+/// Work to time after a context of `depth` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Test {
     pub work: Work,
     pub depth: usize,
 }
 
-/// llama-bench's names: `pp512`, `tg128 @ d4096`; of 8 sequences `tg128 x8 @ d4096`.
+/// Formats llama-bench's names: `pp512`, `tg128 @ d4096`; with 8 sequences `tg128 x8 @ d4096`.
 impl fmt::Display for Test {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.work {
@@ -93,7 +93,7 @@ impl fmt::Display for Test {
     }
 }
 
-/// The flags as what is to be done.
+/// Tests to run, from the flags.
 pub struct Plan {
     pub policies: Vec<Kind>,
     pub repetitions: u32,
@@ -102,8 +102,10 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Creates the plan.
+    ///
     /// # Errors
-    /// [`Exit::Usage`] when there is nothing to do, or a policy is named twice.
+    /// [`Exit::Usage`] if there is nothing to do or a policy is named twice.
     pub fn new(args: &TestArgs, policies: &[Kind]) -> Result<Self> {
         let sizes = |list: &[u32]| list.iter().map(|&n| n as usize).collect::<Vec<_>>();
         let read = sizes(&args.n_prompt).into_iter().map(Work::Read);
@@ -136,33 +138,33 @@ impl Plan {
         self.work.iter().map(move |&work| Test { work, depth })
     }
 
-    /// Tokens of the longest test, without its context.
+    /// Returns the tokens of the longest test, without its context.
     pub fn longest_test(&self) -> usize {
         self.work.iter().map(|w| w.tokens()).max().unwrap_or(0)
     }
 
-    /// Tokens of the longest context and test together.
+    /// Returns the tokens of the longest context and the longest test together.
     pub fn longest(&self) -> usize {
         self.depths().max().unwrap_or(0) + self.longest_test()
     }
 
-    /// Timed runs of all tests.
+    /// Returns the number of timed runs of all tests.
     pub fn runs(&self) -> u64 {
         let tests = self.depths.len() * self.work.len();
         (tests * self.policies.len()) as u64 * u64::from(self.repetitions)
     }
 
-    /// Whether sequences generate together.
+    /// Whether any test generates in several sequences.
     pub fn is_batched(&self) -> bool {
         self.work.iter().any(|work| matches!(work, Work::Together { .. }))
     }
 
-    /// Whether a policy gets to vote.
+    /// Whether any policy votes.
     pub fn votes(&self) -> bool {
         self.depths().any(|d| d > 0) && self.policies.iter().any(|&kind| kind != Kind::Full)
     }
 
-    /// Whether policies can be compared with `full`.
+    /// Whether there are policies to compare with `full`.
     pub fn compares(&self) -> bool {
         self.policies.len() > 1 && self.policies.contains(&Kind::Full)
     }

@@ -1,14 +1,14 @@
-//! What is being measured, on stderr.
+//! Progress display on stderr.
 
 use std::io::{self, IsTerminal};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// A bar that is redrawn between runs only: nothing should work beside a run that is timed.
+/// Progress bar that is redrawn only between runs, so that nothing runs beside a timed run.
 pub struct Progress(ProgressBar);
 
 impl Progress {
-    /// Shown where stderr is a terminal, and not torn apart by llama.cpp's log.
+    /// Shows the bar if stderr is a terminal and llama.cpp's log does not interfere with it.
     pub fn new(runs: u64, verbose: bool) -> Self {
         if verbose || !io::stderr().is_terminal() {
             return Self(ProgressBar::hidden());
@@ -19,19 +19,19 @@ impl Progress {
         Self(bar)
     }
 
-    /// Says what comes next.
+    /// Shows a description of the next run.
     pub fn show(&self, what: impl FnOnce() -> String) {
         if !self.0.is_hidden() {
             self.0.set_message(what());
         }
     }
 
-    /// A run is done.
+    /// Counts a finished run.
     pub fn advance(&self) {
         self.0.inc(1);
     }
 
-    /// Takes the bar away while something is printed.
+    /// Hides the bar while `print` runs.
     pub fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
         self.0.suspend(print)
     }

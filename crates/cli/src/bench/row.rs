@@ -1,4 +1,4 @@
-//! One line of the result: a test under a policy.
+//! One row of the result: a test under a policy.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::plan::{Test, Work};
 use super::stats::{deviation, mean, median};
 use crate::args::ModelArgs;
 
-/// What all rows share.
+/// Figures that all rows share.
 pub struct Facts {
     model_filename: String,
     model_type: String,
@@ -19,7 +19,7 @@ pub struct Facts {
     model_n_params: u64,
     n_gpu_layers: i32,
     pub context: ContextParams,
-    /// Bytes for KV caches.
+    /// Bytes for KV caches, `--memory`.
     pub memory: Option<usize>,
 }
 
@@ -37,7 +37,7 @@ impl Facts {
     }
 }
 
-/// Every figure of a test under a policy. Names, units and order are llama-bench's as far as it has the figure.
+/// All figures of a test under a policy. Names, units and order follow llama-bench where it has the figure.
 #[derive(Serialize)]
 pub struct Row {
     pub version: &'static str,
@@ -61,38 +61,38 @@ pub struct Row {
     pub n_prompt: usize,
     pub n_gen: usize,
     pub n_depth: usize,
-    /// Sequences that generate together.
+    /// Number of sequences that generate together.
     pub n_parallel: usize,
     pub avg_ns: u64,
     pub stddev_ns: u64,
-    /// Tokens a second, of all sequences together.
+    /// Tokens per second, of all sequences together.
     pub avg_ts: f64,
     pub stddev_ts: f64,
-    /// Of each of them.
+    /// Tokens per second of each sequence.
     pub avg_ts_sequence: f64,
-    /// Tokens a second of those under `full`: the median over paired repetitions.
+    /// Tokens per second divided by those under `full`: median over paired repetitions.
     pub ratio_to_full: Option<f64>,
     /// Cells that hold the context of a sequence when the test starts.
     pub cells: usize,
-    /// Those cells of the `n_depth` there were, 0 to 1.
+    /// `cells` divided by `n_depth`, 0 to 1.
     pub share_kept: Option<f64>,
-    /// Bytes of K and V in the cells before the vote, and after the compaction.
+    /// Bytes of K and V in the cells, before the vote and after the compaction.
     pub kv_bytes_before: usize,
     pub kv_bytes: usize,
-    /// The latter in all sequences.
+    /// `kv_bytes` in all sequences.
     pub kv_bytes_total: usize,
-    /// Sequences whose caches fit into `--memory`: see [`fitting`].
+    /// Number of sequences whose caches fit into `--memory`: see [`fitting`].
     pub sequences_fit: Option<usize>,
-    /// Time of reading the context.
+    /// Time to read the context.
     pub context_ms: Option<f64>,
-    /// Probe, scores and choice; mean over the repetitions, as the next one.
+    /// Time of probe, scores and choice, and below of the compaction; means over the repetitions.
     pub vote_ms: Option<f64>,
     pub compact_ms: Option<f64>,
-    /// Vote and compaction of `context_ms`, 0 to 1.
+    /// Time of vote and compaction as a share of `context_ms`, 0 to 1.
     pub share_of_prefill: Option<f64>,
-    /// Bytes by which the resident set grew for the vote and the compaction; the most of all repetitions.
+    /// Growth of the resident set during vote and compaction, in bytes; the maximum of all repetitions.
     pub peak_rss_growth: Option<usize>,
-    /// CSV has no lists.
+    /// Skipped by serde: CSV has no lists.
     #[serde(skip)]
     pub samples_ns: Vec<u64>,
     #[serde(skip)]
@@ -100,7 +100,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// `full`: the runs of that policy, where it takes part.
+    /// Creates a row. `full`: the runs under that policy, if it takes part.
     pub fn new(facts: &Facts, test: Test, arm: &Arm, runs: &Runs, full: Option<&Runs>) -> Self {
         let context = &facts.context;
         let (n_prompt, n_gen) = match test.work {
@@ -118,7 +118,7 @@ impl Row {
         });
         let ns: Vec<f64> = runs.times.iter().map(|time| time.as_nanos() as f64).collect();
 
-        // the votes are seeded: all repetitions choose alike
+        // the votes are seeded, so all repetitions choose the same cells
         let vote = runs.votes.last().map(|vote| &vote.report);
         let voted = vote.filter(|vote| vote.policy != Kind::Full);
         let mean_ms = |of: fn(&Vote) -> Duration| {
@@ -180,8 +180,8 @@ impl Row {
     }
 }
 
-/// Of sequences that read `depth` tokens one after another, and then hold `cells` each, those that have room in `all` cells: the
-/// last one needs as many cells as tokens before its vote.
+/// Returns the number of sequences that fit into `all` cells, if they read `depth` tokens one after another and then hold `cells` each. The
+/// last one needs one cell per token before its vote.
 fn fitting(all: usize, depth: usize, cells: usize) -> usize {
     let most = depth.max(cells);
     if all < most { 0 } else { 1 + (all - most) / cells.max(1) }
@@ -199,7 +199,7 @@ mod tests {
     fn the_last_sequence_needs_all_its_cells_once() {
         assert_eq!(fitting(1000, 100, 100), 10);
         assert_eq!(fitting(1000, 100, 110), 9);
-        // 18 have 50 cells each, and the last one 100
+        // 18 hold 50 cells each, and the last one needs 100
         assert_eq!(fitting(1000, 100, 50), 19);
         assert_eq!((fitting(100, 100, 50), fitting(99, 100, 50)), (1, 0));
     }

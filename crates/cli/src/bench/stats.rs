@@ -1,9 +1,9 @@
-//! Means and medians of a handful of repetitions.
+//! Means and medians of a few repetitions.
 
 pub use gvote_eval::metrics::mean;
 use gvote_eval::metrics::quantile;
 
-/// Sample standard deviation, with n - 1; 0 for a single value, as in llama-bench.
+/// Returns the sample standard deviation (with n - 1); 0 for a single value, as in llama-bench.
 pub fn deviation(values: &[f64]) -> f64 {
     if values.len() < 2 {
         return 0.0;
@@ -13,7 +13,7 @@ pub fn deviation(values: &[f64]) -> f64 {
     (squares / (values.len() - 1) as f64).sqrt()
 }
 
-/// The middle value, or the mean of the two in the middle.
+/// Returns the middle value, or the mean of the two middle ones.
 pub fn median(values: &[f64]) -> f64 {
     quantile(values, 0.5)
 }

@@ -1,4 +1,4 @@
-//! The tokens that are read and generated.
+//! Tokens to read and generate.
 
 use anyhow::{Result, bail};
 use gvote::llama::{Model, Token};
@@ -7,10 +7,10 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::words::count;
 
-/// The same random tokens in every run.
+/// Fixed seed: every run uses the same random tokens.
 const SEED: u64 = 0;
 
-/// The first `n` tokens of a text, with BOS in front where the model wants one.
+/// Returns the first `n` tokens of a text, after BOS if the model adds one.
 pub fn tokens_of(model: &Model, text: &str, n: usize) -> Result<Vec<Token>> {
     let mut tokens = model.tokenize(text, true, false)?;
     if tokens.len() < n {
@@ -20,7 +20,7 @@ pub fn tokens_of(model: &Model, text: &str, n: usize) -> Result<Vec<Token>> {
     Ok(tokens)
 }
 
-/// `n` tokens drawn from the whole vocabulary, as llama-bench does, with BOS in front where the model wants one.
+/// Returns `n` tokens drawn from the whole vocabulary, as llama-bench does, after BOS if the model adds one.
 pub fn random_tokens(model: &Model, n: usize) -> Result<Vec<Token>> {
     let mut rng = ChaCha8Rng::seed_from_u64(SEED);
     let n_vocab = model.n_vocab() as Token;

@@ -1,28 +1,28 @@
-//! Several sequences that decode together, as a server's requests do.
+//! Several sequences that decode together, like requests of a server.
 //!
-//! They have the same context, each in cells of its own: what one of them holds is loaded once and copied by llama.cpp. A vote on
-//! each would keep the same cells, since the text and the seed are the same; so it is taken once, and its time is that of one.
+//! They have the same context, each in its own cells: the cells of one session are loaded once, and llama.cpp copies them. With the same
+//! text and seed, a vote on each sequence would keep the same cells; so the vote is taken once, and its time is that of one vote.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use gvote::llama::{Batch, Context, ContextParams, LlamaError, Model, Pos, SeqId, Token};
 
-/// Steps before those that are timed: the first one makes the copies, and on a GPU the second one is recorded.
+/// Untimed steps before the timed ones: the first one copies the cells, and on a GPU the second one is recorded.
 const WARM_UP: usize = 2;
-/// Cells come in groups of so many.
+/// llama.cpp allocates cells in multiples of this.
 const CELLS_STEP: usize = 256;
 
-/// Cells of a sequence, as [`gvote::Session::copy_cells`] gives them.
+/// Cells of a sequence, as returned by [`gvote::Session::copy_cells`].
 pub struct Cells<'a> {
-    /// Empty where there are none.
+    /// Empty if there are no cells.
     pub state: &'a [u8],
     pub count: usize,
-    /// The position that comes next.
+    /// The next position.
     pub n_past: Pos,
 }
 
-/// Sequences in one context, each with its part of the cache.
+/// Sequences in one context, each with its own part of the cache.
 pub struct Together {
     ctx: Context,
     sequences: usize,
@@ -30,10 +30,10 @@ pub struct Together {
 }
 
 impl Together {
-    /// Room for as many sequences with these cells and `tokens` more in each.
+    /// Creates a context with room for `sequences` copies of these cells and `tokens` more in each.
     ///
     /// # Errors
-    /// [`LlamaError::Context`] where the memory is too small; those of [`Context::adopt_sequence`].
+    /// [`LlamaError::Context`] if the memory is too small; errors of [`Context::adopt_sequence`].
     pub fn new(
         model: &Model,
         params: &ContextParams,
@@ -64,10 +64,11 @@ impl Together {
         Ok(Self { ctx, sequences, pos: cells.n_past })
     }
 
-    /// Decodes `n` of the tokens, going round, in every sequence, and says how long that took. The sequences begin at different ones of them.
+    /// Decodes `n` of the tokens in every sequence, starting over at the end of the list. The sequences begin at different tokens. Returns
+    /// the time it took.
     ///
     /// # Errors
-    /// [`LlamaError::Cancelled`] once the flag is set, or those of [`Context::decode`].
+    /// [`LlamaError::Cancelled`] once the flag is set; errors of [`Context::decode`].
     pub fn decode(&mut self, tokens: &[Token], n: usize, cancel: &AtomicBool) -> Result<Duration, LlamaError> {
         let mut batch = Batch::new(self.sequences);
         let mut step = |i: usize| {
@@ -80,7 +81,7 @@ impl Together {
             }
             self.ctx.decode(&batch)?;
             self.pos += 1;
-            // any caller reads the logits, and waits for them
+            // every caller reads the logits, which waits for the computation
             self.ctx.logits().map(drop)
         };
         (0..WARM_UP).try_for_each(&mut step)?;

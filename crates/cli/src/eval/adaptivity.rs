@@ -1,4 +1,4 @@
-//! `gvote eval adaptivity`: does a policy's own choice find the budget that each request needs?
+//! `gvote eval adaptivity`: tests whether a policy finds the budget that each request needs.
 
 use std::path::PathBuf;
 
@@ -17,15 +17,15 @@ use crate::Exit;
 use crate::turn::Steps;
 use crate::words::{count, note};
 
-/// Mean KL per token that is reached where no target is given: hardly to be noticed, about 1.02 times the perplexity.
+/// Default target of the mean KL per token: hardly noticeable, about 1.02 times the perplexity.
 const TARGET: f64 = 0.02;
 
-/// Cells that a policy chooses, beside the fewest that would have done
+/// Cells that a policy chooses, compared with the fewest that suffice
 ///
-/// Each request is read once. Then its cache is compressed to more and fewer cells, and what the model expects at every token
-/// of a continuation is compared with the full cache: the text's own next tokens, or the full cache's answer to a task. The
-/// fewest cells whose mean KL is within the target are C*, found by search. A policy that adapts stays a little above C* on
-/// easy and hard requests alike. The report puts it beside the best fixed share of the cells, known only in hindsight.
+/// Each request is read once. Its cache is then compressed to various numbers of cells, and the model's predictions at every token of a
+/// continuation are compared with those of the full cache. The continuation is the text's own next tokens, or the full cache's answer to a
+/// task. C* is the fewest cells whose mean KL is within the target, found by search. A policy that adapts stays a little above C* on easy
+/// and hard requests alike. The report compares it with the best fixed share of the cells, known only in hindsight.
 #[derive(Args)]
 #[command(group = clap::ArgGroup::new("requests").required(true).multiple(true)
           .args(["text", "code", "ruler", "gsm8k", "longbench", "needle"]))]
@@ -33,42 +33,42 @@ pub struct AdaptivityArgs {
     #[command(flatten)]
     common: CommonArgs,
 
-    /// A text to continue: narrative
+    /// Text to continue: narrative
     #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
     text: Vec<PathBuf>,
 
-    /// Source code to continue: a file, or all below a folder
+    /// Source code to continue: a file, or all files below a folder
     #[arg(long, value_name = "PATH", help_heading = "Evaluation")]
     code: Vec<PathBuf>,
 
     #[command(flatten)]
     suites: SuiteArgs,
 
-    /// Requests of each text and task
+    /// Number of requests of each text and task
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = above_0, help_heading = "Evaluation")]
     limit: usize,
 
-    /// Requests of each text and task to skip: tune on one part, report another
+    /// Number of requests of each text and task to skip, for example to tune on one part and report on another
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Evaluation")]
     offset: usize,
 
-    /// Prompt of a text, in tokens
+    /// Prompt length of a text, in tokens
     #[arg(short, long, value_name = "N", default_value_t = 2048, value_parser = above_0, help_heading = "Evaluation")]
     prompt: usize,
 
-    /// Most steps of a continuation; an answer may be shorter
+    /// Maximum number of steps of a continuation; an answer may be shorter
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128, value_parser = above_0, help_heading = "Evaluation")]
     predict: usize,
 
-    /// Tokens of an answer to a task that are in the cache when it is compressed, and not compared
+    /// Tokens of a task's answer that are in the cache when it is compressed, and are not compared
     #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "blind", help_heading = "Evaluation")]
     after: usize,
 
-    /// Mean KL per token to stay within, in nats [default: 0.02]
+    /// Limit of the mean KL per token, in nats [default: 0.02]
     #[arg(long, value_name = "X,...", value_delimiter = ',', value_parser = above::<0>, help_heading = "Evaluation")]
     target_kl: Vec<f64>,
 
-    /// The same as a ratio of perplexities: ln R is the KL
+    /// The same limit as a ratio of perplexities R; the KL is ln R
     #[arg(long, value_name = "R,...", value_delimiter = ',', value_parser = above::<1>, help_heading = "Evaluation")]
     target_ppl: Vec<f64>,
 }
@@ -78,7 +78,7 @@ fn above<const LEAST: i32>(text: &str) -> Result<f64, String> {
     value.ok_or_else(|| format!("a number above {LEAST} is needed"))
 }
 
-/// Where a request comes from.
+/// Origin of a request.
 enum Source {
     Piece { family: &'static str, item: String, prompt: Vec<Token>, next: Vec<Token> },
     Sample(Sample),
@@ -104,7 +104,7 @@ pub fn run(args: &AdaptivityArgs) -> Result<()> {
     if sources.is_empty() {
         return Err(Exit::Usage("no request is left: see --tasks, --limit and --offset".into()).into());
     }
-    // round robin: a run that is stopped early has seen all kinds
+    // round robin, so that a run stopped early covers all kinds
     sources.sort_by_key(|(i, _)| *i);
 
     let targets = args.targets();
@@ -149,12 +149,12 @@ impl AdaptivityArgs {
         narrative.chain(code).map(read).collect()
     }
 
-    /// Tokens of a prompt and its continuation, and one that is fed before anything is compared.
+    /// Returns the tokens of a prompt and its continuation, plus one that is decoded before anything is compared.
     fn piece(&self) -> usize {
         self.prompt.saturating_add(self.predict).saturating_add(1)
     }
 
-    /// Parts of a text that do not overlap, with their numbers.
+    /// Splits a text into parts that do not overlap, with their numbers.
     fn pieces(&self, model: &Model, text: &Text) -> Result<Vec<(usize, Source)>> {
         let (prompt, whole) = (self.prompt, self.piece());
         let start = model.tokenize("", true, false)?;

@@ -1,4 +1,4 @@
-//! Which tasks to take samples from.
+//! Flags for the tasks to take samples from.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -12,28 +12,28 @@ use gvote_eval::tasks::{self, Loaded, Sample};
 use crate::Exit;
 use crate::words::{note, plural};
 
-/// More than the longest context of any model has room for.
+/// Limit for the needle lengths: more words than the longest context of any model holds.
 const NEEDLE_WORDS_MAX: u64 = 1_000_000;
 
 #[derive(Args)]
 pub struct SuiteArgs {
-    /// A folder of RULER tasks, TASK.jsonl each
+    /// Folder of RULER tasks, one TASK.jsonl each
     #[arg(long, value_name = "FOLDER", help_heading = "Evaluation")]
     ruler: Option<PathBuf>,
 
-    /// RULER tasks [default: all in the folder]
+    /// RULER tasks to use [default: all in the folder]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', requires = "ruler", help_heading = "Evaluation")]
     tasks: Vec<String>,
 
-    /// The test problems of GSM8K, JSONL
+    /// Test problems of GSM8K, JSONL
     #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
     gsm8k: Option<PathBuf>,
 
-    /// A summarisation task of LongBench, JSONL
+    /// Summarisation task of LongBench, JSONL
     #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
     longbench: Option<PathBuf>,
 
-    /// Needles in a made-up text: a grid of depths and lengths
+    /// Needles in a generated text: a grid of depths and lengths
     #[arg(long, help_heading = "Evaluation")]
     needle: bool,
 
@@ -52,17 +52,17 @@ pub struct SuiteArgs {
     #[arg(long, help_heading = "Evaluation")]
     pub blind: bool,
 
-    /// Prompts as they are, without the chat template
+    /// Use prompts as they are, without the chat template
     #[arg(long, help_heading = "Evaluation")]
     pub raw: bool,
 }
 
 impl SuiteArgs {
-    /// The samples of all suites asked for, with their number within their task: `limit` of each, after the first `offset`. Rows
-    /// that cannot be used are named and counted.
+    /// Returns the samples of all requested suites, each with its number within its task: `limit` of each task, after skipping `offset`.
+    /// Names and counts the rows that cannot be used.
     ///
     /// # Errors
-    /// [`TaskError`], or that no row of all files can be used.
+    /// [`TaskError`], or if no row of any file can be used.
     pub fn samples(&self, seed: u64, offset: usize, limit: usize) -> Result<Samples> {
         let (mut all, mut refused) = (Vec::new(), Vec::new());
         let mut add = |loaded: Loaded| {
@@ -91,7 +91,7 @@ impl SuiteArgs {
         if all.is_empty() && !refused.is_empty() {
             bail!("none of the {} can be used", plural(refused.len(), "row"));
         }
-        // round robin over the tasks, so that a run that is stopped early has seen all of them
+        // round robin over the tasks, so that a run stopped early covers all of them
         let mut seen = HashMap::<(String, String), usize>::new();
         let mut numbered: Vec<(usize, Sample)> = Vec::new();
         for sample in all {
@@ -109,12 +109,12 @@ impl SuiteArgs {
 /// Samples, each with its number within its task.
 pub struct Samples {
     pub numbered: Vec<(usize, Sample)>,
-    /// Rows that could not be used.
+    /// Number of rows that could not be used.
     refused: usize,
 }
 
 impl Samples {
-    /// Says how many rows were left out.
+    /// Reports how many rows were left out.
     pub fn conclude(&self) {
         if self.refused > 0 {
             note(&format!("{} could not be used and left out; see above", plural(self.refused, "row")));
@@ -122,7 +122,7 @@ impl Samples {
     }
 }
 
-/// Tokens of the longest question with its context.
+/// Returns the tokens of the longest question with its context.
 pub fn longest(model: &Model, samples: &[(usize, Sample)]) -> usize {
     let tokens = |s: &Sample| model.tokenize(&s.full_turn(), true, false).map_or(0, |t| t.len());
     samples.iter().map(|(_, sample)| tokens(sample)).max().unwrap_or(0)

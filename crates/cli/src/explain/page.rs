@@ -1,4 +1,4 @@
-//! An explanation as one page.
+//! Renders an explanation as an HTML page.
 
 mod plot;
 
@@ -17,19 +17,19 @@ use self::plot::Panel;
 const PAGE: &str = include_str!("page/page.html");
 const PARTS: [(&str, &str); 2] =
     [("page.css", include_str!("page/page.css")), ("page.js", include_str!("page/page.js"))];
-/// Digits of the values of a curve: a pixel shows no more.
+/// Digits of the values of a curve; a pixel cannot show more.
 const DIGITS: usize = 3;
 
-/// What a vote does not know of its request.
+/// Facts about the request that the vote does not know.
 #[derive(Debug, Clone)]
 pub struct About {
-    /// The model's name.
+    /// Name of the model.
     pub model: String,
-    /// The words of the command.
+    /// Words of the command line.
     pub command: Vec<String>,
-    /// The report in words: labels and lines.
+    /// Report in words: labels and lines.
     pub lines: Vec<(String, String)>,
-    /// Reading the prompt.
+    /// Time to read the prompt.
     pub prefill: Duration,
 }
 
@@ -38,11 +38,11 @@ pub struct About {
 struct Token {
     text: String,
     heads: u32,
-    /// Of these, the heads that had lost it meanwhile.
+    /// Of these heads, those that had lost the token in the meantime.
     back: u32,
 }
 
-/// What the script of the page needs.
+/// Data for the page's script.
 #[derive(Serialize)]
 struct Data<'a> {
     n: usize,
@@ -55,19 +55,19 @@ struct Data<'a> {
     synthetic: Vec<f64>,
 }
 
-/// A step and its time.
+/// A step of the vote and its time.
 #[derive(Serialize)]
 struct Step {
     name: &'static str,
     seconds: f64,
-    /// Of all steps, 0 to 100.
+    /// Percentage of all steps, 0 to 100.
     percent: f64,
 }
 
-/// One page without external resources. `about`: what the vote does not know.
+/// Renders one page without external resources. `about`: facts that the vote does not know.
 pub fn render(explanation: &Explanation, about: &About) -> String {
     let Explanation { texts, kept_by, layers, n_head_kv, real, synthetic, report, .. } = explanation;
-    // a shade needs something to lie on
+    // the shading of a newline needs a visible character
     let visible = |text: &String| text.replace('\n', "⏎\n");
     let recall = explanation.recall.as_ref();
     let back = |at: usize| recall.map_or(0, |recall| recall.came_back_by[at]);
@@ -110,7 +110,7 @@ pub fn render(explanation: &Explanation, about: &About) -> String {
     )
 }
 
-/// What decided the number of cells.
+/// Returns panels about the number of cells.
 fn budget(explanation: &Explanation) -> Vec<Panel> {
     let (report, policy) = (&explanation.report, &explanation.policy);
     let target = policy.target_kl.unwrap_or_default();
@@ -137,7 +137,7 @@ fn budget(explanation: &Explanation) -> Vec<Panel> {
     [plot::trial(explanation, trial), plot::lost_mass(explanation, curve)].into_iter().flatten().collect()
 }
 
-/// What differs between layers.
+/// Returns panels about differences between layers.
 fn by_layer(explanation: &Explanation) -> Vec<Panel> {
     let report = &explanation.report;
     let lost = report.lost_mass.map_or_else(String::new, |lost| format!(" of {:.1} %", percent(f64::from(lost))));
@@ -161,7 +161,7 @@ fn by_layer(explanation: &Explanation) -> Vec<Panel> {
     panels.into_iter().flatten().collect()
 }
 
-/// What the choices of real and synthetic queries have in common, and what two random choices would, in percent.
+/// Returns the share of tokens that real and synthetic queries both choose, and the share expected for two random choices, in percent.
 fn overlap(explanation: &Explanation) -> Option<(f64, f64)> {
     let all = explanation.heads.iter().map(|head| head.agreement).collect::<Option<Vec<_>>>()?;
     let kept: u32 = all.iter().map(|a| a.both + a.real + a.synthetic + a.neither).sum();
@@ -201,7 +201,7 @@ fn rounded(values: &[f64]) -> Vec<f64> {
     values.iter().map(|value| significant(*value).parse().unwrap_or_default()).collect()
 }
 
-/// With [`DIGITS`] digits.
+/// Rounds to [`DIGITS`] significant digits.
 fn significant(value: f64) -> String {
     let short: f64 = format!("{value:.*e}", DIGITS - 1).parse().unwrap_or(value);
     short.to_string()

@@ -1,4 +1,4 @@
-//! An explanation in a terminal.
+//! Renders an explanation for a terminal.
 
 use anstyle::{AnsiColor, Effects, Style};
 use gvote::explain::Explanation;
@@ -6,27 +6,27 @@ use gvote::explain::Explanation;
 use super::super::table::plain;
 use super::super::words::count;
 
-/// Columns where the width is not known.
+/// Number of columns if the width is not known.
 const WIDTH: usize = 80;
-/// Columns of text and the least of a strip: what is narrower wraps.
+/// Columns of text, and the minimum columns of a strip; narrower terminals wrap the lines.
 const LEFT: usize = 24;
 const NARROWEST: usize = 16;
-/// From nothing to all.
+/// Blocks from nothing kept to everything kept.
 const BLOCKS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 const STRIP: Style = AnsiColor::Blue.on_default();
 const BACK: Style = AnsiColor::Magenta.on_default();
 const TITLE: Style = Style::new().effects(Effects::DIMMED);
-/// Passages that are quoted.
+/// Number of passages to quote.
 const PASSAGES: usize = 5;
 
-/// Columns of the terminal on stdout.
+/// Returns the columns of the terminal on stdout.
 pub fn width() -> usize {
     let size = terminal_size::terminal_size_of(std::io::stdout());
     size.map_or(WIDTH, |(width, _)| usize::from(width.0))
 }
 
-/// Strips along the text, for all heads and layer by layer, and what most heads kept. Its colours are for `anstream` to
-/// leave out.
+/// Renders strips along the text, for all heads together and for each layer, and the passages that most heads kept. `anstream` removes the
+/// colours if they are not supported.
 pub fn view(explanation: &Explanation, width: usize) -> String {
     let columns = width.saturating_sub(LEFT).max(NARROWEST).min(explanation.tokens.len().max(1));
     let mut out = format!(
@@ -78,7 +78,7 @@ fn strip(kept_by: &[u32], n_heads: usize, columns: usize) -> String {
     (0..columns).map(|column| BLOCKS[level(kept_by, n_heads, column, columns)]).collect()
 }
 
-/// The height of a column: something that was kept is seen.
+/// Returns the height of a column; at least 1 if anything was kept, so that it is visible.
 fn level(kept_by: &[u32], n_heads: usize, column: usize, columns: usize) -> usize {
     let edge = |column: usize| column * kept_by.len() / columns;
     let tokens = &kept_by[edge(column)..edge(column + 1)];

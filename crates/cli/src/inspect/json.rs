@@ -1,4 +1,4 @@
-//! The same as JSON.
+//! The description of a model file as JSON.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +18,7 @@ pub struct Report {
     file_type: Option<&'static str>,
     n_params: u64,
     n_tensors: usize,
-    /// Of all tensors whose type is known.
+    /// Bytes of all tensors with a known type.
     n_bytes: u64,
     types: Vec<Value>,
     n_ctx_train: usize,
@@ -36,15 +36,15 @@ pub struct Report {
     tokenizer: Option<String>,
     n_vocab: Option<u64>,
     chat_template: Option<String>,
-    /// Of the layers that keep the whole context. Types that llama.cpp refuses for this head size are left out.
+    /// For layers that keep the whole context. Types that llama.cpp refuses for this head size are left out.
     kv_bytes_per_cell: BTreeMap<&'static str, usize>,
     kv_bytes_per_window_cell: BTreeMap<&'static str, usize>,
-    /// Of the layers with a sliding window, in a context as long as the model was trained for.
+    /// For layers with a sliding window, in a context as long as the training context.
     window_cells: usize,
     /// composite, base-only or refused
     support: &'static str,
     refused: Option<String>,
-    /// Why llama.cpp cannot load the file.
+    /// Reasons why llama.cpp cannot load the file.
     faults: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tensors: Option<Vec<Value>>,
@@ -118,7 +118,7 @@ fn tensor(t: &Tensor) -> Value {
     json!({"name": t.name, "type": t.type_name(), "shape": t.shape, "bytes": t.bytes, "offset": t.offset, "file": t.part})
 }
 
-/// `elements` tells of an array how many it has: `value` holds the first 512 of them.
+/// Describes a metadata entry. `elements`: number of elements of an array; `value` holds the first 512.
 fn entry(entry: &Entry) -> (String, Value) {
     let value =
         json!({"type": entry.kind.name(), "elements": entry.elements, "offset": entry.offset, "value": entry.value});

@@ -1,4 +1,4 @@
-//! The summary for people.
+//! The description of a model file as text.
 
 use gvote::llama::{CacheType, ContextParams};
 use gvote_gguf::{Gguf, ModelInfo, Support};
@@ -6,7 +6,7 @@ use gvote_gguf::{Gguf, ModelInfo, Support};
 use crate::table::{labelled, plain, table};
 use crate::words::{bytes, count, plural};
 
-/// Markup of well-known chat formats, and whose it is.
+/// Markup of well-known chat formats, and the name of each format.
 const MARKUP: [(&str, &str); 9] = [
     ("<|im_start|>", "ChatML"),
     ("<|start_header_id|>", "Llama 3"),
@@ -18,7 +18,7 @@ const MARKUP: [(&str, &str); 9] = [
     ("[INST]", "Mistral, Llama 2"),
     ("<|user|>", "Phi 3, Zephyr, GLM"),
 ];
-/// What a chat template may know of, and the word that tells.
+/// Features that a chat template may support, and a word in it that shows them.
 const ABILITIES: [(&str, &str); 3] = [("system message", "system"), ("tools", "tools"), ("thinking", "think")];
 
 pub fn of(file: &Gguf) -> String {

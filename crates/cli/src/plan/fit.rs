@@ -1,4 +1,4 @@
-//! The arithmetic of a plan, over llama.cpp's own sizes.
+//! Arithmetic of a plan, based on llama.cpp's own sizes.
 
 use anyhow::Result;
 use gvote::SessionParams;
@@ -8,12 +8,12 @@ use serde::Serialize;
 
 /// llama.cpp rounds the cells of a cache up to a multiple of this (`GGML_PAD` in `llama-context.cpp`).
 const CELLS_STEP: usize = 256;
-/// No plan goes past this.
+/// Upper limit for the cells of a plan.
 pub const CELLS_MAX: usize = 1 << 24;
-/// Steps of the search for the most cells that fit: interpolation needs three or four.
+/// Maximum number of steps when searching for the most cells that fit; interpolation needs three or four.
 const SEARCH_MAX: usize = 24;
 
-/// What one cache type takes. Sizes are in bytes.
+/// Memory that one cache type needs; sizes are in bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Need {
     #[serde(rename = "type")]
@@ -22,16 +22,16 @@ pub struct Need {
     pub cache_type: CacheType,
     pub kv_cache: usize,
     pub compute: usize,
-    /// With the weights. In the memory that the limit is about: that of GPUs and workers where layers go there.
+    /// Total with the weights, in the memory that the limit applies to: that of GPUs and workers if layers are placed there.
     pub total: usize,
-    /// In the machine's memory besides, where layers go to a GPU or a worker.
+    /// Additional bytes in the machine's memory, if layers are placed on a GPU or a worker.
     pub host: usize,
     pub fits: Option<bool>,
-    /// The largest -c within the limit.
+    /// Largest -c within the limit.
     pub most_cells: Option<usize>,
 }
 
-/// The sizes of contexts that sessions of one kind ask for.
+/// Computes the sizes of contexts for sessions of one kind.
 pub struct Sizes<'a> {
     pub info: &'a ModelInfo,
     pub simulation: &'a Simulation,
@@ -49,12 +49,12 @@ impl Sizes<'_> {
         self.simulation.memory(&self.context(cache_type, cells))
     }
 
-    /// What of it lies on each device that has some of it.
+    /// Returns the buffers of such a context on each device that holds any.
     pub fn devices(&self, cache_type: CacheType, cells: usize) -> Result<Vec<(Device, Buffers)>, LlamaError> {
         self.simulation.devices(&self.context(cache_type, cells))
     }
 
-    /// What `cells` cells of a type take, and how many would fit into `limit` bytes.
+    /// Returns the memory for `cells` cells of a type, and how many cells would fit into `limit` bytes.
     pub fn need(&self, cache_type: CacheType, cells: usize, limit: Option<usize>) -> Result<Need> {
         let memory = self.memory(cache_type, cells)?;
         let total = limited(&memory);
@@ -63,7 +63,7 @@ impl Sizes<'_> {
                 let twice = self.memory(cache_type, 2 * cells)?;
                 let cache = |memory: Memory| memory.host.cache + memory.device.cache;
                 let grown = cache(twice).saturating_sub(cache(memory));
-                // a window's cache grows too while it is not full
+                // the cache of a sliding window also grows until it is full
                 let lasting = match self.info.kv_bytes_per_cell(cache_type, cache_type) {
                     0 => usize::MAX,
                     n => n,
@@ -84,10 +84,10 @@ impl Sizes<'_> {
         })
     }
 
-    /// The largest -c whose buffers take at most `limit` bytes; 0 if there is none. Each cell takes at least `per_cell` bytes.
+    /// Returns the largest -c whose buffers take at most `limit` bytes; 0 if there is none. Each cell takes at least `per_cell` bytes.
     fn most_cells(&self, cache_type: CacheType, limit: usize, per_cell: usize) -> Result<usize, LlamaError> {
         let spare = self.context(cache_type, 0).n_ctx as usize;
-        // in steps of what llama.cpp allocates, of which the session takes its spare cells
+        // in steps of llama.cpp's allocation, less the spare cells that the session takes
         let cells = |steps: usize| steps * CELLS_STEP - spare;
         let bytes = |steps| self.memory(cache_type, cells(steps)).map(|memory| limited(&memory));
         let bound = limit.checked_div(per_cell).unwrap_or(CELLS_MAX).min(CELLS_MAX) / CELLS_STEP;
@@ -104,7 +104,7 @@ impl Sizes<'_> {
             if high - low <= 1 {
                 break;
             }
-            // sizes are nearly linear in the cells; halving now and then ends it where they are not
+            // sizes are nearly linear in the cells; the occasional halving ends the search where they are not
             let share = (limit - at_low) as f64 / (at_high - at_low).max(1) as f64;
             let guess = if step % 4 == 3 { high.midpoint(low) } else { low + ((high - low) as f64 * share) as usize };
             let guess = guess.clamp(low + 1, high - 1);
@@ -115,13 +115,13 @@ impl Sizes<'_> {
     }
 }
 
-/// The bytes that a limit is about.
+/// Returns the bytes that a limit applies to.
 fn limited(memory: &Memory) -> usize {
     if memory.device.total() > 0 { memory.device.total() } else { memory.host.total() }
 }
 
-/// Bytes that a vote takes while it works, as `docs/performance.md` found them: the logits of a batch of the draft (f32) and of
-/// the draft itself (f16), scores and probabilities, and what each thread computes in.
+/// Returns the bytes that a vote takes while it runs, as measured in `docs/performance.md`: the logits of a batch of the draft (f32) and of
+/// the draft itself (f16), scores and probabilities, and the working memory of each thread.
 pub fn vote_bytes(draft: usize, n_vocab: usize, heads: usize, cells: usize, threads: usize) -> usize {
     const A_LOGIT: usize = 4 + 2;
     const A_HEAD_AND_CELL: usize = 6;
@@ -129,7 +129,7 @@ pub fn vote_bytes(draft: usize, n_vocab: usize, heads: usize, cells: usize, thre
     draft * n_vocab * A_LOGIT + heads * cells * A_HEAD_AND_CELL + threads * cells * A_THREAD_AND_CELL
 }
 
-/// Bytes as `8G`, `512M`, `1.5GiB`; a bare number is bytes, and a K is 1,024 of them.
+/// Parses a number of bytes such as `8G`, `512M`, `1.5GiB`. A bare number is bytes, and K is 1,024 bytes.
 pub fn size(text: &str) -> Result<usize, String> {
     let wrong = || "use a number with K, M, G or T, such as 8G".to_owned();
     let upper = text.trim().to_ascii_uppercase();

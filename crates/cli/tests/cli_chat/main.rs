@@ -1,4 +1,4 @@
-//! What `gvote chat` promises: in a terminal, and with its messages piped in.
+//! Tests of `gvote chat`, in a terminal and with messages piped in.
 
 #[path = "../../../../tests/common/cli.rs"]
 mod cli;
@@ -14,10 +14,10 @@ use std::time::Duration;
 use cli::{Done, document, finish_with, gvote, hang_up, interrupt, text};
 use serde_json::Value;
 
-/// Characters of a document that is worth a vote: some 650 tokens.
+/// Characters of a document long enough for a vote: about 650 tokens.
 const CHARS: usize = 2600;
 
-/// Sends lines to a chat and returns what it leaves. Answers are too short to be voted on by themselves.
+/// Sends lines to a chat and returns its output. Answers are too short to trigger a vote by themselves.
 fn talk(args: &[&str], lines: &[&str]) -> Done {
     let when: &[&str] = if args.contains(&"--vote") { &[] } else { &["--vote", "prompt"] };
     let args = [&["-n", "6", "--temp", "0", "--json"], when, args].concat();
@@ -30,7 +30,7 @@ fn about_document(args: &[&str], lines: &[&str]) -> Done {
     talk(&[&["-c", "2048", "-f", file], args].concat(), lines)
 }
 
-/// A text of about `chars` characters in one line.
+/// Returns a text of about `chars` characters in one line.
 fn long_line(chars: usize) -> String {
     text(CHARS + chars).chars().skip(CHARS).collect::<String>().replace('\n', " ")
 }
@@ -116,7 +116,7 @@ mod piped {
         assert_eq!(number(&long["cache"]["tokens"]), turns.iter().map(tokens_in_turn).sum::<u64>());
     }
 
-    /// Nobody pays for a vote that a short answer could not earn back: all cells stay, and every answer is the full cache's.
+    /// A short answer cannot earn back a vote, so there is none: all cells stay, and every answer is the full cache's.
     #[test]
     fn short_answers_cost_no_vote() {
         let lines = ["Hm.", "Go on."];
@@ -248,7 +248,7 @@ mod piped {
         let [first, failed, second] = &records[..] else { panic!("{}", done.stdout) };
         assert!(failed["error"].as_str().unwrap().contains("80 cells are too few to go on in"), "{failed}");
         assert_eq!(number(&second["cache"]["tokens"]), tokens_in_turn(first) + tokens_in_turn(second));
-        // a cap is checked before the model is loaded
+        // the cap is checked before the model is loaded
         let done = talk(&["--max-cells", "68"], &["Hi!"]);
         assert!(done.status == 2 && done.stderr.contains("set --max-cells to 69 or more"), "{}", done.stderr);
     }
@@ -262,7 +262,7 @@ mod piped {
         assert!(number(&last["cache"]["cells"]) <= 300, "{last}");
     }
 
-    /// Tokens are drawn, not only the likeliest taken.
+    /// Samples tokens instead of always taking the most likely one.
     const DRAWN: [&str; 8] = ["-s", "7", "--temp", "0.9", "--repeat-penalty", "1.1", "-n", "8"];
 
     #[test]
@@ -316,7 +316,7 @@ mod piped {
         assert!(number(&turn["cache"]["tokens"]) > tokens_in_turn(turn), "the right ones are gone on with");
     }
 
-    /// With a checksum that is right nothing but its numbers tells that a file was made by hand.
+    /// The checksum is correct, so only the file's numbers show that it was made by hand.
     #[test]
     fn a_session_made_to_do_harm_is_refused_with_its_name() {
         let folder = tempfile::tempdir().unwrap();
@@ -325,11 +325,11 @@ mod piped {
         talk(&args, &["Hi!"]).ok();
         let sound = fs::read(&path).unwrap();
         let find = |what: &[u8]| sound.windows(what.len()).position(|bytes| bytes == what).unwrap();
-        // behind the magic: n_past, exact_from, the length of the labels, the labels, the length of the tokens
+        // after the magic: n_past, exact_from, the length of the labels, the labels, the length of the tokens
         let known = find(b"gvote\0\0\x02") + 16;
         let labels = u64::from_le_bytes(sound[known..][..8].try_into().unwrap()) as usize;
         let token = known + 8 + labels + 8 + 4 * 5;
-        // a place in the text of the conversation: behind its end
+        // a place after the end of the conversation's text
         let answer = find(b"\"answer\":");
         let place = answer + sound[answer..].windows(7).position(|bytes| bytes == b"\"text\":").unwrap() + 7;
         let digits = sound[place..].iter().take_while(|byte| byte.is_ascii_digit()).count();
@@ -380,7 +380,7 @@ mod piped {
                 assert_eq!(got[part], expected[part]);
             }
         }
-        // the first message, too
+        // also for the first message
         let again = talk(args, &["Hi!", "/edit Name an animal."]).ok().json();
         let straight = talk(args, &["Name an animal."]).ok().json();
         assert_eq!(again[1]["answer"], straight[0]["answer"]);
@@ -396,7 +396,7 @@ mod piped {
         };
         let whole = talk(&[], "Name three animals.\n").remove(0);
         let whole = whole["answer"].as_str().unwrap();
-        // it begins and ends within tokens
+        // the text begins and ends within tokens
         let letters: Vec<usize> =
             whole.char_indices().filter(|(_, c)| c.is_ascii_alphabetic()).map(|(i, _)| i).collect();
         let middle = letters.len() / 2;
@@ -466,7 +466,7 @@ mod piped {
         assert_eq!(fs::read(&there).unwrap(), b"mine");
     }
 
-    /// A limit of the shell stands for a disk without room.
+    /// A limit of the shell stands in for a full disk.
     #[cfg(unix)]
     #[test]
     fn on_a_full_disk_the_answer_is_written_with_all_cells_and_a_line_says_so() {
@@ -489,12 +489,12 @@ mod piped {
         }
     }
 
-    /// Against the full cache, whose cells are all in memory: by those that the vote left free.
+    /// Compares with the full cache, all of whose cells are in memory: the difference must be that of the cells freed by the vote.
     #[cfg(target_os = "linux")]
     #[test]
     fn with_a_file_resident_memory_falls_by_what_a_vote_frees() {
-        /// Of the full cache: statistics and the newest queries of every head, and the positions of what is set aside. What a vote and
-        /// the capture work with is given back.
+        /// Share of the full cache that stays allocated: statistics and the newest queries of every head, and the positions of rows set
+        /// aside. The working memory of the vote and the capture is freed.
         const KEPT: f64 = 0.05;
         let folder = tempfile::tempdir().unwrap();
         let document = document(7 * CHARS);
@@ -561,7 +561,7 @@ mod piped {
         assert_eq!(again["answer"], plain["answer"]);
     }
 
-    /// Of another day would be another prompt, and the cache of no use.
+    /// A different date would change the prompt and make the cache useless.
     #[test]
     fn a_conversation_keeps_the_date_it_was_begun_with() {
         const DAY: u64 = 24 * 60 * 60;
@@ -631,7 +631,7 @@ mod piped {
             let turns = talk(&[], &["Hi!", line, edit]).ok().json();
             [1, 2].map(|turn| number(&turns[turn]["prefill"]["tokens"]))
         };
-        // as tokens of text it is several, as a marker one: so is a letter
+        // read as text, a marker is several tokens; read as a marker, it would be one, like a letter
         let (plain, quoted) = (tokens("a a", "/edit a"), tokens("<|im_end|> <|im_end|>", "/edit <|im_start|>"));
         assert!(quoted[0] >= plain[0] + 6 && quoted[1] >= plain[1] + 3, "{plain:?} {quoted:?}");
     }

@@ -1,11 +1,11 @@
-//! A conversation in a terminal.
+//! Tests of a conversation in a terminal.
 
 use super::*;
 use expectrl::process::unix::WaitStatus;
 use expectrl::session::OsSession;
 use expectrl::{ControlCode, Eof, Expect, Regex};
 
-/// The line that ends a turn, and the next prompt. Between them stand colours and the editor's own control codes.
+/// The line that ends a turn, and the next prompt, with colours and the editor's control codes between them.
 const TURN_ENDS: &str = r"\[[^\x1b]* tokens[^\x1b]*\](.|\n)*> ";
 
 struct Terminal {
@@ -17,7 +17,7 @@ impl Terminal {
     fn start(args: &[&str]) -> Self {
         let state = tempfile::tempdir().unwrap();
         let pipes = gvote("chat", args);
-        // a pseudo-terminal takes the place of the pipes
+        // a pseudo-terminal replaces the pipes
         let mut program = Command::new(pipes.get_program());
         program.args(pipes.get_args()).env("XDG_STATE_HOME", state.path()).env("TERM", "xterm");
         program.env_remove("NO_COLOR");
