@@ -1,7 +1,7 @@
 //! Archives rows as q8_0 where the cache has floats: half the bytes of f16.
 //!
 //! A value comes back with an error of at most half a 127th of the largest value in its block of 32. Packing a row again changes nothing
-//! beyond the rounding of the cache's own type: the largest values, and the others' ratios to them, are preserved.
+//! beyond the rounding of the cache's own type: the largest value keeps its level, and the others their distance to it.
 
 use std::ops::Range;
 
