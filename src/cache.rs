@@ -254,7 +254,7 @@ impl DerefMut for Parked<'_> {
 
 impl Drop for Parked<'_> {
     fn drop(&mut self) {
-        // SAFETY: parked in `new`, let go once.
+        // SAFETY: parked in `new`, unparked once.
         unsafe { sys::gvote_shim_unpark(self.raw.as_ptr()) };
     }
 }

@@ -232,7 +232,7 @@ impl Table {
         debug_assert!(to.len() == last.len() && last.iter().all(|&place| (place as usize) < cells.len()));
         let cells: Vec<_> = cells.iter().map(Cell::raw).collect();
         let mut table = std::ptr::null_mut();
-        // SAFETY: a context whose layout was accepted; the arrays have as many entries as they are said to have.
+        // SAFETY: a context whose layout was accepted; the lengths passed are those of the arrays.
         unsafe {
             cache::ok(sys::gvote_shim_table_new(
                 ctx.as_ptr(),
@@ -263,7 +263,7 @@ impl Table {
         debug_assert_eq!(to.len(), rows.len());
         let cells: Vec<_> = cells.iter().map(Cell::raw).collect();
         let mut table = std::ptr::null_mut();
-        // SAFETY: a context whose layout was accepted; the arrays have as many entries as they are said to have.
+        // SAFETY: a context whose layout was accepted; the lengths passed are those of the arrays.
         unsafe {
             cache::ok(sys::gvote_shim_table_of_rows(
                 ctx.as_ptr(),
@@ -286,7 +286,7 @@ impl Table {
     /// Puts the table in force for the sequence that it was made for.
     fn commit(self, ctx: &Context, seq: SeqId) {
         let table = ManuallyDrop::new(self).0;
-        // SAFETY: the table was built from the cells as they still are, and is freed there.
+        // SAFETY: the cells have not changed since the table was built; the shim frees the table.
         unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table.as_ptr()) };
     }
 }

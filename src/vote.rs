@@ -120,7 +120,7 @@ pub struct Voter {
     scorer: Scorer,
     pub(crate) policy: policy::Params,
     pub(crate) account_error: bool,
-    /// Whether rows that leave the cache are kept, and where.
+    /// Whether rows that leave the cache are kept, where, and in which type.
     pub(crate) recall: Recall,
     recall_type: RecallType,
     /// See [`crate::SessionParams::more_questions`].

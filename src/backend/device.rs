@@ -18,7 +18,7 @@ pub(crate) struct Device {
     alloc: sys::ggml_gallocr_t,
     is_warm: bool,
     has_out_prod: bool,
-    /// What inputs and results go through between the device and the host; bytes of it that inputs wait in.
+    /// Staging buffer for transfers between host and device, and its number of bytes that hold inputs in transfer.
     stage: HostMemory,
     sent: usize,
     /// Whether an input was sent directly from the caller's memory because the stage was full.
@@ -198,7 +198,7 @@ impl Device {
                 at += part.len();
             }
         }
-        // SAFETY: a tensor with memory; what is in the stage stays there until it has been waited for.
+        // SAFETY: a tensor with memory; the stage is unchanged until the transfer has been waited for.
         let done = unsafe {
             self.sent = sys::ggml_nbytes(t);
             sys::gvote_shim_tensor_set_async(self.backend, t, stage.cast(), 0, sys::ggml_nbytes(t))
@@ -296,7 +296,7 @@ impl Device {
             return None;
         }
         let (mut free, mut total) = (0, 0);
-        // SAFETY: a device that is there.
+        // SAFETY: a valid device.
         unsafe { sys::ggml_backend_dev_memory(self.place, &raw mut free, &raw mut total) };
         Some(free)
     }
@@ -369,7 +369,7 @@ impl HostMemory {
     pub fn resize_for(&mut self, place: sys::ggml_backend_dev_t, len: usize) -> Result<(), ComputeError> {
         self.len = 0;
         if self.place != place || self.bytes() < len * size_of::<f32>() {
-            // SAFETY: a device that is there; NULL stands for a device without such memory, and the host.
+            // SAFETY: a valid device; NULL stands for a device without pinned memory, and for the host.
             unsafe {
                 sys::ggml_backend_buffer_free(std::mem::replace(&mut self.buffer, std::ptr::null_mut()));
                 let own = match place.is_null() {
@@ -400,7 +400,7 @@ impl HostMemory {
     /// The same memory as f16 numbers, two for each f32.
     pub fn halves(&self) -> &[f16] {
         let numbers: &[f32] = self;
-        // SAFETY: any bits are a half, and memory for f32 is aligned for it.
+        // SAFETY: any bits are a valid f16, and memory for f32 is aligned for it.
         unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), 2 * numbers.len()) }
     }
 
@@ -417,7 +417,7 @@ impl Deref for HostMemory {
         if self.len == 0 {
             return &[];
         }
-        // SAFETY: the buffer holds as many numbers, aligned for any tensor, and all of it was written.
+        // SAFETY: the buffer holds `len` numbers, aligned for any tensor, and all of it was written.
         unsafe { std::slice::from_raw_parts(sys::ggml_backend_buffer_get_base(self.buffer).cast(), self.len) }
     }
 }
@@ -501,7 +501,7 @@ impl Devices {
 
 /// Whether a device's driver provides pinned host memory. Such drivers support several threads. `place`: see [`place`].
 pub(crate) fn has_own_host_memory(place: sys::ggml_backend_dev_t) -> bool {
-    // SAFETY: a device that is there, or NULL for the host.
+    // SAFETY: a valid device, or NULL for the host.
     let has_own = unsafe { !place.is_null() && !sys::ggml_backend_dev_host_buffer_type(place).is_null() };
     #[cfg(test)]
     let has_own = has_own || cache::PRETEND_DEVICE.get();

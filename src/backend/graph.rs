@@ -345,7 +345,7 @@ impl<'a> Builder<'a> {
             }
         }
         if end > 0 {
-            // SAFETY: the context has room for the tensor, and it begins and ends with what was given.
+            // SAFETY: the context has room for the tensor, which covers exactly the memory of the inputs.
             unsafe {
                 self.together = sys::ggml_new_tensor_1d(self.ctx, sys::GGML_TYPE_I8, end as i64);
                 memory.put(self.together, 0);
@@ -374,7 +374,7 @@ impl<'a> Builder<'a> {
         if !self.together.is_null() {
             // this overwrites inputs of the previous graph: both are in this device's queue, where a copy waits for earlier kernels
             let inputs = self.inputs.iter().filter_map(|input| Some((input.at?, input.data.parts())));
-            // SAFETY: it has memory as far as the last of the inputs.
+            // SAFETY: the tensor has memory up to the end of the last input.
             unsafe { device.send_together(self.together, inputs)? };
         }
         for Input { tensor, data, .. } in self.inputs.iter().filter(|input| input.at.is_none()) {
@@ -396,7 +396,7 @@ impl<'a> Builder<'a> {
     /// All its tensors except views have memory, which stays theirs until the back end has been waited for.
     pub(super) unsafe fn enqueue(&mut self, backend: sys::ggml_backend_t) -> Result<(), ComputeError> {
         for node in self.nodes() {
-            // SAFETY: what a view looks at has memory.
+            // SAFETY: the source of a view has memory.
             unsafe {
                 if !(*node).view_src.is_null() && (*node).buffer.is_null() {
                     sys::ggml_backend_view_init(node);
@@ -410,7 +410,7 @@ impl<'a> Builder<'a> {
 
     fn nodes(&self) -> impl Iterator<Item = Tensor> {
         let graph = self.graph;
-        // SAFETY: the graph of this builder, and places in it.
+        // SAFETY: the graph of this builder, and valid indices.
         unsafe { (0..sys::ggml_graph_n_nodes(graph)).map(move |i| sys::ggml_graph_node(graph, i)) }
     }
 
@@ -499,7 +499,7 @@ mod tests {
                 let t = unsafe { sys::ggml_cast(b.ctx, inputs[i], sys::GGML_TYPE_F32) };
                 b.output(t)
             });
-            // SAFETY: as many numbers as rows, all less than that.
+            // SAFETY: the indices are below the number of rows.
             let picked = unsafe { sys::ggml_get_rows(b.ctx, inputs[3], inputs[4]) };
             b.output(picked);
             b.begin(device).unwrap();

@@ -49,7 +49,7 @@ impl Piece {
     }
 }
 
-// SAFETY: one thread at a time uses it (&mut), and what it works with is [`Device`]'s.
+// SAFETY: one thread at a time uses it (&mut), and its back end belongs to a [`Device`].
 unsafe impl Send for Lane {}
 
 impl Drop for Lane {
@@ -145,7 +145,7 @@ impl Lane {
     /// [`ComputeError`].
     pub fn send(&mut self, rows: Vec<u32>) -> Result<usize, ComputeError> {
         let b = Builder::new(1)?;
-        // SAFETY: the tensor gets as many bytes; they stay as they are until they are there.
+        // SAFETY: the tensor has the size of `rows`, which stays in `sent` until the queue has been waited for.
         let (at, done) = unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_I32, rows.len() as i64);
             let at = self.kept.give(t);
@@ -158,7 +158,7 @@ impl Lane {
 
     /// Returns sent row indices as a tensor of another graph.
     pub fn sent(&self, b: &Builder, at: usize, n: usize) -> Tensor {
-        // SAFETY: the tensor belongs to the builder's context; it lies where the rows are.
+        // SAFETY: the tensor belongs to the builder's context; `at` is the offset of the rows.
         unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_I32, n as i64);
             self.kept.put(t, at);
@@ -190,7 +190,7 @@ impl Lane {
     /// # Errors
     /// [`ComputeError`].
     pub fn wait(&mut self) -> Result<(), ComputeError> {
-        // SAFETY: a back end with work of ours lives, and so does the event.
+        // SAFETY: a back end with work of this lane lives, and so does the event.
         let done = unsafe {
             match (self.is_busy, self.is_noted) {
                 (false, _) => true,
@@ -275,7 +275,7 @@ impl Lane {
         let len = bytes / size_of::<f32>();
         host.resize_for(self.place, len.max(STAGE / size_of::<f32>()))?;
         let b = Builder::new(1)?;
-        // SAFETY: both sides hold as many bytes, and stay until they were waited for.
+        // SAFETY: both sides have the same size, and stay until the queue has been waited for.
         let done = unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_F32, len as i64);
             self.kept.put(t, at);

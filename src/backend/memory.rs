@@ -40,7 +40,7 @@ impl Memory {
     /// Replaces the memory by a larger buffer: the present size plus `n` times the `sizes`, or only the `sizes` if that cannot be
     /// allocated.
     pub(super) fn grow(&mut self, backend: sys::ggml_backend_t, sizes: &[usize], n: usize) -> Result<(), ComputeError> {
-        // SAFETY: a back end that is there; the buffer is ours, and NULL is fine.
+        // SAFETY: a valid back end; the buffer is ours, and NULL is fine.
         unsafe {
             self.alignment = sys::ggml_backend_get_alignment(backend).max(size_of::<f32>());
             let needed = padded(sizes, self.alignment);

@@ -131,13 +131,13 @@ impl<'a> Node<'a> {
         }
         let (_, name) = self.name().to_str().ok()?.split_once('#')?;
         let name = CString::new(name.rsplit_once('#')?.0).ok()?;
-        // SAFETY: the graph in work, whose tensors live as long as this one.
+        // SAFETY: the current graph, whose tensors live as long as this one.
         unsafe { sys::ggml_graph_get_tensor(graph, name.as_ptr()).as_ref().map(Node) }
     }
 
     /// Returns the device that holds the tensor: see [`backend::place`].
     pub fn place(&self) -> sys::ggml_backend_dev_t {
-        // SAFETY: the nodes of a graph in work have been allocated.
+        // SAFETY: the nodes of the current graph have been allocated.
         unsafe { backend::place(self.buffer()) }
     }
 

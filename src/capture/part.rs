@@ -26,7 +26,7 @@ impl Part {
     /// Iterates over the nodes with their indices in the graph.
     fn nodes<'a>(&self) -> impl Iterator<Item = (usize, Node<'a>)> + use<'a> {
         let graph = self.graph;
-        // SAFETY: a node of the graph in work.
+        // SAFETY: a node of the current graph.
         (self.first..self.end).map(move |i| (i, unsafe { Node::new(sys::ggml_graph_node(graph, i as i32)) }))
     }
 }
@@ -45,7 +45,7 @@ impl Inner {
         for (i, other) in unsafe { nodes(self.ctx) }.enumerate() {
             n = i + 1;
             if !other.is_view() {
-                // SAFETY: a node of the graph in work.
+                // SAFETY: a node of the current graph.
                 let own = unsafe { sys::gvote_shim_backend_of(self.ctx, other.0) };
                 if own != last {
                     n_parts += 1;
@@ -83,7 +83,7 @@ impl Inner {
             if !is_wanted && i + 1 < part.end {
                 continue;
             }
-            // SAFETY: nodes of one back end, whose inputs are there; what came before them is in its queue.
+            // SAFETY: nodes of one back end, whose inputs are available; earlier nodes are in its queue.
             let status =
                 unsafe { sys::gvote_shim_graph_compute_part(part.backend, part.graph, first as i32, i as i32 + 1) };
             if status != sys::GGML_STATUS_SUCCESS {

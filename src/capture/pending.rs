@@ -152,7 +152,7 @@ impl Inner {
     /// Returns the index of the pending results on the device that holds `t`. `op` has computed `t` or is about to read it. Provides room
     /// for the bytes of `results` and of intermediate `work`.
     fn pending_for(&mut self, op: &Node, t: &Node, results: &[usize], work: &[usize]) -> Result<usize, CaptureError> {
-        // SAFETY: nodes of the graph in work, which have buffers; a back end of the context lives as long as the context, and ours
+        // SAFETY: nodes of the current graph, which have buffers; a back end of the context lives as long as the context, and ours
         // until it is released.
         let i = unsafe {
             let device = self.devices.at(t.buffer())?;

@@ -362,7 +362,7 @@ impl Inner {
             end += place.len();
         }
         let Some((_, first)) = paths.first() else { return Ok(()) };
-        // SAFETY: a node of the graph in work has a buffer.
+        // SAFETY: a node of the current graph has a buffer.
         let device = unsafe { self.devices.at(first.q.buffer())? };
         b.begin(device)?;
         // allocate while the device computes
@@ -388,7 +388,7 @@ impl Inner {
             return Err(hidden.shape_error());
         }
         let tensor = std::ptr::from_ref(hidden.0).cast_mut();
-        // SAFETY: the tensor holds as many contiguous floats.
+        // SAFETY: the tensor is contiguous and holds as many floats as `samples`.
         let is_set =
             unsafe { sys::gvote_shim_tensor_set(tensor, samples.as_ptr().cast(), 0, size_of_val(&samples[..])) };
         if is_set { Ok(()) } else { Err(ComputeError::Memory("sending").into()) }

@@ -66,7 +66,7 @@ unsafe extern "C" fn on_eval<W: Watch>(t: *mut sys::ggml_tensor, ask: bool, data
         return !ask;
     }
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: ggml passes a node of the graph in work, computed if `ask` is false.
+        // SAFETY: ggml passes a node of the current graph, computed if `ask` is false.
         let node = unsafe { Node::new(t) };
         if ask { watch.ask(&node) } else { watch.read(&node) }
     }));

@@ -82,7 +82,7 @@ impl Gathered {
             let cells = unsafe { sys::ggml_reshape_2d(b.ctx, cells, n as i64, n_heads as i64) };
             let at = storages(layer).map(|(storage, d)| {
                 let rows = rows_as_floats(&b, layout, layer, storage, d);
-                // SAFETY: tensors of this context, of shapes that belong together.
+                // SAFETY: tensors of this context, with matching shapes.
                 let gathered = unsafe { sys::ggml_get_rows(b.ctx, rows, cells) };
                 let at = lane.keep(gathered);
                 b.run(gathered);

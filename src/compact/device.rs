@@ -196,7 +196,7 @@ fn describe<'a>(
     for (storage, d) in storages(layer) {
         let (given, receiving) =
             (rows_as_floats(b, layout, layer, storage, d), rows_as_floats(b, layout, layer, storage, d));
-        // SAFETY: tensors of this context, of shapes that belong together.
+        // SAFETY: tensors of this context, with matching shapes.
         unsafe {
             let rows = sys::ggml_get_rows(b.ctx, given, from);
             let moved = sys::ggml_set_rows(b.ctx, receiving, rows, to);
@@ -259,7 +259,7 @@ pub(super) fn copy_out(
         let cells = b.rows([these.len(), heads.len(), 1], cells);
         let gathered = storages(layer).map(|(storage, d)| {
             let rows = rows_as_floats(&b, layout, layer, storage, d);
-            // SAFETY: tensors of this context, of shapes that belong together.
+            // SAFETY: tensors of this context, with matching shapes.
             let gathered = unsafe { sys::ggml_get_rows(b.ctx, rows, cells) };
             b.output(gathered)
         });
@@ -321,7 +321,7 @@ pub(super) fn copy_in(
             at += bytes;
             let rows = b.input([bytes / size_of::<f32>(), these.len(), heads.len()], &floats[..]);
             let receiving = rows_as_floats(&b, layout, layer, storage, d);
-            // SAFETY: tensors of this context, of shapes that belong together.
+            // SAFETY: tensors of this context, with matching shapes.
             let put = unsafe { sys::ggml_set_rows(b.ctx, receiving, rows, cells) };
             b.run(put);
         }

@@ -53,7 +53,7 @@ pub(super) unsafe fn copy_out(
             for &(rows, at) in &blocks.0 {
                 for (cell, row) in tile.iter_mut() {
                     let to = &mut row[at..][..rows.bytes];
-                    // SAFETY: a row of this layer and head, and as many bytes of ours.
+                    // SAFETY: a row of this layer and head, and a buffer of the same size.
                     unsafe { copy(rows.base.add(*cell as usize * rows.stride), to.as_mut_ptr(), rows.bytes) };
                 }
             }
@@ -83,7 +83,7 @@ pub(super) unsafe fn copy_in(
             for &(rows, at) in &blocks.0 {
                 for (cell, row) in tile {
                     let from = &row[at..][..rows.bytes];
-                    // SAFETY: a row of this layer and head, and as many bytes of ours.
+                    // SAFETY: a row of this layer and head, and a buffer of the same size.
                     unsafe { copy(from.as_ptr(), rows.base.add(*cell as usize * rows.stride), rows.bytes) };
                 }
             }
@@ -251,7 +251,7 @@ unsafe fn gather_sized<const N: usize>(rows: Rows, moves: &Moves, ascending: boo
         buffer.extend_from_slice(unsafe { std::slice::from_raw_parts(row(moves.from(c)), bytes) });
     }
     for (kept, &to) in buffer.chunks_exact(bytes).zip(moves.to) {
-        // SAFETY: the buffer is ours, the row is the cache's.
+        // SAFETY: the buffer and the cache's row do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(kept.as_ptr(), row(to as usize), bytes) };
     }
 }

@@ -78,7 +78,7 @@ impl Part {
         // SAFETY: ggml's table has an entry for each type, which lives forever.
         let [from_traits, to_traits] = [from_type, to_type].map(|type_| unsafe { &*sys::ggml_get_type_traits(type_) });
         match from_traits.to_float {
-            // SAFETY: `d` numbers of this type, in blocks that are whole; every row begins at an even byte, as blocks and halves want.
+            // SAFETY: `d` numbers of this type, in whole blocks; every row begins at an even byte, as blocks and f16 require.
             Some(to_float) => unsafe { to_float(from.as_ptr().cast(), floats.as_mut_ptr(), self.d as i64) },
             None => {
                 floats.iter_mut().zip(from.as_chunks::<STEP>().0).for_each(|(x, &bytes)| *x = f32::from_ne_bytes(bytes))

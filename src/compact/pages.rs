@@ -28,7 +28,7 @@ pub(crate) fn give_back(ctx: &mut Context, seq: SeqId) -> usize {
 /// # Safety
 /// The context of the layout lives.
 unsafe fn unused(layout: &Layout, end: usize) -> Vec<Range<usize>> {
-    // SAFETY: a number of the system.
+    // SAFETY: plain query of the system.
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(usize::MAX).max(1);
     let (n, stream) = (layout.n_cells(), layout.info.stream as usize);
     let mut pages = Vec::new();
@@ -98,7 +98,7 @@ mod tests {
             // a page holds 2,048 values of a transposed V
             let mut ctx = context(&model, setup, 8192, 512);
             decode(&mut ctx, &text[..N], 0, 0);
-            // another sequence in the middle of it all
+            // another sequence in between
             decode(&mut ctx, &text[..50], 0, 1);
             decode(&mut ctx, &text[50..90], N as Pos, 0);
             let cells = cache::cells(&ctx, 0);

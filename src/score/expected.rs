@@ -6,7 +6,7 @@ use crate::backend::{Builder, ComputeError, Device};
 use crate::sys;
 
 impl LayerGraph<'_> {
-    /// [`crate::policy::HeadScores::expected`]: mean and variance of each key's logits over the synthetic queries.
+    /// Computes [`crate::policy::HeadScores::expected`]: from the mean and variance of each key's logits over the synthetic queries.
     pub(super) fn expect(&self, device: &mut Device, scores: &mut LayerScores) -> Result<(), ComputeError> {
         let (n_kv, n_head, group) = (self.view.n_kv, self.layer.n_head as usize, self.group());
         // the current query comes last and is not a sample

@@ -210,7 +210,7 @@ pub fn random_heads(layout: &Layout, n: usize, n_cells: usize, seed: u64) -> Sel
 /// Reads `n` pieces of `bytes` bytes from a tensor, from host or device memory: the first at `offset`, each next one `stride` further.
 fn strided(t: &sys::ggml_tensor, offset: usize, bytes: usize, n: usize, stride: usize) -> Vec<u8> {
     let mut out = vec![0; bytes * n];
-    // SAFETY: the buffer has as many bytes; ggml checks that all lies inside the tensor.
+    // SAFETY: the buffer has the size passed; ggml checks that all lies inside the tensor.
     unsafe { sys::ggml_backend_tensor_get_2d(t, out.as_mut_ptr().cast(), offset, bytes, n, stride, bytes) };
     out
 }
@@ -261,7 +261,7 @@ pub fn floats(type_: sys::ggml_type, data: &[u8]) -> Vec<f32> {
     if type_ == sys::GGML_TYPE_F32 {
         return data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes"))).collect();
     }
-    // SAFETY: tables of ggml; the data are whole blocks of the type, and as many values have room.
+    // SAFETY: tables of ggml; the data are whole blocks of the type, and `out` has room for their values.
     unsafe {
         let n = data.len() / sys::ggml_type_size(type_) * sys::ggml_blck_size(type_) as usize;
         let mut out = vec![0f32; n];
@@ -409,7 +409,7 @@ pub fn save_state(ctx: &Context, seq: SeqId) -> Vec<u8> {
 
 /// Replaces a sequence by a saved state, as an app does.
 pub fn load_state(ctx: &mut Context, seq: SeqId, data: &[u8]) {
-    // SAFETY: valid context; as many bytes as it says.
+    // SAFETY: valid context; the length is that of `data`.
     let n = unsafe { sys::llama_state_seq_set_data(ctx.as_ptr(), data.as_ptr(), data.len(), seq) };
     assert_eq!(n, data.len());
 }

@@ -12,7 +12,7 @@ pub(crate) struct Notes {
     ranking: Option<Ranking>,
     /// Tokens on which the trial compared smaller caches with the full cache.
     pub draft: Vec<Token>,
-    /// KL divergence that the trial accepted, in nats a token: the mean over the tokens, less that caused by rounding.
+    /// Largest mean KL divergence that the trial accepts, less that caused by rounding, in nats a token.
     pub bar: Option<f32>,
     /// `[n + 1]` mean share of the attention mass that is lost at each number of cells; empty if the policy has no such curve.
     pub curve: Vec<f64>,
