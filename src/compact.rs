@@ -145,6 +145,8 @@ pub(crate) struct Reorder {
 }
 
 impl Reorder {
+    /// Prepares to reorder the rows of `seq`.
+    ///
     /// # Errors
     /// [`CompactError`] if the cells cannot be rearranged.
     pub fn of(ctx: &Context, seq: SeqId) -> Result<Self, CompactError> {

@@ -140,6 +140,8 @@ pub struct Voter {
 }
 
 impl Voter {
+    /// Makes a voter for this context.
+    ///
     /// # Errors
     /// [`VoteError::Cache`], [`VoteError::UnevenHeads`] for caches that cannot be compacted; [`VoteError::Compute`] if a device cannot be
     /// used.

@@ -18,7 +18,7 @@ pub(crate) struct Device {
     alloc: sys::ggml_gallocr_t,
     is_warm: bool,
     has_out_prod: bool,
-    /// Staging buffer for transfers between host and device, and its number of bytes that hold inputs in transfer.
+    /// Staging buffer for transfers between host and device; `sent`: its bytes that hold inputs in transfer.
     stage: HostMemory,
     sent: usize,
     /// Whether an input was sent directly from the caller's memory because the stage was full.

@@ -23,7 +23,7 @@ pub(crate) struct Lane {
     kept: Memory,
     /// Working memory of a single graph.
     work: Memory,
-    /// The part of `kept` that was read last.
+    /// The part of `kept` that was read last; `next`: the part that is being read.
     read: Piece,
     next: Piece,
     /// Sent data that the queue may not have copied yet.
@@ -267,7 +267,7 @@ impl Lane {
 
     fn begin_loading(&mut self, at: usize, bytes: usize) -> Result<(), ComputeError> {
         if self.is_noted || !self.next.bytes.is_empty() {
-            // an earlier read may still be in progress
+            // a fetch or a read ahead may still be in progress
             self.wait()?;
         }
         let Piece { host, bytes: held } = &mut self.next;

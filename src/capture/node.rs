@@ -85,7 +85,7 @@ impl<'a> Node<'a> {
         unsafe { self.0.src[i].as_ref().map(Node) }
     }
 
-    /// Returns the tensor that owns the memory of this view.
+    /// Returns the tensor that owns this node's memory.
     pub fn storage(&self) -> *const sys::ggml_tensor {
         let mut t = self.0;
         // SAFETY: view sources live as long as their views.

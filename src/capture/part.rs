@@ -87,7 +87,7 @@ impl Inner {
             let status =
                 unsafe { sys::gvote_shim_graph_compute_part(part.backend, part.graph, first as i32, i as i32 + 1) };
             if status != sys::GGML_STATUS_SUCCESS {
-                // ggml asks about all nodes of the part again, and must then read nothing of this ubatch
+                // ggml asks about all nodes of the part again: the ubatch is not examined twice, and no more of it is read
                 let begun = part.nodes().any(|(_, node)| self.stores_first_k(&node));
                 self.reads = Reads { begun, ..Reads::default() };
                 return false;

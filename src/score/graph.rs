@@ -412,8 +412,8 @@ impl LayerGraph<'_> {
         which.clone().step_by(at_once).map(set).collect()
     }
 
-    /// Selects from queries `[d, n_head, n]` f16 those of `kv_heads` KV heads from `kv` on, as f32, one KV head after another. `[d, group *
-    /// n, kv_heads]`
+    /// Selects from queries `[d, n_head, n]` f16 those of `kv_heads` KV heads from `kv` on, as f32, one KV head after another.
+    /// `[d, group * n, kv_heads]`
     fn by_kv_head(&self, b: &Builder, queries: Tensor, kv: usize, kv_heads: usize) -> Tensor {
         // SAFETY: shapes as noted; every tensor belongs to this context.
         unsafe {

@@ -19,8 +19,7 @@ use crate::sys;
 const LEAST_LENGTH: f32 = 1e-12;
 /// Approximate number of rows in a Gram matrix: a power of two. A matrix takes whole cells, at least one.
 pub(super) const GRAM: usize = 64;
-/// Number of cells that a device measures is a multiple of this: whole blocks, as CUDA's kernel for few columns requires
-/// (ggml-cuda/mmf.cu).
+/// A device measures a multiple of this number of cells: whole blocks, as CUDA's kernel for few columns requires (ggml-cuda/mmf.cu).
 pub(super) const STEP: usize = if GRAM > 64 { GRAM } else { 64 };
 /// Channels and columns of one part of an identity matrix: the same kernel requires at least this many channels and at most this many
 /// columns.

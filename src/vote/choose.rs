@@ -221,8 +221,8 @@ impl Vote<'_> {
         self.voter.more_questions && self.sequence.archive.is_none()
     }
 
-    /// Stand-in for a question that is not in the prompt yet: reads the whole context again, or the first words of the turn, which often
-    /// state its topic.
+    /// Makes a stand-in for a question that is not in the prompt yet: reads the whole context again, or the first words of the turn, which
+    /// often state its topic.
     fn reread(&mut self, cells: &[Cell], report: &mut CompressReport) -> Result<Option<Replayed>, VoteError> {
         let clock = Instant::now();
         let policy = &self.voter.policy;

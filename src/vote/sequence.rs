@@ -130,7 +130,8 @@ impl Sequence {
         n_cells + self.n_aside() == self.n_past as usize
     }
 
-    /// Returns the first position at which a sequence of `n_cells` cells can be truncated: 0 if every row is in a cell or in the archive.
+    /// Returns the first position at which a sequence of `n_cells` cells can be truncated: 0 if every row is in a cell or in the
+    /// archive, otherwise `exact_from`.
     pub(crate) fn can_be_cut_from(&self, n_cells: usize) -> Pos {
         if self.archive.is_some() && self.is_whole(n_cells) { 0 } else { self.exact_from }
     }
