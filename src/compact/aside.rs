@@ -30,7 +30,7 @@ impl Aside<'_> {
     /// Archives those of `cells` that `selection`, which must have been checked, does not keep. The cache is idle.
     ///
     /// # Errors
-    /// [`CompactError::Archive`] and [`CompactError::Compute`]; the archive is then as it was.
+    /// [`CompactError::Archive`], [`CompactError::ArchiveFile`] and [`CompactError::Compute`]; the archive is then as it was.
     pub(super) fn copy_dropped(
         self,
         layout: &Layout,

@@ -136,7 +136,7 @@ impl Sequence {
         if self.archive.is_some() && self.is_whole(n_cells) { 0 } else { self.exact_from }
     }
 
-    /// Runs `work`, which drops rows of `cells`, with the archive that receives them. Adds the time of archiving to `time`.
+    /// Runs `work`, which drops rows of `cells`, with the archive that receives them. Stores the time of archiving, if there is any, in `time`.
     pub(super) fn setting_aside<T>(
         &mut self,
         cells: &[Cell],
