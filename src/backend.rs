@@ -1,5 +1,5 @@
-//! ggml back ends of our own, beside those that llama.cpp decodes with: what is computed about a tensor is computed where the
-//! tensor lies, so that only results cross the bus, or the wire.
+//! ggml back ends of gvote's own, in addition to those that llama.cpp decodes with. Computations on a tensor run where the tensor lies, so
+//! that only results cross the bus or the network.
 
 mod device;
 mod graph;
@@ -14,13 +14,14 @@ pub(crate) use self::graph::{Builder, Results, Tensor};
 pub(crate) use self::lane::Lane;
 use crate::policy::threads;
 
-/// Layers that a device works on at once, at most: while it computes one, another is described to it, and what came of one before is read.
+/// Maximum number of layers that a device works on at once: while it computes one, the graph of another is built, and the results of an
+/// earlier one are read.
 pub(crate) const DEVICE_LAYERS: usize = 4;
 
-/// A thread of `scope` that works with devices.
+/// Starts a thread of `scope` that works with devices.
 ///
 /// # Errors
-/// The system's, where it starts no more threads.
+/// The system's error if it starts no more threads.
 pub(crate) fn start<'s, T: Send + 's>(
     scope: &'s Scope<'s, '_>,
     work: impl FnOnce() -> T + Send + 's,
@@ -28,13 +29,13 @@ pub(crate) fn start<'s, T: Send + 's>(
     threads::start(scope, elsewhere(work))
 }
 
-/// Has `wait` called when the process ends, before the drivers are torn down that were loaded until now.
+/// Calls `wait` when the process exits, before the drivers that were loaded until now are torn down.
 pub(crate) fn before_exit(wait: extern "C" fn()) {
     // SAFETY: a function that lives as long as this library, which calls it too when it is unloaded.
     unsafe { libc::atexit(wait) };
 }
 
-/// Work with devices that another thread is to do.
+/// Prepares work with devices to run on another thread.
 pub(crate) fn elsewhere<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
     #[cfg(test)]
     let work = {
@@ -47,7 +48,7 @@ pub(crate) fn elsewhere<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
     work
 }
 
-/// Why something could not be computed.
+/// Reasons why a computation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ComputeError {
     #[error("out of memory ({0}): lower `n_ubatch`, `n_ctx` or `samples`")]

@@ -1,4 +1,4 @@
-//! The layout of a context's KV cache, read through the shim: which tensors hold K and V, and which cells a sequence owns.
+//! Reads the layout of a context's KV cache through the shim: which tensors hold K and V, and which cells a sequence owns.
 
 use std::ffi::CStr;
 use std::ops::{Deref, DerefMut, Range};
@@ -7,28 +7,28 @@ use std::ptr::NonNull;
 use crate::llama::{Context, Pos, SeqId, Token};
 use crate::sys;
 
-/// Why a context's cache cannot be worked on.
+/// Reasons why a context's cache cannot be compressed.
 #[derive(Debug, thiserror::Error)]
 #[error("the KV cache of this context cannot be compressed: {0}; `policy` full runs it as it is")]
 pub struct CacheError(pub(crate) String);
 
 impl CacheError {
-    /// What the shim says where C++ has no memory left.
+    /// Text of the shim when C++ runs out of memory.
     pub(crate) const OUT_OF_MEMORY: &str = "out of memory";
 
-    /// Whether there was too little memory to work on it.
+    /// Whether the reason is too little memory.
     pub(crate) fn is_memory(&self) -> bool {
         self.0 == Self::OUT_OF_MEMORY
     }
 }
 
-/// The attention cache of a context as one sequence sees it (the base cache, where a sliding-window cache lives beside it).
+/// The attention cache of a context for one sequence (the base cache, if there is also a sliding-window cache).
 ///
-/// It may outlive the context: what it says itself was read when it was made.
+/// May outlive the context: the numbers were read when it was made.
 #[derive(Clone)]
 pub struct Layout {
     pub(crate) info: sys::gvote_shim_cache,
-    /// The storage tensors in it live as long as the context: only code that holds the context may follow them.
+    /// The storage tensors live as long as the context: only code that holds the context may dereference them.
     pub(crate) layers: Vec<sys::gvote_shim_layer>,
     bytes_per_cell: usize,
     on_host: bool,
@@ -42,13 +42,13 @@ unsafe impl Sync for Layout {}
 /// A cell of the cache that a sequence owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell {
-    /// Place in the sequence's stream.
+    /// Index in the sequence's stream.
     pub index: u32,
-    /// Position; of a composite cell the largest position it holds.
+    /// Position; for a composite cell the largest position it holds.
     pub pos: Pos,
-    /// The token at that position, -1 where llama.cpp does not know it.
+    /// Token at that position, -1 if llama.cpp does not know it.
     pub token: Token,
-    /// Another sequence sees this cell too.
+    /// Whether another sequence also uses this cell.
     pub shared: bool,
 }
 
@@ -60,6 +60,8 @@ impl Cell {
 }
 
 impl Layout {
+    /// Reads the layout of the cache that `seq` uses.
+    ///
     /// # Errors
     /// [`CacheError`] for recurrent, hybrid and other layouts that cannot be compacted, with the reason.
     pub fn of(ctx: &Context, seq: SeqId) -> Result<Self, CacheError> {
@@ -87,12 +89,12 @@ impl Layout {
         self.layers.len()
     }
 
-    /// KV heads of every layer, in order.
+    /// KV heads of each layer, in order.
     pub fn n_head_kv(&self) -> impl Iterator<Item = usize> + '_ {
         self.layers.iter().map(|l| l.n_head_kv as usize)
     }
 
-    /// The KV heads of every layer, counted over all layers.
+    /// Range of KV heads of each layer, counted over all layers.
     pub(crate) fn heads(&self) -> Vec<Range<usize>> {
         let mut end = 0;
         let of_layer = |n_heads| {
@@ -102,24 +104,24 @@ impl Layout {
         self.n_head_kv().map(of_layer).collect()
     }
 
-    /// Whether all of the cache lies in memory that the host can work on in place.
+    /// Whether the whole cache lies in memory that the host can access in place.
     pub(crate) fn is_host(&self) -> bool {
         self.on_host && !pretends_device()
     }
 
-    /// Bytes of K and V that one cell takes over all layers.
+    /// Bytes of K and V in one cell, over all layers.
     pub fn bytes_per_cell(&self) -> usize {
         self.bytes_per_cell
     }
 }
 
-/// The number of cells of `seq`, without a look at each.
+/// Counts the cells of `seq` without listing them.
 pub(crate) fn n_cells(ctx: &Context, seq: SeqId) -> usize {
     // SAFETY: valid context; the shim checks the rest, and writes nothing.
     unsafe { sys::gvote_shim_cells(ctx.as_ptr(), seq, std::ptr::null_mut(), 0) as usize }
 }
 
-/// The cells of `seq`, ordered by position; none where there is no attention cache, or no such sequence.
+/// Returns the cells of `seq`, ordered by position; none if there is no attention cache or no such sequence.
 pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
     // SAFETY: valid context; the shim checks the rest, and writes at most the given number of entries.
     unsafe {
@@ -130,7 +132,7 @@ pub fn cells(ctx: &Context, seq: SeqId) -> Vec<Cell> {
     }
 }
 
-/// What `seq` holds in each of `cells`, which count over all streams.
+/// Returns the position and token of `seq` in each of `cells`, whose indices count over all streams.
 ///
 /// # Safety
 /// `ctx` is valid, and its layout was accepted.
@@ -141,7 +143,7 @@ pub(crate) unsafe fn rows(ctx: *mut sys::llama_context, seq: SeqId, cells: &[i64
     out
 }
 
-/// The sequences that own any of `cells`, which count over all streams.
+/// Returns the sequences that own any of `cells`, whose indices count over all streams.
 ///
 /// # Safety
 /// `ctx` is valid, and its layout was accepted.
@@ -155,26 +157,27 @@ pub(crate) unsafe fn owners(ctx: *mut sys::llama_context, cells: &[i64]) -> Vec<
     }
 }
 
-/// The first position at which `seq` can be cut off and still be followed by what sees a whole sliding window, and a state of
-/// recurrent layers that knows no more; 0 where there is neither.
+/// Returns the first position at which `seq` can be truncated so that the next token still sees a whole sliding window and a matching state
+/// of recurrent layers; 0 if the model has neither.
 pub(crate) fn cut_from(ctx: &Context, seq: SeqId) -> Pos {
     // SAFETY: valid context; the shim checks the rest.
     unsafe { sys::gvote_shim_cut_from(ctx.as_ptr(), seq) }
 }
 
-/// Cells of the stream of `seq` that no sequence uses; 0 where there is no attention cache, or no such sequence.
+/// Counts the cells of the stream of `seq` that no sequence uses; 0 if there is no attention cache or no such sequence.
 pub fn cells_free(ctx: &Context, seq: SeqId) -> usize {
     // SAFETY: valid context; the shim checks the rest.
     unsafe { sys::gvote_shim_cells_free(ctx.as_ptr(), seq) as usize }
 }
 
-/// The cell behind the last one that any sequence uses in the stream of `seq`; 0 where there is no attention cache, or no such sequence.
+/// Returns the index after the last cell that any sequence uses in the stream of `seq`; 0 if there is no attention cache or no such
+/// sequence.
 pub(crate) fn cells_end(ctx: &Context, seq: SeqId) -> usize {
     // SAFETY: valid context; the shim checks the rest.
     unsafe { sys::gvote_shim_cells_end(ctx.as_ptr(), seq) as usize }
 }
 
-/// The first `n` of those cells, or all of them.
+/// Returns the first `n` free cells, or all of them if there are fewer.
 pub(crate) fn free_cells(ctx: &Context, seq: SeqId, n: usize) -> Vec<u32> {
     let mut free = vec![0; n.min(cells_free(ctx, seq))];
     // SAFETY: valid context; the shim checks the rest, and writes at most the given number of entries.
@@ -183,18 +186,18 @@ pub(crate) fn free_cells(ctx: &Context, seq: SeqId, n: usize) -> Vec<u32> {
     free
 }
 
-/// A context in which one sequence can be experimented on: dropping this brings the sequence back, cell by cell, and frees
-/// what came in. See `gvote_shim_park`.
+/// A context in which one sequence is open to experiments. Dropping this restores the sequence, cell by cell, and frees the cells of the
+/// experiment. See `gvote_shim_park`.
 pub(crate) struct Parked<'a> {
     ctx: &'a mut Context,
     raw: NonNull<sys::gvote_shim_parked>,
 }
 
 impl<'a> Parked<'a> {
-    /// `room`: the most tokens that an experiment decodes before it is reset.
+    /// Parks a sequence. `room`: maximum number of tokens that an experiment decodes before it is reset.
     ///
     /// # Errors
-    /// [`CacheError`] when memory runs out; nothing has changed then.
+    /// [`CacheError`] if memory runs out; nothing has changed then.
     pub fn new(ctx: &'a mut Context, seq: SeqId, room: usize) -> Result<Self, CacheError> {
         let mut raw = std::ptr::null_mut();
         let room = u32::try_from(room).unwrap_or(u32::MAX);
@@ -204,10 +207,10 @@ impl<'a> Parked<'a> {
         Ok(Self { ctx, raw })
     }
 
-    /// Takes the cells at `positions` away from the sequence; those of a window cache stay.
+    /// Hides the cells at `positions` from the sequence; cells of a window cache stay visible.
     ///
     /// # Errors
-    /// [`CacheError`] when memory runs out; nothing is hidden then.
+    /// [`CacheError`] if memory runs out; nothing is hidden then.
     pub fn hide(&mut self, positions: Range<Pos>) -> Result<(), CacheError> {
         if positions.is_empty() {
             return Ok(());
@@ -216,7 +219,7 @@ impl<'a> Parked<'a> {
         unsafe { ok(sys::gvote_shim_parked_hide(self.raw.as_ptr(), positions.start, positions.end, false)) }
     }
 
-    /// Takes every cell from position `p0` on away from the sequence, in all layers.
+    /// Hides every cell from position `p0` on from the sequence, in all layers.
     ///
     /// # Errors
     /// As [`Self::hide`].
@@ -225,10 +228,10 @@ impl<'a> Parked<'a> {
         unsafe { ok(sys::gvote_shim_parked_hide(self.raw.as_ptr(), p0, -1, true)) }
     }
 
-    /// Ends an experiment: what was hidden is back, what came in is gone.
+    /// Ends an experiment: restores the hidden cells, and frees the cells of the experiment.
     ///
     /// # Errors
-    /// [`CacheError`] when memory runs out; then there can be no other one.
+    /// [`CacheError`] if memory runs out; no further experiment is possible then.
     pub fn reset(&mut self) -> Result<(), CacheError> {
         // SAFETY: the sequence is parked; the text is static.
         unsafe { ok(sys::gvote_shim_parked_reset(self.raw.as_ptr())) }
@@ -251,7 +254,7 @@ impl DerefMut for Parked<'_> {
 
 impl Drop for Parked<'_> {
     fn drop(&mut self) {
-        // SAFETY: parked in `new`, let go once.
+        // SAFETY: parked in `new`, unparked once.
         unsafe { sys::gvote_shim_unpark(self.raw.as_ptr()) };
     }
 }
@@ -259,13 +262,13 @@ impl Drop for Parked<'_> {
 /// Whether the host can read and write a buffer in place.
 ///
 /// # Safety
-/// `buffer` is valid or NULL (which is nowhere).
+/// `buffer` is valid or NULL (no memory).
 pub(crate) unsafe fn is_host(buffer: sys::ggml_backend_buffer_t) -> bool {
     // SAFETY: passed on.
     !pretends_device() && unsafe { reaches(buffer) }
 }
 
-/// Whether the host can reach a buffer, whatever tests pretend.
+/// Whether the host can access a buffer, regardless of the test setting.
 ///
 /// # Safety
 /// As for [`is_host`].
@@ -274,7 +277,7 @@ unsafe fn reaches(buffer: sys::ggml_backend_buffer_t) -> bool {
     !buffer.is_null() && unsafe { sys::ggml_backend_buffer_is_host(buffer) }
 }
 
-/// Whether tests have all memory be that of a device.
+/// Whether a test treats all memory as device memory.
 fn pretends_device() -> bool {
     #[cfg(test)]
     return PRETEND_DEVICE.get();
@@ -284,11 +287,11 @@ fn pretends_device() -> bool {
 
 #[cfg(test)]
 thread_local! {
-    /// Tests set it to walk the ways that memory of a device takes.
+    /// Set by tests to run the code for device memory.
     pub(crate) static PRETEND_DEVICE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Turns the shim's answer into a result.
+/// Converts the shim's answer to a result.
 ///
 /// # Safety
 /// `reason` is NULL or a static C string.

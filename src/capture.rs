@@ -1,27 +1,27 @@
-//! What the prompt's forward pass tells: hidden-state statistics, the observation window's queries, and the probe pass.
+//! Captures data from the forward pass: statistics of hidden states, the queries of the observation window, and the queries of the probe
+//! pass.
 //!
-//! llama.cpp's eval callback sees every node of the graph. Of each layer that stores K and V in the cache we read
-//! - `attn_norm-<il>` `[n_embd, n_tokens]`: the hidden state that enters attention. Its mean and variance per channel
-//!   over the prompt are kept, streaming over ubatches, and computed where the hidden state lies;
-//! - q at the attention op `[n_embd_head_k, n_tokens, n_head]`, rotated just as the cached K is: those of the newest
-//!   `window` positions are kept as f16, what ggml makes of them anyway before it multiplies with an f16 cache.
+//! llama.cpp's eval callback visits every node of the graph. For each layer that stores K and V in the cache, two nodes are read:
+//! - `attn_norm-<il>` `[n_embd, n_tokens]`: the hidden state that enters attention. Its mean and variance per channel over the prompt are
+//!   accumulated ubatch by ubatch, on the device that holds the hidden state;
+//! - q at the attention op `[n_embd_head_k, n_tokens, n_head]`, rotated like the cached K: the queries of the newest `window` positions are
+//!   kept as f16, the type to which ggml converts them anyway before it multiplies with an f16 cache.
 //!
-//! Every node that is read stops the graph, which a GPU notices: see `src/capture/part.rs`. So most ubatches pass unread: of a
-//! long text every sixteenth gives the statistics, and queries are read where it is known that they will vote, at the end of a prompt. Where
-//! that is not known, as behind the C interface, a vote decodes the newest tokens once more. What is computed about a node on a
-//! device stays there until the last layer has passed: see `src/capture/pending.rs`.
+//! Every node that is read stops the graph, which costs time on a GPU: see `src/capture/part.rs`. Most ubatches therefore pass unread. Of a
+//! long text every sixteenth contributes to the statistics, and queries are read only where they are known to vote, at the end of a prompt.
+//! Where that is not known, as behind the C interface, a vote decodes the newest tokens again. Results that are computed on a device stay
+//! there until the last layer has passed: see `src/capture/pending.rs`.
 //!
-//! The **probe pass** turns sampled hidden states into queries with the model's own weights: dummy tokens are decoded at the
-//! next positions while the sequence is parked. Of llama.cpp's graph only the nodes between `attn_norm` and q are needed (a
-//! tenth of a layer's weights and none of its attention): where each part of the graph begins, we put the samples in the place
-//! of `attn_norm`, compute just those nodes, in place, read q, and end the part. Biases, q-norms, RoPE and rotation all
-//! happen as they always do. Where that path leads over several back ends, as with weights in host memory that a GPU computes
-//! with, the whole graph is computed, and `attn_norm` is overwritten on the way.
+//! The **probe pass** turns sampled hidden states into queries with the model's own weights. Dummy tokens are decoded at the next positions
+//! while the sequence is parked. Of llama.cpp's graph only the nodes between `attn_norm` and q are needed (a tenth of a layer's weights and
+//! none of its attention). At the start of each part of the graph, the samples replace `attn_norm`, just these nodes are computed in place,
+//! q is read, and the part ends. Biases, q-norms, RoPE and rotation are applied as usual. If the path leads over several back ends, as with
+//! weights in host memory that a GPU computes with, the whole graph is computed and `attn_norm` is overwritten on the way.
 //!
-//! One capture serves all sequences of a context: which of them a token belongs to is told by the cells that its K goes to.
+//! One capture serves all sequences of a context. The cells that a token's K goes to tell which sequence the token belongs to.
 //!
-//! In a context of our own the callback is installed only around the decode calls that need it; a decoding step never meets
-//! it. In a context of an app it goes and comes back by itself: see `src/attach.rs`.
+//! In a context of our own the callback is installed only around the decode calls that need it, and never during a decoding step. In an
+//! app's context the callback is installed and removed automatically: see `src/attach.rs`.
 
 mod graph;
 mod moments;
@@ -54,7 +54,7 @@ use crate::cache::{CacheError, Layout};
 use crate::llama::{Batch, Context, LlamaError, Pos, SeqId};
 use crate::sys;
 
-/// What can go wrong while reading the forward pass.
+/// Errors while reading the forward pass.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     #[error(
@@ -83,7 +83,7 @@ pub enum CaptureError {
     Llama(#[from] LlamaError),
 }
 
-/// How a layer turns q·k into the argument of softmax: `post * tanh(pre * q·k)` with a softcap, else `post * q·k`.
+/// Maps q·k to the argument of softmax in one layer: `post * tanh(pre * q·k)` with a softcap, else `post * q·k`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LogitScale {
     pub pre: f32,
@@ -97,7 +97,7 @@ impl Default for LogitScale {
     }
 }
 
-/// What is the same for every sequence in one layer of the cache.
+/// Properties of one layer of the cache that all sequences share.
 struct Layer {
     il: i32,
     /// Floats of one token's queries: `n_head * n_embd_head_k`.
@@ -107,58 +107,58 @@ struct Layer {
 }
 
 enum Mode {
-    /// An app decodes: list its tokens, and collect statistics where they are due.
+    /// An app decodes: records its tokens, and collects statistics where they are due.
     Listen,
-    /// Collect statistics where they are due and, where they are wanted, the window's queries of every sequence that is
-    /// followed.
+    /// Collects statistics where they are due and, if `wants_queries`, the window's queries of every followed sequence.
     Prompt { wants_queries: bool },
-    /// The same of tokens that are decoded once more, for their queries.
+    /// As `Prompt` with queries, for tokens that are decoded again to obtain their queries.
     Again,
-    /// Overwrite hidden states by samples and collect the queries they become.
+    /// Overwrites hidden states with samples and collects the resulting queries.
     Probe(Probe),
-    /// Collect all queries of a sequence, layer by layer.
+    /// Collects all queries of a sequence, layer by layer.
     Replay(SeqId, Vec<Queries>),
 }
 
-/// What is read of the ubatch in work.
+/// What to read of the current ubatch.
 #[derive(Clone, Copy, Default)]
 struct Reads {
-    /// It was looked at, and K of the first layer is not stored yet.
+    /// Whether the ubatch was examined and K of the first layer is not stored yet.
     begun: bool,
     hidden: bool,
     queries: bool,
-    /// A step of answers: one token for each sequence that goes on, none of which is read.
+    /// Whether the ubatch is a step of answers: at most one token per sequence, and nothing to read.
     step: bool,
 }
 
-/// Queries of one layer. `[n_query][n_head][n_embd_head_k]`
+/// Queries of one layer, `[n_query][n_head][n_embd_head_k]`.
 #[derive(Clone, Debug, Default)]
 pub struct Queries {
     pub data: Vec<f16>,
     pub pos: Vec<Pos>,
 }
 
-/// The queries of an observation window in one layer, as [`Queries`], in parts that lie where they were captured.
+/// Queries of an observation window in one layer, as in [`Queries`], in parts that lie where they were captured.
 pub struct Window<'a> {
     pub parts: Vec<&'a [f16]>,
     pub pos: Vec<Pos>,
 }
 
 impl<'a> Window<'a> {
-    /// The newest query. `[n_head][n_embd_head_k]`
+    /// The newest query, `[n_head][n_embd_head_k]`.
     pub fn current(&self) -> &'a [f16] {
         let n_q = self.parts.iter().map(|part| part.len()).sum::<usize>() / self.pos.len().max(1);
         self.parts.last().map_or(&[], |part| &part[part.len() - n_q..])
     }
 
-    /// All in one piece.
+    /// All queries in one piece.
     #[cfg(test)]
     pub fn joined(&self) -> Queries {
         Queries { data: self.parts.concat(), pos: self.pos.clone() }
     }
 }
 
-/// `n` zeros: as integers, of which the system has zeros at hand, whose pages cost nothing before they are written to.
+/// Returns `n` zeros. Allocated as integers because the system provides zeroed pages for these, which cost nothing before they are written
+/// to.
 fn zeros(n: usize) -> Vec<f16> {
     vec![0_u16; n].reinterpret_into()
 }
@@ -168,41 +168,42 @@ struct Inner {
     n_embd: usize,
     softcap: f32,
     window: usize,
-    /// First positions left out of the statistics: attention sinks have hidden states like no other token.
+    /// Number of first positions that are left out of the statistics: the hidden states of attention sinks are unlike those of other
+    /// tokens.
     skip: usize,
     layers: Vec<Layer>,
     by_il: HashMap<i32, usize>,
     by_tensor: HashMap<*const sys::ggml_tensor, usize>,
     mode: Mode,
     records: BTreeMap<SeqId, Record>,
-    /// What is wanted of the ubatch in work.
+    /// What to read of the current ubatch.
     reads: Reads,
     devices: Devices,
-    /// What lies on devices still, one entry for each.
+    /// Results that still lie on devices, one entry per device.
     pending: Vec<Pending>,
-    /// Whether that is all of a ubatch.
+    /// Whether the results cover a whole ubatch.
     is_whole: bool,
-    /// Whether nobody else is to see the nodes of the graph in work.
+    /// Whether no other callback needs to see the nodes of the current graph.
     is_alone: bool,
-    /// What went wrong where it could not be said at once; nothing is read any more then.
+    /// Error that could not be returned at once; nothing more is read until it is taken.
     failed: Option<CaptureError>,
-    /// The ubatch of an app's prompt that is in work: its tokens, and since when.
+    /// The current ubatch of an app's prompt: its number of tokens, and its start.
     reading: Option<(usize, Instant)>,
-    /// Tokens in those that came to their end, and what that took.
+    /// Tokens of the ubatches that were completed, and their total time.
     read: (usize, Duration),
 }
 
-/// Reads what the forward passes of a context tell, sequence by sequence.
+/// Captures data from the forward passes of a context, sequence by sequence.
 pub struct Capture {
     inner: Inner,
 }
 
-// SAFETY: raw pointers are followed only while a graph of the context is in work.
+// SAFETY: raw pointers are followed only while the context computes a graph.
 unsafe impl Send for Capture {}
 
 impl Capture {
-    /// A capture for the cache that `layout` describes, which follows no sequence yet. `window`: newest queries to keep;
-    /// `skip`: first positions that stay out of the statistics.
+    /// Makes a capture for the cache that `layout` describes. It follows no sequence yet. `window`: number of newest queries to keep;
+    /// `skip`: number of first positions to leave out of the statistics.
     pub fn new(ctx: &Context, layout: &Layout, window: usize, skip: usize) -> Self {
         let layers: Vec<_> = layout
             .layers
@@ -250,18 +251,18 @@ impl Capture {
         self.inner.prepare(layout)
     }
 
-    /// Follows a sequence from now on.
+    /// Starts following a sequence.
     pub fn follow(&mut self, seq: SeqId) {
         let Inner { records, layers, window, .. } = &mut self.inner;
         records.entry(seq).or_insert_with(|| Record::new(layers, *window));
     }
 
-    /// What was heard of a sequence since the last call, by position.
+    /// Returns the tokens recorded for a sequence since the last call, by position.
     pub(crate) fn take_seen(&mut self, seq: SeqId) -> Vec<Seen> {
         self.inner.records.get_mut(&seq).map(Record::take_seen).unwrap_or_default()
     }
 
-    /// Forgets everything captured of a sequence, and follows it no longer.
+    /// Forgets everything captured of a sequence, and stops following it.
     pub fn forget(&mut self, seq: SeqId) {
         self.settle();
         self.inner.records.remove(&seq);
@@ -279,11 +280,11 @@ impl Capture {
         self.forget_at(seq, |pos| pos >= p0);
     }
 
-    /// Decodes a batch of the sequences that are followed, and reads of it what is due. `wants_queries`: its end belongs to an
-    /// observation window.
+    /// Decodes a batch of the followed sequences, and reads from it what is due. `wants_queries`: the batch ends within an observation
+    /// window.
     ///
     /// # Errors
-    /// What decoding fails with, or [`CaptureError`] when the graph is not one we know.
+    /// Errors of decoding, or [`CaptureError`] if the graph is not of a known form.
     pub fn decode(&mut self, ctx: &mut Context, batch: &Batch, wants_queries: bool) -> Result<(), CaptureError> {
         self.check_context(ctx)?;
         if !self.reads(batch.len(), wants_queries) {
@@ -294,12 +295,12 @@ impl Capture {
         self.decode_as(Mode::Prompt { wants_queries }, ctx, batch)
     }
 
-    /// Whether [`Self::decode`] reads anything of a batch of `n` tokens.
+    /// Whether [`Self::decode`] reads anything from a batch of `n` tokens.
     pub(crate) fn reads(&self, n: usize, wants_queries: bool) -> bool {
         wants_queries || self.inner.records.values().any(|record| record.is_due(n))
     }
 
-    /// Decodes tokens once more, for their queries.
+    /// Decodes tokens again to obtain their queries.
     ///
     /// # Errors
     /// As [`Self::decode`].
@@ -314,12 +315,12 @@ impl Capture {
         result
     }
 
-    /// Notes that `n` tokens of the sequences that are followed were decoded unread.
+    /// Records that `n` tokens of the followed sequences were decoded without being read.
     pub fn pass(&mut self, n: usize) {
         self.inner.records.values_mut().for_each(|record| record.count(n));
     }
 
-    /// Decodes a batch of one ubatch and gives back all queries of `seq` in it, layer by layer.
+    /// Decodes a batch of one ubatch and returns all queries of `seq` in it, layer by layer.
     ///
     /// # Errors
     /// As [`Self::decode`].
@@ -334,24 +335,24 @@ impl Capture {
         }
     }
 
-    /// The queries of the observation window of `seq` that ends at `pos_last`, oldest first, in the i-th layer of the cache;
-    /// the last one is the current query.
+    /// Returns the queries of the observation window of `seq` that ends at `pos_last`, oldest first, in the i-th layer of the cache. The
+    /// last one is the current query.
     ///
     /// # Errors
-    /// [`CaptureError::Empty`] when the query at `pos_last` was not captured.
+    /// [`CaptureError::Empty`] if the query at `pos_last` was not captured.
     pub fn window(&self, seq: SeqId, layer: usize, pos_last: Pos) -> Result<Window<'_>, CaptureError> {
         let record = self.inner.records.get(&seq).ok_or(CaptureError::Empty)?;
         record.window(layer, self.inner.window, pos_last).ok_or(CaptureError::Empty)
     }
 
-    /// Reads what still waits on devices. What goes wrong is said by what is asked for next.
+    /// Reads results that still lie on devices. An error is returned by the next call that can fail.
     pub(crate) fn settle(&mut self) {
         if let Err(error) = self.inner.settle() {
             self.inner.failed = Some(error);
         }
     }
 
-    /// Gives back the memory that it works with, where that is the host's: it is made again as soon as there is something to read.
+    /// Frees the working memory if the cache is in host memory. It is allocated again when there is something to read.
     pub(crate) fn release(&mut self, layout: &Layout) {
         self.settle();
         if layout.is_host() && self.inner.failed.is_none() {
@@ -360,12 +361,12 @@ impl Capture {
         }
     }
 
-    /// Whether there are statistics of every layer.
+    /// Whether every layer has statistics.
     pub(crate) fn has_statistics(&self, seq: SeqId) -> bool {
         self.inner.records.get(&seq).is_some_and(Record::has_moments)
     }
 
-    /// How the i-th layer of the cache scales its attention logits.
+    /// Scaling of the attention logits in the i-th layer of the cache.
     pub fn logit_scale(&self, layer: usize) -> LogitScale {
         self.inner.layers[layer].scale
     }
@@ -377,7 +378,7 @@ impl Capture {
         self.inner.records.get(&seq).map(|record| record.statistics(layer)).unwrap_or_default()
     }
 
-    /// That a context is the one whose graphs are read here.
+    /// Checks that this is the context whose graphs are read here.
     fn check_context(&self, ctx: &Context) -> Result<(), CaptureError> {
         if self.inner.ctx == ctx.as_ptr() { Ok(()) } else { Err(CaptureError::OtherContext) }
     }
@@ -397,22 +398,23 @@ impl Capture {
         }
     }
 
-    /// What went wrong in the part of a graph that was ended in [`Self::on_node`].
+    /// Takes the error that occurred in a part of a graph that [`Self::on_node`] ended.
     pub(crate) fn failure(&mut self) -> Option<CaptureError> {
         self.inner.failed.take()
     }
 
-    /// Whether the graph in work is a step of answers, of which `node` is the last one.
+    /// Whether the current graph is a step of answers and `node` is its last node.
     pub(crate) fn ends_step(&self, node: &Node) -> bool {
         self.inner.reads.step && self.inner.is_last_node(node)
     }
 
-    /// Tokens of prompts that an app decoded since the last call, as far as that could be timed, and what it took.
+    /// Returns the prompt tokens that an app decoded since the last call, as far as they could be timed, and the time that they took.
     pub(crate) fn take_read(&mut self) -> (usize, Duration) {
         std::mem::take(&mut self.inner.read)
     }
 
-    /// Looks at a node for somebody who has the callback installed already: see [`watch::Watch`]. `is_alone`: nobody else is to see it.
+    /// Processes a node on behalf of a callback that is installed already: see [`watch::Watch`]. `is_alone`: no other callback needs to see
+    /// the node.
     pub(crate) fn on_node(&mut self, node: &Node, ask: bool, is_alone: bool) -> Result<bool, CaptureError> {
         let ends_reading = self.inner.reading.is_some() && self.inner.is_last_node(node);
         self.inner.is_alone = is_alone;

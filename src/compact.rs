@@ -1,22 +1,22 @@
-//! Turns a [`Selection`] into fewer cells, in place.
+//! Applies a [`Selection`] in place: the sequence then has fewer cells.
 //!
-//! 1. **Check** everything that could fail, and build the new table of cells aside (the shim).
-//! 2. **Set aside** what leaves, if it is to come back: see `src/archive.rs`. Memory or room on a disk that runs out here is the last
-//!    error.
-//! 3. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the
-//!    sequence owns. Where cells and positions ascend together, a source never lies before its destination, so ascending
-//!    copies need no temporary; otherwise one head's rows go through a buffer. Where the host cannot reach the memory, a
-//!    small graph on the device that holds the layer does the same; its memory is taken before the first row moves. What no
-//!    graph can move (V stored transposed, without flash attention) is fetched, worked on, and put back.
-//! 4. **Commit** the table, while the rows move: llama.cpp's takes as long as some layers to be freed. Neither 3 nor 4 can fail, so a
-//!    failed compaction leaves the cache as it was.
+//! 1. **Check** everything that could fail, and build the new cell table separately (the shim).
+//! 2. **Set aside** the rows that leave, if they are to come back: see `src/archive.rs`. Running out of memory or disk space here is the
+//!    last possible error.
+//! 3. **Move** rows: for each layer and KV head the kept rows of K and V are gathered into the first C cells that the sequence owns. If
+//!    cells and positions ascend together, a source never lies before its destination, so ascending copies need no temporary; otherwise one
+//!    head's rows go through a buffer. If the host cannot reach the memory, a small graph on the layer's device does the same; its memory
+//!    is allocated before the first row moves. Rows that no graph can move (V stored transposed, without flash attention) are fetched,
+//!    moved on the host, and written back.
+//! 4. **Commit** the table while the rows move: freeing llama.cpp's old table takes as long as moving some layers. Neither 3 nor 4 can
+//!    fail, so a failed compaction leaves the cache as it was.
 //!
-//! Where all heads keep the same tokens (`--evict cells`) the result is that of `llama_memory_seq_rm` on the dropped
-//! positions followed by closing the holes. It is done in one step because a removal cannot be taken back if closing fails.
+//! If all heads keep the same tokens (`--evict cells`), the result is that of `llama_memory_seq_rm` on the dropped positions followed by
+//! closing the holes. Both happen in one step because a removal cannot be undone if closing fails.
 //!
-//! Composite cells: cell c of the result holds, for every (layer, KV head), the c-th key and value *that head* kept. It is
-//! labelled with the largest position it holds: labels ascend, the last one is the sequence's last position, and removing
-//! the cells from some position on never leaves a newer key behind.
+//! Composite cells: cell c of the result holds, for every (layer, KV head), the c-th key and value that *this head* kept. Its label is the
+//! largest position that it holds. So labels ascend, the last one is the sequence's last position, and removing the cells from some
+//! position on never leaves a newer key behind.
 
 mod arrange;
 mod aside;
@@ -51,7 +51,7 @@ use crate::sys;
 pub(crate) use mask::Mask;
 pub use mask::MaskError;
 
-/// Why a compaction was refused. The cache is as it was.
+/// Reasons why a compaction was refused. The cache is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum CompactError {
     #[error(transparent)]
@@ -93,13 +93,13 @@ impl From<NoRoom> for CompactError {
     }
 }
 
-/// The rows that one head's cells come from.
+/// Moves of one head's rows.
 struct Moves<'a> {
-    /// Cells that receive.
+    /// Destination cells.
     to: &'a [u32],
-    /// Cells of the sequence by position.
+    /// Cells of the sequence, by position.
     cells: &'a [Cell],
-    /// Places in `cells` that give, as many as receive; `None`: all, in order.
+    /// Source places in `cells`, one per destination; `None`: all places, in order.
     from: Option<Cow<'a, [u32]>>,
 }
 
@@ -109,7 +109,7 @@ impl Moves<'_> {
         self.cells[place].index as usize
     }
 
-    /// The cells that give, in order.
+    /// Appends the source cells, in order.
     fn sources(&self, out: &mut Vec<u32>) {
         match &self.from {
             Some(from) => out.extend(from.iter().map(|&place| self.cells[place as usize].index)),
@@ -118,26 +118,26 @@ impl Moves<'_> {
     }
 }
 
-/// The rows that all heads' cells come from.
+/// Moves of all heads' rows.
 struct Order<'a> {
     /// See [`Moves`].
     to: &'a [u32],
     cells: &'a [Cell],
-    /// What [`Moves::from`] is for a head, over all layers.
+    /// Returns [`Moves::from`] for a head, counted over all layers.
     sources: &'a (dyn Fn(usize) -> Option<Cow<'a, [u32]>> + Sync),
-    /// No cell receives a row before it has given its own.
+    /// Whether no cell receives a row before its own row has been read.
     ascending: bool,
 }
 
 impl<'a> Order<'a> {
-    /// The moves of each of these heads.
+    /// Returns the moves of each of these heads.
     fn of(&self, heads: Range<usize>) -> Vec<Moves<'a>> {
         let Self { to, cells, .. } = *self;
         heads.map(|head| Moves { to, cells, from: (self.sources)(head) }).collect()
     }
 }
 
-/// The rows of a sequence, to be put into another order and back.
+/// The rows of a sequence, to be permuted and restored.
 pub(crate) struct Reorder {
     layout: Layout,
     cells: Vec<Cell>,
@@ -145,8 +145,10 @@ pub(crate) struct Reorder {
 }
 
 impl Reorder {
+    /// Prepares to reorder the rows of `seq`.
+    ///
     /// # Errors
-    /// [`CompactError`] when the cells cannot be worked on.
+    /// [`CompactError`] if the cells cannot be rearranged.
     pub fn of(ctx: &Context, seq: SeqId) -> Result<Self, CompactError> {
         let layout = Layout::of(ctx, seq)?;
         let cells = cache::cells(ctx, seq);
@@ -158,9 +160,9 @@ impl Reorder {
         Ok(Self { layout, cells, mover })
     }
 
-    /// Puts the rows into another order, head by head: the cell at place c (in the order of positions) gets the row from
-    /// place `sources(head)[c]`, a permutation of all places. Nothing is lost: the inverse order brings everything back.
-    /// Positions stay. The sequence has the cells that it had.
+    /// Permutes the rows, head by head: the cell at place c (in the order of positions) receives the row from place `sources(head)[c]`, a
+    /// permutation of all places. No row is lost: the inverse permutation restores everything. Positions are unchanged, and the sequence
+    /// keeps its cells.
     pub fn permute(&mut self, ctx: &mut Context, sources: &(dyn Fn(usize) -> Vec<u32> + Sync)) {
         let to: Vec<u32> = self.cells.iter().map(|c| c.index).collect();
         // SAFETY: valid context; llama.cpp may still be computing into the cache.
@@ -171,9 +173,9 @@ impl Reorder {
     }
 }
 
-/// Keeps what `selection` says of `cells`, which are those of `seq`, frees the others, and leaves other sequences untouched.
-/// Its cells afterwards. `devices`: what moves rows, see [`Scorer::devices`](crate::score::Scorer::devices). `aside`: where the rows
-/// go that are not kept, if not lost.
+/// Keeps those of `cells`, the cells of `seq`, that `selection` names, frees the others, and leaves other sequences untouched. Returns the
+/// cells of `seq` afterwards. `devices`: the back ends that move rows, see [`Scorer::devices`](crate::score::Scorer::devices). `aside`:
+/// receives the dropped rows; None: they are lost.
 ///
 /// # Errors
 /// [`CompactError`]; the cache is then as it was.
@@ -214,25 +216,25 @@ pub(crate) fn compact(
         sources: &|head| selection.kept_by(head).map(Cow::Borrowed),
         ascending: cells.windows(2).all(|w| w[0].index < w[1].index),
     };
-    // moving rows does not look at the table
+    // moving rows does not read the table
     move_rows(&layout, &mut mover, &order, n_threads, || table.commit(ctx, seq));
     Ok(to.iter().zip(&last).map(|(&index, &place)| Cell { index, ..cells[place as usize] }).collect())
 }
 
-/// A new table of cells that is not yet in force.
+/// A new cell table that is not yet in force.
 struct Table(NonNull<sys::gvote_shim_table>);
 
 impl Table {
-    /// In which `seq`, whose cells are `cells`, has those of the indices `to` alone, each with the position and the token of the
-    /// place in `cells` that is `last`.
+    /// Builds a table in which `seq`, whose cells are `cells`, has only the cells `to`. Each takes the position and token of the entry of
+    /// `cells` that `last` names.
     ///
     /// # Errors
-    /// [`CacheError`], where the cells are others by now, too.
+    /// [`CacheError`], also if the cells have changed.
     fn new(ctx: &Context, seq: SeqId, cells: &[Cell], to: &[u32], last: &[u32]) -> Result<Self, CacheError> {
         debug_assert!(to.len() == last.len() && last.iter().all(|&place| (place as usize) < cells.len()));
         let cells: Vec<_> = cells.iter().map(Cell::raw).collect();
         let mut table = std::ptr::null_mut();
-        // SAFETY: a context whose layout was accepted; the arrays have as many entries as they are said to have.
+        // SAFETY: a context whose layout was accepted; the lengths passed are those of the arrays.
         unsafe {
             cache::ok(sys::gvote_shim_table_new(
                 ctx.as_ptr(),
@@ -248,7 +250,8 @@ impl Table {
         Self::made(table)
     }
 
-    /// In which `seq`, whose cells are `cells`, has those of the indices `to` alone, its own or free ones, with what `rows` says.
+    /// Builds a table in which `seq`, whose cells are `cells`, has only the cells `to`, its own or free ones, with the positions and tokens
+    /// of `rows`.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -262,7 +265,7 @@ impl Table {
         debug_assert_eq!(to.len(), rows.len());
         let cells: Vec<_> = cells.iter().map(Cell::raw).collect();
         let mut table = std::ptr::null_mut();
-        // SAFETY: a context whose layout was accepted; the arrays have as many entries as they are said to have.
+        // SAFETY: a context whose layout was accepted; the lengths passed are those of the arrays.
         unsafe {
             cache::ok(sys::gvote_shim_table_of_rows(
                 ctx.as_ptr(),
@@ -282,10 +285,10 @@ impl Table {
         NonNull::new(table).map(Self).ok_or_else(|| CacheError(CacheError::OUT_OF_MEMORY.into()))
     }
 
-    /// Puts it in force: the table of the sequence that it was made for.
+    /// Puts the table in force for the sequence that it was made for.
     fn commit(self, ctx: &Context, seq: SeqId) {
         let table = ManuallyDrop::new(self).0;
-        // SAFETY: the table was built from the cells as they still are, and is freed there.
+        // SAFETY: the cells have not changed since the table was built; the shim frees the table.
         unsafe { sys::gvote_shim_table_commit(ctx.as_ptr(), seq, table.as_ptr()) };
     }
 }
@@ -297,8 +300,8 @@ impl Drop for Table {
     }
 }
 
-/// Whether `selection` can stay of `cells`, with so many KV heads over all layers. The last place that each cell of the result holds
-/// something of: it gets that one's position.
+/// Checks that `selection` can be applied to `cells`, with `n_heads` KV heads over all layers. Returns for each cell of the result the last
+/// place that any head keeps in it; the cell takes the position of that place.
 fn check(n_heads: usize, cells: &[Cell], selection: &Selection, n_threads: usize) -> Result<Vec<u32>, CompactError> {
     let n = cells.len();
     if selection.n != n {
@@ -341,19 +344,19 @@ fn check(n_heads: usize, cells: &[Cell], selection: &Selection, n_threads: usize
 
 const ALIVE: &str = "reading lists does not panic";
 
-/// What some heads keep, looked through.
+/// Summary of the lists of some heads.
 struct Lists {
-    /// The last of the places that they have in each cell of the result.
+    /// Largest place that any head keeps in each cell of the result.
     last: Vec<u32>,
-    /// Whether each list ascends, below the number of places.
+    /// Whether each list ascends and stays below the number of places.
     ascend: bool,
-    /// Whether one of them ends with the last place.
+    /// Whether any list ends with the last place.
     keep_newest: bool,
 }
 
 impl Lists {
     fn add(&mut self, kept: &[u32], n: usize) {
-        // without a branch, so that several are looked at at once
+        // without a branch, so that the compiler can vectorise it
         let behind = kept.get(1..).unwrap_or_default();
         self.ascend &= kept.iter().zip(behind).fold(true, |ascend, (a, b)| ascend & (a < b));
         if let Some(&last) = kept.last() {
@@ -370,21 +373,21 @@ impl Lists {
     }
 }
 
-/// Of `n_lists` lists with `len` entries, how many each of at most `n_threads` threads gets.
+/// Returns how many of `n_lists` lists with `len` entries each of at most `n_threads` threads gets.
 pub(crate) fn share(n_lists: usize, len: usize, n_threads: usize) -> usize {
-    /// To look through so many takes some 50 us: fewer are not worth a thread.
+    /// Number of entries that take some 50 us: fewer do not amortise a thread.
     const A_THREAD: usize = 1 << 17;
     let threads = n_threads.min(n_lists * len / A_THREAD).max(1);
     n_lists.div_ceil(threads).max(1)
 }
 
-/// Ends the process, as ggml does where a device fails: rows of other layers have moved, and there is no way back.
+/// Aborts the process, as ggml does when a device fails: rows of other layers have moved, and this cannot be undone.
 fn give_up(reason: impl Display) -> ! {
     eprintln!("gvote: rows of the KV cache could not be moved, and others were: {reason}");
     std::process::abort();
 }
 
-/// Moves the rows of all layers, and does something else meanwhile.
+/// Moves the rows of all layers, and runs `meanwhile` at the same time.
 fn move_rows(
     layout: &Layout,
     mover: &mut Mover<impl AsMut<[Devices]>>,
@@ -421,7 +424,7 @@ mod tests {
         (0..N as u32).map(|i| Cell { index: i, pos: i as Pos, token: 0, shared: false }).collect()
     }
 
-    /// `[head][C]`; the newest place stays in one head alone.
+    /// `[head][C]`; only one head keeps the newest place.
     fn lists() -> Vec<u32> {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
         let list = |_| {

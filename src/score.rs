@@ -1,7 +1,7 @@
-//! The quantization-aware scorer: probabilities of sets of queries over the cached keys.
+//! The quantization-aware scorer: attention probabilities of sets of queries over the cached keys.
 //!
-//! For every layer small ggml graphs run on the back end that holds the layer's K, over the very tensor the decoder
-//! reads: stored type, rotation and all. For each query head of a KV head
+//! For every layer small ggml graphs run on the back end that holds the layer's K, on the tensor that the decoder itself reads, in its
+//! stored type and rotation. For each query head of a KV head:
 //!
 //! ```text
 //! kq  = K_h · Q          [n_kv, n_query]      ggml's own kernel for K's type
@@ -11,23 +11,23 @@
 //! out = mean over the queries of p            [n_kv]
 //! ```
 //!
-//! The query heads of a KV head are columns of one product. Only `out` leaves the back end, in one piece with the other scores of
-//! the layer (and p of the synthetic queries, where a policy asks for it). On the host one KV head and a few queries at a time
-//! keep the transient memory at one `[n_kv, columns]` block of f32; on a device, where the start of a kernel is dear, a node has
-//! as many heads and queries as a share of the cache allows.
+//! The query heads of a KV head are columns of one product. Only `out` leaves the back end, in one piece with the other scores of the layer
+//! (and p of the synthetic queries, if a policy asks for it). On the host a node processes one KV head and a few queries, so that the
+//! transient memory is one `[n_kv, columns]` block of f32. On a device, where each kernel start is expensive, a node processes as many
+//! heads and queries as fit into a share of the cache's bytes.
 //!
 //! # Coarse keys
-//! A quantized K is known only up to its rounding. Within a block b of 32 values with scale δ_b the error of each value is
-//! taken as uniform on one step, variance c δ_b² (c = 1/12 for types with evenly spaced levels), independent of the
-//! others. The logit l = s Σ_i q_i k_i then has, given the stored k̂, mean l̂ and variance
+//! A quantized K is known only up to its rounding. Within a block b of 32 values with scale δ_b the error of each value is assumed to be
+//! uniform on one step, with variance c δ_b² (c = 1/12 for types with evenly spaced levels), and independent of the others. Given the
+//! stored k̂, the logit l = s Σ_i q_i k_i then has mean l̂ and variance
 //!
 //! ```text
 //! v = s² c Σ_b δ_b² Σ_{i∈b} q_i²
 //! ```
 //!
-//! and, taking l as Gaussian, the expected weight of the key is E[exp l] = exp(l̂ + v/2). So each logit is raised by v/2:
-//! a key whose stored copy is coarse may matter more than it seems. In the graph δ² is read straight from the block
-//! headers, viewed as strided f16 `[1, n_block, n_kv]`, and v/2 becomes one more small product, E_h = δ².
+//! If l is assumed to be Gaussian, the expected weight of the key is E[exp l] = exp(l̂ + v/2). So each logit is raised by v/2: a key whose
+//! stored copy is coarse may matter more than its logit shows. In the graph δ² is read directly from the block headers, viewed as strided
+//! f16 `[1, n_block, n_kv]`, and v/2 becomes one more small product, E_h = δ².
 
 mod expected;
 mod graph;
@@ -51,20 +51,20 @@ use crate::capture::{LogitScale, Queries, Window};
 use crate::llama::Pos;
 use crate::policy::{HeadScores, Needs};
 
-/// Of the bytes of K and V, what a device may need to compute scores; or [`DEVICE_LEAST`] where that is no more than
-/// [`DEVICE_FREE`] of what is free there: it starts fewer kernels then.
+/// Memory that a device may use to compute scores, as a share of the bytes of K and V. At least [`DEVICE_LEAST`], which starts fewer
+/// kernels, but no more than [`DEVICE_FREE`] of the free memory unless the share is larger.
 const DEVICE_SHARE: f64 = 0.05;
 const DEVICE_LEAST: usize = 288 << 20;
 const DEVICE_FREE: f64 = 0.125;
 
-/// About so many scores of a device are handed over at once, those of several layers where they have few: threads take them in,
-/// which are not worth their start for less.
+/// Number of scores that a device hands over at once, from several layers if one has fewer. Policies process them on several threads;
+/// smaller batches do not amortise starting these.
 const HANDED_OVER: usize = 1 << 20;
 
-/// The queries of a vote for one layer of the cache: the observation window, real queries; then synthetic queries, and the
-/// current one. Each sees the cells up to its own position.
+/// The queries of a vote for one layer of the cache: the observation window (real queries), then synthetic queries and the current one.
+/// Each query sees the cells up to its own position.
 pub struct LayerQueries<'a> {
-    /// `[n_query][n_head][n_embd_head_k]`, in parts.
+    /// `[n_query][n_head][n_embd_head_k]`, split into parts.
     parts: Vec<Cow<'a, [f16]>>,
     pos: Vec<Pos>,
     n_observed: usize,
@@ -72,7 +72,7 @@ pub struct LayerQueries<'a> {
 }
 
 impl<'a> LayerQueries<'a> {
-    /// For scores that come of keys and values alone.
+    /// No queries, for scores that depend on keys and values alone.
     pub fn none() -> Self {
         Self::new(Queries::default(), Queries::default(), LogitScale::default())
     }
@@ -84,15 +84,14 @@ impl<'a> LayerQueries<'a> {
         Self { parts, pos: [observed.pos, future.pos].concat(), n_observed, scale }
     }
 
-    /// The same of queries that stay where they are: a window, whose last query is the current one, and synthetic queries at
-    /// `synthetic_pos`.
+    /// Borrows the queries of a window, whose last query is the current one, and synthetic queries at `synthetic_pos`.
     pub fn of_window(window: &Window<'a>, synthetic: &'a [f16], synthetic_pos: &[Pos], scale: LogitScale) -> Self {
         let parts = window.parts.iter().copied().chain([synthetic, window.current()]).map(Cow::from).collect();
         let pos = window.pos.iter().chain(synthetic_pos).chain(window.pos.last()).copied().collect();
         Self { parts, pos, n_observed: window.pos.len(), scale }
     }
 
-    /// Some of the numbers of all queries.
+    /// Returns a range of the numbers in `parts`, as slices.
     fn numbers(&self, mut range: Range<usize>) -> Vec<&[f16]> {
         let mut out = Vec::new();
         for part in &self.parts {
@@ -109,18 +108,17 @@ impl<'a> LayerQueries<'a> {
 
 /// Scores the keys of one context's cache.
 pub struct Scorer {
-    /// The back ends of each thread, of which each works on a layer of its own: a barrier after each small node costs more than it
-    /// gains.
+    /// Back ends of each thread. Each thread works on a layer of its own: a barrier after each small node would cost more than it gains.
     threads: Vec<Devices>,
-    /// Those that work where the host computes.
+    /// Number of threads used if the cache is in host memory.
     n_threads: usize,
-    /// Queries of a layer, about.
+    /// Approximate number of queries per layer.
     n_query: usize,
 }
 
 impl Scorer {
-    /// A scorer that works on `n_threads` layers at once, where the host computes. `n_query`: how many queries a layer has, about, by which
-    /// the memory of a device is shared out.
+    /// Makes a scorer that works on `n_threads` layers at once if the cache is in host memory. `n_query`: approximate number of queries per
+    /// layer, by which a device's memory is divided.
     pub fn new(n_threads: usize, n_query: usize) -> Self {
         let threads = (0..n_threads.max(DEVICE_LAYERS)).map(|_| Devices::new(1)).collect();
         Self { threads, n_threads: n_threads.max(1), n_query }
@@ -137,12 +135,12 @@ impl Scorer {
         self.devices().iter_mut().try_for_each(|devices| devices.start(layout))
     }
 
-    /// Back ends for other work between scores, of as many threads as a device is worked on by.
+    /// Back ends for other work between scores: as many as there are threads that work on a device.
     pub(crate) fn devices(&mut self) -> &mut [Devices] {
         &mut self.threads[..DEVICE_LAYERS]
     }
 
-    /// Bytes that a device may need to compute the scores of `n_kv` cells.
+    /// Returns the bytes that a device may use to compute the scores of `n_kv` cells.
     fn room(&mut self, layout: &Layout, n_kv: usize) -> Result<usize, ComputeError> {
         let mut least = DEVICE_LEAST;
         let mut seen = std::ptr::null_mut();
@@ -158,29 +156,29 @@ impl Scorer {
         Ok(least.max((DEVICE_SHARE * (n_kv * layout.bytes_per_cell()) as f64) as usize))
     }
 
-    /// How many layers of `n_kv` cells a device works on at once, which share `room`: one fewer where a layer would not have enough of it
+    /// Returns how many layers of `n_kv` cells a device works on at once, sharing `room` bytes: one fewer if a layer would not have room
     /// for all queries of a KV head.
     fn layers_at_once(&self, layout: &Layout, n_kv: usize, room: usize) -> usize {
         let least = layout.layers.iter().map(|layer| Grain::least_room(layer, n_kv, self.n_query)).max();
         if least.is_some_and(|least| least > room / DEVICE_LAYERS) { DEVICE_LAYERS - 1 } else { DEVICE_LAYERS }
     }
 
-    /// Bytes of the compute memory.
+    /// Bytes of compute memory.
     pub fn compute_bytes(&self) -> usize {
         self.threads.iter().map(Devices::compute_bytes).sum()
     }
 
-    /// Gives the compute memory back and says how many bytes it was.
+    /// Frees the compute memory and returns its bytes.
     pub fn release(&mut self) -> usize {
         self.threads.iter_mut().map(Devices::release).sum()
     }
 
-    /// Computes the scores of every KV head, layer by layer, and hands those of one or more layers to `sink(first, heads)`, where
-    /// `first` counts heads over all layers and scores are indexed by the place in `cells`. `queries` gives those of the i-th layer.
-    /// `account_error`: raise logits by half their variance where K is quantized. `sink` may be given none first.
+    /// Computes the scores of every KV head, layer by layer, and passes those of one or more layers to `sink(first, heads)`. `first` counts
+    /// heads over all layers; scores are indexed by the place in `cells`. `queries` returns the queries of the i-th layer. `account_error`:
+    /// raise logits by half their variance if K is quantized. The first call of `sink` may have no heads.
     ///
     /// # Errors
-    /// [`ComputeError`], or what `queries` fails with; the cache is only read.
+    /// [`ComputeError`], or the error of `queries`; the cache is only read.
     pub(crate) fn score<'q, E: From<ComputeError>>(
         &mut self,
         layout: &Layout,
@@ -233,12 +231,12 @@ impl Scorer {
                 n_cells: layout.n_cells(),
             }
         };
-        // where queries are still to be made, a device measures keys and values of all layers meanwhile
+        // while queries are still being made, a device measures keys and values of all layers
         let measures_first = !is_host && needs.samples() && !needs.each && !needs.of_cells().nothing();
-        // on the host each worker has one layer in work and one to go on with; a device is told of all at once, and never waits
+        // on the host each worker has one layer in progress and one queued; a device is given all layers at once and never waits
         let ahead = if is_host { n_workers } else { layout.n_layer() };
         let threads = &mut self.threads;
-        // memory for the scores of a layer is used again, since fresh memory takes as much time as what fills it
+        // reuse memory for scores: fresh memory takes as much time as filling it
         let spare = Mutex::new(Vec::new());
         thread::scope(|scope| {
             let spare = &spare;
@@ -250,7 +248,7 @@ impl Scorer {
                 for il in 0..layout.n_layer() {
                     workers[il % n_workers].give(Part::Cells, describe(il, LayerQueries::none()));
                 }
-                // meanwhile there is time to make ready for scores
+                // prepare for scores in the meantime
                 hand_over(&[]);
             }
             let part = if measures_first { Part::Queries } else { Part::All };
@@ -275,19 +273,19 @@ impl Scorer {
     }
 }
 
-/// What of a layer's scores is computed.
+/// The part of a layer's scores to compute.
 #[derive(Clone, Copy)]
 enum Part {
     All,
-    /// What comes of keys and values alone, which stays where it is computed.
+    /// Scores of keys and values alone, which stay on the device.
     Cells,
-    /// The rest, with that.
+    /// The remaining scores; those of `Cells` are read with them.
     Queries,
 }
 
 type Task<'a> = (Part, LayerGraph<'a>);
 
-/// A thread that computes the scores of layers, one after another. It frees no queries that another thread has made.
+/// A thread that computes the scores of layers, one after another. Queries are sent back, to be freed by the thread that made them.
 struct Worker<'s, 'a> {
     layers: SyncSender<Task<'a>>,
     scores: Receiver<(LayerGraph<'a>, Result<LayerScores, ComputeError>)>,
@@ -295,7 +293,7 @@ struct Worker<'s, 'a> {
 }
 
 impl<'s, 'a: 's> Worker<'s, 'a> {
-    /// `spare`: memory for scores. `n_layers`: that it is given ahead, at most.
+    /// `spare`: memory for scores to reuse. `n_layers`: maximum number of layers queued ahead.
     fn start(
         scope: &'s Scope<'s, '_>,
         devices: &'s mut Devices,
@@ -304,7 +302,7 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
         n_layers: usize,
     ) -> Result<Self, ComputeError> {
         let (layers, to_do) = mpsc::sync_channel::<Task>(2 * n_layers);
-        // scores of more layers would be as much fresh memory
+        // a longer queue would need fresh memory for the scores of more layers
         let (done, scores) = mpsc::sync_channel(2);
         let thread = backend::start(scope, move || {
             devices.forget_kept();
@@ -322,7 +320,7 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
                     graph.compute(device?, needs, measured, &mut out)?;
                     Ok(out)
                 });
-                // nobody listens any more where another layer has failed
+                // the receiver is gone if another layer has failed
                 if done.send((graph, computed)).is_err() {
                     break;
                 }
@@ -332,12 +330,12 @@ impl<'s, 'a: 's> Worker<'s, 'a> {
         Ok(Self { layers, scores, thread: thread? })
     }
 
-    /// After `Part::Cells` of some layers, `Part::Queries` of the same follow in the same order.
+    /// Queues a layer. After `Part::Cells` of some layers, `Part::Queries` of the same layers must follow in the same order.
     fn give(&self, part: Part, layer: LayerGraph<'a>) {
         self.layers.send((part, layer)).expect(ALIVE);
     }
 
-    /// The scores of the layer that was given to it before all others that it still has.
+    /// Waits for the scores of the oldest queued layer.
     fn take(&self) -> Result<LayerScores, ComputeError> {
         let (_, scores) = self.scores.recv().expect(ALIVE);
         scores

@@ -1,7 +1,7 @@
-//! The vote on one sequence of a context: from what was captured to fewer cells.
+//! Votes on one sequence of a context: turns captured queries into a choice of cells, and compacts the cache.
 //!
-//! [`Voter`] is what a context needs for it, [`Sequence`] what is known of a sequence, and a vote in work brings both
-//! together with the context. A [`crate::Session`] has a context of its own; behind the C interface it is one of an app.
+//! [`Voter`] holds the state of a context, [`Sequence`] the state of one sequence, and a vote in progress borrows both together with the
+//! context. A [`crate::Session`] owns its context; the C interface attaches to a context that the app owns.
 
 #![forbid(unsafe_code)]
 
@@ -37,7 +37,7 @@ use crate::policy::threads;
 use crate::policy::{self, PolicyError, Shape};
 use crate::score::Scorer;
 
-/// Why there was no vote. The cache is as it was.
+/// Reasons why a vote did not take place. The cache is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum VoteError {
     #[error(transparent)]
@@ -71,7 +71,7 @@ pub enum VoteError {
 impl From<CaptureError> for VoteError {
     fn from(error: CaptureError) -> Self {
         match error {
-            // a caller who cancels should not need to know where it was noticed
+            // the caller sees the same error wherever a cancellation is noticed
             CaptureError::Llama(error) => error.into(),
             CaptureError::Compute(error) => Self::Compute(error),
             error => Self::Capture(error),
@@ -99,48 +99,52 @@ impl From<LlamaError> for VoteError {
 /// The steps of a vote, in order; not every vote has all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
-    /// Parts of the context are read again.
+    /// Reads parts of the context again.
     Replay,
-    /// Synthetic queries are made.
+    /// Makes synthetic queries.
     Probe,
-    /// Keys are scored.
+    /// Scores the keys.
     Score,
-    /// The full cache drafts a continuation.
+    /// Drafts a continuation with the full cache.
     Draft,
-    /// A number of cells is tried.
+    /// Tests one number of cells.
     Try,
-    /// Rows are moved and cells freed.
+    /// Moves rows and frees cells.
     Compact,
 }
 
-/// What the votes of one context share.
+/// State that the votes of one context share.
 pub struct Voter {
     pub(crate) layout: Layout,
     pub(crate) capture: Capture,
     scorer: Scorer,
     pub(crate) policy: policy::Params,
     pub(crate) account_error: bool,
-    /// What becomes of rows that leave the cache, and how they are set aside.
+    /// Whether rows that leave the cache are kept, where, and in which type.
     pub(crate) recall: Recall,
     recall_type: RecallType,
     /// See [`crate::SessionParams::more_questions`].
     pub(crate) more_questions: bool,
-    /// Where the answer begins that is voted on: no question follows within it, and it stays, with the newest tokens before it.
+    /// Position of the first token of the answer that is voted on. No question follows within it; the answer and the newest tokens before
+    /// it stay.
     pub(crate) answer: Option<Pos>,
-    /// Where the system message ends, which the setting `protect` keeps.
+    /// Position after the system message, which the setting `protect` keeps.
     pub(crate) system_end: Pos,
-    /// Where the next vote is to be explained.
+    /// Notes that explain the next vote; None when no explanation is wanted.
     pub(crate) notes: Option<Notes>,
-    /// Where what comes before that vote is to be told, too.
+    /// Record of the votes and recalls before that vote; None when it is not wanted.
     pub(crate) way: Option<Way>,
-    /// What a vote on a device has to do is not worth the start of a thread.
+    /// Keeps the process's threads waiting if the cache lies on a device: the CPU's part of a vote is too short there to amortise starting
+    /// threads. None for a cache in host memory.
     _threads: Option<Arc<threads::Pool>>,
 }
 
 impl Voter {
+    /// Makes a voter for this context.
+    ///
     /// # Errors
-    /// [`VoteError::Cache`], [`VoteError::UnevenHeads`] for caches that cannot be compacted; [`VoteError::Compute`] where a device
-    /// cannot be worked on.
+    /// [`VoteError::Cache`], [`VoteError::UnevenHeads`] for caches that cannot be compacted; [`VoteError::Compute`] if a device cannot be
+    /// used.
     pub fn new(ctx: &Context, policy: &policy::Params, account_error: bool) -> Result<Self, VoteError> {
         let layout = Layout::of(ctx, 0)?;
         uniform_shape(&layout, 0)?;
@@ -167,7 +171,7 @@ impl Voter {
         })
     }
 
-    /// The same for another context that its sequence moves to.
+    /// A copy of this voter for another context that its sequence moves to.
     ///
     /// # Errors
     /// As [`Self::new`], and [`VoteError::Capture`].
@@ -186,10 +190,10 @@ impl Voter {
         Ok(moved)
     }
 
-    /// Says how rows are set aside of sequences that begin.
+    /// Sets the type in which new sequences archive their rows.
     ///
     /// # Errors
-    /// [`VoteError::RecallType`] for heads that are no whole blocks of the type.
+    /// [`VoteError::RecallType`] if a head's dimension is not a multiple of the type's block size.
     pub(crate) fn set_recall_type(&mut self, form: RecallType) -> Result<(), VoteError> {
         if let Some(d) = compact::unfit(&self.layout, form) {
             return Err(VoteError::RecallType { name: form.name(), d });
@@ -198,7 +202,7 @@ impl Voter {
         Ok(())
     }
 
-    /// An empty sequence with this id.
+    /// Returns an empty sequence with this id.
     pub fn sequence(&self, id: SeqId) -> Sequence {
         let mut sequence = Sequence::new(id);
         sequence.archive = Archive::new(&self.layout, &self.recall, self.recall_type);
@@ -210,24 +214,24 @@ impl Voter {
         self.scorer.devices()
     }
 
-    /// Gives back what they took.
+    /// Frees the memory that the back ends took.
     pub(crate) fn release(&mut self) {
         self.scorer.release();
     }
 
-    /// Cells that a vote needs beside those of the sequence.
+    /// Cells that a vote needs in addition to those of the sequence.
     pub fn spare_cells(policy: &policy::Params) -> usize {
         let replay = if policy.replay { replay::CELLS } else { 0 };
         policy.samples.max(trial::most_tokens(policy)).max(policy.window).max(replay)
     }
 }
 
-/// A vote in work.
+/// A vote in progress.
 pub(crate) struct Vote<'a> {
     pub ctx: &'a mut Context,
     pub voter: &'a mut Voter,
     pub sequence: &'a mut Sequence,
-    /// Told what comes next; breaking cancels.
+    /// Called before each stage; returning `Break` cancels the vote.
     pub progress: &'a dyn Fn(Stage) -> ControlFlow<()>,
 }
 
@@ -243,7 +247,10 @@ impl Vote<'_> {
     }
 }
 
-/// Says what comes next, and hears whether it shall.
+/// Reports the next stage.
+///
+/// # Errors
+/// [`LlamaError::Cancelled`] if the callback breaks or the context is cancelled.
 fn enter(ctx: &Context, progress: &dyn Fn(Stage) -> ControlFlow<()>, stage: Stage) -> Result<(), VoteError> {
     match progress(stage) {
         ControlFlow::Continue(()) if !ctx.is_cancelled() => Ok(()),
@@ -251,13 +258,13 @@ fn enter(ctx: &Context, progress: &dyn Fn(Stage) -> ControlFlow<()>, stage: Stag
     }
 }
 
-/// Tokens computed at once.
+/// Tokens that are decoded in one batch.
 fn chunk(ctx: &Context) -> usize {
     ctx.n_ubatch().min(ctx.n_batch())
 }
 
-/// Decodes `tokens` at the positions from `first` on, `at_once` in a batch, and gives `each(i, logits)` the next-token logits
-/// after `tokens[i]` and those that follow in its batch, `[n][n_vocab]`, until it breaks.
+/// Decodes `tokens` at the positions from `first` on, `at_once` per batch, until `each` breaks. After each batch calls `each(i, logits)`:
+/// `i` is the index of the batch's first token, `logits` the next-token logits after each of its tokens, `[n][n_vocab]`.
 pub(crate) fn follow<E: From<LlamaError>>(
     ctx: &mut Context,
     seq: SeqId,
@@ -281,7 +288,7 @@ pub(crate) fn follow<E: From<LlamaError>>(
     Ok(())
 }
 
-/// The shape of a request of `n` cells; every layer must have the same heads.
+/// Shape of a policy request over `n` cells. Every layer must have the same numbers of heads.
 pub(crate) fn uniform_shape(layout: &Layout, n: usize) -> Result<Shape, VoteError> {
     let first = &layout.layers[0];
     if layout.layers.iter().any(|l| (l.n_head, l.n_head_kv) != (first.n_head, first.n_head_kv)) {

@@ -1,4 +1,4 @@
-//! Devices, and a back end on each.
+//! Devices, with a back end of gvote's own on each.
 
 use std::ops::{Deref, DerefMut};
 
@@ -9,31 +9,31 @@ use super::{Builder, ComputeError, Tensor};
 use crate::cache::{self, Layout};
 use crate::sys;
 
-/// A back end of our own on one device.
+/// A back end of gvote's own on one device.
 pub(crate) struct Device {
     /// NULL for the host.
     place: sys::ggml_backend_dev_t,
     backend: sys::ggml_backend_t,
-    /// NULL before it is needed.
+    /// NULL until it is needed.
     alloc: sys::ggml_gallocr_t,
     is_warm: bool,
     has_out_prod: bool,
-    /// What inputs and results go through between the device and the host; bytes of it that inputs wait in.
+    /// Staging buffer for transfers between host and device; `sent`: its bytes that hold inputs in transfer.
     stage: HostMemory,
     sent: usize,
-    /// Whether an input goes there straight from the host's memory, past the stage.
+    /// Whether an input was sent directly from the caller's memory because the stage was full.
     sends_straight: bool,
-    /// Where the device has the inputs of a graph that come together, as many bytes as the stage; nothing where they come one by one.
+    /// Device memory for the inputs of a graph that are sent together, as large as the stage; empty if they are sent one by one.
     inputs: Memory,
-    /// Results that are read when others have been computed.
+    /// Results that are read after other graphs have been computed.
     kept: Memory,
 }
 
-/// Bytes of a stage. The driver takes half a millisecond to make half as much memory that a device can read and write; with other
-/// memory everything takes several times as long, and others wait for the driver meanwhile.
-/// In tests it is small, so that their inputs and results take more than one.
+/// Bytes of a stage. A driver takes half a millisecond to allocate half as much pinned memory; transfers with other memory take several
+/// times as long, and other threads wait for the driver meanwhile. In tests the stage is small, so that their inputs and results need more
+/// than one.
 pub(crate) const STAGE: usize = if cfg!(test) { 4096 } else { 2 << 20 };
-/// Of a result, what is read at once.
+/// Bytes of a result that are read at once.
 const PIECE: usize = STAGE / 2;
 
 impl Drop for Device {
@@ -89,12 +89,12 @@ impl Device {
         Ok(unsafe { sys::ggml_backend_supports_op(self.backend, b.out_prod(a, a)) })
     }
 
-    /// Computes something small once, for which the back end loads what it needs for matrix products.
+    /// Computes a small product once, so that the back end loads what matrix products need.
     ///
     /// # Errors
     /// [`ComputeError`].
     pub fn warm_up(&mut self) -> Result<(), ComputeError> {
-        /// More rows and columns than the kernels for a few have.
+        /// More rows and columns than the kernels for small matrices take.
         const N: usize = 64;
         if std::mem::replace(&mut self.is_warm, true) {
             return Ok(());
@@ -110,7 +110,8 @@ impl Device {
         b.compute(self)
     }
 
-    /// Takes the stage, and what it is sent to, where the device's driver has such memory; nothing is lost where there is none.
+    /// Allocates the stage and the device memory for inputs if the device's driver has pinned memory. A failure is ignored: both are
+    /// optional.
     fn set_stage(&mut self) {
         let mut stage = HostMemory::default();
         if has_own_host_memory(self.place)
@@ -122,8 +123,8 @@ impl Device {
         }
     }
 
-    /// Whether there is room for so many bytes of results, which are kept until [`Devices::release`]. The first time it is taken for
-    /// `n` times as many, within limits.
+    /// Whether there is room for this many bytes of results, which are kept until [`Devices::release`]. The first call allocates `n` times
+    /// as many, within limits.
     pub fn has_room(&mut self, bytes: usize, n: usize) -> bool {
         if self.kept.bytes() == 0 && self.kept.grow(self.backend, &[bytes], n).is_err() {
             return false;
@@ -147,17 +148,17 @@ impl Device {
         self.read(out, t)
     }
 
-    /// Whether what was begun needs nothing of the host any more: all of its inputs wait in the stage.
+    /// Whether the queued work no longer needs the caller's memory: all of its inputs are in the stage.
     pub fn is_on_its_own(&self) -> bool {
         !self.sends_straight
     }
 
-    /// Where inputs of a graph lie that are sent together.
+    /// Device memory for inputs that are sent together.
     pub(super) fn inputs(&mut self) -> &mut Memory {
         &mut self.inputs
     }
 
-    /// Waits until all has been computed that was begun.
+    /// Waits until all queued work is done.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -168,7 +169,7 @@ impl Device {
         if done { Ok(()) } else { Err(ComputeError::Memory("waiting")) }
     }
 
-    /// Inputs of another graph follow.
+    /// Prepares to send the inputs of another graph.
     ///
     /// # Errors
     /// As [`Self::wait`].
@@ -176,8 +177,8 @@ impl Device {
         if self.sent > 0 { self.wait() } else { Ok(()) }
     }
 
-    /// Begins to send all that lies in `t`, from the start of [`Self::inputs`], in one piece: what holds which bytes, one part after
-    /// another from where it begins.
+    /// Starts sending the whole of `t`, which begins where [`Self::inputs`] begins, in one transfer. `inputs`: the offset of each input,
+    /// and its parts in order.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -197,7 +198,7 @@ impl Device {
                 at += part.len();
             }
         }
-        // SAFETY: a tensor with memory; what is in the stage stays there until it has been waited for.
+        // SAFETY: a tensor with memory; the stage is unchanged until the transfer has been waited for.
         let done = unsafe {
             self.sent = sys::ggml_nbytes(t);
             sys::gvote_shim_tensor_set_async(self.backend, t, stage.cast(), 0, sys::ggml_nbytes(t))
@@ -205,13 +206,13 @@ impl Device {
         if done { Ok(()) } else { Err(ComputeError::Memory("inputs")) }
     }
 
-    /// Begins to send what a tensor holds, by way of the stage where there is room.
+    /// Starts sending the data of a tensor, through the stage if there is room.
     ///
     /// # Errors
     /// [`ComputeError`].
     ///
     /// # Safety
-    /// The tensor has memory of the back end for as many bytes; they stay as they are until [`Self::wait`].
+    /// The tensor has memory of the back end for all parts; the parts stay unchanged until [`Self::wait`].
     pub(super) unsafe fn send(&mut self, t: Tensor, parts: &[&[u8]]) -> Result<(), ComputeError> {
         let mut offset = 0;
         for part in parts {
@@ -236,7 +237,7 @@ impl Device {
         Ok(())
     }
 
-    /// Reads a contiguous result of `out.len()` elements, of the type that they have, when it has been computed.
+    /// Waits for a contiguous result and reads `out.len()` elements, whose type must have the size of `T`.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -244,7 +245,7 @@ impl Device {
         self.read_from(0, out, t)
     }
 
-    /// The same of the elements from `first` on.
+    /// As [`Self::read`], for the elements from `first` on.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -260,7 +261,7 @@ impl Device {
             let is_read = unsafe { sys::gvote_shim_tensor_get(t, to.cast(), start, bytes) };
             return if is_read { Ok(()) } else { Err(ComputeError::Memory("reading")) };
         }
-        // a piece comes into one half of the stage while the one before is copied out of the other
+        // one half of the stage receives a piece while the previous piece is copied out of the other
         let stage: *mut u8 = self.stage.as_mut_ptr().cast();
         let n_pieces = bytes.div_ceil(PIECE);
         let piece = |i: usize| (i % 2 * PIECE, i * PIECE, PIECE.min(bytes - i * PIECE));
@@ -289,18 +290,18 @@ impl Device {
         Ok(())
     }
 
-    /// Bytes of memory that are free on a device now; None for the host.
+    /// Bytes of memory that are free on the device now; None for the host.
     pub fn free_bytes(&self) -> Option<usize> {
         if self.place.is_null() {
             return None;
         }
         let (mut free, mut total) = (0, 0);
-        // SAFETY: a device that is there.
+        // SAFETY: a valid device.
         unsafe { sys::ggml_backend_dev_memory(self.place, &raw mut free, &raw mut total) };
         Some(free)
     }
 
-    /// Whether it can sum up columns: see [`Builder::out_prod`].
+    /// Whether the back end supports OUT_PROD: see [`Builder::out_prod`].
     pub(super) fn has_out_prod(&self) -> bool {
         self.has_out_prod
     }
@@ -313,7 +314,7 @@ impl Device {
         self.backend
     }
 
-    /// The allocator of graphs; another one where the last was lost.
+    /// Returns the allocator of graphs; makes one if there is none.
     pub(super) fn allocator(&mut self) -> &mut sys::ggml_gallocr_t {
         if self.alloc.is_null() {
             // SAFETY: the back end lives.
@@ -322,7 +323,7 @@ impl Device {
         &mut self.alloc
     }
 
-    /// Bytes of its compute buffer, and of what is kept.
+    /// Bytes of the compute buffer and of kept results.
     fn compute_bytes(&self) -> usize {
         // SAFETY: a valid allocator, with one buffer.
         let own = if self.alloc.is_null() { 0 } else { unsafe { sys::ggml_gallocr_get_buffer_size(self.alloc, 0) } };
@@ -330,10 +331,10 @@ impl Device {
     }
 }
 
-/// Numbers in memory of the host that a device reads and writes without a detour, where its driver has such memory.
+/// f32 numbers in host memory that a device accesses directly (pinned memory), if its driver provides it; otherwise in plain host memory.
 #[derive(Default)]
 pub(crate) struct HostMemory {
-    /// NULL before there is any.
+    /// NULL until memory is allocated.
     buffer: sys::ggml_backend_buffer_t,
     /// NULL for the host.
     place: sys::ggml_backend_dev_t,
@@ -353,7 +354,7 @@ unsafe impl Send for HostMemory {}
 unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
-    /// `len` numbers to exchange with a device: zeros, or what was here before.
+    /// Provides `len` numbers to exchange with a device: zeros, or the previous content.
     ///
     /// # Errors
     /// [`ComputeError::Memory`].
@@ -361,14 +362,14 @@ impl HostMemory {
         self.resize_for(device.place, len)
     }
 
-    /// The same for what is at a [`place`].
+    /// As [`Self::resize`], for a [`place`].
     ///
     /// # Errors
     /// [`ComputeError::Memory`].
     pub fn resize_for(&mut self, place: sys::ggml_backend_dev_t, len: usize) -> Result<(), ComputeError> {
         self.len = 0;
         if self.place != place || self.bytes() < len * size_of::<f32>() {
-            // SAFETY: a device that is there; NULL stands for a device without such memory, and the host.
+            // SAFETY: a valid device; NULL stands for a device without pinned memory, and for the host.
             unsafe {
                 sys::ggml_backend_buffer_free(std::mem::replace(&mut self.buffer, std::ptr::null_mut()));
                 let own = match place.is_null() {
@@ -396,10 +397,10 @@ impl HostMemory {
         unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
     }
 
-    /// The same memory as halves, two for each number.
+    /// The same memory as f16 numbers, two for each f32.
     pub fn halves(&self) -> &[f16] {
         let numbers: &[f32] = self;
-        // SAFETY: any bits are a half, and memory for f32 is aligned for it.
+        // SAFETY: any bits are a valid f16, and memory for f32 is aligned for it.
         unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), 2 * numbers.len()) }
     }
 
@@ -416,7 +417,7 @@ impl Deref for HostMemory {
         if self.len == 0 {
             return &[];
         }
-        // SAFETY: the buffer holds as many numbers, aligned for any tensor, and all of it was written.
+        // SAFETY: the buffer holds `len` numbers, aligned for any tensor, and all of it was written.
         unsafe { std::slice::from_raw_parts(sys::ggml_backend_buffer_get_base(self.buffer).cast(), self.len) }
     }
 }
@@ -431,19 +432,19 @@ impl DerefMut for HostMemory {
     }
 }
 
-/// Back ends on the devices that were met so far.
+/// Back ends on the devices that have been used so far.
 pub(crate) struct Devices {
     met: Vec<Device>,
     n_threads: usize,
 }
 
 impl Devices {
-    /// `n_threads`: of a back end on the host.
+    /// `n_threads`: threads of a back end on the host.
     pub fn new(n_threads: usize) -> Self {
         Self { met: Vec::new(), n_threads }
     }
 
-    /// The back end for what lies in this buffer.
+    /// Returns the back end on the device that holds this buffer.
     ///
     /// # Errors
     /// [`ComputeError::Backend`].
@@ -463,8 +464,7 @@ impl Devices {
         Ok(&mut self.met[i])
     }
 
-    /// Starts the back ends of the devices that hold a cache: what CUDA and its libraries load for it takes as long as the scores of a
-    /// short prompt.
+    /// Starts the back ends of the devices that hold a cache: loading CUDA and its libraries takes as long as scoring a short prompt.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -476,17 +476,17 @@ impl Devices {
         Ok(())
     }
 
-    /// Bytes of the compute memory.
+    /// Bytes of compute memory.
     pub fn compute_bytes(&self) -> usize {
         self.met.iter().map(Device::compute_bytes).sum()
     }
 
-    /// What is kept will not be read any more.
+    /// Discards the kept results.
     pub fn forget_kept(&mut self) {
         self.met.iter_mut().for_each(|device| device.kept.used = 0);
     }
 
-    /// Gives the compute memory back and says how many bytes it was. Back ends on other devices stay: starting one takes long.
+    /// Frees the compute memory and returns its bytes. Back ends on devices other than the host stay: starting one takes long.
     pub fn release(&mut self) -> usize {
         let bytes = self.compute_bytes();
         self.met.retain(|device| !device.place.is_null());
@@ -499,17 +499,16 @@ impl Devices {
     }
 }
 
-/// Whether the driver of a device makes memory of the host that it reads and writes without a detour. Such drivers serve several
-/// threads. `place`: see [`place`].
+/// Whether a device's driver provides pinned host memory. Such drivers support several threads. `place`: see [`place`].
 pub(crate) fn has_own_host_memory(place: sys::ggml_backend_dev_t) -> bool {
-    // SAFETY: a device that is there, or NULL for the host.
+    // SAFETY: a valid device, or NULL for the host.
     let has_own = unsafe { !place.is_null() && !sys::ggml_backend_dev_host_buffer_type(place).is_null() };
     #[cfg(test)]
     let has_own = has_own || cache::PRETEND_DEVICE.get();
     has_own
 }
 
-/// Where a buffer lies: its device, or NULL for memory that the host can work on in place.
+/// Returns the device that holds a buffer, or NULL for memory that the host can access in place.
 ///
 /// # Safety
 /// The buffer is valid.
@@ -520,7 +519,7 @@ pub(crate) unsafe fn place(buffer: sys::ggml_backend_buffer_t) -> sys::ggml_back
             return std::ptr::null_mut();
         }
         let device = sys::ggml_backend_buft_get_device(sys::ggml_backend_buffer_get_type(buffer));
-        // where a test pretends that host memory is a device's
+        // a test may pretend that host memory is device memory
         if device.is_null() { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) } else { device }
     }
 }

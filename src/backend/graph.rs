@@ -1,4 +1,4 @@
-//! Small graphs that are built, computed and forgotten.
+//! Small graphs that are built, computed and discarded.
 
 use std::borrow::Cow;
 use std::cell::Cell;
@@ -13,54 +13,54 @@ use crate::sys;
 
 pub(crate) type Tensor = *mut sys::ggml_tensor;
 
-/// A graph under construction, with the data its inputs get.
+/// A graph under construction, with the data of its inputs.
 pub(crate) struct Builder<'a> {
     pub(crate) ctx: *mut sys::ggml_context,
     graph: *mut sys::ggml_cgraph,
-    /// What `ctx` describes tensors in: its capacity.
+    /// Memory for the descriptions in `ctx`; only its capacity is used.
     memory: Vec<u128>,
     inputs: Vec<Input<'a>>,
-    /// All inputs that are sent in one piece; NULL where there are none.
+    /// Tensor that covers all inputs sent in one transfer; NULL if there are none.
     together: Tensor,
     has_out_prod: bool,
 }
 
-/// Rows of a graph's results, which [`Device::read`] reads.
+/// Rows of a graph's results, to be read with [`Device::read`].
 pub(crate) struct Results {
     pub tensor: Tensor,
-    /// The number of the first.
+    /// Index of the first row.
     first: usize,
-    /// Rows that hold something.
+    /// Whether each row has been written.
     written: Vec<bool>,
-    /// Whether they stay on the device when others are computed.
+    /// Whether the rows stay on the device when other graphs are computed.
     is_kept: bool,
 }
 
 impl Results {
-    /// Lets them lie in memory that a device was asked for with [`Device::has_room`], and says where.
+    /// Places the rows in memory that was requested with [`Device::has_room`], and returns their offset.
     pub fn keep(&mut self, device: &mut Device) -> usize {
         self.is_kept = true;
         device.kept().give(self.tensor)
     }
 }
 
-/// An input, and what it gets.
+/// An input and its data.
 struct Input<'a> {
     tensor: Tensor,
     data: Data<'a>,
-    /// The byte at which it begins in what is sent in one piece; None: it is sent by itself.
+    /// Byte offset in the common transfer; None: sent by itself.
     at: Option<usize>,
 }
 
 enum Data<'a> {
     Floats(Cow<'a, [f32]>),
-    /// One part after another.
+    /// Parts that are concatenated.
     Halves(Vec<&'a [f16]>),
     Rows(Cow<'a, [u32]>),
 }
 
 impl Data<'_> {
-    /// Its bytes, one part after another.
+    /// Returns the bytes of each part, in order.
     fn parts(&self) -> Vec<&[u8]> {
         match self {
             Self::Floats(data) => vec![bytes(data)],
@@ -76,7 +76,7 @@ fn bytes<T: Copy>(data: &[T]) -> &[u8] {
 }
 
 thread_local! {
-    /// For the descriptions of the next graph: fresh memory for each would take longer than to write them.
+    /// Memory that the next graph's descriptions reuse: allocating fresh memory would take longer than writing them.
     static MEMORY: Cell<Vec<u128>> = const { Cell::new(Vec::new()) };
 }
 
@@ -89,11 +89,11 @@ impl Drop for Builder<'_> {
 }
 
 impl<'a> Builder<'a> {
-    /// A graph of at most `n_nodes` tensors.
+    /// Makes a graph of at most `n_nodes` tensors.
     pub fn new(n_nodes: usize) -> Result<Self, ComputeError> {
         // SAFETY: a context for descriptions only, whose memory the builder keeps; sizes come from ggml.
         unsafe {
-            // one more: what is sent in one piece
+            // one more for the common transfer of inputs
             let mem_size =
                 (n_nodes + 1) * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(n_nodes, false);
             let mut memory = MEMORY.take();
@@ -111,14 +111,14 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// The same for a device that may lack some operations.
+    /// Makes a graph for a device that may lack some operations.
     pub fn on(device: &Device, n_nodes: usize) -> Result<Self, ComputeError> {
         let mut builder = Self::new(n_nodes)?;
         builder.has_out_prod = device.has_out_prod();
         Ok(builder)
     }
 
-    /// Sums of the columns of `a` `[m, k, heads]`, weighed with each of the rows of `b` `[n, k, heads]`. `[m, n, heads]`
+    /// Sums the columns of `a` `[m, k, heads]`, weighted with each row of `b` `[n, k, heads]`. `[m, n, heads]`
     pub fn out_prod(&self, a: Tensor, b: Tensor) -> Tensor {
         // SAFETY: tensors of this context, of shapes as noted.
         unsafe {
@@ -136,13 +136,13 @@ impl<'a> Builder<'a> {
         self.add_input(sys::GGML_TYPE_F32, ne, Data::Floats(data))
     }
 
-    /// One of `parts` after another.
+    /// Adds an f16 input whose data is the concatenation of `parts`.
     pub fn halves(&mut self, ne: [usize; 3], parts: Vec<&'a [f16]>) -> Tensor {
         debug_assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), ne.iter().product::<usize>());
         self.add_input(sys::GGML_TYPE_F16, ne, Data::Halves(parts))
     }
 
-    /// Numbers of rows.
+    /// Adds an input of row indices.
     pub fn rows(&mut self, ne: [usize; 3], data: impl Into<Cow<'a, [u32]>>) -> Tensor {
         let data = data.into();
         debug_assert_eq!(data.len(), ne.iter().product::<usize>());
@@ -160,10 +160,10 @@ impl<'a> Builder<'a> {
         tensor
     }
 
-    /// What another graph has computed, or is about to: this one does not compute it again.
+    /// Adds a tensor that another graph computes or has computed; this graph does not compute it again.
     ///
     /// # Safety
-    /// `t` has memory, and stays as it is until this graph has been computed, but for what this one writes to it.
+    /// `t` has memory, and only this graph changes it until this graph has been computed.
     pub unsafe fn elsewhere(&self, t: &sys::ggml_tensor) -> Tensor {
         // SAFETY: see above; the context has room for the tensor.
         unsafe {
@@ -175,7 +175,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Lets a node that is no view write where another graph has memory for a tensor of its shape.
+    /// Makes a node, which is not a view, write to the memory of another graph's tensor of the same shape.
     ///
     /// # Safety
     /// As for [`Self::elsewhere`].
@@ -188,10 +188,10 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Appends a node of another graph, to be computed where it is.
+    /// Appends a node of another graph, to be computed in place.
     ///
     /// # Safety
-    /// It has memory, and by its turn all has been computed that it needs; both stay until this graph has been computed.
+    /// The node has memory, and its inputs have been computed by its turn; both stay until this graph has been computed.
     pub unsafe fn run_other(&mut self, node: Tensor) {
         // SAFETY: see above, and the graph has room.
         unsafe { sys::ggml_graph_add_node(self.graph, node) };
@@ -204,10 +204,10 @@ impl<'a> Builder<'a> {
         t
     }
 
-    /// Appends a node that changes, or reads, what `before` has changed a part of, in place; NULL: nothing has.
+    /// Appends a node that reads or changes a tensor of which `before` changed a part in place; NULL: no part was changed.
     ///
-    /// ggml keeps memory until every view of it has been read, and nothing else reads such a part. So it becomes one more source
-    /// of the node, in the last place: no operation that we use looks there.
+    /// ggml keeps memory until every view of it has been read, but no other node reads such a part. So `before` becomes an additional
+    /// source of the node, in the last place, which none of the operations used here read.
     pub fn run_after(&mut self, before: Tensor, t: Tensor) -> Tensor {
         // SAFETY: tensors of this context.
         unsafe { (*t).src[sys::GGML_MAX_SRC as usize - 1] = before };
@@ -220,13 +220,13 @@ impl<'a> Builder<'a> {
         self.run(t)
     }
 
-    /// Rows of `n` numbers that other nodes are written to: some of more that there are.
+    /// Adds results: some rows, `rows` of a larger table, of `n` numbers each, to which other nodes write.
     pub fn results(&mut self, n: usize, rows: Range<usize>) -> Results {
         let tensor = self.written_to(sys::GGML_TYPE_F32, n, rows.len());
         Results { tensor, first: rows.start, written: vec![false; rows.len()], is_kept: false }
     }
 
-    /// `n` halves that other nodes are written to.
+    /// Adds `n` f16 numbers to which other nodes write.
     pub fn half_results(&mut self, n: usize) -> Tensor {
         self.written_to(sys::GGML_TYPE_F16, n, 1)
     }
@@ -241,7 +241,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Writes all of `t` to halves from `start` on.
+    /// Writes all of `t` to f16 results from `start` on.
     pub fn write_halves(&mut self, to: Tensor, start: usize, t: Tensor) {
         // SAFETY: tensors of this context; the view has the shape of `t`, and ggml checks that it lies inside.
         unsafe {
@@ -254,7 +254,8 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Lets a node of `n` numbers a row that holds all rows be the results, where nothing was written to them: no copy is needed.
+    /// Makes the node `t`, with `n` numbers per row, the results themselves if it covers all rows and none was written yet: this saves a
+    /// copy.
     fn is_all(&mut self, to: &mut Results, rows: usize, n: i64, t: Tensor) -> bool {
         // SAFETY: tensors of this context.
         unsafe {
@@ -271,7 +272,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Writes `t`, contiguous and of whole rows, to the rows from `first` on; where they were written to before, adds it.
+    /// Writes `t`, which is contiguous and has whole rows, to the rows from `first` on; adds to rows that were written before.
     pub fn write(&mut self, to: &mut Results, first: usize, t: Tensor) {
         // SAFETY: tensors of this context; the view has the shape of `t`, and ggml checks that it lies inside.
         unsafe {
@@ -293,7 +294,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Writes `t` `[n, rows]` to as many numbers of the rows from `first` on, beginning with the `start`-th.
+    /// Writes `t` `[n, rows]` into as many rows from `first` on, beginning at column `start`.
     pub fn write_part(&mut self, to: &mut Results, first: usize, start: usize, t: Tensor) {
         // SAFETY: as in `write`.
         unsafe {
@@ -309,17 +310,17 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Takes the memory that the graph needs, so that [`Self::compute`] of this graph, or a smaller one, finds it there.
+    /// Allocates the memory that the graph needs, so that [`Self::compute`] of this graph, or a smaller one, need not.
     pub fn reserve(&mut self, device: &mut Device) -> Result<(), ComputeError> {
         self.put_together(device);
-        // planned anew each time: a plan for a graph of the same size would be taken over, though other tensors must stay
+        // planned anew each time: a plan for a graph of the same size would be reused although other tensors must stay
         // SAFETY: the graph is complete.
         let done = unsafe { sys::gvote_shim_alloc_graph(device.allocator(), self.graph) };
         if done { Ok(()) } else { Err(ComputeError::Memory("compute buffer")) }
     }
 
-    /// Gives inputs memory side by side, where one transfer brings them to, as long as there is room. Those that get none, and what
-    /// the graph writes, are left to the allocator.
+    /// Places inputs side by side in device memory, where one transfer can send them, as long as there is room. The allocator places the
+    /// other inputs, and all that the graph writes.
     fn put_together(&mut self, device: &mut Device) {
         let memory = device.inputs();
         if memory.bytes() == 0 {
@@ -344,7 +345,7 @@ impl<'a> Builder<'a> {
             }
         }
         if end > 0 {
-            // SAFETY: the context has room for the tensor, and it begins and ends with what was given.
+            // SAFETY: the context has room for the tensor, which covers exactly the memory of the inputs.
             unsafe {
                 self.together = sys::ggml_new_tensor_1d(self.ctx, sys::GGML_TYPE_I8, end as i64);
                 memory.put(self.together, 0);
@@ -361,7 +362,7 @@ impl<'a> Builder<'a> {
         device.wait()
     }
 
-    /// Begins to compute the graph; what [`Device::read`] reads of it is there. The builder must live until then, or until
+    /// Starts computing the graph. [`Device::read`] waits for the results that it reads. The builder must live until then, or until
     /// [`Device::wait`].
     ///
     /// # Errors
@@ -371,9 +372,9 @@ impl<'a> Builder<'a> {
         self.reserve(device)?;
         self.check(device.backend())?;
         if !self.together.is_null() {
-            // over what the graph before has read: both are in the queue of this device, where a copy waits for the kernels before it
+            // this overwrites inputs of the previous graph: both are in this device's queue, where a copy waits for earlier kernels
             let inputs = self.inputs.iter().filter_map(|input| Some((input.at?, input.data.parts())));
-            // SAFETY: it has memory as far as the last of the inputs.
+            // SAFETY: the tensor has memory up to the end of the last input.
             unsafe { device.send_together(self.together, inputs)? };
         }
         for Input { tensor, data, .. } in self.inputs.iter().filter(|input| input.at.is_none()) {
@@ -389,13 +390,13 @@ impl<'a> Builder<'a> {
         outcome(unsafe { sys::gvote_shim_graph_compute_async(device.backend(), self.graph) })
     }
 
-    /// Puts the graph into the queue of a back end.
+    /// Queues the graph on a back end.
     ///
     /// # Safety
-    /// All its tensors have memory, but for views; it stays theirs until the back end has been waited for.
+    /// All its tensors except views have memory, which stays theirs until the back end has been waited for.
     pub(super) unsafe fn enqueue(&mut self, backend: sys::ggml_backend_t) -> Result<(), ComputeError> {
         for node in self.nodes() {
-            // SAFETY: what a view looks at has memory.
+            // SAFETY: the source of a view has memory.
             unsafe {
                 if !(*node).view_src.is_null() && (*node).buffer.is_null() {
                     sys::ggml_backend_view_init(node);
@@ -409,11 +410,11 @@ impl<'a> Builder<'a> {
 
     fn nodes(&self) -> impl Iterator<Item = Tensor> {
         let graph = self.graph;
-        // SAFETY: the graph of this builder, and places in it.
+        // SAFETY: the graph of this builder, and valid indices.
         unsafe { (0..sys::ggml_graph_n_nodes(graph)).map(move |i| sys::ggml_graph_node(graph, i)) }
     }
 
-    /// That the back end can compute every node: it would end the process.
+    /// Checks that the back end can compute every node: otherwise it would end the process.
     fn check(&self, backend: sys::ggml_backend_t) -> Result<(), ComputeError> {
         // SAFETY: nodes of a complete graph.
         match self.nodes().find(|&node| unsafe { !sys::ggml_backend_supports_op(backend, node) }) {
@@ -432,7 +433,7 @@ fn outcome(status: sys::ggml_status) -> Result<(), ComputeError> {
     }
 }
 
-/// Why a back end cannot compute a node.
+/// Describes a node that a back end cannot compute.
 ///
 /// # Safety
 /// `node` is a valid tensor.
@@ -450,7 +451,7 @@ mod tests {
     use super::*;
     use crate::cache::PRETEND_DEVICE;
 
-    /// Metal and others have no OUT_PROD.
+    /// Metal and other back ends have no OUT_PROD.
     #[test]
     fn sums_of_columns_are_the_same_without_the_operation_for_it() {
         let (m, n, k, heads) = (70, 2, 40, 3);
@@ -498,7 +499,7 @@ mod tests {
                 let t = unsafe { sys::ggml_cast(b.ctx, inputs[i], sys::GGML_TYPE_F32) };
                 b.output(t)
             });
-            // SAFETY: as many numbers as rows, all less than that.
+            // SAFETY: the indices are below the number of rows.
             let picked = unsafe { sys::ggml_get_rows(b.ctx, inputs[3], inputs[4]) };
             b.output(picked);
             b.begin(device).unwrap();
@@ -519,7 +520,7 @@ mod tests {
         let mut device = Device::new(host, 1).unwrap();
         assert_eq!(compute(&mut device, 1), [false; 7], "there is no stage yet");
         for start in [2, 50] {
-            // one is read by nobody, one is larger than all of the stage, and one than what is left of it
+            // one input is read by no node, one is larger than the stage, and one is larger than the rest of the stage
             assert_eq!(compute(&mut device, start), [true, false, true, false, true, false, true]);
         }
         PRETEND_DEVICE.set(false);
@@ -528,7 +529,7 @@ mod tests {
     #[test]
     fn a_node_that_holds_all_rows_is_the_results() {
         let mut device = Device::new(std::ptr::null_mut(), 1).unwrap();
-        // rows that each node holds, in turn
+        // rows that each node covers, in order
         for parts in [[0..3, 0..3], [1..3, 0..1]] {
             let mut b = Builder::new(32).unwrap();
             let numbers = b.input([5, 3, 1], (0..15).map(|i| i as f32).collect::<Vec<_>>());

@@ -1,4 +1,4 @@
-//! Small graphs in the queue of a back end that has other work, too.
+//! Runs small graphs in the queue of a back end that also has other work.
 
 use std::ops::Range;
 
@@ -9,34 +9,34 @@ use super::memory::Memory;
 use super::{Builder, ComputeError, HostMemory, Tensor};
 use crate::sys;
 
-/// The queue of a back end, and memory where it works: the results of graphs stay there until they are read together.
+/// The queue of a back end, with memory on its device: the results of graphs stay there until they are read together.
 ///
-/// A back end works its queue off in order. So nobody waits between two pieces of work: the later one may overwrite what the
-/// earlier one reads, or needs on the way, and a copy that comes last finds all results. It is the host that has to wait: before
-/// it reads what was copied, lets go of what is sent, or gives memory back.
+/// A back end processes its queue in order. So there is no wait between two graphs: the later one may overwrite the inputs or the working
+/// memory of the earlier one, and a copy that is queued last finds all results. Only the host has to wait: before it reads copied results,
+/// frees sent data, or frees device memory.
 pub(crate) struct Lane {
     /// NULL for the host.
     place: sys::ggml_backend_dev_t,
-    /// NULL before the first work.
+    /// NULL before the first use.
     backend: sys::ggml_backend_t,
-    /// Results and what was sent, until the results are read.
+    /// Results and sent data, until the results are read.
     kept: Memory,
-    /// What a single graph needs on the way.
+    /// Working memory of a single graph.
     work: Memory,
-    /// A part of what is kept, as it was read, and another that is on its way.
+    /// The part of `kept` that was read last; `next`: the part that is being read.
     read: Piece,
     next: Piece,
-    /// What the queue may not have taken yet.
+    /// Sent data that the queue may not have copied yet.
     sent: Vec<Vec<u32>>,
-    /// Whether anything may be in the queue.
+    /// Whether the queue may hold unfinished work of this lane.
     is_busy: bool,
-    /// NULL before there is one, and where a device has none.
+    /// NULL until it is created, and if the device has no events.
     event: sys::ggml_backend_event_t,
-    /// Whether the event comes behind all that is ours in the queue.
+    /// Whether the event was recorded after all queued work of this lane.
     is_noted: bool,
 }
 
-/// Some bytes of what is kept, on the host.
+/// Some bytes of `kept`, copied to the host.
 #[derive(Default)]
 struct Piece {
     host: HostMemory,
@@ -49,7 +49,7 @@ impl Piece {
     }
 }
 
-// SAFETY: one thread at a time uses it (&mut), and what it works with is [`Device`]'s.
+// SAFETY: one thread at a time uses it (&mut), and its back end belongs to a [`Device`].
 unsafe impl Send for Lane {}
 
 impl Drop for Lane {
@@ -60,7 +60,7 @@ impl Drop for Lane {
 }
 
 impl Lane {
-    /// Bytes that are read at once, at least.
+    /// Minimum number of bytes that are read at once.
     pub const PIECE: usize = STAGE;
 
     /// `place`: see [`super::place`].
@@ -75,7 +75,7 @@ impl Lane {
         self.place
     }
 
-    /// What follows goes into the queue of this back end, after what waits in that of another one on the same device.
+    /// Switches to the queue of another back end on the same device, after waiting for the work in the present queue.
     ///
     /// # Errors
     /// As [`Self::wait`].
@@ -90,17 +90,17 @@ impl Lane {
         Ok(())
     }
 
-    /// Whether there is room for some results: bytes of each.
+    /// Whether there is room for results of these sizes in bytes.
     pub fn has_room(&self, results: &[usize]) -> bool {
         self.kept.has_room(results)
     }
 
-    /// Whether there is room for what a graph needs on the way: bytes of each.
+    /// Whether there is room for a graph's intermediate tensors of these sizes in bytes.
     pub fn has_work_room(&self, work: &[usize]) -> bool {
         self.work.has_room(work)
     }
 
-    /// Takes the memory for `n` times some results, within limits, and for reading them.
+    /// Allocates memory for `n` times these results, within limits, and for reading them.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -111,7 +111,7 @@ impl Lane {
             .try_for_each(|piece| piece.host.resize_for(self.place, STAGE / size_of::<f32>()))
     }
 
-    /// Gives up what is kept and makes room for `n` times as much as some results more, within limits, but at least for them.
+    /// Discards the results and makes room for `n` times these sizes more, within limits, but at least for the sizes themselves.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -120,7 +120,7 @@ impl Lane {
         self.kept.grow(self.backend, results, n)
     }
 
-    /// Makes room for what a graph needs on the way.
+    /// Makes room for a graph's intermediate tensors.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -129,23 +129,23 @@ impl Lane {
         self.work.grow(self.backend, work, 0)
     }
 
-    /// Gives a result memory, for which there is room, and says where it will be found.
+    /// Places a result, for which there must be room, and returns its offset.
     pub fn keep(&mut self, t: Tensor) -> usize {
         self.kept.give(t)
     }
 
-    /// Gives memory, for which there is room, to what a graph needs on the way.
+    /// Places an intermediate tensor, for which there must be room.
     pub fn lend(&mut self, t: Tensor) {
         self.work.give(t);
     }
 
-    /// Sends numbers of rows, for which there is room among the results, and says where they will be.
+    /// Sends row indices, for which there must be room among the results, and returns their offset.
     ///
     /// # Errors
     /// [`ComputeError`].
     pub fn send(&mut self, rows: Vec<u32>) -> Result<usize, ComputeError> {
         let b = Builder::new(1)?;
-        // SAFETY: the tensor gets as many bytes; they stay as they are until they are there.
+        // SAFETY: the tensor has the size of `rows`, which stays in `sent` until the queue has been waited for.
         let (at, done) = unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_I32, rows.len() as i64);
             let at = self.kept.give(t);
@@ -156,9 +156,9 @@ impl Lane {
         if done { Ok(at) } else { Err(ComputeError::Memory("rows")) }
     }
 
-    /// Rows that were sent, as a tensor of another graph.
+    /// Returns sent row indices as a tensor of another graph.
     pub fn sent(&self, b: &Builder, at: usize, n: usize) -> Tensor {
-        // SAFETY: the tensor belongs to the builder's context; it lies where the rows are.
+        // SAFETY: the tensor belongs to the builder's context; `at` is the offset of the rows.
         unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_I32, n as i64);
             self.kept.put(t, at);
@@ -166,17 +166,17 @@ impl Lane {
         }
     }
 
-    /// Puts a graph into the queue, all of whose tensors were given memory, but for views. False: whoever has the back end wants it
-    /// to stop, and nothing is computed.
+    /// Queues a graph whose tensors, except views, have all been placed. Returns false if the back end's abort callback stopped it; nothing
+    /// is computed then.
     ///
     /// # Errors
     /// [`ComputeError`].
     ///
     /// # Safety
-    /// What the graph reads elsewhere lies on the same device, and is written to by nobody but what comes later in the queue.
+    /// The tensors of other graphs that this one reads lie on the same device, and only later work in the queue writes to them.
     pub unsafe fn enqueue(&mut self, b: &mut Builder) -> Result<bool, ComputeError> {
         (self.is_busy, self.is_noted) = (true, false);
-        // the next graph in the queue may have it
+        // the next graph in the queue may reuse this memory
         self.work.used = 0;
         // SAFETY: our memory stays until the queue has been waited for.
         match unsafe { b.enqueue(self.backend) } {
@@ -185,12 +185,12 @@ impl Lane {
         }
     }
 
-    /// Waits until all that is ours in the queue has been done.
+    /// Waits until all queued work of this lane is done.
     ///
     /// # Errors
     /// [`ComputeError`].
     pub fn wait(&mut self) -> Result<(), ComputeError> {
-        // SAFETY: a back end with work of ours lives, and so does the event.
+        // SAFETY: a back end with work of this lane lives, and so does the event.
         let done = unsafe {
             match (self.is_busy, self.is_noted) {
                 (false, _) => true,
@@ -206,8 +206,8 @@ impl Lane {
         Ok(())
     }
 
-    /// Begins to read all that is kept, so that it can be waited for without what comes later in the queue. False: there is more than a
-    /// piece, or the device cannot tell; then it is read as it is asked for.
+    /// Starts reading all results, so that they can be waited for independently of later work in the queue. Returns false if they exceed
+    /// one piece or the device has no events; they are then read on demand.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -222,7 +222,7 @@ impl Lane {
         Ok(self.is_noted)
     }
 
-    /// Numbers of a result. What is kept is read piece by piece, in the order in which it was kept.
+    /// Returns numbers of a result. Results are read piece by piece, in the order in which they were placed.
     ///
     /// # Errors
     /// As [`Self::wait`].
@@ -231,7 +231,7 @@ impl Lane {
         Ok(&self.read.host[(at - self.read.bytes.start) / size_of::<f32>()..][..n])
     }
 
-    /// The same in bytes.
+    /// Returns bytes of a result.
     ///
     /// # Errors
     /// As [`Self::wait`].
@@ -240,7 +240,7 @@ impl Lane {
         Ok(&self.read.host.as_bytes()[at - self.read.bytes.start..][..n])
     }
 
-    /// The same of some results in halves, which begin at `at`; while the caller looks at them, what is kept behind them is on its way.
+    /// Returns f16 numbers of one or more results that begin at `at`. While the caller uses them, the following results are being read.
     ///
     /// # Errors
     /// As [`Self::wait`].
@@ -254,7 +254,7 @@ impl Lane {
         Ok(&self.read.host.halves()[(at - self.read.bytes.start) / size_of::<f16>()..][..n])
     }
 
-    /// Sees to it that some bytes of what is kept are on the host.
+    /// Makes some bytes of the results available on the host.
     fn load(&mut self, at: usize, bytes: usize) -> Result<(), ComputeError> {
         if !self.read.holds(at, bytes) {
             if !self.next.holds(at, bytes) {
@@ -267,7 +267,7 @@ impl Lane {
 
     fn begin_loading(&mut self, at: usize, bytes: usize) -> Result<(), ComputeError> {
         if self.is_noted || !self.next.bytes.is_empty() {
-            // what was fetched, or expected to be asked for, may be on its way still
+            // a fetch or a read ahead may still be in progress
             self.wait()?;
         }
         let Piece { host, bytes: held } = &mut self.next;
@@ -275,7 +275,7 @@ impl Lane {
         let len = bytes / size_of::<f32>();
         host.resize_for(self.place, len.max(STAGE / size_of::<f32>()))?;
         let b = Builder::new(1)?;
-        // SAFETY: both sides hold as many bytes, and stay until they were waited for.
+        // SAFETY: both sides have the same size, and stay until the queue has been waited for.
         let done = unsafe {
             let t = sys::ggml_new_tensor_1d(b.ctx, sys::GGML_TYPE_F32, len as i64);
             self.kept.put(t, at);
@@ -289,7 +289,7 @@ impl Lane {
         Ok(())
     }
 
-    /// Gives up what is kept.
+    /// Discards all results.
     ///
     /// # Errors
     /// As [`Self::wait`].

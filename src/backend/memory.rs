@@ -3,17 +3,17 @@
 use super::{ComputeError, Tensor};
 use crate::sys;
 
-/// Bytes of results that may wait on a device; a single one may be larger.
+/// Limit on the bytes of results that wait on a device; a single larger result is allowed.
 const MOST_KEPT: usize = 64 << 20;
 
-/// Memory of a back end that is given away from its start.
+/// Bump allocator in the memory of a back end.
 #[derive(Default)]
 pub(super) struct Memory {
-    /// NULL before there is any.
+    /// NULL until memory is allocated.
     buffer: sys::ggml_backend_buffer_t,
-    /// Bytes of it that were given away.
+    /// Bytes that are in use, from the start.
     pub(super) used: usize,
-    /// Of what is given away: bytes.
+    /// Alignment of allocations, in bytes.
     alignment: usize,
 }
 
@@ -37,9 +37,10 @@ impl Memory {
         self.used + padded(sizes, self.alignment) <= self.bytes()
     }
 
-    /// Takes other memory, as much as there was and `n` times what `sizes` need, or just what they need where there is no more.
+    /// Replaces the memory by a larger buffer: the present size plus `n` times the `sizes`, or only the `sizes` if that cannot be
+    /// allocated.
     pub(super) fn grow(&mut self, backend: sys::ggml_backend_t, sizes: &[usize], n: usize) -> Result<(), ComputeError> {
-        // SAFETY: a back end that is there; the buffer is ours, and NULL is fine.
+        // SAFETY: a valid back end; the buffer is ours, and NULL is fine.
         unsafe {
             self.alignment = sys::ggml_backend_get_alignment(backend).max(size_of::<f32>());
             let needed = padded(sizes, self.alignment);
@@ -59,7 +60,7 @@ impl Memory {
         Err(ComputeError::Memory("statistics and queries"))
     }
 
-    /// Gives a tensor the next bytes, and says which.
+    /// Allocates the next bytes to a tensor, and returns their offset.
     pub(super) fn give(&mut self, t: Tensor) -> usize {
         let at = self.used;
         self.put(t, at);
@@ -68,7 +69,7 @@ impl Memory {
         at
     }
 
-    /// Lets a tensor lie here.
+    /// Places a tensor at an offset.
     pub(super) fn put(&self, t: Tensor, at: usize) {
         // SAFETY: ggml checks that the tensor has no memory, and that it lies inside.
         unsafe {
@@ -78,7 +79,7 @@ impl Memory {
     }
 }
 
-/// Bytes of tensors that begin at multiples of `alignment`.
+/// Total bytes of tensors that begin at multiples of `alignment`.
 fn padded(sizes: &[usize], alignment: usize) -> usize {
     sizes.iter().map(|size| size.next_multiple_of(alignment.max(1))).sum()
 }

@@ -1,4 +1,4 @@
-//! The nodes of a graph in work that tell something, and what becomes of them.
+//! Selects the nodes of the current graph that are read, and processes their data.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use crate::cache;
 use crate::llama::{Pos, SeqId};
 use crate::sys;
 
-/// The attention op of a layer, by its operands.
+/// The attention op of a layer and its operands.
 pub(super) struct Attention<'a> {
     pub op: Node<'a>,
     pub q: Node<'a>,
@@ -21,14 +21,14 @@ pub(super) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    /// Tokens of q, which are split over a fourth dimension where the cache has several streams.
+    /// Number of tokens in q. With several streams in the cache they are split over a fourth dimension.
     pub fn n_tokens(&self) -> usize {
         let [_, n_tok, _, n_stream] = self.q.0.ne;
         (n_tok * n_stream) as usize
     }
 }
 
-/// A row of q that is wanted, and where it goes.
+/// A row of q to be copied, and its destination.
 pub(super) struct Wanted {
     pub row: usize,
     pub seq: SeqId,
@@ -101,18 +101,18 @@ impl Watch for Inner {
     }
 }
 
-/// A ubatch of fewer tokens says nothing about how fast a prompt is read: it waits for the weights.
+/// Shortest ubatch that tells how fast a prompt is read: shorter ones are bound by reading the weights.
 const LEAST_TIMED: usize = 32;
 
-/// Rows of a tensor of any number of dimensions.
+/// Number of rows of a tensor with any number of dimensions.
 fn rows_of(node: &Node) -> usize {
     node.0.ne[1..].iter().map(|&n| n as usize).product()
 }
 
-/// The nodes of the graph that a context has in work.
+/// Returns the nodes of the graph that a context is computing.
 ///
 /// # Safety
-/// Called from inside that graph, for which `'a` lasts.
+/// Must be called from inside that graph, for which `'a` lasts.
 pub(super) unsafe fn nodes<'a>(ctx: *mut sys::llama_context) -> impl Iterator<Item = Node<'a>> {
     // SAFETY: see above.
     unsafe {
@@ -122,7 +122,7 @@ pub(super) unsafe fn nodes<'a>(ctx: *mut sys::llama_context) -> impl Iterator<It
     }
 }
 
-/// The last of them.
+/// Returns the last node of that graph.
 ///
 /// # Safety
 /// As for [`nodes`].
@@ -136,7 +136,7 @@ pub(super) unsafe fn last_node<'a>(ctx: *mut sys::llama_context) -> Option<Node<
 }
 
 impl Inner {
-    /// Takes what is read of a node. Whether it is the last one of its ubatch.
+    /// Processes a node that is read. Returns whether it is the last such node of its ubatch.
     pub(super) fn take(&mut self, node: &Node) -> Result<bool, CaptureError> {
         if let Some(layer) = self.hidden_layer(node) {
             self.on_hidden(node, layer)?;
@@ -153,13 +153,13 @@ impl Inner {
         layer + 1 == self.layers.len()
     }
 
-    /// Whether `node` is the last one of the graph in work.
+    /// Whether `node` is the last node of the current graph.
     pub(super) fn is_last_node(&self, node: &Node) -> bool {
         // SAFETY: called from inside the graph.
         unsafe { last_node(self.ctx) }.is_some_and(|last| std::ptr::eq(last.0, node.0))
     }
 
-    /// Notes that the ubatch of a prompt came to its end.
+    /// Records that a ubatch of a prompt was completed.
     pub(super) fn end_reading(&mut self) {
         if let Some((n, since)) = self.reading.take() {
             self.read.0 += n;
@@ -181,7 +181,7 @@ impl Inner {
             sys::GGML_OP_MUL_MAT if node.name().to_bytes().starts_with(b"kq-") => (node.src(0)?, node.src(1)?),
             _ => return None,
         };
-        // flash attention gets f16 of a cache in f32
+        // for a cache in f32, flash attention reads a copy in f16
         let k = if k.0.op == sys::GGML_OP_CPY { k.src(0)? } else { k };
         // with weights in host memory a GPU may compute a layer's attention, for which it gets a copy of K
         // SAFETY: called from inside the graph.
@@ -190,8 +190,8 @@ impl Inner {
         Some(Attention { op: *node, q, layer })
     }
 
-    /// Looks at a ubatch: the rows that K is about to be stored in say which cells, and so which sequences and positions, its
-    /// tokens have. Then what is read of it is known.
+    /// Examines a ubatch: the rows to which K is about to be written give the cells, and thus the sequences and positions, of its tokens.
+    /// Then decides what to read of the ubatch.
     fn begin(&mut self, stored: &Node) -> Result<(), CaptureError> {
         self.settle()?;
         // SET_ROWS keeps the destination in src[2]; its result is a view of it
@@ -223,7 +223,7 @@ impl Inner {
             match self.mode {
                 Mode::Listen => {
                     record.list(&cells, &rows);
-                    // nobody can decode an embedding once more
+                    // embeddings cannot be decoded again, so this is the only chance to read them
                     let embeds = rows.iter().any(|row| row.pos >= 0 && row.token < 0);
                     reads.queries |= embeds;
                     reads.hidden |= embeds || record.is_due(record.rows.len());
@@ -269,7 +269,7 @@ impl Inner {
             return Err(CaptureError::Attention("learned attention sinks"));
         }
         let (scale, softcap) = (node.param(0), self.softcap);
-        // without flash attention llama.cpp caps the bare product and scales afterwards
+        // without flash attention llama.cpp caps the unscaled product and scales afterwards
         self.layers[layer].scale = if softcap > 0.0 {
             LogitScale { pre: 1.0 / softcap, post: softcap * scale, softcap: true }
         } else {
@@ -278,7 +278,7 @@ impl Inner {
         Ok(())
     }
 
-    /// That a hidden state is what we take it for: `[n_embd, n_tokens]`, contiguous, f32.
+    /// Checks that a hidden state has the expected form: `[n_embd, n_tokens]`, contiguous, f32.
     pub(super) fn check_hidden(&self, node: &Node) -> Result<(), CaptureError> {
         // SAFETY: plain query of a valid tensor.
         let contiguous = unsafe { sys::ggml_is_contiguous(node.0) };
@@ -311,7 +311,7 @@ impl Inner {
         Ok(())
     }
 
-    /// The rows of q that are wanted of this ubatch.
+    /// Returns the rows of q that are needed from this ubatch.
     fn wanted(&self, n_tokens: usize) -> Vec<Wanted> {
         match &self.mode {
             Mode::Probe(probe) => {
@@ -334,8 +334,8 @@ impl Inner {
         }
     }
 
-    /// That q is what we take it for: `[n_embd_head_k, n_tokens, n_head]` f32, whose tokens are split over a fourth dimension where
-    /// the cache has several streams.
+    /// Checks that q has the expected form: `[n_embd_head_k, n_tokens, n_head]` f32. With several streams in the cache the tokens are split
+    /// over a fourth dimension.
     pub(super) fn check_queries(&self, attention: &Attention) -> Result<(), CaptureError> {
         let (q, layer) = (attention.q, &self.layers[attention.layer]);
         let [d, _, heads, _] = q.0.ne;
@@ -367,7 +367,8 @@ impl Inner {
     }
 }
 
-/// Some `tokens` of q, token by token; all of them where there are several streams. `[n_embd_head_k, n_head, n_tokens, n_stream]`
+/// Returns a view of some `tokens` of q with one row per token, `[n_embd_head_k, n_head, n_tokens, n_stream]`. With several streams
+/// `tokens` covers all of them.
 ///
 /// # Safety
 /// As for [`Builder::elsewhere`].

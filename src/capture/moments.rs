@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::backend::{Builder, ComputeError, Lane};
 use crate::sys;
 
-/// Mean and variance of each channel, streaming.
+/// Streaming mean and variance of each channel.
 #[derive(Clone, Default)]
 pub(super) struct Moments {
     pub count: f64,
@@ -14,7 +14,7 @@ pub(super) struct Moments {
     pub m2: Vec<f64>,
 }
 
-/// The same of the rows of one block, in f32: only the merge of blocks needs f64.
+/// Mean and variance over the rows of one block, in f32: only merging blocks requires f64.
 pub(super) struct Block {
     count: usize,
     mean: Vec<f32>,
@@ -22,7 +22,7 @@ pub(super) struct Block {
 }
 
 impl Block {
-    /// Some `rows` of `data` `[n_row][n_embd]`.
+    /// Computes the moments of some `rows` of `data`, `[n_row][n_embd]`.
     pub fn of(data: &[f32], n_embd: usize, rows: &[u32]) -> Self {
         let row = |i: &u32| &data[*i as usize * n_embd..][..n_embd];
         let mut mean = vec![0f32; n_embd];
@@ -31,7 +31,7 @@ impl Block {
         }
         mean.iter_mut().for_each(|m| *m /= rows.len() as f32);
         let mut m2 = vec![0f32; n_embd];
-        // two passes over a block that is in the CPU's cache
+        // two passes, because the block is in the CPU's cache
         for row in rows.iter().map(row) {
             for ((s, x), m) in m2.iter_mut().zip(row).zip(&mean) {
                 let d = x - m;
@@ -41,7 +41,7 @@ impl Block {
         Self { count: rows.len(), mean, m2 }
     }
 
-    /// What [`Sums`] has computed, fetched.
+    /// Fetches the moments that [`Sums`] computed on a device.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -51,15 +51,15 @@ impl Block {
     }
 }
 
-/// Some rows of a tensor.
+/// A choice of rows of a tensor.
 #[derive(Clone, Copy)]
 pub(super) enum Rows {
     From(usize),
-    /// Their numbers were sent to the device.
+    /// The row numbers were sent to the device.
     Sent(usize),
 }
 
-/// Where a device keeps the mean and `m2` of the rows of one block.
+/// Locations of the mean and `m2` of one block on a device.
 pub(super) struct Sums {
     count: usize,
     mean: usize,
@@ -67,13 +67,12 @@ pub(super) struct Sums {
 }
 
 impl Sums {
-    /// From the start of one to the end of the other.
+    /// Byte range from the start of the mean to the end of `m2`.
     pub fn bytes(&self, n_embd: usize) -> Range<usize> {
         self.mean..self.m2 + n_embd * size_of::<f32>()
     }
 
-    /// Puts the sums of `n` rows of a contiguous f32 tensor `[n_embd, n_row]` into the queue of the device that it lies on; None:
-    /// see [`Lane::enqueue`].
+    /// Queues the sums over `n` rows of a contiguous f32 tensor `[n_embd, n_row]` on the device that holds it. None: see [`Lane::enqueue`].
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -107,7 +106,7 @@ impl Sums {
         };
         let kept = Self { count: n, mean: lane.keep(mean), m2: lane.keep(m2) };
         b.run(m2);
-        // SAFETY: all has memory but the views.
+        // SAFETY: all tensors but the views have memory.
         Ok(unsafe { lane.enqueue(&mut b)? }.then_some(kept))
     }
 }

@@ -1,4 +1,4 @@
-//! Nodes of the graph that llama.cpp is computing, and the path from a hidden state to its query.
+//! Nodes of the graph that llama.cpp is computing, and the path from a hidden state to its queries.
 
 use std::ffi::{CStr, CString};
 
@@ -6,7 +6,7 @@ use super::CaptureError;
 use crate::backend::{self, ComputeError};
 use crate::sys;
 
-/// Most nodes between a hidden state and its query; the architectures of the pinned llama.cpp have about ten.
+/// Limit on the nodes between a hidden state and its queries; the architectures of the pinned llama.cpp have about ten.
 pub(super) const MAX_PATH: usize = 64;
 
 /// The nodes between a layer's hidden state and its queries, in order of computation.
@@ -15,12 +15,12 @@ pub(super) struct Path<'a> {
     graph: *const sys::ggml_cgraph,
     pub hidden: Option<Node<'a>>,
     pub nodes: Vec<*mut sys::ggml_tensor>,
-    /// Whether all that its nodes read is where it is from the start: weights, inputs, and each other.
+    /// Whether everything that the path's nodes read is available from the start of the graph: weights, inputs, and each other.
     is_local: bool,
 }
 
 impl<'a> Path<'a> {
-    /// `graph`: the one in work.
+    /// `graph`: the current one.
     pub fn new(il: i32, graph: *const sys::ggml_cgraph) -> Self {
         Self { il, graph, hidden: None, nodes: Vec::new(), is_local: true }
     }
@@ -48,7 +48,7 @@ impl<'a> Path<'a> {
         Ok(())
     }
 
-    /// Whether it can be computed by itself, before the rest of the graph.
+    /// Whether the path can be computed by itself, before the rest of the graph.
     pub fn is_complete(&self) -> bool {
         self.hidden.is_some() && self.is_local
     }
@@ -74,7 +74,7 @@ impl<'a> Node<'a> {
         .unwrap_or_default()
     }
 
-    /// The layer in a name like `attn_norm-7`.
+    /// Returns the layer in a name like `attn_norm-7`.
     pub fn layer_after(&self, prefix: &str) -> Option<i32> {
         let name = self.name().to_str().ok()?;
         name.strip_prefix(prefix)?.strip_prefix('-')?.parse().ok()
@@ -85,7 +85,7 @@ impl<'a> Node<'a> {
         unsafe { self.0.src[i].as_ref().map(Node) }
     }
 
-    /// The tensor that owns the memory this node looks at.
+    /// Returns the tensor that owns this node's memory.
     pub fn storage(&self) -> *const sys::ggml_tensor {
         let mut t = self.0;
         // SAFETY: view sources live as long as their views.
@@ -99,19 +99,19 @@ impl<'a> Node<'a> {
         f32::from_bits(self.0.op_params[i].cast_unsigned())
     }
 
-    /// The buffer that holds it; a view keeps its source's.
+    /// Returns the buffer that holds the tensor; for a view, the buffer of its source.
     pub fn buffer(&self) -> sys::ggml_backend_buffer_t {
         // SAFETY: view sources live as long as their views.
         unsafe { self.0.view_src.as_ref().map_or(self.0.buffer, |src| src.buffer) }
     }
 
-    /// Whether it only names memory: nothing is computed then.
+    /// Whether the node is a view, so that nothing is computed.
     pub fn is_view(&self) -> bool {
         matches!(self.0.op, sys::GGML_OP_VIEW | sys::GGML_OP_RESHAPE | sys::GGML_OP_PERMUTE | sys::GGML_OP_TRANSPOSE)
     }
 
-    /// Whether this leaf of a graph is what the scheduler copies from one back end to another in the midst of it: a weight in host
-    /// memory for a device that computes with it, or what another back end has computed. Inputs are copied before.
+    /// Whether this leaf of the graph is copied by the scheduler from one back end to another during the graph: a weight in host memory
+    /// that a device computes with, or a result of another back end. Inputs are copied before the graph starts.
     fn is_copy(&self, graph: *const sys::ggml_cgraph) -> bool {
         let buffer = self.buffer();
         // SAFETY: a valid buffer.
@@ -124,20 +124,20 @@ impl<'a> Node<'a> {
         self.0.flags & sys::GGML_TENSOR_FLAG_INPUT as i32 != 0
     }
 
-    /// What the scheduler made this copy of, which it calls `BACKEND#NAME#NUMBER`, if it is one.
+    /// Returns the tensor that the scheduler copied to make this one, if it is a copy. Copies are named `BACKEND#NAME#NUMBER`.
     pub fn original(&self, graph: *const sys::ggml_cgraph) -> Option<Node<'a>> {
         if self.0.op != sys::GGML_OP_NONE {
             return None;
         }
         let (_, name) = self.name().to_str().ok()?.split_once('#')?;
         let name = CString::new(name.rsplit_once('#')?.0).ok()?;
-        // SAFETY: the graph in work, whose tensors live as long as this one.
+        // SAFETY: the current graph, whose tensors live as long as this one.
         unsafe { sys::ggml_graph_get_tensor(graph, name.as_ptr()).as_ref().map(Node) }
     }
 
-    /// Where it lies: see [`backend::place`].
+    /// Returns the device that holds the tensor: see [`backend::place`].
     pub fn place(&self) -> sys::ggml_backend_dev_t {
-        // SAFETY: the nodes of a graph in work have been allocated.
+        // SAFETY: the nodes of the current graph have been allocated.
         unsafe { backend::place(self.buffer()) }
     }
 
@@ -145,30 +145,30 @@ impl<'a> Node<'a> {
         CaptureError::Shape(self.name().to_string_lossy().into_owned())
     }
 
-    /// The bytes `offset..offset + out.len()` of the tensor, from wherever it lives.
+    /// Reads the bytes `offset..offset + out.len()` of the tensor, from host or device memory.
     ///
     /// # Errors
-    /// [`ComputeError`] where its device fails.
+    /// [`ComputeError`] if the device fails.
     pub fn get(&self, offset: usize, out: &mut [u8]) -> Result<(), ComputeError> {
         // SAFETY: callers stay inside the tensor (ggml checks it again).
         let is_read = unsafe { sys::gvote_shim_tensor_get(self.0, out.as_mut_ptr().cast(), offset, out.len()) };
         if is_read { Ok(()) } else { Err(ComputeError::Memory("reading")) }
     }
 
-    /// All floats of a contiguous f32 tensor in host memory.
+    /// Returns all floats of a contiguous f32 tensor in host memory.
     ///
     /// # Safety
-    /// It has been computed, and is not written to for `'a`.
+    /// The tensor has been computed, and is not written to for `'a`.
     pub unsafe fn floats(&self) -> &'a [f32] {
         // SAFETY: ggml allocates tensors aligned for their type and a computed node has data.
         unsafe { std::slice::from_raw_parts(self.0.data.cast(), sys::ggml_nelements(self.0) as usize) }
     }
 
-    /// Changes all floats of a contiguous f32 tensor that has been computed: in place if it lives in host memory, else in
-    /// `scratch` and back.
+    /// Changes all floats of a contiguous f32 tensor that has been computed: in place if it lies in host memory, otherwise through a copy
+    /// in `scratch`.
     ///
     /// # Errors
-    /// [`ComputeError`] where its device fails.
+    /// [`ComputeError`] if the device fails.
     pub fn change_floats(&self, scratch: &mut Vec<f32>, change: impl FnOnce(&mut [f32])) -> Result<(), ComputeError> {
         // SAFETY: a computed node has data, aligned for its type, of as many elements; nobody else uses it while ggml waits
         // for the eval callback.

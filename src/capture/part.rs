@@ -1,12 +1,12 @@
-//! The rest of a part of llama.cpp's graph, which we put into the queue of its back end.
+//! Runs the rest of a part of llama.cpp's graph directly in the queue of its back end.
 //!
-//! After each node that an eval callback asked for ggml waits for the device, which runs dry and has to be fed anew, once or twice in
-//! each layer; and the host cannot prepare the next ubatch before this one is done. So a device stops only once. At the first node of a
-//! part that is read we do what ggml would do next, and put what we compute of a node behind it, in the same queue. Then we tell ggml
-//! that the part has ended, and it goes on with the next.
+//! After each node that an eval callback asked for, ggml waits for the device. The device then runs idle once or twice in each layer, and
+//! the host cannot prepare the next ubatch before this one is done. To stop a device only once, the first node that is read in a part
+//! starts this shortcut: we queue the remaining nodes of the part as ggml would, each followed by our own computations on it. Then we tell
+//! ggml that the part has ended, and it continues with the next one.
 //!
-//! A part is what the scheduler calls a split: nodes of one back end that need nothing copied on the way. It does not say where they
-//! end. Each change from one back end to another is an end; where there are as many parts as changes tell, there are no others.
+//! A part is what ggml's scheduler calls a split: consecutive nodes of one back end that need no copies in between. The scheduler does not
+//! expose the boundaries. Each change of back end is a boundary; if the number of changes matches the number of parts, there are no others.
 
 use super::graph::nodes;
 use super::node::Node;
@@ -14,7 +14,7 @@ use super::watch::Watch;
 use super::{Inner, Reads};
 use crate::sys;
 
-/// Nodes of a part that are still to be computed.
+/// The nodes of a part that are still to be computed.
 pub(super) struct Part {
     backend: sys::ggml_backend_t,
     graph: *mut sys::ggml_cgraph,
@@ -23,16 +23,17 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// With their numbers.
+    /// Iterates over the nodes with their indices in the graph.
     fn nodes<'a>(&self) -> impl Iterator<Item = (usize, Node<'a>)> + use<'a> {
         let graph = self.graph;
-        // SAFETY: a node of the graph in work.
+        // SAFETY: a node of the current graph.
         (self.first..self.end).map(move |i| (i, unsafe { Node::new(sys::ggml_graph_node(graph, i as i32)) }))
     }
 }
 
 impl Inner {
-    /// What follows `node` in its part, where that lies on a device. None, too, where the ends of parts cannot be told.
+    /// Returns the nodes that follow `node` in its part, if the part lies on a device. None also if the boundaries of parts cannot be
+    /// determined.
     pub(super) fn part_behind(&self, node: &Node) -> Option<Part> {
         if node.place().is_null() {
             return None;
@@ -44,7 +45,7 @@ impl Inner {
         for (i, other) in unsafe { nodes(self.ctx) }.enumerate() {
             n = i + 1;
             if !other.is_view() {
-                // SAFETY: a node of the graph in work.
+                // SAFETY: a node of the current graph.
                 let own = unsafe { sys::gvote_shim_backend_of(self.ctx, other.0) };
                 if own != last {
                     n_parts += 1;
@@ -69,8 +70,8 @@ impl Inner {
         Some(Part { backend, graph: unsafe { sys::gvote_shim_graph(self.ctx) }, first, end: end.unwrap_or(n) })
     }
 
-    /// Puts a part into its queue, with what is read of it. False: the back end did not take all of it, and ggml is to hear it for itself.
-    /// Where something of ours fails, llama.cpp's own nodes are computed all the same.
+    /// Queues a part, with the computations on the nodes that are read. Returns false if the back end rejected a graph; the scheduler then
+    /// runs the part. If a computation of ours fails, llama.cpp's nodes are computed all the same.
     pub(super) fn go_on(&mut self, part: &Part) -> bool {
         let mut first = part.first;
         let mut is_last = false;
@@ -82,11 +83,11 @@ impl Inner {
             if !is_wanted && i + 1 < part.end {
                 continue;
             }
-            // SAFETY: nodes of one back end, whose inputs are there; what came before them is in its queue.
+            // SAFETY: nodes of one back end, whose inputs are available; earlier nodes are in its queue.
             let status =
                 unsafe { sys::gvote_shim_graph_compute_part(part.backend, part.graph, first as i32, i as i32 + 1) };
             if status != sys::GGML_STATUS_SUCCESS {
-                // it asks about all of them once more, and has been told what is read of this ubatch
+                // ggml asks about all nodes of the part again: the ubatch is not examined twice, and no more of it is read
                 let begun = part.nodes().any(|(_, node)| self.stores_first_k(&node));
                 self.reads = Reads { begun, ..Reads::default() };
                 return false;

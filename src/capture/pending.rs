@@ -1,9 +1,9 @@
-//! What was taken of the ubatch in work, and is still where it was computed.
+//! Results of the current ubatch that still lie on the device that computed them.
 //!
-//! Where a node lies on a device, what is taken of it is computed in the queue of llama.cpp's own back end, behind the node and
-//! before whatever overwrites it: our graph is as good as one more node of llama.cpp's. So nobody waits for it in each layer. All
-//! is read with one wait, queries when the last layer is behind, statistics alone when somebody wants them, or the next ubatch is
-//! looked at. Of a decode that ends before its last layer nothing is read.
+//! If a node lies on a device, its results are computed in the queue of llama.cpp's own back end, after the node and before anything
+//! overwrites it, as if they were one more node of llama.cpp's graph. No layer has to wait for them. All results are read with one wait:
+//! queries after the last layer, statistics alone when they are needed or when the next ubatch begins. If a decode ends before its last
+//! layer, none of its results are read.
 
 use std::ops::Range;
 
@@ -20,23 +20,23 @@ use crate::llama::SeqId;
 use crate::policy::threads;
 use crate::sys;
 
-/// What lies on one device.
+/// Results on one device.
 pub(super) struct Pending {
     lane: Lane,
-    /// Whether the queue is llama.cpp's. Where it is not, the host waits for each graph before llama.cpp goes on.
+    /// Whether the queue is llama.cpp's. If not, the host waits for each graph before llama.cpp goes on.
     is_theirs: bool,
     taken: Vec<Taken>,
-    /// Where the rows of sequences are that do not follow each other.
+    /// Row numbers on the device for sequences whose rows are not contiguous.
     sent: Vec<(SeqId, usize)>,
 }
 
-/// What was taken of a layer, and where it is kept.
+/// A result for one layer, and its location.
 enum Taken {
     Sums { seq: SeqId, layer: usize, sums: Sums },
     Queries(TakenQueries),
 }
 
-/// Queries of `n` tokens from `first` on.
+/// Queries of `n` tokens, beginning with token `first`.
 struct TakenQueries {
     layer: usize,
     first: usize,
@@ -45,16 +45,16 @@ struct TakenQueries {
     at: usize,
 }
 
-/// More threads would wait for memory.
+/// Limit on copying threads: more threads would wait for memory.
 const COPYING_THREADS: usize = 4;
 
-/// What becomes of a layer's queries in an observation window.
+/// A copy of a layer's queries into an observation window.
 struct Filing<'a> {
-    /// `[window][n_q]`; what is in it does not matter where all of it is replaced.
+    /// `[window][n_q]`; the previous content is not used if the whole window is replaced.
     to: &'a mut Vec<f16>,
     n_q: usize,
     is_whole: bool,
-    /// Those of the tokens from `first` on.
+    /// Queries of the tokens from `first` on.
     from: &'a [f16],
     first: usize,
     wanted: &'a [Wanted],
@@ -77,7 +77,7 @@ impl Filing<'_> {
 }
 
 impl Pending {
-    /// Gives up what was not read.
+    /// Discards results that were not read.
     fn clear(&mut self) -> Result<(), CaptureError> {
         self.taken.clear();
         self.sent.clear();
@@ -88,7 +88,7 @@ impl Pending {
         if is_range(rows) {
             return Ok(Rows::From(rows.first().map_or(0, |&row| row as usize)));
         }
-        // they are the same in every layer
+        // the rows are the same in every layer
         if let Some((_, at)) = self.sent.iter().find(|(of, _)| *of == seq) {
             return Ok(Rows::Sent(*at));
         }
@@ -103,7 +103,7 @@ fn is_range(rows: &[u32]) -> bool {
 }
 
 impl Inner {
-    /// Takes the statistics of some rows of a hidden state that lies on a device.
+    /// Queues the statistics of some rows of a hidden state that lies on a device.
     pub(super) fn take_sums(
         &mut self,
         node: &Node,
@@ -123,7 +123,7 @@ impl Inner {
         self.collect_unordered(i)
     }
 
-    /// Takes the queries of some tokens in every stream, of which some are wanted.
+    /// Queues the queries of some tokens in every stream, of which some are wanted.
     pub(super) fn take_queries(
         &mut self,
         attention: &Attention,
@@ -149,10 +149,10 @@ impl Inner {
         self.collect_unordered(i)
     }
 
-    /// What is pending where `t` lies, which `op` has computed or is about to read, with room for some bytes of results and of what
-    /// is needed on the way.
+    /// Returns the index of the pending results on the device that holds `t`. `op` has computed `t` or is about to read it. Provides room
+    /// for the bytes of `results` and of intermediate `work`.
     fn pending_for(&mut self, op: &Node, t: &Node, results: &[usize], work: &[usize]) -> Result<usize, CaptureError> {
-        // SAFETY: nodes of the graph in work, which have buffers; a back end of the context lives as long as the context, and ours
+        // SAFETY: nodes of the current graph, which have buffers; a back end of the context lives as long as the context, and ours
         // until it is released.
         let i = unsafe {
             let device = self.devices.at(t.buffer())?;
@@ -179,7 +179,8 @@ impl Inner {
         Ok(i)
     }
 
-    /// Takes the memory for what a ubatch leaves on a device: some of it takes a driver as long as a layer of the prefill.
+    /// Allocates the memory for a ubatch's results on each device in advance: a driver can take as long for some of it as for one layer of
+    /// the prefill.
     ///
     /// # Errors
     /// [`ComputeError::Memory`].
@@ -203,13 +204,13 @@ impl Inner {
         Ok(())
     }
 
-    /// Collects what is pending in a queue that llama.cpp does not go on in.
+    /// Collects results from a queue in which llama.cpp does not go on.
     fn collect_unordered(&mut self, i: usize) -> Result<(), CaptureError> {
         if self.pending[i].is_theirs { Ok(()) } else { self.collect(i..i + 1) }
     }
 
-    /// The last layer has been taken. Who reads queries wants them now; statistics may wait, so that the next ubatch is prepared
-    /// while the device is at work.
+    /// Ends the ubatch after its last layer. Queries are read now; statistics may wait, so that the next ubatch is prepared while the
+    /// device computes.
     pub(super) fn end_ubatch(&mut self) -> Result<(), CaptureError> {
         self.is_whole = true;
         let mut is_on_its_way = !self.reads.queries;
@@ -219,19 +220,19 @@ impl Inner {
         if is_on_its_way { Ok(()) } else { self.settle() }
     }
 
-    /// Reads what is pending of a whole ubatch, and gives up what a decode left behind that failed or was cancelled.
+    /// Reads the pending results of a whole ubatch, or discards those of a decode that failed or was cancelled.
     pub(super) fn settle(&mut self) -> Result<(), CaptureError> {
         if std::mem::take(&mut self.is_whole) { self.collect(0..self.pending.len()) } else { self.give_up() }
     }
 
-    /// Gives up all that is pending.
+    /// Discards all pending results.
     pub(super) fn give_up(&mut self) -> Result<(), CaptureError> {
         self.is_whole = false;
         self.records.values_mut().for_each(|record| record.waiting = 0);
         self.pending.iter_mut().try_for_each(Pending::clear)
     }
 
-    /// Reads what is pending on some devices.
+    /// Reads the pending results of some devices.
     fn collect(&mut self, which: Range<usize>) -> Result<(), CaptureError> {
         let mut pending = std::mem::take(&mut self.pending);
         let done = pending[which].iter_mut().try_for_each(|pending| self.merge(pending));
@@ -243,7 +244,7 @@ impl Inner {
         let all = std::mem::take(&mut pending.taken);
         let mut left = &all[..];
         while let Some(first) = left.first() {
-            // as many layers as are read at once
+            // as many layers as fit into one read
             let most = self.bytes(first).start + Lane::PIECE;
             let n = left.iter().take_while(|taken| self.bytes(taken).end <= most).count().max(1);
             let (piece, others) = left.split_at(n);
@@ -270,7 +271,7 @@ impl Inner {
         pending.clear()
     }
 
-    /// Where it is kept: which bytes.
+    /// Byte range of a result.
     fn bytes(&self, taken: &Taken) -> Range<usize> {
         match taken {
             Taken::Sums { sums, .. } => sums.bytes(self.n_embd),
@@ -278,7 +279,7 @@ impl Inner {
         }
     }
 
-    /// Copies the wanted ones among queries of some layers to where they belong. `queries`: from where the first of them are on.
+    /// Copies the wanted queries of some layers to their places. `queries`: from those of the first layer on.
     fn file_queries(&mut self, taken: &[&TakenQueries], queries: &[f16]) {
         let start = taken.first().map_or(0, |taken| taken.at);
         let of = |taken: &TakenQueries| &queries[(taken.at - start) / size_of::<f16>()..];
@@ -323,7 +324,7 @@ impl Inner {
 
 #[cfg(test)]
 impl super::Capture {
-    /// How many results wait on devices.
+    /// Number of results that lie on devices.
     pub(crate) fn pending(&self) -> usize {
         self.inner.pending.iter().map(|pending| pending.taken.len()).sum()
     }

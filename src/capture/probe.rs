@@ -1,4 +1,4 @@
-//! The probe pass: sampled hidden states become queries. See the module above.
+//! The probe pass: turns sampled hidden states into queries. See the documentation of `capture`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,44 +19,44 @@ use crate::llama::{Batch, Context, Pos, SeqId};
 use crate::policy::threads;
 use crate::{memory, sys};
 
-/// How a ubatch becomes queries.
+/// How the queries of a ubatch are computed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
-    /// Only the paths from hidden states to queries are computed.
+    /// Computes only the paths from hidden states to queries.
     Paths,
-    /// All of the graph is, and hidden states are overwritten on the way: where a path leads over several back ends, as with
-    /// weights in host memory that a GPU computes with.
+    /// Computes the whole graph and overwrites hidden states on the way. Needed if a path leads over several back ends, as with weights in
+    /// host memory that a GPU computes with.
     Whole,
 }
 
 #[cfg(test)]
 thread_local! {
-    /// Tests set it to go the way that a graph over several back ends goes.
+    /// Set by tests to force [`Way::Whole`], as for a graph over several back ends.
     pub(crate) static PRETEND_SCATTERED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Tensors of the probe's graph for each layer, beside the nodes of its path; and for all of them.
+/// Tensors of the probe's graph for each layer, in addition to the nodes of its path; and tensors for the graph as a whole.
 const LAYER_NODES: usize = 12;
 const OTHER_NODES: usize = 8;
 
-/// More threads would take longer to start than to draw.
+/// Limit on drawing threads: more threads would take longer to start than to draw.
 const DRAWING_THREADS: usize = 4;
 
-/// What stands for the hidden states of future tokens.
+/// Samples of hidden states, which stand for future tokens.
 ///
-/// All layers take the same samples, each with a Gaussian of its own: a layer's queries only meet its own keys. A sample depends on
-/// nothing but the seed and its number, however many are drawn at once.
+/// All layers use the same deviations, each scaled by its own Gaussian: a layer's queries only meet the keys of that layer. A sample
+/// depends only on the seed and its number, not on how many are drawn at once.
 struct Samples {
     seed: u64,
     n_embd: usize,
     n_threads: usize,
-    /// Whose statistics they come of.
+    /// Layers whose statistics describe the distributions.
     layers: Vec<Arc<LayerRecord>>,
-    /// Independent channels; empty before the first are drawn. `[layer][2][n_embd]`: deviations, then means
+    /// Gaussians with independent channels, `[layer][2][n_embd]`: standard deviations, then means. Empty before the first draw.
     gaussians: Vec<f32>,
-    /// The number of the first of those that fill the ubatch in work.
+    /// Number of the first sample in the current ubatch.
     first: usize,
-    /// How far each channel of those lies from its mean, in deviations. `[n][n_embd]`
+    /// Deviation of each channel from its mean, in standard deviations, for the samples of the current ubatch: `[n][n_embd]`.
     z: Vec<f32>,
 }
 
@@ -66,11 +66,11 @@ impl Samples {
         Self { seed, n_embd, n_threads, layers, gaussians: Vec::new(), first: 0, z: Vec::new() }
     }
 
-    /// Draws `n` others, from the `first` on.
+    /// Draws `n` new samples, the first of which has the number `first`.
     fn draw(&mut self, first: usize, n: usize) {
         let Self { seed, n_embd, n_threads, ref layers, .. } = *self;
         self.first = first;
-        // fresh zeros, whose pages are made ready by those who write to them
+        // freshly zeroed memory, whose pages are mapped by the threads that write to them
         self.z = vec![0.0; n * n_embd];
         let rows = (first..).zip(self.z.chunks_exact_mut(n_embd));
         let gaussians = &mut self.gaussians;
@@ -84,7 +84,7 @@ impl Samples {
         threads::share_out(n_threads, rows, |(number, row)| deviations(seed, number, row), describe);
     }
 
-    /// How many fill the ubatch in work.
+    /// Number of samples in the current ubatch.
     fn n(&self) -> usize {
         self.z.len() / self.n_embd
     }
@@ -94,18 +94,18 @@ impl Samples {
     }
 }
 
-/// Synthetic queries of every layer of the cache, at the same positions in each; or none.
+/// Synthetic queries of every layer of the cache, at the same positions in each layer. May be empty.
 #[derive(Debug, Default)]
 pub struct SyntheticQueries {
     /// `[layer][sample][n_head][n_embd_head_k]`
     data: Vec<f16>,
-    /// Where those of each layer are.
+    /// Range of each layer in `data`.
     layers: Vec<Range<usize>>,
     pos: Vec<Pos>,
 }
 
 impl SyntheticQueries {
-    /// Places for the queries at `pos`.
+    /// Reserves places for the queries at `pos`.
     fn at(layers: &[Layer], pos: Vec<Pos>) -> Self {
         let mut end = 0;
         let ranges = layers.iter().map(|layer| {
@@ -116,7 +116,7 @@ impl SyntheticQueries {
         Self { data: Vec::new(), layers: ranges.collect(), pos }
     }
 
-    /// Takes the memory for them, if that has not been done.
+    /// Allocates the memory for the queries, unless that was done before.
     fn take_memory(&mut self) -> Result<(), ComputeError> {
         let n = self.layers.last().map_or(0, |last| last.end);
         if self.data.len() < n {
@@ -126,7 +126,7 @@ impl SyntheticQueries {
         Ok(())
     }
 
-    /// Those of the i-th layer of the cache. `[sample][n_head][n_embd_head_k]`
+    /// Queries of the i-th layer of the cache, `[sample][n_head][n_embd_head_k]`.
     pub fn layer(&self, layer: usize) -> &[f16] {
         self.layers.get(layer).map_or(&[], |own| &self.data[own.clone()])
     }
@@ -143,31 +143,31 @@ impl SyntheticQueries {
 
 pub(super) struct Probe {
     samples: Samples,
-    /// Layers whose queries of the ubatch in work are there.
+    /// Whether the queries of each layer have been taken from the current ubatch.
     pub(super) taken: Vec<bool>,
-    /// How the ubatch in work is read; None before its first node.
+    /// How the current ubatch is computed; None before its first node.
     pub(super) way: Option<Way>,
     pub(super) queries: SyntheticQueries,
 }
 
 impl Probe {
-    /// The place that the sample of a token of the ubatch in work has among all.
+    /// Number of the sample that belongs to a token of the current ubatch.
     pub(super) fn number(&self, row: usize) -> usize {
         self.samples.first + row
     }
 
-    /// Tokens of the ubatch in work.
+    /// Number of tokens in the current ubatch.
     pub(super) fn n(&self) -> usize {
         self.samples.n()
     }
 }
 
 impl Capture {
-    /// The probe pass: `n` synthetic queries of every layer, at the positions that follow `pos`, leaving the cache as it
-    /// was. The samples depend on `seed`, layer and index only, not on how the batch is split.
+    /// The probe pass: makes `n` synthetic queries for every layer, at the positions that follow `pos`. The cache is unchanged afterwards.
+    /// The samples depend only on `seed`, layer and index, not on how the batch is split.
     ///
     /// # Errors
-    /// [`CaptureError::NoCells`], [`CaptureError::Empty`]; whatever decoding fails with.
+    /// [`CaptureError::NoCells`], [`CaptureError::Empty`], and errors of decoding.
     pub fn probe(
         &mut self,
         ctx: &mut Context,
@@ -203,7 +203,7 @@ impl Capture {
         }
     }
 
-    /// Decodes dummy tokens where the sequence has no others: what their graphs compute behind q is not wanted.
+    /// Decodes dummy tokens at positions where the sequence has none. Only the nodes up to q matter.
     fn probe_in_chunks(&mut self, ctx: &mut Context, seq: SeqId, pos: Pos, n: usize) -> Result<(), CaptureError> {
         let chunk = ctx.n_batch().min(ctx.n_ubatch());
         let mut parked = Parked::new(ctx, seq, n)?;
@@ -228,7 +228,7 @@ impl Capture {
         Ok(())
     }
 
-    /// The hidden state that the probe of `seq` uses as sample `index` in the i-th layer of the cache. `[n_embd]`
+    /// Returns the hidden state that the probe of `seq` uses as sample `index` in the i-th layer of the cache, `[n_embd]`.
     #[cfg(test)]
     pub fn sample(&mut self, seq: SeqId, layer: usize, index: usize, seed: u64) -> Vec<f32> {
         self.settle();
@@ -244,7 +244,7 @@ impl Capture {
 }
 
 impl Inner {
-    /// Reads a node of the probe's ubatch; false ends the part of the graph that it belongs to.
+    /// Reads a node of the probe's ubatch. Returns false to end the node's part of the graph.
     pub(super) fn read_probe(&mut self, node: &Node) -> Result<bool, CaptureError> {
         let Mode::Probe(probe) = &self.mode else { return Ok(true) };
         if probe.way != Some(Way::Whole) && self.take_paths(node)? {
@@ -262,16 +262,16 @@ impl Inner {
         Ok(true)
     }
 
-    /// Whether a node of the probe's ubatch is to be read.
+    /// Whether to read a node of the probe's ubatch.
     pub(super) fn asks_for(&self, way: Option<Way>, node: &Node) -> bool {
         match way {
-            // the first node of a part of the graph: what the part needs from elsewhere is there
+            // at the first node of a part, all inputs from other back ends are available
             None | Some(Way::Paths) => true,
             Some(Way::Whole) => self.hidden_layer(node).is_some() || self.attention(node).is_some(),
         }
     }
 
-    /// Turns the samples of all layers that lie where `node` does into queries, unless a path leads over several back ends.
+    /// Computes the queries of all layers on the device that holds `node`. Returns false if a path leads over several back ends.
     fn take_paths(&mut self, node: &Node) -> Result<bool, CaptureError> {
         // SAFETY: called from inside the graph.
         let found: Vec<_> = unsafe { nodes(self.ctx) }.filter_map(|node| self.attention(&node)).collect();
@@ -299,7 +299,7 @@ impl Inner {
         Ok(is_complete)
     }
 
-    /// Notes that the queries of a layer are there.
+    /// Records that the queries of a layer have been taken.
     fn mark_taken(&mut self, layer: usize) {
         if let Mode::Probe(probe) = &mut self.mode {
             probe.taken[layer] = true;
@@ -314,7 +314,7 @@ impl Inner {
         Ok(path)
     }
 
-    /// Turns the samples of some layers, which lie on one device, into queries.
+    /// Computes the queries of some layers that lie on one device.
     fn turn_into_queries(&mut self, paths: &[(Path, Attention)]) -> Result<(), CaptureError> {
         let mut hidden_states = Vec::with_capacity(paths.len());
         for (path, attention) in paths {
@@ -332,7 +332,7 @@ impl Inner {
             return Err(other.q.shape_error());
         }
         let n_nodes = paths.iter().map(|(path, _)| path.nodes.len() + LAYER_NODES).sum::<usize>() + OTHER_NODES;
-        // where the queries of each layer belong
+        // ranges of the layers' queries in the output
         let places = paths.iter().map(|(_, attention)| {
             let n_q = self.layers[attention.layer].n_q;
             let start = out.layers[attention.layer].start + samples.first * n_q;
@@ -362,16 +362,16 @@ impl Inner {
             end += place.len();
         }
         let Some((_, first)) = paths.first() else { return Ok(()) };
-        // SAFETY: a node of the graph in work has a buffer.
+        // SAFETY: a node of the current graph has a buffer.
         let device = unsafe { self.devices.at(first.q.buffer())? };
         b.begin(device)?;
-        // while the device is at work
+        // allocate while the device computes
         if let Err(error) = out.take_memory() {
             device.wait()?;
             return Err(error.into());
         }
         let mut start = 0;
-        // all at once where one ubatch has all samples of layers that follow each other
+        // one read for consecutive layers if a ubatch has all samples
         for places in places.chunk_by(|place, next| place.end == next.start) {
             let side_by_side = &mut out.data[places[0].start..places[places.len() - 1].end];
             device.read_from(start, side_by_side, queries)?;
@@ -388,21 +388,21 @@ impl Inner {
             return Err(hidden.shape_error());
         }
         let tensor = std::ptr::from_ref(hidden.0).cast_mut();
-        // SAFETY: the tensor holds as many contiguous floats.
+        // SAFETY: the tensor is contiguous and holds as many floats as `samples`.
         let is_set =
             unsafe { sys::gvote_shim_tensor_set(tensor, samples.as_ptr().cast(), 0, size_of_val(&samples[..])) };
         if is_set { Ok(()) } else { Err(ComputeError::Memory("sending").into()) }
     }
 }
 
-/// How far the channels of a sample lie from their means, in deviations.
+/// Draws the deviations of a sample's channels from their means, in standard deviations.
 fn deviations(seed: u64, number: usize, out: &mut [f32]) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(number as u64);
     out.iter_mut().for_each(|z| *z = StandardNormal.sample(&mut rng));
 }
 
-/// What the hidden states of a layer are drawn from: see [`Samples`].
+/// Computes the distribution of a layer's hidden states: see [`Samples`].
 fn gaussian(moments: &Moments, out: &mut [f32]) {
     let (deviations, means) = out.split_at_mut(moments.mean.len());
     for (deviation, m2) in deviations.iter_mut().zip(&moments.m2) {
@@ -411,7 +411,7 @@ fn gaussian(moments: &Moments, out: &mut [f32]) {
     means.iter_mut().zip(&moments.mean).for_each(|(to, &mean)| *to = mean as f32);
 }
 
-/// Turns deviations into a hidden state.
+/// Turns deviations into a hidden state, in place.
 fn place(gaussian: &[f32], sample: &mut [f32]) {
     let (deviations, means) = gaussian.split_at(sample.len());
     sample.iter_mut().zip(deviations).zip(means).for_each(|((x, deviation), mean)| *x = *x * deviation + mean);

@@ -1,4 +1,4 @@
-//! What is captured of one sequence.
+//! Captured data of one sequence.
 
 #![forbid(unsafe_code)]
 
@@ -11,54 +11,53 @@ use super::{Layer, Window, zeros};
 use crate::llama::{Pos, Token};
 use crate::sys;
 
-/// A token that was heard, and where it went.
+/// A token that an app decoded, and its cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
-    /// Cell, in the sequence's stream or over all of them: whatever llama.cpp counts in its graph.
+    /// Index of the cell, in the sequence's stream or over all streams, as llama.cpp counts in its graph.
     pub cell: i64,
     pub pos: Pos,
-    /// -1 where embeddings came in.
+    /// -1 for embeddings.
     pub token: Token,
 }
 
-/// What is captured of one sequence in one layer.
+/// Captured data of one sequence in one layer.
 #[derive(Clone)]
 pub(super) struct LayerRecord {
     pub moments: Moments,
     /// Floats of one token's queries.
     pub n_q: usize,
-    /// `[window][n_q]`; position p lives in slot p mod window.
+    /// `[window][n_q]`; position p has slot p mod window.
     pub window_q: Vec<f16>,
     pub window_pos: Vec<Pos>,
 }
 
-/// The first so many tokens give the statistics, and of those that follow one in [`SHARE`]: see docs/performance.md for what
-/// that costs and changes.
+/// Number of first tokens that all contribute to the statistics. Of later tokens one in [`SHARE`] does: docs/performance.md shows the cost
+/// and the effect.
 pub(crate) const FIRST: usize = 256;
 pub(super) const SHARE: usize = 16;
 
-/// What is captured of one sequence.
+/// Captured data of one sequence.
 #[derive(Clone)]
 pub(super) struct Record {
-    /// A copy of the record shares a layer until one of them writes to it: most copies are made in case something fails.
+    /// Copies of a record share a layer until one of them writes to it: most copies are made only in case something fails.
     pub layers: Vec<Arc<LayerRecord>>,
-    /// Tokens so far, read or not.
+    /// Tokens so far, whether read or not.
     pub n_tokens: usize,
-    /// Tokens whose statistics wait on a device still.
+    /// Tokens whose statistics still lie on a device.
     pub waiting: usize,
-    /// The tokens of the ubatch in work that belong to the sequence: place in the ubatch, and position.
+    /// The tokens of the current ubatch that belong to the sequence: index in the ubatch, and position.
     pub rows: Vec<(usize, Pos)>,
-    /// Tokens since they were last asked for, by position; what is heard at one forgets those behind it.
+    /// Tokens since the list was last taken, by position. A token removes those at its own and later positions.
     seen: Vec<Seen>,
 }
 
 impl LayerRecord {
-    /// The window's queries, of which those in some slots are about to become those of other positions, and whether that is all
-    /// of them.
+    /// Returns the window's queries for writing, after assigning new positions to some slots, and whether all slots are written.
     pub fn window_at(this: &mut Arc<Self>, new: impl ExactSizeIterator<Item = (usize, Pos)>) -> (&mut Vec<f16>, bool) {
         let is_whole = new.len() == this.window_pos.len();
         if is_whole && Arc::get_mut(this).is_none() {
-            // nothing of what others have would stay
+            // a shared copy would keep none of the present queries
             let Self { ref moments, n_q, ref window_pos, .. } = **this;
             let (moments, window_pos) = (moments.clone(), window_pos.clone());
             *this = Arc::new(Self { moments, n_q, window_q: Vec::new(), window_pos });
@@ -90,19 +89,19 @@ impl Record {
         self.n_tokens == 0 && !self.has_moments()
     }
 
-    /// Whether the next `n` tokens should give statistics. A single one is a step of an answer, and not worth a graph that
-    /// stops at every layer unless nothing else is known.
+    /// Whether the next `n` tokens should contribute to the statistics. A single token is a step of an answer; stopping the graph at every
+    /// layer for it is not worth the time unless there are no statistics yet.
     pub fn is_due(&self, n: usize) -> bool {
         let read = self.layers.first().map_or(0.0, |layer| layer.moments.count) as usize + self.waiting;
         read == 0 || (n > 1 && (read < FIRST || SHARE * read <= self.n_tokens))
     }
 
-    /// Notes that `n` more tokens were decoded.
+    /// Records that `n` more tokens were decoded.
     pub fn count(&mut self, n: usize) {
         self.n_tokens += n;
     }
 
-    /// Forgets the queries of these positions.
+    /// Forgets the queries of the positions for which `is_gone` holds.
     pub fn forget(&mut self, is_gone: impl Fn(Pos) -> bool) {
         let is_gone = |pos: &Pos| *pos >= 0 && is_gone(*pos);
         for layer in &mut self.layers {
@@ -113,7 +112,7 @@ impl Record {
         }
     }
 
-    /// Notes the tokens of a ubatch. A token at position 0 begins the sequence anew.
+    /// Records the tokens of a ubatch. A token at position 0 restarts the sequence.
     pub fn list(&mut self, cells: &[i64], rows: &[sys::gvote_shim_row]) {
         let rows = cells.iter().zip(rows).filter(|(_, row)| row.pos >= 0);
         let mut heard: Vec<_> = rows.map(|(&cell, row)| Seen { cell, pos: row.pos, token: row.token }).collect();
@@ -122,7 +121,7 @@ impl Record {
         self.seen.truncate(self.seen.partition_point(|seen| seen.pos < oldest));
         self.seen.append(&mut heard);
         self.forget(|pos| pos >= oldest);
-        // not all that came before was heard
+        // some earlier tokens may have been decoded unobserved
         self.n_tokens = oldest as usize;
         if oldest == 0 {
             for layer in &mut self.layers {
@@ -135,7 +134,7 @@ impl Record {
         std::mem::take(&mut self.seen)
     }
 
-    /// The tokens of the ubatch in work that the statistics are of: places in it.
+    /// Returns the indices in the current ubatch of the tokens that contribute to the statistics.
     pub fn counted(&self, skip: usize) -> Vec<u32> {
         self.rows.iter().filter(|(_, pos)| *pos >= skip as Pos).map(|(row, _)| *row as u32).collect()
     }
@@ -144,7 +143,7 @@ impl Record {
         Arc::make_mut(&mut self.layers[layer])
     }
 
-    /// The queries of a layer's window that ends at `pos_last`, if that one is there.
+    /// Returns the queries of a layer's window that ends at `pos_last`, or None if the query at `pos_last` is missing.
     pub fn window(&self, layer: usize, window: usize, pos_last: Pos) -> Option<Window<'_>> {
         let LayerRecord { n_q, window_q, window_pos, .. } = &*self.layers[layer];
         let is_there = |pos: &Pos| window_pos[*pos as usize % window] == *pos;
@@ -164,7 +163,7 @@ impl Record {
         (m.mean.clone(), m.m2.iter().map(|s| s / m.count.max(1.0)).collect())
     }
 
-    /// Whether something is known of every layer.
+    /// Whether every layer has statistics.
     pub fn has_moments(&self) -> bool {
         self.waiting > 0 || self.layers.iter().all(|layer| layer.moments.count >= 1.0)
     }

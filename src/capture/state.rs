@@ -1,4 +1,4 @@
-//! What was captured of a sequence, as bytes.
+//! Serializes the captured data of a sequence.
 
 #![forbid(unsafe_code)]
 
@@ -9,16 +9,16 @@ use super::record::{LayerRecord, Record};
 use super::{Capture, LogitScale};
 use crate::llama::{Pos, SeqId};
 
-/// More tokens than a sequence can ever have read: numbers of tokens are multiplied by small ones.
+/// Upper bound on the tokens of a sequence. Leaves room for multiplying numbers of tokens by small factors.
 const MOST_TOKENS: u64 = 1 << 48;
 
-/// What [`Capture::save`] wrote, read and found to fit.
+/// Output of [`Capture::save`], read and validated.
 pub struct Restored {
     record: Record,
     scales: Vec<LogitScale>,
 }
 
-/// What was captured of a sequence up to some moment, put aside; None if nothing was.
+/// Copy of the captured data of a sequence at some moment; None if there was none.
 #[derive(Clone)]
 pub(crate) struct Captured(Option<Record>);
 
@@ -29,13 +29,13 @@ impl From<Restored> for Captured {
 }
 
 impl Capture {
-    /// What is captured of a sequence now, for [`Self::set_back`].
+    /// Copies the captured data of a sequence, for [`Self::set_back`].
     pub(crate) fn captured(&mut self, seq: SeqId) -> Captured {
         self.settle();
         Captured(self.inner.records.get(&seq).filter(|record| !record.is_new()).cloned())
     }
 
-    /// Forgets what was captured of a sequence since.
+    /// Sets the captured data of a sequence back to an earlier copy.
     pub(crate) fn set_back(&mut self, seq: SeqId, captured: Captured) {
         if let Err(error) = self.inner.give_up() {
             self.inner.failed = Some(error);
@@ -44,13 +44,13 @@ impl Capture {
         self.inner.records.insert(seq, record);
     }
 
-    /// What was captured of a sequence, as bytes: the number of tokens, and per layer the moments and the window's queries.
+    /// Serializes the captured data of a sequence: the number of tokens, and per layer the moments and the window's queries.
     pub fn save(&mut self, seq: SeqId) -> Vec<u8> {
         let captured = self.captured(seq);
         self.encode(&captured)
     }
 
-    /// The same of what was put aside.
+    /// Serializes an earlier copy, as [`Self::save`] does.
     pub(crate) fn encode(&self, captured: &Captured) -> Vec<u8> {
         let new;
         let record = match &captured.0 {
@@ -82,7 +82,7 @@ impl Capture {
         out
     }
 
-    /// Reads what [`Self::save`] wrote; `None` if the bytes do not fit this capture, or hold what no capture writes.
+    /// Reads the output of [`Self::save`]; `None` if the bytes do not fit this capture, or contain values that no capture writes.
     pub fn read(&self, data: &[u8]) -> Option<Restored> {
         fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
             let (head, tail) = rest.split_first_chunk()?;
@@ -98,14 +98,14 @@ impl Capture {
         for shape in &inner.layers {
             let n = usize::try_from(u64::from_le_bytes(take(&mut rest)?)).ok()?;
             let count = f64::from_le_bytes(take(&mut rest)?);
-            // nothing was counted, or every channel
+            // either no token was counted, or every channel has values
             if n != if count > 0.0 { inner.n_embd } else { 0 } || !(0.0..=MOST_TOKENS as f64).contains(&count) {
                 return None;
             }
             let mut floats =
                 |n: usize| -> Option<Vec<f64>> { (0..n).map(|_| Some(f64::from_le_bytes(take(&mut rest)?))).collect() };
             let (mean, m2) = (floats(n)?, floats(n)?);
-            // samples are made of them in f32
+            // samples are drawn from these values in f32
             let is_mean = |x: &f64| (*x as f32).is_finite();
             let is_sum = |x: &f64| *x >= 0.0 && ((x / count) as f32).is_finite();
             if !mean.iter().all(is_mean) || !m2.iter().all(is_sum) {
@@ -133,7 +133,7 @@ impl Capture {
         rest.is_empty().then(|| Restored { record: Record::of(layers, n_tokens), scales })
     }
 
-    /// Replaces what is known of a sequence.
+    /// Replaces the captured data of a sequence.
     pub fn restore(&mut self, seq: SeqId, restored: Restored) {
         self.settle();
         for (layer, scale) in self.inner.layers.iter_mut().zip(restored.scales) {

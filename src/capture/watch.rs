@@ -1,4 +1,4 @@
-//! llama.cpp's eval callback: who watches a graph in work gets to see its nodes, and may change what they hold.
+//! llama.cpp's eval callback: a watcher sees the nodes of the current graph, and may change their data.
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -7,24 +7,24 @@ use super::node::Node;
 use crate::llama::{Context, LlamaError};
 use crate::sys;
 
-/// Who watches.
+/// A watcher of graph nodes.
 pub(crate) trait Watch {
     type Error: From<LlamaError>;
 
-    /// Called before a node is computed; true: we want to see it afterwards.
+    /// Called before a node is computed. Returns whether to call [`Watch::read`] once it is computed.
     fn ask(&mut self, node: &Node) -> Result<bool, Self::Error>;
 
-    /// Called after a node we asked for; false ends the graph.
+    /// Called after a node that was asked for. Returns false to end the graph.
     fn read(&mut self, node: &Node) -> Result<bool, Self::Error>;
 
-    /// What a panic in one of the above becomes.
+    /// Converts a panic in one of the methods above to an error.
     fn panicked(text: String) -> Self::Error;
 }
 
-/// Runs `f`, which decodes, while `watch` watches.
+/// Runs `f`, which decodes, with `watch` installed as the eval callback.
 ///
 /// # Errors
-/// The first error of `watch`, or what `f` fails with.
+/// The first error of `watch`, or the error of `f`.
 pub(crate) fn during<W: Watch, T>(
     watch: &mut W,
     ctx: &mut Context,
@@ -48,7 +48,7 @@ struct Watching<'a, W: Watch> {
     error: Option<W::Error>,
 }
 
-/// Takes the callback away again, whatever happens: it must not outlive what it points to.
+/// Guard that removes the callback on every way out: the callback must not outlive its data.
 struct Installed(*mut sys::llama_context);
 
 impl Drop for Installed {
@@ -62,11 +62,11 @@ unsafe extern "C" fn on_eval<W: Watch>(t: *mut sys::ggml_tensor, ask: bool, data
     // SAFETY: `data` is what `during` installed with this very function; ggml calls from one thread at a time.
     let Watching { watch, error } = unsafe { &mut *data.cast::<Watching<W>>() };
     if error.is_some() {
-        // The result is already lost; let the graph run to its end undisturbed.
+        // The result is lost already; let the graph run to its end.
         return !ask;
     }
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: ggml passes a node of the graph in work, computed if `ask` is false.
+        // SAFETY: ggml passes a node of the current graph, computed if `ask` is false.
         let node = unsafe { Node::new(t) };
         if ask { watch.ask(&node) } else { watch.read(&node) }
     }));

@@ -1,11 +1,11 @@
-//! Rows that come back: for each head other ones of all that it has, in the cache and set aside.
+//! Brings rows back: gives each head another choice of its rows, from those in the cache and those in the archive.
 //!
-//! 1. **Plan** for each head which rows its cells will hold, which of them come out of the archive, and which leave for it.
-//! 2. **Prepare** what can fail: free cells, the table of cells, memory, and a copy of the rows that leave.
-//! 3. **Move**: rows that come are written to cells that the head has no other use for, its own or free ones. Then all rows of the head
-//!    are put in order, in place, as a compaction does it, and the table comes into force.
+//! 1. **Plan** for each head which rows its cells will hold, which of them come from the archive, and which leave for it.
+//! 2. **Prepare** everything that can fail: free cells, the cell table, memory, and a copy of the rows that leave.
+//! 3. **Move**: returning rows are written to cells that the head no longer needs, its own or free ones. Then all rows of the head are put
+//!    in order, in place, as in a compaction, and the table is committed.
 //!
-//! Labels are those of composite cells: see [`super`]. Where every head holds all positions, each label is a true position again.
+//! Labels are those of composite cells: see [`super`]. If every head holds all positions, each label is a true position again.
 
 use std::ops::Range;
 
@@ -20,17 +20,17 @@ use crate::llama::{Context, Pos, SeqId, Token};
 use crate::policy::threads;
 use crate::sys;
 
-/// What a sequence has.
+/// The rows of a sequence before the change.
 pub(crate) struct Held<'a> {
     pub cells: &'a [Cell],
-    /// The position that a head, counted over all layers, holds in the cell at a place.
+    /// Position that a head, counted over all layers, holds in the cell at a place.
     pub pos: &'a (dyn Fn(usize, usize) -> u32 + Sync),
     pub archive: &'a Archive,
-    /// By position.
+    /// Tokens by position.
     pub tokens: &'a [Token],
 }
 
-/// What it has afterwards.
+/// The rows of a sequence after the change.
 pub(crate) struct Arranged {
     pub cells: Vec<Cell>,
     /// `[head][cells]` positions.
@@ -38,21 +38,22 @@ pub(crate) struct Arranged {
     pub archive: Archive,
 }
 
-/// What happens to the rows of one head.
+/// Planned changes to the rows of one head.
 #[derive(Default)]
 struct Plan {
-    /// Positions that its cells will hold, ascending.
+    /// Positions that the head's cells will hold, ascending.
     pos: Vec<u32>,
-    /// Places that their rows come from.
+    /// Source place of each of these rows.
     source: Vec<u32>,
-    /// Rows of the archive, by position, and the places that they come to first.
+    /// Rows from the archive, by position, and the places where they are written first.
     coming: Vec<(Entry, u32)>,
-    /// Places and positions of rows that are set aside.
+    /// Places and positions of rows that go to the archive.
     leaving: Vec<(u32, u32)>,
 }
 
-/// Lets the cells of `seq` hold rows at positions before `end`: all that the cache has, and those that `bring` says. What lies at `end` or
-/// later is given up. The newest rows that come are no fewer than any head has in the cache, and no more than it has altogether.
+/// Rearranges the cells of `seq` to hold rows at positions before `end`: all rows of the cache, and those that `bring` selects. Rows at
+/// `end` or later are discarded. [`Bring::Newest`] must ask for at least as many rows as any head has in the cache, and no more than a head
+/// has in total.
 ///
 /// # Errors
 /// [`CompactError`]; cache and archive are then as they were.
@@ -156,7 +157,7 @@ impl Plan {
             if is_there.is_none() {
                 coming.extend(entries.find(|entry| entry.pos == pos));
             }
-            // a place for those that come is found below
+            // the places of returning rows are assigned below
             plan.source.push(is_there.map_or(u32::MAX, |(place, _)| place));
         }
         plan.leaving.extend(places.map(|(place, &left)| (place, left)));
@@ -169,12 +170,12 @@ impl Plan {
     }
 }
 
-/// The part of ascending positions that lies before `end`.
+/// Returns the part of ascending positions that lies before `end`.
 fn below(positions: &[u32], end: u32) -> &[u32] {
     &positions[..positions.partition_point(|&pos| pos < end)]
 }
 
-/// By batch: whether rows of it come back, or lie at `end` or later.
+/// Whether each batch must be dissolved: some of its rows come back, or lie at `end` or later.
 fn gone(archive: &Archive, plans: &[Plan], end: u32) -> Vec<bool> {
     let mut gone = vec![false; archive.batches().len()];
     for (head, plan) in plans.iter().enumerate() {
@@ -186,12 +187,12 @@ fn gone(archive: &Archive, plans: &[Plan], end: u32) -> Vec<bool> {
     gone
 }
 
-/// The batches that are gone, with their numbers.
+/// Returns the dissolved batches with their numbers.
 fn gone_batches<'a>(archive: &'a Archive, gone: &'a [bool]) -> impl Iterator<Item = (usize, &'a Batch)> {
     archive.batches().iter().enumerate().filter(|&(batch, _)| gone[batch]).map(|(number, batch)| (number, &**batch))
 }
 
-/// A head's rows in batches that are gone which stay aside all the same.
+/// Returns a head's rows in dissolved batches that stay in the archive.
 fn rest(archive: &Archive, plan: &Plan, head: usize, gone: &[bool], end: u32) -> Vec<Entry> {
     let entries = |(number, batch): (usize, &Batch)| -> Vec<Entry> {
         let positions = below(batch.positions(head), end);
@@ -201,7 +202,7 @@ fn rest(archive: &Archive, plan: &Plan, head: usize, gone: &[bool], end: u32) ->
     gone_batches(archive, gone).flat_map(entries).filter(|entry| !comes(entry)).collect()
 }
 
-/// Puts what leaves, and the `rest` of each head, into a new batch that has room for it.
+/// Copies the rows that leave, and the `rest` of each head, into a new batch with room for them.
 fn set_aside(
     layout: &Layout,
     held: &Held,
@@ -227,8 +228,8 @@ fn set_aside(
     Ok(batch)
 }
 
-/// Notes the positions of what a head sets aside, and copies those rows of it that are set aside already. The cells that the others
-/// come from, with room for them.
+/// Records the positions of all rows that a head archives, and copies those that were in the archive already. Returns the cells of the
+/// other rows, with the memory for each.
 fn fill<'a>(
     held: &Held,
     head: usize,
@@ -237,7 +238,7 @@ fn fill<'a>(
     positions: &mut [u32],
     rows: &'a mut [u8],
 ) -> host::Leaving<'a> {
-    /// Where a row lies now.
+    /// Present location of a row.
     enum Origin {
         Cell(u32),
         Archive(Entry),
@@ -258,7 +259,7 @@ fn fill<'a>(
     from_cells
 }
 
-/// Writes what comes back to the places that the plans say.
+/// Writes the returning rows to their planned places.
 fn bring_in(layout: &Layout, held: &Held, places: &[Cell], plans: &[Plan], n_threads: usize, devices: &mut [Devices]) {
     let copy = |(il, heads): (usize, Range<usize>), devices: Option<&mut Devices>| {
         let coming = |head: usize| -> host::Coming {

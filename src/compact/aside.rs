@@ -1,4 +1,4 @@
-//! What a compaction drops, copied to an archive before anything moves.
+//! Copies the rows that a compaction drops to an archive, before any row moves.
 
 #![forbid(unsafe_code)]
 
@@ -14,23 +14,23 @@ use crate::cache::{Cell, Layout};
 use crate::policy::Selection;
 use crate::policy::threads;
 
-/// Where rows go that leave the cache.
+/// Destination of the rows that leave the cache.
 pub(crate) struct Aside<'a> {
     pub archive: &'a mut Archive,
-    /// The position that a head, counted over all layers, holds in the cell at a place.
+    /// Position that a head, counted over all layers, holds in the cell at a place.
     pub pos: &'a (dyn Fn(usize, usize) -> u32 + Sync),
-    /// How long that takes.
+    /// Receives the time that copying takes.
     pub time: &'a mut Duration,
 }
 
-/// Positions and rows of a head that are to be filled in.
+/// Positions and rows of a head, to be filled in.
 type Room<'a> = (&'a mut [u32], &'a mut [u8]);
 
 impl Aside<'_> {
-    /// Sets aside what `selection`, which was checked, does not keep of `cells`. The cache is idle.
+    /// Archives those of `cells` that `selection`, which must have been checked, does not keep. The cache is idle.
     ///
     /// # Errors
-    /// [`CompactError::Archive`] and [`CompactError::Compute`]; the archive is then as it was.
+    /// [`CompactError::Archive`], [`CompactError::ArchiveFile`] and [`CompactError::Compute`]; the archive is then as it was.
     pub(super) fn copy_dropped(
         self,
         layout: &Layout,
@@ -76,8 +76,8 @@ impl Aside<'_> {
     }
 }
 
-/// Does `work` to each of `parts`, of which each is about one layer: in at most `n_threads` threads where the host can reach the cache,
-/// else in one for each of `devices`.
+/// Runs `work` on each of `parts`, each of which belongs to one layer: on at most `n_threads` threads if the host can access the cache,
+/// otherwise on one thread for each of `devices`.
 pub(super) fn each_layer<T: Send>(
     layout: &Layout,
     n_threads: usize,
@@ -115,7 +115,7 @@ pub(super) fn each_layer<T: Send>(
 
 const ALIVE: &str = "taking a part and noting an error do not panic";
 
-/// The places of `n` that are not in `kept`, which ascends; None: all are.
+/// Returns the places below `n` that are not in `kept`, which ascends; None keeps all places.
 fn dropped(kept: Option<&[u32]>, n: usize) -> impl Iterator<Item = usize> {
     let end = if kept.is_some() { n } else { 0 };
     let mut kept = kept.unwrap_or_default().iter().map(|&place| place as usize).peekable();

@@ -1,8 +1,8 @@
-//! Rows that leave a device while it decodes.
+//! Copies rows from a device to the host while the device decodes.
 //!
-//! A device gathers them in other memory of its own, which takes it no longer than to read and write them once; after that the cache
-//! may be changed. A thread of its own brings them to the host from there, with a back end of its own. So a vote does not wait for the
-//! bus. It takes as much memory of the device as the rows have bytes, and gives it back when they have arrived.
+//! The device gathers the rows in separate device memory, which takes no longer than reading and writing them once; after that the cache
+//! may be changed. A separate thread with a back end of its own then copies the rows to the host. So a vote does not wait for the bus. This
+//! takes as much device memory as the rows have bytes, and frees it when they have arrived.
 
 use super::device::{moves_on_device, rows_as_floats, storages};
 use super::pack::Packing;
@@ -11,18 +11,18 @@ use crate::backend::{self, Builder, ComputeError, Device, Lane};
 use crate::cache::Layout;
 use crate::sys;
 
-/// Of the memory that is free on a device, this part may be taken for a while: llama.cpp ends the process where it finds none.
+/// One part in this many of a device's free memory may be taken temporarily: llama.cpp ends the process when it finds none.
 const SPARE: usize = 4;
-/// Numbers of K or V that are read at once, at most.
+/// Limit on the numbers of K or V that are read at once.
 const AT_ONCE: usize = Lane::PIECE / size_of::<f32>();
 
-/// Rows in memory of a device that were the cache's.
+/// Rows of the cache, gathered in separate memory of a device.
 pub(super) struct Gathered {
     lane: Lane,
-    /// What the lane works with: it goes last.
+    /// Device of the lane; must be dropped after it.
     _device: Device,
     layers: Vec<Layer>,
-    /// Rows of each head.
+    /// Number of rows per head.
     n: usize,
 }
 
@@ -30,15 +30,16 @@ pub(super) struct Gathered {
 struct Layer {
     n_heads: usize,
     packing: Packing,
-    /// Where its keys and values lie, `[head][n][row]`.
+    /// Offsets of its keys and values, `[head][n][row]`.
     at: [usize; 2],
 }
 
 impl Gathered {
-    /// Gathers `n` rows of each head. `cells_of`: those of the heads of a layer, one head's after another's. None: the layers do not
-    /// lie on one device, or it has no memory to spare, or its driver is not for several threads.
+    /// Gathers `n` rows of each head. `cells_of`: cells for the heads of a layer, one head after another. None if the layers do not lie on
+    /// one device, the device has no memory to spare, or its driver does not support several threads.
     ///
     /// # Errors
+    /// [`ComputeError`].
     /// [`ComputeError`].
     pub fn new(
         layout: &Layout,
@@ -81,7 +82,7 @@ impl Gathered {
             let cells = unsafe { sys::ggml_reshape_2d(b.ctx, cells, n as i64, n_heads as i64) };
             let at = storages(layer).map(|(storage, d)| {
                 let rows = rows_as_floats(&b, layout, layer, storage, d);
-                // SAFETY: tensors of this context, of shapes that belong together.
+                // SAFETY: tensors of this context, with matching shapes.
                 let gathered = unsafe { sys::ggml_get_rows(b.ctx, rows, cells) };
                 let at = lane.keep(gathered);
                 b.run(gathered);
@@ -95,7 +96,7 @@ impl Gathered {
         Ok(Some(Self { lane, _device: device, layers, n }))
     }
 
-    /// Brings the rows of all heads to the host. `rooms`: `[head]`, over all layers, of `[n][row]` bytes.
+    /// Copies the rows of all heads to the host. `rooms`: for each `[head]`, over all layers, `[n][row]` bytes.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -125,5 +126,5 @@ impl Gathered {
     }
 }
 
-/// Rows, cells, and what is gathered, of a layer.
+/// Upper bound on the tensors for one layer: rows, cells, and gathered rows.
 const NODES: usize = 16;

@@ -1,7 +1,7 @@
-//! Rows in memory of a device: a graph of two nodes for each of K and V takes them out and puts them in.
+//! Moves rows in device memory: for each of K and V a graph of two nodes reads the rows and writes them.
 //!
-//! A row of one head is copied bit by bit, so it may be called floats whatever its type: then `get_rows` and `set_rows` neither
-//! convert nor round.
+//! A head's row is copied bit by bit, so the graph treats it as floats whatever its type: then `get_rows` and `set_rows` neither convert
+//! nor round.
 
 use std::borrow::Cow;
 use std::sync::Mutex;
@@ -15,9 +15,9 @@ use crate::cache::Layout;
 use crate::policy::threads;
 use crate::sys;
 
-/// What moves the rows of a sequence, with the memory for it.
+/// The back ends that move the rows of a sequence, with their memory.
 pub(super) struct Mover<D: AsMut<[Devices]>> {
-    /// The back ends of each thread.
+    /// Back ends of each thread.
     threads: D,
 }
 
@@ -27,17 +27,16 @@ impl<D: AsMut<[Devices]>> Drop for Mover<D> {
     }
 }
 
-/// The rows of one layer, and where they come from.
+/// Sources of the rows of one layer.
 enum Rows<'a> {
-    /// On a device: the cells that give, head by head, and those that receive.
+    /// On a device: the source cells, head by head, then the destination cells.
     Device(Vec<u32>),
-    /// In memory of the host, or to be fetched.
+    /// In host memory, or to be fetched.
     Host(Vec<Moves<'a>>),
 }
 
 impl<D: AsMut<[Devices]>> Mover<D> {
-    /// Takes the memory to move `n` cells of any layer, and gives it back in the end. `threads`: one's back ends at least, or those of
-    /// each of several.
+    /// Allocates the memory to move `n` cells of any layer; it is freed on drop. `threads`: the back ends of each of one or more threads.
     ///
     /// # Errors
     /// [`ComputeError`].
@@ -47,13 +46,13 @@ impl<D: AsMut<[Devices]>> Mover<D> {
         Ok(mover)
     }
 
-    /// The back ends of each thread.
+    /// Back ends of each thread.
     pub fn devices(&mut self) -> &mut [Devices] {
         self.threads.as_mut()
     }
 
-    /// Moves the rows of all layers. `moves_of`: of each head of a layer. While a device works on one layer, the next is described to it,
-    /// and those after that are put together in at most `n_threads` others.
+    /// Moves the rows of all layers. `moves_of`: returns the moves of each head of a layer. While a device works on one layer, the graph of
+    /// the next is built, and the lists of cells for later layers are prepared on at most `n_threads` other threads.
     pub fn move_layers<'a>(
         &mut self,
         layout: &Layout,
@@ -78,7 +77,7 @@ impl<D: AsMut<[Devices]>> Mover<D> {
         let begin = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&il| il < n_layer);
         let (ready, listed) = mpsc::sync_channel(DEVICE_LAYERS);
         let line = Mutex::new(Line { listed, n_left: n_layer });
-        // there is no way back once a row has moved: so nobody waits for a thread that may not have started
+        // once a row has moved there is no way back, so no thread waits for another that may not have started
         let take = || {
             let mut line = line.lock().expect(ALIVE);
             line.n_left = line.n_left.checked_sub(1)?;
@@ -89,7 +88,7 @@ impl<D: AsMut<[Devices]>> Mover<D> {
                         drop(line);
                         (il, rows_of(il))
                     }
-                    // somebody has begun with it
+                    // another thread is preparing it already
                     None => line.listed.recv().expect(ALIVE),
                 },
             })
@@ -120,18 +119,18 @@ impl<D: AsMut<[Devices]>> Mover<D> {
     }
 }
 
-/// What is to be moved.
+/// Layers that are still to be moved.
 struct Line<'a> {
-    /// Layers whose rows are put together.
+    /// Layers whose cells have been listed.
     listed: Receiver<(usize, Rows<'a>)>,
-    /// Layers that nobody has taken from here.
+    /// Number of layers that have not been taken yet.
     n_left: usize,
 }
 
 /// ggml aborts rather than unwinds, and this crate's code here does not panic.
 const ALIVE: &str = "who moves rows ends when there are no more";
 
-/// Takes the memory to move `n` cells of any layer.
+/// Allocates the memory to move `n` cells of any layer.
 fn reserve(devices: &mut Devices, layout: &Layout, n: usize) -> Result<(), ComputeError> {
     let mut reserved = Vec::new();
     for layer in layout.layers.iter().filter(|layer| moves_on_device(layout, layer)) {
@@ -152,7 +151,7 @@ fn reserve(devices: &mut Devices, layout: &Layout, n: usize) -> Result<(), Compu
 fn move_layer(devices: &mut Devices, layout: &Layout, layer: &sys::gvote_shim_layer, rows: Rows, order: &Order) {
     match rows {
         Rows::Device(cells) => {
-            // its memory was taken before
+            // its memory was allocated before
             if let Err(error) = try_move(devices, layout, layer, &cells) {
                 give_up(error);
             }
@@ -174,12 +173,13 @@ fn try_move(
     b.compute(unsafe { devices.at((*layer.k).buffer)? })
 }
 
-/// Cells that are named for each one that receives: one gives for each head.
+/// Indices per destination cell: a source cell for each head, and the destination.
 fn numbers(layer: &sys::gvote_shim_layer) -> usize {
     layer.n_head_kv as usize + 1
 }
 
-/// `cells` `[n_head_kv + 1][n]`: those that give, and last those that receive, in one piece to be sent as one.
+/// Adds the nodes that move `n` cells. `cells` `[n_head_kv + 1][n]`: the source cells of each head, then the destination cells, sent in one
+/// transfer.
 fn describe<'a>(
     b: &mut Builder<'a>,
     layout: &Layout,
@@ -196,7 +196,7 @@ fn describe<'a>(
     for (storage, d) in storages(layer) {
         let (given, receiving) =
             (rows_as_floats(b, layout, layer, storage, d), rows_as_floats(b, layout, layer, storage, d));
-        // SAFETY: tensors of this context, of shapes that belong together.
+        // SAFETY: tensors of this context, with matching shapes.
         unsafe {
             let rows = sys::ggml_get_rows(b.ctx, given, from);
             let moved = sys::ggml_set_rows(b.ctx, receiving, rows, to);
@@ -205,12 +205,12 @@ fn describe<'a>(
     }
 }
 
-/// K and V of a layer, and the size of a head there.
+/// K and V of a layer, each with its head size.
 pub(super) fn storages(layer: &sys::gvote_shim_layer) -> [(Tensor, u32); 2] {
     [(layer.k, layer.n_embd_head_k), (layer.v, layer.n_embd_head_v)]
 }
 
-/// The rows of the sequence's stream: [floats, cells, n_head_kv]
+/// View of the rows of the sequence's stream as floats: `[floats, cells, n_head_kv]`.
 pub(super) fn rows_as_floats(
     b: &Builder,
     layout: &Layout,
@@ -231,10 +231,10 @@ pub(super) fn rows_as_floats(
     }
 }
 
-/// Rows of a head that are copied from a device at once: many, and yet little beside a cache.
+/// Rows per head that are copied from a device at once: many, yet small compared with a cache.
 const AT_ONCE: usize = 4096;
 
-/// What [`host::copy_out`] does. Rows are gathered on the device, so that no others leave it.
+/// As [`host::copy_out`]. Rows are gathered on the device, so that only they cross the bus.
 ///
 /// # Errors
 /// [`ComputeError`].
@@ -252,14 +252,14 @@ pub(super) fn copy_out(
     let mut rows: Vec<[u8; size_of::<f32>()]> = Vec::new();
     for first in (0..n).step_by(AT_ONCE) {
         let these = first..(first + AT_ONCE).min(n);
-        // heads with fewer rows name a cell that nobody asks for
+        // heads with fewer rows are filled up with an arbitrary cell, whose row is ignored
         let cell = |head: &Leaving, i: usize| head.get(i).map_or(0, |(cell, _)| *cell);
         let cells: Vec<u32> = heads.iter().flat_map(|head| these.clone().map(|i| cell(head, i))).collect();
         let mut b = Builder::new(NODES)?;
         let cells = b.rows([these.len(), heads.len(), 1], cells);
         let gathered = storages(layer).map(|(storage, d)| {
             let rows = rows_as_floats(&b, layout, layer, storage, d);
-            // SAFETY: tensors of this context, of shapes that belong together.
+            // SAFETY: tensors of this context, with matching shapes.
             let gathered = unsafe { sys::ggml_get_rows(b.ctx, rows, cells) };
             b.output(gathered)
         });
@@ -283,7 +283,7 @@ pub(super) fn copy_out(
     Ok(())
 }
 
-/// What [`host::copy_in`] does.
+/// As [`host::copy_in`].
 ///
 /// # Errors
 /// [`ComputeError`].
@@ -294,14 +294,14 @@ pub(super) fn copy_in(
     heads: &[Coming],
 ) -> Result<(), ComputeError> {
     let n = heads.first().map_or(0, Vec::len);
-    // as many rows of each head, or else the host puts them in
+    // the graph needs the same number of rows in each head; otherwise the host writes them
     if !moves_on_device(layout, layer) || heads.iter().any(|head| head.len() != n) {
         // SAFETY: the cache is idle, and no other thread works on this layer.
         return unsafe { host::copy_in(layout, layer, heads) };
     }
     // SAFETY: the storage tensors live as long as the context, which the caller holds.
     let row: usize = storages(layer).into_iter().map(|(storage, d)| unsafe { row_bytes(storage, d) }).sum();
-    // as many as are sent in one piece
+    // as many rows as one transfer can send
     let at_once = (backend::STAGE / (heads.len() * (row + size_of::<u32>() + 1))).max(1);
     let mut floats: [Vec<f32>; 2] = Default::default();
     for first in (0..n).step_by(at_once) {
@@ -321,7 +321,7 @@ pub(super) fn copy_in(
             at += bytes;
             let rows = b.input([bytes / size_of::<f32>(), these.len(), heads.len()], &floats[..]);
             let receiving = rows_as_floats(&b, layout, layer, storage, d);
-            // SAFETY: tensors of this context, of shapes that belong together.
+            // SAFETY: tensors of this context, with matching shapes.
             let put = unsafe { sys::ggml_set_rows(b.ctx, receiving, rows, cells) };
             b.run(put);
         }
@@ -331,7 +331,7 @@ pub(super) fn copy_in(
     Ok(())
 }
 
-/// Nodes, views and inputs of one layer.
+/// Upper bound on the nodes, views and inputs of one layer.
 const NODES: usize = 16;
 
 /// Bytes of one head's row.
@@ -340,7 +340,7 @@ unsafe fn row_bytes(storage: Tensor, d: u32) -> usize {
     unsafe { sys::ggml_row_size((*storage).type_, i64::from(d)) }
 }
 
-/// Whether K and V of a layer lie on one device, in rows that are whole floats.
+/// Whether K and V of a layer lie on one device, in rows that are a whole number of floats.
 pub(super) fn moves_on_device(layout: &Layout, layer: &sys::gvote_shim_layer) -> bool {
     // SAFETY: the storage tensors live as long as the context.
     unsafe {

@@ -1,11 +1,11 @@
-//! Rows in memory that the host can work on, or has fetched.
+//! Moves rows in memory that the host can access, or in a fetched copy.
 
 use super::{Moves, give_up};
 use crate::backend::{self, ComputeError};
 use crate::cache::Layout;
 use crate::{memory, sys};
 
-/// Moves the rows of one layer. `moves`: of each of its heads. `ascending`: no cell receives a row before it has given its own.
+/// Moves the rows of one layer. `moves`: for each of its heads. `ascending`: no cell receives a row before its own row has been read.
 ///
 /// # Safety
 /// The cache is idle, and no other thread works on this layer.
@@ -26,13 +26,13 @@ pub(super) unsafe fn move_layer(layout: &Layout, layer: &sys::gvote_shim_layer, 
     v.put_back();
 }
 
-/// Cells of one head, each with memory for its row: the key, and behind it the value. See [`crate::archive`].
+/// Cells of one head, each with memory for its row: the key, followed by the value. See [`crate::archive`].
 pub(super) type Leaving<'a> = Vec<(u32, &'a mut [u8])>;
 
-/// Cells of one head, each with the row that it gets.
+/// Cells of one head, each with its new row.
 pub(super) type Coming<'a> = Vec<(u32, &'a [u8])>;
 
-/// Copies rows of one layer out of the cache: those of each of its heads.
+/// Copies rows of each head of one layer out of the cache.
 ///
 /// # Errors
 /// [`ComputeError::Memory`].
@@ -53,7 +53,7 @@ pub(super) unsafe fn copy_out(
             for &(rows, at) in &blocks.0 {
                 for (cell, row) in tile.iter_mut() {
                     let to = &mut row[at..][..rows.bytes];
-                    // SAFETY: a row of this layer and head, and as many bytes of ours.
+                    // SAFETY: a row of this layer and head, and a buffer of the same size.
                     unsafe { copy(rows.base.add(*cell as usize * rows.stride), to.as_mut_ptr(), rows.bytes) };
                 }
             }
@@ -62,7 +62,7 @@ pub(super) unsafe fn copy_out(
     Ok(())
 }
 
-/// Copies rows of one layer into the cache: those of each of its heads. Other rows stay.
+/// Copies rows of each head of one layer into the cache. Other rows are unchanged.
 ///
 /// # Errors
 /// [`ComputeError::Memory`]; nothing was copied then.
@@ -83,7 +83,7 @@ pub(super) unsafe fn copy_in(
             for &(rows, at) in &blocks.0 {
                 for (cell, row) in tile {
                     let from = &row[at..][..rows.bytes];
-                    // SAFETY: a row of this layer and head, and as many bytes of ours.
+                    // SAFETY: a row of this layer and head, and a buffer of the same size.
                     unsafe { copy(from.as_ptr(), rows.base.add(*cell as usize * rows.stride), rows.bytes) };
                 }
             }
@@ -94,14 +94,14 @@ pub(super) unsafe fn copy_in(
     Ok(())
 }
 
-/// Rows that are copied before the next channel of a transposed V: so many that they stay in the processor's first cache, where the
-/// channels of one row come from far apart.
+/// Rows that are copied before the next channel of a transposed V: few enough to stay in the L1 cache, because the channels of one row are
+/// far apart.
 const TILE: usize = 32;
 
-/// Copies a row; the sizes that transposed f16 and f32 values have become plain loads and stores.
+/// Copies a row. The sizes of transposed f16 and f32 values compile to plain loads and stores.
 ///
 /// # Safety
-/// There are so many bytes at both places, which do not overlap.
+/// Both places have `bytes` bytes and do not overlap.
 unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
     // SAFETY: see above.
     unsafe {
@@ -113,7 +113,7 @@ unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
     }
 }
 
-/// Where the rows of one head lie: blocks of them, and the byte of a whole row at which each begins.
+/// Location of one head's rows: blocks, each with its byte offset in a whole row.
 struct Blocks(Vec<(Rows, usize)>);
 
 impl Blocks {
@@ -127,21 +127,21 @@ impl Blocks {
     }
 }
 
-/// One stream of a K or V tensor, where the host can work on it.
+/// One stream of a K or V tensor, accessible to the host.
 struct Storage<'a> {
     tensor: &'a sys::ggml_tensor,
-    /// Of the stream, in the tensor.
+    /// Byte offset of the stream in the tensor.
     offset: usize,
-    /// The stream's bytes, if the tensor itself cannot be reached.
+    /// Copy of the stream's bytes, if the host cannot access the tensor itself.
     copy: Option<Vec<u8>>,
 }
 
 impl<'a> Storage<'a> {
     /// # Errors
-    /// [`ComputeError::Memory`] where there is none for a copy of the stream.
+    /// [`ComputeError::Memory`] if a copy of the stream cannot be allocated.
     ///
     /// # Safety
-    /// `tensor` is a storage tensor of the cache, and nobody else uses the stream until this is put back.
+    /// `tensor` is a storage tensor of the cache, and nobody else uses the stream until [`Self::put_back`].
     unsafe fn fetch(tensor: *mut sys::ggml_tensor, stream: usize) -> Result<Self, ComputeError> {
         const FAILED: ComputeError = ComputeError::Memory("reading");
         // SAFETY: the stream is nb[2] bytes of a tensor that lives as long as the context.
@@ -216,9 +216,9 @@ fn rows_of_head(
 }
 
 /// # Safety
-/// Every cell in `moves` has a row in `rows`, and nobody else touches them.
+/// Every cell in `moves` has a row in `rows`, and nobody else accesses these rows.
 unsafe fn gather(rows: Rows, moves: &Moves, ascending: bool, buffer: &mut Vec<u8>) {
-    // the sizes that transposed f16 and f32 values have become plain loads and stores
+    // the sizes of transposed f16 and f32 values compile to plain loads and stores
     // SAFETY: passed on.
     unsafe {
         match rows.bytes {
@@ -251,7 +251,7 @@ unsafe fn gather_sized<const N: usize>(rows: Rows, moves: &Moves, ascending: boo
         buffer.extend_from_slice(unsafe { std::slice::from_raw_parts(row(moves.from(c)), bytes) });
     }
     for (kept, &to) in buffer.chunks_exact(bytes).zip(moves.to) {
-        // SAFETY: the buffer is ours, the row is the cache's.
+        // SAFETY: the buffer and the cache's row do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(kept.as_ptr(), row(to as usize), bytes) };
     }
 }

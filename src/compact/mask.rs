@@ -1,9 +1,9 @@
-//! What attention would read if every head could hold its own number of rows: the full cache behind a mask.
+//! Evaluates unequal budgets: attention as if every head could hold its own number of rows, with the full cache behind a mask.
 //!
-//! Nothing is freed. While tokens are decoded, the products q·k (`kq-<il>` `[n_kv, n_tokens, n_head]`, f32, before the
-//! softmax) of the cells that a head has dropped become minus infinity, so that they get no weight. Cells of tokens that were
-//! decoded later are never masked. With flash attention the products exist nowhere, and a softcap would make a finite number
-//! of them: both are refused. For measuring only; what can be run is in [`super::compact`].
+//! Nothing is freed. While tokens are decoded, the products q·k (`kq-<il>` `[n_kv, n_tokens, n_head]`, f32, before the softmax) of the
+//! cells that a head has dropped are set to minus infinity, so that they get no weight. Cells of tokens that are decoded later are never
+//! masked. With flash attention the products are never stored, and a softcap would turn minus infinity into a finite number: both are
+//! refused. For measurements only; the runnable methods are in [`super::compact`].
 
 use std::collections::HashMap;
 
@@ -16,7 +16,7 @@ use crate::llama::{Batch, Context, LlamaError, SeqId};
 use crate::policy::Selection;
 use crate::sys;
 
-/// Why a mask was refused, or a masked decode failed.
+/// Reasons why a mask was refused, or a masked decode failed.
 #[derive(Debug, thiserror::Error)]
 pub enum MaskError {
     #[error(transparent)]
@@ -42,9 +42,9 @@ pub enum MaskError {
 struct Layer {
     il: i32,
     n_head: usize,
-    /// `[n_head_kv]` cells that the head has dropped, ascending.
+    /// `[n_head_kv]` cells that each head has dropped, ascending.
     dropped: Vec<Vec<u32>>,
-    /// Graphs of this decode in which it was masked.
+    /// Number of graphs of this decode in which the layer was masked.
     masked: usize,
 }
 
@@ -52,7 +52,7 @@ struct Layer {
 pub(crate) struct Mask {
     layers: Vec<Layer>,
     by_tensor: HashMap<*const sys::ggml_tensor, usize>,
-    /// A copy of products that the host cannot reach.
+    /// Buffer for products that the host cannot access in place.
     scratch: Vec<f32>,
 }
 
@@ -60,13 +60,13 @@ pub(crate) struct Mask {
 unsafe impl Send for Mask {}
 
 impl Mask {
-    /// A mask over the cells that `seq` has now.
+    /// Makes a mask over the cells that `seq` has now.
     ///
     /// # Errors
-    /// [`MaskError::Flash`], [`MaskError::Attention`], or that the selection does not fit the cache.
+    /// [`MaskError::Flash`], [`MaskError::Attention`], or an error if the selection does not fit the cache.
     pub fn new(ctx: &Context, seq: SeqId, selection: &Selection) -> Result<Self, MaskError> {
         let layout = Layout::of(ctx, seq)?;
-        // V is stored as it is for flash attention alone
+        // V is stored untransposed only for flash attention
         if !layout.info.v_trans {
             return Err(MaskError::Flash);
         }
@@ -100,7 +100,7 @@ impl Mask {
     /// Decodes a batch behind the mask.
     ///
     /// # Errors
-    /// [`MaskError::Graph`] where a layer was not masked, or what decoding fails with.
+    /// [`MaskError::Graph`] if a layer was not masked, or the error of decoding.
     pub fn decode(&mut self, ctx: &mut Context, batch: &Batch) -> Result<(), MaskError> {
         for layer in &mut self.layers {
             layer.masked = 0;
@@ -113,7 +113,7 @@ impl Mask {
         }
     }
 
-    /// The layer whose q·k a node is.
+    /// Returns the layer whose q·k this node computes.
     fn layer_of(&self, node: &Node) -> Option<usize> {
         let is_kq = node.0.op == sys::GGML_OP_MUL_MAT && node.name().to_bytes().starts_with(b"kq-");
         let k = node.src(0).filter(|_| is_kq)?;

@@ -1,7 +1,7 @@
-//! Rows that are set aside as q8_0 where the cache has floats: half the bytes of f16.
+//! Archives rows as q8_0 where the cache has floats: half the bytes of f16.
 //!
-//! A value comes back within half a 127th of the largest of its block of 32. That changes nothing in a row that has been rounded so
-//! before, but for what the cache's own type rounds: largest values keep their place, and the others their distance to it.
+//! A value comes back with an error of at most half a 127th of the largest value in its block of 32. Packing a row again changes nothing
+//! beyond the rounding of the cache's own type: the largest value keeps its level, and the others their distance to it.
 
 use std::ops::Range;
 
@@ -11,19 +11,19 @@ use crate::backend::{ComputeError, Devices};
 use crate::cache::Layout;
 use crate::sys;
 
-/// Rows of each head that are converted at once: many, and yet little beside a cache.
+/// Rows per head that are converted at once: many, yet small compared with a cache.
 const AT_ONCE: usize = 1024;
 
-/// The key or the value of one head in a cell.
+/// Format of one head's key or value in a cell.
 #[derive(Clone, Copy)]
 pub(super) struct Part {
     type_: sys::ggml_type,
-    /// Numbers.
+    /// Number of values.
     d: usize,
     is_packed: bool,
 }
 
-/// How rows of a layer's heads are set aside: key, then value.
+/// Formats of archived rows of a layer's heads: key, then value.
 pub(super) struct Packing([Part; 2]);
 
 impl Part {
@@ -34,13 +34,13 @@ impl Part {
         Self { type_, d: d as usize, is_packed: is_float && form == RecallType::Q8_0 }
     }
 
-    /// Bytes in the cache.
+    /// Bytes of a row in the cache.
     pub fn cached(&self) -> usize {
         // SAFETY: plain query.
         unsafe { sys::ggml_row_size(self.type_, self.d as i64) }
     }
 
-    /// Bytes set aside.
+    /// Bytes of a row in the archive.
     pub fn aside(&self) -> usize {
         let type_ = if self.is_packed { sys::GGML_TYPE_Q8_0 } else { self.type_ };
         // SAFETY: plain query.
@@ -63,7 +63,7 @@ impl Part {
         }
     }
 
-    /// Through floats, with ggml's own functions.
+    /// Converts via f32 with ggml's own functions.
     fn convert(
         &self,
         from_type: sys::ggml_type,
@@ -78,7 +78,7 @@ impl Part {
         // SAFETY: ggml's table has an entry for each type, which lives forever.
         let [from_traits, to_traits] = [from_type, to_type].map(|type_| unsafe { &*sys::ggml_get_type_traits(type_) });
         match from_traits.to_float {
-            // SAFETY: `d` numbers of this type, in blocks that are whole; every row begins at an even byte, as blocks and halves want.
+            // SAFETY: `d` numbers of this type, in whole blocks; every row begins at an even byte, as blocks and f16 require.
             Some(to_float) => unsafe { to_float(from.as_ptr().cast(), floats.as_mut_ptr(), self.d as i64) },
             None => {
                 floats.iter_mut().zip(from.as_chunks::<STEP>().0).for_each(|(x, &bytes)| *x = f32::from_ne_bytes(bytes))
@@ -100,7 +100,7 @@ impl Packing {
         )
     }
 
-    /// Key and value.
+    /// Formats of key and value.
     pub fn parts(&self) -> impl Iterator<Item = Part> {
         self.0.into_iter()
     }
@@ -132,7 +132,7 @@ impl Packing {
     }
 }
 
-/// Bytes that a row of each KV head takes that is set aside, over all layers.
+/// Returns the bytes of an archived row for each KV head, over all layers.
 pub(crate) fn row_bytes(layout: &Layout, form: RecallType) -> impl Iterator<Item = usize> + '_ {
     layout
         .layers
@@ -140,7 +140,7 @@ pub(crate) fn row_bytes(layout: &Layout, form: RecallType) -> impl Iterator<Item
         .flat_map(move |layer| std::iter::repeat_n(Packing::of(layer, form).aside(), layer.n_head_kv as usize))
 }
 
-/// Numbers of a head's key or value that are no whole blocks of q8_0, where there are such.
+/// Returns the size of a head's key or value that is not a multiple of q8_0's block size, or None if all fit.
 pub(crate) fn unfit(layout: &Layout, form: RecallType) -> Option<usize> {
     // SAFETY: plain query.
     let block = unsafe { sys::ggml_blck_size(sys::GGML_TYPE_Q8_0) } as usize;
@@ -148,7 +148,7 @@ pub(crate) fn unfit(layout: &Layout, form: RecallType) -> Option<usize> {
     parts.find(|part| part.is_packed && !part.d.is_multiple_of(block)).map(|part| part.d)
 }
 
-/// Copies rows of one layer, which nobody else works on, out of the idle cache.
+/// Copies rows of one layer out of the idle cache. No other thread may use this layer.
 pub(super) fn copy_out(
     devices: Option<&mut Devices>,
     layout: &Layout,
@@ -182,7 +182,7 @@ pub(super) fn copy_out(
     Ok(())
 }
 
-/// Copies rows of one layer, which nobody else works on, into the idle cache.
+/// Copies rows of one layer into the idle cache. No other thread may use this layer.
 pub(super) fn copy_in(
     devices: Option<&mut Devices>,
     layout: &Layout,
@@ -216,7 +216,7 @@ pub(super) fn copy_in(
     Ok(())
 }
 
-/// Parts of as many rows as the longest list has.
+/// Splits the longest list into ranges of at most [`AT_ONCE`] rows.
 fn chunks(longest: Option<usize>) -> impl Iterator<Item = Range<usize>> {
     let n = longest.unwrap_or(0);
     (0..n).step_by(AT_ONCE).map(move |first| first..(first + AT_ONCE).min(n))

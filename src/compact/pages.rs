@@ -1,8 +1,8 @@
-//! Memory of cells that nobody uses goes back to the system.
+//! Returns the memory of unused cells to the system.
 //!
-//! llama.cpp takes the memory of all cells when it makes a context, and Linux counts a page of it from the first write on. What a vote
-//! freed would stay counted, though nothing reads it before it is written again. Such pages are given back, and read as zeros until
-//! then, as at the beginning: llama.cpp masks free cells, but reads them.
+//! llama.cpp allocates the memory of all cells when it makes a context, and Linux counts a page from the first write on. The memory that a
+//! vote freed would stay counted, although it is not needed before it is written again. These pages are returned to the system and read as
+//! zeros until then, as in a new context: llama.cpp masks free cells, but reads them.
 
 use std::ops::Range;
 
@@ -10,8 +10,8 @@ use crate::cache::{self, Layout};
 use crate::llama::{Context, SeqId};
 use crate::sys;
 
-/// Gives back what lies behind the last cell that any sequence uses in the stream of `seq`, where the cache lies in plain memory of the
-/// host. Returns how many bytes of whole pages that were, in memory or not.
+/// Returns to the system the memory behind the last cell that any sequence uses in the stream of `seq`, if the cache lies in plain host
+/// memory. Returns the bytes of these whole pages, whether resident or not.
 pub(crate) fn give_back(ctx: &mut Context, seq: SeqId) -> usize {
     let Ok(layout) = Layout::of(ctx, seq) else { return 0 };
     if !layout.is_host() {
@@ -23,12 +23,12 @@ pub(crate) fn give_back(ctx: &mut Context, seq: SeqId) -> usize {
     unsafe { unused(&layout, cache::cells_end(ctx, seq)) }.into_iter().filter(discard).map(|pages| pages.len()).sum()
 }
 
-/// Addresses of the whole pages of K and V in which no cell before `end` has anything, in memory that is only the cache's.
+/// Returns the addresses of the whole pages of K and V that contain only cells from `end` on, in memory that belongs only to the cache.
 ///
 /// # Safety
 /// The context of the layout lives.
 unsafe fn unused(layout: &Layout, end: usize) -> Vec<Range<usize>> {
-    // SAFETY: a number of the system.
+    // SAFETY: plain query of the system.
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(usize::MAX).max(1);
     let (n, stream) = (layout.n_cells(), layout.info.stream as usize);
     let mut pages = Vec::new();
@@ -55,14 +55,14 @@ unsafe fn unused(layout: &Layout, end: usize) -> Vec<Range<usize>> {
     pages
 }
 
-/// Whether the system took these pages back.
+/// Discards these pages. Returns whether the system took them back.
 #[cfg(target_os = "linux")]
 fn discard(pages: &Range<usize>) -> bool {
     // SAFETY: whole pages of the cache that hold nothing; they read as zeros afterwards.
     unsafe { libc::madvise(pages.start as *mut libc::c_void, pages.len(), libc::MADV_DONTNEED) == 0 }
 }
 
-/// Elsewhere nothing says what such pages read as.
+/// Other systems do not specify the content of such pages.
 #[cfg(not(target_os = "linux"))]
 fn discard(_: &Range<usize>) -> bool {
     false
@@ -78,7 +78,7 @@ mod tests {
 
     const N: usize = 600;
 
-    /// Of some pages, those that are in memory.
+    /// Counts the pages that are resident.
     fn resident(pages: &[Range<usize>]) -> usize {
         let of = |pages: &Range<usize>| {
             let mut flags = vec![0_u8; pages.len() / 4096];
@@ -98,7 +98,7 @@ mod tests {
             // a page holds 2,048 values of a transposed V
             let mut ctx = context(&model, setup, 8192, 512);
             decode(&mut ctx, &text[..N], 0, 0);
-            // another sequence in the middle of it all
+            // another sequence in between
             decode(&mut ctx, &text[..50], 0, 1);
             decode(&mut ctx, &text[50..90], N as Pos, 0);
             let cells = cache::cells(&ctx, 0);
@@ -121,7 +121,7 @@ mod tests {
             assert!(give_back(&mut ctx, 0) > 0, "{setup}");
             assert_eq!(resident(&pages), 0, "{setup}");
             assert!(next(&mut ctx) == expected, "{setup}");
-            // with the other sequence gone there is more to give
+            // after the other sequence is removed, more can be returned
             assert!(ctx.remove(1, 0, -1));
             let more = give_back(&mut ctx, 0);
             assert!(more > pages.iter().map(|pages| pages.len()).sum::<usize>(), "{setup}: {more}");

@@ -6,21 +6,21 @@ use crate::backend::{Builder, ComputeError, Device};
 use crate::sys;
 
 impl LayerGraph<'_> {
-    /// [`crate::policy::HeadScores::expected`]: mean and variance of each key's logits over the synthetic queries.
+    /// Computes [`crate::policy::HeadScores::expected`]: from the mean and variance of each key's logits over the synthetic queries.
     pub(super) fn expect(&self, device: &mut Device, scores: &mut LayerScores) -> Result<(), ComputeError> {
         let (n_kv, n_head, group) = (self.view.n_kv, self.layer.n_head as usize, self.group());
-        // the current query, last of all, is no sample
+        // the current query comes last and is not a sample
         let samples = self.queries.n_observed..self.queries.pos.len() - 1;
         let n_samples = samples.len();
 
-        // squares take no more than fourth powers
+        // squares need no more nodes than fourth powers
         let mut b = Builder::on(device, self.n_nodes(n_samples, 0, true, false))?;
         let mut out = b.results(n_kv, 0..2 * n_head);
         for (kv, kv_heads) in self.head_chunks() {
             let k = self.k_rows(&b, kv, kv_heads, 0, n_kv);
             for set in &self.query_sets(&mut b, samples.clone()) {
                 let Logits { kq, scale, masked } = self.logits(&mut b, set, k, std::ptr::null_mut(), kv);
-                // a column of ones for the queries of each head of the group
+                // a column of ones selects the queries of each head of the group
                 let one = |i: usize| if i % group == i / group % group { 1.0 } else { 0.0 };
                 let columns = set.n * group;
                 let ones: Vec<f32> = (0..kv_heads * columns * group).map(one).collect();
@@ -51,7 +51,7 @@ impl LayerGraph<'_> {
     }
 }
 
-/// Adds one query head's weights exp(mean + variance / 2), normalised, divided by `group`. `sums`, `squares`: over `n` queries, of
+/// Adds one query head's weights exp(mean + variance / 2), normalised and divided by `group`. `sums`, `squares`: sums over `n` queries of
 /// each key's logits and of their squares.
 fn add_weights(sums: &[f32], squares: &[f32], n: f64, group: f64, out: &mut [f32]) {
     let exponent = |(sum, squares): (&f32, &f32)| {

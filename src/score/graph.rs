@@ -1,4 +1,4 @@
-//! The graph of one layer: every score of it is one row of the results.
+//! The ggml graph that scores one layer: every score is one row of the results.
 
 use std::ops::Range;
 
@@ -13,15 +13,15 @@ use crate::llama::Pos;
 use crate::policy::Needs;
 use crate::sys;
 
-/// On the host, columns of a product (a few queries of one KV head): they bound the transient memory to one `[n_kv, columns]` block
-/// of f32 a thread.
+/// Columns of a product on the host (a few queries of one KV head). They bound the transient memory to one `[n_kv, columns]` block of f32
+/// per thread.
 const HOST_COLUMNS: usize = 18;
-/// On the host, rows of heads that are measured at once: as f32 they stay in the CPU's cache.
+/// Rows of heads that are measured at once on the host: as f32 they stay in the CPU's cache.
 const HOST_CELLS: usize = 512;
 
-/// How a type stores its scale, for the error of a rounded key.
+/// How a type stores its scale, for the variance of a key's rounding error.
 pub(super) struct Coarseness {
-    /// Bytes of a block; the f16 scale comes first.
+    /// Bytes of a block, which begins with the f16 scale.
     block_bytes: usize,
     block_size: usize,
     /// Variance of the rounding error in units of the squared scale.
@@ -29,7 +29,7 @@ pub(super) struct Coarseness {
 }
 
 impl Coarseness {
-    /// Scale-first types of ggml-common.h; `None` for types whose error does not matter.
+    /// Types of ggml-common.h whose blocks begin with the scale; `None` for types whose error is negligible.
     pub(super) fn of(type_: sys::ggml_type) -> Option<Self> {
         let variance = match type_ {
             sys::GGML_TYPE_Q8_0
@@ -47,18 +47,18 @@ impl Coarseness {
     }
 }
 
-/// The cells of the sequence as the kernels see them: the first `n_kv` cells of the stream.
+/// The sequence's cells as the kernels see them: the first `n_kv` cells of the stream.
 pub(super) struct CellsView {
     pub(super) n_kv: usize,
-    /// Position of each cell, -1 where the sequence owns none.
+    /// Position of each cell, -1 if the sequence does not own it.
     pos: Vec<Pos>,
-    /// 1 for each cell that the sequence owns, else 0; as far as cells are measured.
+    /// 1 for each cell that the sequence owns, else 0; long enough for all cells that are measured.
     pub(super) owned: Vec<f32>,
-    /// Their numbers.
+    /// Indices of the cells.
     pub(super) numbers: Vec<u32>,
 }
 
-/// What to add to the logits of the cells from `first` on; cells before it are seen by every query.
+/// Addends to the logits of the cells from `first` on. Every query sees the cells before `first`.
 struct Mask {
     first: usize,
     /// `[n_query][n_kv - first]`, 0 or -inf
@@ -91,44 +91,44 @@ impl CellsView {
     }
 }
 
-/// A chunk of queries in one layer's graph: observed ones first.
+/// A chunk of queries in one layer's graph, observed queries first.
 pub(super) struct QuerySet {
-    /// `[d, n_head, n]` f16; where the grain is coarse, what [`LayerGraph::by_kv_head`] makes of all of it.
+    /// `[d, n_head, n]` f16; with a coarse grain, the output of [`LayerGraph::by_kv_head`] for all heads.
     data: Tensor,
     mask: Tensor, // [n_kv - first, 1, n], NULL if every query sees every cell
     first: usize,
-    /// Its first query among all of them.
+    /// Index of the chunk's first query among all queries.
     pub(super) start: usize,
     pub(super) n: usize,
 }
 
 /// Logits of a chunk of queries.
 pub(super) struct Logits {
-    /// Still to be multiplied by the scale. `[n_kv, group * n, kv_heads]`: for each query those of the heads of a group
+    /// Logits before multiplication by `scale`. `[n_kv, group * n, kv_heads]`: for each query the heads of a group.
     pub kq: Tensor,
     pub scale: f32,
-    /// What hides cells in a part of it, if any are hidden: to be given to [`Builder::run_after`].
+    /// Node that masks some of the cells, or NULL: to be passed to [`Builder::run_after`].
     pub masked: Tensor,
 }
 
-/// How much one node does at once.
+/// Amount of work of one node.
 #[derive(Clone, Copy)]
 pub(super) struct Grain {
     /// Columns of a product: queries times query heads of a KV head.
     pub columns: usize,
-    /// KV heads whose keys meet queries.
+    /// KV heads whose keys meet queries in one product.
     pub kv_heads: usize,
-    /// Cells whose keys and values are measured, of all heads: a multiple of `step`.
+    /// Cells whose keys and values are measured at once, for all heads: a multiple of `step`.
     pub cells: usize,
-    /// So many are measured together, whether the sequence owns the last of them or not.
+    /// Granularity of measuring: the last cells may not belong to the sequence.
     pub step: usize,
-    /// Whether it is for a device, where a node is dear and memory is not: all is one graph, and cells are measured channel by channel
-    /// rather than row by row.
+    /// Whether the grain is for a device, where nodes are expensive and memory is not: everything is one graph, and cells are measured
+    /// channel by channel rather than row by row.
     pub is_coarse: bool,
 }
 
 impl Grain {
-    /// A few queries of one head, and cells that stay in the CPU's cache.
+    /// Grain for the host: a few queries of one head, and cells that stay in the CPU's cache.
     pub fn on_host(layer: &sys::gvote_shim_layer) -> Self {
         let cells = (HOST_CELLS / layer.n_head_kv as usize).max(1);
         Self { columns: HOST_COLUMNS, kv_heads: 1, cells, step: 1, is_coarse: false }
@@ -151,26 +151,26 @@ impl Grain {
         layer.n_embd_head_k.max(layer.n_embd_head_v) as usize
     }
 
-    /// As much as fits into `room` bytes, of at most `n_query` queries at once. `n_cells`: those of a stream.
+    /// Largest grain that fits into `room` bytes, with at most `n_query` queries at once. `n_cells`: cells of a stream.
     pub fn on_device(layer: &sys::gvote_shim_layer, n_kv: usize, n_cells: usize, n_query: usize, room: usize) -> Self {
         let n_head_kv = layer.n_head_kv as usize;
         let d = Self::channels(layer);
         let number = Self::bytes_of_row(n_kv);
-        // the keys of a head are turned into f32 on the way
+        // a head's keys are converted to f32 on the way
         let columns = (room / number).saturating_sub(d).clamp(1, Self::columns(layer, n_query));
         let kv_heads = (room / (number * (columns + d))).clamp(1, n_head_kv);
-        // in parts of one size
+        // chunks of equal size
         let kv_heads = n_head_kv.div_ceil(n_head_kv.div_ceil(kv_heads));
-        // llama.cpp's streams have a multiple of 256 cells; no step goes beyond the last one
+        // llama.cpp's streams have a multiple of 256 cells; no step extends beyond the last cell
         let step = STEP.min(n_cells & n_cells.wrapping_neg()).max(1);
-        // as f32, and squared or multiplied with each other
+        // converted to f32, and squared or multiplied with each other
         let of_row = d + d.max(GRAM).max(n_head_kv);
         let cells = room / (n_head_kv * of_row * size_of::<f32>());
         Self { columns, kv_heads, cells: (cells / step * step).max(step), step, is_coarse: true }
     }
 }
 
-/// The scoring of one layer.
+/// The inputs and settings for scoring one layer.
 pub(super) struct LayerGraph<'a> {
     pub layer: &'a sys::gvote_shim_layer,
     pub stream: usize,
@@ -178,7 +178,7 @@ pub(super) struct LayerGraph<'a> {
     pub queries: LayerQueries<'a>,
     pub coarseness: Option<Coarseness>,
     pub grain: Grain,
-    /// V is stored transposed, in rows of so many cells.
+    /// Whether V is stored transposed, in rows of `n_cells` cells.
     pub v_trans: bool,
     pub n_cells: usize,
 }
@@ -186,8 +186,8 @@ pub(super) struct LayerGraph<'a> {
 // SAFETY: the layer's tensors are only read, and no one writes to the cache while it is scored.
 unsafe impl Send for LayerGraph<'_> {}
 
-/// Tensors at most: of a chunk of queries; of its logits for some KV heads, what is added to those where keys are coarse or a softcap
-/// bends them; of a mean over its queries, and of their fourth powers; of each query head that is noted by itself.
+/// Upper bounds on the number of tensors: for a chunk of queries; for its logits with some KV heads; in addition, for coarse keys and for a
+/// softcap; for a mean over the queries; for their fourth powers; for each query head that is recorded by itself.
 const SET_NODES: usize = 8;
 const LOGITS_NODES: usize = 9;
 const ERROR_NODES: usize = 8;
@@ -195,15 +195,15 @@ const SOFTCAP_NODES: usize = 2;
 const MEAN_NODES: usize = 10;
 const POWERS_NODES: usize = 14;
 const EACH_NODES: usize = 3;
-/// Of a chunk of cells on the host and on a device, of a chunk of heads, and of what else there is.
+/// For a chunk of cells on the host and on a device, for a chunk of heads, and for everything else.
 const CELLS_NODES: usize = 40;
 const DEVICE_CELLS_NODES: usize = 56;
 const HEADS_NODES: usize = 8;
 const OTHER_NODES: usize = 32;
 
 impl LayerGraph<'_> {
-    /// Begins to compute what comes of keys and values alone, which stays on the device for [`Self::compute`], and says where; None: it has
-    /// no room for it. `n_layers`: those that it will be asked for.
+    /// Starts computing the scores of keys and values alone, which stay on the device for [`Self::compute`]. Returns their location; None
+    /// if the device has no room for them. `n_layers`: number of layers that will be requested.
     pub fn measure_ahead(
         &self,
         device: &mut Device,
@@ -226,7 +226,7 @@ impl LayerGraph<'_> {
         Ok(Some(at))
     }
 
-    /// The scores of each KV head, in place of what `scores` holds. `measured`: what [`Self::measure_ahead`] has said.
+    /// Computes the scores of each KV head into `scores`. `measured`: the result of [`Self::measure_ahead`].
     pub fn compute(
         &self,
         device: &mut Device,
@@ -246,7 +246,7 @@ impl LayerGraph<'_> {
                 device.read_kept(&mut scores.data[measures.start * rows.n_kv..measures.end * rows.n_kv], at)?;
             }
             None if self.grain.is_coarse => self.compute_rows(device, needs, scores, looks.start..measures.end)?,
-            // one after the other they need less memory
+            // one after the other, they need less memory
             None => {
                 self.compute_rows(device, needs, scores, looks)?;
                 self.compute_rows(device, needs, scores, measures)?;
@@ -258,7 +258,7 @@ impl LayerGraph<'_> {
         Ok(())
     }
 
-    /// Some of the rows of the results: those that come of queries, of keys and values by themselves, or both.
+    /// Computes some of the rows of the results: those that depend on queries, those of keys and values alone, or both.
     fn compute_rows(
         &self,
         device: &mut Device,
@@ -286,8 +286,8 @@ impl LayerGraph<'_> {
         device.read(&mut scores.data[part.start * rows.n_kv..part.end * rows.n_kv], out.tensor)
     }
 
-    /// Tensors of a graph for so many queries, at most; `n_each`: query heads whose probabilities are noted one by one; `powers`:
-    /// fourth powers are summed up; `measures`: keys and values are measured.
+    /// Upper bound on the tensors of a graph for `n_query` queries. `n_each`: query heads whose probabilities are recorded one by one;
+    /// `powers`: whether fourth powers are summed; `measures`: whether keys and values are measured.
     pub(super) fn n_nodes(&self, n_query: usize, n_each: usize, powers: bool, measures: bool) -> usize {
         let n_sets = n_query.div_ceil(self.queries_at_once());
         let head_chunks = self.n_head_kv().div_ceil(self.grain.kv_heads);
@@ -297,7 +297,7 @@ impl LayerGraph<'_> {
             + of(ERROR_NODES, self.coarseness.is_some())
             + of(SOFTCAP_NODES, self.queries.scale.softcap)
             + of(POWERS_NODES, powers);
-        // one chunk has queries of both kinds, at most
+        // at most one chunk has queries of both kinds
         let chunks = n_sets * logits + (n_sets + 1) * MEAN_NODES;
         n_sets * (SET_NODES + n_each * EACH_NODES)
             + head_chunks * (chunks + HEADS_NODES)
@@ -305,8 +305,8 @@ impl LayerGraph<'_> {
             + OTHER_NODES
     }
 
-    /// Where the queries look: the mean probabilities of the observed and of the future ones, and where they are asked for, the
-    /// sum of the fourth powers of those, and each of these.
+    /// Computes the attention of the queries: the mean probabilities of the observed and of the future queries and, if requested, the sum
+    /// of the observed ones' fourth powers, and each future probability.
     fn look<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, rows: &Rows) {
         let LayerQueries { pos, n_observed, .. } = &self.queries;
         let (n_query, group) = (pos.len(), self.group());
@@ -322,7 +322,7 @@ impl LayerGraph<'_> {
         };
         let observed_weights = weights(observes, *n_observed);
         let future_weights = weights(foresees, n_query - n_observed);
-        // where all queries are one set, one product takes both means
+        // if all queries form one set, one product computes both means
         let both_weights = (observes && foresees && sets.len() == 1).then(|| {
             let [observed, future] = [*n_observed, n_query - n_observed].map(|n| n * group);
             let of_observed = std::iter::repeat_n([1.0 / observed as f32, 0.0], observed);
@@ -376,7 +376,7 @@ impl LayerGraph<'_> {
         self.layer.n_head_kv as usize
     }
 
-    /// Query heads of a KV head.
+    /// Query heads per KV head.
     pub(super) fn group(&self) -> usize {
         (self.layer.n_head / self.layer.n_head_kv) as usize
     }
@@ -385,13 +385,13 @@ impl LayerGraph<'_> {
         (self.grain.columns / self.group()).max(1)
     }
 
-    /// The KV heads that are worked on at once: the first one, and how many.
+    /// Chunks of KV heads that are processed at once: the first head, and their number.
     pub(super) fn head_chunks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (n, at_once) = (self.n_head_kv(), self.grain.kv_heads);
         (0..n).step_by(at_once).map(move |first| (first, at_once.min(n - first)))
     }
 
-    /// Chunks of some of the queries.
+    /// Splits a range of the queries into chunks.
     pub(super) fn query_sets<'b>(&'b self, b: &mut Builder<'b>, which: Range<usize>) -> Vec<QuerySet> {
         let (d, n_head) = (self.layer.n_embd_head_k as usize, self.layer.n_head as usize);
         let at_once = self.queries_at_once();
@@ -412,7 +412,7 @@ impl LayerGraph<'_> {
         which.clone().step_by(at_once).map(set).collect()
     }
 
-    /// Of queries `[d, n_head, n]` f16 those that belong to `kv_heads` KV heads from `kv` on, as f32, one KV head's after another's.
+    /// Selects from queries `[d, n_head, n]` f16 those of `kv_heads` KV heads from `kv` on, as f32, one KV head after another.
     /// `[d, group * n, kv_heads]`
     fn by_kv_head(&self, b: &Builder, queries: Tensor, kv: usize, kv_heads: usize) -> Tensor {
         // SAFETY: shapes as noted; every tensor belongs to this context.
@@ -426,12 +426,12 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The part of K that belongs to `kv_heads` heads from `kv` on, in `n` cells from `first` on. `[d, n, kv_heads]` of K's type
+    /// View of K for `kv_heads` heads from `kv` on, in `n` cells from `first` on. `[d, n, kv_heads]` of K's type
     pub(super) fn k_rows(&self, b: &Builder, kv: usize, kv_heads: usize, first: usize, n: usize) -> Tensor {
         self.head_rows(b, self.layer.k, self.layer.n_embd_head_k, kv..kv + kv_heads, first..first + n)
     }
 
-    /// The same of K or V, where that is stored in rows.
+    /// View of K or V for some heads and cells, if it is stored in rows. `[d, n, heads]`
     pub(super) fn head_rows(
         &self,
         b: &Builder,
@@ -450,7 +450,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// Squared block scales of `kv_heads` heads from `kv` on. `[n_block, n_kv, kv_heads]` f32, or NULL where K is not quantized.
+    /// Squared block scales of `kv_heads` heads from `kv` on. `[n_block, n_kv, kv_heads]` f32, or NULL if K is not quantized.
     fn error_view(&self, b: &mut Builder, kv: usize, kv_heads: usize) -> Tensor {
         let Some(c) = &self.coarseness else {
             return std::ptr::null_mut();
@@ -475,7 +475,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The logits of the queries of `set` that belong to the KV heads from `kv` on, whose keys `k` are.
+    /// Logits of the queries of `set` that belong to the KV heads from `kv` on, with the keys `k`.
     pub(super) fn logits(&self, b: &mut Builder, set: &QuerySet, k: Tensor, errors: Tensor, kv: usize) -> Logits {
         let (n, group) = (set.n as i64, self.group() as i64);
         // SAFETY: shapes as noted; every tensor belongs to this context.
@@ -488,7 +488,7 @@ impl LayerGraph<'_> {
                 self.by_kv_head(b, set.data, kv, kv_heads as usize)
             };
             let kq = sys::ggml_mul_mat(b.ctx, k, q);
-            // as attention does
+            // the precision that llama.cpp's attention uses
             sys::ggml_mul_mat_set_prec(kq, sys::GGML_PREC_F32);
             let mut kq = b.run(kq);
             if let Some(c) = &self.coarseness
@@ -521,8 +521,8 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// Half the variance of a logit for a key of scale 1, in units of the unscaled logit so that one scale serves both: see the
-    /// module's docs. `q` `[d, n, heads]` gives `[n_block, n, heads]`
+    /// Half the variance of a logit for a key of scale 1, in units of the unscaled logit so that one scale serves both: see the module's
+    /// docs. `q` `[d, n, heads]` gives `[n_block, n, heads]`.
     fn squares(&self, b: &Builder, q: Tensor, c: &Coarseness) -> Tensor {
         let factor = self.queries.scale.post * self.queries.scale.pre * c.variance / 2.0;
         // SAFETY: shapes as noted; every tensor belongs to this context.
@@ -536,7 +536,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// What belongs to `n` queries from `first` on, of `p` `[n_kv, group * n_query, kv_heads]`.
+    /// View of `n` queries from `first` on in `p` `[n_kv, group * n_query, kv_heads]`.
     fn columns(&self, b: &Builder, p: Tensor, first: usize, n: usize) -> Tensor {
         let group = self.group();
         // SAFETY: a part of p.
@@ -547,8 +547,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The sums of `p` `[n_kv, group * n, kv_heads]` over the queries of each KV head, with as many `weights` as there are of them.
-    /// `[n_kv, sums, kv_heads]`
+    /// Sums of `p` `[n_kv, group * n, kv_heads]` over the queries of each KV head, one for each row of `weights`. `[n_kv, sums, kv_heads]`
     fn sum_over_queries(&self, b: &Builder, p: Tensor, weights: Tensor) -> Tensor {
         // SAFETY: there are weights for the largest set.
         unsafe {
@@ -558,8 +557,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// What belongs to one query head, the `head`-th, and to `n` queries from `first` on, of `p` `[n_kv, group * n_query, kv_heads]`.
-    /// `[n_kv, n]`
+    /// View of one query head, the `head`-th, and of `n` queries from `first` on in `p` `[n_kv, group * n_query, kv_heads]`. `[n_kv, n]`
     fn block_of(&self, b: &Builder, p: Tensor, head: usize, first: usize, n: usize) -> Tensor {
         let group = self.group();
         // SAFETY: a part of p.

@@ -1,37 +1,39 @@
-//! Measures of keys and values by themselves. K and V of all heads lie side by side in a row.
+//! Scores of keys and values alone: the norm of each value, and the similarity of each key to the mean direction. K and V of all heads lie
+//! side by side in a row.
 //!
-//! On the host rows are turned into f32 as they lie, so many that they stay in the CPU's cache, and what is left of them, one
-//! number for each head and cell, is transposed. A GPU multiplies faster than it converts: there the product with an identity matrix
-//! gives the same numbers channel by channel, as a transposed V is stored anyway, and a sum over channels lies as it should.
+//! On the host, rows are converted to f32 as they are stored, few enough at a time to stay in the CPU's cache. The results, one number per
+//! head and cell, are then transposed. A GPU multiplies faster than it converts: there a product with an identity matrix yields the same
+//! numbers channel by channel, the order in which a transposed V is stored anyway, and sums over channels are contiguous.
 //!
-//! It multiplies faster than it squares, too. The squared length of a row is on the diagonal of the Gram matrix of some rows, the
-//! products of each with each: with so few of them what is beside the diagonal costs less than squares of all numbers that are
-//! written and read again. All heads' rows of a cell, and those of the next cell, follow each other without a gap, so blocks of them
-//! are one batch. Keys are needed head by head for their mean direction anyway, and a second time by rows would cost what is gained.
+//! A GPU also multiplies faster than it squares. The squared length of a row is on the diagonal of the Gram matrix of a few rows, the
+//! products of each with each. For so few rows the off-diagonal products cost less than writing and reading all squares. The rows of all
+//! heads of a cell, and those of the next cell, are contiguous, so blocks of them form one batch. Keys are needed head by head for their
+//! mean direction anyway; reading them a second time by rows would cost what is gained.
 
 use super::graph::{Grain, LayerGraph};
 use super::results::{Block, Rows};
 use crate::backend::{Builder, Results, Tensor};
 use crate::sys;
 
-/// Keeps a key of length 0 from being divided by it.
+/// Smallest key length used as a divisor.
 const LEAST_LENGTH: f32 = 1e-12;
-/// Rows that are multiplied with each other, about: a power of two. It takes whole cells, one of them at least.
+/// Approximate number of rows in a Gram matrix: a power of two. A matrix takes whole cells, at least one.
 pub(super) const GRAM: usize = 64;
-/// A device measures a multiple of so many cells: whole blocks, and what CUDA's kernel for a few columns asks for (ggml-cuda/mmf.cu).
+/// A device measures a multiple of this number of cells: whole blocks, as CUDA's kernel for few columns requires (ggml-cuda/mmf.cu).
 pub(super) const STEP: usize = if GRAM > 64 { GRAM } else { 64 };
-/// Channels and columns of a part of an identity matrix: the same kernel takes no less of the ones and no more of the others.
+/// Channels and columns of one part of an identity matrix: the same kernel requires at least this many channels and at most this many
+/// columns.
 const WIDTH: usize = 64;
 const COLUMNS: usize = 16;
 
-/// Whether K or V is stored as f16: a device multiplies its rows with each other.
+/// Whether K or V is stored as f16. A device multiplies such rows with each other.
 fn is_f16(storage: Tensor) -> bool {
     // SAFETY: the storage lives as long as the context.
     unsafe { (*storage).type_ == sys::GGML_TYPE_F16 }
 }
 
 impl LayerGraph<'_> {
-    /// What is asked for of both.
+    /// Computes the requested scores of keys and values.
     pub(super) fn measure<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, rows: &Rows) {
         let at_once = self.grain.cells.min(rows.n_kv);
         let numbers = b.rows([at_once, 1, 1], &self.view.numbers[..at_once]);
@@ -48,7 +50,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// [`crate::policy::HeadScores::value_norm`]. `numbers`: of as many rows as are worked on at once.
+    /// Computes [`crate::policy::HeadScores::value_norm`]. `numbers`: indices of the rows processed at once.
     fn measure_values(&self, b: &mut Builder, out: &mut Results, to: Block, numbers: Tensor, sums: Sums) {
         let Self { layer: &sys::gvote_shim_layer { v, n_embd_head_v: d, .. }, .. } = *self;
         for Cells { first, n, padded } in self.cell_chunks() {
@@ -67,7 +69,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// [`crate::policy::HeadScores::key_similarity`]: the cosine of each key to the mean direction of its head's.
+    /// Computes [`crate::policy::HeadScores::key_similarity`]: the cosine of each key to the mean direction of its head's keys.
     fn compare_keys<'b>(&'b self, b: &mut Builder<'b>, out: &mut Results, to: Block, numbers: Tensor, sums: Sums) {
         let Self { layer: &sys::gvote_shim_layer { k, n_embd_head_k: d, .. }, .. } = *self;
         let heads = self.n_head_kv() as i64;
@@ -109,7 +111,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The sums of squares of `rows` `[d, heads, n]`. `[n, heads]`
+    /// Sums of squares of `rows` `[d, heads, n]`. `[n, heads]`
     fn squared_in_rows(&self, b: &Builder, rows: Tensor) -> Tensor {
         // SAFETY: contiguous tensors of this context.
         unsafe {
@@ -119,7 +121,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The same of `channels` `[n, d, heads]`. `[n, heads]`
+    /// Sums of squares of `channels` `[n, d, heads]`. `[n, heads]`
     fn squared_over_channels(&self, b: &Builder, channels: Tensor, sums: Sums) -> Tensor {
         // SAFETY: contiguous tensors of this context.
         unsafe {
@@ -129,17 +131,17 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// Whether [`Self::squared_of_gram`] can be used: the rows of all heads lie side by side.
+    /// Whether [`Self::squared_of_gram`] can be used: the rows of all heads must be contiguous.
     fn has_gram(&self, storage: Tensor, d: u32) -> bool {
         // SAFETY: the storage lives as long as the context.
         let (row, head) = unsafe { ((*storage).nb[1], sys::ggml_row_size((*storage).type_, i64::from(d))) };
         is_f16(storage) && row == self.n_head_kv() * head
     }
 
-    /// The squared lengths of K or V: `n` cells from `first` on, a multiple of the grain's step. `[n, heads]`
+    /// Squared lengths of K or V for `n` cells from `first` on, a multiple of the grain's step. `[n, heads]`
     fn squared_of_gram(&self, b: &Builder, storage: Tensor, d: u32, first: usize, n: usize, sums: Sums) -> Tensor {
         let heads = self.n_head_kv();
-        // a power of two, as the step is
+        // a power of two, like the step
         let cells = self.grain.step.min(1 << (GRAM / heads).max(1).ilog2());
         let block = heads * cells;
         // SAFETY: the view stays inside the storage: whole cells of one stream. Shapes as noted.
@@ -161,7 +163,7 @@ impl LayerGraph<'_> {
         }
     }
 
-    /// The cells that are worked on at once.
+    /// Chunks of cells that are processed at once.
     fn cell_chunks(&self) -> impl Iterator<Item = Cells> + use<> {
         let (n_kv, Grain { cells: at_once, step, .. }) = (self.view.n_kv, self.grain);
         (0..n_kv).step_by(at_once).map(move |first| {
@@ -178,7 +180,7 @@ impl LayerGraph<'_> {
             let row = (*storage).nb[1];
             let offset = self.stream * (*storage).nb[2] + first * row;
             let view = sys::ggml_view_2d(b.ctx, storage, d * heads, n as i64, row, offset);
-            // of whatever type, and on a GPU faster than a cast
+            // works for every type, and on a GPU faster than a cast
             let floats = sys::ggml_get_rows(b.ctx, view, sys::ggml_view_1d(b.ctx, numbers, n as i64, 0));
             sys::ggml_reshape_3d(b.ctx, floats, d, heads, n as i64)
         }
@@ -205,10 +207,10 @@ impl LayerGraph<'_> {
     }
 }
 
-/// What channels are made and summed up with; NULL where there are none.
+/// Constants for extracting channels and summing over them; NULL where they are not needed.
 #[derive(Clone, Copy)]
 struct Sums {
-    /// The columns of an identity matrix, the same for each head, in parts: of each the `width` channels that it has a one in.
+    /// The columns of an identity matrix, the same for each head, in parts. Each part has the `width` channels that contain its ones.
     /// `[width, columns, d / columns, heads]`
     identity: Tensor,
     /// `[1, d, heads]`
@@ -236,25 +238,26 @@ impl Sums {
     }
 }
 
-/// Cells that are worked on at once.
+/// A chunk of cells that are processed at once.
 struct Cells {
     first: usize,
     n: usize,
-    /// So many are computed; the sequence owns none of those behind `n`. llama.cpp's attention, too, reads cells that nobody owns.
+    /// Number of cells that are computed. The sequence owns none of those beyond `n`; llama.cpp's attention also reads cells that no
+    /// sequence owns.
     padded: usize,
 }
 
-/// `rows` `[d, n, heads]` of K or V as f32, channel by channel. `[n, d, heads]`
+/// Returns `rows` `[d, n, heads]` of K or V as f32, channel by channel. `[n, d, heads]`
 ///
-/// Every number of it is one number of the rows times 1, and zeros: exact at any precision that has the numbers of the rows, so
-/// cuBLAS needs none higher for f16, which it would turn into f32 first.
+/// Each result is one number of the rows times 1, plus zeros: exact at any precision that can hold the stored numbers. For f16 no higher
+/// precision is requested, for which cuBLAS would convert to f32 first.
 fn channels(b: &Builder, rows: Tensor, identity: Tensor) -> Tensor {
     // SAFETY: shapes as noted; every tensor belongs to this context.
     unsafe {
         let ([d, n, heads, _], [_, row, head, _]) = ((*rows).ne, (*rows).nb);
         let ([width, columns, parts, _], [_, nb1, nb2, nb3]) = ((*identity).ne, (*identity).nb);
         let part = sys::ggml_row_size((*rows).type_, width);
-        // each of these channels meets width / columns parts in turn
+        // each block of `width` channels meets width / columns parts in turn
         let rows = sys::ggml_view_4d(b.ctx, rows, width, n, d / width, heads, row, part, head, 0);
         let identity = sys::ggml_view_4d(b.ctx, identity, width, columns, parts, heads, nb1, nb2, nb3, 0);
         let channels = sys::ggml_mul_mat(b.ctx, rows, identity); // [n, columns, parts, heads]
@@ -265,7 +268,7 @@ fn channels(b: &Builder, rows: Tensor, identity: Tensor) -> Tensor {
     }
 }
 
-/// Of numbers `[padded, heads]` those of the first `n` cells. `[n, heads]`
+/// Returns the numbers of the first `n` cells of `[padded, heads]`. `[n, heads]`
 fn first_cells(b: &Builder, t: Tensor, n: usize) -> Tensor {
     // SAFETY: a part of a tensor of this context, if not all of it.
     unsafe {

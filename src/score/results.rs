@@ -1,4 +1,4 @@
-//! The scores of one layer, as the graph leaves them: rows of one number for each cell.
+//! The scores of one layer as the graph writes them: rows with one number per cell.
 
 #![forbid(unsafe_code)]
 
@@ -9,10 +9,10 @@ use crate::cache::Cell;
 use crate::memory;
 use crate::policy::{HeadScores, Needs};
 
-/// Which rows hold what.
+/// Layout of the rows.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Rows {
-    /// Cells: numbers in a row.
+    /// Number of cells: the length of a row.
     pub n_kv: usize,
     pub heads: usize,
     pub observed: Block,
@@ -22,17 +22,17 @@ pub(super) struct Rows {
     pub key_similarity: Block,
     pub expected: Block,
     pub each: Block,
-    /// How many there are.
+    /// Total number of rows.
     pub n: usize,
 }
 
-/// The same number of rows for each KV head, one head after another.
+/// Rows of one kind of score, the same number for each KV head.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Block {
     pub first: usize,
-    /// 0 where this is not asked for.
+    /// Rows per head; 0 if this score was not requested.
     pub of_head: usize,
-    /// Rows from one head's to the next's.
+    /// Distance in rows between consecutive heads.
     step: usize,
 }
 
@@ -48,7 +48,7 @@ impl Block {
 }
 
 impl Rows {
-    /// `n_each`: query heads of a group times future queries.
+    /// `n_each`: query heads per group times future queries.
     pub fn new(n_kv: usize, heads: usize, needs: Needs, n_each: usize) -> Self {
         let mut n = 0;
         let mut block = |is_needed: bool, of_head: usize| {
@@ -57,7 +57,7 @@ impl Rows {
             n += heads * of_head;
             Block { first, of_head, step: of_head }
         };
-        // where both are asked for, they are computed at once: a head's future is the row behind its past
+        // if both are requested, one product computes them: a head's future row follows its observed row
         let foresees = needs.future || needs.each;
         let sums = block(needs.observed || foresees, usize::from(needs.observed) + usize::from(foresees));
         let sum = |is_needed: bool, place: usize| Block {
@@ -79,12 +79,12 @@ impl Rows {
         }
     }
 
-    /// Those that come of queries.
+    /// Rows of scores that depend on queries.
     pub fn looks(&self) -> Range<usize> {
         0..self.value_norm.first
     }
 
-    /// Those that come of keys and values by themselves.
+    /// Rows of scores that depend on keys and values alone.
     pub fn measures(&self) -> Range<usize> {
         self.value_norm.first..self.expected.first
     }
@@ -119,7 +119,7 @@ impl LayerScores {
     }
 }
 
-/// Scores of one layer, indexed by place in the sequence: where the cells are not in order.
+/// Scores of one layer, indexed by place in the sequence, for cells that are not in order.
 #[derive(Default)]
 pub(super) struct Gathered {
     rows: Rows,

@@ -158,7 +158,7 @@ fn a_refused_compaction_changes_nothing() {
     let last_dropped = refuse(&mut ctx, composite(N, 1, vec![0; heads]));
     assert!(matches!(last_dropped, CompactError::LastDropped), "{last_dropped}");
 
-    // cells that were read before something else happened to the sequence
+    // cells that were read before the sequence changed
     let selection = random_heads(&layout, N, C, 11);
     let other_index = {
         let mut cells = before.clone();

@@ -1,4 +1,4 @@
-//! What the scorer measures for the baselines equals naive float64 over dequantized keys and values.
+//! Compares the scores that the baselines need with naive float64 over dequantized keys and values.
 
 #![forbid(unsafe_code)]
 
@@ -13,10 +13,10 @@ use crate::llama::Pos;
 use crate::policy::{HeadScores, Needs};
 use crate::score::{LayerQueries, Scorer};
 
-/// Tokens of a short request, and of one with more cells than the scorer compares at once.
+/// Tokens of a short request, and of one with more cells than the scorer processes at once.
 const SHORT: usize = 150;
 const LONG: usize = 1100;
-/// Synthetic queries: more than one chunk. The current one comes on top.
+/// Synthetic queries: more than one chunk. The current query is added to them.
 const SAMPLES: usize = 20;
 const SCALE: LogitScale = LogitScale { pre: 1.0, post: 0.125, softcap: false };
 
@@ -26,7 +26,7 @@ fn queries(layout: &Layout, layer: usize) -> Queries {
     let n_q = (l.n_head * l.n_embd_head_k) as usize;
     Queries {
         data: (0..(SAMPLES + 1) * n_q).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect(),
-        // every cell is seen
+        // every query sees every cell
         pos: vec![LONG as Pos; SAMPLES + 1],
     }
 }
@@ -68,7 +68,7 @@ fn baseline_measures_equal_float64() {
     for (setup, n) in [(F16, SHORT), (F16_FLASH, LONG), (Q8_0, SHORT)] {
         let tokens = tokens(&model, n);
         let mut ctx = context(&model, setup, n as u32 + 64, 64);
-        // another sequence in between: its cells must count for nothing
+        // another sequence in between: its cells must not count
         decode(&mut ctx, &tokens[..50], 0, 0);
         decode(&mut ctx, &tokens[50..70], 0, 1);
         decode(&mut ctx, &tokens[50..], 50, 0);
@@ -126,7 +126,7 @@ fn baseline_measures_equal_float64() {
             }
             errors[2].push(apart(&got.expected, &expected));
         }
-        // the exponent of an expected weight comes from sums over the queries, on a GPU of numbers with 10 bits: see scorer.rs
+        // the exponent of an expected weight comes from sums over the queries, whose terms a GPU rounds to 10 bits: see scorer.rs
         let quantized = setup.k.is_quantized();
         let sums = if is_on_gpu(&layout) || quantized { 3e-2 } else { 2e-3 };
         let plain = if quantized { 3e-2 } else { 2e-3 };

@@ -1,4 +1,4 @@
-//! What callers, C and llama.cpp hand in is checked before llama.cpp or an index uses it.
+//! Checks that input from callers, C and llama.cpp is validated before llama.cpp or an index uses it.
 
 #![forbid(unsafe_code)]
 
@@ -10,9 +10,9 @@ use crate::llama::{
 };
 use crate::tests::tiny::{self, MARKUP, N_VOCAB, Tiny};
 
-/// Ids that no vocabulary of a tiny model has.
+/// Token ids outside the vocabulary of a tiny model.
 const NO_TOKENS: [Token; 6] = [N_VOCAB as Token, 2_000_000_000, Token::MAX, -1, -2, Token::MIN];
-/// Sequences that a context for three has not.
+/// Sequence ids that a context for three sequences does not have.
 const NO_SEQUENCES: [SeqId; 4] = [3, SeqId::MAX, -1, SeqId::MIN];
 
 fn with_vocabulary() -> Model {
@@ -31,7 +31,7 @@ fn an_id_that_is_no_token_has_no_text_and_means_nothing() {
     assert_eq!((model.piece(0, false), model.piece(last, true)), (b"a".to_vec(), MARKUP[2].into()));
     assert!(model.is_control(last) && model.is_eog(last) && !model.is_control(0));
     assert_eq!(model.tokenize("ab <|im_end|>", false, true).unwrap(), [0, 1, 52, N_VOCAB as Token - 2]);
-    // no texts at all
+    // a model without token texts
     let model = tiny::model("llama");
     assert!(model.has_token(last) && !model.is_control(last) && model.piece(last, true).is_empty());
     assert!(matches!(model.tokenize("ab", true, true), Err(LlamaError::Tokenize)));
@@ -52,7 +52,7 @@ fn a_batch_with_what_is_no_token_or_no_sequence_is_refused_and_the_next_one_is_n
     assert_eq!(ctx.pos_max(0), Some(2));
 }
 
-/// 2^32 + 1 was 1 for the memory behind it.
+/// A capacity of 2^32 + 1 once allocated memory for one token.
 #[test]
 fn a_batch_of_any_capacity_holds_what_is_added() {
     for capacity in [3, (1 << 32) + 1, usize::MAX] {
@@ -135,11 +135,11 @@ fn a_context_without_an_attention_cache_has_no_cells() {
 fn what_is_known_of_a_cache_outlives_the_context() {
     let ctx = context(&tiny::model("llama"), F16, 256, 64);
     let layout = Layout::of(&ctx, 0).unwrap();
-    // K and V of two heads of 64 halves in each layer
+    // K and V of two heads of 64 f16 values in each layer
     let expected = tiny::N_LAYER * 2 * 2 * 64 * 2;
     assert_eq!(layout.bytes_per_cell(), expected);
     drop(ctx);
-    // what lies in the memory now is something else
+    // overwrite the freed memory
     let _other = vec![vec![0xa5_u8; 4096]; 512];
     assert_eq!((layout.bytes_per_cell(), layout.n_cells(), layout.is_host()), (expected, 256, true));
 }

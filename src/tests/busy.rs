@@ -1,17 +1,17 @@
-//! What may change on a busy machine, and what may not.
+//! What may change on a busy machine, and what must not.
 
 use super::fixture::{BF16, F16, F16_FLASH, Q4_0, Q8_0, Setup, context, decode, model, tokens};
 use crate::llama::{Context, Pos};
 use crate::sys;
 
-/// Whether the number of threads may show in what the next token gives.
+/// Whether the number of threads may change the logits of the next token.
 fn in_parts(ctx: &Context) -> bool {
     // SAFETY: valid context.
     unsafe { sys::gvote_shim_token_in_parts(ctx.as_ptr()) }
 }
 
-/// For each number of threads the bits of the logits of those tokens that follow one by one upon `n_prompt`, as long as `while_`
-/// holds, at most 12.
+/// Returns for each number of threads the bits of the logits of the tokens that are decoded one by one after `n_prompt` tokens: at most 12,
+/// and only as long as `while_` holds.
 fn bits<const N: usize>(
     setup: Setup,
     n_prompt: usize,
@@ -41,7 +41,7 @@ fn bits<const N: usize>(
 
 #[test]
 fn fewer_threads_decode_a_token_to_the_same_bits() {
-    // the last one ends where the cells are too many
+    // the last run ends when there are so many cells that attention is split among the threads
     for (setup, n_prompt) in [(F16, 600), (BF16, 600), (Q8_0, 600), (Q4_0, 600), (F16_FLASH, 232)] {
         let [two, one, three] = bits(setup, n_prompt, [2, 1, 3], |ctx| !in_parts(ctx));
         assert!(one == two && three == two, "{setup}");

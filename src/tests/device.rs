@@ -1,4 +1,4 @@
-//! The ways that memory of a device takes, walked on the host: they give what the direct ways give.
+//! Runs the code for device memory on the host, and compares the results with those of the direct code.
 
 #![forbid(unsafe_code)]
 
@@ -32,13 +32,13 @@ fn capture_and_probe_see_the_same() {
         let run = || {
             let mut ctx = context(&model, setup, 512, 64);
             let mut capture = captured(&mut ctx, &tokens);
-            // more samples than one ubatch takes
+            // more samples than fit into one ubatch
             let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 70, 3).unwrap();
             let window = capture.window(0, 7, N as Pos - 1).unwrap().joined();
             (capture.statistics(0, 7), window.data, probe.layer(7).to_vec(), probe.layer(29).to_vec(), cells(&ctx))
         };
         let (host, device) = (run(), on_device(run));
-        // sums of a graph are added up in another order
+        // a graph adds up in another order
         let close = |a: &f64, b: &f64| (a - b).abs() < 1e-5 * (1.0 + a.abs());
         let alike = |a: &[f64], b: &[f64]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| close(a, b));
         assert!(alike(&host.0.0, &device.0.0) && alike(&host.0.1, &device.0.1), "{setup:?}: statistics");
@@ -65,7 +65,7 @@ fn seen(capture: &mut Capture, layout: &Layout, seqs: &[SeqId], pos_last: Pos) -
     (statistics, windows)
 }
 
-/// Where rows follow each other, a device takes a part of the hidden state; else it gathers them.
+/// Consecutive rows are a view of the hidden state on the device; other rows are gathered.
 #[test]
 fn sequences_that_take_turns_in_a_ubatch_are_told_apart() {
     const EACH: usize = 60;
@@ -97,13 +97,13 @@ fn sequences_that_take_turns_in_a_ubatch_are_told_apart() {
     }
 }
 
-/// What a ubatch gives waits on a device until its last layer. Where the decode is cancelled before, it belongs to no other.
+/// Results of a ubatch stay on the device until its last layer. If the decode is cancelled before, they are discarded.
 #[test]
 fn what_a_cancelled_ubatch_left_on_a_device_is_given_up() {
     const N: usize = 100;
     let model = model();
     if is_on_gpu(&Layout::of(&context(&model, F16_FLASH, 512, 512), 0).unwrap()) {
-        return; // it comes to the end of a ubatch, whoever cancels
+        return; // a GPU finishes a ubatch despite the cancellation
     }
     let tokens = tokens(&model, N);
     let mut batch = Batch::new(N);
@@ -123,7 +123,7 @@ fn what_a_cancelled_ubatch_left_on_a_device_is_given_up() {
             ctx.cancel_at(part * asked / 4);
             let cancelled = capture.decode(&mut ctx, &batch, true).unwrap_err();
             assert!(matches!(cancelled, CaptureError::Llama(LlamaError::Cancelled)), "{cancelled}");
-            // statistics and queries of each layer so far
+            // statistics and queries of the layers computed so far
             let left = part * 2 * layout.layers.len() / 4;
             assert!(capture.pending().abs_diff(left) < 5, "{} wait, not {left}", capture.pending());
         }
@@ -196,8 +196,8 @@ fn keys_get_the_same_scores() {
             scorer.score(&layout, &crate::cache::cells(&ctx, 0), needs, true, queries, sink).unwrap();
             out
         };
-        // a device measures keys and values first where no query is asked for by itself
-        // it works on fewer at once where it is told of more queries than have room
+        // a device measures keys and values first if no query is requested by itself, and processes fewer layers at once if all the
+        // expected queries do not fit
         for (needs, n_query) in [(needs, 1), (Needs { each: false, ..needs }, 1 << 20)] {
             let (host, device) = (run(needs, n_query), on_device(|| run(needs, n_query)));
             assert_eq!(host.len(), device.len(), "{setup:?}");
@@ -207,7 +207,7 @@ fn keys_get_the_same_scores() {
     }
 }
 
-/// ggml gives memory back once every view of it was read: one that nothing reads would keep the logits of all queries.
+/// ggml frees memory once every view of it has been read: a view that nothing reads would keep the logits of all queries.
 #[test]
 fn scores_take_little_memory_beside_the_cache() {
     let model = model();
@@ -271,7 +271,7 @@ fn compaction_moves_the_same_rows() {
         let kept = Pool::keep().unwrap();
         assert!(expected == on_device(run), "{setup:?}");
         drop(kept);
-        // a compaction that has begun comes to its end without other threads
+        // a compaction that has begun is completed even without other threads
         let alone = threads::alone(|| [run(), on_device(run)]);
         assert!(alone.iter().all(|logits| *logits == expected), "{setup:?}");
     }

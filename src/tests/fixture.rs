@@ -1,5 +1,5 @@
-//! The real model, a context with a decoded prompt, and a recorder of what attention reads and writes: on a GPU where there is
-//! one, wherever the tensors lie.
+//! The real model, a context with a decoded prompt, and a recorder of what attention reads and writes: on a GPU if there is one, wherever
+//! the tensors lie.
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, c_void};
@@ -38,7 +38,7 @@ pub fn model() -> Model {
         .clone()
 }
 
-/// The likeliest answer, of at most `n` tokens, and why it ended.
+/// Generates the most likely answer, of at most `n` tokens, and returns it with the reason why it ended.
 pub fn greedy(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
     let mut sampler =
         Sampler::new(session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() }, 0).unwrap();
@@ -51,14 +51,14 @@ pub fn greedy(session: &mut Session, n: i32) -> (Vec<Token>, Stop) {
     (tokens, stop)
 }
 
-/// The tokens of a chat as the real model's template writes it: roles and what they say, and the opening of an answer.
+/// Tokens of a chat in the real model's template: roles and messages, and optionally the start of an answer.
 pub fn chat(messages: &[(&str, String)], opens_answer: bool) -> Vec<Token> {
     let opening = if opens_answer { "<|im_start|>assistant\n" } else { "" };
     let turns = messages.iter().map(|(role, text)| format!("<|im_start|>{role}\n{text}<|im_end|>\n"));
     model().tokenize(&(turns.collect::<String>() + opening), true, true).expect("the model has a tokenizer")
 }
 
-/// Real text of some length, which stays as it is: what rounding does depends on it.
+/// Real text of `n` tokens. The text must not change: rounding errors depend on it.
 pub fn tokens(model: &Model, n: usize) -> Vec<Token> {
     let mut tokens = model.tokenize(include_str!("text.txt"), true, false).expect("the model has a tokenizer");
     assert!(tokens.len() >= n, "{} tokens of text are not enough", tokens.len());
@@ -66,7 +66,7 @@ pub fn tokens(model: &Model, n: usize) -> Vec<Token> {
     tokens
 }
 
-/// One way to hold and read the cache.
+/// One way to store and read the cache.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     pub flash: bool,
@@ -89,7 +89,7 @@ pub const Q4_0: Setup = Setup { flash: true, k: CacheType::Q4_0, v: CacheType::Q
 pub const Q5_1: Setup = Setup { flash: true, k: CacheType::Q5_1, v: CacheType::Q5_1 };
 pub const IQ4_NL: Setup = Setup { flash: true, k: CacheType::Iq4Nl, v: CacheType::Iq4Nl };
 
-/// Runs `f` as if no memory were within the host's reach.
+/// Runs `f` with all memory treated as device memory.
 pub fn on_device<T>(f: impl FnOnce() -> T) -> T {
     PRETEND_DEVICE.set(true);
     let out = f();
@@ -127,7 +127,7 @@ pub fn decode(ctx: &mut Context, tokens: &[Token], first: Pos, seq: SeqId) {
     unsafe { sys::llama_synchronize(ctx.as_ptr()) };
 }
 
-/// A capture with the default window that has seen `tokens` decoded into an empty sequence 0.
+/// Decodes `tokens` into an empty sequence 0, and returns a capture of them with the default window.
 pub fn captured(ctx: &mut Context, tokens: &[Token]) -> Capture {
     let layout = Layout::of(ctx, 0).expect("a cache that can be compacted");
     let params = Params::default();
@@ -141,7 +141,7 @@ pub fn captured(ctx: &mut Context, tokens: &[Token]) -> Capture {
     capture
 }
 
-/// Next-token logits after one more token.
+/// Decodes one more token and returns the next-token logits.
 pub fn next_logits(ctx: &mut Context, token: Token, pos: Pos) -> Vec<f32> {
     decode(ctx, &[token], pos, 0);
     ctx.logits().expect("asked for").to_vec()
@@ -164,7 +164,7 @@ pub fn random_subset(n: usize, n_cells: usize, rng: &mut impl rand::Rng) -> Vec<
     kept.into_iter().map(|i| i as u32).collect()
 }
 
-/// Where K of the cache lies: `CPU`, or the GPUs as ggml names them, such as `CUDA0, CUDA1`.
+/// Location of K: `CPU`, or the GPUs as ggml names them, such as `CUDA0, CUDA1`.
 pub fn place(layout: &Layout) -> String {
     // SAFETY: the storage tensors and their buffers live as long as the context; names end with NUL and are static.
     let name = |l: &sys::gvote_shim_layer| unsafe {
@@ -174,13 +174,13 @@ pub fn place(layout: &Layout) -> String {
     layout.layers.iter().map(name).collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ")
 }
 
-/// Whether K lies on a GPU, whose kernels round otherwise than the CPU's.
+/// Whether K lies on a GPU, whose kernels round differently from the CPU's.
 pub fn is_on_gpu(layout: &Layout) -> bool {
     // SAFETY: as above.
     layout.layers.iter().any(|l| unsafe { !sys::ggml_backend_buffer_is_host((*l.k).buffer) })
 }
 
-/// Says how large an error is and whether that is allowed. `benches/gpu/check` shows these lines.
+/// Prints an error and its tolerance, and returns whether it is below. `benches/gpu/check` shows these lines.
 #[must_use]
 pub fn is_within(what: impl fmt::Display, error: f64, tolerance: f64) -> bool {
     let holds = error < tolerance;
@@ -188,18 +188,18 @@ pub fn is_within(what: impl fmt::Display, error: f64, tolerance: f64) -> bool {
     holds
 }
 
-/// The largest of some errors; NaN where one of them is.
+/// The largest absolute error; NaN if any error is NaN.
 pub fn largest(errors: impl IntoIterator<Item = f64>) -> f64 {
     errors.into_iter().map(f64::abs).max_by(f64::total_cmp).unwrap_or(0.0)
 }
 
-/// How far numbers are from what they ought to be, relative to the largest of these.
+/// Largest error relative to the largest expected number.
 pub fn apart(got: &[f32], expected: &[f64]) -> f64 {
     assert_eq!(got.len(), expected.len());
     largest(got.iter().zip(expected).map(|(g, e)| f64::from(*g) - e)) / largest(expected.iter().copied())
 }
 
-/// The kept rows of every head, each head its own.
+/// A selection with a different random subset of rows in every head.
 pub fn random_heads(layout: &Layout, n: usize, n_cells: usize, seed: u64) -> Selection {
     use rand::SeedableRng;
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
@@ -207,20 +207,20 @@ pub fn random_heads(layout: &Layout, n: usize, n_cells: usize, seed: u64) -> Sel
     composite(n, n_cells, index)
 }
 
-/// `n` times as many bytes of a tensor, from wherever it lies: the first at `offset`, each next one `stride` further on.
+/// Reads `n` pieces of `bytes` bytes from a tensor, from host or device memory: the first at `offset`, each next one `stride` further.
 fn strided(t: &sys::ggml_tensor, offset: usize, bytes: usize, n: usize, stride: usize) -> Vec<u8> {
     let mut out = vec![0; bytes * n];
-    // SAFETY: the buffer has as many bytes; ggml checks that all lies inside the tensor.
+    // SAFETY: the buffer has the size passed; ggml checks that all lies inside the tensor.
     unsafe { sys::ggml_backend_tensor_get_2d(t, out.as_mut_ptr().cast(), offset, bytes, n, stride, bytes) };
     out
 }
 
-/// Bytes of a tensor, from wherever it lies.
+/// Reads bytes of a tensor, from host or device memory.
 pub fn bytes(t: &sys::ggml_tensor, offset: usize, n: usize) -> Vec<u8> {
     strided(t, offset, n, 1, n)
 }
 
-/// All bytes from a tensor's first value to its last one, which of a view may be more than its values.
+/// Reads all bytes from a tensor's first value to its last one; for a view these may be more than its values.
 pub fn all_bytes(t: &sys::ggml_tensor) -> Vec<u8> {
     // SAFETY: plain query of a valid tensor.
     bytes(t, 0, unsafe { sys::ggml_nbytes(t) })
@@ -246,7 +246,7 @@ pub fn row(layout: &Layout, layer: usize, is_v: bool, kv: usize, cell: &Cell) ->
     floats(t.type_, &bytes)
 }
 
-/// A row that was set aside as floats.
+/// Converts an archived row to floats: key and value.
 pub fn key_and_value(layout: &Layout, layer: usize, row: &[u8]) -> [Vec<f32>; 2] {
     let l = &layout.layers[layer];
     // SAFETY: the storage lives as long as the context; plain queries of its type.
@@ -256,12 +256,12 @@ pub fn key_and_value(layout: &Layout, layer: usize, row: &[u8]) -> [Vec<f32>; 2]
     [floats(k, key), floats(v, value)]
 }
 
-/// Stored values of a type as floats.
+/// Converts stored values of a type to floats.
 pub fn floats(type_: sys::ggml_type, data: &[u8]) -> Vec<f32> {
     if type_ == sys::GGML_TYPE_F32 {
         return data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes"))).collect();
     }
-    // SAFETY: tables of ggml; the data are whole blocks of the type, and as many values have room.
+    // SAFETY: tables of ggml; the data are whole blocks of the type, and `out` has room for their values.
     unsafe {
         let n = data.len() / sys::ggml_type_size(type_) * sys::ggml_blck_size(type_) as usize;
         let mut out = vec![0f32; n];
@@ -271,9 +271,9 @@ pub fn floats(type_: sys::ggml_type, data: &[u8]) -> Vec<f32> {
     }
 }
 
-/// A query as the kernels of flash attention read it, and on the CPU all kernels: rounded to the type that a dot product with
-/// K's type takes. On the CPU that is its `vec_dot_type`. CUDA's kernel for one token (ggml-cuda/fattn-vec.cuh) takes it as it
-/// is where K has no blocks, else as q8_1: eight bits with one f32 scale for 32 values.
+/// Rounds a query as flash attention kernels do, and on the CPU all kernels: to the type that a dot product with K's type takes. On the CPU
+/// this is its `vec_dot_type`. CUDA's kernel for one token (ggml-cuda/fattn-vec.cuh) uses it unchanged if K has no blocks, otherwise as
+/// q8_1: eight bits with one f32 scale for 32 values.
 pub fn rounded(layout: &Layout, layer: usize, q: &[f32]) -> Vec<f32> {
     // SAFETY: the storage lives as long as the context; plain query.
     let (k, has_blocks) = unsafe {
@@ -303,7 +303,7 @@ pub fn rounded(layout: &Layout, layer: usize, q: &[f32]) -> Vec<f32> {
 /// What the attention of one layer read and wrote for the tokens of one ubatch.
 #[derive(Default)]
 pub struct Attention {
-    /// Cells the kernel looked at.
+    /// Cells that the kernel read.
     pub n_kv: usize,
     /// `[n_tokens][n_head][d]`
     pub q: Vec<f32>,
@@ -360,7 +360,7 @@ unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_v
     }
 }
 
-/// The floats of a tensor `[d, n_tokens, n_head]`, or the other way round: `tokens` is the dimension that counts them.
+/// Reads the floats of a tensor `[d, n_tokens, n_head]` or `[d, n_head, n_tokens]`; `tokens` is the dimension that counts the tokens.
 fn read(t: &sys::ggml_tensor, tokens: usize) -> Vec<f32> {
     assert_eq!((t.type_, t.nb[0]), (sys::GGML_TYPE_F32, size_of::<f32>()));
     let heads = 3 - tokens;
@@ -372,7 +372,7 @@ fn read(t: &sys::ggml_tensor, tokens: usize) -> Vec<f32> {
         .collect()
 }
 
-/// softmax(scale q k) in float64.
+/// softmax of `logits`, in float64.
 pub fn softmax(logits: &[f64]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = logits.iter().map(|l| (l - max).exp()).collect();
@@ -384,7 +384,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
 }
 
-/// Keeps what `selection` says of the cells of a sequence.
+/// Compacts a sequence to the cells that `selection` keeps.
 pub fn compact(ctx: &mut Context, seq: SeqId, selection: &Selection) -> Result<(), CompactError> {
     let cells = cache::cells(ctx, seq);
     let left = compact::compact(ctx, seq, &cells, selection, Scorer::new(1, 1).devices(), None)?;
@@ -407,9 +407,9 @@ pub fn save_state(ctx: &Context, seq: SeqId) -> Vec<u8> {
     }
 }
 
-/// Replaces a sequence as an app does.
+/// Replaces a sequence by a saved state, as an app does.
 pub fn load_state(ctx: &mut Context, seq: SeqId, data: &[u8]) {
-    // SAFETY: valid context; as many bytes as it says.
+    // SAFETY: valid context; the length is that of `data`.
     let n = unsafe { sys::llama_state_seq_set_data(ctx.as_ptr(), data.as_ptr(), data.len(), seq) };
     assert_eq!(n, data.len());
 }

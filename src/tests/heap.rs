@@ -1,4 +1,4 @@
-//! The heap that a test's own thread holds.
+//! Measures the heap memory that a test's own thread holds.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -7,7 +7,7 @@ thread_local! {
     static HELD: Cell<isize> = const { Cell::new(0) };
 }
 
-/// Bytes that this thread allocated and did not free, whoever else is at work.
+/// Bytes that this thread has allocated and not freed; other threads do not count.
 pub fn held() -> isize {
     HELD.get()
 }
@@ -16,7 +16,7 @@ struct Counting;
 
 impl Counting {
     fn count(bytes: isize) {
-        // a thread that ends may have no counter any more
+        // the counter of a thread that is ending may be gone already
         let _ = HELD.try_with(|held| held.set(held.get() + bytes));
     }
 }

@@ -1,4 +1,4 @@
-//! Keeping everything changes no bit of the next logits.
+//! Keeping all cells changes no bit of the next logits.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! Unequal budgets behind a mask: no trace where nothing is dropped, and what attention over the kept rows alone would be.
+//! Unequal budgets behind a mask: no change if nothing is dropped, and otherwise the result of attention over the kept rows alone.
 
 #![forbid(unsafe_code)]
 
@@ -23,7 +23,7 @@ fn ragged(n: usize, kept: Vec<Vec<u32>>) -> Selection {
     Selection { kept: Kept::Ragged { end: end.collect(), index: kept.concat() }, ..composite(n, 0, Vec::new()) }
 }
 
-/// As a composite selection and head by head: sinks, recent tokens and each head's own 60 entries between them.
+/// The same selection as composite cells and head by head: sinks, recent tokens and 60 entries of each head's own between them.
 fn equal_budgets(layout: &Layout, seed: u64) -> [Selection; 2] {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     let mut kept = || -> Vec<u32> {
@@ -34,7 +34,7 @@ fn equal_budgets(layout: &Layout, seed: u64) -> [Selection; 2] {
     [composite(N, heads[0].len(), heads.concat()), ragged(N, heads)]
 }
 
-/// Every head its own random subset of its own size; the last entry is always there.
+/// A random subset of random size for every head; the last entry is always kept.
 fn random_ragged(layout: &Layout, n: usize, seed: u64) -> Selection {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     let sizes: Vec<usize> = (0..n_heads(layout)).map(|_| rng.random_range(2..n)).collect();
@@ -49,7 +49,7 @@ fn batch(tokens: &[Token], first: usize) -> Batch {
     batch
 }
 
-/// Logits after one more token, and after a batch of more on top of it.
+/// Logits after one more token, and after a further batch.
 fn go_on(ctx: &mut Context, tokens: &[Token], mut decode: impl FnMut(&mut Context, &Batch)) -> [Vec<f32>; 2] {
     [(N, N + 1), (N + 1, N + 40)].map(|(from, to)| {
         decode(ctx, &batch(&tokens[from..to], from));
@@ -83,8 +83,8 @@ fn dropping_nothing_changes_no_bit() {
 fn equal_budgets_are_what_compaction_leaves() {
     let model = model();
     let tokens = tokens(&model, N + 40);
-    // One token: a batch of them is computed with other kernels, whose rounding this model makes half a logit of.
-    // With an older sequence in the first cells and a hole where another was, cells are not positions.
+    // One token only: other kernels compute a batch, and this model amplifies their rounding to half a logit. With an older sequence in the
+    // first cells and a hole left by another one, cells are not positions.
     let mut straight = Vec::new();
     for crooked in [false, true] {
         let prepare = || {
@@ -111,7 +111,7 @@ fn equal_budgets_are_what_compaction_leaves() {
         let masked = ctx.logits().unwrap();
         let (same, other) = (compacted(7), compacted(8));
         let (error, other) = (largest_difference(masked, &same), largest_difference(masked, &other));
-        // a GPU adds up in the order of the cells, which a compaction changes where they are crooked
+        // a GPU adds up in the order of the cells, which a compaction changes if cells and positions differ in order
         let rounding = if straight.is_empty() { 0.0 } else { largest_difference(&straight, &same) };
         let limit = if is_on_gpu(&layout) { 0.02f32.max(1.5 * rounding / other) } else { 0.02 };
         println!("the same cells in another order: {rounding} of {other}");
@@ -121,7 +121,7 @@ fn equal_budgets_are_what_compaction_leaves() {
     }
 }
 
-/// A mask, and the probabilities it leads to.
+/// A mask, and the resulting attention probabilities.
 struct Spy {
     mask: Mask,
     /// `[layer][n_head][n_tokens][n_kv]`
@@ -169,12 +169,12 @@ fn a_head_spreads_its_attention_over_what_it_kept() {
         let row = of_head / (tokens.len() - N);
         for (h, p) in masked.chunks_exact(of_head).enumerate() {
             let kept = selection.kept_by(il * n_kv + h / (n_head / n_kv)).unwrap();
-            // the new tokens, in the cells behind the prompt, are seen as ever
+            // the new tokens, in the cells behind the prompt, stay visible
             let is_kept: Vec<bool> = (0..row).map(|j| j >= N || kept.binary_search(&(j as u32)).is_ok()).collect();
             for (t, p) in p.chunks_exact(row).enumerate() {
                 assert!(p.iter().zip(&is_kept).all(|(p, kept)| *kept || *p == 0.0), "layer {il}, head {h}, token {t}");
                 assert!((p.iter().sum::<f32>() - 1.0).abs() < 1e-4);
-                // before the first attention nothing differs: there the weights are those of the full cache, scaled
+                // up to the first attention nothing differs: its weights are those of the full cache, rescaled
                 if il == 0 {
                     let full = &full[0][h * of_head + t * row..][..row];
                     let full: Vec<f64> =

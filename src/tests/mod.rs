@@ -1,4 +1,4 @@
-//! Promises that need a look inside llama.cpp's graph: compared with naive float64 on the real model.
+//! Tests that need access to llama.cpp's graph: they compare with naive float64 on the real model.
 
 mod after;
 mod baselines;

@@ -1,4 +1,4 @@
-//! The paper's budgets, votes and unions on tensors captured from the real model.
+//! The paper's budgets, votes and unions, on tensors captured from the real model.
 
 #![forbid(unsafe_code)]
 
@@ -11,7 +11,7 @@ use crate::score::{LayerQueries, Scorer};
 
 const N: usize = 300;
 
-/// The smallest set of entries, taken by falling probability, that holds `share` of the mass.
+/// Size of the smallest set of entries, taken by descending probability, that holds `share` of the mass.
 fn nucleus(p: &[f32], share: f64) -> usize {
     let mut sorted: Vec<f64> = p.iter().map(|p| f64::from(*p)).collect();
     sorted.sort_by(|a, b| b.total_cmp(a));

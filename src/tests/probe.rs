@@ -42,9 +42,9 @@ fn captures_the_same_however_the_prompt_is_split() {
         (capture.statistics(0, 5), window, probe, is_on_gpu(&Layout::of(&ctx, 0).unwrap()))
     };
     let (a, b) = (capture(512), capture(13));
-    // Another split is another order of sums in llama.cpp's kernels: equal up to their rounding. A GPU multiplies a few tokens
-    // and many with different kernels, of which some round the hidden state to eight bits: five layers make a few per cent of
-    // it. Queries of other tokens or samples would be as far apart as they are long.
+    // Another split changes the order of sums in llama.cpp's kernels: the results are equal up to rounding. A GPU multiplies a few tokens
+    // and many tokens with different kernels, some of which round the hidden state to eight bits: after five layers this amounts to a few
+    // per cent. Queries of other tokens or samples would differ by as much as their length.
     let (moments, queries) = if a.3 { (1e-1, 1e-1) } else { (2e-2, 1e-2) };
     let far = |a: &[f64], b: &[f64]| largest(a.iter().zip(b).map(|(a, b)| (a - b) / (1.0 + a.abs())));
     let mut all_hold = is_within("means of another split", far(&a.0.0, &b.0.0), moments);

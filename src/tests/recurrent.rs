@@ -14,7 +14,7 @@ use crate::{Session, SessionError, SessionParams};
 
 const N_CTX: u32 = 512;
 
-/// Both kinds, and what is said of them.
+/// Both kinds of model, each with the reason why it cannot be compressed.
 fn models() -> impl Iterator<Item = (Model, String)> {
     tiny::RECURRENT.into_iter().map(|arch| {
         let dir = tempfile::tempdir().unwrap();
@@ -42,7 +42,7 @@ fn read(session: &mut Session, tokens: &[Token]) {
     session.prefill(tokens, |_, _| ControlFlow::Continue(())).unwrap();
 }
 
-/// A session and the C interface say the same.
+/// A session and the C interface give the same reason.
 #[test]
 fn every_policy_that_votes_is_refused_with_the_reason() {
     for (model, reason) in models() {
@@ -82,7 +82,7 @@ fn the_full_policy_runs_them() {
         parts.load(&saved).unwrap();
         assert_eq!(greedy(&mut parts, 15).0, first, "{reason}");
 
-        // no more than -c, though a state takes no cells
+        // `n_ctx` limits the tokens although a state takes no cells
         let error = once.prefill_long(&words(400, 1), |_, _| ControlFlow::Continue(())).unwrap_err();
         assert!(matches!(error, SessionError::PromptTooLong { tokens: 400, room: 297, .. }), "{error}");
     }
@@ -109,7 +109,7 @@ fn a_cut_is_refused_unless_all_goes() {
     }
 }
 
-/// The state has gone on, and is brought back; a single token runs to its end.
+/// The state has advanced when a decode is cancelled, and is restored; a single token is always completed.
 #[test]
 fn what_is_cancelled_at_any_moment_leaves_no_trace() {
     for (model, reason) in models() {
@@ -137,7 +137,7 @@ fn what_is_cancelled_at_any_moment_leaves_no_trace() {
         session.cancel_flag().store(false, Ordering::Relaxed);
         assert_eq!(stop, Stop::Cancelled, "{reason}");
         assert!(session.n_past() > 100 && part.len() < 20, "{reason}: {}", part.len());
-        // told, but not decoded
+        // reported to the caller, but not decoded
         let decoded = session.n_past() as usize - 100;
         assert_eq!((part.len(), &whole[..part.len()]), (decoded + 1, &*part), "{reason}");
         session.context().cancel_at(0);

@@ -1,4 +1,4 @@
-//! The scorer equals a naive float64 softmax over dequantized keys.
+//! Compares the scorer with a naive float64 softmax over dequantized keys.
 
 use half::f16;
 use rand::{RngExt, SeedableRng};
@@ -58,7 +58,7 @@ fn run(ctx: &Context, layout: &Layout, scale: LogitScale, account_error: bool) -
     out
 }
 
-/// More than one chunk of queries, the last of them inside the prompt.
+/// Positions of more than one chunk of queries, the last of them inside the prompt.
 fn observed_pos() -> Vec<Pos> {
     (N as Pos - 40..N as Pos).collect()
 }
@@ -131,10 +131,10 @@ fn worst_error(ctx: &Context, layout: &Layout, scale: LogitScale) -> f64 {
     largest(errors)
 }
 
-/// A quantized K meets q as q8 (or as f16), which is how the decoder reads it too; a bf16 one on the CPU as bf16. On a GPU the
-/// sums over the queries are taken of numbers with 10 bits (cuBLAS's TF32), of probabilities and of weights. Its kernel for a
-/// few queries (ggml-cuda/mmvq.cu) takes the zero point of a block times the sum of q before that is rounded: with q4_0 up to
-/// 2e-2 on these queries, where rounding alone makes 8e-3.
+/// A quantized K is multiplied with q as q8 (or as f16), as in the decoder; a bf16 K on the CPU with q as bf16. A GPU rounds the terms of
+/// sums over the queries, probabilities and weights, to 10 bits (cuBLAS's TF32). Its kernel for a few queries (ggml-cuda/mmvq.cu)
+/// multiplies the zero point of a block with the sum of q before q is rounded: with q4_0 this causes up to 2e-2 on these queries, where
+/// rounding alone causes 8e-3.
 fn tolerance(layout: &Layout, k: CacheType) -> f64 {
     match k {
         CacheType::F16 if is_on_gpu(layout) => 5e-3,
@@ -175,7 +175,7 @@ fn sees_only_its_own_sequence_in_any_cell_order() {
     let model = model();
     let tokens = tokens(&model, N);
     let mut ctx = context(&model, F16, 512, 512);
-    // sequence 0 fills the holes that sequence 1 leaves, out of order
+    // sequence 0 fills the holes that sequence 1 left, out of order
     decode(&mut ctx, &tokens[..60], 0, 0);
     decode(&mut ctx, &tokens[..80], 0, 1);
     decode(&mut ctx, &tokens[60..120], 60, 0);
@@ -188,7 +188,7 @@ fn sees_only_its_own_sequence_in_any_cell_order() {
     assert!(is_within("scores of one of two sequences", error, tolerance(&layout, F16.k)), "{error}");
 }
 
-/// v/2 of the module's docs from the stored blocks themselves.
+/// Computes v/2 of the module's docs from the stored blocks.
 #[test]
 fn raises_logits_by_half_the_variance_of_a_rounded_key() {
     let model = model();

@@ -18,7 +18,7 @@ fn tokens(n: usize) -> Vec<Token> {
     (0..n).map(|_| rng.random_range(0..N_VOCAB as Token)).collect()
 }
 
-/// The Walsh-Hadamard rotation of a quantized cache, in place: blocks of the largest power of two up to the head.
+/// Applies the Walsh-Hadamard rotation of a quantized cache, in place, to blocks of the largest power of two that fits into a head.
 fn rotate(q: &mut [f64]) {
     let n = q.len();
     let old = q.to_vec();
@@ -32,12 +32,12 @@ fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) -> bool {
     const N: usize = 100;
     let mut ctx = context(&tiny.model, setup, 512, 64);
     let layout = Layout::of(&ctx, 0).unwrap();
-    // CUDA has no flash attention for heads of 32
+    // CUDA has no flash attention for head size 32
     if is_on_gpu(&layout) && setup.flash && tiny.spec.head == 32 {
         return true;
     }
     let mut capture = captured(&mut ctx, &tokens(N));
-    // more samples than one ubatch takes
+    // more samples than fit into one ubatch
     let probe = capture.probe(&mut ctx, 0, N as Pos - 1, 70, 3).unwrap();
     let mut errors = Vec::new();
     for (i, layer) in layout.layers.iter().enumerate() {
@@ -55,7 +55,7 @@ fn check_probe(tiny: &Tiny, setup: Setup, rotated: bool) -> bool {
             }
         }
     }
-    // on a GPU products of f32 weights have factors with 10 bits (TF32)
+    // a GPU rounds the factors of f32 products to 10 bits (TF32)
     let tolerance = if is_on_gpu(&layout) { 5e-3 } else { 2e-3 };
     is_within(format_args!("queries of {}, {setup}", tiny.spec.arch), largest(errors), tolerance)
 }

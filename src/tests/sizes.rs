@@ -1,4 +1,4 @@
-//! What llama.cpp works out without weights, against contexts that really exist.
+//! Compares the sizes that llama.cpp computes without weights with those of real contexts.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! A different random subset in every head equals naive attention over that subset, at every layer.
+//! A different random subset in every head gives naive attention over that subset, at every layer.
 
 #![forbid(unsafe_code)]
 
@@ -14,9 +14,10 @@ const C: usize = 130;
 
 /// Differences between attention outputs and a float64 reference, relative to the largest output of the layer.
 struct Differences {
-    /// The largest one.
+    /// The largest difference.
     error: f64,
-    /// The least of the largest ones that a head has, if it were computed from the rows of its neighbour.
+    /// The difference that swapping heads would cause: each head is compared with the output for its neighbour's rows, and the smallest of
+    /// the heads' largest differences counts.
     misplaced: f64,
 }
 
@@ -25,7 +26,7 @@ fn differences(ctx: &mut Context, layout: &Layout) -> Differences {
     let before = cells(ctx);
     let selection = random_heads(layout, N, C, 7);
     let n_kv = layout.layers[0].n_head_kv as usize;
-    // [head][c] rows of K and V as they are before anything moves
+    // `[head][c]` rows of K and V before anything moves
     let rows = |is_v: bool| -> Vec<Vec<Vec<f32>>> {
         (0..n_heads(layout))
             .map(|head| {
@@ -65,12 +66,11 @@ fn differences(ctx: &mut Context, layout: &Layout) -> Differences {
     out
 }
 
-/// What the kernels' own rounding may come to. On the CPU probabilities are f16 without flash attention, and sums with it.
+/// Limit on the kernels' own rounding. On the CPU probabilities are f16 without flash attention, and sums are f16 with it.
 ///
-/// On a GPU (ggml-cuda) without flash attention p·v and its sums are f16, all else f32. With it all is f32 for one token on
-/// newer cards (fattn-vec.cuh); older ones have f16 sums (fattn-mma-f16.cuh). With q8_0 a value of q that lies between two of
-/// the 255 steps may go the other way, as its compiler divides less exactly: one that does moves an output by up to 3e-2,
-/// mostly by a tenth of that.
+/// On a GPU (ggml-cuda) without flash attention p·v and its sums are f16, all else is f32. With flash attention all is f32 for one token on
+/// newer cards (fattn-vec.cuh); older ones have f16 sums (fattn-mma-f16.cuh). With q8_0 a value of q that lies between two of the 255 steps
+/// may be rounded the other way because CUDA divides less exactly: one such value moves an output by up to 3e-2, mostly by a tenth of that.
 fn tolerance(layout: &Layout, setup: Setup) -> f64 {
     match (is_on_gpu(layout), setup.flash, setup.k.is_quantized()) {
         (false, false, _) => 2e-3,
@@ -88,7 +88,7 @@ fn random_heads_equal_naive_attention() {
     for setup in [F16, F16_FLASH, Q8_0, Q4_0] {
         let mut ctx = context(&model, setup, 1024, 128);
         let layout = Layout::of(&ctx, 0).unwrap();
-        // CUDA's kernel subtracts the zero point of q4_0 with the sum of q before it is rounded, which moves outputs by a sixth
+        // CUDA's kernel subtracts the zero point of q4_0 times the sum of q before q is rounded, which moves outputs by a sixth
         if is_on_gpu(&layout) && setup.k == Q4_0.k {
             continue;
         }
@@ -96,7 +96,7 @@ fn random_heads_equal_naive_attention() {
         let Differences { error, misplaced } = differences(&mut ctx, &layout);
         let tolerance = tolerance(&layout, setup);
         all_hold &= is_within(format_args!("random heads, {setup}"), error, tolerance);
-        // far below what one misplaced head would cause
+        // far below the effect of one misplaced head
         assert!(misplaced > 20.0 * tolerance, "{setup}: a head with the rows of another one is only {misplaced} apart");
     }
     assert!(all_hold, "an output is not what attention over the kept rows gives: see what was measured");
@@ -125,8 +125,8 @@ fn composite_cells_and_removed_cells_agree() {
     });
     assert!(heads == same, "the same tokens in every head are the same cells");
 
-    // llama.cpp's own removal leaves holes, so that the sums run in another order: equal up to rounding where nothing has
-    // amplified it yet, in the first layer
+    // llama.cpp's own removal leaves holes, so sums run in another order: results are equal up to rounding in the first layer, where
+    // nothing has amplified it yet
     let (_, removed) = run(&|ctx, _| {
         for pos in 0..N as u32 {
             if !kept.contains(&pos) {

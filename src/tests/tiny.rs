@@ -1,4 +1,4 @@
-//! Tiny random models in GGUF files of our own, for shapes that the real models do not have.
+//! Generates tiny random models as GGUF files, for shapes that the real models do not have.
 
 #![forbid(unsafe_code)]
 
@@ -19,12 +19,12 @@ const N_CTX: usize = 1024;
 pub const ROPE_BASE: f64 = 10000.0;
 pub const EPS: f32 = 1e-5;
 
-/// How positions enter the queries.
+/// How positions are encoded in the queries.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rope {
-    /// Pairs of neighbours (llama).
+    /// Rotates pairs of neighbours (llama).
     Normal,
-    /// Pairs half a head apart.
+    /// Rotates pairs half a head apart.
     Neox,
     /// Learned positions in the embedding; queries are not rotated.
     None,
@@ -46,9 +46,9 @@ pub struct Spec {
     pub layer_norm: bool,
     /// Attention logit softcap (gemma2).
     pub softcap: bool,
-    /// Queries are scaled by 1/sqrt(head) before they meet K (phi3, gemma2).
+    /// Queries are scaled by 1/sqrt(head) before they are multiplied with K (phi3, gemma2).
     pub scaled: bool,
-    /// Its tokens have texts, and some of them are markup: see [`MARKUP`].
+    /// Tokens have texts, and some of them are markup: see [`MARKUP`].
     pub vocabulary: bool,
 }
 
@@ -90,7 +90,7 @@ pub const SPECS: [Spec; 7] = [
     Spec { arch: "gemma2", rope: Rope::Neox, softcap: true, scaled: true, ..LLAMA },
 ];
 
-/// A random model of an architecture, made once. There is no file behind it any more.
+/// A random model of an architecture, made once. Its file has been deleted.
 pub fn model(arch: &str) -> Model {
     static MODELS: Mutex<Vec<(String, Model)>> = Mutex::new(Vec::new());
     let mut models = MODELS.lock().unwrap();
@@ -104,11 +104,11 @@ pub fn model(arch: &str) -> Model {
     model
 }
 
-/// Recurrent in all layers, and in two around one with attention.
-#[allow(dead_code)] // not everybody who includes this needs them
+/// Recurrent in all layers, and recurrent in two layers around one with attention.
+#[allow(dead_code)] // not every includer of this module needs them
 pub const RECURRENT: [&str; 2] = ["mamba", "jamba"];
 
-/// Writes a random model with recurrent layers. Its tokenizer knows bytes alone.
+/// Writes a random model with recurrent layers. Its tokenizer knows only bytes.
 #[allow(dead_code)]
 pub fn recurrent(dir: &Path, arch: &str) -> PathBuf {
     const N_INNER: usize = 2 * N_EMBD;
@@ -183,7 +183,7 @@ pub fn recurrent(dir: &Path, arch: &str) -> PathBuf {
     path
 }
 
-/// A tokenizer of letters and markup, `N_VOCAB` tokens in all.
+/// Writes a tokenizer of letters and markup, `N_VOCAB` tokens in all.
 fn write_vocabulary(file: &mut Gguf) {
     const NORMAL: i32 = 1;
     const CONTROL: i32 = 3;
@@ -200,8 +200,8 @@ fn write_vocabulary(file: &mut Gguf) {
     file.number("tokenizer.ggml.eos_token_id", N_VOCAB as u32 - 2);
 }
 
-/// Writes a random model of one layer whose tokenizer is SentencePiece's: it puts a space before a text, and joins pieces. Its
-/// markers are `<s>`, `</s>`, `<|im_start|>` and `<|im_end|>`, and the pieces `<|im` and `_end|>` make up the last.
+/// Writes a random model of one layer with a SentencePiece tokenizer, which puts a space before a text and joins pieces. Its markers are
+/// `<s>`, `</s>`, `<|im_start|>` and `<|im_end|>`; the pieces `<|im` and `_end|>` together spell the last.
 #[allow(dead_code)]
 pub fn sentencepiece(dir: &Path) -> PathBuf {
     // LLAMA_TOKEN_TYPE_*
@@ -222,7 +222,7 @@ pub fn sentencepiece(dir: &Path) -> PathBuf {
     file.text("tokenizer.ggml.model", "llama");
     file.texts("tokenizer.ggml.tokens", &vocab.iter().map(|(text, _)| text.clone()).collect::<Vec<_>>());
     file.integers("tokenizer.ggml.token_type", &vocab.iter().map(|(_, kind)| *kind).collect::<Vec<_>>());
-    // the earlier, the better
+    // earlier pieces have higher scores
     file.floats("tokenizer.ggml.scores", &(0..vocab.len()).map(|i| -(i as f32)).collect::<Vec<_>>());
     file.number("tokenizer.ggml.bos_token_id", 1);
     file.number("tokenizer.ggml.eos_token_id", 2);
@@ -256,7 +256,7 @@ pub fn sentencepiece(dir: &Path) -> PathBuf {
     path
 }
 
-/// Every byte as the letter that stands for it in the vocabulary of GPT-2, and one that ends a text.
+/// GPT-2's letter for every byte, and a token that ends a text.
 fn byte_tokens() -> Vec<String> {
     let is_plain = |byte: &u32| (33..127).contains(byte) || (161..256).contains(byte) && *byte != 173;
     let (plain, others): (Vec<u32>, Vec<u32>) = (0..256).partition(is_plain);
@@ -264,7 +264,7 @@ fn byte_tokens() -> Vec<String> {
     letters.filter_map(char::from_u32).map(String::from).chain(["<|endoftext|>".to_owned()]).collect()
 }
 
-/// Random tensors of these names and dimensions.
+/// Adds random tensors of these names and dimensions.
 fn fill(file: &mut Gguf, tensors: Vec<(String, Vec<usize>)>) -> HashMap<String, Vec<f32>> {
     let mut rng = ChaCha8Rng::seed_from_u64(17);
     let mut weights = HashMap::new();
@@ -285,7 +285,7 @@ fn fill(file: &mut Gguf, tensors: Vec<(String, Vec<usize>)>) -> HashMap<String, 
     weights
 }
 
-/// A model and the weights it was made of, by tensor name; matrices are `[n_out][n_in]`.
+/// A model and its weights by tensor name; matrices are `[n_out][n_in]`.
 pub struct Tiny {
     pub spec: Spec,
     pub path: PathBuf,
@@ -293,7 +293,7 @@ pub struct Tiny {
     pub weights: HashMap<String, Vec<f32>>,
 }
 
-/// A LoRA and what it is made of, by tensor name: A `[rank][n_in]` and B `[n_out][rank]`.
+/// A LoRA adapter and its weights by tensor name: A `[rank][n_in]` and B `[n_out][rank]`.
 pub struct Adapter {
     pub path: PathBuf,
     rank: usize,
@@ -340,7 +340,7 @@ impl Tiny {
         Self { spec, path, model, weights }
     }
 
-    /// Writes a random LoRA of rank 4 for the queries and keys of every layer.
+    /// Writes a random LoRA adapter of rank 4 for the queries and keys of every layer.
     #[allow(dead_code)]
     pub fn adapter(&self, dir: &Path) -> Adapter {
         const RANK: usize = 4;
@@ -366,7 +366,7 @@ impl Tiny {
         Adapter { path, rank: RANK, weights }
     }
 
-    /// Adds to the weights what an adapter adds to their products; the file stays as it is.
+    /// Merges an adapter into the weights: adds `scale` times B A. The file is unchanged.
     #[allow(dead_code)]
     pub fn merge(&mut self, adapter: &Adapter, scale: f32) {
         for (name, a) in adapter.weights.iter().filter_map(|(name, a)| Some((name.strip_suffix(".lora_a")?, a))) {
@@ -420,7 +420,7 @@ impl Tiny {
     }
 }
 
-/// Names and dimensions as llama.cpp wants them, innermost first.
+/// Names and dimensions of the tensors that llama.cpp expects, innermost dimension first.
 fn tensors(spec: &Spec) -> Vec<(String, Vec<usize>)> {
     let (q, kv) = (spec.n_head * spec.head, spec.n_head_kv * spec.head);
     let mut out =
@@ -464,7 +464,7 @@ fn tensors(spec: &Spec) -> Vec<(String, Vec<usize>)> {
             add("ffn_up.bias", &[N_FF]);
             add("ffn_down.bias", &[N_EMBD]);
         }
-        // phi3 keeps gate and up in one tensor
+        // phi3 stores gate and up in one tensor
         let gated = !starcoder && spec.arch != "phi3";
         if gated {
             add("ffn_gate.weight", &[N_EMBD, N_FF]);

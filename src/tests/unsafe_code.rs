@@ -1,11 +1,12 @@
-//! Where `unsafe` may stand, and what it may call. The compiler keeps it out of every other module: `#![forbid(unsafe_code)]`.
+//! Checks which modules contain `unsafe` code, and which functions they call. The compiler forbids it in all others:
+//! `#![forbid(unsafe_code)]`.
 
 #![forbid(unsafe_code)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Modules that call C, or are called by it, and their tests.
+/// Modules that call C, or that C calls, and their tests.
 const MAY_BE_UNSAFE: [&str; 12] =
     ["attach", "backend", "cache", "capi", "capture", "compact", "disk", "llama", "memory", "score", "sys", "tests"];
 
@@ -16,7 +17,7 @@ fn source_files(folder: &Path) -> Vec<PathBuf> {
     files.chain(folders.iter().flat_map(|folder| source_files(folder))).collect()
 }
 
-/// The files of the modules that a file lies in, and itself.
+/// The file itself, and the files of the modules that contain it.
 fn with_parents(src: &Path, file: &Path) -> Vec<PathBuf> {
     let folders = file.ancestors().skip(1).take_while(|folder| *folder != src);
     let parents = folders.flat_map(|folder| [folder.with_extension("rs"), folder.join("mod.rs")]);
@@ -27,7 +28,7 @@ fn forbids(file: &Path) -> bool {
     fs::read_to_string(file).unwrap().lines().any(|line| line == "#![forbid(unsafe_code)]")
 }
 
-/// Whether there is unsafe code in a file, or in a module below it.
+/// Whether a file, or a module below it, contains unsafe code.
 fn needs_unsafe(file: &Path) -> bool {
     let has_unsafe = |file: &PathBuf| {
         let text = fs::read_to_string(file).unwrap();
@@ -60,7 +61,7 @@ fn every_module_that_can_forbid_unsafe_code_does() {
     assert!(n > 100, "{n} files were looked at");
 }
 
-/// What lets exceptions of C++ through: they would end the process, or worse, on their way through Rust.
+/// Functions that let C++ exceptions through. An exception that reached Rust would end the process, or worse.
 const THROW: [&str; 22] = [
     "ggml_backend_buft_alloc_buffer",
     "ggml_backend_cpu_init",

@@ -1,4 +1,4 @@
-//! A vote, from queries to fewer cells.
+//! The steps of a vote: from queries to fewer cells.
 
 use std::panic::resume_unwind;
 use std::sync::mpsc;
@@ -18,12 +18,12 @@ use crate::policy::{self, Bound, Decision, HeadScores, Kind, Policy, Ranking, Se
 use crate::score::LayerQueries;
 
 impl Vote<'_> {
-    /// Lets the policy vote and says what stays; nothing has changed yet.
+    /// Lets the policy vote and returns its selection. Changes nothing yet.
     ///
     /// # Errors
     /// [`VoteError`]; the cache is then as before.
     pub fn choose(&mut self, cells: &[Cell]) -> Result<(Selection, CompressReport), VoteError> {
-        // a context of several streams keeps each sequence elsewhere
+        // in a context of several streams each sequence lies elsewhere
         self.voter.layout = Layout::of(self.ctx, self.sequence.id)?;
         let bytes_per_cell = self.voter.layout.bytes_per_cell();
         let mut report = CompressReport::untouched(self.voter.policy.policy, cells.len(), bytes_per_cell);
@@ -43,8 +43,8 @@ impl Vote<'_> {
         Ok((selection, report))
     }
 
-    /// Says which `most` of the cells stay, because no more have room. `ahead`: text that is still to come, whose queries
-    /// vote in place of the observation window's; may be empty.
+    /// Selects the `most` cells that stay when no more fit. `ahead`: text that is still to come, whose queries vote instead of the
+    /// observation window's; may be empty.
     ///
     /// # Errors
     /// [`VoteError`]; the cache is then as before.
@@ -77,10 +77,10 @@ impl Vote<'_> {
         Ok((selection, report))
     }
 
-    /// Sees to it that the queries of the newest tokens are known, those of an answer or of an app's prompt too, of which none
-    /// were read: they are computed once more. The cache is as before afterwards. `ahead`: see [`Self::choose_most`]; where there is
-    /// some, the newest token's are enough. Where there are no statistics, because none of the sequence was heard, they are taken of
-    /// these tokens, and of some more.
+    /// Makes the queries of the newest tokens available. Tokens whose queries were not captured, such as those of an answer or of an app's
+    /// prompt, are decoded again. The cache is unchanged afterwards. `ahead`: see [`Self::choose_most`]; if it is not empty, the newest
+    /// token's queries are enough. If no statistics exist, because nothing of the sequence was captured, they are gathered from these
+    /// tokens and some more.
     ///
     /// # Errors
     /// [`VoteError`]; the cache is then as before.
@@ -96,23 +96,23 @@ impl Vote<'_> {
         self.sequence.n_past - self.held_out() as Pos - 1
     }
 
-    /// The same, also where they are known: what they look at is other than it was, where rows have come back since.
+    /// Computes the queries of the newest tokens even if they are known: their attention changes when rows have come back.
     pub fn observe_again(&mut self) -> Result<(), VoteError> {
         self.observe(self.sequence.n_past, self.voter.policy.window, 0)
     }
 
-    /// Computes the queries of the `wanted` tokens before position `end`, unless so many are `known`.
+    /// Computes the queries of the `wanted` tokens before position `end`, unless that many are `known`.
     fn observe(&mut self, end: Pos, wanted: usize, known: usize) -> Result<(), VoteError> {
         let chunk = chunk(self.ctx);
         let Self { ctx, voter, sequence, .. } = self;
         let seq = sequence.id;
-        // the first tokens give no statistics
+        // the first tokens contribute no statistics
         let is_blind = !voter.capture.has_statistics(seq) && end as usize > voter.policy.sinks;
-        // a cache of a sliding window has no room for so many
+        // a sliding-window cache has no room for so many
         let more = if is_blind && !voter.layout.info.has_window { capture::FIRST } else { 0 };
         let most = wanted.max(more).min((end - sequence.exact_from) as usize).min(cache::cells_free(ctx, seq));
         let read = &sequence.tokens[..end as usize];
-        // embeddings cannot be decoded once more
+        // embeddings cannot be decoded again
         let n = read.iter().rev().take(most).take_while(|token| **token >= 0).count();
         if n == 0 || (known >= n && !is_blind) {
             return Ok(());
@@ -132,7 +132,7 @@ impl Vote<'_> {
         Ok(())
     }
 
-    /// Puts a choice in force. The sequence's cells afterwards.
+    /// Applies a selection to the cache. Returns the sequence's cells afterwards.
     ///
     /// # Errors
     /// [`VoteError::Compact`]; the cache is then as before.
@@ -144,7 +144,7 @@ impl Vote<'_> {
     ) -> Result<Vec<Cell>, VoteError> {
         self.enter(Stage::Compact)?;
         let clock = Instant::now();
-        // those that made the scores are there, and started
+        // the back ends that computed the scores are running already
         let devices = self.voter.scorer.devices();
         let (seq, ctx) = (self.sequence.id, &mut *self.ctx);
         let left = self.sequence.setting_aside(cells, &mut report.aside_time, |aside| {
@@ -159,7 +159,7 @@ impl Vote<'_> {
         Ok(left)
     }
 
-    /// Shows the policy what it needs to see, and hears what it comes to.
+    /// Shows the policy the scores that it needs, and returns its decision.
     ///
     /// `ahead`: see [`Self::choose_most`].
     pub fn decide(
@@ -195,35 +195,34 @@ impl Vote<'_> {
         Ok(decision)
     }
 
-    /// Where the newest turn begins, if a question may still follow it: the prompt is in a chat's format, and behind its
-    /// last markup there is more text than an answer's first words.
+    /// Returns the index of the newest turn's first token if a question may still follow: the prompt is in a chat format, and more text
+    /// follows its last marker than the first words of an answer.
     pub fn open_turn(&self) -> Option<usize> {
         if self.voter.answer.is_some() {
             return None;
         }
         let (model, tokens) = (self.ctx.model(), &self.sequence.tokens);
-        // what ends a turn says nothing about the next one, and embeddings are no markup
+        // the end of a turn does not open the next one, and embeddings are no markers
         let opens = |&token: &Token| token >= 0 && model.is_control(token) && !model.is_eog(token);
         let markup = tokens.iter().rposition(opens)?;
         let text = tokens.len() - markup - 1;
         (markup > 0 && text > self.voter.policy.window).then_some(markup + 1)
     }
 
-    /// Whether everything stays, because nothing could be tried: what will be asked is not known, and no number of cells was
-    /// asked for.
+    /// Whether all cells stay because nothing can be tested: the question is still unknown, and no number of cells was requested.
     fn is_blind(&self, n: usize) -> bool {
         let policy = &self.voter.policy;
         let fits = policy.max_cells.is_none_or(|cap| n <= cap);
         policy.tries() && fits && !policy.leaves_alone(n) && self.open_turn().is_some()
     }
 
-    /// Whether a later question may need what this vote drops, and could not have it back.
+    /// Whether a later question may need dropped rows that cannot come back.
     fn must_not_lose(&self) -> bool {
         self.voter.more_questions && self.sequence.archive.is_none()
     }
 
-    /// What stands in for a question that is not in sight: the whole context read again, or the first words of the turn,
-    /// which often say what it is about.
+    /// Makes a stand-in for a question that is not in the prompt yet: reads the whole context again, or the first words of the turn, which
+    /// often state its topic.
     fn reread(&mut self, cells: &[Cell], report: &mut CompressReport) -> Result<Option<Replayed>, VoteError> {
         let clock = Instant::now();
         let policy = &self.voter.policy;
@@ -244,7 +243,7 @@ impl Vote<'_> {
         Ok(reread)
     }
 
-    /// Probes, scores, and lets the policy see it.
+    /// Probes, scores, and passes the scores to the policy.
     fn score(
         &mut self,
         cells: &[Cell],
@@ -289,17 +288,17 @@ impl Vote<'_> {
                     account_error,
                     |il| {
                         if il == 0 {
-                            // nothing comes where the probe has failed
+                            // nothing arrives if the probe has failed
                             queries = told.recv().unwrap_or_default().into_iter();
                         }
                         queries.next().ok_or(VoteError::Llama(LlamaError::Cancelled))
                     },
                     show,
                 )?;
-                // of a device it serves the compaction, too
+                // on a device the compaction reuses this memory
                 Ok::<_, VoteError>(if layout.is_host() { scorer.release() } else { scorer.compute_bytes() })
             };
-            // a device has time for keys and values while the probe decodes
+            // a device scores keys and values while the probe decodes
             let scored: Box<dyn FnOnce() -> Result<usize, VoteError> + '_> = if needs.samples() && !layout.is_host() {
                 let thread = backend::start(scope, score).map_err(ComputeError::from)?;
                 Box::new(|| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
@@ -320,7 +319,7 @@ impl Vote<'_> {
                 enter(ctx, *progress, Stage::Score)?;
             }
             clock = Instant::now();
-            // nobody listens any more where scoring has failed
+            // the receiver is gone if scoring has failed
             let _ = tell.send(queries);
             report.compute_bytes = scored()?;
             report.score_time = clock.elapsed();
@@ -328,11 +327,11 @@ impl Vote<'_> {
         })
     }
 
-    /// Finds out how much of a ranking stays.
+    /// Determines how much of a ranking stays.
     fn settle(&mut self, ranking: Ranking, report: &mut CompressReport) -> Result<Selection, VoteError> {
         let (n, (least, most)) = (ranking.n(), ranking.range());
         if self.open_turn().is_some() {
-            // a cap asks for fewer, and nothing else than the ranking knows which
+            // a cap requires fewer cells, and only the ranking can say which
             return Ok(ranking.keep(most, Bound::MaxCells));
         }
         let clock = Instant::now();
@@ -343,12 +342,12 @@ impl Vote<'_> {
             None => ranking.by_lost_mass(),
             Some(Trial { count, tried, rounding }) => {
                 (report.tried, report.rounding) = (tried, rounding);
-                // an answer that needs nothing of the text says nothing about what will be asked of it
+                // an answer that needs nothing of the text says nothing about later questions
                 if count == least && self.must_not_lose() {
                     let all = Selection { bound: Bound::Blind, ..Selection::all(n) };
                     return Ok(if most == n { all } else { ranking.keep(most, Bound::MaxCells) });
                 }
-                // a cap is not tried: it holds whatever is lost
+                // a cap is not tested: it holds whatever is lost
                 let rule = if count == most && most < n { Bound::MaxCells } else { Bound::Trial };
                 ranking.keep(count, rule)
             }

@@ -1,47 +1,47 @@
-//! What a vote saw and weighed, kept where somebody wants it explained. Other votes keep nothing.
+//! Records what a vote observed and decided, for votes that are to be explained. Other votes record nothing.
 
 use super::Sequence;
 use crate::cache::Cell;
 use crate::llama::Token;
 use crate::policy::{HeadOpinion, Opinions, Params, Protected, Ranking, Selection, Shape};
 
-/// The notes of one vote.
+/// Notes on one vote.
 #[derive(Default)]
 pub(crate) struct Notes {
     opinions: Option<Opinions>,
     ranking: Option<Ranking>,
-    /// The continuation that a trial compared on.
+    /// Tokens on which the trial compared smaller caches with the full cache.
     pub draft: Vec<Token>,
-    /// The mean KL beyond that of rounding that the trial let pass, in nats a token.
+    /// Largest mean KL divergence that the trial accepts, less that caused by rounding, in nats a token.
     pub bar: Option<f32>,
-    /// `[n + 1]` the mean share of the attention mass that is lost at each count; empty where the policy has none.
+    /// `[n + 1]` mean share of the attention mass that is lost at each number of cells; empty if the policy has no such curve.
     pub curve: Vec<f64>,
     /// `[head]`; see [`Opinions::on`].
     pub heads: Vec<HeadOpinion>,
-    /// `[n_past]` what real and synthetic queries look at, mean over the heads, by position; sums to 1. Empty where they did
-    /// not vote.
+    /// `[n_past]` attention of real and of synthetic queries by position, mean over the heads; sums to 1. Empty if these queries did not
+    /// vote.
     pub real: Vec<f64>,
     pub synthetic: Vec<f64>,
 }
 
 impl Notes {
-    /// A vote begins.
+    /// Starts the notes of a vote.
     pub fn begin(&mut self, params: &Params, shape: Shape, protected: &Protected) {
         self.opinions = Some(Opinions::new(params, shape, protected));
     }
 
-    /// Where scores are noted, once the vote has begun.
+    /// Receiver of the scores; None before the vote has begun.
     pub fn opinions(&mut self) -> Option<&mut Opinions> {
         self.opinions.as_mut()
     }
 
-    /// What it is going to be cut from.
+    /// Records the ranking from which the selection will be made.
     pub fn ranked(&mut self, ranking: Option<Ranking>) {
         self.curve = ranking.as_ref().map(|ranking| ranking.curve().to_vec()).unwrap_or_default();
         self.ranking = ranking;
     }
 
-    /// What it came to. `cells`: those of the sequence, before anything is dropped.
+    /// Records the selection. `cells`: those of the sequence before anything is dropped.
     pub fn selected(&mut self, selection: &Selection, sequence: &Sequence, cells: &[Cell], n_heads: usize) {
         let (Some(opinions), ranking) = (self.opinions.take(), self.ranking.take()) else { return };
         self.heads = opinions.on(selection, ranking.as_ref());

@@ -1,4 +1,5 @@
-//! What no vote may drop: the chat template's markers, the system message, what an app asks for, and an answer with its question.
+//! Tokens that no vote may drop: the chat template's markers, the system message, ranges that an app protects, and an answer with its
+//! question.
 
 use super::{Sequence, Vote, Voter};
 use crate::cache::Cell;
@@ -6,19 +7,19 @@ use crate::llama::{Model, Pos, Token};
 use crate::policy::Protected;
 
 impl Voter {
-    /// Whether the token at a position always stays.
+    /// Whether the token at this position always stays.
     fn protects(&self, model: &Model, pos: Pos, token: Token) -> bool {
-        // embeddings are no markup
+        // an embedding is no template marker
         pos < self.system_end || (token >= 0 && model.is_control(token))
     }
 
-    /// The positions that the setting `protect` keeps among those of `tokens`, the first of which is at `first`.
+    /// Returns the positions among `tokens` that the setting `protect` keeps; `first` is the position of the first token.
     fn protected<'a>(&'a self, model: &'a Model, first: Pos, tokens: &'a [Token]) -> impl Iterator<Item = Pos> + 'a {
         let tokens = if self.policy.protect { tokens } else { &[] };
         (first..).zip(tokens).filter(|&(pos, &token)| self.protects(model, pos, token)).map(|(pos, _)| pos)
     }
 
-    /// Whether a token of a sequence always stays. `[position]`
+    /// Whether each token of a sequence always stays, `[position]`.
     fn stays(&self, model: &Model, sequence: &Sequence) -> Vec<bool> {
         let mut stays = sequence.protected().to_vec();
         stays.resize(sequence.tokens.len(), false);
@@ -30,8 +31,8 @@ impl Voter {
         stays
     }
 
-    /// Tokens that always stay beside sinks and recent ones, once `more` follow upon those of a sequence: at most so many in
-    /// any head.
+    /// Upper bound per head on the protected tokens between the sinks and the recent tokens, once `more` tokens follow those of the
+    /// sequence.
     pub(crate) fn protected_with(&self, model: &Model, sequence: &Sequence, more: &[Token]) -> usize {
         let n_past = sequence.n_past;
         let between = self.policy.sinks as Pos..n_past + more.len() as Pos - self.policy.recent as Pos;
@@ -42,7 +43,7 @@ impl Voter {
 }
 
 impl Vote<'_> {
-    /// The entries of `cells` that always stay. A head that has lost a token before it was protected does without.
+    /// Returns the entries of `cells` that always stay. A token that a head lost before it was protected is left out for that head.
     pub fn protected(&self, cells: &[Cell]) -> Protected {
         let sequence = &*self.sequence;
         let stays = self.voter.stays(self.ctx.model(), sequence);

@@ -1,4 +1,4 @@
-//! The choice among all that was ever read, where not all of it has room.
+//! Chooses among all rows that were ever read when they do not all fit in the cache.
 
 #![forbid(unsafe_code)]
 
@@ -11,16 +11,16 @@ use crate::compact::CompactError;
 use crate::policy::Kind;
 
 impl Vote<'_> {
-    /// Chooses what the cache holds of a sequence among all its rows, in the cache or set aside, for the tokens that were read last.
-    /// What is set aside comes back a page at a time, and each time the policy votes on the pages before and what won against them.
-    /// So a row that was dropped long since is there again when it is asked for. The newest tokens are computed once more for each page,
-    /// because what they look for depends on what they see.
+    /// Chooses which of a sequence's rows the cache holds, among those in the cache and those in the archive, for the tokens that were read
+    /// last. Archived rows come back one page at a time. When the next page does not fit, the policy first votes on the rows in the cache:
+    /// the earlier pages and the rows that won against them. A row that was dropped long ago can thus return when a question needs it. The
+    /// newest tokens are decoded again before each vote because their attention depends on the rows in the cache.
     ///
-    /// `limit`: cells that the sequence may have. `each` hears of every vote. Rows of each head that came back: 0 where all are in the
-    /// cache, and where those that always stay leave no room for others.
+    /// `limit`: cells that the sequence may use. `each` receives the report of every vote. Returns the rows per head that came back: 0 if
+    /// all rows are in the cache already, or if the protected rows leave no room for others.
     ///
     /// # Errors
-    /// [`VoteError`]. No row is lost, but the cache may hold other ones then.
+    /// [`VoteError`]. No row is lost, but the cache may hold different rows than before.
     pub fn reconsider(&mut self, limit: usize, mut each: impl FnMut(&CompressReport)) -> Result<usize, VoteError> {
         let voter = &*self.voter;
         let always = room::least_cells(&voter.policy) + voter.protected_with(self.ctx.model(), self.sequence, &[]);
@@ -31,7 +31,7 @@ impl Vote<'_> {
         if self.sequence.n_aside() == 0 {
             return Ok(0);
         }
-        // who has cancelled already gets back what there was
+        // a caller who has cancelled already gets the cache unchanged
         self.enter(Stage::Probe)?;
         let Some(archive) = &mut self.sequence.archive else { return Ok(0) };
         *archive = archive.paged(page).map_err(CompactError::from)?;
@@ -41,7 +41,7 @@ impl Vote<'_> {
                 each(&self.keep_most(most)?);
             }
             let batches = self.sequence.archive.as_ref().map_or(&[][..], |archive| archive.batches());
-            // what lost against others is set aside again, in a batch of its own
+            // rows that lost against others are archived again, in a batch of their own
             if let Some(number) = batches.iter().position(|batch| Arc::ptr_eq(batch, &page)) {
                 let cells = cache::cells(self.ctx, self.sequence.id);
                 let end = self.sequence.n_past;
@@ -52,7 +52,7 @@ impl Vote<'_> {
                 }
             }
         }
-        // nothing else comes back: no more has to be free than what follows needs
+        // no more rows come back: only the cells that the next vote needs have to be free
         let spare = Voter::spare_cells(&self.voter.policy).min(page);
         if self.sequence.n_aside() > 0 && self.room(limit) < spare {
             each(&self.keep_most(limit - spare)?);

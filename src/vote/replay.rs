@@ -1,9 +1,9 @@
-//! The replay: the context is read a second time, and what its own repetition looks at is what any later question could.
+//! The replay: reads the context a second time. Cells that its own repetition attends to are those that any later question may need.
 //!
-//! After KVzip (Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416).
-//! While the sequence is parked, the model is told that the text follows once more, and gets it chunk by chunk. Each repeated token attends to the place where it, or what follows it, stood: so a key that no
-//! repetition looks at is one the context can be rebuilt without. Costs about one more prefill, and the scoring of as
-//! many queries as there are tokens.
+//! After KVzip (Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416). While the sequence
+//! is parked, the model is told that the text follows once more, and reads it chunk by chunk. Each repeated token attends to the place
+//! where it, or its successor, stood: the context can be rebuilt without a key that no repetition attends to. The cost is about one more
+//! prefill, and scoring one query for each token.
 
 use std::ops::Range;
 
@@ -14,15 +14,15 @@ use crate::llama::{Batch, Pos, Token};
 use crate::policy::Needs;
 use crate::score::LayerQueries;
 
-/// Tokens repeated at once. Their cells come on top of the context's.
+/// Tokens repeated in one chunk. Their cells come on top of the context's.
 const CHUNK: usize = 256;
-/// Tokens before a chunk that are repeated with it, so that its first one has something to follow.
+/// Tokens before a chunk that are repeated with it, as context for its first token.
 const LEAD: usize = 8;
-/// Cells that a chunk takes, with room for the announcement in any tokenizer: it has no more tokens than bytes.
+/// Cells that a chunk takes, including the announcement in any tokenizer: it has no more tokens than bytes.
 pub(super) const CELLS: usize = CHUNK + LEAD + ANNOUNCEMENT.len();
 const ANNOUNCEMENT: &str = "\n\nThe same text once more:\n\n";
 
-/// What the repeated tokens looked at. `[head][n]` each
+/// Attention of the repeated tokens to each cell; each list is `[head][n]`.
 pub(crate) struct Replayed {
     n: usize,
     /// Sum of p⁴ over the queries of the group: its fourth root is close to the largest p.
@@ -42,18 +42,18 @@ impl Replayed {
 }
 
 impl Vote<'_> {
-    /// Reads the whole sequence once more. The cache is as before afterwards.
+    /// Reads the whole sequence again. The cache is unchanged afterwards.
     pub fn replay(&mut self, cells: &[Cell]) -> Result<Replayed, VoteError> {
         let announcement = self.ctx.model().tokenize(ANNOUNCEMENT, false, false)?;
         self.reread_tokens(cells, 0..self.sequence.tokens.len(), &announcement)
     }
 
-    /// Reads some of the tokens once more, as if they came next. The cache is as before afterwards.
+    /// Reads some of the tokens again, as if they came next. The cache is unchanged afterwards.
     pub fn read_again(&mut self, cells: &[Cell], tokens: Range<usize>) -> Result<Replayed, VoteError> {
         self.reread_tokens(cells, tokens, &[])
     }
 
-    /// Reads tokens that are still to come, as if they came now. The cache is as before afterwards.
+    /// Reads tokens that are still to come. The cache is unchanged afterwards.
     pub fn read_ahead(&mut self, cells: &[Cell], tokens: &[Token]) -> Result<Replayed, VoteError> {
         self.read_chunks(cells.len(), tokens, 0..tokens.len(), &[])
     }
@@ -77,7 +77,7 @@ impl Vote<'_> {
         cells.len() == tokens.len() && tokens.iter().all(|&token| token >= 0)
     }
 
-    /// `n`: cells of the sequence. `range`: of `tokens`.
+    /// `n`: cells of the sequence. `range`: indices into `tokens`.
     fn read_chunks(
         &mut self,
         n: usize,
@@ -91,7 +91,7 @@ impl Vote<'_> {
         let (seq, n_past) = (sequence.id, sequence.n_past);
         let heads: usize = layout.n_head_kv().sum();
         let mut out = Replayed { n, fourth_powers: vec![0.0; heads * n], mean: vec![0.0; heads * n] };
-        // all of it must fit into one ubatch; in a very small one the text itself comes first
+        // the chunk must fit into one ubatch; in a very small one the announcement is left out
         let announcement = if 2 * announcement.len() < chunk { announcement } else { &[] };
         let room = chunk - announcement.len();
         let lead = LEAD.min(room / 2);
@@ -108,7 +108,7 @@ impl Vote<'_> {
             let queries = capture.replay(&mut parked, seq, &batch)?;
             let visible = cache::cells(&parked, seq);
             let weight = (end - start) as f32 / range.len() as f32;
-            // the announcement's own queries say nothing about the text
+            // the announcement's own queries carry no information about the text
             let own = announcement.len();
             let mut layer_queries = queries.into_iter();
             let needs = Needs { observed: true, fourth_powers: true, ..Needs::default() };
@@ -126,7 +126,7 @@ impl Vote<'_> {
                 },
                 |first, heads| {
                     for (head, scores) in (first..).zip(heads) {
-                        // the shared cells come first: the repeated tokens have larger positions
+                        // the context's cells come first: the repeated tokens have larger positions
                         for (to, p) in out.mean[head * n..][..n].iter_mut().zip(scores.observed) {
                             *to += weight * p;
                         }

@@ -1,4 +1,4 @@
-//! What a vote did.
+//! The report of a vote.
 
 use std::time::Duration;
 
@@ -6,35 +6,36 @@ use serde::Serialize;
 
 use crate::policy::{Bound, Kept, Kind, Ragged, Selection};
 
-/// What a compression did, or why it left the cache alone.
+/// Result of a compression, or the reason why it left the cache unchanged.
 #[derive(Clone, Debug, Serialize)]
 pub struct CompressReport {
     pub policy: Kind,
-    /// Cells of the sequence before and after; of unequal budgets the mean.
+    /// Cells of the sequence before and after the vote; the mean over the heads if their budgets differ.
     pub cells_before: usize,
     pub cells_after: usize,
-    /// Bytes of K and V in those cells; a mask ([`crate::policy::Params::exact`]) frees none, whatever `cells_after` says.
+    /// Bytes of K and V in these cells. A mask ([`crate::policy::Params::exact`]) frees no bytes, whatever `cells_after` says.
     pub kv_bytes_before: usize,
     pub kv_bytes_after: usize,
-    /// Attention mass given up, as the policy estimates it; 0 to 1.
+    /// Attention mass that was given up, as the policy estimates it; 0 to 1.
     pub lost_mass: Option<f32>,
     /// The rule that set the number of cells.
     pub bound: Bound,
     pub ragged: Option<Ragged>,
-    /// Cells that a trial tried, and the mean KL to the full cache on them beyond that of rounding, in nats a token.
+    /// Numbers of cells that the trial tested, each with its mean KL divergence from the full cache, less that caused by rounding, in nats
+    /// a token.
     pub tried: Vec<(usize, f32)>,
-    /// Mean KL that rounding alone caused in the trial, in nats a token.
+    /// Mean KL divergence that rounding alone caused in the trial, in nats a token.
     pub rounding: f32,
-    /// Bytes of ggml's compute buffers that scoring held; they are given back.
+    /// Bytes of ggml's compute buffers during scoring; they are freed afterwards.
     pub compute_bytes: usize,
-    /// Rows of each head that came back before the vote, from those that are set aside.
+    /// Rows per head that came back from the archive before the vote.
     pub rows_back: usize,
-    /// Of rows that came back: bringing them in, and choosing among them where they had no room at once.
+    /// Time of recall: bringing rows back, and choosing among them where they did not all fit.
     #[serde(serialize_with = "seconds")]
     pub recall_time: Duration,
     #[serde(serialize_with = "seconds")]
     pub replay_time: Duration,
-    /// Of queries: synthetic ones, and those of the newest tokens, where they had to be computed again.
+    /// Time of making queries: synthetic ones, and those of the newest tokens where these had to be computed again.
     #[serde(serialize_with = "seconds")]
     pub probe_time: Duration,
     #[serde(serialize_with = "seconds")]
@@ -43,7 +44,7 @@ pub struct CompressReport {
     pub select_time: Duration,
     #[serde(serialize_with = "seconds")]
     pub trial_time: Duration,
-    /// Of rows that are to come back: copying them out of the cache.
+    /// Time of copying rows from the cache to the archive.
     #[serde(serialize_with = "seconds")]
     pub aside_time: Duration,
     #[serde(serialize_with = "seconds")]
@@ -51,13 +52,13 @@ pub struct CompressReport {
 }
 
 impl CompressReport {
-    /// Time of the whole compression.
+    /// Total time of the compression.
     pub fn time(&self) -> Duration {
         let choice = self.probe_time + self.score_time + self.select_time + self.trial_time;
         self.recall_time + self.replay_time + choice + self.aside_time + self.compact_time
     }
 
-    /// Share of the cells kept, 0 to 1.
+    /// Share of the cells that were kept, 0 to 1.
     pub fn share(&self) -> f64 {
         self.cells_after as f64 / self.cells_before.max(1) as f64
     }
@@ -68,7 +69,7 @@ fn seconds<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Erro
 }
 
 impl CompressReport {
-    /// Notes what stays. `bytes_per_cell`: of K and V.
+    /// Records the selection. `bytes_per_cell`: of K and V.
     pub(super) fn note(&mut self, selection: &Selection, bytes_per_cell: usize) {
         self.cells_after = selection.n_cells();
         self.kv_bytes_after = match selection.kept {
@@ -81,7 +82,8 @@ impl CompressReport {
         self.ragged = selection.ragged;
     }
 
-    /// Notes that the sequence had `cells` before `rows` of each head came back, in so much time.
+    /// Records a recall that preceded the vote: the sequence had `cells` cells before `rows` rows of each head came back, which took
+    /// `time`.
     pub(crate) fn note_recall(&mut self, cells: usize, rows: usize, time: Duration) {
         self.kv_bytes_before = self.kv_bytes_before / self.cells_before.max(1) * cells;
         (self.cells_before, self.rows_back, self.recall_time) = (cells, rows, time);

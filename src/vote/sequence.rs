@@ -1,4 +1,4 @@
-//! What gvote knows of a sequence beside what llama.cpp's cache says.
+//! State of a sequence that llama.cpp's cache does not record.
 
 use std::io::Read;
 use std::ops::Range;
@@ -15,93 +15,92 @@ use crate::llama::{Context, Model, Pos, SeqId, Token};
 use crate::policy::threads;
 use crate::policy::{Kept, Selection};
 
-/// Stands for an embedding among tokens.
+/// Marks an embedding in a list of tokens.
 const EMBEDDING: Token = -1;
 
-/// What the bytes of a saved sequence begin with, and the version of what follows.
+/// First bytes of a saved sequence, with the version of the format.
 const MAGIC: [u8; 8] = *b"gvote\0\0\x02";
 
-/// A sequence: what was read, and what its cells hold.
+/// A sequence: the tokens that were read, and the rows that its cells hold.
 #[derive(Clone, Debug, Default)]
 pub struct Sequence {
     pub(crate) id: SeqId,
-    /// The position of the next token.
+    /// Position of the next token.
     pub(crate) n_past: Pos,
-    /// The tokens so far, by position; -1 where embeddings came in.
+    /// Tokens so far, by position; -1 for embeddings.
     pub(crate) tokens: Vec<Token>,
     /// From this position on every cell holds one token, the same in all heads.
     pub(crate) exact_from: Pos,
-    /// `[position]`, as far as it reaches: whether the caller asked for it to stay.
+    /// `[position]` whether the caller asked for this token to stay; positions beyond the end are not protected.
     protected: Vec<bool>,
     held: Held,
-    /// The rows that left the cache; None where they are lost.
+    /// Rows that left the cache; None if dropped rows are lost.
     pub(crate) archive: Option<Archive>,
 }
 
-/// The true positions behind composite cells.
+/// True positions of the rows in composite cells.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Held {
-    /// Cells it speaks of: the first ones of the sequence. Later ones hold what their label says.
+    /// Number of leading cells of the sequence that `pos` describes. Later cells hold the position of their label.
     n_cells: usize,
-    /// `[head][n_cells]`; empty where labels say it all.
+    /// `[head][n_cells]`; empty if every cell holds the position of its label.
     pos: Vec<u32>,
 }
 
 impl Sequence {
-    /// An empty sequence with this id.
+    /// Returns an empty sequence with this id.
     pub fn new(id: SeqId) -> Self {
         Self { id, ..Self::default() }
     }
 
-    /// An empty one in its place, whose rows are set aside as those of this one are.
+    /// Returns an empty sequence with the same id and the same kind of archive.
     pub(crate) fn emptied(&self) -> Self {
         Self { archive: self.archive.as_ref().map(Archive::emptied), ..Self::new(self.id) }
     }
 
-    /// A copy with another id, which shares what is set aside.
+    /// Returns a copy with another id, which shares the archived rows.
     pub(crate) fn copied_to(&self, id: SeqId) -> Self {
         Self { id, ..self.clone() }
     }
 
-    /// Whether its cells hold the same tokens as those of another one whose cells look the same.
+    /// Whether the cells of both sequences hold the same tokens, given that the cells look the same.
     pub(crate) fn holds_as(&self, other: &Self) -> bool {
         self.tokens == other.tokens && self.held == other.held
     }
 
-    /// Its id in the context.
+    /// The sequence's id in the context.
     pub fn id(&self) -> SeqId {
         self.id
     }
 
-    /// The position of the next token.
+    /// Position of the next token.
     pub fn n_past(&self) -> Pos {
         self.n_past
     }
 
-    /// The tokens so far, by position; -1 where embeddings came in.
+    /// Tokens so far, by position; -1 for embeddings.
     pub fn tokens(&self) -> &[Token] {
         &self.tokens
     }
 
-    /// From this position on every cell holds one token, the same in all heads: up to here it may be truncated. Or the next
-    /// position, where nothing is left of the one before this.
+    /// From this position on every cell holds one token, the same in all heads. The sequence may be truncated at this position or later. If
+    /// the cache holds nothing of the position before it, this is the next position instead.
     pub fn exact_from(&self) -> Pos {
         self.exact_from
     }
 
-    /// The true position of what a KV head of a layer holds in each of the sequence's cells, in the order of `cells`; `head`
-    /// counts over all layers.
+    /// Returns the true position of the row that one KV head holds in each of the sequence's cells, in the order of `cells`. `head` counts
+    /// over all layers.
     pub fn positions(&self, cells: &[Cell], head: usize) -> Vec<Pos> {
         (0..cells.len()).map(|c| self.held.at(cells, head, c) as Pos).collect()
     }
 
-    /// The same of all heads, in one piece: `[n_heads][cells]`.
+    /// Returns the true positions for all heads in one list: `[n_heads][cells]`.
     pub(crate) fn held(&self, cells: &[Cell], n_heads: usize) -> Vec<u32> {
         (0..n_heads).flat_map(|head| (0..cells.len()).map(move |place| self.held.at(cells, head, place))).collect()
     }
 
-    /// Sees to it that the tokens at these positions stay at every later vote, or no longer. A position without a token is
-    /// left out.
+    /// Protects the tokens at these positions from every later vote, or removes the protection. Ignores positions without a token.
     pub(crate) fn protect(&mut self, positions: Range<Pos>, stays: bool) {
         let place = |pos: Pos| pos.clamp(0, self.n_past) as usize;
         let (start, end) = (place(positions.start), place(positions.end));
@@ -111,32 +110,33 @@ impl Sequence {
         }
     }
 
-    /// Whether [`Self::protect`] was asked for, by position, as far as that reaches.
+    /// Whether each position was protected with [`Self::protect`]; later positions are not.
     pub(super) fn protected(&self) -> &[bool] {
         &self.protected
     }
 
-    /// Whether its heads hold different tokens.
+    /// Whether the heads hold different tokens.
     pub(super) fn is_composite(&self) -> bool {
         !self.held.pos.is_empty()
     }
 
-    /// Rows of each head that are set aside.
+    /// Rows per head in the archive.
     pub(crate) fn n_aside(&self) -> usize {
         self.archive.as_ref().map_or(0, Archive::len)
     }
 
-    /// Whether every row is in one of its `n_cells` cells or set aside.
+    /// Whether every row is in one of the sequence's `n_cells` cells or in the archive.
     pub(crate) fn is_whole(&self, n_cells: usize) -> bool {
         n_cells + self.n_aside() == self.n_past as usize
     }
 
-    /// From this position on a sequence of `n_cells` cells can be cut: at any where every row is in a cell or set aside.
+    /// Returns the first position at which a sequence of `n_cells` cells can be truncated: 0 if every row is in a cell or in the
+    /// archive, otherwise `exact_from`.
     pub(crate) fn can_be_cut_from(&self, n_cells: usize) -> Pos {
         if self.archive.is_some() && self.is_whole(n_cells) { 0 } else { self.exact_from }
     }
 
-    /// Does `work`, which drops rows of `cells`, with where they go. How long setting them aside takes is added to `time`.
+    /// Runs `work`, which drops rows of `cells`, with the archive that receives them. Stores the time of archiving, if there is any, in `time`.
     pub(super) fn setting_aside<T>(
         &mut self,
         cells: &[Cell],
@@ -148,8 +148,8 @@ impl Sequence {
         work(archive.as_mut().map(|archive| Aside { archive, pos: &pos, time }))
     }
 
-    /// Lets its cells hold rows at positions before `end`, after which it has no more, with those that `bring` says: see
-    /// [`compact::arrange`]. `cells`: those that it has now.
+    /// Rearranges the cells so that they hold only rows at positions before `end`, with the archived rows that `bring` selects: see
+    /// [`compact::arrange`]. The sequence ends at `end` afterwards. `cells`: its present cells.
     ///
     /// # Errors
     /// [`CompactError`]; nothing has changed then.
@@ -185,11 +185,11 @@ impl Sequence {
         self.n_past += tokens.len() as Pos;
     }
 
-    /// Forgets what lies at `pos` and later; `n_left` cells are left.
+    /// Removes the tokens at `pos` and later; `n_left` cells are left.
     pub(crate) fn truncate(&mut self, pos: Pos, n_left: usize) {
         self.n_past = self.n_past.min(pos.max(0));
         if self.n_past < self.exact_from {
-            // the cells hold all that is left
+            // the cells hold all rows that are left
             self.archive = self.archive.as_ref().map(Archive::emptied);
         }
         self.tokens.truncate(self.n_past as usize);
@@ -198,7 +198,7 @@ impl Sequence {
         self.held.truncate(n_left);
     }
 
-    /// Notes that `selection` of `cells` stays.
+    /// Records that `selection` of `cells` stays.
     pub(super) fn compacted(&mut self, cells: &[Cell], selection: Selection, recent: usize, n_threads: usize) {
         if selection.kept != Kept::All {
             self.held.keep(cells, selection, n_threads);
@@ -206,8 +206,8 @@ impl Sequence {
         }
     }
 
-    /// After a compaction to `cells`: where it is cut, the position before must be there, because llama.cpp wants the next one
-    /// to follow upon the last.
+    /// Raises `exact_from` after a compaction to `cells` if the position before it is gone: llama.cpp requires the next position to follow
+    /// the last one.
     pub(super) fn bound(&mut self, cells: &[Cell]) {
         let before = self.exact_from - 1;
         if before >= 0 && cells.binary_search_by_key(&before, |cell| cell.pos).is_err() {
@@ -215,7 +215,7 @@ impl Sequence {
         }
     }
 
-    /// All of it as bytes, with what was captured. `cells`: those of the sequence.
+    /// Serializes the sequence with its captured queries and statistics. `cells`: those of the sequence.
     pub(crate) fn save(&self, capture: &mut Capture, cells: &[Cell]) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
         out.extend_from_slice(&self.n_past.to_le_bytes());
@@ -236,7 +236,7 @@ impl Held {
         if c < self.n_cells && !self.pos.is_empty() { self.pos[head * self.n_cells + c] } else { cells[c].pos as u32 }
     }
 
-    /// `selection` of `cells` stays; its memory becomes ours.
+    /// Records that `selection` of `cells` stays. Reuses the selection's memory.
     fn keep(&mut self, cells: &[Cell], selection: Selection, n_threads: usize) {
         let n_cells = selection.n_cells();
         let mut pos = match selection.kept {
@@ -253,7 +253,7 @@ impl Held {
             }
         };
         let parts = (0..).step_by(share).zip(pos.chunks_mut((share * n_cells).max(1)));
-        // the cache is compacted, so this comes to its end
+        // the cache is compacted already, so this cannot be cancelled
         threads::share_out(n_lists.div_ceil(share), parts, look_up, || ());
         *self = Self { n_cells, pos };
     }
@@ -268,8 +268,7 @@ impl Held {
     }
 }
 
-/// A saved sequence that was read and found to be sound; whether it is that of the cells in the cache is seen when it is
-/// put in force.
+/// A saved sequence that was read and validated. Whether it matches the cells in the cache is checked when it is restored.
 pub(crate) struct Saved {
     sequence: Sequence,
     labels: Vec<Pos>,
@@ -277,8 +276,8 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
-    /// Reads what [`Sequence::save`] wrote, and what follows upon it. This is the border for bytes that may come from anybody: every
-    /// token, position, count and length is within its bounds afterwards.
+    /// Reads the output of [`Sequence::save`], and returns the bytes that follow. The input is untrusted: afterwards every token, position,
+    /// count and length is within its bounds.
     ///
     /// # Errors
     /// [`VoteError::Saved`] with the reason.
@@ -324,7 +323,7 @@ impl Saved {
         if !pos.is_empty() && (n_cells > labels.len() || n_cells.checked_mul(n_heads) != Some(pos.len())) {
             return Err(OTHER_MODEL);
         }
-        // a cell is labelled with the last position of those that its heads hold
+        // a cell's label is the largest position that any of its heads holds
         let sound = |held: &[u32]| {
             held.is_sorted_by(|a, b| a < b) && held.iter().zip(&labels).all(|(&pos, &label)| pos <= label as u32)
         };
@@ -339,23 +338,23 @@ impl Saved {
         Ok((Self { sequence, labels, captured }, rest.0))
     }
 
-    /// Tokens that it speaks of.
+    /// Tokens of the saved sequence.
     pub fn n_past(&self) -> usize {
         self.sequence.tokens.len()
     }
 
-    /// Cells that it speaks of.
+    /// Cells of the saved sequence.
     pub fn n_cells(&self) -> usize {
         self.labels.len()
     }
 
-    /// Whether these are the cells that it speaks of.
+    /// Whether these are the cells of the saved sequence.
     pub fn fits(&self, cells: &[Cell]) -> bool {
         cells.iter().map(|cell| cell.pos).eq(self.labels.iter().copied())
     }
 
-    /// Whether a head, counted over all layers, can have rows at these positions that are set aside: others than in its cells, of
-    /// tokens that not every head has there.
+    /// Whether a head, counted over all layers, can have archived rows at these positions: positions that are not in its cells, of tokens
+    /// that not every head holds there.
     fn can_be_aside(&self, head: usize, positions: &[u32]) -> bool {
         let Sequence { held, exact_from, .. } = &self.sequence;
         let n = if held.pos.is_empty() { 0 } else { held.n_cells };
@@ -367,7 +366,7 @@ impl Saved {
         positions.is_sorted_by(|a, b| a < b) && positions.iter().all(is_aside)
     }
 
-    /// What [`Archive::write`] wrote of rows that are set aside of it, for the heads of `empty`.
+    /// Reads the archived rows of this sequence that [`Archive::write`] wrote. `empty`: an archive for the same heads.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -376,7 +375,7 @@ impl Saved {
         empty.read(from, most, |head, positions| self.can_be_aside(head, positions))
     }
 
-    /// Puts it in force for the sequence `id`.
+    /// Restores the saved state as the sequence `id`.
     pub fn restore(self, id: SeqId, capture: &mut Capture) -> Sequence {
         capture.restore(id, self.captured);
         Sequence { id, ..self.sequence }
@@ -395,9 +394,9 @@ mod tests {
         let cells: Vec<Cell> = (0..N).map(|i| Cell { index: i, pos: 2 * i as Pos, token: 0, shared: false }).collect();
         let after = |n_threads: usize| {
             let mut held = Held::default();
-            // the second time, what heads hold is no longer what labels say
+            // the second time, heads no longer hold the positions of the labels
             for (n, n_cells) in [(N, 120_000), (120_000, 80_000)] {
-                // each head does without other ones
+                // each head drops other entries
                 let skipped = |head, c| if c > 5_000 * head { n - n_cells } else { 0 };
                 let index = (0..N_HEADS).flat_map(|head| (0..n_cells).map(move |c| c + skipped(head, c)));
                 let kept = Kept::Heads { n_cells: n_cells as usize, index: index.collect() };

@@ -1,14 +1,13 @@
-//! The trial: how few cells continue this request as the full cache does?
+//! The trial: finds how few cells continue this request as the full cache does.
 //!
-//! The test is the newest part of the answer, which did not vote; where the answer is too short for that, the full cache drafts
-//! the rest while the sequence is parked. It reads the test once more in one batch, for what it expects after each
-//! token. Then each head's rows are put in the order of the ranking, in place: for any count C the
-//! first C cells are now what a compaction to C would keep, so that a sequence that sees only those continues exactly
-//! as the compacted cache would - with llama.cpp's own kernels, on whatever back end. The test is decoded there in one batch,
-//! and the mean KL to what the full cache expected is the damage at C, once the KL that the new order alone causes is taken
-//! off: quantized weights turn the last bit of a sum into a KL of some 0.003 on a small model. A search finds the fewest
-//! cells whose damage is within the target, and leaves a count as soon as it has done more than that; then the rows go back
-//! to where they were. No copy of the cache is made, and nothing is lost if the trial fails or is cancelled.
+//! The test consists of the newest tokens of the answer, which did not vote; if the answer is too short, the full cache drafts the rest
+//! while the sequence is parked. The full cache reads the test once more in one batch to record its expected next tokens. Then each head's
+//! rows are sorted by rank, in place: for any count C the first C cells are now those that a compaction to C would keep. A sequence that
+//! sees only these cells continues exactly as the compacted cache would, with llama.cpp's own kernels, on any back end. The test is decoded
+//! this way in one batch. The damage at C is the mean KL divergence from the full cache's expectations, less the KL that the new order
+//! alone causes: quantized weights turn the last bit of a sum into a KL of some 0.003 on a small model. A search finds the fewest cells
+//! whose damage is within the target, and abandons a count as soon as its damage exceeds the target. Then the rows return to their places.
+//! The cache is not copied, and nothing is lost if the trial fails or is cancelled.
 
 use std::ops::{ControlFlow, Range};
 
@@ -19,50 +18,48 @@ use crate::divergence::Likely;
 use crate::llama::{Batch, Pos, Token};
 use crate::policy::{self, Ranking, threads};
 
-/// Of the target, what the test may use up: the text that comes after it, and a text that is not the model's own, drift
-/// further. Chosen on 38 requests so that at most one in five misses its target, and checked on others: see
-/// docs/results.md.
+/// Share of the target that the test may use up: later text, and text that the model did not write itself, drift further. Chosen on 38
+/// requests so that at most one in five misses its target, and checked on others: see docs/results.md.
 const MARGIN: f64 = 0.15;
 
-/// Counts that are tried. Each halves the range in which the fewest lies, on a scale of ratios: from a twelfth to all of the cells,
-/// four leave a step of 17 %.
+/// Counts that are tried. Each halves the range that contains the smallest sufficient count, on a logarithmic scale: from a twelfth to all
+/// of the cells, four tries leave a step of 17 %.
 const TRIES: i32 = 4;
 
-/// Tokens of an answer that vote, before any is held out for the test. Without them the prompt's end alone votes, and its ranking is
-/// worse.
+/// Newest tokens of an answer that must vote before any are held out for the test. Without them only the end of the prompt votes, and its
+/// ranking is worse.
 const VOTERS: usize = 32;
 
-/// Of an answer that is long enough, so many times the tokens of a draft are the test: what was written tells less of what comes than
-/// what would be written next, and costs nothing to make.
+/// Length of the test of a long answer, as a multiple of a draft's length. Written tokens predict the continuation less well than drafted
+/// ones but cost nothing to make.
 const WRITTEN: usize = 2;
 
-/// Of the bytes of the model, or of the sequence's K and V where those are more, what llama.cpp's buffer for the test's logits may
-/// take.
+/// Limit on llama.cpp's logits buffer for the test, as a share of the model's bytes or of the sequence's K and V, whichever is larger.
 const LOGITS_SHARE: f64 = 0.02;
-/// Tokens at once at least: below this a batch is hardly faster than single steps.
+/// Smallest batch: below this a batch is hardly faster than single steps.
 const LEAST_AT_ONCE: usize = 4;
 
-/// What a trial found.
+/// Result of a trial.
 pub(crate) struct Trial {
-    /// The fewest cells that came close enough.
+    /// The smallest count that met the target.
     pub count: usize,
-    /// Cells and mean KL beyond that of rounding, in nats a token, in the order of the attempts. Where that is too much it is
-    /// a lower bound.
+    /// Each tested count and its mean KL, less that caused by rounding, in nats a token, in the order of the tries. A value above the
+    /// target is a lower bound.
     pub tried: Vec<(usize, f32)>,
     /// Mean KL that rounding alone causes, in nats a token.
     pub rounding: f32,
 }
 
-/// How the full cache goes on.
+/// A test: tokens and the full cache's expectations.
 struct Test {
-    /// Position of its first token; the newest of the answer lie there already.
+    /// Position of the first token. The newest tokens of the answer lie there already.
     first: Pos,
     tokens: Vec<Token>,
-    /// What comes after each of the tokens.
+    /// Distribution that the full cache expects after each token.
     expected: Vec<Likely>,
 }
 
-/// A sequence that is parked for a trial: dropping this brings it back.
+/// A sequence that is parked for a trial. Dropping this restores it.
 struct Trying<'a> {
     parked: Parked<'a>,
     voter: &'a Voter,
@@ -70,7 +67,7 @@ struct Trying<'a> {
     progress: &'a dyn Fn(Stage) -> ControlFlow<()>,
 }
 
-/// The rows of a sequence in the order of a ranking. Dropping it puts them back.
+/// The rows of a sequence in the order of a ranking. Dropping this restores their order.
 struct Reordered<'a, 'b> {
     trying: &'a mut Trying<'b>,
     rows: Reorder,
@@ -92,30 +89,30 @@ impl Drop for Reordered<'_, '_> {
     }
 }
 
-/// Tokens of a test, at most.
+/// Maximum number of tokens in a test.
 pub(crate) fn most_tokens(policy: &policy::Params) -> usize {
     policy.draft.max(most_held_out(policy))
 }
 
-/// llama.cpp wants to see the cell before the first of them, which is a recent one then.
+/// llama.cpp requires the cell before the first held-out token, so it has to be one of the recent cells.
 fn most_held_out(policy: &policy::Params) -> usize {
     (WRITTEN * policy.draft).min(policy.recent.saturating_sub(1))
 }
 
 impl Vote<'_> {
-    /// The newest tokens of an answer that its test is made of. They do not vote: a test of the voters themselves is too easy.
+    /// Number of newest answer tokens that the test uses. They do not vote: testing on the voters themselves would be too easy.
     pub fn held_out(&self) -> usize {
         let policy = &self.voter.policy;
         let Some(start) = self.voter.answer.filter(|_| policy.tries()) else { return 0 };
         let sequence = &*self.sequence;
         let written = (sequence.n_past - start.max(sequence.exact_from)).max(0) as usize;
         let most = most_held_out(policy).min(written.saturating_sub(VOTERS));
-        // embeddings cannot be decoded once more
+        // embeddings cannot be decoded again
         sequence.tokens.iter().rev().take(most).take_while(|token| **token >= 0).count()
     }
 
-    /// Tries counts of a ranking of the sequence's cells. None if there is nothing to compare: the model would end at once, or
-    /// the newest token is not known.
+    /// Tests counts of a ranking of the sequence's cells. None if there is nothing to compare: the model would end its turn at once, or the
+    /// newest token is not known.
     ///
     /// # Errors
     /// [`VoteError`]; the cache is as before, with an error and without.
@@ -149,13 +146,13 @@ impl Trying<'_> {
         enter(&self.parked, self.progress, stage)
     }
 
-    /// The newest `held_out` tokens of the answer, and what the full cache would write next.
+    /// Makes the test: the newest `held_out` tokens of the answer, and the full cache's continuation.
     fn test(&mut self, held_out: usize) -> Result<Test, VoteError> {
         let sequence = self.sequence;
         let mut tokens = sequence.tokens[sequence.tokens.len() - held_out..].to_vec();
         tokens.extend(self.draft(self.voter.policy.draft.saturating_sub(held_out))?);
         let mut test = Test { first: sequence.n_past - held_out as Pos, tokens, expected: Vec::new() };
-        // in a batch, as smaller caches read it: its kernels round differently from those of single steps
+        // in a batch, as smaller caches will read it: its kernels round differently from those of single steps
         let mut expected = Vec::with_capacity(test.tokens.len());
         self.lead(&test, 0..0, |_, logits| {
             expected.extend(of_rows(logits, |_, row| Likely::of(row)));
@@ -165,7 +162,7 @@ impl Trying<'_> {
         Ok(test)
     }
 
-    /// The full cache's own continuation of at most `n` tokens, up to the end of its turn.
+    /// Returns the full cache's own continuation of at most `n` tokens, up to the end of its turn.
     fn draft(&mut self, n: usize) -> Result<Vec<Token>, VoteError> {
         if n == 0 {
             return Ok(Vec::new());
@@ -181,7 +178,7 @@ impl Trying<'_> {
             parked.decode(&batch)?;
             Ok(argmax(parked.logits()?))
         };
-        // what follows the newest token is known to whoever decoded it; we have to ask again
+        // the logits after the newest token went to whoever decoded it, so it is decoded again
         parked.hide_from(n_past - 1)?;
         let mut token = next(parked, newest, n_past - 1)?;
         parked.reset()?;
@@ -194,7 +191,7 @@ impl Trying<'_> {
         Ok(tokens)
     }
 
-    /// What is expected after each token of a test where the cells at the positions `hidden` are missing: see [`follow`].
+    /// Decodes a test with the cells at the positions `hidden` masked, and passes the logits to `each`: see [`follow`].
     fn lead(
         &mut self,
         test: &Test,
@@ -215,7 +212,7 @@ impl Trying<'_> {
         Ok(self.parked.reset()?)
     }
 
-    /// Tokens of a test of `n` in one batch.
+    /// Batch size for a test of `n` tokens.
     fn at_once(&self, n: usize) -> usize {
         let ctx = &self.parked;
         let kv = cache::cells(ctx, self.sequence.id).len() * self.voter.layout.bytes_per_cell();
@@ -228,7 +225,7 @@ impl Trying<'_> {
 
     fn search(&mut self, ranking: &Ranking, test: &Test, target: f64) -> Result<Trial, VoteError> {
         let (least, most) = ranking.range();
-        // all the cells in another order: what differs now is how sums are rounded, and no loss
+        // all cells in another order: the difference is rounding, not loss
         let rounding = self.damage(ranking, test, ranking.n(), f64::INFINITY)?;
         let mut tried = Vec::new();
         let (mut too_few, mut enough) = (0, 1 << TRIES);
@@ -246,8 +243,8 @@ impl Trying<'_> {
         Ok(Trial { count: count(enough), tried, rounding: rounding as f32 })
     }
 
-    /// Mean KL of what the first `count` of the reordered cells expect along the test to what all of them did; once it is
-    /// certain to be above `limit`, as much of it as is known.
+    /// Mean KL on the test of the first `count` reordered cells from the full cache. Stops early, with a lower bound, once the mean exceeds
+    /// `limit`.
     fn damage(&mut self, ranking: &Ranking, test: &Test, count: usize, limit: f64) -> Result<f64, VoteError> {
         let (_, tail) = ranking.forced();
         let cells = cache::cells(&self.parked, self.sequence.id);
@@ -263,7 +260,8 @@ impl Trying<'_> {
     }
 }
 
-/// What `work(i, row)` makes of each row of logits. A vocabulary of 150,000 tokens takes as long as a tenth of a GPU's step.
+/// Maps each row of logits through `work(i, row)`, on several threads: a vocabulary of 150,000 tokens takes as long as a tenth of a GPU's
+/// step.
 fn of_rows<T: Send>(rows: &[&[f32]], work: impl Fn(usize, &[f32]) -> T + Sync) -> Vec<T> {
     let mut made: Vec<Option<T>> = rows.iter().map(|_| None).collect();
     let parts = rows.iter().zip(&mut made).enumerate();
@@ -272,7 +270,7 @@ fn of_rows<T: Send>(rows: &[&[f32]], work: impl Fn(usize, &[f32]) -> T + Sync) -
     made.into_iter().flatten().collect()
 }
 
-/// The entries of a head as the trial wants them: sinks and recent ones where they are, the others from best to worst between them.
+/// Order of a head's entries for the trial: sinks and recent entries in place, the others from best to worst between them.
 fn by_rank(ranking: &Ranking, head: usize) -> Vec<u32> {
     let (sinks, tail) = ranking.forced();
     let mut order: Vec<u32> = (0..ranking.n() as u32).collect();
@@ -290,7 +288,7 @@ fn inverse(order: &[u32]) -> Vec<u32> {
     inverse
 }
 
-/// The first of the largest, as llama.cpp's greedy sampler has it; that one allocates, and throws where it cannot.
+/// Index of the first maximum, as in llama.cpp's greedy sampler, which allocates and throws when it cannot.
 fn argmax(logits: &[f32]) -> Token {
     let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
     best.unwrap_or(0) as Token
@@ -323,10 +321,10 @@ mod tests {
         }
     }
 
-    /// What a trial measures is what a compaction to the same count does, and afterwards every byte is as before.
+    /// Checks that the KL of a trial equals that of a compaction to the same count, and that every byte is restored afterwards.
     ///
-    /// `answer`: where one begins that the vote is on. `rounding`: of the kernels, which add up in another order where cells are
-    /// hidden, as the root of a KL: that is quadratic in what the logits differ by.
+    /// `answer`: where the answer that is voted on begins. `rounding`: tolerance for kernels that add up in another order when cells are
+    /// hidden; the root of a KL, because the KL is quadratic in the difference of the logits.
     fn assert_foretold(session: &mut Session, answer: Option<Pos>, rounding: f64, name: &str) -> Vec<Token> {
         let mut vote = session.vote().unwrap();
         (vote.voter.answer, vote.voter.notes) = (answer, Some(Notes::default()));
@@ -358,7 +356,7 @@ mod tests {
             follow::<LlamaError>(vote.ctx, 0, test.first, &test.tokens, test.tokens.len(), decode, each).unwrap();
             let foretold = f64::from(kl + trial.rounding);
             let apart = real.sqrt() - foretold.sqrt();
-            // of a count that does too much damage only so much was measured as shows it
+            // a count that does too much damage is measured only until that is certain
             let is_whole = count == trial.count;
             assert!(apart > -rounding && (apart < rounding || !is_whole), "{name}, {count}: {foretold}, really {real}");
         }
@@ -391,7 +389,7 @@ mod tests {
         }
     }
 
-    /// All recent cells but one are decoded again where few are recent: llama.cpp wants to see the cell before the first token of a batch.
+    /// With few recent cells, all but one are decoded again: llama.cpp requires the cell before the first token of a batch.
     #[test]
     fn a_test_may_be_as_long_as_what_always_stays() {
         let model = fixture::model();
@@ -422,7 +420,7 @@ mod tests {
         assert!(voter.capture.window(0, 0, last + 63).is_err(), "the queries of the test were not asked for");
     }
 
-    /// The window layers see their whole window whatever the trial hides.
+    /// Window layers see their whole window whatever cells the trial hides.
     #[test]
     fn a_trial_beside_window_layers_foretells_as_well() {
         let dir = tempfile::tempdir().unwrap();
@@ -430,7 +428,7 @@ mod tests {
         let model = tiny::Tiny::new(dir.path(), spec).model;
         for flash_attn in [FlashAttention::Off, FlashAttention::On] {
             let context = ContextParams { n_ctx: 768, n_ubatch: 100, flash_attn, ..Default::default() };
-            // so little that the search has to go on, and less that always stays than the window holds
+            // so small a target that the search has to go on, and fewer protected cells than the window holds
             let policy = Params { target_kl: Some(1e-4), window: 16, recent: 16, ..Params::default() };
             let params = SessionParams { context, policy, ..Default::default() };
             let mut session = Session::new(&model, &params).unwrap();

@@ -1,28 +1,28 @@
-//! What left the cache before a vote that somebody wants explained, and what came back. Other votes keep nothing.
+//! Records what left the cache and what came back before a vote that is to be explained. Other votes record nothing.
 
 use super::Sequence;
 use crate::archive::Batch;
 
-/// The votes before the one that is explained, in order.
+/// The votes before the explained one, in order.
 #[derive(Debug, Default)]
 pub(crate) struct Way {
     pub votes: Vec<Step>,
     back: Vec<Batched>,
 }
 
-/// One of them.
+/// One of these votes.
 #[derive(Debug)]
 pub(crate) struct Step {
-    /// Tokens that were read so far.
+    /// Tokens read so far.
     pub tokens: usize,
     pub cells_before: usize,
     pub cells_after: usize,
-    /// What came back before it, and what it set aside.
+    /// Rows that came back before this vote, and rows that it set aside.
     pub back: Vec<Batched>,
     pub left: Option<Batched>,
 }
 
-/// Positions of rows that moved together: as many of each head. `[head][n]`
+/// Positions of rows that moved together, equally many in each head: `[head][n]`.
 #[derive(Debug)]
 pub(crate) struct Batched(Vec<Vec<u32>>);
 
@@ -31,7 +31,7 @@ impl Batched {
         Self((0..n_heads).map(|head| batch.positions(head).to_vec()).collect())
     }
 
-    /// Rows of each head.
+    /// Rows per head.
     pub fn len(&self) -> usize {
         self.0.first().map_or(0, Vec::len)
     }
@@ -43,12 +43,12 @@ impl Batched {
 }
 
 impl Way {
-    /// These rows are in the cache again.
+    /// Records rows that are in the cache again.
     pub fn came_back(&mut self, batch: &Batch, n_heads: usize) {
         self.back.push(Batched::of(batch, n_heads));
     }
 
-    /// A vote has left so many cells of `cells_before`, and what it dropped is set aside.
+    /// Records a vote that left `cells_after` of `cells_before` cells and set aside the rows that it dropped.
     pub fn voted(&mut self, sequence: &Sequence, cells_before: usize, cells_after: usize, n_heads: usize) {
         let dropped = sequence.archive.as_ref().and_then(|archive| archive.batches().last());
         let left = dropped.filter(|_| cells_after < cells_before).map(|batch| Batched::of(batch, n_heads));

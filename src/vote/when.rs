@@ -1,9 +1,9 @@
-//! When an answer is voted on: before it, or once it has shown that it is long.
+//! Decides when to vote on an answer: before it begins, or once it has proved to be long.
 //!
-//! A vote takes as long as some 100 tokens of an answer, most of it for the trial, which only a long answer earns back; and nobody knows
-//! beforehand how long an answer will be. [`When::Auto`] rents before it buys, as the ski-rental rule has it: it votes as soon as the
-//! time that fewer cells would have saved so far has reached what the vote will take, or where the cache is full. Until then the answer
-//! is the full cache's own, bit for bit, and one that ends early has paid nothing. Queries of the answer vote then.
+//! A vote takes as long as some 100 tokens of an answer; the trial dominates this cost, and only a long answer earns it back. The length of
+//! an answer is not known beforehand. [`When::Auto`] therefore follows the ski-rental rule: it votes as soon as the time that fewer cells
+//! would have saved so far reaches the cost of a vote, or when the cache is full. Until then the answer equals that of the full cache, bit
+//! for bit, and an answer that ends early has cost nothing. A later vote also uses queries of the answer.
 
 #![forbid(unsafe_code)]
 
@@ -16,15 +16,15 @@ use crate::policy;
 #[cfg(doc)]
 use crate::session::Session;
 
-/// When an answer is voted on.
+/// When to vote on an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum When {
-    /// Before it: the caller does, with [`Session::compress`] or `gvote_compress()`.
+    /// Before the answer: the caller votes, with [`Session::compress`] or `gvote_compress()`.
     #[default]
     Prompt,
-    /// After so many of its tokens.
+    /// After this many tokens of the answer.
     After(usize),
-    /// When that pays.
+    /// As soon as the vote is expected to pay for itself, or when the cache is full.
     Auto,
 }
 
@@ -40,31 +40,32 @@ impl FromStr for When {
     }
 }
 
-/// Tokens of an answer that are always the full cache's: with so many nothing is drafted for the trial.
+/// Tokens at the start of an answer that always come from the full cache: with this many, the trial needs no drafted tokens.
 const FIRST: usize = 64;
-/// Share of the cells that a vote is expected to leave, as long as there was none.
+/// Share of the cells that the first vote is expected to leave.
 const KEPT: f64 = 0.4;
-/// Readings of a trial, as long as there was no vote that could be timed: what the full cache expects, rounding, and the counts.
+/// Test readings that the first trial is expected to need: the full cache, the rounding, and each count.
 const READINGS: f64 = 6.0;
-/// A reading takes as long as a step, and so many times what its tokens took in a prompt: small batches at the end of the text.
+/// Cost of a reading is one step plus this factor times what its tokens took in the prompt: small batches at the end of the text are
+/// slower.
 const DEEP: f64 = 1.3;
-/// Of the time that reading all cells' tokens took, what scores take.
+/// Cost of scoring, as a share of the time that reading the tokens of all cells took.
 const SCORED: f64 = 0.03;
-/// Steps after a vote that tell what it saves.
+/// Steps after a vote before its gain is measured.
 const TELLING: usize = 32;
-/// What a vote saves of what it should, at least and at most: less or more is chance, and a context that found nothing looks again.
+/// Bounds on the measured gain relative to the expected one. Values outside are noise, and a context without any gain still measures again.
 const WORTH: RangeInclusive<f64> = 0.05..=2.0;
-/// A prompt of fewer tokens says nothing about how fast a long one is read.
+/// Shortest prompt whose reading speed is used as an estimate for a long one.
 const LEAST_READ: usize = 128;
 
-/// What this context has shown of what it takes.
+/// Measured costs and gains in this context.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Known {
-    /// Seconds to read a token of a prompt.
+    /// Seconds to read one token of a prompt.
     read: Option<f64>,
-    /// Of the last vote: seconds for each cell that there was, and the share that it left.
+    /// Last vote: seconds for each cell before it, and the share of cells that it left.
     vote: Option<(f64, f64)>,
-    /// What it saved, of what the bytes say that it should.
+    /// Measured gain of a vote divided by the gain that the bytes predict.
     worth: Option<f64>,
 }
 
@@ -81,13 +82,13 @@ impl Known {
         }
     }
 
-    /// Learns from an answer what a vote saves: where the cache is not what steps wait for, as on a large GPU, that is less than the bytes
-    /// say.
+    /// Learns the gain of a vote from a finished answer. The gain is below the prediction where steps are not bound by reading the cache,
+    /// as on a large GPU.
     pub fn has_answered(&mut self, meter: &Meter) {
         self.worth = meter.worth().or(self.worth);
     }
 
-    /// Seconds that a vote on `n` cells will take where a step of the answer takes `step`.
+    /// Returns the seconds that a vote on `n` cells is expected to take, where one step of the answer takes `step` seconds.
     fn price(&self, n: usize, step: f64, work: Work) -> Option<f64> {
         let (n, Work { tried, observed }) = (n as f64, work);
         let first = |token| {
@@ -102,37 +103,37 @@ impl Known {
     }
 }
 
-/// What a vote has to do.
+/// Work that a vote has to do.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Work {
-    /// Tokens of its trial; 0 without one.
+    /// Tokens of the trial; 0 without one.
     pub tried: usize,
     /// Tokens that are read again.
     pub observed: usize,
 }
 
 impl Work {
-    /// For a vote on `n` cells.
+    /// Work of a vote on `n` cells.
     pub fn of(policy: &policy::Params, n: usize) -> Self {
         let reread = if policy.replay { n } else { 0 };
         Self { tried: if policy.tries() { trial::most_tokens(policy) } else { 0 }, observed: policy.window + reread }
     }
 }
 
-/// Counts what an answer could have saved so far.
+/// Adds up the time that an answer could have saved so far.
 #[derive(Debug)]
 pub(crate) struct Meter {
     when: When,
     known: Known,
     work: Work,
-    /// Of a step's time, what it takes to read a cell: the bytes of K and V in one, of all bytes that a step reads.
+    /// Bytes of K and V in one cell, and bytes of weights that a step reads; their ratio gives a cell's share of a step's time.
     cell: f64,
     weights: f64,
     steps: usize,
-    /// Seconds of all steps, and what they could have saved of it.
+    /// Seconds of all steps, and the seconds that fewer cells could have saved.
     time: f64,
     saved: f64,
-    /// Seconds of the quickest step since the answer began, or since the vote on it.
+    /// Seconds of the quickest step since the answer began, or since its vote.
     quickest: f64,
     vote: Option<Voted>,
 }
@@ -140,22 +141,22 @@ pub(crate) struct Meter {
 /// A vote on an answer.
 #[derive(Debug)]
 struct Voted {
-    /// Seconds of the quickest step before it, and what it should save of that.
+    /// Seconds of the quickest step before the vote, and the seconds that the vote should save on each step.
     quickest: f64,
     saves: f64,
-    /// Steps before it.
+    /// Steps before the vote.
     steps: usize,
 }
 
 impl Meter {
-    /// `cell`, `weights`: bytes that a step reads of each.
+    /// `cell`: bytes of K and V in one cell. `weights`: bytes of weights that a step reads.
     pub fn new(when: When, known: Known, work: Work, cell: usize, weights: u64) -> Self {
         let (cell, weights) = (cell as f64, weights as f64);
         let (steps, time, saved, quickest, vote) = (0, 0.0, 0.0, f64::INFINITY, None);
         Self { when, known, work, cell, weights, steps, time, saved, quickest, vote }
     }
 
-    /// Notes a step that took `time` with `n` cells.
+    /// Records a step that took `time` with `n` cells.
     pub fn step(&mut self, n: usize, time: Duration) {
         let time = time.as_secs_f64();
         self.steps += 1;
@@ -164,13 +165,13 @@ impl Meter {
         self.quickest = self.quickest.min(time);
     }
 
-    /// Of the bytes that a step reads, those of `n` cells.
+    /// Share of the bytes of a step that belong to `n` cells.
     fn share(&self, n: usize) -> f64 {
         let cells = n as f64 * self.cell;
         cells / (cells + self.weights).max(1.0)
     }
 
-    /// Notes a vote that left `after` of `before` cells.
+    /// Records a vote that left `after` of `before` cells.
     pub fn has_voted(&mut self, before: usize, after: usize) {
         let freed = before.saturating_sub(after) as f64 / before.max(1) as f64;
         let saves = self.quickest * self.share(before) * freed;
@@ -178,13 +179,13 @@ impl Meter {
         self.vote = (saves > 0.0 && saves.is_finite()).then_some(Voted { quickest, saves, steps: self.steps });
     }
 
-    /// What a vote saved, of what it should have; None where there was none, or too few steps since.
+    /// Returns the measured gain of the vote divided by the expected one; None without a vote, or with too few steps since.
     fn worth(&self) -> Option<f64> {
         let vote = self.vote.as_ref().filter(|vote| self.steps >= vote.steps + TELLING)?;
         Some(((vote.quickest - self.quickest) / vote.saves).clamp(*WORTH.start(), *WORTH.end()))
     }
 
-    /// Whether it is time to vote on `n` cells, after so many tokens of the answer; `is_full`: the next one has no cell.
+    /// Whether to vote now on `n` cells, after `tokens` tokens of the answer. `is_full`: no cell is left for the next token.
     pub fn is_due(&self, tokens: usize, n: usize, is_full: bool) -> bool {
         match self.when {
             When::Prompt => false,
@@ -197,7 +198,7 @@ impl Meter {
         self.known.price(n, self.time / self.steps.max(1) as f64, self.work)
     }
 
-    /// There is no vote any more.
+    /// Turns further votes on this answer off.
     pub fn stop(&mut self) {
         self.when = When::Prompt;
     }
@@ -208,14 +209,14 @@ mod tests {
     use super::*;
     use crate::policy::Kind;
 
-    /// After 4,000 tokens that were read in 0.005 s each, with half of a step's bytes in the cache.
+    /// A meter after 4,000 prompt tokens at 0.005 s each; half of a step's bytes belong to the cache.
     fn meter(when: When) -> Meter {
         let mut known = Known::default();
         known.has_read(4000, Duration::from_secs(20));
         Meter::new(when, known, Work { tried: 32, observed: 64 }, 1000, 4_000_000)
     }
 
-    /// Tokens of an answer after which it is voted on, of at most 10,000.
+    /// Returns the number of answer tokens after which the vote is due, of at most 10,000.
     fn due(mut meter: Meter, step: Duration) -> Option<usize> {
         (0..10_000).find(|&tokens| {
             let is_due = meter.is_due(tokens, 4000, false);
@@ -226,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_vote_comes_when_what_it_takes_could_have_been_saved() {
-        // 7 steps and (6 * 1.3 * 32 + 1.3 * 64 + 0.03 * 4000) * 0.005 s, where 0.3 of each step are saved
+        // 7 steps and (6 * 1.3 * 32 + 1.3 * 64 + 0.03 * 4000) * 0.005 s, where 0.3 of each step could be saved
         assert_eq!(due(meter(When::Auto), Duration::from_millis(20)), Some(401));
         assert_eq!(due(meter(When::Auto), Duration::from_millis(100)), Some(99));
         let cheap = Meter { work: Work { tried: 0, observed: 64 }, ..meter(When::Auto) };
@@ -256,7 +257,7 @@ mod tests {
             known.has_answered(&meter);
             known
         };
-        // half of a step is the cache, of which three quarters went: 7.5 ms of 20
+        // half of a step is the cache, and the vote dropped three quarters of it: 7.5 ms of 20
         assert_eq!(answered(Duration::from_micros(12_500), 31).worth, None);
         let near = |known: Known, worth: f64| assert!((known.worth.unwrap() - worth).abs() < 1e-9, "{known:?}");
         near(answered(Duration::from_micros(12_500), 32), 1.0);

@@ -1,4 +1,4 @@
-//! What a device measures against float64: chunks of cells, cells that others own, heads of several sizes.
+//! Compares a device's scores of keys and values with float64: chunks of cells, cells of other sequences, heads of several sizes.
 
 use half::f16;
 use rand::{RngExt, SeedableRng};
@@ -17,7 +17,7 @@ use crate::tests::tiny::{N_VOCAB, SPECS, Spec, Tiny};
 
 const LAYER: usize = 1;
 
-/// Lengths of values, and cosines of keys, of one layer's heads, and the bytes that they took.
+/// Value norms and key cosines of one layer's heads, and the bytes of compute memory.
 struct Measured {
     norms: Vec<Vec<f32>>,
     cosines: Vec<Vec<f32>>,
@@ -109,13 +109,13 @@ fn a_device_measures_what_float64_does() {
             }
             let (ctx, cells) = cut_up(&tiny, setup);
             let layout = Layout::of(&ctx, 0).unwrap();
-            // several chunks and one, and a stream that is no multiple of more cells
+            // several chunks and one chunk, and a stream whose size is not a multiple of larger steps
             for grain in [grain(STEP, STEP), grain(2 * STEP, STEP), grain(64 * STEP, STEP), grain(48, 16), grain(5, 1)]
             {
                 let [lengths, cosines] = errors(&layout, &cells, &measure(&layout, &cells, grain));
                 let what = format!("{n_head_kv} heads of {head}, {} at once, {setup}", grain.cells);
-                // numbers of q8_0 meet an identity matrix that is rounded too, and a GPU sums up squares of 10 bits; the mean
-                // direction meets the keys as q8 or f16
+                // an identity matrix for q8_0 numbers is rounded too, and a GPU sums squares of 10 bits; the mean direction is rounded to
+                // q8 or f16 before it meets the keys
                 let of_lengths = if has_blocks { 2e-3 } else { 1e-5 };
                 let of_cosines = if setup.k == CacheType::Q8_0 { 3e-2 } else { 2e-3 };
                 all_hold &= is_within(format_args!("lengths of values, {what}"), lengths, of_lengths);
@@ -126,7 +126,7 @@ fn a_device_measures_what_float64_does() {
     assert!(all_hold, "a measure is not that of float64: see what was measured");
 }
 
-/// Rows are multiplied with those of cells beside them, whoever owns these.
+/// Rows are multiplied with those of neighbouring cells, whoever owns these.
 #[test]
 fn lengths_do_not_depend_on_what_other_cells_hold() {
     let dir = tempfile::tempdir().unwrap();
@@ -150,7 +150,7 @@ fn lengths_do_not_depend_on_what_other_cells_hold() {
     assert!((n_kv as usize) < layout.n_cells() && before.norms == after.norms);
 }
 
-/// Both ends of what f16 holds: squares of one do not fit into it, and of the other are none of its numbers.
+/// Both ends of the f16 range: squares of the largest numbers exceed it, and those of the smallest vanish.
 #[test]
 fn lengths_of_the_largest_and_the_smallest_numbers_hold() {
     let dir = tempfile::tempdir().unwrap();
@@ -160,7 +160,7 @@ fn lengths_of_the_largest_and_the_smallest_numbers_hold() {
     let [k, v] = [layout.layers[LAYER].k, layout.layers[LAYER].v];
     for number in [f16::MAX, f16::from_f32(-300.0), f16::MIN_POSITIVE_SUBNORMAL] {
         for storage in [k, v] {
-            // SAFETY: all of the first stream, rows without a gap.
+            // SAFETY: all of the first stream, whose rows are contiguous.
             unsafe {
                 let data = number.to_le_bytes().repeat((*storage).ne[0] as usize * layout.n_cells());
                 sys::ggml_backend_tensor_set(storage, data.as_ptr().cast(), 0, data.len());
@@ -190,7 +190,7 @@ fn a_chunk_takes_no_more_room_than_there_is() {
         assert_eq!((grain.step, grain.cells), (STEP, room / (2 * 2 * 128 * 4) / STEP * STEP), "{setup}");
         assert!(cells.len() > 3 * grain.cells / 2, "{setup}: several chunks");
         let measured = measure(&layout, &cells, grain);
-        // two numbers of a head and cell that are read, a third for a while, and an identity matrix
+        // two numbers of a head and cell are read, a third is transient, and there is an identity matrix
         let beside = cells.len() * 2 * 4 * 4 + 2 * 128 * 128 * 4 * 2;
         assert!(measured.bytes < room + beside, "{setup}: {} bytes", measured.bytes);
         let [lengths, cosines] = errors(&layout, &cells, &measured);
@@ -198,7 +198,7 @@ fn a_chunk_takes_no_more_room_than_there_is() {
     }
 }
 
-/// A stream whose cells are no multiple of a step, which llama.cpp does not make, is not left.
+/// No read leaves a stream whose cells are not a multiple of a step, although llama.cpp makes no such stream.
 #[test]
 fn a_step_never_leaves_a_stream() {
     let dir = tempfile::tempdir().unwrap();
