@@ -51,7 +51,7 @@ fn adaptivity(config: &str, family: &str, cells: usize, oracle_cells: usize, kl_
     })
 }
 
-/// Some of every kind.
+/// Records of every kind.
 fn everything() -> Vec<Record> {
     vec![
         fidelity("vote", 1, 250, 0.1, 0.1),
