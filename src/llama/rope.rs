@@ -59,7 +59,8 @@ impl RopeScaling {
 }
 
 impl RopeParams {
-    /// Checks that the training length that llama.cpp computes for YaRN fits in 32 bits.
+    /// Checks that the stretched context length, which llama.cpp computes for YaRN from the training length, fits in an
+    /// i32.
     pub(super) fn check(&self, model: &Model) -> Result<(), LlamaError> {
         let orig = f64::from(self.yarn_orig_ctx).max(model.n_ctx_train() as f64);
         let stretched = if self.freq_scale > 0.0 { orig / f64::from(self.freq_scale) } else { orig };

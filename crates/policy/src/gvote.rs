@@ -503,7 +503,7 @@ mod tests {
     fn a_head_is_scored_in_blocks_as_in_one() {
         let spans = [Span { back: 3, forward: 1024 }, Span { back: 1024, forward: 0 }];
         for (n, span) in [(1, spans[0]), (BLOCK, spans[1]), (BLOCK + 30, spans[0]), (3 * BLOCK + 7, spans[1])] {
-            // peaks, nothing at all, and what is no probability
+            // peaks, zeros, and invalid probabilities
             let row = |seed: usize| -> Vec<f32> {
                 let value = |j| [0.3, 0.0, 1e-3, f32::NAN, 1e-7, 2.0, 1e-40][j * j * seed / 3 % 7];
                 (0..n).map(value).collect()

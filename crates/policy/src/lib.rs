@@ -142,8 +142,7 @@ pub struct HeadScores<'a> {
     /// `[n]` mean causal attention that the last `window` real queries pay to each key, over the
     /// group's query heads.
     pub observed: &'a [f32],
-    /// `[group][S + 1][n]` the softmax probabilities of every synthetic query by itself, those of
-    /// the current query last.
+    /// `[group][S + 1][n]` the softmax probabilities of every single synthetic query, then those of the current query.
     pub each: &'a [f32],
     /// `[n]` the weight of each key under a Gaussian query with the mean and variance of the synthetic ones, normalised to
     /// sum 1, mean over the group's query heads (arXiv 2510.00636).
