@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char};
 use super::LlamaError;
 use crate::sys;
 
-/// A CPU or an accelerator, as ggml knows it.
+/// A CPU or an accelerator in ggml's list of devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
     /// ggml's name, such as `CPU`, `CUDA0` or `RPC0`.

@@ -205,7 +205,7 @@ impl Model {
         string_of(&buf)
     }
 
-    /// A metadata value as text, e.g. `general.architecture`.
+    /// Returns a metadata value as text, for example of `general.architecture`.
     pub fn meta(&self, key: &str) -> Option<String> {
         let key = CString::new(key).ok()?;
         // SAFETY: with a NULL buffer of size 0 only the length is returned.
@@ -242,7 +242,7 @@ impl Model {
         unsafe { sys::llama_model_is_recurrent(model) || sys::llama_model_is_hybrid(model) }
     }
 
-    /// The chat template stored in the GGUF.
+    /// Returns the chat template stored in the GGUF.
     pub fn chat_template(&self) -> Option<String> {
         // SAFETY: returns NULL or a string owned by the model.
         unsafe {
@@ -269,13 +269,13 @@ impl Model {
         unsafe { sys::llama_vocab_is_eog(self.vocab(), token) }
     }
 
-    /// The text of the token that begins a sequence; empty if there is none.
+    /// Returns the text of the token that begins a sequence; empty if there is none.
     pub fn bos_text(&self) -> String {
         // SAFETY: valid vocabulary.
         self.special_text(unsafe { sys::llama_vocab_bos(self.vocab()) })
     }
 
-    /// The text of the token that ends a sequence; empty if there is none.
+    /// Returns the text of the token that ends a sequence; empty if there is none.
     pub fn eos_text(&self) -> String {
         // SAFETY: valid vocabulary.
         self.special_text(unsafe { sys::llama_vocab_eos(self.vocab()) })
@@ -331,7 +331,8 @@ impl Pieces {
         self.0.extend_from_slice(piece);
         let whole = match std::str::from_utf8(&self.0) {
             Ok(_) => self.0.len(),
-            // An unfinished character at the end waits; broken bytes in the middle are passed on as replacements.
+            // Incomplete characters at the end are held back; invalid bytes in the middle become replacement
+            // characters.
             Err(e) if e.error_len().is_none() => e.valid_up_to(),
             Err(_) => self.0.len(),
         };

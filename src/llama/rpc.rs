@@ -141,7 +141,7 @@ pub fn add_worker(worker: &Endpoint) -> Result<(), RpcError> {
     // From now on ggml may abort, and `lost()` must know this worker.
     WORKERS.lock().unwrap_or_else(|e| e.into_inner()).push(worker.clone());
     let endpoint = CString::new(worker.to_string()).map_err(|_| RpcError::Endpoint(worker.to_string()))?;
-    // SAFETY: the function has the type of its name; the string outlives the call.
+    // SAFETY: the function with that name has this type; the string outlives the call.
     let registry = unsafe { sys::gvote_shim_rpc_add_server(add_server, endpoint.as_ptr()) };
     if registry.is_null() {
         WORKERS.lock().unwrap_or_else(|e| e.into_inner()).retain(|known| known != worker);

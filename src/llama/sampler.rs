@@ -82,8 +82,8 @@ impl Sampler {
             grammar: params.grammar.as_ref().map_or(std::ptr::null(), |grammar| grammar.as_ptr()),
         };
         let mut ptr = std::ptr::null_mut();
-        // SAFETY: the vocabulary is that of a living model; the settings and what they point to outlive the call, and their
-        // counts are those of the vectors.
+        // SAFETY: the vocabulary belongs to a live model; the settings and the data they point to outlive the call, and
+        // their counts are those of the vectors.
         let reason = unsafe { sys::gvote_shim_sampler_new(model.vocab(), &raw, &raw mut ptr) };
         Self::done(reason)?;
         let ptr = NonNull::new(ptr).ok_or(LlamaError::Memory)?;

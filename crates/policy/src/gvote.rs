@@ -549,7 +549,7 @@ mod tests {
     fn what_heads_have_in_common_moves_a_alone_and_fits_beside_the_largest() {
         let n = BLOCK + 30;
         for head_mix in [0.0, 0.3, 1000.0] {
-            // from nothing to the most there can be
+            // values from 0 to the largest possible
             let a = |j: usize| f16::from_f32(SCALE * [0.0, 1e-6, 0.01, 1.0][j % 4]);
             let common = |j: usize| SCALE * head_mix * [0.0, 1e-5, 1.0][j % 3];
             let b = |j: usize| f16::from_f32(j as f32);

@@ -169,7 +169,7 @@ mod tests {
 
     use super::*;
 
-    /// How often each of some parts was worked on.
+    /// Returns how often each of some parts was worked on.
     fn counts(n_threads: usize) -> Vec<usize> {
         let counts: Vec<_> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
         let here = thread::current().id();
@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn nobody_needs_more_threads_than_there_are() {
         let _kept = Pool::keep().unwrap();
-        // each of more than there are has others do some of its work
+        // nested calls ask for more threads than there are
         let done = AtomicUsize::new(0);
         let inner = |_| share_out(4, 0..10, |_| _ = done.fetch_add(1, Ordering::Relaxed), || ());
         share_out(4 * MOST, 0..4 * MOST, inner, || ());

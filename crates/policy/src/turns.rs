@@ -158,7 +158,7 @@ mod tests {
     use super::super::{Params, Protected};
     use super::*;
 
-    /// The same with everything looked up anew at every turn.
+    /// A simple version that searches both lists from the start at every turn.
     fn naive(forced: &[u32], scores: &[[f32; 2]]) -> Vec<u32> {
         let lists = [0, 1].map(|side| {
             let mut list: Vec<u32> = (0..scores.len() as u32).collect();
@@ -185,7 +185,7 @@ mod tests {
             let protected = Protected::by_head(vec![vec![], (6..n as u32).step_by(50).collect()]);
             let forced = Forced::new(&params, n, &protected);
             let mut turns = Turns::new(n);
-            // few different scores and many, from 0 to half of the range, and one head after another
+            // few and many different scores, from 0 to half of the range, for one head after another
             for (head, step) in [(0, 0x3c00), (1, 0x300), (0, 1), (1, 1)] {
                 let mut score = || f16::from_bits((random(0x7800 / step + 1) * step) as u16);
                 let scores: Vec<[f16; 2]> = (0..n).map(|_| [score(), score()]).collect();

@@ -88,7 +88,7 @@ impl Server {
             }
         });
         log::clear_reason();
-        // SAFETY: the function has the type of its name; strings and devices outlive the call.
+        // SAFETY: the function with that name has this type; strings and devices outlive the call.
         unsafe {
             let n = handles.len();
             sys::gvote_shim_rpc_serve(start_server, endpoint.as_ptr(), cache, self.n_threads, n, handles.as_mut_ptr());

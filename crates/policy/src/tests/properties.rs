@@ -144,7 +144,7 @@ proptest! {
                 }
             }
         }
-        // 0.05 % of a mass that is at most 1, and a swap
+        // 0.05 % of a mass that is at most 1, plus one swap of neighbours
         let tolerance = 2e-2;
         let lost = ranked.lost(|list| kept(&selection, list));
         prop_assert!((lost - f64::from(selection.lost_mass.unwrap())).abs() < 1e-3);
