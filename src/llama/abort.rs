@@ -24,9 +24,10 @@ const FATAL: [(c_int, &str); 5] = [
     (libc::SIGABRT, "SIGABRT"),
 ];
 
-/// Sets a handler for failed assertions of ggml and uncaught C++ exceptions. The process ends afterwards in any case.
-/// The handler may run in any thread, in the middle of a call; C++ then prints nothing. For programs only: a library
-/// leaves this to the app. The first handler of a process stays.
+/// Sets a handler for failed assertions of ggml and uncaught C++ exceptions.
+///
+/// The process ends afterwards in any case. The handler may run in any thread, in the middle of a call; C++ then prints
+/// nothing. For programs only: a library leaves this to the app. The first handler of a process stays.
 pub fn on_abort(handler: AbortHandler) {
     if ABORT.set(handler).is_ok() {
         // SAFETY: plain functions, sound to call from any thread.
@@ -37,9 +38,10 @@ pub fn on_abort(handler: AbortHandler) {
     }
 }
 
-/// Sets a handler that provides the last line of the process when a fault ends it. A stack overflow needs an
-/// alternative stack, which the standard library gives to the main thread and to its own threads. For programs only,
-/// like [`on_abort`]; the first handler stays.
+/// Sets a handler that provides the last line of the process when a fault ends it.
+///
+/// A stack overflow needs an alternative stack, which the standard library gives to the main thread and to its own
+/// threads. For programs only, like [`on_abort`]; the first handler stays.
 pub fn on_crash(handler: CrashHandler) {
     if CRASH.set(handler).is_err() {
         return;

@@ -224,9 +224,10 @@ impl ModelInfo {
         layers.filter(move |&(&n, &w)| n > 0 && w == windowed).map(|(&n, _)| n)
     }
 
-    /// Bytes of a cell over all layers that keep the whole context, which are the cells that gvote frees. Layers with a
-    /// sliding window have a small cache of their own and are not counted. As in `llama_kv_cache`, a layer's K row has
-    /// n_head_kv * n_embd_head_k values, its V row n_head_kv * n_embd_head_v.
+    /// Bytes of a cell over all layers that keep the whole context, which are the cells that gvote frees.
+    ///
+    /// Layers with a sliding window have a small cache of their own and are not counted. As in `llama_kv_cache`, a
+    /// layer's K row has n_head_kv * n_embd_head_k values, its V row n_head_kv * n_embd_head_v.
     pub fn kv_bytes_per_cell(&self, type_k: CacheType, type_v: CacheType) -> usize {
         self.bytes_per_cell(false, type_k, type_v)
     }

@@ -125,7 +125,7 @@ impl<'a> Left<'a> {
     }
 
     /// Takes the best remaining entry. The other list has taken its entries before `passed`, so its other entries are
-    /// left. Each list holds every entry once, so an entry is left as long as a place is.
+    /// left. Each list holds every entry once, so an entry is left as long as the ranking has a free place.
     #[inline(always)] // as calls, one for each entry, the turns take a third longer
     fn take(&mut self, passed: u32) -> u32 {
         loop {

@@ -13,9 +13,10 @@ const MAX_TOKENS: i32 = 256;
 const INSTRUCTION: &str = "Problems are solved step by step. \
     The last line of a solution is #### and the result, a number alone.\n\n";
 
-/// Loads the first `limit` problems of a file. The context of each is an instruction and the last `shots` problems of
-/// the file with their solutions. These are never scored, whatever the limit. An item is `gsm8k` and the index of its
-/// line, counted from 0.
+/// Loads the first `limit` problems of a file.
+///
+/// The context of each is an instruction and the last `shots` problems of the file with their solutions. These are
+/// never scored, whatever the limit. An item is `gsm8k` and the index of its line, counted from 0.
 ///
 /// # Errors
 /// [`TaskError`] if the file cannot be read or has too few problems. Lines without `question`, or without an `answer`

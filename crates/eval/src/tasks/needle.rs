@@ -45,9 +45,10 @@ pub const DEPTHS: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 const INSTRUCTION: &str = "The text below gives magic numbers of several animals. Remember them: \
     one of them will be asked for.\n\n";
 
-/// Generates a text of about `words` words (up to one sentence more, not counting the instruction). The needle is
-/// placed at the sentence boundary nearest to `depth`: 0 is the start of the text, 1 its end; values outside are
-/// clamped.
+/// Generates a text of about `words` words (up to one sentence more, not counting the instruction).
+///
+/// The needle is placed at the sentence boundary nearest to `depth`: 0 is the start of the text, 1 its end; values
+/// outside are clamped.
 ///
 /// The text also has four numbers with other keys, two of which share a word with the requested key. The text depends
 /// only on the three arguments, on any machine.

@@ -62,9 +62,10 @@ fn is_qa(task: &str) -> bool {
     task.starts_with("qa")
 }
 
-/// Splits a prompt before the question (`template` in RULER's `scripts/data/synthetic/constants.py`). The question is
-/// the last line that starts like the task's questions; in qa, it includes the preceding instruction. Neither part is
-/// empty.
+/// Splits a prompt before the question (`template` in RULER's `scripts/data/synthetic/constants.py`).
+///
+/// The question is the last line that starts like the task's questions; in qa, it includes the preceding instruction.
+/// Neither part is empty.
 fn split<'a>(task: &str, input: &'a str) -> Result<(&'a str, &'a str), String> {
     /// The instruction, which occurs before the documents and again before the question.
     const INSTRUCTION: &str = "Answer the question based on the given documents.";

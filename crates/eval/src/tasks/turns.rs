@@ -27,8 +27,10 @@ const FORMS: [[&str; 3]; 4] = [
 ];
 
 /// Creates a chat with `n` questions about the needles of a sample: its own question, then questions about other keys,
-/// drawn with `seed`. None if the sample has too few needles, or does not ask for the needle of exactly one key.
-/// `opens`: the document comes first, without a question.
+/// drawn with `seed`.
+///
+/// None if the sample has too few needles, or does not ask for the needle of exactly one key. `opens`: the document
+/// comes first, without a question.
 pub fn talk(sample: &Sample, n: usize, seed: u64, opens: bool) -> Option<Talk> {
     let [reference] = &sample.references[..] else { return None };
     let needles = needles(&sample.context);
