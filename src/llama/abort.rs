@@ -1,21 +1,21 @@
-//! What happens when llama.cpp ends the process: an assertion of ggml, an exception that nobody catches, a fatal signal.
+//! Handlers for the end of the process in llama.cpp: a failed assertion of ggml, an uncaught exception, a fatal signal.
 
 use std::ffi::{CStr, c_char, c_int};
 use std::sync::OnceLock;
 
 use crate::sys;
 
-/// Gets a message, and answers with the exit status of the process, or leaves it to C++ to end it by `abort()`.
+/// Receives a message and returns the exit status of the process, or None to let C++ end it by `abort()`.
 pub type AbortHandler = fn(message: &str) -> Option<u8>;
 
-/// Gets what a fatal signal means, and answers with the exit status of the process. It runs inside the signal's handler, where
-/// little is allowed: no allocation and no lock. `write` writes to stderr.
+/// Receives a description of a fatal signal and returns the exit status of the process. Runs inside the signal handler,
+/// so it must not allocate or lock. `write` writes to stderr.
 pub type CrashHandler = fn(signal: &'static str, write: &dyn Fn(&str)) -> u8;
 
 static ABORT: OnceLock<AbortHandler> = OnceLock::new();
 static CRASH: OnceLock<CrashHandler> = OnceLock::new();
 
-/// The signals of a fault, and what they mean.
+/// Signals of a fault, with descriptions.
 const FATAL: [(c_int, &str); 5] = [
     (libc::SIGSEGV, "SIGSEGV: a wrong address, or the end of the stack"),
     (libc::SIGBUS, "SIGBUS: a file that became shorter while it was read, or memory that is gone"),
@@ -24,9 +24,10 @@ const FATAL: [(c_int, &str); 5] = [
     (libc::SIGABRT, "SIGABRT"),
 ];
 
-/// Asks `handler` whenever ggml gives up, or an exception meets nobody who catches it: there is no way back, and the process
-/// ends after it. It may run in any thread, in the midst of a call; C++ prints nothing then. For programs: a library leaves this
-/// to the app that it is part of. The first handler of a process stays.
+/// Sets a handler for failed assertions of ggml and uncaught C++ exceptions.
+///
+/// The process ends afterwards in any case. The handler may run in any thread, in the middle of a call; C++ then prints
+/// nothing. For programs only: a library leaves this to the app. The first handler of a process stays.
 pub fn on_abort(handler: AbortHandler) {
     if ABORT.set(handler).is_ok() {
         // SAFETY: plain functions, sound to call from any thread.
@@ -37,8 +38,10 @@ pub fn on_abort(handler: AbortHandler) {
     }
 }
 
-/// Asks `handler` for the last line of the process when a fault ends it. Where a stack has ended, that needs another one, which
-/// the standard library gives to the main thread and to its own. For programs, as [`on_abort`]; the first handler stays.
+/// Sets a handler that provides the last line of the process when a fault ends it.
+///
+/// A stack overflow needs an alternative stack, which the standard library gives to the main thread and to its own
+/// threads. For programs only, like [`on_abort`]; the first handler stays.
 pub fn on_crash(handler: CrashHandler) {
     if CRASH.set(handler).is_err() {
         return;
@@ -71,7 +74,7 @@ extern "C" fn crashed(signal: c_int) {
     }
 }
 
-/// Ends the process at once. Threads of llama.cpp may be at work: they would run into what C++ tears down at an ordinary exit.
+/// Ends the process at once, because threads of llama.cpp may still use objects that C++ destroys at an ordinary exit.
 pub fn exit(status: u8) -> ! {
     // SAFETY: no memory is touched.
     unsafe { libc::_exit(status.into()) }

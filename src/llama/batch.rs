@@ -1,26 +1,26 @@
 use super::{LlamaError, Pos, SeqId, Token};
 use crate::sys;
 
-/// Tokens to decode together. Holds at most the capacity it was made with.
+/// Tokens to decode together, up to a fixed capacity.
 pub struct Batch {
     capacity: usize,
     tokens: Vec<Token>,
     pos: Vec<Pos>,
-    /// Sequences of each token: one.
+    /// Number of sequences of each token: always one.
     n_seq: Vec<i32>,
-    /// `[token]`, each one of `seq_ids`.
+    /// `[token]` pointer to one of `seq_ids`.
     seq: Vec<*mut SeqId>,
-    /// The ids that `seq` points to.
-    #[allow(clippy::vec_box)] // their addresses stay while the vector grows
+    /// The sequence ids that `seq` points to.
+    #[allow(clippy::vec_box)] // keeps addresses stable while the vector grows
     seq_ids: Vec<Box<SeqId>>,
     logits: Vec<i8>,
 }
 
-// SAFETY: the pointers lead to memory of the batch itself.
+// SAFETY: the pointers point to memory owned by the batch.
 unsafe impl Send for Batch {}
 
 impl Batch {
-    /// A batch for up to `capacity` tokens, each in one sequence. Takes memory as tokens come in.
+    /// Creates a batch for up to `capacity` tokens, each in one sequence. Memory is allocated as tokens are added.
     pub fn new(capacity: usize) -> Self {
         Self {
             // llama.cpp counts tokens in an i32
@@ -34,12 +34,12 @@ impl Batch {
         }
     }
 
-    /// Tokens in the batch.
+    /// Number of tokens in the batch.
     pub fn len(&self) -> usize {
         self.tokens.len()
     }
 
-    /// Whether the batch holds no token.
+    /// Returns true if the batch holds no tokens.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -53,10 +53,11 @@ impl Batch {
         self.logits.clear();
     }
 
-    /// Appends a token at a position of a sequence; `logits`: its next-token logits are wanted.
+    /// Appends a token at a position of a sequence. `logits`: compute the next-token logits after this token.
     ///
     /// # Errors
-    /// [`LlamaError::BatchFull`], [`LlamaError::NoPositions`] for a negative position: that of a sequence too long for one.
+    /// [`LlamaError::BatchFull`]; [`LlamaError::NoPositions`] for a negative position, which means that the sequence is
+    /// too long.
     pub fn add(&mut self, token: Token, pos: Pos, seq: SeqId, logits: bool) -> Result<(), LlamaError> {
         if self.len() == self.capacity {
             return Err(LlamaError::BatchFull(self.capacity));
@@ -77,13 +78,13 @@ impl Batch {
         Ok(())
     }
 
-    /// The position and the sequence of each token.
+    /// Returns the position and the sequence of each token.
     pub(super) fn places(&self) -> impl Iterator<Item = (Pos, SeqId)> + '_ {
-        // SAFETY: leads to one of `seq_ids`.
+        // SAFETY: points to one of `seq_ids`.
         self.pos.iter().zip(&self.seq).map(|(&pos, &seq)| (pos, unsafe { *seq }))
     }
 
-    /// For llama.cpp, which reads it while the batch stays as it is.
+    /// Returns the batch in llama.cpp's form, valid while the batch does not change.
     pub(crate) fn raw(&self) -> sys::llama_batch {
         sys::llama_batch {
             n_tokens: self.len() as i32, // at most the capacity

@@ -1,20 +1,23 @@
-//! Threads on a busy machine.
+//! Adapts the number of threads on a machine that other processes share.
 //!
-//! ggml's threads wait for each other after every node of a graph, hundreds of times a token, and spin while they wait. On an idle
-//! machine nothing is faster. Where another process has taken a core, the thread that should run there is late every time, and
-//! the others burn their cores meanwhile: with one of two cores taken, decoding falls to a quarter.
+//! ggml's threads wait for each other after every node of a graph, hundreds of times a token, and spin while they wait.
+//! On an idle machine nothing is faster. If another process has taken a core, the thread that should run there is late
+//! every time, and the others burn their cores meanwhile: with one of two cores taken, decoding falls to a quarter of
+//! its speed.
 //!
-//! Threads that spin use as much processor time as passes, so the process can tell what it lacks. From then on
-//! - a single token is decoded by as many threads as there are cores left;
-//! - whatever else is decoded keeps its threads, and those that wait sleep: see [`Crowd`].
+//! Spinning threads use processor time at the same rate as time passes, so the process can measure how many cores it
+//! lacks. If cores are lacking,
+//! - single tokens are decoded with as many threads as there are cores left;
+//! - other batches keep their threads, and waiting threads sleep: see [`Crowd`].
 //!
-//! Nothing is ever decoded by more threads than there are cores, whatever was asked for.
+//! The number of threads never exceeds the number of cores, whatever the caller asked for.
 //!
-//! ggml computes a row alike whoever computes it, with one exception: flash attention of a single token splits the cells of an f16 or
-//! f32 cache into a part for each thread, and sums of parts round differently. There the number of threads stays as well, unless
-//! [`ContextParams::yields_threads`](super::ContextParams::yields_threads) gives the last bits up for speed.
+//! ggml computes a row identically in every thread, with one exception: flash attention of a single token splits the
+//! cells of an f16 or f32 cache into one part for each thread, and the sums of parts round differently. In that case
+//! the number of threads stays as well, unless [`ContextParams::yields_threads`](super::ContextParams::yields_threads)
+//! gives up the last bits for speed.
 //!
-//! After a while all threads spin again, to find out whether the cores are free.
+//! After a while all threads spin again, to test whether the cores are free.
 
 use std::mem::MaybeUninit;
 use std::sync::mpsc::{self, Sender};
@@ -24,44 +27,47 @@ use std::time::{Duration, Instant};
 
 use crate::sys;
 
-/// The shortest time to judge by: several of the time slices that processes get in turn.
+/// The shortest time over which cores are measured: several scheduler time slices.
 const WINDOW: Duration = Duration::from_millis(50);
 
-/// Cores that may be lacking. Whatever else runs on an idle machine takes less.
+/// Number of lacking cores from which other processes count as busy. Background load on an idle machine is smaller.
 const LACK: f64 = 0.25;
 
-/// Times a second that a thread may fall asleep by itself. One that waits for a disk or a lock uses no time either.
+/// Largest number of times a second that a thread may fall asleep by itself. A thread that waits for a disk or a lock
+/// uses no time either.
 const SLEEPS: f64 = 20.0;
 
-/// How often the first retry's wait is doubled at most. A wait is this many times as long as the window that asked for it.
+/// Wait before the first retry, as a multiple of the window that caused it; the next constant limits how often it
+/// doubles.
 const FIRST_WAIT: u32 = 4;
 const MOST_DOUBLINGS: u32 = 3;
 
-/// The longest wait for a retry, however long a window was.
+/// The longest wait before a retry, however long a window was.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
-/// More threads than these take longer to wake each other after every node than a spinning thread waits for its core.
+/// Largest number of threads that may sleep. More threads take longer to wake each other after every node than a
+/// spinning thread waits for its core.
 const MOST_ASLEEP: usize = 4;
 
-/// What threads did in some time.
+/// Resource usage of the threads over some time.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Usage {
     wall: Duration,
     cpu: Duration,
-    /// Times that a thread fell asleep.
+    /// Number of times that a thread fell asleep.
     sleeps: u64,
 }
 
-/// How many cores there are for threads that spin.
+/// Tracks the number of cores available to spinning threads.
 #[derive(Debug)]
 struct Pace {
-    /// Those that the process may use.
+    /// Cores that the process may use.
     most: usize,
-    /// Those that it gets, where others run, and when to see whether that still holds.
+    /// Cores that the process gets while others run, and the time of the next retry.
     taken: Option<(usize, Instant)>,
-    /// Windows of all threads in a row that lacked cores.
+    /// Number of consecutive windows of all threads that lacked cores.
     lacking: u32,
-    /// Threads that are being watched, and what they have done.
+    /// Threads being measured, and their usage so far.
     n: usize,
     window: Usage,
 }
@@ -71,7 +77,7 @@ impl Pace {
         Self { most, taken: None, lacking: 0, n: 0, window: Usage::default() }
     }
 
-    /// Cores for `asked` threads from now on.
+    /// Returns the number of cores for `asked` threads.
     fn cores(&self, asked: usize, now: Instant) -> usize {
         let free = match self.taken {
             Some((left, retry)) if now < retry => left,
@@ -80,7 +86,7 @@ impl Pace {
         asked.min(free)
     }
 
-    /// Takes notice of what `n` spinning threads did. Whether they turn out to lack cores.
+    /// Records the usage of `n` spinning threads. Returns true if they lacked cores.
     fn note(&mut self, n: usize, usage: Usage, now: Instant) -> bool {
         if n != self.n {
             (self.n, self.window) = (n, Usage::default());
@@ -96,7 +102,7 @@ impl Pace {
         let lacks = n as f64 - got >= LACK && sleeps as f64 <= SLEEPS * n as f64 * wall.as_secs_f64();
         let left = (got as usize).max(1);
         match self.taken {
-            // fewer threads than there were before: the time of the retry stands
+            // Fewer threads than before ran: the time of the retry does not change.
             Some((_, retry)) if now < retry => {
                 if lacks {
                     self.taken = Some((left, retry));
@@ -113,10 +119,10 @@ impl Pace {
     }
 }
 
-/// Makes threads sleep where they would spin, as long as it lives.
+/// Makes waiting threads sleep instead of spin for as long as this value lives.
 ///
-/// An OpenMP runtime lets waiting threads sleep at once where there are more of them than cores (libgomp: see GOMP_SPINCOUNT in its
-/// manual). So this has another team of threads stand by, which do nothing.
+/// An OpenMP runtime lets waiting threads sleep at once if there are more of them than cores (libgomp: see
+/// GOMP_SPINCOUNT in its manual). A `Crowd` therefore keeps another team of idle threads.
 struct Crowd {
     /// Dropped to end the team.
     end: Option<Sender<()>>,
@@ -124,7 +130,7 @@ struct Crowd {
 }
 
 impl Crowd {
-    /// One that is large enough for `n` threads. None without OpenMP, or where the system starts no more threads.
+    /// Starts a team large enough for `n` threads. None without OpenMP, or if the system starts no more threads.
     fn gather(n: usize) -> Option<Self> {
         Self::gather_as(n, "gvote-crowd")
     }
@@ -133,13 +139,13 @@ impl Crowd {
         let (end, ended) = mpsc::channel();
         let (tell, told) = mpsc::channel();
         let stand_by = move || {
-            // SAFETY: any number will do.
+            // SAFETY: any number is valid.
             let _ = tell.send(unsafe { sys::gvote_shim_crowd(n as i32) });
-            // the team stands by until the thread ends that it belongs to
+            // The team lives until the thread it belongs to ends.
             let _ = ended.recv();
         };
         let thread = thread::Builder::new().name(name.into()).spawn(stand_by).ok()?;
-        // where there is none, dropping ends the thread
+        // If there is no team, dropping this value ends the thread.
         let crowd = Self { end: Some(end), thread: Some(thread) };
         told.recv().is_ok_and(|gathered| gathered).then_some(crowd)
     }
@@ -149,13 +155,13 @@ impl Drop for Crowd {
     fn drop(&mut self) {
         self.end = None;
         if let Some(thread) = self.thread.take() {
-            // it does not panic
+            // The thread does not panic.
             let _ = thread.join();
         }
     }
 }
 
-/// What the process has used so far.
+/// Resource usage of the process up to one moment.
 #[derive(Clone, Copy)]
 struct Reading {
     at: Instant,
@@ -184,22 +190,22 @@ impl Reading {
     }
 }
 
-/// How the threads of a context share the machine with others.
+/// Adjusts the threads of a context to the load of the machine.
 pub(super) struct Busy {
     state: Mutex<State>,
-    /// Fewer threads decode a token even where their number shows in its last bits.
+    /// Decode tokens with fewer threads even if their number changes the last bits of a token.
     yields: bool,
 }
 
 struct State {
     pace: Pace,
     crowd: Option<Crowd>,
-    /// Threads that spin in the call in work, and what had been used when they were last looked at.
+    /// Spinning threads of the current call, and the last reading.
     watched: Option<(usize, Reading)>,
 }
 
 impl State {
-    /// Sees how those threads fare.
+    /// Measures the watched threads.
     fn look(&mut self) {
         let Some((n, before)) = self.watched else { return };
         let now = Reading::take();
@@ -209,20 +215,20 @@ impl State {
         }
     }
 
-    /// Has `n` threads sleep where they wait, if they can and should.
+    /// Makes the waiting threads of `n` sleep, if that is possible and useful.
     fn sleep(&mut self, n: usize) {
         if n <= MOST_ASLEEP && self.crowd.is_none() {
             self.crowd = Crowd::gather(n);
         }
         if self.crowd.is_some() {
-            // threads that sleep do not tell how many cores they could have
+            // Sleeping threads do not show how many cores are available.
             self.watched = None;
         }
     }
 }
 
 impl Busy {
-    /// `yields`: see [`ContextParams::yields_threads`](super::ContextParams::yields_threads).
+    /// For `yields`, see [`ContextParams::yields_threads`](super::ContextParams::yields_threads).
     pub fn new(yields: bool) -> Self {
         let most = available_parallelism().map_or(usize::MAX, Into::into);
         Self { state: Mutex::new(State { pace: Pace::new(most), crowd: None, watched: None }), yields }
@@ -232,17 +238,17 @@ impl Busy {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Chooses threads for a decode call that follows, until what is returned is dropped.
+    /// Sets the number of threads for the next decode call. Dropping the returned value restores it.
     ///
     /// # Safety
-    /// `ctx` is valid as long as that.
+    /// `ctx` must stay valid until the returned value is dropped.
     pub unsafe fn enter(&self, ctx: *mut sys::llama_context, n_tokens: usize) -> Entered<'_> {
         let mut entered = Entered { busy: self, ctx, restore: None };
         // SAFETY: valid context.
         let (single, batch, waits) =
             unsafe { (sys::llama_n_threads(ctx), sys::llama_n_threads_batch(ctx), sys::gvote_shim_uses_devices(ctx)) };
         let asked = if n_tokens == 1 { single } else { batch };
-        // threads that wait for a device have no work, rather than no core
+        // Threads that wait for a device lack work, not a core.
         if asked < 2 || waits {
             return entered;
         }
@@ -251,7 +257,7 @@ impl Busy {
         let (most, cores) = (state.pace.most, state.pace.cores(asked, Instant::now()));
         // SAFETY: valid context.
         let yields = n_tokens == 1 && (self.yields || !unsafe { sys::gvote_shim_token_in_parts(ctx) });
-        // more than there are cores would only wait for each other
+        // More threads than cores would only wait for each other.
         let n = if yields { cores } else { asked.min(most) };
         if n < asked {
             let (single_now, batch_now) = if n_tokens == 1 { (n as i32, batch) } else { (single, n as i32) };
@@ -268,7 +274,7 @@ impl Busy {
         entered
     }
 
-    /// Between two nodes: a graph may take minutes.
+    /// Measures between two nodes of a graph, because a graph may take minutes.
     pub fn tick(&self) {
         let mut state = self.state();
         if state.watched.is_some_and(|(_, last)| last.at.elapsed() >= WINDOW) {
@@ -276,17 +282,17 @@ impl Busy {
         }
     }
 
-    /// Leaves nothing behind in the process.
+    /// Ends the idle team of threads, if any.
     pub fn rest(&self) {
         self.state().crowd = None;
     }
 }
 
-/// A decode call whose threads were chosen.
+/// A decode call with an adjusted number of threads.
 pub(super) struct Entered<'a> {
     busy: &'a Busy,
     ctx: *mut sys::llama_context,
-    /// The context's own numbers of threads.
+    /// The context's own numbers of threads, for single tokens and for batches.
     restore: Option<(i32, i32)>,
 }
 
@@ -306,7 +312,7 @@ impl Drop for Entered<'_> {
 mod tests {
     use super::*;
 
-    /// A window of `n` threads that got so many cores.
+    /// A window of threads that got this many cores.
     fn window(cores: f64) -> Usage {
         Usage { wall: WINDOW, cpu: WINDOW.mul_f64(cores), sleeps: 0 }
     }
@@ -391,7 +397,7 @@ mod tests {
 
     #[test]
     fn a_crowd_stands_by_as_long_as_it_is_needed() {
-        // contexts of other tests have theirs
+        // contexts of other tests have teams of their own
         const NAME: &str = "crowd-of-a-test";
         let there = || {
             let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));

@@ -15,7 +15,7 @@ use crate::sys;
 /// Whether attention runs as one fused kernel (`-fa`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FlashAttention {
-    /// llama.cpp decides by what the back end supports.
+    /// llama.cpp decides by the abilities of the back end.
     #[default]
     Auto,
     On,
@@ -54,7 +54,7 @@ impl CacheType {
         Self::NAMES.iter().find(|e| e.1 == self).expect("every variant has a row")
     }
 
-    /// ggml's name of the type.
+    /// Returns ggml's name of the type.
     pub fn name(self) -> &'static str {
         self.entry().0
     }
@@ -63,18 +63,18 @@ impl CacheType {
         self.entry().2
     }
 
-    /// How ggml stores it.
+    /// Returns the storage type in ggml.
     pub fn stored(self) -> TensorType {
         TensorType::of(self.raw()).expect("a cache type is a tensor type")
     }
 
-    /// All types, the most exact first.
+    /// All types, from the most to the least exact.
     pub fn all() -> impl Iterator<Item = Self> {
         [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q5_1, Self::Q5_0, Self::Q4_1, Self::Iq4Nl, Self::Q4_0]
             .into_iter()
     }
 
-    /// Whether the type stores blocks with a scale.
+    /// Returns true if the type stores blocks with a scale.
     pub fn is_quantized(self) -> bool {
         // SAFETY: plain query.
         unsafe { sys::ggml_is_quantized(self.raw()) }
@@ -89,40 +89,42 @@ impl FromStr for CacheType {
     }
 }
 
-/// How to make a context; names as in llama.cpp.
+/// How to create a context; names as in llama.cpp.
 #[derive(Clone, Debug)]
 pub struct ContextParams {
-    /// Cells of the KV cache (`-c`); 0 = what the model was trained for.
+    /// Cells of the KV cache (`-c`); 0 = the model's training length.
     pub n_ctx: u32,
-    /// Most tokens a decode call takes (`-b`).
+    /// Maximum number of tokens in a decode call (`-b`).
     pub n_batch: u32,
-    /// Most tokens computed at once (`-ub`).
+    /// Maximum number of tokens computed at once (`-ub`).
     pub n_ubatch: u32,
-    /// Sequences that may live in the cache at once.
+    /// Maximum number of sequences in the cache.
     pub n_seq_max: u32,
-    /// Whether they share all cells, as votes need it; otherwise each has its part of them, which is faster to read (`-kvu`).
+    /// Whether all sequences share all cells (`-kvu`), as votes require. Otherwise each sequence has its own part of
+    /// the cells, which is faster to read.
     pub kv_unified: bool,
-    /// Threads for decoding (`-t`), at most [`Self::THREADS_MAX`].
+    /// Threads for decoding single tokens (`-t`), at most [`Self::THREADS_MAX`].
     pub n_threads: i32,
-    /// Threads for prompts (`-tb`), as many.
+    /// Threads for prompts (`-tb`), at most [`Self::THREADS_MAX`].
     pub n_threads_batch: i32,
     pub threads: ThreadParams,
-    /// Where other processes have taken cores, every single token is decoded with fewer threads. Otherwise those stay whose number
-    /// shows in the last bits of an answer: with flash attention, an f16 or f32 cache, and more than 240 cells.
+    /// Whether every single token is decoded with fewer threads while other processes occupy cores. If false, the
+    /// number of threads does not change where it affects the last bits of an answer: with flash attention, an f16 or
+    /// f32 cache, and more than 240 cells.
     pub yields_threads: bool,
     pub flash_attn: FlashAttention,
     pub type_k: CacheType,
     pub type_v: CacheType,
-    /// Layers with a sliding window keep all cells, not only those that the window needs (`--swa-full`): they can then be cut
-    /// anywhere.
+    /// Whether layers with a sliding window keep all cells, not only those of the window (`--swa-full`). Such a cache
+    /// can be cut anywhere.
     pub swa_full: bool,
-    /// Whether the cache lies with its layers, on GPUs too; otherwise in the machine's memory (`-nkvo`).
+    /// Whether the cache is stored with its layers, including on GPUs; otherwise in host memory (`-nkvo`).
     pub offload_kqv: bool,
     pub rope: RopeParams,
 }
 
 impl ContextParams {
-    /// Threads that ggml can have at most.
+    /// Maximum number of threads in ggml.
     pub const THREADS_MAX: i32 = sys::GGML_MAX_N_THREADS as i32;
 }
 
@@ -149,7 +151,7 @@ impl Default for ContextParams {
     }
 }
 
-/// A living context: a model, a KV cache, and the logits of the last decoded batch. Its own, or one that an app lends.
+/// A context: a model, a KV cache, and the logits of the last decoded batch. Owned, or attached from an app.
 pub struct Context {
     ptr: NonNull<sys::llama_context>,
     model: Model,
@@ -157,22 +159,22 @@ pub struct Context {
     n_positions: Option<usize>,
     abort: Box<Abort>,
     is_guest: bool,
-    /// Dropped after the context.
+    /// Declared last, so that it is dropped after the context.
     _pool: Option<Pool>,
 }
 
-/// What llama.cpp's abort callback reads; it keeps a raw pointer to it.
+/// State read by llama.cpp's abort callback, which keeps a raw pointer to it.
 struct Abort {
-    /// The caller wants out.
+    /// Set by the caller to cancel.
     cancel: Arc<AtomicBool>,
-    /// How its threads do on a busy machine.
+    /// Adapts the number of threads on a busy machine.
     busy: Busy,
-    /// The graph in work runs to its end: a recurrent state could not go back.
+    /// The current graph must run to its end, because a recurrent state cannot be rolled back.
     to_the_end: AtomicBool,
-    /// Tests count who asks, and have one of them find the flag set.
+    /// Lets tests count the checks and set the flag at one of them.
     #[cfg(test)]
     asked: Asked,
-    /// The abort callback of the app that lends the context, and its data.
+    /// Abort callback of the app that owns the context, with its user data.
     of_app: Option<(unsafe extern "C" fn(*mut c_void) -> bool, *mut c_void)>,
 }
 
@@ -180,7 +182,7 @@ struct Abort {
 #[derive(Default)]
 struct Asked {
     times: std::sync::atomic::AtomicUsize,
-    /// The flag is set when it was asked for so often; 0: never.
+    /// Number of checks after which the flag is set; 0: never.
     cancel_at: std::sync::atomic::AtomicUsize,
 }
 
@@ -208,12 +210,15 @@ impl Abort {
     }
 }
 
-// SAFETY: a context may move between threads; it is used by one at a time (&mut).
+// SAFETY: a context may move between threads; one thread uses it at a time (&mut).
 unsafe impl Send for Context {}
 
 impl Context {
+    /// Creates a context.
+    ///
     /// # Errors
-    /// [`LlamaError::QuantizedV`], [`LlamaError::Rope`], or [`LlamaError::Context`] with llama.cpp's reason.
+    /// [`LlamaError::QuantizedV`], [`LlamaError::Rope`], [`LlamaError::Threads`], or [`LlamaError::Context`] with
+    /// llama.cpp's reason.
     pub fn new(model: &Model, params: &ContextParams) -> Result<Self, LlamaError> {
         params.rope.check(model)?;
         if params.type_v.is_quantized() && params.flash_attn == FlashAttention::Off {
@@ -256,7 +261,7 @@ impl Context {
         Ok(context)
     }
 
-    /// Has llama.cpp apply the model's adapters.
+    /// Applies the model's adapters to the context.
     fn apply_adapters(&self) {
         let (mut adapters, mut scales): (Vec<_>, Vec<_>) =
             self.model.adapters().iter().map(|(adapter, scale)| (adapter.as_ptr(), *scale)).unzip();
@@ -266,10 +271,11 @@ impl Context {
         };
     }
 
-    /// A context that an app lends. What is done with it should happen during a [`Visit`].
+    /// Wraps an attached context, which the app owns. Use it only during a [`Visit`].
     ///
     /// # Safety
-    /// `ptr` is a valid context, and stays so until the last use of this; nobody else uses it meanwhile.
+    /// `ptr` is a valid context and stays valid until the last use of the returned value. Nothing else uses it
+    /// meanwhile.
     pub(crate) unsafe fn lent(ptr: NonNull<sys::llama_context>, cancel: Arc<AtomicBool>) -> Self {
         // SAFETY: the model of a valid context is valid, and its owner keeps it as long.
         let model = unsafe { Model::lent(NonNull::new_unchecked(sys::llama_get_model(ptr.as_ptr()).cast_mut())) };
@@ -277,12 +283,12 @@ impl Context {
         Self { ptr, model, n_positions, abort: Box::new(Abort::new(cancel, false)), is_guest: true, _pool: None }
     }
 
-    /// From now on the flag of the other context cancels this one, too.
+    /// Makes the other context's cancel flag cancel this context, too.
     pub(crate) fn is_cancelled_with(&mut self, other: &Self) {
         self.abort.cancel = other.abort.cancel.clone();
     }
 
-    /// Refuses `n` tokens that follow `first` where the model has no positions for them.
+    /// Returns an error if `n` tokens from position `first` on exceed the model's positions.
     ///
     /// # Errors
     /// [`LlamaError::NoPositions`].
@@ -294,19 +300,19 @@ impl Context {
         }
     }
 
-    /// Lets llama.cpp ask our flags.
+    /// Installs the abort callback.
     fn listen(&self) {
         let flags = std::ptr::from_ref(&*self.abort).cast_mut().cast();
-        // SAFETY: the flags are boxed and live as long as the context; a visit takes the callback away at its end.
+        // SAFETY: the flags are boxed and live as long as the context; the end of a visit removes the callback.
         unsafe { sys::llama_set_abort_callback(self.as_ptr(), Some(should_abort), flags) };
     }
 
-    /// Whether the caller wants out.
+    /// Returns true if the caller has cancelled.
     pub(crate) fn is_cancelled(&self) -> bool {
         self.abort.is_cancelled()
     }
 
-    /// From now on the flag is set when it is asked for the `n`-th time; 0: never. Answers how often it was since the last call.
+    /// Makes the `n`-th check of the cancel flag set it; 0: never. Returns the number of checks since the last call.
     #[cfg(test)]
     pub(crate) fn cancel_at(&self, n: usize) -> usize {
         self.abort.cancel.store(false, Ordering::Relaxed);
@@ -314,7 +320,7 @@ impl Context {
         self.abort.asked.times.swap(0, Ordering::Relaxed)
     }
 
-    /// The context for `llama.h` and `gvote.h`; it stays ours.
+    /// Returns the raw context for `llama.h` and `gvote.h`. `self` keeps ownership.
     pub fn as_ptr(&self) -> *mut sys::llama_context {
         self.ptr.as_ptr()
     }
@@ -329,36 +335,36 @@ impl Context {
         &self.model
     }
 
-    /// A flag that, once true, makes a running or later decode return [`LlamaError::Cancelled`] until it is cleared.
+    /// Returns a flag. While it is true, running and later decode calls return [`LlamaError::Cancelled`].
     pub fn cancel_flag(&self) -> Arc<AtomicBool> {
         self.abort.cancel.clone()
     }
 
-    /// Cells of the KV cache, as allocated (llama.cpp rounds up).
+    /// Number of cells of the KV cache, as allocated (llama.cpp rounds up).
     pub fn n_ctx(&self) -> usize {
         // SAFETY: valid context.
         unsafe { sys::llama_n_ctx(self.as_ptr()) as usize }
     }
 
-    /// Most tokens a decode call takes.
+    /// Maximum number of tokens in a decode call.
     pub fn n_batch(&self) -> usize {
         // SAFETY: valid context.
         unsafe { sys::llama_n_batch(self.as_ptr()) as usize }
     }
 
-    /// Most tokens computed at once.
+    /// Maximum number of tokens computed at once.
     pub fn n_ubatch(&self) -> usize {
         // SAFETY: valid context.
         unsafe { sys::llama_n_ubatch(self.as_ptr()) as usize }
     }
 
-    /// Sequences the context was made for.
+    /// Maximum number of sequences.
     pub fn n_seq_max(&self) -> usize {
         // SAFETY: valid context.
         unsafe { sys::llama_n_seq_max(self.as_ptr()) as usize }
     }
 
-    /// Most tokens of a batch that may ask for logits.
+    /// Maximum number of tokens of a batch with logits.
     pub(crate) fn n_outputs_max(&self) -> usize {
         // SAFETY: valid context.
         unsafe { sys::gvote_shim_outputs_max(self.as_ptr()).max(1) as usize }
@@ -369,8 +375,8 @@ impl Context {
         unsafe { sys::llama_n_threads_batch(self.as_ptr()).max(1) as usize }
     }
 
-    /// Decodes a batch. The cache holds its tokens afterwards, or, on an error, none of them. With recurrent layers it may hold
-    /// a part of them after an error; a single token is decoded to its end there, whoever cancels.
+    /// Decodes a batch. Afterwards the cache holds its tokens or, on an error, none of them. With recurrent layers, the
+    /// cache may hold some of them after an error, and a single token is decoded to its end despite cancellation.
     ///
     /// # Errors
     /// [`LlamaError::NoCells`], [`LlamaError::NoPositions`], [`LlamaError::Cancelled`], [`LlamaError::Memory`] or [`LlamaError::Decode`].
@@ -378,7 +384,7 @@ impl Context {
         if self.is_cancelled() {
             return Err(LlamaError::Cancelled);
         }
-        // llama.cpp would end the process
+        // llama.cpp would end the process.
         if let Some(n) = self.n_positions
             && let Some((pos, _)) = batch.places().find(|&(pos, _)| pos as usize >= n)
         {
@@ -398,7 +404,7 @@ impl Context {
                 size: self.n_ctx(),
             }),
             status => {
-                // ubatches that were done stay in the cache: take them out again
+                // Completed ubatches stay in the cache: remove them.
                 for (pos, seq) in batch.places() {
                     self.remove(seq, pos, pos.saturating_add(1));
                 }
@@ -411,7 +417,7 @@ impl Context {
         }
     }
 
-    /// Next-token logits of the last decoded token that asked for them. `[n_vocab]`
+    /// Returns the next-token logits of the last decoded token with logits: `[n_vocab]`.
     ///
     /// # Errors
     /// [`LlamaError::NoLogits`].
@@ -419,7 +425,8 @@ impl Context {
         self.logits_at(-1)
     }
 
-    /// Next-token logits of the i-th token of the last decoded batch (negative counts from the end of those that asked).
+    /// Returns the next-token logits of token `i` of the last decoded batch; negative counts from the end of the tokens
+    /// with logits.
     ///
     /// # Errors
     /// [`LlamaError::NoLogits`].
@@ -434,7 +441,8 @@ impl Context {
         }
     }
 
-    /// Next-token logits after each of the `n` tokens of the last batch, all of which asked for them. `[n][n_vocab]`
+    /// Returns the next-token logits after each of the `n` tokens of the last batch, all of which requested logits:
+    /// `[n][n_vocab]`.
     ///
     /// # Errors
     /// [`LlamaError::NoLogits`].
@@ -448,14 +456,14 @@ impl Context {
         (0..n as i32).map(row).collect()
     }
 
-    /// Removes the cells of `seq` whose position (of a composite cell: its label) lies in `p0..p1`; -1 = open end.
-    /// False where that cannot be: recurrent layers cannot be cut, and there may be no such sequence.
+    /// Removes the cells of `seq` whose position (for a composite cell: its label) lies in `p0..p1`; -1 = open end.
+    /// Returns false if that is impossible: recurrent layers cannot be cut, or the sequence does not exist.
     pub fn remove(&mut self, seq: SeqId, p0: Pos, p1: Pos) -> bool {
         // SAFETY: valid context and sequence.
         self.has_sequence(seq) && unsafe { sys::gvote_shim_seq_rm(self.as_ptr(), seq, p0, p1) }
     }
 
-    /// Lets sequence `to` see the cells of `from` too.
+    /// Adds the cells of sequence `from` to sequence `to`.
     ///
     /// # Errors
     /// [`LlamaError::NoSequence`], [`LlamaError::Memory`].
@@ -474,7 +482,7 @@ impl Context {
         usize::try_from(seq).is_ok_and(|seq| seq < self.n_seq_max())
     }
 
-    /// That the context has a sequence: llama.cpp ends the process where it has not.
+    /// Checks that the context has a sequence: llama.cpp ends the process otherwise.
     pub(super) fn check_sequence(&self, seq: SeqId) -> Result<(), LlamaError> {
         let n_seq_max = self.n_seq_max();
         if self.has_sequence(seq) { Ok(()) } else { Err(LlamaError::NoSequence { seq, n_seq_max }) }
@@ -486,7 +494,7 @@ impl Context {
         unsafe { sys::llama_memory_clear(self.memory(), false) };
     }
 
-    /// The largest position of a sequence, if it has any.
+    /// Returns the largest position of a sequence; None if the sequence is empty.
     pub fn pos_max(&self, seq: SeqId) -> Option<Pos> {
         if !self.has_sequence(seq) {
             return None;
@@ -496,7 +504,8 @@ impl Context {
         (pos >= 0).then_some(pos)
     }
 
-    /// What all graphs took so far, as llama.cpp counts it; it stands still where the app has turned that off (`no_perf`).
+    /// Total time of all graphs so far, as measured by llama.cpp. Does not advance if the app has disabled measuring
+    /// (`no_perf`).
     pub(crate) fn decode_time(&self) -> Duration {
         // SAFETY: valid context.
         let perf = unsafe { sys::llama_perf_context(self.as_ptr()) };
@@ -507,24 +516,26 @@ impl Context {
 impl Drop for Context {
     fn drop(&mut self) {
         if !self.is_guest {
-            // SAFETY: freed once; the model is dropped after it.
+            // SAFETY: freed once; the model is dropped later.
             unsafe { sys::llama_free(self.ptr.as_ptr()) };
         }
     }
 }
 
-/// Work in a context that an app lends: its callbacks, outputs and counters are put away, and back when this is dropped.
+/// A period of work in an attached context. Saves the app's callbacks, outputs and counters, and restores them on drop.
 pub(crate) struct Visit<'a> {
     ctx: &'a mut Context,
     raw: NonNull<sys::gvote_shim_visit>,
 }
 
 impl<'a> Visit<'a> {
+    /// Begins the work.
+    ///
     /// # Errors
-    /// [`LlamaError::Memory`]; the context is then as it was.
+    /// [`LlamaError::Memory`]; the context is then unchanged.
     pub fn new(ctx: &'a mut Context) -> Result<Self, LlamaError> {
         let (mut raw, mut callback, mut data) = (std::ptr::null_mut(), None, std::ptr::null_mut());
-        // SAFETY: valid context; the shim sets `raw` when it answers NULL, and it is freed in drop.
+        // SAFETY: valid context; the shim sets `raw` when it returns NULL, and `raw` is freed in drop.
         let raw = unsafe {
             let failed = !sys::gvote_shim_visit_begin(ctx.as_ptr(), &raw mut raw).is_null();
             let raw = NonNull::new(raw).filter(|_| !failed).ok_or(LlamaError::Memory)?;
@@ -565,7 +576,7 @@ unsafe extern "C" fn should_abort(flags: *mut c_void) -> bool {
     let flags = unsafe { &*flags.cast::<Abort>() };
     flags.busy.tick();
     let app_wants_out = || {
-        // SAFETY: the app's own callback with the app's own data, as it would be called without us.
+        // SAFETY: the app's own callback with the app's own data, as llama.cpp would call it without gvote.
         flags.of_app.is_some_and(|(callback, data)| unsafe { callback(data) })
     };
     !flags.to_the_end.load(Ordering::Relaxed) && (flags.is_cancelled() || app_wants_out())

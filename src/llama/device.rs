@@ -1,22 +1,22 @@
-//! What llama.cpp can compute on.
+//! Devices that llama.cpp can compute on.
 
 use std::ffi::{CStr, CString, c_char};
 
 use super::LlamaError;
 use crate::sys;
 
-/// A CPU or an accelerator, as ggml knows it.
+/// A CPU or an accelerator in ggml's list of devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// ggml's name for it, such as `CPU`, `CUDA0` or `RPC0`.
+    /// ggml's name, such as `CPU`, `CUDA0` or `RPC0`.
     pub name: String,
-    /// Its maker's name for it, such as `NVIDIA H100 80GB HBM3`; of a worker's, where that listens.
+    /// The manufacturer's name, such as `NVIDIA H100 80GB HBM3`; for a worker's device, the worker's endpoint.
     pub description: String,
-    /// An accelerator or a worker's device, not the CPU or what only helps the CPU, such as a BLAS library.
+    /// True for an accelerator or a worker's device; false for the CPU and for CPU helpers such as a BLAS library.
     pub is_gpu: bool,
 }
 
-/// Bytes of a device's memory.
+/// Memory of a device, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceMemory {
     pub free: usize,
@@ -24,7 +24,7 @@ pub struct DeviceMemory {
 }
 
 impl Device {
-    /// Its memory; of a worker's device, by asking the worker. None for a device that is gone.
+    /// Returns the device's memory, querying the worker for a worker's device. None if the device no longer exists.
     pub fn memory(&self) -> Option<DeviceMemory> {
         let device = find(&self.name)?;
         let mut memory = DeviceMemory { free: 0, total: 0 };
@@ -34,7 +34,7 @@ impl Device {
     }
 }
 
-/// The devices of the back ends that were built in, and those of workers ([`rpc::add_worker`](super::rpc::add_worker)).
+/// Lists the devices of the built-in back ends and of workers ([`rpc::add_worker`](super::rpc::add_worker)).
 pub fn devices() -> Vec<Device> {
     super::init();
     // SAFETY: the back ends are registered by now; ggml keeps its devices and their descriptions for the whole process.
@@ -52,7 +52,7 @@ pub fn devices() -> Vec<Device> {
     }
 }
 
-/// ggml's own handle.
+/// Returns ggml's handle of a device.
 pub(super) fn find(name: &str) -> Option<sys::ggml_backend_dev_t> {
     super::init();
     let name = CString::new(name).ok()?;
@@ -61,7 +61,7 @@ pub(super) fn find(name: &str) -> Option<sys::ggml_backend_dev_t> {
     (!device.is_null()).then_some(device)
 }
 
-/// ggml's handle of an accelerator, or of what only helps the CPU.
+/// Returns ggml's handle of an accelerator or a CPU helper.
 pub(super) fn accelerator(name: &str) -> Result<sys::ggml_backend_dev_t, LlamaError> {
     // SAFETY: a registered device.
     let is_other = |device: &_| unsafe { sys::ggml_backend_dev_type(*device) } != sys::GGML_BACKEND_DEVICE_TYPE_CPU;
@@ -71,7 +71,7 @@ pub(super) fn accelerator(name: &str) -> Result<sys::ggml_backend_dev_t, LlamaEr
     })
 }
 
-/// The buffer type of that name, of any device.
+/// Returns the buffer type with that name, of any device.
 pub(super) fn buffer_type(name: &str) -> Result<sys::ggml_backend_buffer_type_t, LlamaError> {
     super::init();
     // SAFETY: the back ends are registered by now; ggml keeps devices, buffer types and their names for the whole process.
@@ -90,6 +90,8 @@ fn listed(names: impl Iterator<Item = String>) -> String {
     if names.is_empty() { "none".into() } else { names.join(", ") }
 }
 
+/// Copies a C string.
+///
 /// # Safety
 /// `text` ends with NUL and lives for the call.
 unsafe fn text(text: *const c_char) -> String {

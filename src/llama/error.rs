@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// What can go wrong between us and llama.cpp. One readable line each, with what to do.
+/// Errors of llama.cpp and its wrappers: one readable line each, with a remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum LlamaError {
     #[error("{path}: llama.cpp cannot load this model{reason}; gvote inspect tells what the file holds")]

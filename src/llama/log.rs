@@ -1,4 +1,5 @@
-//! llama.cpp's log, redirected: quiet by default, the first error of a call kept for its message, everything on stderr when verbose.
+//! Redirects llama.cpp's log: silent by default; the first error of a call is kept for its error message; everything
+//! goes to stderr if verbose.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::io::Write;
@@ -10,16 +11,18 @@ use crate::sys;
 static VERBOSE: AtomicBool = AtomicBool::new(false);
 static FIRST_ERROR: Mutex<String> = Mutex::new(String::new());
 
-/// Shows all of llama.cpp's log on stderr, or nothing of it.
+/// Prints all of llama.cpp's log to stderr, or none of it.
 pub fn set_verbose(verbose: bool) {
     VERBOSE.store(verbose, Ordering::Relaxed);
 }
 
-/// Takes the first error that llama.cpp logged since [`clear_reason`] (later ones only repeat that it failed), formatted to be appended to a message: `": why"`, or nothing.
+/// Takes the first error that llama.cpp logged since [`clear_reason`]; later ones only repeat that the call failed.
+///
+/// Formatted for appending to a message: `": why"`, or empty.
 pub(crate) fn take_reason() -> String {
     let text = std::mem::take(&mut *FIRST_ERROR.lock().unwrap_or_else(|e| e.into_inner()));
     let text = text.trim();
-    // llama.cpp prefixes the C++ function's name, which tells a user nothing.
+    // llama.cpp prefixes the name of the C++ function, which does not help users.
     let text = text.split_once(": ").map_or(text, |(head, rest)| if head.contains(' ') { text } else { rest });
     if text.is_empty() { String::new() } else { format!(": {text}") }
 }

@@ -1,4 +1,4 @@
-//! Texts that a vocabulary has one token for, whatever stands around them: markers such as `<|im_end|>`.
+//! Markers such as `<|im_end|>`: texts that a vocabulary always turns into one token, regardless of context.
 
 use std::ffi::CStr;
 
@@ -10,16 +10,16 @@ use crate::sys;
 pub struct Marker {
     pub text: String,
     pub token: Token,
-    /// Words that a vocabulary has whole are text like any other (user-defined tokens).
+    /// True for user-defined tokens: whole words that are ordinary text.
     pub is_text: bool,
-    /// White space before it goes.
+    /// Strip white space before the marker.
     pub lstrip: bool,
-    /// White space after it goes.
+    /// Strip white space after the marker.
     pub rstrip: bool,
 }
 
 impl Model {
-    /// The markers of the vocabulary, in the order of their tokens; none where it has no texts.
+    /// Returns the markers of the vocabulary in token order; empty if the vocabulary has no texts.
     pub fn markers(&self) -> Vec<Marker> {
         if !self.has_tokenizer() {
             return Vec::new();
@@ -33,7 +33,7 @@ impl Model {
             if is_text && !is(sys::LLAMA_TOKEN_ATTR_USER_DEFINED) {
                 return None;
             }
-            // SAFETY: as above; the text is a string of the vocabulary's.
+            // SAFETY: as above; the text is a string owned by the vocabulary.
             let text = unsafe { CStr::from_ptr(sys::llama_vocab_get_text(vocab, token)) };
             let text = text.to_str().ok()?.to_owned();
             let (lstrip, rstrip) = (is(sys::LLAMA_TOKEN_ATTR_LSTRIP), is(sys::LLAMA_TOKEN_ATTR_RSTRIP));

@@ -1,20 +1,20 @@
-//! What llama.cpp allocates, and what it would.
+//! Memory that llama.cpp allocates, or would allocate.
 
 use std::path::Path;
 
 use super::{Context, ContextParams, Device, LlamaError, Model, ModelParams, device};
 use crate::sys;
 
-/// Bytes of buffers.
+/// Sizes of buffers, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Buffers {
-    /// The weights. On the host they are mapped from the file, as far as they are not repacked.
+    /// The weights. On the host they are mapped from the file, except for repacked ones.
     pub weights: usize,
-    /// Of the weights, those that are repacked for the device.
+    /// The part of the weights that is repacked for the device.
     pub repacked: usize,
-    /// The KV cache, with the window's where there is one.
+    /// The KV cache, including that of layers with a sliding window.
     pub cache: usize,
-    /// What a batch computes in.
+    /// Scratch space for computing a batch.
     pub compute: usize,
 }
 
@@ -27,9 +27,9 @@ impl Buffers {
 /// The buffers of a model and one context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
-    /// In the machine's memory.
+    /// Buffers in host memory.
     pub host: Buffers,
-    /// In that of accelerators, all of them together.
+    /// Buffers in the memory of all accelerators together.
     pub device: Buffers,
 }
 
@@ -40,7 +40,7 @@ impl From<sys::gvote_shim_memory_use> for Buffers {
 }
 
 impl Context {
-    /// Those of them that lie on one accelerator, or a worker's device.
+    /// Returns the buffers of this context and its model on one accelerator or worker's device.
     fn buffers_on(&self, device: &Device) -> Buffers {
         let Some(device) = device::find(&device.name) else { return Buffers::default() };
         // SAFETY: valid context and device; a plain struct that the shim fills.
@@ -51,7 +51,7 @@ impl Context {
         }
     }
 
-    /// The buffers that llama.cpp holds for this context and its model.
+    /// Returns the buffers that llama.cpp holds for this context and its model.
     pub fn buffers(&self) -> Memory {
         // SAFETY: valid context; plain structs that the shim fills.
         let (host, device) = unsafe {
@@ -63,11 +63,11 @@ impl Context {
     }
 }
 
-/// A model without its weights: llama.cpp works out which buffers it would make, and makes none of them.
+/// A model without weights: llama.cpp computes the sizes of its buffers but allocates none.
 pub struct Simulation(Model);
 
 impl Simulation {
-    /// Takes the time of reading the metadata and the vocabulary.
+    /// Loads the metadata and the vocabulary only, and takes as long as reading these.
     ///
     /// # Errors
     /// [`LlamaError::Load`] with llama.cpp's own reason.
@@ -75,16 +75,16 @@ impl Simulation {
         Model::load_with(path, params, true, |_| true).map(Self)
     }
 
-    /// What a model loaded for real and a context of these parameters would hold.
+    /// Returns the buffers that the loaded model and a context with these parameters would hold.
     ///
     /// # Errors
     /// As [`Context::new`].
     pub fn memory(&self, params: &ContextParams) -> Result<Memory, LlamaError> {
-        // the context has no buffers behind it: it must not leave this function
+        // The context has no buffers and must not leave this function.
         Context::new(&self.0, params).map(|context| context.buffers())
     }
 
-    /// The accelerators and workers' devices that would hold some of it, with what they would hold.
+    /// Returns the accelerators and workers' devices that would hold a part of them, each with its buffers.
     ///
     /// # Errors
     /// As [`Context::new`].

@@ -1,7 +1,7 @@
-//! Safe owners over llama.h.
+//! Safe owners of llama.h objects.
 //!
-//! Each type owns one llama.cpp object and frees it. A [`Context`] keeps its [`Model`] alive. Nothing here knows about
-//! eviction: the rooms above (`capture`, `score`, `compact`) reach the raw context.
+//! Each type owns one llama.cpp object and frees it. A [`Context`] keeps its [`Model`] alive. This module contains no
+//! eviction: the modules above it (`capture`, `score`, `compact`) use the raw context.
 
 mod abort;
 mod batch;
@@ -42,13 +42,13 @@ pub use threads::ThreadParams;
 
 use std::sync::Once;
 
-/// A token's logical place in its sequence: what RoPE sees. Not a cell.
+/// A token's logical position in its sequence, as used by RoPE. Not a cell index.
 pub type Pos = i32;
 
 /// The id of a sequence in a context, below `n_seq_max`.
 pub type SeqId = i32;
 
-/// Starts llama.cpp's back ends once a process, and sends its log to [`log`].
+/// Initialises llama.cpp's back ends once in a process and redirects its log to [`log`].
 pub(crate) fn init() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

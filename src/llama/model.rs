@@ -14,9 +14,9 @@ pub type Token = i32;
 
 struct Owned {
     ptr: NonNull<sys::llama_model>,
-    /// It belongs to an app.
+    /// The app owns the model.
     is_lent: bool,
-    /// What every context applies, and how much of it. The model frees them.
+    /// Adapters that every context applies, with their scales. Freed with the model.
     adapters: Vec<(NonNull<sys::llama_adapter_lora>, f32)>,
     /// See [`Model::alterations`].
     alterations: Vec<String>,
@@ -65,12 +65,12 @@ impl Model {
     /// Loads a GGUF file (the first one of a split model).
     ///
     /// # Errors
-    /// [`LlamaError::Load`] with llama.cpp's own reason. `progress` (0..1) returning false cancels.
+    /// [`LlamaError::Load`] with llama.cpp's own reason. `progress` (0..1) returning false cancels the load.
     pub fn load(path: &Path, params: &ModelParams, mut progress: impl FnMut(f32) -> bool) -> Result<Self, LlamaError> {
         Self::load_with(path, params, false, &mut progress)
     }
 
-    /// `no_alloc`: with metadata and vocabulary, but without weights. Such a model must never compute.
+    /// Loads a model. `no_alloc`: load metadata and vocabulary without weights; such a model must never compute.
     pub(super) fn load_with(
         path: &Path,
         params: &ModelParams,
@@ -82,7 +82,7 @@ impl Model {
         let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| LlamaError::PathNul(path.into()))?;
 
         unsafe extern "C" fn trampoline<F: FnMut(f32) -> bool>(value: f32, data: *mut std::ffi::c_void) -> bool {
-            // a panic must not meet the C++ that called: it cancels
+            // Panics must not cross into the calling C++ code; a panic cancels the load.
             // SAFETY: `data` is the closure below, alive and not borrowed elsewhere while the model loads.
             catch_unwind(AssertUnwindSafe(|| unsafe { (*data.cast::<F>())(value) })).unwrap_or(false)
         }
@@ -94,18 +94,18 @@ impl Model {
         let mut raw = owned.params;
         if no_alloc {
             raw.no_alloc = true;
-            raw.load_mode = sys::LLAMA_LOAD_MODE_NONE; // as llama.cpp's own memory fit does: nothing is mapped either
+            raw.load_mode = sys::LLAMA_LOAD_MODE_NONE; // as in llama.cpp's own memory fit: nothing is mapped either
         }
         raw.progress_callback = callback_of(&progress);
         raw.progress_callback_user_data = (&raw mut progress).cast();
-        // SAFETY: the path, the closure and what the parameters point to outlive the call.
+        // SAFETY: the path, the closure and everything the parameters point to outlive the call.
         let ptr = unsafe { sys::gvote_shim_model_load(c_path.as_ptr(), raw) };
         rpc::watch_workers();
         let ptr =
             NonNull::new(ptr).ok_or_else(|| LlamaError::Load { path: path.into(), reason: log::take_reason() })?;
         let overrides = params.kv_overrides.iter().map(|one| format!("{one:?}")).collect();
         let mut owned = Owned { ptr, is_lent: false, adapters: Vec::new(), alterations: overrides };
-        // a simulation computes nothing
+        // A simulation computes nothing, so it needs no adapters.
         for (path, scale) in params.adapters.iter().filter(|_| !no_alloc) {
             owned.add_adapter(path, *scale)?;
         }
@@ -116,20 +116,20 @@ impl Model {
         self.0.ptr.as_ptr()
     }
 
-    /// A model that an app lends.
+    /// Wraps a model owned by the app.
     ///
     /// # Safety
-    /// `ptr` is a valid model, and stays so until the last use of this or of a clone.
+    /// `ptr` is a valid model and stays valid until the last use of the returned value or of a clone.
     pub(crate) unsafe fn lent(ptr: NonNull<sys::llama_model>) -> Self {
         Self(Arc::new(Owned { ptr, is_lent: true, adapters: Vec::new(), alterations: Vec::new() }))
     }
 
-    /// What its contexts compute otherwise than its file says, in order; for comparisons.
+    /// Returns the changes to the file's model (overrides, adapters) in order, for comparisons.
     pub(crate) fn alterations(&self) -> Vec<String> {
         self.0.alterations.clone()
     }
 
-    /// The adapters that its contexts apply, with their scales.
+    /// Returns the adapters that contexts of this model apply, with their scales.
     pub(super) fn adapters(&self) -> &[(NonNull<sys::llama_adapter_lora>, f32)] {
         &self.0.adapters
     }
@@ -139,30 +139,30 @@ impl Model {
         unsafe { sys::llama_model_get_vocab(self.as_ptr()) }
     }
 
-    /// Whether its file says what its tokens are. Where it does not, llama.cpp aborts when it is asked for texts.
+    /// Returns true if the file has a tokenizer. Without one, llama.cpp aborts when asked for the text of a token.
     pub(super) fn has_tokenizer(&self) -> bool {
         // SAFETY: valid vocabulary.
         unsafe { sys::llama_vocab_type(self.vocab()) != sys::LLAMA_VOCAB_TYPE_NONE }
     }
 
-    /// Tokens in the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub fn n_vocab(&self) -> usize {
         // SAFETY: valid vocabulary.
         unsafe { sys::llama_vocab_n_tokens(self.vocab()) as usize }
     }
 
-    /// The context length the model was trained with, in tokens.
+    /// Context length that the model was trained with, in tokens.
     pub fn n_ctx_train(&self) -> usize {
-        // SAFETY: valid model. The file has it as a number without a sign.
+        // SAFETY: valid model. The file stores the length as an unsigned number.
         unsafe { sys::llama_model_n_ctx_train(self.as_ptr()) as u32 as usize }
     }
 
-    /// Positions that a token can have: as many as the model learned vectors for (GPT-2, StarCoder); none where they are
-    /// computed, and go on past what it was trained for.
+    /// Number of positions with a learned vector (GPT-2, StarCoder). None if positions are computed and may exceed the
+    /// training length.
     pub fn n_positions(&self) -> Option<usize> {
         for i in 0.. {
             let mut name = std::ptr::null();
-            // SAFETY: the name is set where a tensor is answered; both belong to the model.
+            // SAFETY: the name is set if a tensor is returned; both belong to the model.
             unsafe {
                 let tensor = sys::gvote_shim_model_tensor(self.as_ptr(), i, &raw mut name).as_ref()?;
                 if CStr::from_ptr(name) == c"position_embd.weight" {
@@ -179,25 +179,25 @@ impl Model {
         unsafe { sys::llama_model_n_embd(self.as_ptr()) as usize }
     }
 
-    /// Layers of the model.
+    /// Number of layers.
     pub fn n_layer(&self) -> usize {
         // SAFETY: valid model.
         unsafe { sys::llama_model_n_layer(self.as_ptr()) as usize }
     }
 
-    /// Bytes of all tensors.
+    /// Size of all tensors in bytes.
     pub fn size(&self) -> u64 {
         // SAFETY: valid model.
         unsafe { sys::llama_model_size(self.as_ptr()) }
     }
 
-    /// Values in all tensors.
+    /// Number of values in all tensors.
     pub fn n_params(&self) -> u64 {
         // SAFETY: valid model.
         unsafe { sys::llama_model_n_params(self.as_ptr()) }
     }
 
-    /// One line about the model: architecture, size, file type.
+    /// One-line description of the model: architecture, size, file type.
     pub fn description(&self) -> String {
         let mut buf = vec![0u8; 256];
         // SAFETY: the buffer's true size is passed.
@@ -205,7 +205,7 @@ impl Model {
         string_of(&buf)
     }
 
-    /// A metadata value as text, e.g. `general.architecture`.
+    /// Returns a metadata value as text, for example of `general.architecture`.
     pub fn meta(&self, key: &str) -> Option<String> {
         let key = CString::new(key).ok()?;
         // SAFETY: with a NULL buffer of size 0 only the length is returned.
@@ -216,7 +216,7 @@ impl Model {
         Some(string_of(&buf))
     }
 
-    /// Why this model has no attention cache to work on, if so.
+    /// Returns the reason why this model has no supported attention cache, or None if it has one.
     pub fn unsupported(&self) -> Option<&'static str> {
         let model = self.as_ptr();
         // SAFETY: valid model; plain queries.
@@ -235,14 +235,14 @@ impl Model {
         }
     }
 
-    /// Whether it has recurrent layers: they keep a state, out of which nothing can be taken again.
+    /// Returns true if the model has recurrent layers. Tokens cannot be removed from their state.
     pub(crate) fn is_recurrent(&self) -> bool {
         let model = self.as_ptr();
         // SAFETY: valid model; plain queries.
         unsafe { sys::llama_model_is_recurrent(model) || sys::llama_model_is_hybrid(model) }
     }
 
-    /// The chat template stored in the GGUF.
+    /// Returns the chat template stored in the GGUF.
     pub fn chat_template(&self) -> Option<String> {
         // SAFETY: returns NULL or a string owned by the model.
         unsafe {
@@ -251,30 +251,31 @@ impl Model {
         }
     }
 
-    /// Whether the vocabulary has a token of this id.
+    /// Returns true if the vocabulary has a token with this id.
     pub fn has_token(&self, token: Token) -> bool {
         usize::try_from(token).is_ok_and(|token| token < self.n_vocab())
     }
 
-    /// Whether a token is markup of a chat template and the like, no text. False for an id outside the vocabulary.
+    /// Returns true if a token is markup, such as a chat template's, and not text. False for an id outside the
+    /// vocabulary.
     pub fn is_control(&self, token: Token) -> bool {
-        // SAFETY: a token of a vocabulary with texts: llama.cpp checks neither.
+        // SAFETY: the vocabulary has texts and the token; llama.cpp checks neither.
         self.has_tokenizer() && self.has_token(token) && unsafe { sys::llama_vocab_is_control(self.vocab(), token) }
     }
 
-    /// Whether the token ends a generation (end of text, end of turn).
+    /// Returns true if the token ends a generation (end of text, end of turn).
     pub fn is_eog(&self, token: Token) -> bool {
         // SAFETY: valid vocabulary; llama.cpp accepts any token id here.
         unsafe { sys::llama_vocab_is_eog(self.vocab(), token) }
     }
 
-    /// The text of the token that begins a sequence; empty if there is none.
+    /// Returns the text of the token that begins a sequence; empty if there is none.
     pub fn bos_text(&self) -> String {
         // SAFETY: valid vocabulary.
         self.special_text(unsafe { sys::llama_vocab_bos(self.vocab()) })
     }
 
-    /// The text of the token that ends a sequence; empty if there is none.
+    /// Returns the text of the token that ends a sequence; empty if there is none.
     pub fn eos_text(&self) -> String {
         // SAFETY: valid vocabulary.
         self.special_text(unsafe { sys::llama_vocab_eos(self.vocab()) })
@@ -284,19 +285,19 @@ impl Model {
         if token < 0 { String::new() } else { String::from_utf8_lossy(&self.piece(token, true)).into_owned() }
     }
 
-    /// Whether the tokenizer puts a BOS token in front by itself.
+    /// Returns true if the tokenizer adds a BOS token by itself.
     pub fn adds_bos(&self) -> bool {
         // SAFETY: valid vocabulary.
         unsafe { sys::llama_vocab_get_add_bos(self.vocab()) }
     }
 
-    /// The bytes of one token; not necessarily whole UTF-8, see [`Pieces`]. None for an id outside the vocabulary, and where the
-    /// model has no texts.
+    /// Returns the bytes of one token; not necessarily complete UTF-8, see [`Pieces`]. Empty for an id outside the
+    /// vocabulary, and if the model has no texts.
     pub fn piece(&self, token: Token, special: bool) -> Vec<u8> {
         if !self.has_tokenizer() || !self.has_token(token) {
             return Vec::new();
         }
-        // longer pieces are rare
+        // Longer pieces are rare.
         let mut buf = vec![0u8; 32];
         loop {
             let (start, len) = (buf.as_mut_ptr().cast::<c_char>(), i32::try_from(buf.len()).unwrap_or(i32::MAX));
@@ -313,24 +314,25 @@ impl Model {
         }
     }
 
-    /// Tokens back to text.
+    /// Converts tokens to text.
     pub fn detokenize(&self, tokens: &[Token], special: bool) -> String {
         let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t, special)).collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 }
 
-/// Joins token pieces into text for streaming: a character split over tokens is held back until it is whole.
+/// Joins token pieces into text for streaming: a character split over tokens is held back until complete.
 #[derive(Default)]
 pub struct Pieces(Vec<u8>);
 
 impl Pieces {
-    /// Adds a piece and takes what is whole by now.
+    /// Adds a piece and returns the text that is complete so far.
     pub fn push(&mut self, piece: &[u8]) -> String {
         self.0.extend_from_slice(piece);
         let whole = match std::str::from_utf8(&self.0) {
             Ok(_) => self.0.len(),
-            // An unfinished character at the end waits; broken bytes in the middle are passed on as replacements.
+            // Incomplete characters at the end are held back; invalid bytes in the middle become replacement
+            // characters.
             Err(e) if e.error_len().is_none() => e.valid_up_to(),
             Err(_) => self.0.len(),
         };
@@ -340,7 +342,7 @@ impl Pieces {
         text
     }
 
-    /// What is left at the end.
+    /// Returns the remaining text at the end of a stream.
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.0)).into_owned()
     }

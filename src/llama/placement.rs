@@ -1,4 +1,4 @@
-//! Where a model's weights go, how they are read, and what is changed on the way: llama.cpp's parameters of a model.
+//! Model loading parameters of llama.cpp: placement of the weights, reading of the file, and overrides.
 
 use std::ffi::{CStr, CString};
 use std::path::PathBuf;
@@ -11,22 +11,23 @@ use crate::sys;
 /// How to load a model; names as in llama.cpp.
 #[derive(Clone, Debug)]
 pub struct ModelParams {
-    /// Layers to keep on accelerators (`-ngl`); -1 = all. Without one it has no effect.
+    /// Number of layers to keep on accelerators (`-ngl`); -1 = all. No effect without an accelerator.
     pub n_gpu_layers: i32,
-    /// Names of the devices to use (`--device`), as [`devices`](super::devices) lists them; none in an empty list. None: all
-    /// accelerators.
+    /// Names of the devices to use (`--device`), as [`devices`](super::devices) lists them; an empty list uses none.
+    /// None: all accelerators.
     pub devices: Option<Vec<String>>,
-    /// How the model is spread over them (`-sm`).
+    /// How the model is split over the devices (`-sm`).
     pub split_mode: SplitMode,
-    /// The device that holds everything under [`SplitMode::None`] (`-mg`), an index among those used; negative: the CPU.
+    /// The device that holds everything with [`SplitMode::None`] (`-mg`), as an index into the devices in use;
+    /// negative: the CPU.
     pub main_gpu: i32,
-    /// The share of each device in turn (`-ts`); empty: by their free memory.
+    /// Share of the model for each device (`-ts`); empty: proportional to free memory.
     pub tensor_split: Vec<f32>,
     /// How the file is read.
     pub load_mode: LoadMode,
-    /// Buffer types for tensors whose name matches (`-ot`); the first that matches counts.
+    /// Buffer types for tensors with matching names (`-ot`); the first match applies.
     pub tensor_buffers: Vec<TensorBuffer>,
-    /// Values in place of those in the file (`--override-kv`).
+    /// Metadata values that override those in the file (`--override-kv`).
     pub kv_overrides: Vec<KvOverride>,
     /// Adapters that every context of the model applies, with their scales (`--lora`, `--lora-scaled`).
     pub adapters: Vec<(PathBuf, f32)>,
@@ -48,40 +49,40 @@ impl Default for ModelParams {
     }
 }
 
-/// How a model is spread over several accelerators.
+/// How a model is split over several accelerators.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SplitMode {
-    /// One of them has everything.
+    /// One accelerator holds everything.
     None,
-    /// Each has some layers and their cache.
+    /// Each accelerator holds some layers and their cache.
     #[default]
     Layer,
-    /// Each has some rows of every matrix.
+    /// Each accelerator holds some rows of every matrix.
     Row,
-    /// Each has some heads and rows, with their cache.
+    /// Each accelerator holds some heads and rows, and their cache.
     Tensor,
 }
 
 /// How a model file is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LoadMode {
-    /// Mapped, unless a device cannot.
+    /// Memory-mapped, unless a device does not support it.
     #[default]
     Auto,
     /// Read into memory.
     None,
-    /// Mapped.
+    /// Memory-mapped.
     Mmap,
-    /// Read into memory that is never swapped out.
+    /// Read into memory that is locked against swapping.
     Mlock,
-    /// Mapped, and never swapped out.
+    /// Memory-mapped and locked against swapping.
     MmapMlock,
-    /// Read past the page cache, where the system can.
+    /// Read with direct I/O, past the page cache, if the system supports it.
     DirectIo,
 }
 
 impl SplitMode {
-    /// llama.cpp's names.
+    /// Modes with llama.cpp's names.
     pub const NAMES: [(&'static str, Self); 4] =
         [("none", Self::None), ("layer", Self::Layer), ("row", Self::Row), ("tensor", Self::Tensor)];
 
@@ -96,7 +97,7 @@ impl SplitMode {
 }
 
 impl LoadMode {
-    /// llama.cpp's names.
+    /// Modes with llama.cpp's names.
     pub const NAMES: [(&'static str, Self); 6] = [
         ("auto", Self::Auto),
         ("none", Self::None),
@@ -118,17 +119,18 @@ impl LoadMode {
     }
 }
 
-/// Tensors whose name matches a regular expression, and the buffer type that holds them.
+/// A buffer type for tensors whose name matches a regular expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorBuffer {
     pattern: CString,
     buffer: String,
 }
 
-/// A longer pattern has no use for names of at most 63 bytes, and a deep one would end the stack of C++.
+/// Limit on the length of a pattern. Tensor names have at most 63 bytes, and a deeply nested pattern would overflow the
+/// C++ stack.
 const PATTERN_MAX: usize = 1024;
 
-/// Why a pattern or its buffer type cannot be used.
+/// Why a pattern or its buffer type is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum TensorBufferError {
     #[error("PATTERN=BUFFER is expected, as in exps=CPU")]
@@ -140,8 +142,10 @@ pub enum TensorBufferError {
 }
 
 impl TensorBuffer {
+    /// Creates an override from a pattern and a buffer type.
+    ///
     /// # Errors
-    /// [`TensorBufferError`] for a pattern that C++ does not take as a regular expression.
+    /// [`TensorBufferError`] if the pattern is not a valid C++ regular expression.
     pub fn new(pattern: &str, buffer: &str) -> Result<Self, TensorBufferError> {
         if pattern.len() > PATTERN_MAX {
             return Err(TensorBufferError::Long);
@@ -158,7 +162,7 @@ impl TensorBuffer {
         Ok(Self { pattern: c_pattern, buffer: buffer.into() })
     }
 
-    /// The experts' matrices of a layer, or of all, in the machine's memory (`--cpu-moe`, `--n-cpu-moe`).
+    /// Places the experts' matrices of one layer, or of all layers, in host memory (`--cpu-moe`, `--n-cpu-moe`).
     pub fn experts(layer: Option<u32>) -> Self {
         let block = layer.map_or_else(String::new, |il| format!(r"blk\.{il}"));
         let pattern = block + r"\.ffn_(up|down|gate|gate_up)_(ch|)exps";
@@ -169,21 +173,21 @@ impl TensorBuffer {
 impl FromStr for TensorBuffer {
     type Err = TensorBufferError;
 
-    /// `PATTERN=BUFFER`.
+    /// Parses `PATTERN=BUFFER`.
     fn from_str(text: &str) -> Result<Self, TensorBufferError> {
         let (pattern, buffer) = text.split_once('=').ok_or(TensorBufferError::Form)?;
         Self::new(pattern, buffer)
     }
 }
 
-/// A metadata value that takes the place of the file's.
+/// A metadata value that overrides the one in the file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KvOverride {
     pub key: String,
     pub value: KvValue,
 }
 
-/// What llama.cpp can be told instead of what a file says.
+/// The value of an override.
 #[derive(Clone, Debug, PartialEq)]
 pub enum KvValue {
     Int(i64),
@@ -192,10 +196,10 @@ pub enum KvValue {
     Str(String),
 }
 
-/// llama.cpp keeps keys and texts in arrays of 128 bytes, with a NUL at the end.
+/// Longest key or text, in bytes. llama.cpp stores both in arrays of 128 bytes with a final NUL.
 const KV_LENGTH_MAX: usize = 127;
 
-/// Why a text says no value to put in place of a file's.
+/// Why the text of an override is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum KvError {
     #[error(
@@ -211,7 +215,7 @@ pub enum KvError {
 impl FromStr for KvOverride {
     type Err = KvError;
 
-    /// `KEY=TYPE:VALUE`.
+    /// Parses `KEY=TYPE:VALUE`.
     fn from_str(text: &str) -> Result<Self, KvError> {
         let (key, rest) = text.split_once('=').ok_or(KvError::Form)?;
         let (kind, value) = rest.split_once(':').ok_or(KvError::Form)?;
@@ -238,10 +242,10 @@ impl FromStr for KvOverride {
 
 impl KvOverride {
     fn raw(&self) -> sys::llama_model_kv_override {
-        // SAFETY: numbers and arrays of them, for which all-zero bytes are valid: an empty key and text.
+        // SAFETY: numbers and arrays of numbers, for which all-zero bytes are valid: an empty key and text.
         let mut raw: sys::llama_model_kv_override = unsafe { std::mem::zeroed() };
         let copy = |to: &mut [std::ffi::c_char], text: &str| {
-            // the last byte stays NUL
+            // The last byte stays NUL.
             for (to, from) in to[..KV_LENGTH_MAX].iter_mut().zip(text.bytes()) {
                 *to = from as std::ffi::c_char;
             }
@@ -270,7 +274,7 @@ impl KvOverride {
     }
 }
 
-/// The parameters as llama.cpp takes them, with what they point to.
+/// llama.cpp's parameters, with the buffers that they point to.
 pub(super) struct Raw {
     pub params: sys::llama_model_params,
     _devices: Vec<sys::ggml_backend_dev_t>,
@@ -280,11 +284,11 @@ pub(super) struct Raw {
 }
 
 impl ModelParams {
-    /// For as long as these parameters live: the patterns are theirs.
+    /// Converts to llama.cpp's parameters. They point to patterns owned by `self`, which must outlive them.
     ///
     /// # Errors
-    /// [`LlamaError::Device`], [`LlamaError::Buffer`], [`LlamaError::TensorSplit`] or [`LlamaError::SplitMode`] for what this
-    /// machine does not have.
+    /// [`LlamaError::Device`], [`LlamaError::Buffer`], [`LlamaError::TensorSplit`] or [`LlamaError::SplitMode`] if this
+    /// machine does not have what the parameters name.
     pub(super) fn raw(&self) -> Result<Raw, LlamaError> {
         // SAFETY: returns a plain struct.
         let mut params = unsafe { sys::llama_model_default_params() };
@@ -315,7 +319,7 @@ impl ModelParams {
             if tensor_split.len() > most || !tensor_split.iter().all(is_share) {
                 return Err(LlamaError::TensorSplit { most });
             }
-            // llama.cpp reads as many as there could be devices
+            // llama.cpp reads one share for each possible device.
             tensor_split.resize(most, 0.0);
             params.tensor_split = tensor_split.as_ptr();
         }
@@ -326,7 +330,7 @@ impl ModelParams {
             buffers.push(sys::llama_model_tensor_buft_override { pattern: pattern.as_ptr(), buft });
         }
         if !buffers.is_empty() {
-            // no pattern ends the list
+            // A null pattern ends the list.
             buffers.push(sys::llama_model_tensor_buft_override { pattern: ptr::null(), buft: ptr::null_mut() });
             params.tensor_buft_overrides = buffers.as_ptr();
         }

@@ -1,21 +1,21 @@
-//! The rotary embedding's parameters.
+//! Parameters of the rotary position embedding.
 
 #![forbid(unsafe_code)]
 
 use super::{LlamaError, Model};
 use crate::sys;
 
-/// How positions turn queries and keys, where that is not as the model says; names as in llama.cpp.
+/// RoPE settings that override the model's; names as in llama.cpp.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeParams {
-    /// None: as the model says.
+    /// Scaling method; None: the model's.
     pub scaling: Option<RopeScaling>,
-    /// 0: as the model says; `freq_scale` and `yarn_orig_ctx` too.
+    /// 0: the model's value; the same holds for `freq_scale` and `yarn_orig_ctx`.
     pub freq_base: f32,
-    /// One over the factor by which the context grows.
+    /// The reciprocal of the factor by which the context grows.
     pub freq_scale: f32,
     pub yarn_orig_ctx: u32,
-    /// Negative: as the model says; the other factors too.
+    /// Negative: the model's value; the same holds for the other factors.
     pub yarn_ext_factor: f32,
     pub yarn_attn_factor: f32,
     pub yarn_beta_slow: f32,
@@ -37,7 +37,7 @@ impl Default for RopeParams {
     }
 }
 
-/// How a context longer than the one of the training is squeezed into its angles.
+/// How the positions of a context longer than the training length are scaled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeScaling {
     None,
@@ -46,7 +46,7 @@ pub enum RopeScaling {
 }
 
 impl RopeScaling {
-    /// llama.cpp's names.
+    /// Methods with llama.cpp's names.
     pub const NAMES: [(&'static str, Self); 3] = [("none", Self::None), ("linear", Self::Linear), ("yarn", Self::Yarn)];
 
     fn raw(self) -> sys::llama_rope_scaling_type {
@@ -59,7 +59,8 @@ impl RopeScaling {
 }
 
 impl RopeParams {
-    /// llama.cpp computes what a model was trained for with YaRN, and keeps it in 32 bits.
+    /// Checks that the stretched context length, which llama.cpp computes for YaRN from the training length, fits in an
+    /// i32.
     pub(super) fn check(&self, model: &Model) -> Result<(), LlamaError> {
         let orig = f64::from(self.yarn_orig_ctx).max(model.n_ctx_train() as f64);
         let stretched = if self.freq_scale > 0.0 { orig / f64::from(self.freq_scale) } else { orig };

@@ -1,5 +1,5 @@
-//! Layers on other machines: llama.cpp's own RPC back end. Its functions are looked up at run time, as llama.cpp's programs do:
-//! shared libraries of somebody else may have been built without it.
+//! Layers on other machines, through llama.cpp's RPC back end. Its functions are looked up at run time, as in
+//! llama.cpp's programs, because shared libraries built by others may lack this back end.
 
 mod keepalive;
 mod server;
@@ -17,12 +17,13 @@ pub use server::{Server, ServerParams};
 use super::log;
 use crate::sys;
 
-/// How long a worker may take to accept a connection.
+/// Timeout for a worker to accept a connection.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
-/// A process that is killed loses its connections one by one: the one in use may be gone while another is still taken.
+/// Time for a killed worker to close its connections. The process loses them one by one: the one in use may be gone
+/// while a new one is still accepted.
 const END_TIME: Duration = Duration::from_secs(1);
 
-/// What can go wrong between us and workers.
+/// Errors of workers and of the server.
 #[derive(Debug, thiserror::Error)]
 pub enum RpcError {
     #[error("{0:?} is no worker: write host:port, such as 192.168.1.7:50052 (a name, or an IPv4 address)")]
@@ -55,7 +56,7 @@ fn in_words(workers: &[Endpoint]) -> String {
     workers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// Where a worker listens: a host's name or IPv4 address, and a port. llama.cpp's RPC knows no IPv6.
+/// Address of a worker: a host name or IPv4 address, and a port. llama.cpp's RPC does not support IPv6.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     host: String,
@@ -95,7 +96,8 @@ impl Endpoint {
         Err(last)
     }
 
-    /// Whether nobody takes connections there, or somebody who is just about to end. One who is busy lets them wait.
+    /// Returns true if nothing accepts connections there, or if the process is about to end. A busy worker keeps
+    /// connections waiting.
     fn is_gone(&self) -> bool {
         let Ok(mut connection) = self.connect() else { return true };
         let _ = connection.set_read_timeout(Some(END_TIME));
@@ -109,7 +111,7 @@ fn workers() -> Vec<Endpoint> {
     WORKERS.lock().unwrap_or_else(|e| e.into_inner()).clone()
 }
 
-/// Has the system notice a worker whose machine is silent. To be called when a model has been loaded: its connections stay.
+/// Enables keepalive on the connections to workers. Call after a model has been loaded: its connections stay open.
 pub(super) fn watch_workers() {
     let workers = workers();
     if !workers.is_empty() {
@@ -117,16 +119,17 @@ pub(super) fn watch_workers() {
     }
 }
 
-/// Makes the devices of a worker (llama.cpp's `rpc-server` or `gvote rpc-server`) ones that models loaded from now on put layers
-/// on; with their weights and their part of the KV cache. One that was added already is left alone. To be called while no other
-/// thread uses llama.cpp.
+/// Registers the devices of a worker (llama.cpp's `rpc-server` or `gvote rpc-server`).
 ///
-/// A worker serves one client at a time: this waits as long as it serves another one.
+/// Models loaded from now on place layers on these devices, with their weights and their part of the KV cache. Does
+/// nothing if the worker is already registered. Call only while no other thread uses llama.cpp.
+///
+/// A worker serves one client at a time: this call waits while the worker serves another one.
 ///
 /// # Errors
 /// [`RpcError::NotBuilt`], [`RpcError::Unreachable`], [`RpcError::NoDevices`].
 ///
-/// A worker that is lost later, of another version, or none at all, makes ggml end the process: see
+/// A worker that is lost later, has another version, or is not a worker at all makes ggml end the process: see
 /// [`on_abort`](super::on_abort) and [`lost`].
 pub fn add_worker(worker: &Endpoint) -> Result<(), RpcError> {
     let add_server = function(c"ggml_backend_rpc_add_server")?;
@@ -135,24 +138,25 @@ pub fn add_worker(worker: &Endpoint) -> Result<(), RpcError> {
     }
     worker.connect().map_err(|error| RpcError::Unreachable { worker: worker.clone(), error })?;
     log::clear_reason();
-    // from now on ggml may abort, and lost() is to find it
+    // From now on ggml may abort, and `lost()` must know this worker.
     WORKERS.lock().unwrap_or_else(|e| e.into_inner()).push(worker.clone());
     let endpoint = CString::new(worker.to_string()).map_err(|_| RpcError::Endpoint(worker.to_string()))?;
-    // SAFETY: the function of that name has this type; the string outlives the call.
+    // SAFETY: the function with that name has this type; the string outlives the call.
     let registry = unsafe { sys::gvote_shim_rpc_add_server(add_server, endpoint.as_ptr()) };
     if registry.is_null() {
         WORKERS.lock().unwrap_or_else(|e| e.into_inner()).retain(|known| known != worker);
         return Err(RpcError::NoDevices(worker.clone()));
     }
-    // SAFETY: ggml keeps it for the whole process.
+    // SAFETY: ggml keeps the registry for the whole process.
     unsafe { sys::ggml_backend_register(registry) };
     Ok(())
 }
 
-/// The error that a message of ggml's abort stands for, if a worker is the reason. Takes some seconds where a machine is silent.
+/// Returns the error behind an abort message of ggml if a worker caused the abort. Takes some seconds if a machine does
+/// not respond.
 pub fn lost(message: &str) -> Option<RpcError> {
     let workers = workers();
-    // messages begin with the source file
+    // Messages begin with the source file.
     if workers.is_empty() || !message.contains("ggml-rpc") {
         return None;
     }
@@ -163,7 +167,7 @@ pub fn lost(message: &str) -> Option<RpcError> {
     })
 }
 
-/// A function of the back end by its name.
+/// Looks up a function of the RPC back end.
 fn function(name: &CStr) -> Result<*mut c_void, RpcError> {
     super::init();
     // SAFETY: both strings are constants; a back end lives for the whole process.

@@ -4,26 +4,29 @@ use std::ptr::NonNull;
 use super::{LlamaError, Model, SamplerParams, Token};
 use crate::sys;
 
-/// Logits divided by less overflow; whatever is likeliest has all the probability before.
+/// Smallest temperature. Logits divided by a smaller one overflow; the likeliest token has all the probability before
+/// that.
 const LEAST_TEMP: f32 = 1e-6;
-/// Tokens that penalties look back at most, which takes 64 MiB: "all" may be said of texts without an end.
+/// Largest number of tokens that penalties look back, which takes 64 MiB. Callers may ask for "all" of a text without
+/// an end.
 const MOST_REMEMBERED: usize = 1 << 24;
-/// Bytes of what is wrong with a grammar, which may quote its rest.
+/// Bytes of a grammar's error message, which may quote the rest of the grammar.
 const REASON_SIZE: usize = 256;
 
-/// A chain of llama.cpp's samplers, and the grammar that it keeps to.
+/// A chain of llama.cpp's samplers, with an optional grammar.
 pub struct Sampler {
     ptr: NonNull<sys::gvote_shim_sampler>,
     seed: u32,
-    /// Grammars and DRY go on reading its vocabulary.
+    /// Keeps the vocabulary alive, which grammars and DRY read.
     _model: Model,
 }
 
-// SAFETY: it owns its samplers, and reads only the vocabulary of a model, which nobody changes.
+// SAFETY: the samplers are owned; the model's vocabulary is only read, and nothing changes it.
 unsafe impl Send for Sampler {}
 
 impl Sampler {
-    /// Samplers for a text of up to `n_context` tokens, prompt and answer: so far look those back that look back at all of it.
+    /// Creates samplers for a text of up to `n_context` tokens, prompt and answer. Samplers that look back at "all"
+    /// tokens look back this far.
     ///
     /// # Errors
     /// [`LlamaError::Grammar`], [`LlamaError::NoSuchToken`], [`LlamaError::Sampling`], [`LlamaError::Memory`].
@@ -36,7 +39,7 @@ impl Sampler {
             seed => seed,
         };
         let breakers = params.dry.sequence_breakers.iter();
-        // llama.cpp reads each up to its first NUL byte
+        // llama.cpp reads each text up to its first NUL byte.
         let breakers: Vec<CString> = breakers
             .map(|text| CString::new(text.split('\0').next().unwrap_or_default()).unwrap_or_default())
             .collect();
@@ -79,29 +82,29 @@ impl Sampler {
             grammar: params.grammar.as_ref().map_or(std::ptr::null(), |grammar| grammar.as_ptr()),
         };
         let mut ptr = std::ptr::null_mut();
-        // SAFETY: the vocabulary is that of a living model; the settings and what they point to outlive the call, and their
-        // counts are those of the vectors.
+        // SAFETY: the vocabulary belongs to a live model; the settings and the data they point to outlive the call, and
+        // their counts are those of the vectors.
         let reason = unsafe { sys::gvote_shim_sampler_new(model.vocab(), &raw, &raw mut ptr) };
         Self::done(reason)?;
         let ptr = NonNull::new(ptr).ok_or(LlamaError::Memory)?;
         Ok(Self { ptr, seed, _model: model.clone() })
     }
 
-    /// The seed that it draws with: the one that was given, or its own.
+    /// Returns the seed in use: the given one, or a random one.
     pub fn seed(&self) -> u32 {
         self.seed
     }
 
-    /// Chooses the next token from its logits `[n_vocab]`, and remembers the choice.
+    /// Chooses the next token from its logits `[n_vocab]` and records the choice.
     ///
     /// # Errors
-    /// [`LlamaError::NoLogits`] for none, [`LlamaError::NotANumber`], [`LlamaError::Sampling`] where the grammar leaves no token,
-    /// [`LlamaError::Memory`].
+    /// [`LlamaError::NoLogits`] for an empty slice; [`LlamaError::NotANumber`]; [`LlamaError::Sampling`] if the grammar
+    /// leaves no token; [`LlamaError::Memory`].
     pub fn sample(&mut self, logits: &[f32]) -> Result<Token, LlamaError> {
         if logits.is_empty() {
             return Err(LlamaError::NoLogits);
         }
-        // llama.cpp sorts them, and what it makes of NaN is undefined
+        // llama.cpp sorts the logits, and its result is undefined for NaN.
         let (mut largest, mut comparable) = (f32::NEG_INFINITY, true);
         for &logit in logits {
             comparable &= logit < f32::INFINITY;
@@ -111,19 +114,19 @@ impl Sampler {
             return Err(LlamaError::NotANumber);
         }
         let mut token = sys::LLAMA_TOKEN_NULL;
-        // SAFETY: ours alone; the logits are as many as is said.
+        // SAFETY: exclusive access; the pointer and the length belong to one slice.
         let reason =
             unsafe { sys::gvote_shim_sampler_sample(self.ptr.as_ptr(), logits.as_ptr(), logits.len(), &raw mut token) };
         Self::done(reason).map(|()| token)
     }
 
-    /// Remembers tokens that were not drawn here, such as those of the prompt. A grammar speaks of the answer, and does not
-    /// hear of them.
+    /// Records tokens that were not sampled here, such as those of the prompt. The grammar does not see them, because
+    /// it applies to the answer only.
     ///
     /// # Errors
     /// [`LlamaError::Memory`].
     pub fn accept(&mut self, tokens: &[Token]) -> Result<(), LlamaError> {
-        // SAFETY: ours alone; the tokens are as many as is said.
+        // SAFETY: exclusive access; the pointer and the length belong to one slice.
         let reason = unsafe { sys::gvote_shim_sampler_accept(self.ptr.as_ptr(), tokens.as_ptr(), tokens.len()) };
         Self::done(reason)
     }
@@ -132,7 +135,7 @@ impl Sampler {
         if reason.is_null() {
             return Ok(());
         }
-        // SAFETY: the shim answers with a static string.
+        // SAFETY: the shim returns a static string.
         match unsafe { CStr::from_ptr(reason) } {
             reason if reason == c"out of memory" => Err(LlamaError::Memory),
             reason => Err(LlamaError::Sampling(reason.to_string_lossy().into_owned())),
@@ -148,7 +151,7 @@ impl Drop for Sampler {
 }
 
 impl Model {
-    /// Says what is wrong with a grammar.
+    /// Returns an error that explains why a grammar is invalid.
     pub(super) fn check_grammar(&self, grammar: &CStr) -> Result<(), LlamaError> {
         if !self.has_tokenizer() {
             return Err(LlamaError::Grammar("this model has no tokenizer".into()));

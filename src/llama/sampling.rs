@@ -1,4 +1,4 @@
-//! How the next token is chosen: the settings of llama.cpp's samplers, with its names and defaults.
+//! Sampling settings, with llama.cpp's names and defaults.
 
 use std::ffi::CString;
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 use super::{LlamaError, Model, Token};
 use crate::sys;
 
-/// A step of the chain of samplers, and so what may stand in `--samplers`.
+/// A step of the sampler chain, and a name in `--samplers`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum SamplerKind {
@@ -23,7 +23,7 @@ pub enum SamplerKind {
 }
 
 impl SamplerKind {
-    /// All of them: those of the default chain in its order, and adaptive-p.
+    /// All steps: those of the default chain in order, then adaptive-p.
     pub const ALL: &[Self] = &[
         Self::Penalties,
         Self::Dry,
@@ -37,7 +37,7 @@ impl SamplerKind {
         Self::AdaptiveP,
     ];
 
-    /// llama.cpp's name, and its letter for `--sampler-seq`.
+    /// Returns llama.cpp's name, and its letter for `--sampler-seq`.
     fn spelling(self) -> (&'static str, char) {
         match self {
             Self::Penalties => ("penalties", 'e'),
@@ -53,17 +53,17 @@ impl SamplerKind {
         }
     }
 
-    /// Its name.
+    /// Returns llama.cpp's name.
     pub fn name(self) -> &'static str {
         self.spelling().0
     }
 
-    /// The one with this letter.
+    /// Returns the step with this letter.
     pub fn from_letter(letter: char) -> Option<Self> {
         Self::ALL.iter().copied().find(|kind| kind.spelling().1 == letter)
     }
 
-    /// Its letter.
+    /// Returns llama.cpp's letter for `--sampler-seq`.
     pub fn letter(self) -> char {
         self.spelling().1
     }
@@ -72,7 +72,7 @@ impl SamplerKind {
 impl FromStr for SamplerKind {
     type Err = LlamaError;
 
-    /// Takes llama.cpp's spellings: `top_k`, `top-k`, `topk`, in any case.
+    /// Parses llama.cpp's spellings: `top_k`, `top-k`, `topk`, in any case.
     fn from_str(text: &str) -> Result<Self, LlamaError> {
         let bare = |name: &str| name.to_lowercase().replace(['_', '-'], "");
         let name = match &bare(text)[..] {
@@ -86,7 +86,7 @@ impl FromStr for SamplerKind {
     }
 }
 
-/// Mirostat takes the place of the chain.
+/// Version of Mirostat, which replaces the chain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Mirostat {
@@ -103,11 +103,11 @@ pub struct Dry {
     pub multiplier: f32,
     /// `--dry-base`; 1 or more.
     pub base: f32,
-    /// `--dry-allowed-length`: repetitions up to this length cost nothing.
+    /// `--dry-allowed-length`: repetitions up to this length are not penalised.
     pub allowed_length: i32,
-    /// `--dry-penalty-last-n`: tokens to look for repetitions in; 0 = off, -1 = all.
+    /// `--dry-penalty-last-n`: number of last tokens searched for repetitions; 0 = off, -1 = all.
     pub penalty_last_n: i32,
-    /// `--dry-sequence-breaker`: repetitions end at these.
+    /// `--dry-sequence-breaker`: texts that end a repetition.
     pub sequence_breakers: Vec<String>,
 }
 
@@ -123,68 +123,70 @@ impl Default for Dry {
     }
 }
 
-/// How the next token is chosen; names and defaults as in llama.cpp.
+/// How the next token is sampled; names and defaults as in llama.cpp.
 #[derive(Clone, Debug)]
 pub struct SamplerParams {
-    /// Random seed (`-s`); [`Self::RANDOM`]: each sampler draws its own, see [`super::Sampler::seed`].
+    /// Random seed (`-s`). [`Self::RANDOM`]: each sampler draws its own, see [`super::Sampler::seed`].
     pub seed: u32,
-    /// The steps of the chain, in order (`--samplers`). The last one, the draw, is not named.
+    /// The steps of the chain, in order (`--samplers`). The last step, the draw, is implicit.
     pub samplers: Vec<SamplerKind>,
-    /// Temperature (`--temp`); 0 or below always takes the likeliest of what the steps before leave.
+    /// Temperature (`--temp`). 0 or below always takes the likeliest token that the previous steps leave.
     pub temp: f32,
-    /// The temperature follows the entropy, up to this far from `temp` (`--dynatemp-range`); 0 = off.
+    /// Largest deviation of the temperature from `temp`, depending on the entropy (`--dynatemp-range`); 0 = off.
     pub dynatemp_range: f32,
-    /// How entropy maps to temperature then (`--dynatemp-exp`).
+    /// Exponent that maps entropy to the dynamic temperature (`--dynatemp-exp`).
     pub dynatemp_exponent: f32,
-    /// Keep the k most likely (`--top-k`); 0 = all.
+    /// Keep the k likeliest tokens (`--top-k`); 0 = all.
     pub top_k: i32,
-    /// Nucleus (`--top-p`); 1 = off.
+    /// Nucleus sampling (`--top-p`); 1 = off.
     pub top_p: f32,
-    /// Least probability relative to the best token (`--min-p`); 0 = off.
+    /// Smallest probability relative to the likeliest token (`--min-p`); 0 = off.
     pub min_p: f32,
     /// Locally typical sampling (`--typical`); 1 = off.
     pub typical_p: f32,
-    /// Keep logits within so many standard deviations of the best (`--top-n-sigma`); 0 or below = off.
+    /// Keep logits within this many standard deviations of the best (`--top-n-sigma`); 0 or below = off.
     pub top_n_sigma: f32,
-    /// How often XTC drops the likeliest tokens (`--xtc-probability`); 0 = off.
+    /// Probability that XTC drops the likeliest tokens (`--xtc-probability`); 0 = off.
     pub xtc_probability: f32,
-    /// The least probability of tokens that XTC drops (`--xtc-threshold`); above 0.5 = off.
+    /// Smallest probability of a token that XTC drops (`--xtc-threshold`); above 0.5 = off.
     pub xtc_threshold: f32,
     /// Penalty for tokens of the last `repeat_last_n` (`--repeat-penalty`); 1 = off.
     pub repeat_penalty: f32,
-    /// Tokens the penalties look back (`--repeat-last-n`); 0 = off, -1 = all.
+    /// Number of last tokens that penalties apply to (`--repeat-last-n`); 0 = off, -1 = all.
     pub repeat_last_n: i32,
-    /// Taken off the logits of tokens that were there (`--presence-penalty`); 0 = off.
+    /// Subtracted from the logits of tokens that have occurred (`--presence-penalty`); 0 = off.
     pub presence_penalty: f32,
-    /// The same for each time (`--frequency-penalty`); 0 = off.
+    /// Subtracted for each occurrence of a token (`--frequency-penalty`); 0 = off.
     pub frequency_penalty: f32,
     pub dry: Dry,
-    /// Choose tokens near this probability (`--adaptive-target`); below 0 = off. Needs [`SamplerKind::AdaptiveP`] in the chain.
+    /// Prefer tokens near this probability (`--adaptive-target`); below 0 = off. Needs [`SamplerKind::AdaptiveP`] in
+    /// the chain.
     pub adaptive_target: f32,
-    /// How slowly that adapts (`--adaptive-decay`), 0 to 0.99.
+    /// How slowly the adaptive target adjusts (`--adaptive-decay`), 0 to 0.99.
     pub adaptive_decay: f32,
     /// `--mirostat`.
     pub mirostat: Mirostat,
-    /// Its target entropy (`--mirostat-ent`).
+    /// Target entropy of Mirostat (`--mirostat-ent`).
     pub mirostat_tau: f32,
-    /// Its learning rate (`--mirostat-lr`).
+    /// Learning rate of Mirostat (`--mirostat-lr`).
     pub mirostat_eta: f32,
-    /// Added to the logits of tokens (`--logit-bias`).
+    /// Biases added to the logits of tokens (`--logit-bias`).
     pub logit_bias: Vec<(Token, f32)>,
-    /// Never end (`--ignore-eos`).
+    /// Ignore tokens that end the text (`--ignore-eos`).
     pub ignore_eos: bool,
-    /// What the answer must be: rules in llama.cpp's GBNF, of which `root` is the first (`--grammar`).
+    /// Grammar of the answer in llama.cpp's GBNF; the start rule is `root` (`--grammar`).
     pub grammar: Option<CString>,
 }
 
 impl SamplerParams {
-    /// llama.cpp's mark for a seed that is drawn: itself it cannot be one.
+    /// llama.cpp's marker for a random seed; never a seed itself.
     pub const RANDOM: u32 = sys::LLAMA_DEFAULT_SEED;
 
-    /// What the model's file recommends (`general.sampling.*`), and llama.cpp's defaults else.
+    /// Returns the settings that the model's file recommends (`general.sampling.*`), and llama.cpp's defaults for the
+    /// rest.
     pub fn of(model: &Model) -> Self {
         let text = |key: sys::llama_model_meta_key| {
-            // SAFETY: a plain query; llama.cpp answers with a constant string.
+            // SAFETY: a plain query; llama.cpp returns a constant string.
             let key = unsafe { std::ffi::CStr::from_ptr(sys::llama_model_meta_key_str(key)) };
             model.meta(key.to_str().unwrap_or_default())
         };
@@ -213,13 +215,13 @@ impl SamplerParams {
             _ => Mirostat::Off,
         };
         if let Some(names) = text(sys::LLAMA_MODEL_META_KEY_SAMPLING_SEQUENCE).filter(|names| !names.is_empty()) {
-            // llama.cpp skips names that it does not know
+            // llama.cpp skips unknown names.
             params.samplers = names.split(';').filter_map(|name| name.trim().parse().ok()).collect();
         }
         params
     }
 
-    /// Says what this model cannot do of it.
+    /// Checks that this model supports the settings.
     ///
     /// # Errors
     /// [`LlamaError::Grammar`], [`LlamaError::NoSuchToken`].
@@ -269,7 +271,7 @@ impl Default for SamplerParams {
     }
 }
 
-/// What llama.cpp takes for a repetition penalty: it multiplies by it, and by its inverse.
+/// Returns true for a valid repetition penalty. llama.cpp multiplies by the penalty and by its inverse.
 pub fn is_repeat_penalty(x: f32) -> bool {
     x > 0.0 && x.is_finite() && x.recip().is_finite()
 }

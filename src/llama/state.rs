@@ -1,4 +1,4 @@
-//! The state of a sequence, as llama.cpp serialises it: in memory, or piece by piece.
+//! The state of a sequence in llama.cpp's serialisation, in memory or streamed.
 
 use std::ffi::{CStr, c_void};
 use std::io::{self, Read, Write};
@@ -7,19 +7,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::{Context, LlamaError, SeqId};
 use crate::sys;
 
-/// Why llama.cpp refuses a state; its log would say which.
+/// Possible reasons why llama.cpp rejects a state; its log contains the actual one.
 const UNFIT: &str = ": another model, other cache types or flash attention, or too few cells";
 
-/// What a C function reads from or writes to, and how that went.
+/// A reader or writer for a C callback, with the result of the last operation.
 struct Stream<T> {
     inner: T,
     result: io::Result<()>,
 }
 
 impl<T> Stream<T> {
-    /// False once something has failed.
+    /// Runs one operation. Returns false if it failed.
     fn run(&mut self, step: impl FnOnce(&mut T) -> io::Result<()>) -> bool {
-        // a panic must not meet the C++ that called
+        // Panics must not cross into the calling C++ code.
         let inner = &mut self.inner;
         let outcome = catch_unwind(AssertUnwindSafe(|| step(inner)));
         self.result = outcome.unwrap_or_else(|_| Err(io::Error::other("panic")));
@@ -28,7 +28,7 @@ impl<T> Stream<T> {
 }
 
 impl Context {
-    /// The state of one sequence, for [`Self::read_sequence`].
+    /// Copies the state of one sequence, for [`Self::read_sequence`].
     ///
     /// # Errors
     /// [`LlamaError::Memory`].
@@ -36,13 +36,13 @@ impl Context {
         self.copy_state(seq, 0)
     }
 
-    /// Of the state of one sequence the part that cannot be cut: a window cache, the state of recurrent layers. Empty where
-    /// there is none.
+    /// Copies the part of a sequence's state that cannot be cut: a window cache, the state of recurrent layers. Empty
+    /// if the sequence has no such part.
     ///
     /// # Errors
     /// [`LlamaError::Memory`].
     pub(crate) fn copy_uncut(&mut self, seq: SeqId) -> Result<Vec<u8>, LlamaError> {
-        // of a plain cache llama.cpp would write all cells, whatever the flag says
+        // For a plain cache, llama.cpp would write all cells, whatever the flag says.
         // SAFETY: valid context.
         if !unsafe { sys::gvote_shim_has_uncut(self.as_ptr()) } {
             return Ok(Vec::new());
@@ -60,24 +60,24 @@ impl Context {
         Ok(data)
     }
 
-    /// Brings back what [`Self::copy_uncut`] gave; the rest stays as it is.
+    /// Restores the result of [`Self::copy_uncut`]. The rest of the state does not change.
     ///
     /// # Errors
-    /// Those of [`Self::read_sequence`]; that part is then lost.
+    /// Those of [`Self::read_sequence`]; the part of the state that cannot be cut is then lost.
     pub(crate) fn load_uncut(&mut self, seq: SeqId, mut data: &[u8]) -> Result<(), LlamaError> {
         self.read_state(seq, sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, &mut data)
     }
 
-    /// Bytes of the state of one sequence.
+    /// Returns the size of one sequence's state in bytes.
     pub(crate) fn sequence_size(&self, seq: SeqId) -> usize {
         // SAFETY: valid context.
         unsafe { sys::llama_state_seq_get_size(self.as_ptr(), seq) }
     }
 
-    /// The state of one sequence, piece by piece: see [`Self::read_sequence`]. No buffer holds all of it.
+    /// Writes the state of one sequence as a stream, without a buffer for all of it. For [`Self::read_sequence`].
     ///
     /// # Errors
-    /// Those of `out`, and when memory runs out.
+    /// Those of `out`, and [`io::ErrorKind::OutOfMemory`].
     pub(crate) fn write_sequence(&mut self, seq: SeqId, out: &mut dyn Write) -> io::Result<()> {
         self.write_state(seq, 0, out)
     }
@@ -85,7 +85,7 @@ impl Context {
     fn write_state(&mut self, seq: SeqId, flags: sys::llama_state_seq_flags, out: &mut dyn Write) -> io::Result<()> {
         self.check_sequence(seq).map_err(io::Error::other)?;
         unsafe extern "C" fn write(data: *const c_void, size: usize, stream: *mut c_void) -> bool {
-            // SAFETY: the stream below, which nobody else uses meanwhile; as many bytes as it says.
+            // SAFETY: `stream` is the `Stream` below, used nowhere else meanwhile; `data` has `size` bytes.
             let (stream, data) = unsafe {
                 (&mut *stream.cast::<Stream<&mut dyn Write>>(), std::slice::from_raw_parts(data.cast::<u8>(), size))
             };
@@ -99,10 +99,10 @@ impl Context {
         if failed.is_null() { Ok(()) } else { Err(io::ErrorKind::OutOfMemory.into()) }
     }
 
-    /// Replaces a sequence by what [`Self::write_sequence`] wrote. After an error the sequence is empty.
+    /// Replaces a sequence with one written by [`Self::write_sequence`]. After an error the sequence is empty.
     ///
     /// # Errors
-    /// [`LlamaError::State`] when llama.cpp refuses it, or when the bytes end too early; [`LlamaError::Memory`].
+    /// [`LlamaError::State`] if llama.cpp rejects the state or the data is truncated; [`LlamaError::Memory`].
     pub(crate) fn read_sequence(&mut self, seq: SeqId, from: &mut dyn Read) -> Result<(), LlamaError> {
         self.read_state(seq, 0, from)
     }
@@ -114,8 +114,8 @@ impl Context {
         from: &mut dyn Read,
     ) -> Result<(), LlamaError> {
         unsafe extern "C" fn read(data: *mut c_void, size: usize, stream: *mut c_void) -> bool {
-            // SAFETY: the stream below, which nobody else uses meanwhile; room for as many bytes as it says, which may be
-            // uninitialised, but are written and not read.
+            // SAFETY: `stream` is the `Stream` below, used nowhere else meanwhile; `data` has room for `size` bytes,
+            // which are zeroed before use because they may be uninitialised.
             unsafe {
                 let stream = &mut *stream.cast::<Stream<&mut dyn Read>>();
                 data.cast::<u8>().write_bytes(0, size);
@@ -138,11 +138,11 @@ impl Context {
         Err(if reason == c"out of memory" { LlamaError::Memory } else { LlamaError::State(UNFIT) })
     }
 
-    /// Replaces a sequence, in a context where each has its own part of the cache, by one that was saved where all share it: see
+    /// Replaces a sequence in a context whose sequences have separate caches with one saved from a unified cache: see
     /// [`ContextParams::kv_unified`](super::ContextParams::kv_unified).
     ///
     /// # Errors
-    /// [`LlamaError::State`] when llama.cpp refuses it, and for models with a window cache beside the other.
+    /// [`LlamaError::State`] if llama.cpp rejects the state, and for models that also have a window cache.
     pub fn adopt_sequence(&mut self, seq: SeqId, data: &[u8]) -> Result<(), LlamaError> {
         let data = in_parts(data, self.n_seq_max() as u32).ok_or(LlamaError::State(UNFIT))?;
         self.read_sequence(seq, &mut &data[..])
@@ -152,8 +152,8 @@ impl Context {
 /// Bytes of a number in llama.cpp's state of a sequence.
 const NUMBER: usize = size_of::<u32>();
 
-/// The state of a sequence whose cache has one part, as that of a cache with so many. It has the number of parts, and for each
-/// one its cells, which begin with their number: here all others have none.
+/// Converts the state of a sequence from a cache with one part to a cache with `parts` parts. The state begins with the
+/// number of parts. The cells of each part follow, preceded by their number; all other parts are empty here.
 fn in_parts(state: &[u8], parts: u32) -> Option<Vec<u8>> {
     let (&found, cells) = state.split_first_chunk::<NUMBER>()?;
     if u32::from_le_bytes(found) != 1 {

@@ -1,4 +1,4 @@
-//! How ggml stores the values of a tensor.
+//! Storage types of tensors in ggml.
 
 use std::ffi::CStr;
 
@@ -16,7 +16,7 @@ pub struct TensorType {
 }
 
 impl TensorType {
-    /// The type of this number (`ggml_type`); None where llama.cpp knows none, or has given it up.
+    /// Returns the type with this number (`ggml_type`); None if llama.cpp does not know the type or has removed it.
     pub fn of(number: u32) -> Option<Self> {
         let known = number < sys::GGML_TYPE_COUNT;
         // SAFETY: ggml's tables are static, and the number lies inside them.
@@ -41,10 +41,10 @@ mod tests {
         let found = |name, block, bytes| Some(TensorType { name, block, bytes });
         assert_eq!(TensorType::of(0), found("f32", 1, 4));
         assert_eq!(TensorType::of(12), found("q4_K", 256, 144));
-        // MXFP4 and NVFP4, of which gguf-rs takes the first for something larger and panics at the second
+        // MXFP4 and NVFP4: gguf-rs computes too large a size for the first and panics on the second
         assert_eq!(TensorType::of(39), found("mxfp4", 32, 17));
         assert_eq!(TensorType::of(40), found("nvfp4", 64, 36));
-        // given up; out of range
+        // removed types; out of range
         assert_eq!([4, 31, 1_000, u32::MAX].map(TensorType::of), [None; 4]);
     }
 }

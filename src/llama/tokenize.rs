@@ -1,26 +1,27 @@
-//! Text to tokens.
+//! Tokenization.
 
 use std::thread;
 
 use super::{LlamaError, Model, Token};
 use crate::sys;
 
-/// Bytes of the stack for each byte of a text: the tokenizers of many models are regular expressions of C++, whose matching
-/// calls itself for every character of a word. Words of a mebibyte are read with it; memory is taken only as far as it is used.
+/// Bytes of stack for each byte of text. The tokenizers of many models use C++ regular expressions, whose matching
+/// recurses for every character of a word. This stack suffices for words of one mebibyte. Only the used part of it
+/// takes up memory.
 const STACK_A_BYTE: usize = 1 << 10;
-/// Texts up to here, bytes, are read on the caller's own stack.
+/// Texts of up to this many bytes are tokenized on the caller's own stack.
 const SHORT: usize = 1 << 9;
-/// Of a thread that does not recurse, bytes; and what it has to get to be of use.
+/// Smallest stack, in bytes: enough for a thread that does not recurse.
 const STACK_LEAST: usize = 1 << 20;
 
 impl Model {
-    /// Text to tokens. `add_special`: add BOS/EOS as the model wants; `parse_special`: `<|im_start|>` and the like in the
-    /// text become their tokens.
+    /// Converts text to tokens. `add_special`: add BOS/EOS as the model requires. `parse_special`: convert special
+    /// tokens in the text, such as `<|im_start|>`, to their ids.
     ///
     /// # Errors
-    /// [`LlamaError::Tokenize`] when the model has no tokenizer, or its tokenizer fails; [`LlamaError::Memory`].
+    /// [`LlamaError::Tokenize`] if the model has no tokenizer or the tokenizer fails; [`LlamaError::Memory`].
     pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, LlamaError> {
-        // llama.cpp would end the process
+        // llama.cpp would end the process.
         if !self.has_tokenizer() {
             return Err(LlamaError::Tokenize);
         }
@@ -36,7 +37,7 @@ impl Model {
             });
             match tokens {
                 Some(tokens) => return tokens,
-                // where the system has no such stack, hardly any text needs all of it
+                // If the system refuses such a stack, try a smaller one: hardly any text needs all of it.
                 None if stack > STACK_LEAST => stack = (stack / 2).max(STACK_LEAST),
                 None => return Err(LlamaError::Memory),
             }
@@ -48,7 +49,7 @@ impl Model {
         let mut tokens = vec![0; text.len() + 8];
         loop {
             let n_max = i32::try_from(tokens.len()).map_err(|_| LlamaError::Tokenize)?;
-            // SAFETY: pointers and lengths belong together.
+            // SAFETY: each pointer and length belong to one buffer.
             let n = unsafe {
                 sys::gvote_shim_tokenize(
                     self.vocab(),

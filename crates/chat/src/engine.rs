@@ -1,4 +1,4 @@
-//! Jinja as transformers sets it up for chat templates.
+//! The Jinja environment of chat templates, set up like that of transformers.
 
 use std::env;
 
@@ -12,14 +12,14 @@ use minijinja::{Environment, Error, ErrorKind, State, Value};
 use super::methods::{self, MODULO};
 use super::{json, source};
 
-/// What rendering may cost: instructions, and 64 bytes of text each. No file's template runs for longer than some seconds, or
-/// takes more than 2 GiB.
+/// Limit on rendering: instructions, plus one unit for every 64 bytes of text. A template from a file runs for at most
+/// some seconds and takes at most 2 GiB.
 const FUEL: u64 = 32_000_000;
 
-/// The variable that sets the clock, in seconds since 1970 (see reproducible-builds.org).
+/// The environment variable that sets the clock, in seconds since 1970 (see reproducible-builds.org).
 const CLOCK: &str = "SOURCE_DATE_EPOCH";
 
-/// Renders `source`. `now`: seconds since 1970 that a template's date is of; None: what [`clock`] says.
+/// Renders `source`. `now`: time for the template's date, in seconds since 1970; None: the time of [`clock`].
 pub(super) fn render(source: &str, now: Option<i64>, values: Value) -> Result<String, Error> {
     let mut env = Environment::new();
     env.set_fuel(Some(FUEL));
@@ -27,7 +27,7 @@ pub(super) fn render(source: &str, now: Option<i64>, values: Value) -> Result<St
     env.set_syntax(syntax.expect("whitespace options alone are always valid"));
     env.set_unknown_method_callback(methods::call);
     env.add_filter("tojson", json::tojson);
-    // Python's None is nothing to iterate over, and its strings are sequences
+    // In Python, None is not iterable, and strings are sequences.
     env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     env.add_test("sequence", |value: &Value| {
         matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String)
@@ -40,10 +40,10 @@ pub(super) fn render(source: &str, now: Option<i64>, values: Value) -> Result<St
     env.render_str(&source::adapt(source), values)
 }
 
-/// Seconds since 1970: what `SOURCE_DATE_EPOCH` says, or else the system.
+/// Returns the seconds since 1970 from `SOURCE_DATE_EPOCH`, or from the system clock if the variable is not set.
 ///
 /// # Errors
-/// What is wrong with `SOURCE_DATE_EPOCH`.
+/// Returns a message if `SOURCE_DATE_EPOCH` is invalid.
 pub(super) fn clock() -> Result<i64, String> {
     let Some(given) = env::var_os(CLOCK) else { return Ok(Timestamp::now().as_second()) };
     let seconds = given.to_str().and_then(|text| text.parse().ok());
@@ -51,7 +51,8 @@ pub(super) fn clock() -> Result<i64, String> {
     seconds.filter(is_time).ok_or_else(|| format!("{CLOCK}={} is no number of seconds since 1970", given.display()))
 }
 
-/// The date, in local time; in UTC where `SOURCE_DATE_EPOCH` sets the clock. What a format has and strftime does not know stays.
+/// Formats the date in local time, or in UTC if `SOURCE_DATE_EPOCH` is set. Directives unknown to strftime stay as they
+/// are.
 fn date(format: &str, now: Option<i64>) -> Result<String, Error> {
     let invalid = |what: String| Error::new(ErrorKind::InvalidOperation, what);
     let now = now.map_or_else(clock, Ok).map_err(invalid)?;

@@ -1,19 +1,19 @@
-//! The filter `tojson` as transformers has it: Python's `json.dumps`, which escapes nothing for HTML and keeps the order of keys.
+//! The filter `tojson` as in transformers: Python's `json.dumps`, without HTML escapes, keeping the order of keys.
 
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
-/// How `json.dumps` writes.
+/// Output style of `json.dumps`.
 struct Style {
     ensure_ascii: bool,
-    /// What a level is indented by; None: all on one line.
+    /// Indentation of one level; None: everything on one line.
     indent: Option<String>,
     between_items: String,
     after_key: String,
     sort_keys: bool,
 }
 
-/// `value | tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
+/// Implements `value | tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
 pub(super) fn tojson(value: &Value, named: Kwargs) -> Result<String, Error> {
     let given = |name| Ok::<_, Error>(named.get::<Option<Value>>(name)?.filter(|value| !value.is_none()));
     let (indent, separators) = (given("indent")?, given("separators")?);
@@ -123,7 +123,7 @@ impl Style {
     }
 }
 
-/// Keys are strings in JSON.
+/// Returns the text of a key: keys are strings in JSON.
 fn key_text(key: &Value) -> Result<String, Error> {
     match key.kind() {
         ValueKind::String => Ok(key.to_string()),
@@ -135,7 +135,7 @@ fn key_text(key: &Value) -> Result<String, Error> {
     }
 }
 
-/// A number as Python writes it.
+/// Formats a number as Python does.
 fn float(x: f64) -> String {
     if !x.is_finite() {
         return if x.is_nan() {

@@ -1,4 +1,4 @@
-//! Chat templates: what turns a conversation into the text that a model was trained on.
+//! Chat templates, which turn a conversation into the text format that a model was trained on.
 
 #![forbid(unsafe_code)]
 
@@ -28,7 +28,7 @@ use self::markers::Markers;
 use self::quote::StandIns;
 pub use self::rendered::Rendered;
 
-/// Who speaks.
+/// The author of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -45,18 +45,19 @@ pub struct Message {
 }
 
 impl Message {
-    /// A message of `role`.
+    /// Creates a message of `role`.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
         Self { role, content: content.into() }
     }
 }
 
-/// A chat template does not render.
+/// The chat template cannot be rendered.
 #[derive(Debug, thiserror::Error)]
 #[error("the chat template fails: {0}; use `chat_template` chatml, or `raw` for a plain prompt")]
 pub struct TemplateError(String);
 
-/// Turns a conversation into the text the model was trained on, with a Jinja template, by default the GGUF's own.
+/// Turns a conversation into the text format that the model was trained on, with a Jinja template, by default the
+/// GGUF's own.
 pub struct ChatTemplate {
     source: String,
     bos: String,
@@ -68,17 +69,17 @@ pub struct ChatTemplate {
     takes_system: OnceLock<bool>,
 }
 
-/// What a model without a template gets: ChatML, the most common format among instruction-tuned models.
+/// Template for models without one: ChatML, the most common format among instruction-tuned models.
 const CHATML: &str = "{%- for message in messages -%}\
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}\
     {%- endfor -%}\
     {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}";
 
-/// Between a system message and the user's first one, where a template takes no system message.
+/// Separator between the system message and the user's first message, if a template takes no system message.
 const BETWEEN: &str = "\n\n";
 
 impl ChatTemplate {
-    /// The template of the model, or ChatML if it has none (see [`Self::is_fallback`]).
+    /// Returns the model's template, or ChatML if it has none (see [`Self::is_fallback`]).
     pub fn of(model: &Model) -> Self {
         match model.chat_template() {
             Some(source) => Self::new(model, source),
@@ -86,12 +87,12 @@ impl ChatTemplate {
         }
     }
 
-    /// ChatML, whatever the model says.
+    /// Returns ChatML, regardless of the model's own template.
     pub fn chatml(model: &Model) -> Self {
         Self::new(model, CHATML.into())
     }
 
-    /// A template in Jinja, as transformers renders them.
+    /// Creates a template from Jinja source, rendered as in transformers.
     pub fn new(model: &Model, source: String) -> Self {
         Self {
             source,
@@ -105,41 +106,41 @@ impl ChatTemplate {
         }
     }
 
-    /// Further variables for the template, such as `enable_thinking`.
+    /// Sets additional variables for the template, such as `enable_thinking`.
     pub fn with_values(mut self, values: Map<String, serde_json::Value>) -> Self {
         self.values = values;
         self
     }
 
-    /// Whether the model brought no template of its own.
+    /// Returns true if the model has no template of its own.
     pub fn is_fallback(&self) -> bool {
         self.is_fallback
     }
 
-    /// What the clock of `strftime_now` says, in seconds since 1970: the environment variable `SOURCE_DATE_EPOCH`, or else the
-    /// system.
+    /// Returns the current time of `strftime_now`, in seconds since 1970: the environment variable `SOURCE_DATE_EPOCH`,
+    /// or else the system clock.
     ///
     /// # Errors
-    /// [`TemplateError`] if `SOURCE_DATE_EPOCH` is no time.
+    /// [`TemplateError`] if `SOURCE_DATE_EPOCH` is not a valid time.
     pub fn clock() -> Result<i64, TemplateError> {
         engine::clock().map_err(TemplateError)
     }
 
-    /// Stops the clock at a time: a conversation keeps its date. None: it goes again.
+    /// Fixes the clock at a time, so that a conversation keeps its date. None: the clock runs again.
     pub fn stop_clock(&mut self, now: Option<i64>) {
         self.now = now;
     }
 
-    /// Whether the template has a place for a system message. Where it has none, because it refuses or ignores them, the text
-    /// goes into the user's first message.
+    /// Returns true if the template supports a system message. If it refuses or ignores system messages, the text
+    /// becomes part of the user's first message.
     pub fn takes_system(&self) -> bool {
         *self.takes_system.get_or_init(|| {
-            /// Letters that no template writes or changes.
+            /// A text that no template contains or changes.
             const PROBE: &str = "qzsystemqz";
             let (system, user) = (Message::new(Role::System, PROBE), Message::new(Role::User, "Hi"));
             match self.fill(&[system, user.clone()], true) {
                 Ok(text) => text.contains(PROBE),
-                // one that always fails says why by itself
+                // A template that always fails reports the reason by itself.
                 Err(_) => self.fill(&[user], true).is_err(),
             }
         })
@@ -147,16 +148,16 @@ impl ChatTemplate {
 
     /// Renders the conversation. `add_generation_prompt`: end with the opening of the assistant's turn.
     ///
-    /// What a message says that reads like a marker of the template's is text, except where the template itself looks for it in
-    /// messages of that kind, as some do for the end of a model's thoughts.
+    /// Text in a message that looks like a marker of the template is rendered as text. The exception is text that the
+    /// template itself searches for in messages of that kind, such as the end of a model's thoughts.
     ///
-    /// # Errors
+    /// [`TemplateError`] with the failing line of the template.
     /// [`TemplateError`] with the line of the template that fails.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, TemplateError> {
         let messages = self.fitted(messages);
         let text = self.fill(&messages, add_generation_prompt)?;
         let found: Vec<_> = messages.iter().map(|message| self.markers.in_content(&message.content)).collect();
-        // places where it makes no difference to the text that they are quoted
+        // Returns the places that can be quoted without changing the rendered text; None if quoting changes it.
         let quoted = |choice: &dyn Fn(usize, usize) -> bool| {
             let mut stand_ins = StandIns::default();
             let quote = |(i, message): (usize, &Message)| {
@@ -176,7 +177,7 @@ impl ChatTemplate {
         if let Some(places) = quoted(&|_, _| true) {
             return Ok(Rendered::quoting(text, &places, &self.markers));
         }
-        // the template looks for one of them
+        // The template searches for at least one of them: find out which ones can be quoted.
         let (mut chosen, mut places) = (BTreeSet::new(), Vec::new());
         for choice in choices {
             chosen.insert(choice);
@@ -188,15 +189,15 @@ impl ChatTemplate {
         Ok(Rendered::quoting(text, &places, &self.markers))
     }
 
-    /// The conversation with an answer that begins with `answer`.
+    /// Renders the conversation with an answer that begins with `answer`.
     ///
     /// # Errors
-    /// [`TemplateError`] with the line of the template that fails.
+    /// [`TemplateError`] with the failing line of the template.
     pub fn render_answer(&self, messages: &[Message], answer: &str) -> Result<Rendered, TemplateError> {
         Ok(self.render(messages, true)?.followed_by(answer, &self.markers))
     }
 
-    /// The messages as the template takes them.
+    /// Merges the system message into the user's first one if the template does not support system messages.
     fn fitted<'a>(&self, messages: &'a [Message]) -> Cow<'a, [Message]> {
         match messages {
             [system, user, rest @ ..]
@@ -210,7 +211,7 @@ impl ChatTemplate {
     }
 
     fn fill(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
-        // the last that has a name counts
+        // Later values override earlier ones with the same name.
         let values = merge_maps([
             context! { bos_token => &self.bos, eos_token => &self.eos, tools => (), documents => () },
             Value::from(Serde(&self.values)),
@@ -220,9 +221,11 @@ impl ChatTemplate {
         rendered.map_err(|e| TemplateError(format!("{e:#}").lines().next().unwrap_or("").to_owned()))
     }
 
-    /// How many of `tokens`, which are those of `messages` as rendered here, stand before what the user says first: the system
-    /// message and the markup around it. A template that has none of its own, or writes one that nobody gave, is no exception:
-    /// what counts is where another message from the user would make a difference.
+    /// Returns the number of `tokens` before the user's first words: the system message and the markup around it.
+    /// `tokens` must be those of `messages`, rendered by this template.
+    ///
+    /// The boundary is the first token that would change with another user message. This also works for a template
+    /// without system messages, and for one that adds a system message by itself.
     ///
     /// # Errors
     /// [`TemplateError`], or [`LlamaError::Tokenize`].

@@ -1,4 +1,4 @@
-//! Where the markers of a vocabulary stand in a text.
+//! Finds the markers of a vocabulary in a text.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -8,14 +8,14 @@ use gvote::llama::{Marker, Model};
 /// The markers of a vocabulary.
 #[derive(Default)]
 pub(super) struct Markers {
-    /// The longest first, as llama.cpp looks for them.
+    /// Longest first, the order in which llama.cpp searches for them.
     all: Vec<Marker>,
-    /// Those that begin with a character: indices into `all`.
+    /// First character of markers -> indices into `all`.
     by_start: HashMap<char, Vec<usize>>,
 }
 
 impl Markers {
-    /// The markers of a model.
+    /// Returns the markers of a model.
     pub fn of(model: &Model) -> Self {
         Self::new(model.markers())
     }
@@ -31,25 +31,25 @@ impl Markers {
         Self { all, by_start }
     }
 
-    /// Those that begin with the first character of `text`, and their indices.
+    /// Returns the markers that begin with the first character of `text`, with their indices.
     fn like<'a>(&'a self, text: &str) -> impl Iterator<Item = (usize, &'a Marker)> {
         let start = text.chars().next().and_then(|c| self.by_start.get(&c));
         start.into_iter().flatten().map(|&i| (i, &self.all[i]))
     }
 
-    /// Where markers begin in `content` that are no text, or where one would if something stood before or behind it that is not
-    /// part of the content. Of each the index. Sorted by place.
+    /// Finds the places in `content` where a non-text marker begins, or could begin together with text that a template
+    /// adds before or after the content. Returns each place with the index of the marker, sorted by place.
     pub fn in_content(&self, content: &str) -> Vec<(usize, usize)> {
         let mut found = Vec::new();
         let end = content.trim_end().len();
         for (at, _) in content.char_indices() {
             let rest = &content[at..];
-            // what a template puts behind it could end what begins here
+            // Text that a template adds after the content could complete a marker that begins here.
             let begins = |marker: &Marker| at < end && marker.text.starts_with(&content[at..end]);
             let here = self.like(rest).filter(|(_, marker)| !marker.is_text);
             found.extend(here.filter(|(_, m)| rest.starts_with(&m.text) || begins(m)).map(|(i, _)| (at, i)));
         }
-        // and what it puts before it could begin what ends here
+        // Text that a template adds before the content could begin a marker that ends here.
         let start = content.len() - content.trim_start().len();
         if start < end {
             let core = &content[start..end];
@@ -63,8 +63,8 @@ impl Markers {
         found
     }
 
-    /// The markers in a text that hold no character of `quoted`, places in it: found in the order that llama.cpp looks for them
-    /// in. Sorted by place; without those that are text.
+    /// Finds the markers in a text that contain none of the `quoted` places, searching in llama.cpp's order. Sorted by
+    /// place; text markers are left out.
     pub fn find(&self, text: &str, quoted: &[usize]) -> Vec<(Range<usize>, &Marker)> {
         let mut places = Vec::new();
         for (at, _) in text.char_indices() {
@@ -87,7 +87,7 @@ impl Markers {
         markers.filter(|(_, marker)| !marker.is_text).collect()
     }
 
-    /// The texts of markers that are no text.
+    /// Creates non-text markers from texts.
     #[cfg(test)]
     pub fn of_texts(texts: &[&str]) -> Self {
         let marker = |(token, text): (usize, &&str)| Marker {

@@ -1,11 +1,11 @@
-//! What templates use of Python's strings and lists, and minijinja does not have.
+//! Python string and list methods that templates use and minijinja lacks.
 
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value, context};
 use minijinja_contrib::pycompat;
 
-/// The function that stands for the operator `%`.
+/// The function that replaces the operator `%`.
 pub(super) const MODULO: &str = "__mod__";
 
 /// `left % right`: the remainder of numbers, or a format string with its values.
@@ -17,7 +17,7 @@ pub(super) fn modulo(state: &State, left: &Value, right: &Value) -> Result<Value
     format(FormatStyle::Printf, text, values).map(Value::from)
 }
 
-/// A method that minijinja does not know of a value.
+/// Calls a method that minijinja does not define for a value.
 pub(super) fn call(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let own = match (value.as_str(), value.kind()) {
         (Some(text), _) => of_string(state, text, name, args)?,
@@ -62,7 +62,7 @@ fn of_string(state: &mut State, text: &str, name: &str, args: &[Value]) -> Resul
             named.assert_all_used()?;
             let most = most.and_then(|most| usize::try_from(most).ok());
             let (Some(most), true) = (most, name == "rsplit") else {
-                // from the left, or at every place
+                // From the left, or at every separator.
                 let args = [sep.unwrap_or(Value::from(())), most.map_or(Value::from(()), Value::from)];
                 return pycompat::unknown_method_callback(state, &text.into(), "split", &args).map(Some);
             };
@@ -94,7 +94,7 @@ fn of_string(state: &mut State, text: &str, name: &str, args: &[Value]) -> Resul
             let left = match name {
                 "ljust" => 0,
                 "rjust" => room,
-                // an odd one out goes where Python puts it
+                // An odd extra space goes where Python puts it.
                 _ => room / 2 + (room & width & 1),
             };
             padded(state, text, fill, left, room - left)?.into()
@@ -130,12 +130,12 @@ fn of_string(state: &mut State, text: &str, name: &str, args: &[Value]) -> Resul
     Ok(Some(value))
 }
 
-/// Python refuses to split at nothing.
+/// Returns an error for an empty separator, as Python does.
 fn split_at<T>(parts: T, at: &str) -> Result<T, Error> {
     if at.is_empty() { Err(invalid("empty separator")) } else { Ok(parts) }
 }
 
-/// Splits at the last `most` separators, or runs of white space.
+/// Splits at the last `most` separators, or at runs of white space if `sep` is None.
 fn rsplit(text: &str, sep: Option<&str>, most: usize) -> Vec<Value> {
     let mut parts = Vec::new();
     let mut rest = if sep.is_none() { text.trim_end() } else { text };
@@ -154,7 +154,7 @@ fn rsplit(text: &str, sep: Option<&str>, most: usize) -> Vec<Value> {
     parts.into_iter().rev().map(Value::from).collect()
 }
 
-/// `text[start:end]`, and how many characters stand before it.
+/// Returns the number of characters before `text[start:end]`, and that slice.
 fn slice(text: &str, start: Option<i64>, end: Option<i64>) -> (usize, &str) {
     let len = text.chars().count();
     let place = |at: i64| if at < 0 { len.saturating_sub(at.unsigned_abs() as usize) } else { len.min(at as usize) };
@@ -165,7 +165,7 @@ fn slice(text: &str, start: Option<i64>, end: Option<i64>) -> (usize, &str) {
 }
 
 fn padded(state: &State, text: &str, fill: char, left: usize, right: usize) -> Result<String, Error> {
-    /// Bytes that a unit of fuel pays for.
+    /// Bytes of padding for each unit of fuel.
     const BYTES_OF_FUEL: usize = 64;
     state.consume_fuel(((left + right) / BYTES_OF_FUEL) as u64)?;
     let pad = |n| std::iter::repeat_n(fill, n);

@@ -1,20 +1,20 @@
-//! Content in a form in which nothing looks like a marker, and back.
+//! Replaces characters of a text so that nothing looks like a marker, and restores them.
 
-/// Private characters of Unicode, which stand in for others.
+/// Private-use characters of Unicode that replace others.
 const STAND_INS: std::ops::RangeInclusive<u32> = 0xF_0000..=0xF_FFFD;
 
-/// What the stand-ins stand for.
+/// The replaced characters; the index selects the stand-in.
 #[derive(Default)]
 pub(super) struct StandIns(Vec<char>);
 
 impl StandIns {
-    /// `content` with a stand-in for the character at each of the places, which are sorted.
+    /// Replaces the character at each of the sorted `places` in `content` by a stand-in.
     pub fn quote(&mut self, content: &str, places: impl IntoIterator<Item = usize>) -> String {
         let mut places = places.into_iter().peekable();
         let mut quoted = String::with_capacity(content.len());
         for (at, c) in content.char_indices() {
             let is_asked = std::iter::from_fn(|| places.next_if_eq(&at)).count() > 0;
-            // a stand-in of its own is one, too
+            // A private-use character in the content is replaced, too.
             let stand_in = if is_asked || STAND_INS.contains(&c.into()) { self.stand_in(c) } else { None };
             quoted.push(stand_in.unwrap_or(c));
         }
@@ -30,7 +30,7 @@ impl StandIns {
         Some(stand_in)
     }
 
-    /// The text with the characters themselves, and the places where stand-ins stood for them.
+    /// Restores the original characters. Returns the text and the places of the restored characters.
     pub fn undo(&self, text: &str) -> (String, Vec<usize>) {
         let (mut out, mut places) = (String::with_capacity(text.len()), Vec::new());
         for c in text.chars() {

@@ -1,4 +1,4 @@
-//! What a template makes of a conversation, and its tokens.
+//! The rendered text of a conversation, and its tokens.
 
 use std::ops::Range;
 
@@ -6,12 +6,12 @@ use gvote::llama::{LlamaError, Marker, Model, Token};
 
 use super::markers::Markers;
 
-/// What a chat template makes of a conversation. The text of a marker, such as `<|im_end|>`, is that marker only where the
-/// template wrote it: in a message it is text.
+/// A conversation rendered by a chat template. The text of a marker, such as `<|im_end|>`, is a marker only where the
+/// template wrote it; in a message it is text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rendered {
     text: String,
-    /// The markers, where a message has text that looks like one. None: all that look like one are.
+    /// The markers, if a message contains text that looks like one. None: everything that looks like a marker is one.
     markers: Option<Vec<Place>>,
 }
 
@@ -24,12 +24,12 @@ struct Place {
 }
 
 impl Rendered {
-    /// A text as it is: whatever looks like a marker is one.
+    /// Wraps a text in which everything that looks like a marker is one.
     pub fn plain(text: String) -> Self {
         Self { text, markers: None }
     }
 
-    /// A text in which no marker holds a character at one of the places `quoted`.
+    /// Wraps a text in which no marker contains one of the `quoted` places.
     pub(super) fn quoting(text: String, quoted: &[usize], markers: &Markers) -> Self {
         let place = |(range, marker): (Range<usize>, &Marker)| Place {
             range,
@@ -41,7 +41,7 @@ impl Rendered {
         Self { text, markers: Some(markers) }
     }
 
-    /// This and more, in which nothing is a marker.
+    /// Appends a text that contains no markers.
     pub(super) fn followed_by(mut self, text: &str, markers: &Markers) -> Self {
         if self.markers.is_none() && !markers.in_content(text).is_empty() {
             self = Self::quoting(self.text, &[], markers);
@@ -50,7 +50,7 @@ impl Rendered {
         self
     }
 
-    /// Where the markers are; None: wherever a text looks like one.
+    /// Returns the ranges of the markers; None: everything that looks like a marker is one.
     #[cfg(test)]
     pub(super) fn markers(&self) -> Option<impl Iterator<Item = Range<usize>>> {
         Some(self.markers.as_ref()?.iter().map(|place| place.range.clone()))
@@ -60,8 +60,8 @@ impl Rendered {
         &self.text
     }
 
-    /// The tokens of a sequence that begins with this text, with a BOS token where the model wants one: a template that wrote
-    /// it does not make it two.
+    /// Returns the tokens of a sequence that begins with this text, with a BOS token if the model requires one. A BOS
+    /// written by the template is not doubled.
     ///
     /// # Errors
     /// [`LlamaError::Tokenize`].
@@ -69,7 +69,7 @@ impl Rendered {
         self.tokens_of(model, self.start(model)..self.text.len(), true)
     }
 
-    /// The tokens of what follows the first `from` bytes.
+    /// Returns the tokens of the text after the first `from` bytes.
     ///
     /// # Errors
     /// [`LlamaError::Tokenize`].
@@ -77,7 +77,7 @@ impl Rendered {
         self.tokens_of(model, from..self.text.len(), false)
     }
 
-    /// [`Self::tokens`] of the first `at` bytes, and [`Self::tokens_from`] there.
+    /// Returns [`Self::tokens`] of the first `at` bytes and [`Self::tokens_from`] of the rest.
     ///
     /// # Errors
     /// [`LlamaError::Tokenize`].
@@ -86,7 +86,7 @@ impl Rendered {
         Ok([self.tokens_of(model, start..at, true)?, self.tokens_from(model, at)?])
     }
 
-    /// Bytes up to the end of the BOS token that the tokenizer adds as well.
+    /// Returns the end of a BOS token in the text that the tokenizer adds as well, in bytes; 0 if there is none.
     fn start(&self, model: &Model) -> usize {
         let bos = model.bos_text();
         let blank = self.text.len() - self.text.trim_start().len();
@@ -99,7 +99,7 @@ impl Rendered {
 
     fn tokens_of(&self, model: &Model, range: Range<usize>, add_special: bool) -> Result<Vec<Token>, LlamaError> {
         let Some(markers) = &self.markers else { return model.tokenize(&self.text[range], add_special, true) };
-        // BOS, EOS, or both
+        // BOS, EOS, or both.
         let mut tokens = if add_special { model.tokenize("", true, false)? } else { Vec::new() };
         let last = tokens.split_off(tokens.len().min(model.adds_bos().into()));
         let (mut from, mut rstrip) = (range.start, false);
@@ -107,7 +107,7 @@ impl Rendered {
             let text = &self.text[range];
             let text = if rstrip { text.trim_ascii_start() } else { text };
             let text = if lstrip { text.trim_ascii_end() } else { text };
-            // some vocabularies put a space before it, as they do behind each marker
+            // Some vocabularies put a space before the text, as after each marker.
             tokens.extend(text_tokens(model, text)?);
             Ok::<_, LlamaError>(())
         };
@@ -122,20 +122,21 @@ impl Rendered {
     }
 }
 
-/// The tokens of a text, none of which is a marker.
+/// Tokenizes a text without any markers.
 fn text_tokens(model: &Model, text: &str) -> Result<Vec<Token>, LlamaError> {
     let tokens = model.tokenize(text, false, false)?;
     let Some(&marker) = tokens.iter().find(|&&token| model.is_control(token)) else { return Ok(tokens) };
-    // the pieces of a marker's text may make up the marker: then they are read apart
+    // The pieces of a marker's text may combine into the marker. In that case they are tokenized separately.
     let marker = String::from_utf8_lossy(&model.piece(marker, true)).into_owned();
     let Some(at) = text.find(&marker).filter(|_| marker.len() > 1) else { return Ok(tokens) };
     let (head, tail) = text.split_at(at + marker.chars().next().map_or(0, char::len_utf8));
     Ok([text_tokens(model, head)?, more_tokens(model, tail)?].concat())
 }
 
-/// [`text_tokens`] of a text that goes on: without the space that some vocabularies put before a text.
+/// Works like [`text_tokens`] for the continuation of a text: without the space that some vocabularies put before a
+/// text.
 fn more_tokens(model: &Model, text: &str) -> Result<Vec<Token>, LlamaError> {
-    /// No word goes past it.
+    /// No word extends across a line break.
     const END: &str = "\n";
     let (end, tokens) = (model.tokenize(END, false, false)?, text_tokens(model, &[END, text].concat())?);
     match tokens.strip_prefix(&end[..]) {

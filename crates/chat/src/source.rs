@@ -1,27 +1,28 @@
-//! Rewrites the source of a template where minijinja reads it differently from transformers' Jinja.
+//! Rewrites a template's source where minijinja differs from transformers' Jinja.
 
 use super::methods::MODULO;
 
 const BYTE_ORDER_MARK: char = '\u{feff}';
 
-/// `%` operators in one chain of factors; those after it stay, which bounds how deep calls are nested.
+/// Maximum number of `%` operators in one chain of factors. Later ones stay, which limits the nesting of calls.
 const MAX_MODULO: usize = 64;
-/// Brackets within brackets; deeper ones are copied, and minijinja refuses them.
+/// Maximum depth of brackets. Deeper ones are copied, and minijinja rejects them.
 const MAX_DEPTH: usize = 100;
 
-/// Words between operands.
+/// Keywords, which separate operands.
 const KEYWORDS: &[&str] = &[
     "and", "call", "do", "elif", "else", "filter", "for", "if", "in", "include", "is", "not", "or", "print", "set",
     "with",
 ];
 
-/// The source that minijinja renders as transformers renders `source`:
+/// Returns a source that minijinja renders as transformers renders `source`:
 ///
-/// - a byte-order mark is dropped, and lines end in `\n`, as Jinja reads them;
-/// - `{% generation %}`, which marks what a model is trained on, becomes `{% with %}`: its scope is the same;
-/// - `a % b` becomes a call of [`MODULO`], because the operator also formats strings.
+/// - drops a byte-order mark and ends lines in `\n`, as Jinja reads them;
+/// - replaces `{% generation %}`, which marks the text that a model is trained on, by `{% with %}`, which has the same
+///   scope;
+/// - replaces `a % b` by a call of [`MODULO`], because the operator also formats strings.
 ///
-/// Comments, raw blocks and strings stay as they are.
+/// Comments, raw blocks and strings do not change.
 pub(super) fn adapt(source: &str) -> String {
     let source = source.strip_prefix(BYTE_ORDER_MARK).unwrap_or(source).replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
@@ -48,7 +49,7 @@ pub(super) fn adapt(source: &str) -> String {
     out + rest
 }
 
-/// Whether `tag`, which begins with `{%`, has this name.
+/// Returns true if `tag`, which begins with `{%`, has this name.
 fn is_tag(tag: &str, name: &str) -> bool {
     let inner = tag[2..].trim_start_matches(['-', '+']).trim_ascii_start();
     let Some(rest) = inner.strip_prefix(name) else { return false };
@@ -56,17 +57,17 @@ fn is_tag(tag: &str, name: &str) -> bool {
     rest.strip_prefix(['-', '+']).unwrap_or(rest).starts_with("%}")
 }
 
-/// Bytes up to the tag that ends a raw block.
+/// Returns the number of bytes before the tag that ends a raw block.
 fn end_of_raw(block: &str) -> usize {
     let ends = block.match_indices("{%").map(|(at, _)| at);
     ends.into_iter().find(|&at| is_tag(&block[at..], "endraw")).unwrap_or(block.len())
 }
 
-/// Adds a tag or an expression that ends in `end`, and answers what follows it.
+/// Appends a tag or an expression that ends in `end`, rewritten. Returns the source after it.
 fn rewrite<'a>(tag: &'a str, end: &str, out: &mut String) -> &'a str {
     let start = 2 + usize::from(tag[2..].starts_with(['-', '+']));
     let Some(Inside { tokens, tail, rest }) = lex(&tag[start..], end) else {
-        // no end: minijinja says so
+        // The end is missing: minijinja reports that.
         out.push_str(tag);
         return "";
     };
@@ -80,7 +81,7 @@ fn rewrite<'a>(tag: &'a str, end: &str, out: &mut String) -> &'a str {
             let mut tokens = Rewriter { tokens, at: 0 };
             while tokens.at < tokens.tokens.len() {
                 tokens.expression(0, out);
-                // a bracket too many: minijinja says so
+                // An unmatched closing bracket: minijinja reports it.
                 tokens.copy(out);
             }
         }
@@ -96,18 +97,18 @@ enum Kind {
     Operand,
     Open,
     Close,
-    /// `.` and `|`: what follows belongs to the operand before.
+    /// `.` and `|`: the next token belongs to the operand before.
     Link,
     Sign,
     /// `*`, `/`, `//` and `**`.
     Factor,
     Modulo,
-    /// What binds less tightly than factors.
+    /// Operators that bind less tightly than factors.
     Other,
 }
 
 struct Token<'a> {
-    /// White space before it.
+    /// White space before the token.
     space: &'a str,
     text: &'a str,
     kind: Kind,
@@ -122,13 +123,13 @@ impl Token<'_> {
 
 struct Inside<'a> {
     tokens: Vec<Token<'a>>,
-    /// White space and the end of the tag.
+    /// White space, then the end of the tag.
     tail: &'a str,
-    /// What follows the tag.
+    /// The source after the tag.
     rest: &'a str,
 }
 
-/// The tokens up to `end`, as minijinja finds it: outside of strings and brackets.
+/// Splits a tag into tokens up to `end`. Finds the end as minijinja does: outside of strings and brackets.
 fn lex<'a>(inner: &'a str, end: &str) -> Option<Inside<'a>> {
     let mut tokens: Vec<Token> = Vec::new();
     let (mut at, mut depth) = (0, 0);
@@ -167,7 +168,7 @@ fn lex<'a>(inner: &'a str, end: &str) -> Option<Inside<'a>> {
     }
 }
 
-/// Bytes of the string literal that `text` begins with.
+/// Returns the length in bytes of the string literal that `text` begins with.
 fn string_len(text: &str) -> Option<usize> {
     let quote = text.as_bytes()[0];
     let mut is_escaped = false;
@@ -199,9 +200,9 @@ impl Rewriter<'_> {
         self.at += 1;
     }
 
-    /// Adds what stands before the next bracket that closes.
+    /// Appends the tokens before the next closing bracket.
     fn expression(&mut self, depth: usize, out: &mut String) {
-        // where the factors begin that a `%` takes as its left operand
+        // Start of the factors that a `%` takes as its left operand.
         let mut chain = out.len();
         let mut modulos = 0;
         let mut is_operand = false;
@@ -227,7 +228,7 @@ impl Rewriter<'_> {
         }
     }
 
-    /// Adds brackets and what is in them.
+    /// Appends brackets with their content.
     fn group(&mut self, depth: usize, out: &mut String) {
         self.copy(out);
         if depth == MAX_DEPTH {
@@ -240,7 +241,7 @@ impl Rewriter<'_> {
         self.copy(out);
     }
 
-    /// Adds the right operand of a `%`: signs, a value, and what belongs to it.
+    /// Appends the right operand of a `%`: signs, a value, and the links that belong to it.
     fn operand(&mut self, depth: usize, out: &mut String) {
         while self.kind() == Some(Kind::Sign) {
             self.copy(out);
@@ -314,7 +315,7 @@ mod tests {
     #[test]
     fn hostile_nesting_is_copied() {
         let deep = format!("{{{{ {}1 % 2 }}}}", "(".repeat(100_000));
-        // never closed: no tag
+        // never closed, so no tag
         assert_eq!(adapt(&deep), deep);
         let deep = format!("{{{{ {}1 % 2{} }}}}", "(".repeat(100_000), ")".repeat(100_000));
         assert_eq!(adapt(&deep), deep);

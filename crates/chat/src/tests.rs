@@ -3,7 +3,7 @@ use gvote::llama::ModelParams;
 
 #[path = "../../../tests/common/model.rs"]
 mod models;
-#[allow(dead_code)] // it serves other tests too
+#[allow(dead_code)] // used by other tests, too
 #[path = "../../../src/tests/tiny.rs"]
 mod tiny;
 
@@ -39,12 +39,12 @@ fn with_system(content: &str) -> Vec<Message> {
     vec![Message::new(Role::System, "Be brief."), Message::new(Role::User, content)]
 }
 
-/// What a template makes of one message from the user.
+/// Renders one message from the user.
 fn text(source: &str, content: &str) -> String {
     template(source).render(&user(content), false).unwrap().text().to_owned()
 }
 
-/// The text of an expression.
+/// Renders an expression.
 fn value(expression: &str) -> String {
     text(&format!("{{{{ {expression} }}}}"), "Hello World")
 }
@@ -71,7 +71,7 @@ fn generation_tags_do_nothing() {
         ("a {% generation %} b {% endgeneration %} c", "a  b  c"),
         ("a {%- generation -%} b {%- endgeneration -%} c", "abc"),
         ("{% for m in messages %}\n  {% generation %}\n{{ m.content }}\n  {% endgeneration %}\n{% endfor %}\n", "Hi\n"),
-        // their scope is their own
+        // these tags have their own scope
         ("{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x is defined }}", "1False"),
     ] {
         assert_eq!(text(source, "Hi"), rendered, "{source}");
@@ -143,7 +143,7 @@ fn tojson_is_that_of_transformers() {
 #[test]
 fn the_date_is_that_of_the_clock() {
     let mut template = template("{{ strftime_now('%Y-%m-%d') }}{{ strftime_now('|%d %b %Y|%%|%!') }}");
-    // noon, so that it is the same day from Hawaii to Japan
+    // noon in UTC, so that it is the same day from Hawaii to Japan
     template.stop_clock(Some(951_825_600));
     assert_eq!(template.render(&user(""), false).unwrap().text(), "2000-02-29|29 Feb 2000|%|%!");
     template.stop_clock(None);
@@ -196,7 +196,7 @@ fn a_template_that_fails_without_a_system_message_too_says_its_own_reason() {
     assert!(error.to_string().contains("never"), "{error}");
 }
 
-/// The markers in a text: their places and what they say.
+/// Returns the markers in a text: their places and texts.
 fn markers_of(template: &ChatTemplate, messages: &[Message]) -> (String, Vec<String>) {
     let rendered = template.render(messages, true).unwrap();
     let markers = rendered.markers().map_or_else(
@@ -246,7 +246,7 @@ fn json_quotes_a_marker_as_text() {
     assert_eq!(markers, [format!("{}:</s>", text.len() - 4)]);
 }
 
-/// As templates of reasoning models do: only what follows the thoughts stays.
+/// Templates of reasoning models keep only the text after the thoughts.
 #[test]
 fn a_template_that_looks_for_a_marker_in_a_message_finds_it() {
     let source = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}{% else %}\
@@ -268,7 +268,7 @@ fn an_answer_that_is_begun_has_no_markers() {
     assert!(rendered.markers().unwrap().eq(std::iter::once(2..9)));
 }
 
-/// Texts that have no markers of their own are the same tokens whether they are cut at the template's or not.
+/// Texts without markers of their own have the same tokens whether or not they are split at the template's markers.
 #[test]
 fn cutting_at_markers_makes_the_tokens_that_llama_cpp_makes_of_the_whole() {
     for model in models() {
@@ -313,7 +313,7 @@ fn no_token_of_a_message_is_a_control_token() {
     }
 }
 
-/// As plain text, too: the pieces of its text are those of the marker.
+/// Also as plain text: the pieces of its text are those of the marker.
 #[test]
 fn pieces_that_make_up_a_marker_are_read_apart() {
     let [_, model] = models();
@@ -334,7 +334,7 @@ fn content_with_markers_comes_back_as_text() {
     assert!(model.detokenize(&tokens, false).contains(content), "none of it is markup");
 }
 
-/// Whatever the template writes before it, and whether the tokenizer adds one as well.
+/// Regardless of the text before it, and of whether the tokenizer adds one as well.
 #[test]
 fn a_prompt_has_one_bos_token() {
     for model in models() {

@@ -1,4 +1,4 @@
-//! One way to compress, as `NAME:KEY=VALUE,...`.
+//! A configuration of the compression, written as `NAME:KEY=VALUE,...`.
 
 use std::num::NonZeroUsize;
 use std::str::FromStr;
@@ -16,16 +16,16 @@ pub struct Config {
     pub params: Params,
     /// Account for the rounding of a quantized K cache in the vote.
     pub account_error: bool,
-    /// Read the prompt in so few cells, as [`gvote::Session::prefill_long`] does, before the policy's own vote.
+    /// Read the prompt with only this many cells, as in [`gvote::Session::prefill_long`], before the policy's own vote.
     pub ctx_size: Option<usize>,
-    /// What becomes of rows that leave the cache. `None`: what the program does with the like, so that they are lost as in
-    /// `gvote run`, but in a chat of several turns set aside as in `gvote chat`.
+    /// How evicted rows are handled. `None`: as in the program, which drops them in `gvote run` and sets them aside in
+    /// a chat of several turns, as `gvote chat` does.
     pub recall: Option<Recall>,
-    /// While an answer is followed: choose the cells anew every so many tokens, as [`gvote::Session::renew`] does.
+    /// While following an answer: choose the cells anew after every `renew` tokens, as in [`gvote::Session::renew`].
     pub renew: Option<usize>,
 }
 
-/// What is wrong with a configuration's text.
+/// Why the text of a configuration is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("{0:?}: KEY=VALUE expected, as in half:policy=snapkv,ratio=0.5")]
@@ -48,15 +48,16 @@ const KEYS: &str = "policy, preset, target-kl, draft, lost-mass, ratio, max-cell
                     (back-forward), pool, head-mix, protect, replay, evict, exact, seed, key-error, \
                     ctx-size, recall, renew";
 
-/// Fields of [`Params`] that say how many cells are kept, and not which.
+/// Fields of [`Params`] that determine how many cells are kept, but not which ones.
 const BUDGET: &[&str] = &["target_kl", "draft", "lost_mass", "ratio", "max_cells", "min_cells"];
 
 impl Config {
-    /// The settings without those of the budget: configurations with the same ranking keep the same cells at the same count.
+    /// Returns the settings without those of the budget. Configurations with the same ranking keep the same cells at
+    /// the same count.
     pub fn ranking(&self) -> Params {
         let mut params = self.params.clone();
         if params.policy == Kind::AdaKv && !params.exact {
-            // unequal budgets are its only difference, and a cache has equal ones
+            // Its only difference from SnapKV is unequal budgets, and a cache has equal ones.
             params.policy = Kind::SnapKv;
         }
         let mut fields = serde_json::to_value(&params).expect("settings have string keys only");
@@ -66,7 +67,7 @@ impl Config {
         serde_json::from_value(fields).expect("a missing field has its default")
     }
 
-    /// The ranking in short: its policy, and what differs from the defaults.
+    /// Returns a short name of the ranking: the policy and its differences from the defaults.
     pub fn ranking_name(&self) -> String {
         let [plain, fields] = [Params::default(), self.ranking()].map(|p| serde_json::to_value(p).unwrap_or_default());
         let mut parts = vec![self.ranking().policy.name().to_owned()];
@@ -81,8 +82,8 @@ impl Config {
         parts.join(",")
     }
 
-    /// All that matters, as `KEY=VALUE,...`: the policy, its budget, and what differs from the policy's defaults. Without the
-    /// seed, which a run sets.
+    /// Returns all relevant settings as `KEY=VALUE,...`: the policy, its budget, and the differences from the policy's
+    /// defaults. Without the seed, which the run sets.
     pub fn settings(&self) -> String {
         let [plain, fields] =
             [&Params::new(self.params.policy), &self.params].map(|p| serde_json::to_value(p).unwrap_or_default());
@@ -116,7 +117,7 @@ impl Config {
         parts.join(",")
     }
 
-    /// Settings by name: a policy, or a preset of the default policy.
+    /// Returns the settings of a policy, or of a preset of the default policy.
     pub fn named(name: &str) -> Result<Self, PolicyError> {
         let params = match Preset::from_str(name) {
             Ok(preset) => Params::default().with_preset(preset),
@@ -125,7 +126,7 @@ impl Config {
         Ok(Self::of(name, params))
     }
 
-    /// The full cache: what everything is compared with.
+    /// Returns the full cache, the reference of all comparisons.
     pub fn full() -> Self {
         Self::of(Kind::Full.name(), Params::new(Kind::Full))
     }
@@ -184,7 +185,7 @@ impl Config {
 impl FromStr for Config {
     type Err = ConfigError;
 
-    /// `NAME` of a policy or preset, or `NAME:KEY=VALUE,...`.
+    /// Parses `NAME` of a policy or preset, or `NAME:KEY=VALUE,...`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let Some((name, rest)) = text.split_once(':') else {
             return Ok(Self::named(text)?);
@@ -193,7 +194,7 @@ impl FromStr for Config {
         let parts = rest.split(',').filter(|part| !part.trim().is_empty());
         let pairs: Vec<(String, String)> =
             parts.map(|part| pair(part).ok_or_else(|| ConfigError::Pair(part.into()))).collect::<Result<_, _>>()?;
-        // first, because the other settings' defaults are the policy's
+        // First, because the policy determines the defaults of the other settings.
         let kind = match pairs.iter().find(|(key, _)| key == "policy") {
             Some((_, value)) => Kind::from_str(value)?,
             None => Kind::Gvote,
@@ -268,16 +269,16 @@ mod tests {
             ("x:ratio", "KEY=VALUE"),
             ("x:colour=red", "colour"),
             ("x:ratio=half", "ratio=half"),
-            ("x:ratio=2", "--ratio"),
+            ("x:ratio=2", "`ratio`"),
             ("x:policy=snapkv,exact=true", "adakv or gvote-paper"),
-            ("x:policy=gvote-paper,exact=true,ratio=0.5", "--ratio"),
-            ("x:policy=adakv,evict=cells", "--evict"),
+            ("x:policy=gvote-paper,exact=true,ratio=0.5", "`ratio`"),
+            ("x:policy=adakv,evict=cells", "`evict`"),
             ("x:policy=full,ctx-size=2048", "ctx-size=2048"),
             ("x:ctx-size=90", "91 is the least"),
             ("x:ctx-size=0", "ctx-size=0"),
             ("x:recall=rows", "auto or off"),
             ("x:recall=off,renew=32", "recall=off"),
-            ("x:max-cells=68", "--max-cells to 69"),
+            ("x:max-cells=68", "`max_cells` to 69"),
             ("nobody", "nobody"),
         ] {
             let error = text.parse::<Config>().unwrap_err().to_string();

@@ -1,6 +1,7 @@
-//! Evaluation: what a compressed cache loses against the full one, measured on texts and tasks.
+//! Evaluation: measures on texts and tasks what a compressed cache loses against the full one.
 //!
-//! Every measurement is one [`Record`], one line of a JSONL file. Tables, plots and figures are made from such files alone.
+//! Every measurement is one [`Record`], one line of a JSONL file. Tables, plots and figures are generated from such
+//! files alone.
 
 #![forbid(unsafe_code)]
 

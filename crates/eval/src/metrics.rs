@@ -1,27 +1,27 @@
-//! What is measured: the distance between next-token distributions, and how good an answer is.
+//! Metrics: the distance between next-token distributions, and the quality of an answer.
 
 use gvote::policy::divergence::Divergence;
 
-/// Distance of the next-token distributions to those of the full cache, gathered step by step.
+/// Distance of the next-token distributions from those of the full cache, collected step by step.
 ///
-/// A mean or quantile over no steps is NaN: there is nothing to report before the first step.
+/// A mean or quantile over no steps is NaN.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Distance {
-    /// Steps added.
+    /// Number of steps added.
     pub steps: usize,
     /// KL(full || got) of each step, in nats.
     pub kl: Vec<f64>,
     /// ln p_full(next) - ln p_got(next) of each step, in nats.
     pub log_ratio: Vec<f64>,
-    /// Steps where both have the same most likely token.
+    /// Number of steps in which both have the same most likely token.
     pub same_top: usize,
 }
 
 impl Distance {
-    /// Adds a step: the logits of the full cache, those of the cache in question, and the token that follows in the text.
+    /// Adds a step: the logits of the full cache, those of the cache in question, and the next token of the text.
     ///
     /// # Panics
-    /// If the two have different lengths, or `next` is outside of them.
+    /// If the two slices have different lengths, or `next` is out of range.
     pub fn add(&mut self, full: &[f32], got: &[f32], next: usize) {
         let Divergence { kl, log_ratio, same_top } = Divergence::between(full, got, next);
         self.steps += 1;
@@ -35,17 +35,17 @@ impl Distance {
         mean(&self.kl)
     }
 
-    /// Median KL, in nats; of an even number of steps, the mean of the two in the middle.
+    /// Median KL, in nats; for an even number of steps, the mean of the two middle values.
     pub fn median_kl(&self) -> f64 {
         quantile(&self.kl, 0.5)
     }
 
-    /// The KL that nine steps of ten stay below, in nats: interpolated, as [`quantile`] says.
+    /// 90th percentile of the KL, in nats, interpolated like [`quantile`].
     pub fn p90_kl(&self) -> f64 {
         quantile(&self.kl, 0.9)
     }
 
-    /// Mean of ln p_full(next) - ln p_got(next): the logarithm of the perplexity ratio. Above 0, `got` is the worse.
+    /// Mean of ln p_full(next) - ln p_got(next): the logarithm of the perplexity ratio. Above 0, `got` is worse.
     pub fn log_perplexity_ratio(&self) -> f64 {
         mean(&self.log_ratio)
     }
@@ -56,14 +56,14 @@ impl Distance {
     }
 }
 
-/// NaN of no values.
+/// Returns the mean; NaN for no values.
 pub fn mean(x: &[f64]) -> f64 {
     // Not `sum`, which starts at -0.
     x.iter().fold(0.0, |sum, x| sum + x) / x.len() as f64
 }
 
-/// The value at the place `q * (n - 1)` of the sorted values, in a straight line between the two neighbours of a broken
-/// place (type 7 of Hyndman and Fan 1996, the default of numpy and R). NaN of no values.
+/// Returns the value at position `q * (n - 1)` of the sorted values, interpolated linearly between neighbours (type 7
+/// of Hyndman and Fan 1996, the default of numpy and R). NaN for no values.
 pub fn quantile(x: &[f64], q: f64) -> f64 {
     let mut sorted = x.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
@@ -71,26 +71,27 @@ pub fn quantile(x: &[f64], q: f64) -> f64 {
     let part = place.fract();
     match sorted[(place as usize).min(sorted.len())..] {
         [] => f64::NAN,
-        // On one value, or between equal ones, there is nothing to weigh; with infinite ones, weighing would give NaN.
+        // At a whole position or between equal values no interpolation is needed; between infinite ones it would give
+        // NaN.
         [below, ..] if part == 0.0 => below,
         [below, above, ..] if below != above => below + part * (above - below),
         [below, ..] => below,
     }
 }
 
-/// Share of the references that occur in the answer, upper or lower case, 0 to 1: RULER's `string_match_all`. 0 without
-/// references.
+/// Returns the share of the references that occur in the answer, ignoring case, 0 to 1: RULER's `string_match_all`. 0
+/// without references.
 pub fn share_found(answer: &str, references: &[String]) -> f64 {
     let answer = answer.to_lowercase();
     let found = references.iter().filter(|reference| answer.contains(&reference.to_lowercase())).count();
     found as f64 / references.len().max(1) as f64
 }
 
-/// Whether the number that an answer ends in is the reference's, as GSM8K asks.
+/// Returns true if the final number of an answer equals that of the reference, as GSM8K requires.
 ///
-/// It is the last number on the first line with one after `####`, so that what a model goes on to invent after its answer
-/// does not count; without that mark it is the last number of all. Commas, `$` and trailing dots are no part of a number,
-/// and 18.0 is 18. The reference is read in the same way. Without a number there is no match.
+/// The final number is the last number on the first line with a number after `####`, so that text invented after the
+/// answer is ignored; without that mark it is the last number of the text. Commas, `$` and trailing dots are not part
+/// of a number, and 18.0 equals 18. The reference is parsed in the same way. Without a number there is no match.
 pub fn exact_number(answer: &str, reference: &str) -> bool {
     let number = final_number(answer);
     number.is_some() && number == final_number(reference)
@@ -104,17 +105,17 @@ fn final_number(text: &str) -> Option<Decimal> {
     marked.or_else(|| last_number(text))
 }
 
-/// A decimal number without the zeros that do not matter: equal numbers are equal values, however long.
+/// A decimal number without insignificant zeros: equal numbers compare equal, at any length.
 #[derive(Debug, PartialEq)]
 struct Decimal {
     negative: bool,
     /// Without leading zeros.
     whole: String,
-    /// Digits behind the point, without trailing zeros.
+    /// Digits after the point, without trailing zeros.
     fraction: String,
 }
 
-/// The last decimal number of a text, such as `-1,234.50`, `$18` or `-$.5`.
+/// Returns the last decimal number of a text, such as `-1,234.50`, `$18` or `-$.5`.
 fn last_number(text: &str) -> Option<Decimal> {
     let text = text.as_bytes();
     let is_digit = |at: usize| text.get(at).is_some_and(u8::is_ascii_digit);
@@ -150,8 +151,8 @@ fn last_number(text: &str) -> Option<Decimal> {
     last
 }
 
-/// Whether a text ends in the sign of a negative number. A minus right after a word or a number is a hyphen or a
-/// difference, as in `16-3`.
+/// Returns true if a text ends in the sign of a negative number. A minus right after a word or a number is a hyphen or
+/// a difference, as in `16-3`.
 fn has_minus(before: &[u8]) -> bool {
     match before {
         [rest @ .., b'-', b'$'] | [rest @ .., b'$', b'-'] | [rest @ .., b'-'] => {
@@ -163,9 +164,9 @@ fn has_minus(before: &[u8]) -> bool {
 
 /// ROUGE-L of an answer, 0 to 1: the best over the references.
 ///
-/// The F-measure with beta = 1 of Lin 2004 (equations 2 to 4): with L the length of the longest common subsequence of words,
-/// P = L / words of the answer, R = L / words of the reference, F = 2PR / (P + R) = 2L / (both together). Words are runs of
-/// a-z and 0-9 in lower case; there is no stemming.
+/// The F-measure with beta = 1 of Lin 2004 (equations 2 to 4): with L the length of the longest common subsequence of
+/// words, P = L / words of the answer, R = L / words of the reference, F = 2PR / (P + R) = 2L / (words of both). Words
+/// are runs of a-z and 0-9 in lower case, without stemming.
 pub fn rouge_l(answer: &str, references: &[String]) -> f64 {
     let answer = answer.to_lowercase();
     let answer: Vec<&str> = words(&answer).collect();
@@ -186,7 +187,7 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
 
 /// Length of the longest common subsequence, in time |a| |b| and memory |b|.
 fn common_subsequence(a: &[&str], b: &[&str]) -> usize {
-    // length[j]: of the part of `a` so far, and b[..j].
+    // length[j]: for the part of `a` processed so far and b[..j].
     let mut length = vec![0; b.len() + 1];
     for x in a {
         let mut diagonal = 0;

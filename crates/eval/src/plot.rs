@@ -1,7 +1,7 @@
-//! What all plots share: SVG that is narrow enough for a phone, colours, and axes.
+//! Shared parts of all plots: SVG narrow enough for a phone, colours, and axes.
 //!
-//! Text and axes are drawn in [`INK`] and [`GRID`], which the style sheet of [`crate::page`] replaces in dark mode; every
-//! other colour is legible on both grounds.
+//! Text and axes are drawn in [`INK`] and [`GRID`], which the style sheet of [`crate::page`] replaces in dark mode; all
+//! other colours are legible on both backgrounds.
 
 mod axis;
 
@@ -16,14 +16,14 @@ pub use self::axis::Axis;
 
 /// Width of a plot in pixels.
 pub const WIDTH: u32 = 420;
-/// Text and axes; see above.
+/// Colour of text and axes; replaced in dark mode.
 pub const INK: RGBColor = RGBColor(0, 0, 0);
-/// Lines behind the data; see above.
+/// Colour of grid lines; replaced in dark mode.
 pub const GRID: RGBColor = RGBColor(0xDD, 0xDD, 0xDD);
-/// The full cache, and what joins points.
+/// Colour of the full cache and of lines that join points.
 pub const GREY: RGBColor = RGBColor(0x80, 0x80, 0x80);
-/// Colours that colour-blind readers can tell apart: Okabe and Ito, "Color Universal Design", 2008, without black, and with
-/// olive for their yellow, which is lost on white.
+/// Colours that colour-blind readers can distinguish: Okabe and Ito, "Color Universal Design", 2008, without black, and
+/// with olive instead of yellow, which is hard to see on white.
 pub const COLOURS: [RGBColor; 7] = [
     RGBColor(0x00, 0x72, 0xB2),
     RGBColor(0xD5, 0x5E, 0x00),
@@ -33,7 +33,7 @@ pub const COLOURS: [RGBColor; 7] = [
     RGBColor(0xE6, 0x9F, 0x00),
     RGBColor(0x99, 0x99, 0x33),
 ];
-/// Plotters counts the height of a line of text, not of its letters: 12 pixels on the page.
+/// Font and line height. Plotters measures the height of a line, not of its letters, which are 12 pixels on the page.
 pub const FONT: (&str, i32) = ("sans-serif", 15);
 /// Mean width of a letter of [`FONT`] in pixels.
 pub const LETTER: u32 = 7;
@@ -47,7 +47,7 @@ pub type Dashed<C> = DashedPathElement<array::IntoIter<C, 2>, i32>;
 pub type DrawError = DrawingAreaErrorKind<io::Error>;
 pub type Drawn = Result<(), DrawError>;
 
-/// Draws an image of this width and height in pixels.
+/// Draws an image with this width and height in pixels.
 pub fn svg(size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> String {
     let mut out = String::new();
     let area = SVGBackend::with_string(&mut out, size).into_drawing_area();
@@ -67,12 +67,12 @@ pub fn key(name: &str, draw: impl FnOnce(&Area) -> Drawn) -> Key {
     Key { name: name.to_owned(), svg: svg((24, 16), draw) }
 }
 
-/// A line of dashes, in the coordinates of the chart or in pixels.
+/// A dashed line, in the coordinates of the chart or in pixels.
 pub fn dashed<C: Clone>(line: [C; 2], (dash, gap): (i32, i32), style: ShapeStyle) -> Dashed<C> {
     DashedPathElement::new(line, dash, gap, style)
 }
 
-/// Words beside the axes.
+/// Labels of the axes.
 pub struct Labels<'a> {
     pub x: &'a str,
     pub y: &'a str,
@@ -80,7 +80,7 @@ pub struct Labels<'a> {
     pub left: u32,
 }
 
-/// Draws the axes, and hands out the area between them.
+/// Draws the axes and returns the area between them.
 pub fn chart<'a, 'b>(area: &'a Area<'b>, x: Axis, y: Axis, labels: &Labels) -> Result<Chart<'a, 'b>, DrawError> {
     let (bare_x, bare_y) = (x.is_names(), y.is_names());
     let mut chart = ChartBuilder::on(area)

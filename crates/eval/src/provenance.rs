@@ -1,4 +1,4 @@
-//! How records came about: the command, the machine, the seeds, and what the configurations' names stand for.
+//! Provenance of records: the command, the machine, the seeds, and the settings behind the configurations' names.
 
 use std::path::Path;
 use std::thread::available_parallelism;
@@ -8,10 +8,11 @@ use serde::{Deserialize, Serialize};
 use super::config::Config;
 use gvote::llama::{self, ContextParams, Device};
 
-/// The start of a run: stands in a file before the records that the run adds.
+/// The start of a run, written to a file before the records of the run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
-    /// As it was typed, but that an absolute path is its last part: where a machine keeps its files says nothing.
+    /// The command as typed, except that an absolute path is reduced to its last part: a machine's folders are
+    /// irrelevant.
     pub command: Vec<String>,
     /// Version of this crate.
     pub version: String,
@@ -23,17 +24,17 @@ pub struct Start {
     pub cache_type: String,
     /// Model of the CPU.
     pub cpu: String,
-    /// Threads that the CPU can run, and that prompts and answers were computed with.
+    /// Threads that the CPU can run, and threads that computed prompts and answers.
     pub cpu_threads: usize,
     pub threads: i32,
-    /// Accelerators, whether or not layers were put on them: the command says that.
+    /// Accelerators, whether or not they held layers; the command tells whether they did.
     #[serde(default)]
     pub gpus: Vec<String>,
     pub seeds: Vec<u64>,
     pub configs: Vec<Settings>,
 }
 
-/// A configuration's name and what it stands for.
+/// A configuration's name and its settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
     pub name: String,
@@ -42,7 +43,7 @@ pub struct Settings {
 }
 
 impl Start {
-    /// A run that begins on this machine now. `command`: the program and its arguments.
+    /// Describes a run that starts on this machine now. `command`: the program and its arguments.
     pub fn now(
         command: impl IntoIterator<Item = String>,
         model: &Path,
@@ -66,18 +67,18 @@ impl Start {
         }
     }
 
-    /// The words of the command as a shell reads them.
+    /// Returns the words of the command, quoted for a shell.
     pub fn command_words(&self) -> Vec<String> {
         command_words(&self.command)
     }
 
-    /// The machine in words, such as `AMD EPYC 7763, 8 threads; NVIDIA H100 80GB HBM3`.
+    /// Describes the machine, for example `AMD EPYC 7763, 8 of 8 threads; NVIDIA H100 80GB HBM3`.
     pub fn machine(&self) -> String {
         let cpu = format!("{}, {} of {} threads", self.cpu, self.threads, self.cpu_threads);
         [&[cpu][..], &self.gpus].concat().join("; ")
     }
 
-    /// A configuration that another run gave other settings.
+    /// Returns a configuration that has other settings in another run.
     pub fn contradiction(&self, other: &Self) -> Option<&str> {
         let differs = |c: &&Settings| other.configs.iter().any(|o| o.name == c.name && o.settings != c.settings);
         self.configs.iter().find(differs).map(|c| c.name.as_str())
@@ -85,16 +86,16 @@ impl Start {
 }
 
 fn in_words(gpu: Device) -> String {
-    // of a worker's device only the worker is known
+    // The description of a worker's device is the worker's endpoint.
     if gpu.name.starts_with("RPC") { format!("worker {}", gpu.description) } else { gpu.description }
 }
 
-/// Words as a shell reads them, without the folders of absolute paths.
+/// Quotes words for a shell, without the folders of absolute paths.
 pub fn command_words(words: &[String]) -> Vec<String> {
     words.iter().map(|word| quoted(&without_folders(word))).collect()
 }
 
-/// `/a/b.gguf` -> `b.gguf`, and `--model=/a/b.gguf` likewise.
+/// Removes folders: `/a/b.gguf` -> `b.gguf`, also in `--model=/a/b.gguf`.
 fn without_folders(word: &str) -> String {
     let (flag, path) = match word.split_once('=') {
         Some((flag, path)) if flag.starts_with('-') => (&word[..=flag.len()], path),

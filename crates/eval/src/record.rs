@@ -1,4 +1,4 @@
-//! One measurement, one line of a JSONL file.
+//! Records of measurements, one line of a JSONL file each.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
@@ -15,38 +15,39 @@ use gvote::policy::{Kind, Ragged};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Record {
-    /// How the records that follow came about. Files of earlier versions have none.
+    /// Provenance of the following records. Files of earlier versions have none.
     Start(Start),
     /// A teacher-forced continuation after a compressed prompt.
     Fidelity(Fidelity),
     /// One answer to one task.
     Task(TaskScore),
-    /// An automatic budget against the fewest cells that would have done.
+    /// An automatic budget compared with the fewest cells that reach the target.
     Adaptivity(Adaptivity),
 }
 
-/// What every record has: the request, and how its cache was compressed.
+/// Fields of every record: the request, and how its cache was compressed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Run {
     /// File name of the model.
     pub model: String,
     /// Type of the K and V cache.
     pub cache_type: String,
-    /// Name of the configuration: what a reader compares.
+    /// Name of the configuration, by which reports compare.
     pub config: String,
     pub policy: Kind,
     /// Seed of the synthetic queries.
     pub seed: u64,
     /// Name of the request, unique within its family.
     pub item: String,
-    /// Tokens that were in the cache when it was compressed.
+    /// Number of tokens in the cache when it was compressed.
     pub tokens: usize,
-    /// Cells kept of them; where `exact`, the mean that a head keeps.
+    /// Number of cells kept of them; if `exact`, the mean over the heads.
     pub cells: usize,
-    /// The heads keep different numbers behind a mask ([`gvote::policy::Params::exact`]): no cache holds so few cells.
+    /// The heads keep different numbers behind a mask ([`gvote::policy::Params::exact`]): no cache can hold so few
+    /// cells.
     #[serde(default, skip_serializing_if = "is_false")]
     pub exact: bool,
-    /// What the heads would keep if each could hold its own number, where the policy has such a thing.
+    /// Numbers that the heads would keep if each could hold its own, if the policy computes them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ragged: Option<Ragged>,
     /// The context was compressed before the question was known.
@@ -58,7 +59,7 @@ fn is_false(value: &bool) -> bool {
 }
 
 impl Run {
-    /// The configuration as reports call it: what no cache can hold says so.
+    /// Returns the name of the configuration in reports, marked if no cache can hold its cells.
     pub fn label(&self) -> String {
         if self.exact { format!("{} (exact)", self.config) } else { self.config.clone() }
     }
@@ -69,12 +70,12 @@ impl Run {
     }
 }
 
-/// Distance of the next-token distributions to those of the full cache.
+/// Distance of the next-token distributions from those of the full cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fidelity {
     #[serde(flatten)]
     pub run: Run,
-    /// Steps of the continuation.
+    /// Number of steps of the continuation.
     pub steps: usize,
     /// KL(full || compressed) in nats over the steps.
     pub kl_mean: f64,
@@ -91,29 +92,29 @@ pub struct Fidelity {
 pub struct TaskScore {
     #[serde(flatten)]
     pub run: Run,
-    /// Such as `ruler/4096`, `gsm8k`, `longbench`, `needle`.
+    /// Name of the suite, such as `ruler/4096`, `gsm8k`, `longbench`, `needle`.
     pub suite: String,
-    /// Such as `niah_single_1`.
+    /// Name of the task, such as `niah_single_1`.
     pub task: String,
     /// 0 to 1.
     pub score: f64,
     pub answer: String,
-    /// Where the needle lies in the context, 0 (start) to 1 (end), where there is one.
+    /// Position of the needle in the context, 0 (start) to 1 (end), if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<f64>,
 }
 
-/// What an automatic or fixed choice of C spent, beside the fewest cells that reach the target.
+/// Cells spent by an automatic or fixed choice of C, compared with the fewest that reach the target.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Adaptivity {
     #[serde(flatten)]
     pub run: Run,
     /// Kind of request: narrative, code, few-shot, needle, summary.
     pub family: String,
-    /// Steps of the continuation.
+    /// Number of steps of the continuation.
     #[serde(default)]
     pub steps: usize,
-    /// Mean KL that was to be reached.
+    /// Target for the mean KL.
     pub target: f64,
     /// Mean KL at the chosen cells.
     pub kl_mean: f64,
@@ -123,10 +124,10 @@ pub struct Adaptivity {
     /// Name of the ranking: configurations that share it differ only in their budget.
     #[serde(default)]
     pub ranking: String,
-    /// What was measured on the way to C*: cells, fewest first, and their mean KL.
+    /// Measurements of the search for C*: cells, fewest first, and their mean KL.
     #[serde(default)]
     pub curve: Vec<(usize, f32)>,
-    /// What the policy's own trial measured: cells, in the order of the attempts, and the mean KL along its draft.
+    /// Measurements of the policy's own trial: cells, in the order of the attempts, and the mean KL along its draft.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tried: Vec<(usize, f32)>,
 }
@@ -142,14 +143,14 @@ impl Adaptivity {
         self.oracle_cells as f64 / self.run.tokens.max(1) as f64
     }
 
-    /// Whether the chosen cells failed the target.
+    /// Returns true if the chosen cells failed the target.
     pub fn missed(&self) -> bool {
         self.kl_mean > self.target
     }
 }
 
 impl Record {
-    /// The request of a measurement.
+    /// Returns the request of a measurement.
     pub fn run(&self) -> Option<&Run> {
         match self {
             Self::Start(_) => None,
@@ -160,7 +161,7 @@ impl Record {
     }
 }
 
-/// What is wrong with a file of records.
+/// Why a file of records cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     #[error("{0}: {1}")]
@@ -171,18 +172,18 @@ pub enum RecordError {
     Settings { path: PathBuf, config: String },
 }
 
-/// What a file of records holds.
+/// Contents of a file of records.
 #[derive(Debug, Default, PartialEq)]
 pub struct Contents {
     pub records: Vec<Record>,
-    /// The last line had no line end, as a killed run leaves it, and was left out.
+    /// The last line was incomplete, as after a killed run, and was left out.
     pub cut_off: bool,
 }
 
-/// The records of a JSONL file, in order; empty lines are skipped.
+/// Reads the records of a JSONL file, in order; skips empty lines.
 ///
 /// # Errors
-/// [`RecordError`] with the path, and the line of the first record that cannot be read.
+/// [`RecordError`] with the path, and with the line of the first invalid record.
 pub fn read(path: &Path) -> Result<Contents, RecordError> {
     let at = |error| RecordError::Io(path.to_owned(), error);
     let mut reader = BufReader::new(File::open(path).map_err(at)?);
@@ -208,8 +209,10 @@ pub fn read(path: &Path) -> Result<Contents, RecordError> {
     Ok(contents)
 }
 
-/// The same with every float spelled as serde_json spells it. gguf-rs turns on serde_json's arbitrary_precision, with which
-/// a tagged enum cannot read floats, but by way of a Value, and of that only those in this spelling: other tools write 1e-5.
+/// Rewrites every float in serde_json's spelling.
+///
+/// gguf-rs enables serde_json's arbitrary_precision. With it a tagged enum can read floats only through a `Value`, and
+/// only in serde_json's own spelling, but other tools write 1e-5.
 fn plain_floats(value: Value) -> Value {
     match value {
         Value::Number(number) if !number.is_i64() && !number.is_u64() => {
@@ -221,19 +224,19 @@ fn plain_floats(value: Value) -> Value {
     }
 }
 
-/// A file of records that grows, and what it held when it was opened: so a killed run can go on.
+/// An append-only file of records, with its earlier contents, so that a killed run can continue.
 pub struct Journal {
     path: PathBuf,
     file: File,
-    /// Written before the first record, so that a run with nothing left to do leaves no trace.
+    /// Written before the first record, so that a run with nothing left to do writes nothing.
     start: Option<Start>,
     pub records: Vec<Record>,
-    /// A half-written last line was cut off.
+    /// An incomplete last line was cut off.
     pub cut_off: bool,
 }
 
 impl Journal {
-    /// Opens or creates a file; a half-written last line is cut off.
+    /// Opens or creates a file and cuts off an incomplete last line.
     ///
     /// # Errors
     /// [`RecordError`].
@@ -249,10 +252,11 @@ impl Journal {
         Ok(Self { path: path.to_owned(), file, start: None, records, cut_off })
     }
 
-    /// Puts this before the next record, if the file does not have it yet.
+    /// Sets the start to write before the next record, unless the file already has it.
     ///
     /// # Errors
-    /// [`RecordError::Settings`] if a configuration of that name had other settings: their records would be mixed.
+    /// [`RecordError::Settings`] if a configuration of the same name had other settings, because their records would be
+    /// mixed.
     pub fn begin(&mut self, start: Start) -> Result<(), RecordError> {
         let mut starts = self.records.iter().filter_map(|record| match record {
             Record::Start(start) => Some(start),
@@ -265,7 +269,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Appends a record, handed to the system before this returns.
+    /// Appends a record and passes it to the operating system before returning.
     ///
     /// # Errors
     /// [`RecordError::Io`].
@@ -337,7 +341,7 @@ mod tests {
         Journal::open(&path).unwrap().add(record()).unwrap();
         let whole = std::fs::read(&path).unwrap();
         assert!(!read(&path).unwrap().cut_off);
-        // a line can be cut in the middle of a letter
+        // a line can be cut in the middle of a character
         std::fs::write(&path, [&whole[..], &whole[..30], b"\xc3"].concat()).unwrap();
         assert_eq!(read(&path).unwrap(), Contents { records: vec![record()], cut_off: true });
         let mut journal = Journal::open(&path).unwrap();

@@ -1,12 +1,12 @@
-//! Tables and plots of a run: what [`Record`]s say when put side by side.
+//! Tables and plots of a run, aggregated from [`Record`]s.
 //!
-//! Records that differ in model, type of the cache, or in whether the question was known are never averaged. Shares and
-//! scores are 0 to 1 in the data, JSON and CSV, and percent where a person reads them.
+//! Records that differ in model, cache type, or in whether the question was known are never averaged. Shares and scores
+//! are 0 to 1 in the data, JSON and CSV, and percent in tables and plots.
 //!
-//! # Rooms
-//! [`fidelity`](FidelityTable), [`tasks`](TaskTable), [`adaptivity`](AdaptivityTable) and [`ablation`](Ablation) aggregate,
-//! [`runs`](Runs) tells how the records came about; `table` turns each into words, which `text`, `markdown` and `html` lay
-//! out; `plot` draws; `csv` lists every figure once.
+//! # Modules
+//! [`fidelity`](FidelityTable), [`tasks`](TaskTable), [`adaptivity`](AdaptivityTable) and [`ablation`](Ablation)
+//! aggregate the records; [`runs`](Runs) describes their provenance. `table` formats each as text cells, which `text`,
+//! `markdown` and `html` lay out; `plot` draws the plots; `csv` lists every figure once.
 
 mod ablation;
 mod adaptivity;
@@ -37,18 +37,18 @@ pub use fidelity::{FidelityRow, FidelityTable};
 pub use runs::{Meaning, Runs};
 pub use tasks::{Needle, NeedleMap, Score, TaskRow, TaskTable};
 
-/// Name of the configuration that the others are compared with.
+/// Name of the reference configuration.
 pub const FULL: &str = "full";
 
-/// Everything that is said about a set of records.
+/// Aggregates of a set of records.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
     /// Number of measurements.
     pub records: usize,
-    /// How they came about, as far as it is known.
+    /// Provenance of the records, as far as known.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub runs: Vec<Runs>,
-    /// What the configurations' names stand for; empty where no run is known.
+    /// Settings of the configurations; empty if no run is known.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub meanings: Vec<Meaning>,
     /// [`FULL`] first, the others in the order of the records.
@@ -59,7 +59,7 @@ pub struct Report {
     pub tasks: Vec<TaskTable>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adaptivity: Vec<AdaptivityTable>,
-    /// Where a baseline was named: see [`Self::compare_with`].
+    /// Comparison with a baseline, if one was named: see [`Self::compare_with`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ablation: Option<Ablation>,
 }
@@ -69,11 +69,11 @@ pub struct Report {
 pub struct Config {
     pub name: String,
     pub policy: Kind,
-    /// Unequal budgets behind a mask: its cells are a mean that no cache can hold.
+    /// Unequal budgets behind a mask: the number of cells is a mean that no cache can hold.
     pub exact: bool,
 }
 
-/// What records must share to be compared.
+/// Properties that records must share to be compared.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Place {
     /// File name of the model.
@@ -117,34 +117,35 @@ impl Report {
         }
     }
 
-    /// Adds what every other configuration changes, against one that is named: paired by request and seed. `records`: those
-    /// of the report.
+    /// Adds the differences of every other configuration from a named baseline, paired by request and seed. `records`:
+    /// those of the report.
     #[must_use]
     pub fn compare_with(self, baseline: &str, records: &[Record]) -> Self {
         Self { ablation: Some(Ablation::new(records, &self.configs, baseline)), ..self }
     }
 
-    /// Tables for a terminal.
+    /// Renders tables for a terminal.
     pub fn to_text(&self) -> String {
         text::render(self)
     }
 
-    /// A document. `notes`: Markdown to put in front; `made_by`: the words of the command that makes it.
+    /// Renders a Markdown document. `notes`: Markdown to put first; `made_by`: the words of the command that generates
+    /// the document.
     pub fn to_markdown(&self, title: &str, notes: &str, made_by: &[String]) -> String {
         markdown::render(self, title, notes, made_by)
     }
 
-    /// The aggregates for a program, indented.
+    /// Returns the aggregates as indented JSON.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("a report has string keys only")
     }
 
-    /// One page without external resources.
+    /// Renders one HTML page without external resources.
     pub fn to_html(&self) -> String {
         html::render(self)
     }
 
-    /// One long table, a line a figure.
+    /// Writes one long table with one figure in each line.
     ///
     /// The columns are `section,model,cache_type,suite,blind,config,task_or_metric,n,share,value,spread`. `suite` is the
     /// length of the prompts for fidelity, and `TARGET/all` or `TARGET/FAMILY` for adaptivity. `spread` is the standard

@@ -1,4 +1,4 @@
-//! Runs requests: each prompt is read once, and every configuration starts from the saved full cache.
+//! Runs requests: reads each prompt once and starts every configuration from the saved full cache.
 
 mod adaptivity;
 #[cfg(test)]
@@ -20,7 +20,7 @@ use gvote::session::{Recall, Stop};
 use gvote::{Session, SessionError, SessionParams};
 use gvote_chat::{ChatTemplate, Message, Rendered, Role, TemplateError};
 
-/// What can stop an evaluation.
+/// Why an evaluation stops.
 #[derive(Debug, thiserror::Error)]
 pub enum EvalError {
     #[error(transparent)]
@@ -49,7 +49,7 @@ pub enum EvalError {
 pub struct Continuation<'a> {
     pub item: String,
     pub prompt: &'a [Token],
-    /// What really follows the prompt; the first token is fed before anything is compared.
+    /// The actual continuation of the prompt; comparisons start after its first token.
     pub next: &'a [Token],
 }
 
@@ -65,18 +65,18 @@ pub struct Runner {
     cache_type: String,
 }
 
-/// What every configuration starts from.
+/// The state that every configuration starts from.
 struct Prompt {
     tokens: Vec<Token>,
-    /// How many of them are the system message.
+    /// Number of tokens of the system message.
     system: usize,
-    /// Where an answer begins that they end with.
+    /// Position at which the answer at the end of the prompt begins, if there is one.
     answer: Option<Pos>,
-    /// The session that holds all of them.
+    /// The saved session with all of the tokens.
     saved: Vec<u8>,
 }
 
-/// The context, and what comes after it: tokenized apart, so that both ways of asking see the same tokens.
+/// Tokenizes the context and the rest separately, so that both orders of compression and question use the same tokens.
 fn parts_of(model: &Model, template: Option<&ChatTemplate>, sample: &Sample) -> Result<[Vec<Token>; 2], EvalError> {
     let (turn, context) = (sample.full_turn(), sample.context.trim_end());
     let Some(template) = template else {
@@ -87,29 +87,29 @@ fn parts_of(model: &Model, template: Option<&ChatTemplate>, sample: &Sample) -> 
     Ok(text.tokens_split(model, end)?)
 }
 
-/// Bytes of a rendered turn up to the end of the context that the turn begins with.
+/// Returns the length in bytes of a rendered turn up to the end of the context at its start.
 fn end_of_context(template: &ChatTemplate, turn: &str, context: &str) -> Result<usize, TemplateError> {
-    /// A private character of Unicode, which nobody writes.
+    /// A private-use character of Unicode, which no text contains.
     const CUT: char = '\u{F8FF}';
     let render = |turn: &str| template.render(&[Message::new(Role::User, turn)], true);
     let (whole, cut) = (render(turn)?, render(&turn.replacen(context, &format!("{context}{CUT}"), 1))?);
     let head = cut.text().split_once(CUT).filter(|(head, tail)| whole.text() == [*head, *tail].concat());
-    // a template that looks for something in a message may take the cut amiss
+    // A template that searches messages may react to the cut character.
     let found = || whole.text().find(context.trim_start()).map(|at| at + context.trim_start().len());
     Ok(head.map(|(head, _)| head.len()).or_else(found).unwrap_or(0))
 }
 
-/// What follows a prompt in the full cache.
+/// Continuation of a prompt with the full cache.
 struct Reference {
     prompt: Prompt,
     tokens: Vec<Token>,
-    /// What is expected after the tokens before this one is not compared.
+    /// The predictions after earlier tokens are not compared.
     from: usize,
-    /// Next-token logits after `tokens[from..]`, but the last. `[n_vocab]` each
+    /// Next-token logits after each of `tokens[from..]` except the last, `[n_vocab]` each.
     full: Vec<Vec<f32>>,
 }
 
-/// What tells one measurement from all others.
+/// Returns a key that identifies a measurement.
 fn key(kind: &str, suite: &str, run: &Run) -> String {
     let Run { model, cache_type, config, seed, item, blind, .. } = run;
     format!("{kind}\t{model}\t{cache_type}\t{suite}\t{item}\t{config}\t{seed}\t{blind}")
@@ -125,10 +125,11 @@ fn key_of(record: &Record) -> Option<String> {
 }
 
 impl Runner {
-    /// `params`: the context; its policy does not matter. `raw`: prompts as they are, without the chat template.
+    /// Creates a runner. `params`: settings of the context; the policy is ignored. `raw`: use prompts without the chat
+    /// template.
     ///
     /// # Errors
-    /// [`EvalError::Mixed`] for configurations that need different sessions, or what making the session fails with.
+    /// [`EvalError::Mixed`] for configurations that need different sessions, or the error of creating the session.
     pub fn new(
         path: &Path,
         model: &Model,
@@ -140,7 +141,7 @@ impl Runner {
     ) -> Result<Self, EvalError> {
         let voting = || configs.iter().filter(|c| !c.is_full()).map(|c| &c.params);
         let mut params = params.clone();
-        // one with a replay first: the session sets its cells aside
+        // A configuration with a replay first, because the session reserves cells for it.
         if let Some(first) = voting().find(|p| p.replay).or(voting().next()) {
             if voting().any(|p| p.window != first.window) {
                 return Err(EvalError::Mixed("window"));
@@ -149,7 +150,7 @@ impl Runner {
                 return Err(EvalError::Mixed("sinks"));
             }
             params.policy = first.clone();
-            // the session sets cells aside for the most that any of them needs
+            // The session reserves cells for the most demanding configuration.
             params.policy.samples = voting().map(|p| p.samples).max().unwrap_or(first.samples);
             params.policy.draft = voting().map(|p| p.draft).max().unwrap_or(first.draft);
         }
@@ -190,11 +191,11 @@ impl Runner {
         }
     }
 
-    /// What is still to measure for this request: configurations with their seeds.
+    /// Returns the remaining measurements of this request: configurations with their seeds.
     fn missing(&self, kind: &str, suite: &str, item: &str, blind: bool) -> Vec<(Config, Run)> {
         let mut out = Vec::new();
         for config in &self.configs {
-            // the full cache knows no seed
+            // The full cache does not depend on the seed.
             let seeds = if config.is_full() { &self.seeds[..1] } else { &self.seeds[..] };
             for &seed in seeds {
                 let run = self.run(config, seed, item, blind);
@@ -216,7 +217,7 @@ impl Runner {
         Ok(())
     }
 
-    /// Starts over with a prompt, all of which stays.
+    /// Clears the session and reads a prompt without compression.
     fn read_prompt(&mut self, tokens: Vec<Token>, system: usize) -> Result<Prompt, EvalError> {
         self.session.limit_cells(usize::MAX);
         self.session.clear();
@@ -224,8 +225,8 @@ impl Runner {
         Ok(Prompt { tokens, system, answer: None, saved: self.session.save() })
     }
 
-    /// Brings back the full cache, or reads the prompt anew in as few cells as a configuration has, and compresses it.
-    /// `recall`: what becomes of rows that leave the cache where the configuration does not say. Returns what a trial tried.
+    /// Restores the full cache, or reads the prompt again with the limited cells of a configuration, and compresses it.
+    /// `recall`: handling of evicted rows if the configuration does not set it. Returns the attempts of a trial.
     fn compress(
         &mut self,
         prompt: &Prompt,
@@ -263,10 +264,10 @@ impl Runner {
         Ok(report.tried)
     }
 
-    /// Answers a sample under every configuration that is not in the journal yet. Returns how many were added.
+    /// Answers a sample under every configuration that is missing in the journal. Returns the number of added records.
     ///
     /// # Errors
-    /// [`EvalError`]; what was measured so far is in the journal.
+    /// [`EvalError`]; earlier measurements are in the journal.
     pub fn task(&mut self, sample: &Sample, blind: bool) -> Result<usize, EvalError> {
         let missing = self.missing("task", &sample.suite, &sample.item, blind);
         if missing.is_empty() {
@@ -284,7 +285,7 @@ impl Runner {
             if blind {
                 self.session.prefill_long(&rest, |_, _| ControlFlow::Continue(()))?;
                 if config.recall == Some(Recall::Auto) && !config.is_full() {
-                    // as in a chat: all came back before the question, which votes on it
+                    // As in a chat, all rows return before the question, which votes on them.
                     run.cells = self.session.compress()?.cells_after;
                     run.tokens = self.session.n_past() as usize;
                 }
@@ -308,7 +309,8 @@ impl Runner {
         parts_of(self.session.model(), self.template.as_ref(), sample)
     }
 
-    /// How many of the tokens of a context the template has written before it: a task has no system message of its own.
+    /// Returns the number of a context's tokens that the template wrote before it; a task has no system message of its
+    /// own.
     fn system_of(&self, sample: &Sample, tokens: &[Token]) -> Result<usize, EvalError> {
         let Some(template) = &self.template else { return Ok(0) };
         let messages = [Message::new(Role::User, sample.full_turn())];
@@ -319,7 +321,7 @@ impl Runner {
         Sampler::new(self.session.model(), &SamplerParams { temp: 0.0, ..SamplerParams::default() }, 0)
     }
 
-    /// The most likely answer; without the token that ends it.
+    /// Returns the greedy answer, without the token that ends it.
     fn answer(&mut self, max_tokens: i32) -> Result<Vec<Token>, EvalError> {
         let mut sampler = self.greedy()?;
         let mut tokens = Vec::new();
@@ -327,14 +329,14 @@ impl Runner {
             tokens.push(token);
             ControlFlow::Continue(())
         })?;
-        // half an answer is no answer
+        // An incomplete answer does not count.
         if report.stop == Stop::Cancelled { Err(LlamaError::Cancelled.into()) } else { Ok(tokens) }
     }
 
-    /// Compares continuations of a compressed prompt with those of the full cache. Returns how many were added.
+    /// Compares continuations of a compressed prompt with those of the full cache. Returns the number of added records.
     ///
     /// # Errors
-    /// [`EvalError`]; what was measured so far is in the journal.
+    /// [`EvalError`]; earlier measurements are in the journal.
     pub fn continuation(&mut self, text: &Continuation) -> Result<usize, EvalError> {
         let mut missing = self.missing("fidelity", "", &text.item, false);
         missing.retain(|(config, _)| config.params.policy != Kind::Full);
@@ -359,7 +361,7 @@ impl Runner {
         Ok(added)
     }
 
-    /// What the full cache expects after `tokens[from..]`, but the last.
+    /// Computes the full cache's predictions after `tokens[from..]` except the last.
     fn reference(&mut self, prompt: Prompt, tokens: Vec<Token>, from: usize) -> Result<Reference, EvalError> {
         self.session.load(&prompt.saved)?;
         let mut full = Vec::with_capacity(tokens.len());
@@ -371,7 +373,7 @@ impl Runner {
         Ok(Reference { prompt, tokens, from, full })
     }
 
-    /// How far a compressed cache drifts from the full one, and what a trial tried before.
+    /// Measures the drift of a compressed cache from the full one. Returns it with the attempts of a trial.
     fn drift(
         &mut self,
         reference: &Reference,
@@ -381,7 +383,7 @@ impl Runner {
         let Reference { prompt, tokens, from, full } = reference;
         let recall = if config.renew.is_some() { Recall::Auto } else { Recall::Off };
         let tried = self.compress(prompt, config, recall, run)?;
-        // the continuation is not what is measured: it always has room
+        // The continuation is not part of the budget, so it always has room.
         self.session.limit_cells(usize::MAX);
         let mut distance = Distance::default();
         let mut add = |i: usize, logits: &[f32]| {

@@ -1,11 +1,11 @@
-//! The fewest cells that reach a target.
+//! Search for the fewest cells that reach a target.
 
-/// Steps of the grid to half the cells: neighbours differ by 9 %, whatever their size.
+/// Steps of the grid for each halving of the cells: neighbours always differ by 9 %.
 const STEPS: f64 = 8.0;
-/// Steps of the grid between what is tried on the way down.
+/// Steps of the grid between measurements on the way down.
 const STRIDE: usize = 4;
 
-/// Counts of cells to choose from, from all `n` down to the `least` that always stay.
+/// Returns the counts of cells to choose from, from all `n` down to the `least` that always stay.
 pub fn grid(n: usize, least: usize) -> Vec<usize> {
     let counts = (0..).map(|step| (n as f64 * (f64::from(step) / -STEPS).exp2()).round() as usize);
     let mut grid: Vec<usize> = counts.take_while(|&cells| cells > least.min(n)).collect();
@@ -14,12 +14,13 @@ pub fn grid(n: usize, least: usize) -> Vec<usize> {
     grid
 }
 
-/// C*: the smallest count of a descending `grid` such that it and every larger count that was measured stay within the
+/// Returns C*: the smallest count of a descending `grid` such that it and every larger measured count stay within the
 /// target.
 ///
-/// The drift (`measure`, a KL) falls with the cells on the whole, but not at every step. So the search goes down the grid in
-/// strides until one fails, and then halves the stride that holds the border: what holds below a failure does not count.
-/// The first count is that of the full cache, which drifts nowhere and is not measured.
+/// The drift (`measure`, a KL) rises as cells are removed, but not at every step. The search therefore goes down the
+/// grid in strides until one measurement fails, then bisects the stride with the border. Counts below a failure are
+/// ignored even if they would reach the target. The first count is the full cache, which has no drift and is not
+/// measured.
 ///
 /// # Errors
 /// Those of `measure`.
@@ -41,7 +42,7 @@ pub fn fewest<E>(grid: &[usize], target: f64, mut measure: impl FnMut(usize) -> 
 mod tests {
     use super::*;
 
-    /// C* under a curve, and what was measured for it.
+    /// Returns C* under a curve, and the measured counts.
     fn search(n: usize, target: f64, kl: impl Fn(usize) -> f64) -> (usize, Vec<usize>) {
         let mut tried = Vec::new();
         let found = fewest(&grid(n, 68), target, |cells| {

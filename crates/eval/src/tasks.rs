@@ -1,7 +1,7 @@
-//! Tasks: contexts, questions about them, and what a good answer has.
+//! Tasks: contexts, questions about them, and metrics for the answers.
 //!
-//! Each benchmark has a room that turns its files into [`Sample`]s; [`needle`] needs no files. A prompt may be longer than
-//! the caller's context: that is for the caller to sort out.
+//! Each benchmark has a module that turns its files into [`Sample`]s; [`needle`] needs no files. A prompt may exceed
+//! the caller's context, which the caller has to handle.
 
 pub mod gsm8k;
 pub mod longbench;
@@ -20,28 +20,28 @@ use super::metrics::{exact_number, rouge_l, share_found};
 /// One question about a context.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
-    /// Such as `ruler/4096`, `gsm8k`, `longbench`, `needle`.
+    /// Name of the suite, such as `ruler/4096`, `gsm8k`, `longbench`, `needle`.
     pub suite: String,
-    /// Such as `niah_single_1`.
+    /// Name of the task, such as `niah_single_1`.
     pub task: String,
     /// Name of the sample, unique within its suite.
     pub item: String,
-    /// What may be compressed before the question is known. Ends in white space.
+    /// The part that may be compressed before the question is known. Ends in white space.
     pub context: String,
     pub question: String,
-    /// Start of the assistant's turn. It may begin with a space, so that it can also follow the user's text directly.
+    /// Start of the assistant's turn. May begin with a space, so that it can also follow the user's text directly.
     pub answer_prefix: String,
-    /// At least one.
+    /// Correct answers; at least one.
     pub references: Vec<String>,
     pub metric: Metric,
-    /// Tokens that the answer may have.
+    /// Maximum number of tokens in the answer.
     pub max_tokens: i32,
-    /// Where the needle lies in the context, 0 (start) to 1 (end), where there is one and its place is known.
+    /// Position of the needle in the context, 0 (start) to 1 (end); None if there is none or its position is unknown.
     pub depth: Option<f64>,
 }
 
 impl Sample {
-    /// What kind of request it is, in a word.
+    /// Returns the kind of request.
     pub fn family(&self) -> &str {
         match (self.suite.as_str(), self.task.as_str()) {
             ("gsm8k", _) => "few-shot",
@@ -52,22 +52,22 @@ impl Sample {
         }
     }
 
-    /// The whole turn of the user: context and question.
+    /// Returns the user's complete turn: context and question.
     pub fn full_turn(&self) -> String {
         format!("{}{}", self.context, self.question)
     }
 
-    /// Score of an answer (without the prefix), 0 to 1.
+    /// Returns the score of an answer (without the prefix), 0 to 1.
     pub fn score(&self, answer: &str) -> f64 {
         self.metric.score(answer, &self.references)
     }
 }
 
-/// What the files of a task hold.
+/// Contents of the files of a task.
 #[derive(Debug, Default)]
 pub struct Loaded {
     pub samples: Vec<Sample>,
-    /// What is wrong with the rows that are left out, each with its file and line.
+    /// Errors of the rows that are left out, each with file and line.
     pub refused: Vec<TaskError>,
 }
 
@@ -76,16 +76,16 @@ pub struct Loaded {
 pub enum Metric {
     /// Share of the references that the answer contains: [`share_found`].
     ShareFound,
-    /// 1 if the answer contains a reference, else 0.
+    /// 1 if the answer contains a reference, otherwise 0.
     AnyFound,
-    /// 1 if the answer ends in the number of a reference, else 0: [`exact_number`].
+    /// 1 if the answer ends in the number of a reference, otherwise 0: [`exact_number`].
     ExactNumber,
     /// The best F-measure of the longest common subsequence of words: [`rouge_l`].
     RougeL,
 }
 
 impl Metric {
-    /// Score of an answer, 0 to 1.
+    /// Returns the score of an answer, 0 to 1.
     pub fn score(self, answer: &str, references: &[String]) -> f64 {
         match self {
             Self::ShareFound => share_found(answer, references),
@@ -96,7 +96,7 @@ impl Metric {
     }
 }
 
-/// What is wrong with the file of a task.
+/// Why the file of a task cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
     #[error("{0}: {1}")]
@@ -104,7 +104,7 @@ pub enum TaskError {
     #[error("{path}:{line}: {what}")]
     Line {
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, counted from 1.
         line: usize,
         what: String,
     },

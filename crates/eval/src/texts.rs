@@ -1,16 +1,16 @@
-//! Texts to go on with: a file, or the source code below a folder.
+//! Texts for continuations: a file, or the source code below a folder.
 
 use std::path::Path;
 
 use super::tasks::TaskError;
 use crate::text;
 
-/// Endings of the files that count as source code.
+/// Extensions of source code files.
 const CODE: &[&str] =
     &["c", "cc", "cpp", "cs", "cu", "go", "h", "hpp", "java", "js", "kt", "py", "rb", "rs", "sh", "swift", "ts"];
 
-/// A text file, or all source files below a folder, one after another by name. What is hidden, and what is no UTF-8, is left
-/// out of a folder.
+/// Reads a text file, or all source files below a folder, one after another in order of their names. In a folder,
+/// hidden folders and files that are not UTF-8 are left out.
 ///
 /// # Errors
 /// [`TaskError::Io`]; [`TaskError::NoCode`] for a folder without source files.

@@ -1,5 +1,5 @@
-//! What an adapter must have for llama.cpp to apply it: it trusts the types of the metadata and some of the shapes, and ends the
-//! process where they are wrong (`src/llama-adapter.cpp`).
+//! Checks adapters before llama.cpp applies them: llama.cpp trusts the types of the metadata and some of the shapes,
+//! and ends the process if they are wrong (`src/llama-adapter.cpp`).
 
 use std::collections::HashMap;
 
@@ -7,17 +7,17 @@ use serde_json::Value;
 
 use super::{Gguf, Kind, Tensor};
 
-/// The value of `key`, which is a text if it is there.
+/// Returns the text value of `key`, or None if the key is missing.
 fn text<'a>(file: &'a Gguf, key: &str) -> Result<Option<&'a str>, String> {
     let Some(entry) = file.entry(key) else { return Ok(None) };
     let value = entry.value.as_ref().and_then(Value::as_str);
     value.map(Some).ok_or_else(|| format!("its {key} is no text"))
 }
 
-/// Looks at an adapter (LoRA) for `base` before llama.cpp does.
+/// Checks an adapter (LoRA) against `base` before llama.cpp does.
 ///
 /// # Errors
-/// What is wrong with it, or does not fit the model.
+/// Returns a message that says what is wrong with the adapter or does not fit the model.
 pub fn check_adapter(adapter: &Gguf, base: &Gguf) -> Result<(), String> {
     for (key, expected) in [("general.type", "adapter"), ("adapter.type", "lora")] {
         if text(adapter, key)? != Some(expected) {
@@ -37,10 +37,10 @@ pub fn check_adapter(adapter: &Gguf, base: &Gguf) -> Result<(), String> {
     check_tensors(&adapter.tensors, &base.tensors)
 }
 
-/// Types that ggml does not multiply.
+/// Types that ggml cannot multiply.
 const NO_FACTORS: [&str; 5] = ["i8", "i16", "i32", "i64", "f64"];
 
-/// The matrices of one weight.
+/// The two matrices of one weight.
 #[derive(Default)]
 struct Pair<'a> {
     a: Option<&'a Tensor>,
@@ -70,7 +70,7 @@ fn check_tensors(tensors: &[Tensor], base: &[Tensor]) -> Result<(), String> {
             return Err(format!("the model has no tensor {name:?}"));
         };
         let [a, b, w] = [a, b, weight].map(shape);
-        // rows of A are looked up there, not multiplied: llm_build_inp_embd()
+        // For the embedding, the rows of A are looked up, not multiplied: llm_build_inp_embd()
         let is_embedding = name.ends_with("token_embd.weight");
         let (ends, rank) = if is_embedding { ([b[1], a[1]], [a[0], b[0]]) } else { ([a[0], b[1]], [a[1], b[0]]) };
         let is_stacked = [a, b].iter().all(|of| of[2..] == w[2..]);
@@ -81,7 +81,7 @@ fn check_tensors(tensors: &[Tensor], base: &[Tensor]) -> Result<(), String> {
     Ok(())
 }
 
-/// Four dimensions, as ggml has them.
+/// Returns the shape with four dimensions, as in ggml.
 fn shape(tensor: &Tensor) -> [u64; 4] {
     std::array::from_fn(|i| tensor.shape.get(i).copied().unwrap_or(1))
 }

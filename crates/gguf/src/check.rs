@@ -1,8 +1,8 @@
-//! What llama.cpp would not survive: it asserts some of what a file says, and ends the process where that is wrong.
+//! Finds contradictions in a file for which llama.cpp would end the process by an assertion.
 //!
-//! The rules are those of the assertions that a file can reach in `src/llama-vocab.cpp`, `src/llama-model.cpp`
-//! (`load_hparams()`), `src/llama-model-loader.cpp` and ggml's operators. What llama.cpp refuses by an error of its own is left
-//! to it.
+//! The rules follow the assertions that a file can reach in `src/llama-vocab.cpp`, `src/llama-model.cpp`
+//! (`load_hparams()`), `src/llama-model-loader.cpp` and ggml's operators. Faults that llama.cpp reports as an error are
+//! not checked here.
 
 use serde_json::Value;
 
@@ -15,12 +15,12 @@ use super::walk::Twins;
 const EXPERTS_MAX: u64 = 1024;
 /// `LLAMA_ROPE_SCALING_TYPES` in `src/llama-model.cpp`.
 const ROPE_SCALINGS: [&str; 4] = ["none", "linear", "yarn", "longrope"];
-/// Architectures that rotate nothing, whatever the file says: `llama_model_rope_type()`, and `src/models/starcoder.cpp`.
+/// Architectures without rotation, regardless of the file: `llama_model_rope_type()`, and `src/models/starcoder.cpp`.
 const WITHOUT_ROPE: [&str; 5] = ["gpt2", "gptj", "jais", "mpt", "starcoder"];
-/// The tokenizers of a file without a vocabulary.
+/// Tokenizer names of files without a vocabulary.
 const NO_VOCABULARY: [&str; 2] = ["no_vocab", "none"];
 
-/// Each in words that complete "llama.cpp cannot load this model: ".
+/// Returns the faults of a file. Each completes "llama.cpp cannot load this model: ".
 pub(super) fn faults(keys: &Keys, info: &ModelInfo, tensors: &[Tensor], twins: Option<&Twins>) -> Vec<String> {
     let rules = [
         vocabulary(info, tensors, twins),
@@ -40,7 +40,7 @@ fn vocabulary(info: &ModelInfo, tensors: &[Tensor], twins: Option<&Twins>) -> Op
     if let Some(Twins { text, first, second }) = twins {
         return Some(format!("its vocabulary has two entries {text:?}, the tokens {first} and {second}"));
     }
-    // that many dummy tokens would be made
+    // llama.cpp would create this many dummy tokens.
     let is_without = info.tokenizer.as_deref().is_some_and(|name| NO_VOCABULARY.contains(&name));
     let embedding = tensors.iter().find(|tensor| tensor.name == "token_embd.weight");
     let rows = embedding.and_then(|tensor| tensor.shape.get(1)).copied();
@@ -59,7 +59,7 @@ fn experts(keys: &Keys, info: &ModelInfo) -> Option<String> {
     let used = info.n_expert.1 as u64;
     let number = |key| keys.get(key).and_then(Value::as_u64).unwrap_or(0);
     let (groups, groups_used) = (number("expert_group_count"), number("expert_group_used_count"));
-    // they take one expert for none
+    // These architectures treat one expert as none.
     if info.architecture.starts_with("hunyuan") && n <= 1 {
         return None;
     }
@@ -81,12 +81,12 @@ fn rope_scaling(info: &ModelInfo) -> Option<String> {
     Some(format!("its RoPE is scaled by {name:?} (rope.scaling.type), which is unknown"))
 }
 
-/// `layers`: the ending of the keys for those with a sliding window.
+/// Checks the rotated dimensions. `layers`: the suffix of the keys for layers with a sliding window.
 fn rope_dimensions(keys: &Keys, info: &ModelInfo, layers: &str) -> Option<String> {
     let number = |key: &str| keys.get(&format!("{key}{layers}")).and_then(Value::as_u64);
     let dims = number("rope.dimension_count")?;
     let head = number("attention.key_length").unwrap_or(info.n_embd_head_k as u64);
-    // of what is refused some rotates a part that is not counted as a head
+    // Some refused architectures rotate a part that does not count as a head.
     let is_rotated = info.refusal.is_none() && !WITHOUT_ROPE.contains(&&*info.architecture);
     let is_sound = dims > 0 && dims.is_multiple_of(2) && dims <= head;
     (is_rotated && !is_sound).then(|| {
@@ -104,7 +104,7 @@ fn heads(keys: &Keys) -> Option<String> {
 
 fn epsilon(keys: &Keys, key: &str) -> Option<String> {
     let entry = keys.own(key).filter(|entry| entry.kind == Kind::F32)?;
-    // there is no NaN in JSON
+    // JSON cannot represent NaN.
     let value = entry.value.as_ref().and_then(Value::as_f64);
     let is_sound = value.is_some_and(|value| value >= 0.0);
     (!is_sound).then(|| format!("{} is not a positive number", entry.key))

@@ -1,4 +1,4 @@
-//! A metadata entry, and its value as gguf-rs reads it.
+//! Metadata entries, with values parsed by gguf-rs.
 
 use std::io::Cursor;
 
@@ -7,7 +7,7 @@ use serde_json::{Number, Value};
 use super::walk::HEAD_MAX;
 use gvote::llama::{KvOverride, KvValue};
 
-/// `gguf_type` in `ggml/include/gguf.h`, by number.
+/// Value types: `gguf_type` in `ggml/include/gguf.h`, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     U8,
@@ -46,7 +46,7 @@ impl Kind {
         Self::ALL.get(number as usize).map(|row| row.0)
     }
 
-    /// What stands for all kinds that llama.cpp takes for one another.
+    /// Returns one representative for all kinds that llama.cpp treats alike.
     fn class(self) -> Self {
         match self {
             Self::U8 | Self::I8 | Self::U16 | Self::I16 | Self::U32 | Self::I32 | Self::U64 => Self::I64,
@@ -55,12 +55,12 @@ impl Kind {
         }
     }
 
-    /// Its name in Rust.
+    /// Returns the name of the type in Rust.
     pub fn name(self) -> &'static str {
         Self::ALL[self as usize].1
     }
 
-    /// Bytes of one; None where they have no common size.
+    /// Returns the size of one value in bytes; None for strings and arrays, whose sizes vary.
     pub(super) fn size(self) -> Option<u64> {
         Self::ALL[self as usize].2
     }
@@ -69,19 +69,20 @@ impl Kind {
 /// A metadata entry of a model file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
-    /// Such as `general.architecture`.
+    /// The key, such as `general.architecture`.
     pub key: String,
-    /// Where the entry begins, bytes from the start of the file.
+    /// Start of the entry, in bytes from the start of the file.
     pub offset: u64,
-    /// Type of the value; of an array the type of its elements.
+    /// Type of the value; for an array, the type of its elements.
     pub kind: Kind,
-    /// Elements of an array; None for anything else.
+    /// Number of elements of an array; None for other values.
     pub elements: Option<u64>,
-    /// The value: of an array at most the first 512 elements, of a string of more than 1 MiB None. See [`super::Gguf::value`].
+    /// The value. For an array at most the first 512 elements; None for a string longer than 1 MiB. See
+    /// [`super::Gguf::value`].
     pub value: Option<Value>,
 }
 
-/// Puts a value in place of the file's, or adds it. As in llama.cpp, one of another type is ignored.
+/// Overrides a value of the file, or adds the value. As in llama.cpp, a value of another type is ignored.
 pub(super) fn replace(entries: &mut Vec<Entry>, KvOverride { key, value }: &KvOverride) {
     let (kind, value) = match value {
         KvValue::Int(n) => (Kind::I64, Value::from(*n)),
@@ -101,7 +102,7 @@ impl Entry {
         self.value.as_ref()?.as_u64()
     }
 
-    /// Whether [`Self::value`] is all there is.
+    /// Returns true if [`Self::value`] is complete.
     pub fn is_whole(&self) -> bool {
         match (&self.value, self.elements) {
             (Some(Value::Array(values)), Some(n)) => values.len() as u64 == n,
@@ -109,15 +110,15 @@ impl Entry {
         }
     }
 
-    /// The type in words, such as `u32` or `string[49152]`.
+    /// Returns the type as text, such as `u32` or `string[49152]`.
     pub fn type_name(&self) -> String {
         self.elements.map_or_else(|| self.kind.name().into(), |n| format!("{}[{n}]", self.kind.name()))
     }
 }
 
-/// The value of `data`, or of the first `array` elements in it.
+/// Parses the value in `data`, or the first `array` elements of it.
 pub(super) fn parse(version: u32, kind: Kind, array: Option<u64>, data: Vec<u8>) -> Result<Value, String> {
-    /// Any name will do: gguf-rs wants one.
+    /// A placeholder key, because gguf-rs requires one.
     const KEY: &str = "value";
     let data = if kind == Kind::String { utf8(&data).ok_or("a string ends behind its value")? } else { data };
     let mut body = (KEY.len() as u64).to_le_bytes().to_vec();
@@ -130,9 +131,9 @@ pub(super) fn parse(version: u32, kind: Kind, array: Option<u64>, data: Vec<u8>)
         body.extend((kind as u32).to_le_bytes());
     }
     body.extend(data);
-    // the cap is on arrays of the tokenizer, which gguf-rs would cut without a word
+    // The cap applies to arrays of the tokenizer, which gguf-rs would otherwise truncate silently.
     let cap = array.unwrap_or(HEAD_MAX);
-    let counts = [0, 1].map(u64::to_le_bytes).concat(); // of tensors and entries
+    let counts = [0, 1].map(u64::to_le_bytes).concat(); // numbers of tensors and entries
     let stream = [&version.to_le_bytes()[..], &counts, &body].concat();
     let decoded = gguf_rs::GGUFContainer::new(gguf_rs::ByteOrder::LE, Box::new(Cursor::new(stream)), cap).decode();
     let model = decoded.map_err(|error| format!("a value cannot be parsed ({error})"))?;
@@ -140,8 +141,7 @@ pub(super) fn parse(version: u32, kind: Kind, array: Option<u64>, data: Vec<u8>)
     Ok(if kind == Kind::F32 { shortest(value) } else { value })
 }
 
-/// Strings as they lie in a file, each behind its length. What is not UTF-8 in them becomes U+FFFD: llama.cpp does not mind it,
-/// and gguf-rs refuses it.
+/// Replaces invalid UTF-8 in length-prefixed strings by U+FFFD: llama.cpp accepts such bytes, and gguf-rs rejects them.
 fn utf8(mut data: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(data.len());
     while let Some((len, rest)) = data.split_first_chunk() {
@@ -154,7 +154,8 @@ fn utf8(mut data: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// gguf-rs widens a 32-bit float bit by bit, which makes 1e-5 into 9.999999747378752e-6.
+/// Rounds to the shortest decimal. gguf-rs widens a 32-bit float bit by bit, which makes 1e-5 into
+/// 9.999999747378752e-6.
 fn shortest(value: Value) -> Value {
     match value {
         Value::Array(values) => values.into_iter().map(shortest).collect(),

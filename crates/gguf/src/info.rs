@@ -1,4 +1,4 @@
-//! What the metadata says of the model.
+//! Description of the model from the metadata.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,10 +11,10 @@ use super::walk::{Fault, HEAD_MAX, bad};
 use super::window::window;
 use gvote::llama::CacheType;
 
-/// Most heads, and most values in a row. Keeps every product of them inside 64 bits.
+/// Largest number of heads, and of values in a row. Keeps every product of them within 64 bits.
 const DIM_MAX: u64 = 1 << 20;
 
-/// `llama_ftype` in `include/llama.h`, by number; empty where a number was given up.
+/// `llama_ftype` in `include/llama.h`, by number; empty for removed numbers.
 #[rustfmt::skip]
 const FILE_TYPES: [&str; 43] = [
     "F32", "F16", "Q4_0", "Q4_1", "", "", "", "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M",
@@ -22,7 +22,7 @@ const FILE_TYPES: [&str; 43] = [
     "IQ2_M", "IQ4_XS", "IQ1_M", "BF16", "", "", "", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0", "F8_E4M3",
 ];
 
-/// A model file's own words. Of a split model: the first file's, which holds the metadata of all.
+/// Metadata of a model. For a split model: that of the first file, which covers all parts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelInfo {
     /// `general.architecture`, as llama.cpp names it.
@@ -31,52 +31,52 @@ pub struct ModelInfo {
     pub name: Option<String>,
     /// `general.license`.
     pub license: Option<String>,
-    /// Name of the weights' mix (`general.file_type`, `llama_ftype` in `llama.h`), such as `Q4_K_M`.
+    /// Name of the quantization mix (`general.file_type`, `llama_ftype` in `llama.h`), such as `Q4_K_M`.
     pub quantization: Option<&'static str>,
-    /// Layers of the trunk: blocks less those that only predict further tokens (`nextn_predict_layers`).
+    /// Layers of the trunk: blocks without those that only predict further tokens (`nextn_predict_layers`).
     pub n_layer: usize,
-    /// Query heads, of the layer that has most.
+    /// Largest number of query heads in any layer.
     pub n_head: usize,
-    /// KV heads of each layer; 0 for a layer without attention.
+    /// Number of KV heads of each layer; 0 for a layer without attention.
     pub n_head_kv: Vec<usize>,
-    /// Values in a hidden state.
+    /// Width of the hidden state, in values.
     pub n_embd: usize,
-    /// Values in a key, a head. Layers with a window may differ.
+    /// Values in the key of one head. Layers with a window may differ.
     pub n_embd_head_k: usize,
-    /// Values in a value vector, a head. Layers with a window may differ.
+    /// Values in the value vector of one head. Layers with a window may differ.
     pub n_embd_head_v: usize,
-    /// Experts of a layer, and those that a token meets, in the layer where they are most; 0 for a dense model.
+    /// Number of experts in a layer and the largest number that a token uses in any layer; 0 for a dense model.
     pub n_expert: (usize, usize),
-    /// Tokens of context the model was trained for.
+    /// Training context length, in tokens.
     pub n_ctx_train: usize,
-    /// How positions enter the queries.
+    /// Parameters of the rotary embedding.
     pub rope: Rope,
-    /// Kind of tokenizer (`tokenizer.ggml.model`), and the tokens it knows.
+    /// Kind of tokenizer (`tokenizer.ggml.model`), and the number of its tokens.
     pub tokenizer: Option<String>,
     pub n_vocab: Option<u64>,
     /// The chat template.
     pub chat_template: Option<String>,
-    /// Tokens in the sliding window, where llama.cpp gives this architecture one.
+    /// Length of the sliding window in tokens, if llama.cpp uses one for this architecture.
     pub sliding_window: Option<usize>,
     /// Whether each layer uses the sliding window.
     pub windowed: Vec<bool>,
-    /// Files of the model (`split.count`).
+    /// Number of files of the model (`split.count`).
     pub n_split: usize,
-    /// Layers from here on read another layer's keys and values.
+    /// Layers from this index on reuse another layer's keys and values.
     n_layer_kv: usize,
     pub(super) refusal: Option<&'static str>,
 }
 
-/// The rotary embedding as the file describes it; what it leaves out is up to the architecture.
+/// Parameters of the rotary embedding in the file. The architecture sets missing ones.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rope {
-    /// Values of a head that are rotated.
+    /// Number of rotated values in a head.
     pub dims: Option<usize>,
     pub base: Option<f64>,
-    /// `linear`, `yarn`, ...
+    /// The scaling method: `linear`, `yarn`, ...
     pub scaling: Option<String>,
     pub factor: Option<f64>,
-    /// Tokens of context before the scaling.
+    /// Context length before the scaling, in tokens.
     pub original_context: Option<usize>,
 }
 
@@ -105,12 +105,12 @@ impl<'a> Keys<'a> {
         self.general(key)?.as_str().map(Into::into)
     }
 
-    /// The entry `<architecture>.<key>`.
+    /// Returns the entry `<architecture>.<key>`.
     pub fn own(&self, key: &str) -> Option<&Entry> {
         self.entries.get(&*format!("{}.{key}", self.architecture)).copied()
     }
 
-    /// `<architecture>.<key>`, or None if the file has no such key.
+    /// Returns the value of `<architecture>.<key>`, or None if the file has no such key.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.own(key)?.value.as_ref()
     }
@@ -129,7 +129,7 @@ impl<'a> Keys<'a> {
         Ok(self.number(key, DIM_MAX)?.map(|n| n as usize))
     }
 
-    /// A number for all of `n` layers, or one each: `get_key_or_arr()`.
+    /// Returns one number for each of `n` layers, from a common number or an array, like `get_key_or_arr()`.
     fn per_layer(&self, key: &str, n: usize) -> Result<Option<Vec<usize>>, Fault> {
         let entry = self.own(key);
         let Some((entry, Value::Array(values))) = entry.and_then(|e| e.value.as_ref().map(|value| (e, value))) else {
@@ -142,7 +142,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Heads and KV heads of each of `n_block` layers.
+    /// Returns the numbers of query heads and KV heads of each of `n_block` layers.
     pub fn heads(&self, n_block: usize) -> Result<(Vec<usize>, Vec<usize>), Fault> {
         let n_heads = self.per_layer("attention.head_count", n_block)?.unwrap_or_default();
         let n_head_kv = self.per_layer("attention.head_count_kv", n_block)?.unwrap_or(n_heads.clone());
@@ -161,7 +161,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// `tensors` of all files.
+/// Describes the model; `tensors` are those of all files.
 pub(super) fn describe(keys: &Keys, tensors: &[Tensor]) -> Result<ModelInfo, Fault> {
     let architecture = keys.architecture;
     let general = |key: &str| keys.general(key).and_then(Value::as_u64);
@@ -217,26 +217,28 @@ pub(super) fn describe(keys: &Keys, tensors: &[Tensor]) -> Result<ModelInfo, Fau
 }
 
 impl ModelInfo {
-    /// KV heads of the layers that store keys and values of their own, with the window or without it.
+    /// KV heads of the layers that store their own keys and values, either those with the sliding window or those
+    /// without.
     pub fn cached(&self, windowed: bool) -> impl Iterator<Item = usize> {
         let layers = self.n_head_kv.iter().zip(&self.windowed).take(self.n_layer_kv);
         layers.filter(move |&(&n, &w)| n > 0 && w == windowed).map(|(&n, _)| n)
     }
 
-    /// Bytes of a cell over all layers that keep the whole context: the cells that gvote frees. Layers with a sliding window have a
-    /// small cache of their own and are not counted. A layer's K row has n_head_kv * n_embd_head_k values, its V row
-    /// n_head_kv * n_embd_head_v: `llama_kv_cache`.
+    /// Bytes of a cell over all layers that keep the whole context, which are the cells that gvote frees.
+    ///
+    /// Layers with a sliding window have a small cache of their own and are not counted. As in `llama_kv_cache`, a
+    /// layer's K row has n_head_kv * n_embd_head_k values, its V row n_head_kv * n_embd_head_v.
     pub fn kv_bytes_per_cell(&self, type_k: CacheType, type_v: CacheType) -> usize {
         self.bytes_per_cell(false, type_k, type_v)
     }
 
-    /// Bytes of a cell over all layers with a sliding window, if they have heads of the same size as the others.
+    /// Bytes of a cell over all layers with a sliding window, assuming heads of the same size as in the other layers.
     pub fn kv_bytes_per_window_cell(&self, type_k: CacheType, type_v: CacheType) -> usize {
         self.bytes_per_cell(true, type_k, type_v)
     }
 
-    /// Cells that llama.cpp gives layers with a sliding window in a context of `n_ctx` cells, unless all of them are asked for:
-    /// those of the window and of a ubatch (`src/llama-kv-cache-iswa.cpp`).
+    /// Cells that llama.cpp allocates for layers with a sliding window in a context of `n_ctx` cells, unless the full
+    /// cache is requested: those of the window and of one ubatch (`src/llama-kv-cache-iswa.cpp`).
     pub fn window_cells(&self, n_ctx: usize, n_ubatch: usize) -> usize {
         const PADDING: usize = 256;
         let Some(window) = self.sliding_window else { return 0 };
@@ -252,7 +254,7 @@ impl ModelInfo {
         self.cached(windowed).map(|n| row(type_k, n * k) + row(type_v, n * v)).sum()
     }
 
-    /// Whether llama.cpp takes a cache of this type: its blocks must not cross heads.
+    /// Returns true if llama.cpp supports a cache of this type: its blocks must not cross heads.
     pub fn can_cache(&self, cache_type: CacheType) -> bool {
         let block = cache_type.stored().block as usize;
         [self.n_embd_head_k, self.n_embd_head_v].iter().all(|n| n.is_multiple_of(block))

@@ -1,15 +1,21 @@
-//! What a model file says before it is loaded: its shape, the bytes of a KV cell, whether gvote can work on it.
+//! Reads the description in a model file without loading the model: its shape, the bytes of a KV cell, whether gvote
+//! supports the model.
 //!
-//! The metadata is parsed by the crate `gguf-rs`, but never straight from the file. gguf-rs 0.1.8 trusts what it reads: it
-//! allocates a string's length (up to 1 GiB) before it knows that the file has so much, keeps some 60 bytes for each byte of a
-//! long array, cuts a tokenizer's arrays without a word, reads without a buffer, panics on a tensor of type 40 and refuses the
-//! types above (NVFP4, Q1_0, Q2_0, F8_E4M3 of the pin), takes 256 for the block of every type past 9, and minds neither a truncated
-//! file nor a key given twice. So a bounded walk checks the structure and hands gguf-rs one value at a time, no longer
-//! than is worth keeping, under a header that promises no tensors; tensors are read and checked here, with ggml's own sizes. Its
-//! names of file types are not those of `llama_ftype`, and asking for one panics on a negative number: the names are ours.
+//! The crate `gguf-rs` parses the metadata, but never straight from the file. gguf-rs 0.1.8 trusts its input:
+//! - It allocates a string's length (up to 1 GiB) before checking that the file is that long.
+//! - It keeps about 60 bytes for each byte of a long array, and truncates a tokenizer's arrays silently.
+//! - It reads without a buffer.
+//! - It panics on a tensor of type 40 and rejects the types above (NVFP4, Q1_0, Q2_0, F8_E4M3 of the pinned llama.cpp),
+//!   and assumes a block size of 256 for every type past 9.
+//! - It detects neither a truncated file nor a duplicate key.
 //!
-//! The format: `ggml/include/gguf.h`; the checks follow `ggml/src/gguf.cpp`, the keys and defaults `src/llama-arch.cpp`,
-//! `src/llama-model.cpp` and `src/models/*.cpp` of the pinned llama.cpp.
+//! So a bounded walk checks the structure and passes gguf-rs one value at a time, limited to the part worth keeping,
+//! under a header that announces no tensors. This crate reads and checks tensors itself, with ggml's own sizes. It also
+//! names the file types itself, because gguf-rs' names differ from those of `llama_ftype`, and asking for one panics on
+//! a negative number.
+//!
+//! The format: `ggml/include/gguf.h`. The checks follow `ggml/src/gguf.cpp`; the keys and defaults follow
+//! `src/llama-arch.cpp`, `src/llama-model.cpp` and `src/models/*.cpp` of the pinned llama.cpp.
 
 #![forbid(unsafe_code)]
 
@@ -36,7 +42,7 @@ pub use self::support::Support;
 use self::walk::{Fault, Found, Walk};
 use gvote::llama::{KvOverride, TensorType};
 
-/// Why a file cannot be read. One line each: the path, what is wrong and where, what to do.
+/// Why a file cannot be read. One line each: the path, the fault and its place, and a remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
     #[error("{path}: there is no such file: check the path")]
@@ -73,28 +79,28 @@ pub enum GgufError {
     PartName { path: PathBuf, count: u64, should: String },
 }
 
-/// A tensor as a model file describes it.
+/// Description of a tensor in a model file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tensor {
     pub name: String,
-    /// Innermost first.
+    /// Dimensions, innermost first.
     pub shape: Vec<u64>,
-    /// Values in it.
+    /// Number of values.
     pub values: u64,
-    /// Number of its type (`ggml_type`).
+    /// Number of the type (`ggml_type`).
     pub number: u32,
-    /// None where this llama.cpp does not know the type.
+    /// The type; None if this llama.cpp does not know it.
     pub kind: Option<TensorType>,
-    /// Where its data begins, bytes from the start of its file.
+    /// Start of the data, in bytes from the start of the file.
     pub offset: u64,
-    /// Bytes of its data, where the type is known.
+    /// Size of the data in bytes; None for an unknown type.
     pub bytes: Option<u64>,
-    /// Which of [`Gguf::parts`] holds it.
+    /// Index into [`Gguf::parts`] of the file with this tensor.
     pub part: usize,
 }
 
 impl Tensor {
-    /// The type's name in capitals, as files are named, such as `Q4_K`.
+    /// Returns the type's name in capitals, as in file names, such as `Q4_K`.
     pub fn type_name(&self) -> String {
         self.kind.map_or_else(|| format!("type {}", self.number), |kind| kind.name.to_uppercase())
     }
@@ -104,38 +110,38 @@ impl Tensor {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
     pub path: PathBuf,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
 }
 
-/// What a model's files say, without the weights.
+/// Contents of a model's files without the weights.
 #[derive(Clone, Debug)]
 pub struct Gguf {
-    /// Of the format.
+    /// Version of the format.
     pub version: u32,
-    /// Of tensor data, bytes.
+    /// Alignment of tensor data, in bytes.
     pub alignment: u64,
     pub parts: Vec<Part>,
-    /// The metadata, of the first file where there are several.
+    /// The metadata; for a split model, that of the first file.
     pub entries: Vec<Entry>,
     pub tensors: Vec<Tensor>,
     pub info: ModelInfo,
-    /// What llama.cpp would not survive, each in words that complete "llama.cpp cannot load this model: ".
+    /// Faults for which llama.cpp would end the process. Each completes "llama.cpp cannot load this model: ".
     pub faults: Vec<String>,
 }
 
-/// The tensors of one type.
+/// Totals of the tensors of one type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TypeShare {
-    /// As [`Tensor::type_name`].
+    /// Name, as in [`Tensor::type_name`].
     pub name: String,
     pub tensors: usize,
     pub values: u64,
-    /// Unknown for a type that this llama.cpp does not know.
+    /// Size in bytes; None for a type that this llama.cpp does not know.
     pub bytes: Option<u64>,
 }
 
-/// Read what the file at `path` says of its model: see [`Gguf::open`].
+/// Reads the description of the model in the file at `path`: see [`Gguf::open`].
 ///
 /// # Errors
 /// See [`GgufError`].
@@ -144,16 +150,16 @@ pub fn read(path: &Path) -> Result<ModelInfo, GgufError> {
 }
 
 impl Gguf {
-    /// Read what the file at `path`, and those beside it that it is split into, say of their model, and check that all of the
-    /// tensor data is there. Tensors of a type that this version does not know are not checked for their size.
+    /// Reads the description in the file at `path`, and in the other parts of a split model beside it. Checks that all
+    /// of the tensor data is present, except for the size of tensors of an unknown type.
     ///
     /// # Errors
-    /// See [`GgufError`]. Neither time nor memory depends on what a damaged file promises.
+    /// See [`GgufError`]. Time and memory are bounded, whatever sizes a damaged file announces.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
         Self::open_with(path, &[])
     }
 
-    /// The same as it is when llama.cpp takes some values instead of the file's.
+    /// Works like [`Self::open`], with metadata values overridden as in llama.cpp.
     ///
     /// # Errors
     /// See [`GgufError`].
@@ -164,7 +170,8 @@ impl Gguf {
         split::join(path, first)
     }
 
-    /// The same for the bytes of a file, of which there are `size`; the other parts of a split model are looked for beside `path`.
+    /// Works like [`Self::open`] for the bytes of a file, `size` in number. The other parts of a split model are
+    /// expected beside `path`.
     ///
     /// # Errors
     /// See [`GgufError`].
@@ -172,7 +179,7 @@ impl Gguf {
         split::join(path, OneFile::parse(path, source, size)?)
     }
 
-    /// Refuses what llama.cpp would not survive: it ends the process where some of what a file says contradicts the rest.
+    /// Returns an error for contradictions in the file for which llama.cpp would end the process.
     ///
     /// # Errors
     /// [`GgufError::Unloadable`] with the first of [`Self::faults`].
@@ -183,15 +190,15 @@ impl Gguf {
         }
     }
 
-    /// The metadata entry of that name.
+    /// Returns the metadata entry of that name.
     pub fn entry(&self, key: &str) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.key == key)
     }
 
-    /// A value from the metadata, however long; None where the file has no such key.
+    /// Returns a value from the metadata, however long; None if the file has no such key.
     ///
     /// # Errors
-    /// [`GgufError::Read`] for a value too long to be printed, or when the file has changed.
+    /// [`GgufError::Read`] for a value too long to print, or if the file has changed.
     pub fn value(&self, key: &str) -> Result<Option<Value>, GgufError> {
         let Some(entry) = self.entry(key) else { return Ok(None) };
         if let Some(value) = entry.value.clone().filter(|_| entry.is_whole()) {
@@ -209,22 +216,22 @@ impl Gguf {
         }
     }
 
-    /// Values in all tensors.
+    /// Number of values in all tensors.
     pub fn n_params(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.values).fold(0, u64::saturating_add)
     }
 
-    /// Bytes of all tensors of known types.
+    /// Size of all tensors of known types, in bytes.
     pub fn n_bytes(&self) -> u64 {
         self.tensors.iter().filter_map(|tensor| tensor.bytes).fold(0, u64::saturating_add)
     }
 
-    /// Bytes of all files.
+    /// Size of all files, in bytes.
     pub fn file_size(&self) -> u64 {
         self.parts.iter().map(|part| part.size).sum()
     }
 
-    /// The types of the tensors, those first that take most bytes.
+    /// Returns the types of the tensors, by descending size in bytes.
     pub fn by_type(&self) -> Vec<TypeShare> {
         let mut shares = BTreeMap::<u32, TypeShare>::new();
         for tensor in &self.tensors {
@@ -249,7 +256,7 @@ impl GgufError {
         let path = path.to_owned();
         match fault {
             Fault::Io(source) if source.kind() == io::ErrorKind::NotFound => Self::NotFound { path },
-            // the file shrank while it was read
+            // The file shrank while being read.
             Fault::Io(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
                 Self::TruncatedHeader { path, size, offset: size }
             }
@@ -266,13 +273,13 @@ fn open_file(path: &Path) -> Result<(File, u64), GgufError> {
     let path_buf = || path.to_owned();
     match meta.len() {
         _ if meta.is_dir() => Err(GgufError::Folder { path: path_buf() }),
-        // opening a pipe would wait for its writer
+        // Opening a pipe would block until a writer appears.
         _ if !meta.is_file() => Err(GgufError::NotAFile { path: path_buf() }),
         size => Ok((File::open(path).map_err(fault)?, size)),
     }
 }
 
-/// What one file holds.
+/// Contents of one file.
 struct OneFile {
     version: u32,
     size: u64,
@@ -301,7 +308,7 @@ impl OneFile {
         let version = walk.u32().map_err(fault)?;
         match version {
             2 | 3 => {}
-            // a small number in the other byte order has its zeros in the low half
+            // A small number in the other byte order has zeros in the low half.
             v if v != 0 && v & 0xffff == 0 => return Err(GgufError::BigEndian { path: owned() }),
             _ => return Err(GgufError::Version { path: owned(), version }),
         }

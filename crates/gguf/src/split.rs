@@ -9,10 +9,10 @@ use super::info::Keys;
 use super::walk::bad;
 use super::{Gguf, GgufError, OneFile, Part, check, info, open_file};
 
-/// Files of a model that are believed: the format counts them in 16 bits.
+/// Maximum number of files of a model: the format counts them in 16 bits.
 const PARTS_MAX: u64 = u16::MAX as u64;
 
-/// Reads the other files of a model, and puts all together.
+/// Reads the other files of a model and combines all of them.
 pub(super) fn join(path: &Path, mut first: OneFile) -> Result<Gguf, GgufError> {
     let size = first.size;
     let fault = |fault| GgufError::of(fault, path, size);
@@ -50,7 +50,7 @@ pub(super) fn join(path: &Path, mut first: OneFile) -> Result<Gguf, GgufError> {
             let at = number.map_or(0, |entry| entry.offset);
             return Err(fault(bad(at, format!("its split.no is not {i}, as its name says"))));
         }
-        // llama.cpp asserts it
+        // llama.cpp asserts this type.
         if number.is_some_and(|entry| entry.kind != Kind::U16) {
             faults.push(format!("split.no of part {} of {count} is no 16-bit number", i + 1));
         }
@@ -82,7 +82,7 @@ fn part_name(prefix: &str, no: u64, count: u64) -> String {
     format!("{prefix}-{:05}-of-{count:05}.gguf", no + 1)
 }
 
-/// The path of part `no`, beside part `known` of the same model; None where that has another name.
+/// Returns the path of part `no`, beside part `known` of the same model; None if part `known` is named differently.
 fn part_path(path: &Path, known: u64, count: u64, no: u64) -> Option<PathBuf> {
     let name = path.file_name()?.to_str()?;
     let prefix = name.strip_suffix(&part_name("", known, count))?;

@@ -1,23 +1,25 @@
-//! How far gvote can go with a model, as far as its metadata tells.
+//! How much of a model gvote can compress, judged by its metadata.
 
 use serde_json::Value;
 
 use super::Tensor;
 use super::info::{Keys, ModelInfo};
 
-/// How far gvote can go with a model.
+/// How much of a model gvote can compress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Support {
-    /// Every layer keeps the whole context: all of the cache is compressed.
+    /// Everything: every layer keeps the whole context, and all of the cache is compressed.
     Composite,
-    /// Some layers use a sliding window: the cache of the others is compressed, the window's is small already.
+    /// A part: some layers use a sliding window. The cache of the others is compressed; the window's cache is already
+    /// small.
     BaseOnly,
-    /// Not at all; the reason in words that complete "this model is not supported: ".
+    /// Nothing. The reason completes "this model is not supported: ".
     Refused(String),
 }
 
-/// Architectures refused by name, and why: `llm_arch_is_recurrent()`, `llm_arch_is_hybrid()`, `llm_arch_is_diffusion()`,
-/// `llama_model_has_encoder()`, `llama_model::create_memory()`, and `f_max_alibi_bias` in `src/models`.
+/// Reasons for refusal, with the names of the refused architectures. From `llm_arch_is_recurrent()`,
+/// `llm_arch_is_hybrid()`, `llm_arch_is_diffusion()`, `llama_model_has_encoder()`, `llama_model::create_memory()`, and
+/// `f_max_alibi_bias` in `src/models`.
 #[rustfmt::skip]
 const REFUSED: &[(&str, &[&str])] = &[
     ("it is recurrent and keeps no attention cache", &["mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"]),
@@ -50,7 +52,7 @@ pub(super) fn refusal(keys: &Keys, info: &ModelInfo, tensors: &[Tensor], is_unev
     }
     let positive = |key| keys.get(key).and_then(Value::as_f64).is_some_and(|n| n > 0.0);
     let is_model = keys.general("general.type").is_none_or(|kind| kind == "model");
-    // models/baichuan.cpp: the 13B, with 40 layers, has no RoPE
+    // models/baichuan.cpp: the 13B, with 40 layers, has no RoPE.
     let alibi = positive("attention.max_alibi_bias") || (name == "baichuan" && info.n_layer == 40);
     let causal = keys.get("attention.causal").and_then(Value::as_bool).unwrap_or(true);
     match (info.cached(false).count(), info.cached(true).count()) {
@@ -61,7 +63,7 @@ pub(super) fn refusal(keys: &Keys, info: &ModelInfo, tensors: &[Tensor], is_unev
         _ if tensors.is_empty() => Some("the file holds no weights"),
         (0, 0) => Some("its metadata names no layer with an attention cache"),
         (0, _) => Some("every layer uses a sliding window"),
-        // as `capture` and `session` would find when it is too late
+        // `capture` and `session` would detect this too late.
         _ if tensors.iter().any(|tensor| tensor.name.contains(".attn_sinks")) => Some(SINKS),
         _ if is_uneven => Some("its layers differ in their number of heads, which is not supported yet"),
         _ => None,
@@ -69,8 +71,9 @@ pub(super) fn refusal(keys: &Keys, info: &ModelInfo, tensors: &[Tensor], is_unev
 }
 
 impl ModelInfo {
-    /// How far gvote can go with this model, as far as its metadata tells. llama.cpp has the last word when the model is loaded
-    /// ([`gvote::llama::Model::unsupported`] and the shim): an architecture unknown here is not refused here.
+    /// Returns how much of this model gvote can compress, judged by its metadata. llama.cpp makes the final decision
+    /// when the model is loaded ([`gvote::llama::Model::unsupported`] and the shim): this function does not refuse
+    /// unknown architectures.
     pub fn support(&self) -> Support {
         match self.refusal {
             Some(reason) => Support::Refused(reason.into()),

@@ -1,4 +1,4 @@
-//! A walk over the bytes of one file that believes none of its promises.
+//! A bounded reader for one file that verifies every announced size.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
@@ -10,41 +10,42 @@ use super::Tensor;
 use super::entry::{Entry, Kind, parse};
 use gvote::llama::TensorType;
 
-/// Metadata entries a file may have. Real ones have 20 to 60.
+/// Maximum number of metadata entries. Real files have 20 to 60.
 const ENTRIES_MAX: u64 = 1 << 12;
-/// Tensors a file may have. Real ones have up to a few thousand.
+/// Maximum number of tensors. Real files have up to a few thousand.
 const TENSORS_MAX: u64 = 1 << 17;
-/// Longest key, bytes: the format's own limit.
+/// Longest key in bytes: the format's own limit.
 const KEY_MAX: u64 = (1 << 16) - 1;
-/// Longest string, bytes, and longest array of numbers: `GGUF_MAX_STRING_LENGTH`, `GGUF_MAX_ARRAY_ELEMENTS`.
+/// Longest string in bytes, and longest array of numbers: `GGUF_MAX_STRING_LENGTH`, `GGUF_MAX_ARRAY_ELEMENTS`.
 const STRING_MAX: u64 = 1 << 30;
-/// Strings in all arrays of a file: they are walked one by one. The largest vocabularies have 2^18, and as many merges.
+/// Maximum number of strings in all arrays of a file, which are read one by one. The largest vocabularies have 2^18,
+/// and as many merges.
 const STRINGS_MAX: u64 = 1 << 24;
-/// `GGML_MAX_NAME`, bytes with the final NUL.
+/// `GGML_MAX_NAME`: bytes of a name with the final NUL.
 const TENSOR_NAME_MAX: u64 = 64;
 /// `GGML_MAX_DIMS`.
 const DIMS_MAX: u32 = 4;
-/// Elements of an array that are kept: all of those that have one a layer (`LLAMA_MAX_LAYERS`).
+/// Number of array elements that are kept: enough for arrays with one element for each layer (`LLAMA_MAX_LAYERS`).
 pub(super) const HEAD_MAX: u64 = 512;
-/// Largest value that is kept, and all of them together with their keys, bytes. Chat templates have up to 100 KB.
+/// Largest value that is kept, and largest total of values and keys, in bytes. Chat templates have up to 100 KB.
 const VALUE_MAX: u64 = 1 << 20;
 const KEPT_MAX: u64 = 1 << 24;
-/// The same for one value that is asked for by its key: elements and bytes.
+/// Limits for one value requested by its key: elements and bytes.
 const WHOLE_ELEMENTS_MAX: u64 = 1 << 20;
 const WHOLE_MAX: u64 = 1 << 26;
-/// Where tensor data starts without `general.alignment`, bytes.
+/// Alignment of tensor data without `general.alignment`, in bytes.
 const DEFAULT_ALIGNMENT: u64 = 32;
 const ALIGNMENT: &str = "general.alignment";
 /// The texts of the vocabulary.
 const TOKENS: &str = "tokenizer.ggml.tokens";
-/// Bytes before the first element of an array: its type, that of its elements, their number.
+/// Bytes before the first element of an array: the array type, the element type, the number of elements.
 const ARRAY_HEAD: u64 = 4 + 4 + 8;
 
-/// Why a walk ended early. Places are bytes from the start of the file.
+/// Why reading stopped. Offsets are bytes from the start of the file.
 #[derive(Debug)]
 pub(super) enum Fault {
     Io(io::Error),
-    /// The file has no bytes for what should be at this place.
+    /// The file ends before the data expected at this offset.
     End {
         at: u64,
     },
@@ -64,36 +65,36 @@ pub(super) fn bad(at: u64, what: impl Into<String>) -> Fault {
     Fault::Bad { at, what: what.into() }
 }
 
-/// What a walk found after the version.
+/// Contents of a file after the version.
 pub(super) struct Found {
     pub alignment: u64,
     pub entries: Vec<Entry>,
     pub tensors: Vec<Tensor>,
     pub twins: Option<Twins>,
-    /// The size the file should have, bytes.
+    /// Expected size of the file, in bytes.
     pub needed: u64,
 }
 
-/// Two tokens of one text.
+/// Two tokens with the same text.
 pub(super) struct Twins {
     pub text: String,
     pub first: u64,
     pub second: u64,
 }
 
-/// Where a value lies.
+/// Location of a value.
 struct Extent {
     kind: Kind,
-    /// Elements of an array.
+    /// Number of elements of an array.
     elements: Option<u64>,
-    /// Where the value begins, after its type and its number of elements.
+    /// Start of the value, after its type and its number of elements.
     data: u64,
-    /// Elements at its beginning that are short enough to keep, and where they end.
+    /// Number of first elements that are small enough to keep, and their end.
     head: u64,
     head_end: u64,
 }
 
-/// A reader that knows where it is and where the file ends, in bytes.
+/// A reader that tracks its position and the end of the file, in bytes.
 pub(super) struct Walk<R> {
     file: BufReader<R>,
     pos: u64,
@@ -103,12 +104,12 @@ pub(super) struct Walk<R> {
 }
 
 impl<R: Read + Seek> Walk<R> {
-    /// `source` stands at its first byte and has `size` of them.
+    /// Creates a reader. `source` is at its first byte and has `size` bytes.
     pub fn new(source: R, size: u64) -> Self {
         Self { file: BufReader::new(source), pos: 0, size, strings: 0, kept: 0 }
     }
 
-    /// All that comes after the version.
+    /// Reads everything after the version.
     pub fn rest(&mut self, version: u32) -> Result<Found, Fault> {
         let (n_tensors, n_entries) = (self.u64()?, self.u64()?);
         if n_tensors > TENSORS_MAX {
@@ -124,7 +125,7 @@ impl<R: Read + Seek> Walk<R> {
         Ok(Found { alignment, entries, tensors, twins, needed })
     }
 
-    /// Check that `n` bytes are left, and count them as read.
+    /// Checks that `n` bytes are left, and counts them as read.
     fn advance(&mut self, n: u64) -> Result<(), Fault> {
         if n > self.size - self.pos {
             return Err(Fault::End { at: self.pos });
@@ -135,11 +136,11 @@ impl<R: Read + Seek> Walk<R> {
 
     fn skip(&mut self, n: u64) -> Result<(), Fault> {
         self.advance(n)?;
-        Ok(self.file.seek_relative(n as i64)?) // n fits the file, and its size fits i64
+        Ok(self.file.seek_relative(n as i64)?) // n fits the file, and the size of the file fits i64
     }
 
     fn go_to(&mut self, pos: u64) -> Result<(), Fault> {
-        self.file.seek_relative(pos as i64 - self.pos as i64)?; // both lie in the file
+        self.file.seek_relative(pos as i64 - self.pos as i64)?; // both are within the file
         self.pos = pos;
         Ok(())
     }
@@ -173,7 +174,7 @@ impl<R: Read + Seek> Walk<R> {
         }
     }
 
-    /// The bytes of a key or of a tensor's name.
+    /// Reads a key or the name of a tensor.
     fn name(&mut self, max: u64, of: &str) -> Result<Vec<u8>, Fault> {
         let n = self.length(max, of)?;
         self.bytes(n)
@@ -196,7 +197,7 @@ impl<R: Read + Seek> Walk<R> {
         Ok(entries)
     }
 
-    /// The rest of an entry, after its key.
+    /// Reads the rest of an entry, after its key.
     fn entry(&mut self, version: u32, offset: u64, key: String) -> Result<Entry, Fault> {
         let found = self.extent(HEAD_MAX, VALUE_MAX)?;
         let value = self.value(version, &found, VALUE_MAX)?;
@@ -207,7 +208,8 @@ impl<R: Read + Seek> Walk<R> {
         Ok(Entry { key, offset, kind: found.kind, elements: found.elements, value })
     }
 
-    /// The first two entries of the vocabulary that have the same text. An empty one has none: llama.cpp numbers them.
+    /// Finds the first two entries of the vocabulary with the same text. Empty entries do not count: llama.cpp numbers
+    /// them.
     fn twins(&mut self, entries: &[Entry]) -> Result<Option<Twins>, Fault> {
         let vocabulary = entries.iter().find(|entry| entry.key == TOKENS && entry.kind == Kind::String);
         let Some((vocabulary, n)) = vocabulary.and_then(|entry| Some((entry, entry.elements?))) else {
@@ -218,7 +220,7 @@ impl<R: Read + Seek> Walk<R> {
         self.name(KEY_MAX, "a key")?;
         self.skip(ARRAY_HEAD)?;
         let hasher = RandomState::new();
-        // the hash of a text, and which token has it: 64 bits tell any vocabulary's texts apart
+        // Maps the hash of a text to its token: 64 bits distinguish the texts of any vocabulary.
         let mut seen = HashMap::new();
         let mut twins = None;
         for i in 0..n {
@@ -236,7 +238,8 @@ impl<R: Read + Seek> Walk<R> {
         Ok(twins)
     }
 
-    /// From the start of the file: the value of the entry at `offset`, all of it; None where it is too long to be printed.
+    /// Reads the complete value of the entry at `offset`, from the start of the file; None if the value is too long to
+    /// print.
     pub fn whole_value(&mut self, version: u32, offset: u64) -> Result<Option<Value>, Fault> {
         self.skip(offset)?;
         self.name(KEY_MAX, "a key")?;
@@ -247,7 +250,7 @@ impl<R: Read + Seek> Walk<R> {
         self.value(version, &found, WHOLE_MAX)
     }
 
-    /// The kept part of a value, as gguf-rs reads it. None for a string of more than `max` bytes.
+    /// Parses the kept part of a value with gguf-rs. None for a string of more than `max` bytes.
     fn value(&mut self, version: u32, found: &Extent, max: u64) -> Result<Option<Value>, Fault> {
         let (end, len) = (self.pos, found.head_end - found.data);
         if found.elements.is_none() && len > max {
@@ -265,7 +268,7 @@ impl<R: Read + Seek> Walk<R> {
         Kind::of(number).ok_or_else(|| bad(self.pos - 4, format!("a value has type {number}, which there is not")))
     }
 
-    /// Step over a value, and find how much of it is worth keeping.
+    /// Skips a value and determines how much of it to keep.
     fn extent(&mut self, elements_max: u64, bytes_max: u64) -> Result<Extent, Fault> {
         let (mut kind, mut elements) = (self.kind()?, None);
         if kind == Kind::Array {
@@ -277,7 +280,7 @@ impl<R: Read + Seek> Walk<R> {
         }
         let (data, n) = (self.pos, elements.unwrap_or(1));
         let Some(size) = kind.size() else {
-            // what stands alone is kept or not as a whole
+            // A single string is kept completely or not at all.
             let bytes_max = if elements.is_some() { bytes_max } else { u64::MAX };
             let (head, head_end) = self.strings(n, elements_max, bytes_max)?;
             return Ok(Extent { kind, elements, data, head, head_end });
@@ -287,7 +290,7 @@ impl<R: Read + Seek> Walk<R> {
         Ok(Extent { kind, elements, data, head, head_end: data + head * size })
     }
 
-    /// Step over `n` strings. Returns how many of them are worth keeping, and where those end.
+    /// Skips `n` strings. Returns the number of first strings to keep, and their end.
     fn strings(&mut self, n: u64, elements_max: u64, bytes_max: u64) -> Result<(u64, u64), Fault> {
         let start = self.pos;
         self.strings += n;
@@ -305,11 +308,11 @@ impl<R: Read + Seek> Walk<R> {
         Ok((head, head_end))
     }
 
-    /// Check the tensors' descriptions; returns them, and the size that the file should have, bytes. As in
-    /// `gguf_init_from_reader()`, data must lie in the order of the descriptions, without holes.
+    /// Checks the tensors' descriptions. Returns them and the expected size of the file in bytes. As in
+    /// `gguf_init_from_reader()`, data must follow the order of the descriptions, without holes.
     fn tensors(&mut self, n: u64, alignment: u64) -> Result<(Vec<Tensor>, u64), Fault> {
         let (mut tensors, mut seen) = (Vec::<Tensor>::new(), HashSet::new());
-        // where the data of the next one begins; after a type that nobody knows only where it cannot begin before
+        // Start of the next tensor's data; after a tensor of unknown type, only a lower bound.
         let (mut next, mut is_exact) = (0, true);
         let mut end = 0;
         for _ in 0..n {
@@ -325,7 +328,7 @@ impl<R: Read + Seek> Walk<R> {
                 );
                 return Err(bad(at, what));
             }
-            // below 2^63: checked with the shape
+            // Below 2^63: checked with the shape.
             let after = tensor.offset + tensor.bytes.unwrap_or(0);
             is_exact = tensor.bytes.is_some();
             next = after.next_multiple_of(alignment);
@@ -345,7 +348,8 @@ impl<R: Read + Seek> Walk<R> {
         Ok((tensors, start + end))
     }
 
-    /// The rest of the description at `at`, after the name; its offset counts from the start of the data.
+    /// Reads the rest of the description at `at`, after the name. The tensor's offset counts from the start of the
+    /// data.
     fn tensor(&mut self, at: u64, name: String) -> Result<Tensor, Fault> {
         let n_dims = self.u32()?;
         if n_dims > DIMS_MAX {
@@ -363,7 +367,7 @@ impl<R: Read + Seek> Walk<R> {
             Some(kind) => (values / kind.block).checked_mul(kind.bytes),
             None => Some(0),
         });
-        // a limit that leaves room to round up and to add where the data starts
+        // The limit leaves room for rounding up and for adding the start of the data.
         let fits = bytes.and_then(|bytes| bytes.checked_add(offset)).is_some_and(|end| end < 1 << 62);
         match (values, bytes) {
             (Some(values), Some(bytes)) if fits => {
@@ -374,7 +378,7 @@ impl<R: Read + Seek> Walk<R> {
     }
 }
 
-/// `gguf_init_from_reader()` wants it to be a 32-bit number and a power of two.
+/// Returns the alignment. `gguf_init_from_reader()` requires a 32-bit number that is a power of two.
 fn alignment(entries: &[Entry]) -> Result<u64, Fault> {
     let Some(entry) = entries.iter().find(|entry| entry.key == ALIGNMENT) else {
         return Ok(DEFAULT_ALIGNMENT);

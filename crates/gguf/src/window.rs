@@ -1,12 +1,13 @@
-//! Which layers see only the last tokens.
+//! Finds the layers with a sliding window.
 
 use serde_json::Value;
 
 use super::info::Keys;
 use super::walk::Fault;
 
-/// Architectures whose layers with a sliding window follow a rhythm by default (others list the layers): its period, and whether
-/// the layer with full attention comes first in it, not last. From the calls of `load_swa_pattern()` in `src/models`.
+/// Architectures whose sliding-window layers follow a default pattern (others list the layers). Each row has the
+/// period, whether the full-attention layer comes first instead of last in it, and the names. From the calls of
+/// `load_swa_pattern()` in `src/models`.
 #[rustfmt::skip]
 const WINDOWED: &[(usize, bool, &[&str])] = &[
     (2, false, &["gemma2", "gpt-oss"]),
@@ -17,17 +18,18 @@ const WINDOWED: &[(usize, bool, &[&str])] = &[
     (8, false, &["plamo3"]),
 ];
 
-/// Longest window, tokens: llama.cpp adds to it in 32 bits.
+/// Longest window, in tokens: llama.cpp adds to the length in 32 bits.
 const WINDOW_MAX: u64 = 1 << 30;
 
-/// The sliding window in tokens, and the layers that use it. Many files name a window that llama.cpp ignores (phi3, qwen2): it
-/// counts only where the architecture has a rhythm of layers, or the file lists them.
+/// Returns the length of the sliding window in tokens, and whether each layer uses it. Many files give a window that
+/// llama.cpp ignores (phi3, qwen2): it applies only if the architecture has a default pattern or the file lists the
+/// layers.
 pub(super) fn window(keys: &Keys, n_layer: usize) -> Result<(Option<usize>, Vec<bool>), Fault> {
     const PATTERN: &str = "attention.sliding_window_pattern";
     let name = keys.architecture;
     let known = WINDOWED.iter().find(|row| row.2.contains(&name));
     let default = match name {
-        "exaone4" if n_layer != 64 => return Ok((None, vec![false; n_layer])), // only the 32B has one
+        "exaone4" if n_layer != 64 => return Ok((None, vec![false; n_layer])), // only the 32B has a window
         "gemma2" | "exaone4" => 4096,
         "llama4" => 8192,
         _ => 0,

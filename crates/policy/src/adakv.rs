@@ -1,23 +1,24 @@
 //! `adakv`: SnapKV's scores with a budget that the heads of a layer share (Feng et al., "Ada-KV: Optimizing KV Cache
 //! Eviction by Adaptive Budget Allocation for Efficient LLM Inference", arXiv 2407.11550, algorithms 1 and 2).
 //!
-//! Scores and ranking within a head are those of `snapkv`. Per layer of `h` KV heads and a budget of `C`:
-//! 1. Sinks and recent tokens stay in every head; `u = C - forced` further entries a head are to be given away.
-//! 2. The best `h * u` entries are taken over all heads of the layer together; head `i` wins `w_i` of them. What is compared
-//!    is the raw attention, which sums to 1 in every head, not a head's normalised score.
+//! Scores and ranking within a head are those of `snapkv`. For each layer of `h` KV heads and a budget of `C`:
+//! 1. Sinks and recent tokens stay in every head; `u = C - forced` further entries a head are distributed.
+//! 2. The best `h * u` entries are taken over all heads of the layer together; head `i` wins `w_i` of them. The
+//!    comparison uses the raw attention, which sums to 1 in every head, not a head's normalised score.
 //! 3. Safeguard: head `i` gets `α u + (1 - α) w_i`, rounded so that the layer still keeps `h * C`; `α` = 0.2.
 //!
-//! So each head has a budget of its own ([`Ragged`](super::Ragged)). A cell of llama.cpp holds one row for every head, so a
-//! cache must have as many cells as the greediest head of all layers has rows, and the other heads fill theirs with their
-//! next best. Every head then keeps what `snapkv` keeps in that many cells: **in llama.cpp, Ada-KV is SnapKV with more
-//! cells.** With [`Params::exact`] the budgets stay unequal, for [`Kept::Ragged`](super::Kept::Ragged) to be measured.
+//! So each head has a budget of its own ([`Ragged`](super::Ragged)). A cell of llama.cpp holds one row for every head,
+//! so a cache needs as many cells as the largest budget of any head in any layer. The other heads fill the remaining
+//! rows with their next best entries. Every head then keeps the same entries as `snapkv` with that many cells: **in
+//! llama.cpp, Ada-KV is SnapKV with more cells.** With [`Params::exact`] the budgets stay unequal, so that
+//! [`Kept::Ragged`](super::Kept::Ragged) can be measured.
 
 use super::fixed::FixedBudget;
 use super::rank::{self, Forced};
 use super::snapkv::Observed;
 use super::{Bound, HeadScores, Kind, Needs, Params, Policy, Protected, Ragged, Selection, Shape, Span};
 
-/// The inverse of the paper's `α`: integers round the same everywhere.
+/// The inverse of the paper's `α`. An integer, so that rounding is the same on every machine.
 const SAFEGUARD: usize = 5;
 
 pub(super) struct AdaKv {
@@ -27,12 +28,12 @@ pub(super) struct AdaKv {
     span: Span,
     forced: Forced,
     exact: bool,
-    /// `u`.
+    /// `u`: entries to distribute, for each head.
     free: usize,
     bound: Bound,
-    /// Raw scores of the layer in work, as keys, each with its head in the layer.
+    /// Raw scores of the current layer, as keys, each with its head's index in the layer.
     layer: Vec<(u64, u32)>,
-    /// `[head]` for the layers that were observed.
+    /// `[head]` budgets of the layers observed so far.
     counts: Vec<u32>,
     lifted: Vec<f32>,
 }
@@ -44,7 +45,7 @@ impl AdaKv {
         let (count, bound) = if params.exact {
             rank::bounded(wanted, Bound::Ratio, &forced, params)
         } else {
-            // the caps are about cells, and how many are needed is known when all heads have been seen
+            // The caps limit cells, whose number is known only after all heads have been observed.
             let rule = if wanted < forced.count() { Bound::Forced } else { Bound::Ratio };
             (wanted.clamp(forced.count(), shape.n), rule)
         };
@@ -54,7 +55,7 @@ impl AdaKv {
             shape,
             span: params.span,
             exact: params.exact,
-            // a cap below what is forced is no valid setting
+            // Does not underflow: validation rejects a cap below the forced entries.
             free: count - forced.count(),
             bound,
             layer: Vec::with_capacity(shape.n_head_kv * (forced.tail - forced.head)),
@@ -64,12 +65,12 @@ impl AdaKv {
         }
     }
 
-    /// Steps 2 and 3 for the layer in work.
+    /// Runs steps 2 and 3 for the current layer.
     fn share(&mut self) {
         let heads = self.shape.n_head_kv;
         let all = self.free * heads;
         if 0 < all && all < self.layer.len() {
-            // Only who is among the best matters, not in which order.
+            // Selects the best entries without sorting them; their order does not matter.
             self.layer.select_nth_unstable(all - 1);
         }
         let mut won = vec![0; heads];
@@ -118,8 +119,8 @@ impl Policy for AdaKv {
     }
 }
 
-/// Step 3: what each head gets beside its forced entries, `free` on average. Largest remainders are rounded up, of equal
-/// ones the first.
+/// Step 3: returns the number of entries that each head gets beside its forced ones; the mean is `free`. The largest
+/// remainders are rounded up; among equal remainders, the first.
 fn safeguard(won: &[usize], free: usize) -> Vec<usize> {
     let parts: Vec<usize> = won.iter().map(|won| free + (SAFEGUARD - 1) * won).collect();
     let mut counts: Vec<usize> = parts.iter().map(|part| part / SAFEGUARD).collect();

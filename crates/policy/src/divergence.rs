@@ -1,6 +1,6 @@
-//! How far two next-token distributions are apart.
+//! Divergence between two next-token distributions.
 
-/// One step of a continuation under two caches.
+/// Divergence at one step of a continuation under two caches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Divergence {
     /// KL(full || got), in nats.
@@ -12,14 +12,14 @@ pub struct Divergence {
 }
 
 impl Divergence {
-    /// Of the logits under the full cache and under the cache in question; `next` is the token that follows.
+    /// Compares the logits under the full cache and under the cache in question; `next` is the token that follows.
     ///
     /// With z = logit - max logit and Z = sum of e^z, ln p = z - ln Z, so that
     /// KL = sum of e^z_full (z_full - z_got) / Z_full - ln Z_full + ln Z_got.
     /// A token that is impossible in `full` (a logit of -inf) adds nothing.
     ///
     /// # Panics
-    /// If the two have different lengths, or `next` is outside of them.
+    /// If the two slices have different lengths, or `next` is out of range.
     pub fn between(full: &[f32], got: &[f32], next: usize) -> Self {
         assert_eq!(full.len(), got.len(), "logits of two vocabularies");
         let (top_full, top_got) = (top(full), top(got));
@@ -39,7 +39,7 @@ impl Divergence {
         let (ln_full, ln_got) = (sum_full.ln(), sum_got.ln());
         let kl = apart / sum_full - ln_full + ln_got;
         Self {
-            // Rounding can take a KL of nearly 0 below it. Not `f64::max`, which would hide a NaN.
+            // Rounding can make a KL of nearly 0 negative. Not `f64::max`, which would hide a NaN.
             kl: if kl < 0.0 { 0.0 } else { kl },
             log_ratio: (z_full(next) - ln_full) - (z_got(next) - ln_got),
             same_top: top_full == top_got,
@@ -47,24 +47,24 @@ impl Divergence {
     }
 }
 
-/// A next-token distribution in little memory: the likeliest tokens one by one, all the others as one event.
+/// A compact next-token distribution: the likeliest tokens individually, all others as one event.
 ///
-/// The KL of what is left of the two distributions after that is never larger than the whole one (data processing
-/// inequality), and misses only what differs among tokens that together have next to no probability.
+/// The KL of two distributions reduced in this way is never larger than the full KL (data processing inequality). It
+/// misses only differences among tokens that together have almost no probability.
 pub struct Likely {
     /// Tokens and ln p, likeliest first.
     top: Vec<(u32, f32)>,
-    /// Probability of all others.
+    /// Total probability of all other tokens.
     rest: f64,
 }
 
 impl Likely {
-    /// Tokens kept: all but a percent or so of the probability even of plain text, in 8 KiB.
+    /// Number of individual tokens: they cover all but about a percent of the probability even of plain text, in 8 KiB.
     const KEPT: usize = 1024;
-    /// Nats below the likeliest token: most of a vocabulary lies deeper, and need not be sorted.
+    /// Nats below the likeliest token: most of a vocabulary lies lower and need not be sorted.
     const TALL: f32 = 12.0;
 
-    /// The distribution that `logits` stand for. `[n_vocab]`
+    /// Reduces the distribution of `logits`, `[n_vocab]`.
     pub fn of(logits: &[f32]) -> Self {
         let ln_sum = ln_sum_exp(logits);
         let tall = most(logits) - Self::TALL;
@@ -84,7 +84,7 @@ impl Likely {
         Self { top, rest }
     }
 
-    /// KL of this distribution to the one that `logits` stand for, in nats.
+    /// Returns the KL of this distribution to that of `logits`, in nats.
     pub fn kl(&self, logits: &[f32]) -> f64 {
         let ln_sum = ln_sum_exp(logits);
         let (mut kl, mut got_top) = (0.0, 0.0);
@@ -96,24 +96,24 @@ impl Likely {
                 kl += p * (f64::from(ln_p) - ln_q);
             }
         }
-        // less than that is rounding
+        // Smaller values are rounding errors.
         let got_rest = (1.0 - got_top).max(f64::from(f32::EPSILON));
         if self.rest > 0.0 && self.top.len() < logits.len() {
             kl += self.rest * (self.rest / got_rest).ln();
         }
-        // Rounding can take a KL of nearly 0 below it. Not `f64::max`, which would hide a NaN.
+        // Rounding can make a KL of nearly 0 negative. Not `f64::max`, which would hide a NaN.
         if kl < 0.0 { 0.0 } else { kl }
     }
 }
 
-/// Numbers that a vector unit works on side by side: enough for each, a divisor of nothing in particular.
+/// Values that a vector unit processes side by side: enough for any unit.
 const LANES: usize = 16;
 
-/// ln of the sum of e^z, within some 1e-7; NaN if any is.
+/// Returns ln of the sum of e^z, within about 1e-7; NaN if any logit is NaN.
 fn ln_sum_exp(logits: &[f32]) -> f64 {
     let most = most(logits);
     let mut sum = 0.0;
-    // so few at a time that f32 holds their sum
+    // Blocks are small enough for f32 to hold their sums.
     for block in logits.chunks(256 * LANES) {
         let mut sums = [0f32; LANES];
         let lanes = block.chunks_exact(LANES);
@@ -126,7 +126,7 @@ fn ln_sum_exp(logits: &[f32]) -> f64 {
     f64::from(most) + sum.ln()
 }
 
-/// The largest; a NaN is none.
+/// Returns the largest logit, ignoring NaN.
 fn most(logits: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let lanes = logits.chunks_exact(LANES);
@@ -138,10 +138,11 @@ fn most(logits: &[f32]) -> f32 {
     most.into_iter().fold(rest, larger)
 }
 
-/// e^x for x up to 0, within some 1e-7 (1 + |x|) of it, without a branch or a call: the standard library's fills no vector. 2^y is 2^i,
-/// put together from bits, times 2^f, whose Taylor series is short for |f| up to a half. NaN stays NaN.
+/// Computes e^x for x up to 0, within about 1e-7 (1 + |x|) of it, without branches or calls, because the standard
+/// library's function does not vectorise. 2^y is 2^i, assembled from bits, times 2^f, whose Taylor series is short for
+/// |f| up to a half. NaN stays NaN.
 fn exp(x: f32) -> f32 {
-    // adding it leaves the nearest integer in the low bits
+    // Adding this leaves the nearest integer in the low bits.
     const ROUND: f32 = (3 << 22) as f32;
     const C: [f32; 6] =
         [std::f32::consts::LN_2, 0.240_226_5, 0.055_504_11, 0.009_618_129, 0.001_333_356, 0.000_154_035];
@@ -154,7 +155,7 @@ fn exp(x: f32) -> f32 {
     power * (1.0 + f * (C[0] + f * (C[1] + f * (C[2] + f * (C[3] + f * (C[4] + f * C[5]))))))
 }
 
-/// The most likely token; of equal ones the first.
+/// Returns the most likely token; among equal ones, the first.
 fn top(logits: &[f32]) -> usize {
     (1..logits.len()).fold(0, |best, token| if logits[token] > logits[best] { token } else { best })
 }

@@ -1,15 +1,16 @@
-//! `expected-attention`: the attention that a Gaussian future query would pay, times the norm of the value (Devoto et al.,
-//! "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution", arXiv 2510.00636).
+//! `expected-attention`: scores by the attention that a Gaussian future query would pay, times the norm of the value
+//! (Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
+//! arXiv 2510.00636).
 //!
-//! For a query q ~ N(μ, Σ) the expected weight of key k is E[exp(s q·k)] = exp(s μ·k + s² kᵀΣk / 2), normalised over the
-//! keys and averaged over the group's query heads. The score is `(weight + ε) ‖v‖`. Here μ·k and kᵀΣk are the mean and the
-//! variance of the logits of the synthetic queries, which are samples of that Gaussian at the next positions: the paper
-//! averages the rotation over the next 512 instead.
+//! For a query q ~ N(μ, Σ) the expected weight of key k is E[exp(s q·k)] = exp(s μ·k + s² kᵀΣk / 2), normalised over
+//! the keys and averaged over the group's query heads. The score is `(weight + ε) ‖v‖`. Here μ·k and kᵀΣk are the mean
+//! and the variance of the logits of the synthetic queries, which are samples of that Gaussian at the next positions;
+//! the paper averages the rotation over the next 512 positions instead.
 
 use super::fixed::FixedBudget;
 use super::{HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape, rank};
 
-/// Keeps a value with a large norm in sight where the expected weight is next to nothing (the paper's ε).
+/// The paper's ε: keeps a value with a large norm competitive if its expected weight is almost 0.
 const EPSILON: f32 = 0.02;
 
 pub(super) struct ExpectedAttention {

@@ -1,4 +1,5 @@
-//! What the policies with a fixed budget share: one score for each head and entry in, the best `C` of each head out.
+//! Shared base of the policies with a fixed budget: takes one score for each head and entry, keeps the best `C` of each
+//! head.
 //!
 //! `C` is a share of the entries (`--ratio`), or `--max-cells`; see [`Params::fixed_cells`].
 
@@ -14,7 +15,7 @@ pub(super) struct FixedBudget {
     seen: usize,
     /// `[head][n]` entries from best to worst. Empty for `Evict::Cells`.
     ranking: Vec<u32>,
-    /// `[n]` sum over heads of the scores, each head's normalised to sum 1. Empty for `Evict::Composite`.
+    /// `[n]` scores summed over heads, each head's normalised to sum 1. Empty for `Evict::Composite`.
     sum: Vec<f64>,
     /// Scratch for one head.
     normal: Vec<f32>,
@@ -38,10 +39,10 @@ impl FixedBudget {
         }
     }
 
-    /// Takes in the scores of the next head: not negative, larger is better. `[n]`
+    /// Adds the scores of the next head: `[n]`, not negative, larger is better.
     ///
     /// # Panics
-    /// If the head is not the next one, or the scores are not of `n` entries.
+    /// If the head is not the next one, or `scores` does not have `n` values.
     pub fn add(&mut self, head: usize, scores: &[f32]) {
         assert!(head == self.seen && head < self.shape.heads(), "head {head} is out of order");
         assert_eq!(scores.len(), self.shape.n, "scores of head {head}");
@@ -69,7 +70,7 @@ impl FixedBudget {
         self.select_count(wanted, Bound::Ratio)
     }
 
-    /// As many cells as `rule` wants, within the bounds.
+    /// Selects as many cells as `rule` wants, within the bounds.
     pub fn select_count(mut self, wanted: usize, rule: Bound) -> Selection {
         assert_eq!(self.seen, self.shape.heads(), "heads observed before select");
         let n = self.shape.n;
@@ -88,7 +89,7 @@ impl FixedBudget {
         };
         Selection { n, kept, lost_mass: None, bound, ragged: None }
     }
-    /// Each head its own number: `counts[head]`. Composite only.
+    /// Selects an individual number of entries for each head: `counts[head]`. Composite only.
     pub fn select_ragged(self, counts: &[u32], bound: Bound) -> Selection {
         assert_eq!(self.seen, self.shape.heads(), "heads observed before select");
         let n = self.shape.n;

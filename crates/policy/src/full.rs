@@ -1,5 +1,4 @@
-//! `full`: every entry stays. The reference that all others are measured against, and what a prompt
-//! too short to compress gets.
+//! `full`: keeps every entry. The reference for all other policies, and the result for a prompt too short to compress.
 
 use super::{HeadScores, Needs, Params, Policy, Protected, Selection, Shape};
 
@@ -9,8 +8,7 @@ pub(super) struct Full {
 }
 
 impl Full {
-    /// Keeps the name of the policy that was asked for: a short prompt under `gvote` is still
-    /// reported as `gvote`.
+    /// Stores the name of the requested policy: a short prompt under `gvote` is still reported as `gvote`.
     pub fn new(params: &Params, shape: Shape, _protected: &Protected) -> Self {
         Self { name: params.policy.name(), n: shape.n }
     }

@@ -1,35 +1,37 @@
-//! `gvote`: the default. GVote (arXiv 2509.03136) with real queries, spans and value norms, and a budget that is found by
-//! trial.
+//! `gvote`: the default policy. GVote (arXiv 2509.03136) with real queries, spans and value norms, and a budget found
+//! by trial.
 //!
-//! For each KV head, over its `n` entries `j`; `nz(x) = x / sum(x)`:
-//! 1. `m[j]` = `nz(future)`: what synthetic and current queries look at (the paper's step 2).
-//! 2. `s[j]` = `observed`, average-pooled over `pool` positions among the entries before the last `window`, 0 for the
+//! For each KV head, over its `n` entries `j`, with `nz(x) = x / sum(x)`:
+//! 1. `m[j]` = `nz(future)`: attention of the synthetic queries and the current query (the paper's step 2).
+//! 2. `s[j]` = `observed`, average-pooled over `pool` positions among the entries before the last `window`; 0 in the
 //!    window itself (SnapKV, arXiv 2404.14469).
-//! 3. Two opinions on what is worth keeping:
-//!    - **passages**: `a[j] = max(nz(s)[j - forward ..= j + back])`, so that a hit at `i` lifts `i - back ..= i + forward`,
-//!      plus `head_mix` times the mean of `a[j]` over all heads. The tokens that answer follow the token that is attended
-//!      to, and are read out one by one: this finds needles.
-//!    - **single entries**: `b[j] = (nz(s v)[j] + nz(m v)[j]) (1 - cos[j])` with the length `v` of the value vector, so
-//!      what an entry adds to the output of attention, and the cosine of its key to the mean key of the head: of keys that
-//!      are like all others many are left, of one that is not there is no other (KeyDiff, arXiv 2504.15364). This keeps the
-//!      text's distribution.
-//! 4. The first `sinks`, the last `recent` and protected entries rank before all others. Then the two opinions take turns: the
-//!    best passage entry that is left, the best single entry that is left, and so on; equal scores, older first. Scores
-//!    are compared as f16, which tells apart what differs by a thousandth: of so few scores one can count each, and needs no
-//!    other sort.
-//! 5. `C`: as the caller finds it by trial ([`Decision::Ranking`]); or the smallest count for which the mean over heads of
-//!    the mass of `m` outside the head's own best `C` is at most `lost_mass`; or a fixed share. Then `min_cells` and
-//!    `max_cells`.
+//! 3. Two opinions on which entries are worth keeping:
+//!    - **passages**: `a[j] = max(nz(s)[j - forward ..= j + back])`, so that a hit at `i` raises
+//!      `i - back ..= i + forward`, plus `head_mix` times the mean of `a[j]` over all heads. The tokens that answer a
+//!      question follow the attended token and are read out one by one. This opinion finds needles.
+//!    - **single entries**: `b[j] = (nz(s v)[j] + nz(m v)[j]) (1 - cos[j])`, with the length `v` of the value vector
+//!      and the cosine of the entry's key to the mean key of the head. The first factor estimates the entry's
+//!      contribution to the attention output. The second favours unusual keys: a key like all others has many
+//!      substitutes, an unusual key has none (KeyDiff, arXiv 2504.15364). This opinion preserves the distribution of
+//!      the text.
+//! 4. The first `sinks`, the last `recent` and the protected entries rank before all others. Then the two opinions take
+//!    turns: the best remaining passage entry, the best remaining single entry, and so on. Among equal scores, the
+//!    older entry comes first. Scores are compared as f16, which resolves differences of one thousandth. There are so
+//!    few f16 values that a counting sort suffices.
+//! 5. `C` is found by the caller's trial ([`Decision::Ranking`]); or is the smallest count for which the mass of `m`
+//!    outside each head's own best `C`, averaged over the heads, is at most `lost_mass`; or is a fixed share.
+//!    `min_cells` and `max_cells` apply afterwards.
 //!
-//! With a replay (KVzip, arXiv 2505.23416) both opinions are the one of the repeated context: `r[j] v[j]`, where `r[j]` is
-//! about the largest probability that a repeated token paid to the entry. Every token of the context is looked up by its
-//! own repetition, so spans would only blur it.
+//! With a replay (KVzip, arXiv 2505.23416) both opinions equal the score of the repeated context: `r[j] v[j]`, where
+//! `r[j]` is approximately the largest probability that a repeated token paid to the entry. The repetition looks up
+//! every token of the context individually, so spans would only blur the scores.
 //!
-//! With [`Evict::Cells`] the opinions are the means of `a` and of `b` over all heads, one ranking for all.
+//! With [`Evict::Cells`] the opinions are the means of `a` and of `b` over all heads, and all heads share one ranking.
 //!
-//! Memory: 6 bytes for each head and entry (a cell of SmolLM2 takes 256 bytes a head: 2.3 %), whose larger part becomes the
-//! selection, and for each thread 4 bytes an entry while it scores, or 24 and 256 KiB while it ranks. Arithmetic is O(n) a head,
-//! some heads in each thread; the result depends neither on the number of threads nor on the order of their work.
+//! Memory: 6 bytes for each head and entry (a cell of SmolLM2 takes 256 bytes a head: 2.3 %), most of which becomes the
+//! selection. In addition, each thread takes 4 bytes an entry while scoring, or 24 bytes an entry and 256 KiB while
+//! ranking. The arithmetic is O(n) a head, with the heads divided among the threads. The result depends neither on the
+//! number of threads nor on the order of their work.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -43,18 +45,18 @@ use super::turns::{self, Turns};
 use super::{Decision, Evict, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape, Zeros};
 use crate::threads;
 
-/// `m`, `a` and `b` are stored as f16 times this. The largest, 1, becomes half of f16's range; what underflows
-/// is below 2e-12, which no count of entries turns into a loss. Every stored value is a multiple of
-/// 2^-24, so that sums over up to 16,384 heads are exact in f64 and the same in any order.
+/// Scale at which `m`, `a` and `b` are stored as f16. The largest value, 1, becomes half of f16's range. Values that
+/// underflow are below 2e-12, too small to add up to a loss at any number of entries. Every stored value is a multiple
+/// of 2^-24, so that sums over up to 16,384 heads are exact in f64 and the same in any order.
 const SCALE: f32 = 32768.0;
 
-/// Scoring so many entries takes a quarter of a millisecond: fewer are not worth a thread.
+/// Entries scored in a quarter of a millisecond; smaller batches do not amortise a thread.
 const ENTRIES_A_THREAD: usize = 32768;
-/// A thread that ranks needs 24 bytes an entry: 3 for each of so many heads.
+/// Heads for each ranking thread. A ranking thread needs 24 bytes an entry, which is 3 for each of these heads.
 const HEADS_A_THREAD: usize = 8;
-/// Adding up so many takes a tenth of a millisecond.
+/// Values summed in a tenth of a millisecond; smaller batches do not amortise a thread.
 const SUMMED_A_THREAD: usize = 1 << 17;
-/// Entries that are scored at a time: few enough to stay in the fastest cache.
+/// Entries scored at a time: few enough to stay in the fastest CPU cache.
 const BLOCK: usize = 1024;
 
 const ALIVE: &str = "what is done to a head does not panic";
@@ -67,9 +69,9 @@ pub(super) struct Gvote {
     seen: usize,
     threads: usize,
     zeros: Zeros,
-    /// `[head][n]` the bits of `a * SCALE` and `b * SCALE` as f16, `a` above; ranking the heads turns them into entries from
-    /// best to worst, in place. Empty for `Evict::Cells`. This and `mass` are asked for at once, but take up memory only some
-    /// layers at a time, as they are written to, while the queries that were scored are freed.
+    /// `[head][n]` the bits of `a * SCALE` and `b * SCALE` as f16, with `a` in the upper half. Ranking replaces them in
+    /// place by the head's entries from best to worst. Empty for `Evict::Cells`. This buffer and `mass` are reserved at
+    /// once but take up memory only a few layers at a time, as they are written, while the scored queries are freed.
     score: Vec<u32>,
     /// `[head][n]` the bits of `m * SCALE` as f16. Empty for `Evict::Cells`.
     mass: Vec<u16>,
@@ -77,14 +79,16 @@ pub(super) struct Gvote {
     passages_sum: Vec<f64>,
     single_sum: Vec<f64>,
     mass_sum: Vec<f64>,
-    /// One for each thread, when none scores.
+    /// Scratch buffers that no thread is using at the moment.
     scratch: Mutex<Vec<Scratch>>,
-    /// `[heads][n]` `a` of the heads that were observed last, which `passages_sum` still lacks, and room for the next.
+    /// `[heads][n]` `a` of the most recently observed heads, not yet added to `passages_sum`, and a buffer for the next
+    /// heads.
     passages: Vec<f32>,
     next_passages: Vec<f32>,
 }
 
-/// Rows to work in, for one thread: `[n]` `s`, 0 in the window, and others of a block or a little more.
+/// Scratch rows of one thread: `observed` is `[n]` `s`, 0 in the window; the other rows hold one block or slightly
+/// more.
 struct Scratch {
     observed: Vec<f32>,
     passages: Vec<f32>,
@@ -94,7 +98,7 @@ struct Scratch {
     padded: Vec<f32>,
 }
 
-/// Some entries of one head, from `first` on: `a`, but for the other heads' part, `b` and `m`.
+/// Scores of consecutive entries of one head, starting with `first`: `a` without the other heads' part, `b` and `m`.
 struct Scored<'a> {
     first: usize,
     passages: &'a mut [f32],
@@ -109,13 +113,13 @@ impl Scratch {
         Self { observed, passages: row(), single: row(), mass: row(), row: row(), padded: Vec::new() }
     }
 
-    /// Steps 1 to 3: see above. Hands on one block after another.
+    /// Computes steps 1 to 3 of the module's description and passes each block to `take`.
     fn score(&mut self, params: &Params, scores: &HeadScores<'_>, take: impl FnMut(Scored<'_>)) {
         if params.replay { self.score_replay(scores, take) } else { self.score_queries(params, scores, take) }
     }
 
-    /// Steps 1 to 3 from queries: once over the head for the sums of every `nz`, and once more with them. What is cheap to
-    /// compute is computed twice rather than kept.
+    /// Computes steps 1 to 3 from queries in two passes over the head: the first sums every `nz`, the second applies
+    /// the sums. Cheap intermediate values are computed twice rather than stored.
     fn score_queries(&mut self, params: &Params, scores: &HeadScores<'_>, mut take: impl FnMut(Scored<'_>)) {
         let Self { observed, passages, single, mass, row, padded } = self;
         let n = observed.len();
@@ -144,7 +148,7 @@ impl Scratch {
             rank::scale(&scores.future[part.clone()], future, mass);
             rank::weigh(mass, norms, single);
             rank::weigh(&observed[part.clone()], norms, row);
-            // a quarter, so that the sum of the two, times a number of at most 2, is at most 1
+            // The factor 0.25 keeps the sum of the two, times a number of at most 2, at or below 1.
             for ((b, &s), &cosine) in single.iter_mut().zip(&*row).zip(&scores.key_similarity[part.clone()]) {
                 *b = 0.25 * (*b / weighed_future + s / weighed_seen) * rank::clean(1.0 - cosine);
             }
@@ -155,12 +159,12 @@ impl Scratch {
         }
     }
 
-    /// The same from a replay: `a` and `b` are one.
+    /// Computes steps 1 to 3 from a replay: `a` and `b` are equal.
     fn score_replay(&mut self, scores: &HeadScores<'_>, mut take: impl FnMut(Scored<'_>)) {
         let Self { observed, passages, single, mass, .. } = self;
         let [mut replayed, mut looked_up] = [const { Sum::new() }; 2];
         replayed.add_clean(scores.replayed);
-        // the root first: the fourth power of what matters may be too small to matter
+        // Takes the root before cleaning: the fourth power of a relevant value may be small enough for `clean` to drop.
         let peaks = scores.fourth_powers.iter().map(|p| rank::clean(p.sqrt().sqrt()));
         for ((r, peak), &norm) in observed.iter_mut().zip(peaks).zip(scores.value_norm) {
             *r = rank::clean(peak * norm);
@@ -182,7 +186,7 @@ impl Scored<'_> {
         self.first..self.first + self.mass.len()
     }
 
-    /// Keeps them until all heads have been seen: in rows of `[n]`.
+    /// Stores the block in the rows of one head, each `[n]`, until all heads have been observed.
     fn pack(self, score: &mut [u32], mass: &mut [u16], passages: &mut [f32]) {
         let part = self.part();
         passages[part.clone()].copy_from_slice(self.passages);
@@ -239,7 +243,7 @@ impl Gvote {
         }
     }
 
-    /// Scores heads, some of them in each thread, and keeps what ranks them later.
+    /// Scores heads in several threads and stores their scores for the ranking.
     fn keep_scores(&mut self, first: usize, heads: &[HeadScores<'_>]) {
         let Self { params, shape, zeros, score, mass, passages_sum, passages, next_passages, scratch, .. } = self;
         let (n, params, scratch) = (shape.n, &*params, &*scratch);
@@ -247,10 +251,11 @@ impl Gvote {
             (*score, *mass) = ((zeros.of_u32)(shape.heads() * n), (zeros.of_u16)(shape.heads() * n));
         }
         let threads = self.threads.min(heads.len() * n / ENTRIES_A_THREAD).max(1);
-        // one of the threads is late
+        // Two parts a thread, because one of the threads may be late.
         let share = heads.len().div_ceil(2 * threads).max(1);
         if next_passages.len() < heads.len() * n {
-            // not longer by zeros that one thread writes and others write over
+            // Allocates a new buffer: extending the old one would write zeros in one thread that the others then
+            // overwrite.
             *next_passages = vec![0.0; heads.len() * n];
         }
         next_passages.truncate(heads.len() * n);
@@ -270,7 +275,7 @@ impl Gvote {
             scratch.lock().expect(ALIVE).push(own);
         };
         let meanwhile = || {
-            // the heads before these, one after another, so that the sum does not depend on the number of threads
+            // Adds the previous heads one after another, so that the sum does not depend on the number of threads.
             add_all(passages_sum, passages, n);
             threads::touch(&mut next_score[..n_next]);
             threads::touch(&mut next_mass[..n_next]);
@@ -279,19 +284,19 @@ impl Gvote {
         std::mem::swap(passages, next_passages);
     }
 
-    /// Steps 3 and 4 with each head's own opinions.
+    /// Computes steps 3 and 4 with each head's own opinions.
     fn rank_heads(mut self) -> Ranking {
         let (n, heads) = (self.shape.n, self.shape.heads());
         self.sum_up_passages();
         (self.passages, self.next_passages, self.scratch) = Default::default();
-        // with a replay each head's own opinion is all there is
+        // With a replay, only the head's own opinion counts.
         let head_mix = if self.params.replay { 0.0 } else { self.params.head_mix };
         let weight = f64::from(head_mix * SCALE) / heads as f64;
         let passages = self.passages_sum.iter().map(|sum| (weight * sum) as f32).collect();
         let common = Common { passages, share: 1.0 / (1.0 + head_mix) };
 
         let threads = self.threads.min(heads.div_ceil(HEADS_A_THREAD));
-        // some of the threads are late
+        // Eight parts a thread, because some of the threads may be late.
         let share = heads.div_ceil(8 * threads);
         let parts = self.score.chunks_mut(share * n).zip(self.mass.chunks(share * n));
         let forced = &self.forced;
@@ -312,7 +317,7 @@ impl Gvote {
         Ranking::new(self.params, self.forced, heads, self.score, curve)
     }
 
-    /// Adds what `passages_sum` still lacks, some entries in each thread.
+    /// Adds the remaining rows to `passages_sum`, dividing the entries among threads.
     fn sum_up_passages(&mut self) {
         let (n, passages) = (self.shape.n, &self.passages);
         let threads = self.threads.min(passages.len() / SUMMED_A_THREAD).max(1);
@@ -326,7 +331,7 @@ impl Gvote {
         );
     }
 
-    /// Steps 3 and 4 with one ranking for all.
+    /// Computes steps 3 and 4 with one ranking for all heads.
     fn rank_tokens(self) -> Ranking {
         let heads = self.shape.heads() as f64;
         let mean = |sum: f64| f16::from_f64(sum * f64::from(SCALE) / heads);
@@ -386,7 +391,7 @@ impl Policy for Gvote {
         }
     }
 
-    /// Where the count would be found by trial, the bound on the lost mass stands in: there is no model here to try it on.
+    /// Uses the bound on the lost mass where the count would be found by trial, because no model is available here.
     fn select(self: Box<Self>) -> Selection {
         self.ranking().by_rule()
     }
@@ -403,7 +408,7 @@ impl Policy for Gvote {
     }
 }
 
-/// Some heads of a layer, and where their scores go: `[heads][n]` each.
+/// Consecutive heads of a layer and the destinations of their scores, each `[heads][n]`.
 struct Part<'a> {
     score: &'a mut [u32],
     mass: &'a mut [u16],
@@ -421,7 +426,7 @@ impl Part<'_> {
     }
 }
 
-/// `0..n` in blocks.
+/// Splits `0..n` into blocks.
 fn blocks(n: usize) -> impl Iterator<Item = Range<usize>> {
     (0..n).step_by(BLOCK).map(move |first| first..n.min(first + BLOCK))
 }
@@ -430,23 +435,23 @@ fn add(sum: &mut [f64], row: &[f32]) {
     sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
 }
 
-/// [`add`] of rows that begin `n` apart, one after another; a block of all of them at a time.
+/// Applies [`add`] to rows that begin `n` apart, in order, one block of all rows at a time.
 fn add_all(sum: &mut [f64], rows: &[f32], n: usize) {
     for (first, sum) in (0..).step_by(BLOCK).zip(sum.chunks_mut(BLOCK)) {
         rows.chunks(n.max(1)).for_each(|row| add(sum, row.get(first..).unwrap_or_default()));
     }
 }
 
-/// What the heads have in common, to be mixed into the `a` of each.
+/// The mean over all heads that is mixed into each head's `a`.
 struct Common {
     /// `[n]` `head_mix` times the mean of `a` over all heads, times [`SCALE`].
     passages: Vec<f32>,
-    /// `1 / (1 + head_mix)`: the largest sum of the two, stored, becomes what 1 is stored as.
+    /// `1 / (1 + head_mix)`: scales the largest possible sum of `a` and the common part back to the stored value of 1.
     share: f32,
 }
 
 impl Common {
-    /// Adds it to `a` of a head: `score` is `[n]` pairs of `a` and `b`, as they are stored.
+    /// Adds the common part to a head's `a`. `score` is `[n]` stored pairs of `a` and `b`.
     fn mix_into(&self, score: &mut [u32]) {
         let (mut half, mut wide) = ([f16::ZERO; BLOCK], [0.0_f32; BLOCK]);
         for (score, common) in score.chunks_mut(BLOCK).zip(self.passages.chunks(BLOCK)) {
@@ -459,10 +464,10 @@ impl Common {
     }
 }
 
-/// What a thread ranks heads with.
+/// Ranking buffers of one thread.
 struct Ranker {
     turns: Turns,
-    /// `[n]` the `mass` at each rank, summed over the heads that it ranked.
+    /// `[n]` the `mass` at each rank, summed over the heads that this thread ranked.
     at_rank: Vec<f64>,
 }
 
@@ -471,8 +476,8 @@ impl Ranker {
         Self { turns: Turns::new(n), at_rank: vec![0.0; n] }
     }
 
-    /// Ranks some heads: `score` is `[head][n]` pairs of `a` and `b` and becomes `[head][n]` entries from best to worst; `first` is
-    /// the number of the first of them.
+    /// Ranks consecutive heads, starting with head number `first`. `score` is `[head][n]` pairs of `a` and `b` and
+    /// becomes `[head][n]` entries from best to worst.
     fn rank(&mut self, score: &mut [u32], mass: &[u16], common: &Common, forced: &Forced, first: usize) {
         let Self { turns, at_rank } = self;
         let n = forced.n;
@@ -498,7 +503,7 @@ mod tests {
     fn a_head_is_scored_in_blocks_as_in_one() {
         let spans = [Span { back: 3, forward: 1024 }, Span { back: 1024, forward: 0 }];
         for (n, span) in [(1, spans[0]), (BLOCK, spans[1]), (BLOCK + 30, spans[0]), (3 * BLOCK + 7, spans[1])] {
-            // peaks, nothing at all, and what is no probability
+            // peaks, zeros, and invalid probabilities
             let row = |seed: usize| -> Vec<f32> {
                 let value = |j| [0.3, 0.0, 1e-3, f32::NAN, 1e-7, 2.0, 1e-40][j * j * seed / 3 % 7];
                 (0..n).map(value).collect()
@@ -544,7 +549,7 @@ mod tests {
     fn what_heads_have_in_common_moves_a_alone_and_fits_beside_the_largest() {
         let n = BLOCK + 30;
         for head_mix in [0.0, 0.3, 1000.0] {
-            // from nothing to the most there can be
+            // values from 0 to the largest possible
             let a = |j: usize| f16::from_f32(SCALE * [0.0, 1e-6, 0.01, 1.0][j % 4]);
             let common = |j: usize| SCALE * head_mix * [0.0, 1e-5, 1.0][j % 3];
             let b = |j: usize| f16::from_f32(j as f32);

@@ -1,25 +1,24 @@
-//! `gvote-paper`: GVote as published (arXiv 2509.03136), cut to what a cell of llama.cpp can hold.
+//! `gvote-paper`: GVote as published (arXiv 2509.03136), reduced to equal head sizes that a llama.cpp cell can store.
 //!
 //! For each query head of a KV head's group, on softmax probabilities `p`:
 //! 1. `b` = size of the smallest set of keys that holds `p_nuc` of the current query's attention.
 //! 2. Each of the `S` synthetic queries votes for its own top `b`.
 //! 3. The current query votes for its own top `b`.
 //!
-//! Union: what any query head of the group voted for, the first `sinks` and the last `recent`. Its
-//! size is the KV head's budget, and differs from head to head ([`Ragged`]). All heads of a llama.cpp
-//! cache hold the same number of cells, so
+//! The union holds every entry with a vote from any query head of the group, the first `sinks` and the last `recent`.
+//! Its size is the KV head's budget, and differs from head to head ([`Ragged`]). All heads of a llama.cpp cache hold
+//! the same number of cells, so
 //!
 //! 4. `C = ceil(mean budget over all heads)`, then `min_cells` and `max_cells`;
-//! 5. each head keeps its top `C` by number of votes, then by the probability summed over all
-//!    queries of the group, then the older entry; sinks and recent before all others.
+//! 5. each head keeps its top `C` by number of votes, then by the probability summed over all queries of the group,
+//!    then the older entry. Sinks and recent entries rank before all others.
 //!
-//! With [`Evict::Cells`] votes and sums are added up over all heads, and the same `C` is kept of
-//! that one ranking.
+//! With [`Evict::Cells`] votes and sums are added up over all heads, and the first `C` of that one ranking are kept.
 //!
-//! With [`Params::exact`] each head keeps its own union instead: the paper's own setting, for
-//! [`Kept::Ragged`](super::Kept::Ragged) to be measured.
+//! With [`Params::exact`] each head keeps its own union instead, as in the paper, so that
+//! [`Kept::Ragged`](super::Kept::Ragged) can be measured.
 //!
-//! This is a baseline: exact and plain rather than fast. It takes 4 bytes for each head and entry.
+//! This policy is a baseline: exact and simple rather than fast. It takes 4 bytes for each head and entry.
 
 use std::cmp::Reverse;
 
@@ -34,8 +33,7 @@ pub(super) struct GvotePaper {
     budget: Vec<u32>,
     /// `[head][n]` entries from best to worst. Empty for `Evict::Cells`.
     ranking: Vec<u32>,
-    /// `[n]` share of the summed probability at each rank, summed over heads (`Composite`), or of
-    /// each entry (`Cells`).
+    /// `[n]` share of the summed probability at each rank, summed over heads (`Composite`), or of each entry (`Cells`).
     share: Vec<f64>,
     /// `[n]` votes and summed probabilities of all heads. Empty for `Evict::Composite`.
     all_votes: Vec<u64>,
@@ -68,7 +66,7 @@ impl GvotePaper {
         }
     }
 
-    /// Steps 1 to 3 for one query head; `queries` is `[S + 1][n]`, the current query last.
+    /// Runs steps 1 to 3 for one query head; `queries` is `[S + 1][n]`, the current query last.
     fn vote(&mut self, queries: &[f32]) {
         let n = self.shape.n;
         let (samples, current) = queries.split_at(queries.len() - n);
@@ -79,7 +77,7 @@ impl GvotePaper {
         for sample in samples.chunks_exact(n) {
             self.load(sample);
             if 0 < b && b < n {
-                // Only who is among the top `b` matters, not in which order.
+                // Selects the top `b` without sorting them; their order does not matter.
                 self.keys.select_nth_unstable(b - 1);
             }
             self.cast(b);
@@ -175,8 +173,8 @@ impl Policy for GvotePaper {
     }
 }
 
-/// Size of the smallest set that holds `p_nuc` of the attention; `keys` is sorted, best first. The
-/// share is of what `p` sums to, which is 1 but for rounding: `p_nuc` = 1 must be reachable.
+/// Returns the size of the smallest set that holds `p_nuc` of the attention. `keys` is sorted, best first. The share is
+/// relative to the sum of `p`, which is 1 except for rounding: `p_nuc` = 1 must be reachable.
 fn nucleus(keys: &[u64], p: &[f32], p_nuc: f32) -> usize {
     let of = |key: &u64| f64::from(rank::clean(p[rank::entry(*key) as usize]));
     let target = f64::from(p_nuc) * keys.iter().map(of).sum::<f64>();
@@ -189,12 +187,12 @@ fn nucleus(keys: &[u64], p: &[f32], p_nuc: f32) -> usize {
     size
 }
 
-/// All entries, best first: forced, then by votes, then by summed probability, then the older.
+/// Sorts all entries, best first: forced entries, then by votes, then by summed probability, then the older entry.
 fn rank_by_votes<V: Copy + Ord>(forced: &Forced, head: usize, votes: &[V], sums: &[f64]) -> Vec<u32> {
     let mut order: Vec<u32> = (0..forced.n as u32).collect();
     order.sort_unstable_by_key(|&entry| {
         let j = entry as usize;
-        // Sums are finite and not negative: their bits sort like them.
+        // Sums are finite and not negative, so their bits sort in the same order.
         Reverse((forced.contains(head, j), votes[j], sums[j].to_bits(), Reverse(entry)))
     });
     order

@@ -1,8 +1,8 @@
-//! `keydiff`: keys unlike the others (Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM
-//! Inference in Resource-Constrained Environments", arXiv 2504.15364).
+//! `keydiff`: keeps keys unlike the others (Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for
+//! Long-Context LLM Inference in Resource-Constrained Environments", arXiv 2504.15364).
 //!
-//! For each KV head the anchor is the mean of all keys, each scaled to length 1; the keys with the smallest cosine
-//! similarity to it stay. Needs no query at all.
+//! For each KV head the anchor is the mean of all keys, each scaled to length 1. The keys with the smallest cosine
+//! similarity to the anchor are kept. Needs no queries.
 
 use super::fixed::FixedBudget;
 use super::{HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
@@ -29,7 +29,7 @@ impl Policy for KeyDiff {
 
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>) {
         self.score.clear();
-        // 0 to 2: scores must not be negative
+        // 1 - similarity is 0 to 2: scores must not be negative.
         self.score.extend(scores.key_similarity.iter().map(|similarity| 1.0 - similarity));
         self.budget.add(head, &self.score);
     }

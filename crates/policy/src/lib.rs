@@ -1,25 +1,25 @@
-//! Which entries of the KV cache to keep: scores in, a [`Selection`] out.
+//! Policies that decide which entries of the KV cache to keep: scores in, a [`Selection`] out.
 //!
-//! Pure arithmetic. A policy sees probabilities and answers with indices; it knows no model, no
-//! llama.cpp and no pointer, so each one can be checked against a few lines of float64.
+//! Pure arithmetic: a policy receives probabilities and returns indices. It uses no model, no llama.cpp and no raw
+//! pointers, so each policy can be checked against a few lines of float64.
 //!
-//! # Words
-//! - *candidate* or *entry*: one of the `n` cached tokens of the sequence, numbered in the order of
-//!   their positions. Every KV head has the same candidates.
+//! # Terms
+//! - *candidate* or *entry*: one of the `n` cached tokens of the sequence, numbered in the order of their positions.
+//!   Every KV head has the same candidates.
 //! - *head*: one of the `n_layer * n_head_kv` KV heads, layer-major: `head = layer * n_head_kv + h`.
 //! - *group*: the query heads that share a KV head.
-//! - `C`: how many cells the cache holds afterwards. One number for all heads, because one cell of
-//!   llama.cpp holds a row for every layer and head.
+//! - `C`: number of cells in the cache after compaction. All heads share one `C`, because one cell of llama.cpp holds a
+//!   row for every layer and head.
 //!
 //! # Order of calls
 //! [`build`], [`Policy::needs`], [`Policy::observe`] for head 0, 1, 2, ..., then [`Policy::select`].
 //!
 //! # Adding a policy
-//! Write one file with a type that has `new(&Params, Shape, &Protected)` and implements [`Policy`], declare the
-//! module, and add its line to `policies!` below.
+//! Write one file with a type that has `new(&Params, Shape, &Protected)` and implements [`Policy`], declare the module,
+//! and add its line to `policies!` below.
 //!
-//! Source of the method: Tang, Liu, Xu, Huang, "Adaptive KV-Cache Compression without Manually
-//! Setting Budget", arXiv 2509.03136; what differs from it is said in `gvote.rs`.
+//! Source of the method: Tang, Liu, Xu, Huang, "Adaptive KV-Cache Compression without Manually Setting Budget", arXiv
+//! 2509.03136. `gvote.rs` states the differences.
 
 #![forbid(unsafe_code)]
 
@@ -51,10 +51,10 @@ pub use params::{DEFAULT_RATIO, Evict, Params, PolicyError, Preset, Span};
 pub use protected::Protected;
 pub use ranking::Ranking;
 
-/// Makes [`Kind`] and its dispatch out of one line a policy: variant, name, type, what it does.
+/// Generates [`Kind`] and its dispatch from one line for each policy: variant, name, type, description.
 macro_rules! policies {
     ($($kind:ident, $name:literal, $policy:ty, $about:literal;)+) => {
-        /// Which policy chooses.
+        /// The policy that makes the selection.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum Kind {
             $(#[doc = $about] #[serde(rename = $name)] $kind,)+
@@ -64,12 +64,12 @@ macro_rules! policies {
             /// Every policy, in the order of the help text.
             pub const ALL: &'static [Kind] = &[$(Kind::$kind),+];
 
-            /// What `--policy` and reports call it.
+            /// The name used by `--policy` and in reports.
             pub const fn name(self) -> &'static str {
                 match self { $(Kind::$kind => $name),+ }
             }
 
-            /// One line for the help text.
+            /// One-line description for the help text.
             pub const fn about(self) -> &'static str {
                 match self { $(Kind::$kind => $about),+ }
             }
@@ -109,7 +109,7 @@ impl std::str::FromStr for Kind {
     }
 }
 
-/// The request as a policy sees it.
+/// Dimensions of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Candidates: the cells of one sequence in the order of their positions, the same for every
@@ -130,10 +130,10 @@ impl Shape {
     }
 }
 
-/// What the scorer measured for one KV head. A slice is empty when [`Needs`] did not ask for it.
+/// Scores of one KV head. A slice is empty if [`Needs`] did not ask for it.
 ///
-/// The values are probabilities. A policy reads NaN, infinite and negative values as 0, so that one
-/// broken head cannot stop a request.
+/// The values are probabilities. A policy reads NaN, infinite and negative values as 0, so that one broken head cannot
+/// fail a request.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadScores<'a> {
     /// `[n]` mean softmax probability of each key under the `S` synthetic queries and the current
@@ -142,8 +142,7 @@ pub struct HeadScores<'a> {
     /// `[n]` mean causal attention that the last `window` real queries pay to each key, over the
     /// group's query heads.
     pub observed: &'a [f32],
-    /// `[group][S + 1][n]` the softmax probabilities of every synthetic query by itself, those of
-    /// the current query last.
+    /// `[group][S + 1][n]` the softmax probabilities of every single synthetic query, then those of the current query.
     pub each: &'a [f32],
     /// `[n]` the weight of each key under a Gaussian query with the mean and variance of the synthetic ones, normalised to
     /// sum 1, mean over the group's query heads (arXiv 2510.00636).
@@ -152,15 +151,15 @@ pub struct HeadScores<'a> {
     pub value_norm: &'a [f32],
     /// `[n]` cosine similarity of each key to the mean of all keys, each scaled to length 1; -1 to 1 (arXiv 2504.15364).
     pub key_similarity: &'a [f32],
-    /// `[n]` sum over the observed queries and the group of p⁴: its fourth root is close to the largest p. With a replay,
-    /// the queries are those of the repeated context.
+    /// `[n]` sum over the observed queries and the group of p⁴; its fourth root is close to the largest p. With a
+    /// replay, the queries are those of the repeated context.
     pub fourth_powers: &'a [f32],
     /// `[n]` mean attention that the repeated context pays to each key; empty without a replay.
     pub replayed: &'a [f32],
 }
 
 impl HeadScores<'_> {
-    /// Nothing was measured.
+    /// No scores.
     pub const NONE: Self = Self {
         future: &[],
         observed: &[],
@@ -193,23 +192,24 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// What comes of keys and values alone.
+    /// Returns only the needs that can be computed from keys and values, without queries.
     pub fn of_cells(self) -> Self {
         Self { value_norm: self.value_norm, key_similarity: self.key_similarity, ..Self::default() }
     }
 
-    /// No scores at all: the probe pass and the scorer can be skipped.
+    /// Returns true if no scores are needed. The probe pass and the scorer can then be skipped.
     pub const fn nothing(&self) -> bool {
         !(self.samples() || self.observed || self.value_norm || self.key_similarity)
     }
 
-    /// Whether synthetic queries are needed: without them the probe pass can be skipped.
+    /// Returns true if synthetic queries are needed. Without them the probe pass can be skipped.
     pub const fn samples(&self) -> bool {
         self.future || self.each || self.expected
     }
 }
 
-/// Vectors of so many zeros. The caller knows what its system does best with large ones.
+/// Allocators for zero-filled vectors of a given length. The caller supplies the ones that suit large buffers on its
+/// system.
 #[derive(Clone, Copy)]
 pub struct Zeros {
     pub of_u32: fn(usize) -> Vec<u32>,
@@ -222,22 +222,22 @@ impl Default for Zeros {
     }
 }
 
-/// One way to choose what stays.
+/// A method for choosing which entries to keep.
 pub trait Policy {
     /// The name of the [`Kind`] this was built for.
     fn name(&self) -> &'static str;
 
-    /// Which scores [`observe`](Policy::observe) reads. If nothing, `observe` need not be called.
+    /// The scores that [`observe`](Policy::observe) reads. If none are needed, `observe` need not be called.
     fn needs(&self) -> Needs;
 
-    /// Takes in one KV head. Heads arrive in order, layer-major, each exactly once; `scores` is not
-    /// kept.
+    /// Reads the scores of one KV head. Heads arrive in layer-major order, each exactly once. `scores` is not stored.
     ///
     /// # Panics
     /// If a head is skipped or repeated, or a needed slice has the wrong length. Values never panic.
     fn observe(&mut self, head: usize, scores: &HeadScores<'_>);
 
-    /// [`observe`](Policy::observe) for several heads, `first` and those that follow it. Where there are none, scores are about to come.
+    /// Calls [`observe`](Policy::observe) for consecutive heads, starting with `first`. An empty slice announces that
+    /// scores will follow.
     ///
     /// # Panics
     /// As [`observe`](Policy::observe).
@@ -247,16 +247,16 @@ pub trait Policy {
         }
     }
 
-    /// Where to take large buffers from, before the first head arrives.
+    /// Sets the allocator for large buffers. Call before the first head is observed.
     fn allocate_with(&mut self, _: Zeros) {}
 
-    /// Chooses.
+    /// Makes the selection.
     ///
     /// # Panics
     /// If a policy that needs scores has not seen every head.
     fn select(self: Box<Self>) -> Selection;
 
-    /// Chooses, or hands out the ranking where the settings want the count to be found by trial on the model
+    /// Makes the selection, or returns the ranking if the settings ask for a count found by trial on the model
     /// ([`Params::tries`]).
     ///
     /// # Panics
@@ -265,7 +265,7 @@ pub trait Policy {
         Decision::Selection(self.select())
     }
 
-    /// [`decide`](Policy::decide), and a copy of the ranking behind it where there is one.
+    /// Returns the result of [`decide`](Policy::decide) and a copy of the underlying ranking, if the policy has one.
     ///
     /// # Panics
     /// As [`select`](Policy::select).
@@ -274,38 +274,38 @@ pub trait Policy {
     }
 }
 
-/// What a policy comes to by itself.
+/// Result of [`Policy::decide`].
 #[derive(Debug, Clone)]
 pub enum Decision {
-    /// What stays.
+    /// The final selection.
     Selection(Selection),
-    /// The order in which entries stay; their number is to be found by trial.
+    /// The order in which entries are kept. The caller finds their number by trial.
     Ranking(Ranking),
 }
 
-/// What stays.
+/// The entries that are kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Selection {
-    /// Candidates there were.
+    /// Number of candidates.
     pub n: usize,
-    /// Which of them stay.
+    /// The kept candidates.
     pub kept: Kept,
-    /// Share of the attention mass that is given up at the chosen `C`: mean over all KV heads, 0 to
-    /// 1. None if the policy does not measure it.
+    /// Share of the attention mass that is given up at the chosen `C`: mean over all KV heads, 0 to 1. None if the
+    /// policy does not measure it.
     pub lost_mass: Option<f32>,
-    /// Which rule set `C`.
+    /// The rule that set `C`.
     pub bound: Bound,
-    /// The budgets the heads asked for by themselves, where the policy has such a thing.
+    /// Budgets that the heads would have had individually; None if the policy computes none.
     pub ragged: Option<Ragged>,
 }
 
 impl Selection {
-    /// Everything stays and nothing is lost.
+    /// Keeps everything and loses nothing.
     pub const fn all(n: usize) -> Self {
         Self { n, kept: Kept::All, lost_mass: Some(0.0), bound: Bound::All, ragged: None }
     }
 
-    /// `C`: cells of the sequence after compaction; of [`Kept::Ragged`] the mean over the heads, rounded up.
+    /// `C`: cells of the sequence after compaction. For [`Kept::Ragged`], the mean over the heads, rounded up.
     pub fn n_cells(&self) -> usize {
         match &self.kept {
             Kept::All => self.n,
@@ -320,7 +320,7 @@ impl Selection {
         if self.n == 0 { 1.0 } else { self.n_cells() as f32 / self.n as f32 }
     }
 
-    /// The candidates that `head` keeps, ascending; None if it keeps all of them.
+    /// The candidates that `head` keeps, ascending. None if the head keeps all of them.
     pub fn kept_by(&self, head: usize) -> Option<&[u32]> {
         match &self.kept {
             Kept::All => None,
@@ -334,30 +334,31 @@ impl Selection {
     }
 }
 
-/// Which candidates stay.
+/// The kept candidates, in one of four layouts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kept {
-    /// All of them: there is nothing to compact.
+    /// All candidates: no compaction is necessary.
     All,
-    /// The same for every head, ascending.
+    /// The same candidates for every head, ascending.
     Tokens(Vec<u32>),
-    /// Composite cells: each head its own, the same number for all.
+    /// Composite cells: each head keeps its own candidates, the same number in every head.
     Heads {
         /// `C`.
         n_cells: usize,
         /// `[head][n_cells]` candidate indices, ascending in each head.
         index: Vec<u32>,
     },
-    /// Each head its own number, which no cache of llama.cpp can hold: to be looked at through a mask ([`Params::exact`]).
+    /// Each head keeps its own number of candidates. A llama.cpp cache cannot store this, so decoding applies a mask
+    /// ([`Params::exact`]).
     Ragged {
-        /// `[head]` where each head's part of `index` ends; it starts where that of the head before ends.
+        /// `[head]` end of each head's part of `index`; the part starts where the previous head's part ends.
         end: Vec<usize>,
         /// Candidate indices, ascending in each head.
         index: Vec<u32>,
     },
 }
 
-/// Which rule set `C`.
+/// The rule that set `C`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bound {
@@ -365,31 +366,31 @@ pub enum Bound {
     Trial,
     /// The smallest `C` that gives up no more attention mass than allowed.
     LostMass,
-    /// Everything stays, because what will be asked is not known: no question is in sight, so nothing could be tried; or the answer
-    /// needs nothing of the text, and what a vote drops would be lost.
+    /// Everything is kept because future questions are unknown: no question is in sight, so no trial was possible; or
+    /// the answer needs nothing of the text, and whatever a vote drops would be lost.
     Blind,
     /// The mean size of the heads' unions of votes (the paper's budget).
     Budget,
-    /// The share that was asked for (`--ratio`).
+    /// The requested share (`--ratio`).
     Ratio,
-    /// `--max-cells` cut it.
+    /// `--max-cells` lowered `C`.
     MaxCells,
-    /// `--min-cells` raised it.
+    /// `--min-cells` raised `C`.
     MinCells,
-    /// The sinks, the recent window and what is protected alone are more than the rule asked for.
+    /// The sinks, the recent window and the protected entries alone exceed what the rule asked for.
     Forced,
-    /// Nothing could be dropped, or the prompt is too short to be worth it.
+    /// Nothing could be dropped, or the prompt is too short to gain from compression.
     All,
 }
 
-/// How many entries the heads would keep if each could hold its own number.
+/// Numbers of entries that the heads would keep if each could hold a number of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Ragged {
-    /// The most frugal head.
+    /// Smallest number in any head.
     pub min: u32,
     /// Mean over all heads.
     pub mean: f32,
-    /// The greediest head.
+    /// Largest number in any head.
     pub max: u32,
 }
 
@@ -404,21 +405,22 @@ impl Ragged {
     }
 }
 
-/// Starts the policy that `params` asks for on a request of this shape.
+/// Creates the policy that `params` asks for, for a request of this shape.
 ///
-/// A prompt that [`Params::leaves_alone`] gets a policy that needs no scores and keeps everything.
+/// If [`Params::leaves_alone`] is true for the prompt, returns a policy that needs no scores and keeps everything.
 ///
 /// # Errors
-/// [`Params::validate`]'s, and [`PolicyError::Shape`] for a request without layers, heads or
-/// query heads, or with more candidates than 32 bits can number.
+/// Returns the errors of [`Params::validate`], and [`PolicyError::Shape`] for a request without layers, heads or query
+/// heads, or with more candidates than a u32 can number.
 pub fn build(params: &Params, shape: Shape) -> Result<Box<dyn Policy + Send>, PolicyError> {
     build_protecting(params, shape, &Protected::default())
 }
 
-/// [`build`] with entries that stay like sinks.
+/// Works like [`build`], with protected entries that always stay, like sinks.
 ///
 /// # Errors
-/// Those of `build`, and [`PolicyError::Protected`] where `max_cells` leaves no room for them.
+/// Returns the errors of [`build`], and [`PolicyError::Protected`] if `max_cells` leaves no room for the protected
+/// entries.
 pub fn build_protecting(
     params: &Params,
     shape: Shape,

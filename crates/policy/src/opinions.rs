@@ -1,46 +1,46 @@
-//! What the queries that voted say of a selection, for whoever wants it explained: what each head gives up, how many entries
-//! it would need by itself, and whether real and synthetic queries would have chosen the same.
+//! Explains a selection by the queries that voted: the mass that each head gives up, the number of entries it would
+//! need alone, and whether real and synthetic queries would have chosen the same entries.
 
 use serde::Serialize;
 
 use super::rank::{self, Forced};
 use super::{HeadScores, Params, Protected, Ranking, Selection, Shape};
 
-/// The scores of all heads. Takes 8 bytes for each head and entry.
+/// Scores of all heads. Takes 8 bytes for each head and entry.
 pub struct Opinions {
     params: Params,
     shape: Shape,
     forced: Forced,
-    /// `[head][n]` what the lost mass is measured in, each head's normalised to sum 1.
+    /// `[head][n]` the attention mass by which the lost mass is measured, normalised to sum 1 in each head.
     mass: Vec<f32>,
-    /// `[head][n]` what real queries look at, pooled, 0 in the observation window; each head's sums to 1. Empty unless both
-    /// kinds of queries voted.
+    /// `[head][n]` pooled attention of the real queries, 0 in the observation window, normalised to sum 1 in each head.
+    /// Empty unless both kinds of queries voted.
     real: Vec<f32>,
     padded: Vec<f32>,
 }
 
-/// What a selection means to one KV head.
+/// Effect of a selection on one KV head.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct HeadOpinion {
-    /// Attention mass that the head gives up, under the queries that the policy measures it with; 0 to 1.
+    /// Attention mass that the head gives up, under the queries by which the policy measures it; 0 to 1.
     pub lost_mass: f32,
-    /// The fewest entries, best first, with which the head would give up no more than all heads do on average. None where
-    /// the policy has no ranking.
+    /// The fewest entries, best first, with which the head would give up no more mass than the mean over all heads.
+    /// None if the policy has no ranking.
     pub needs: Option<u32>,
     /// None unless both real and synthetic queries voted.
     pub agreement: Option<Agreement>,
 }
 
-/// Who of the queries would have kept what a head keeps: each kind is given as many entries of its own choice as the head
-/// keeps, beside those that always stay. The four numbers add up to that.
+/// Number of kept entries that each kind of query would have chosen. Each kind may choose as many entries as the head
+/// keeps beside the forced ones. `both`, `real`, `synthetic` and `neither` add up to that number.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Agreement {
     pub both: u32,
     pub real: u32,
     pub synthetic: u32,
-    /// Kept for what stands around them, or for other heads.
+    /// Kept because of neighbouring entries or other heads.
     pub neither: u32,
-    /// Entries that both kinds would have chosen, kept or not.
+    /// Entries that both kinds would have chosen, whether kept or not.
     pub common: u32,
 }
 
@@ -50,7 +50,7 @@ impl Opinions {
         Self { params: params.clone(), shape, forced, mass: Vec::new(), real: Vec::new(), padded: Vec::new() }
     }
 
-    /// Takes in one KV head, in order.
+    /// Reads the scores of one KV head. Heads arrive in order.
     pub fn observe(&mut self, scores: &HeadScores<'_>) {
         let n = self.shape.n;
         let mass = if scores.replayed.is_empty() { scores.future } else { scores.replayed };
@@ -69,14 +69,14 @@ impl Opinions {
         }
     }
 
-    /// `[n]` for each head what real queries look at, and what the lost mass is measured in; empty where it was not seen.
+    /// Returns the pooled attention of the real queries and the mass of one head, each `[n]`, or empty if not observed.
     pub fn of_head(&self, head: usize) -> [&[f32]; 2] {
         let n = self.shape.n;
         [&self.real, &self.mass].map(|all| all.get(head * n..(head + 1) * n).unwrap_or_default())
     }
 
-    /// What a selection means to each head; empty where nothing was measured, or where all stays. `ranking`: what it was cut
-    /// from.
+    /// Returns the effect of a selection on each head; empty if nothing was measured or everything is kept. `ranking`
+    /// is the ranking that the selection was cut from.
     pub fn on(&self, selection: &Selection, ranking: Option<&Ranking>) -> Vec<HeadOpinion> {
         let (n, heads) = (self.shape.n, self.shape.heads());
         let kept: Vec<&[u32]> = (0..heads).filter_map(|head| selection.kept_by(head)).collect();
@@ -121,7 +121,7 @@ impl Opinions {
         HeadOpinion { lost_mass: lost as f32, needs: None, agreement }
     }
 
-    /// Whether each entry is among the best `count` of those that need not stay.
+    /// Marks the best `count` entries among those that are not forced.
     fn best(&self, head: usize, scores: &[f32], count: usize) -> Vec<bool> {
         let free = (self.forced.head..self.forced.tail).filter(|&entry| !self.forced.contains(head, entry));
         let mut keys: Vec<u64> = free.map(|entry| rank::key(rank::clean(scores[entry]), entry)).collect();
@@ -132,10 +132,10 @@ impl Opinions {
     }
 }
 
-/// The fewest entries of `order` beside which at most `lost` of the mass is left.
+/// Returns the fewest first entries of `order` such that the remaining entries hold at most `lost` of the mass.
 fn needed(order: &[u32], mass: &[f32], lost: f64) -> u32 {
     let mut left = 0.0;
-    // from the small end, as the curve of all heads is summed
+    // Sums from the smallest values up, like the curve of all heads.
     let dropped = order.iter().rev().take_while(|&&entry| {
         left += f64::from(mass[entry as usize]);
         left <= lost

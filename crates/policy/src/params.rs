@@ -1,4 +1,4 @@
-//! What a user can set, what it may be, and what to say when it may not.
+//! Settings of the policies, their valid ranges, and the errors for invalid values.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,79 +7,84 @@ use serde::{Deserialize, Serialize};
 
 use super::{Kind, Shape};
 
-/// Prompts with fewer older entries than this are left alone: the observation window's 64 queries
-/// would outnumber the keys they judge, and llama.cpp reads its cache in steps of 256 cells, so
-/// that next to nothing would be gained.
+/// Prompts with fewer older entries than this are left unchanged. The 64 queries of the observation window would
+/// outnumber the keys they judge, and llama.cpp reads its cache in steps of 256 cells, so almost nothing would be
+/// gained.
 const WORTHWHILE: usize = 64;
-/// More synthetic queries than this change no ranking that 32 do not, and each costs a probe token.
+/// Limit on the synthetic queries. More than this change no ranking that 32 do not, and each costs a probe token.
 const MAX_SAMPLES: usize = 256;
-/// Each layer keeps its queries, so that a wider window would take gigabytes.
+/// Limit on the observation window. Each layer stores the window's queries, so a wider window would take gigabytes.
 const MAX_WINDOW: usize = 1024;
-/// A span longer than a page of text keeps whatever surrounds the first few hits and nothing else.
+/// Limit on each side of a span. A span longer than a page of text would keep only the surroundings of the first few
+/// hits.
 const MAX_SPAN: usize = 1024;
-/// Sinks and recent cells are compared with positions, which are i32, and added to each other.
+/// Limit on the numbers of sinks and recent entries. Both are compared with positions, which are i32, and added to each
+/// other.
 const MAX_FORCED: usize = i32::MAX as usize / 2;
-/// A pool wider than this is no smoothing any more.
+/// Limit on the pool. A wider pool no longer smooths.
 const MAX_POOL: usize = 63;
-/// Past this the heads' common opinion drowns each head's own.
+/// Limit on the head mix. Above this, the mean over all heads outweighs each head's own score.
 const MAX_HEAD_MIX: f32 = 1000.0;
 
-/// A distribution further from the full cache's than this has nothing to do with it any more.
+/// Limit on the target KL, in nats a token. A distribution farther from the full cache's is unrelated to it.
 const MAX_KL: f32 = 10.0;
-/// A trial of more tokens than this would cost more than the vote saves.
+/// Limit on the tokens of a trial. A longer trial would cost more than the vote saves.
 const MAX_DRAFT: usize = 256;
 
-/// What a policy with a fixed budget keeps when nothing is said.
+/// Share that a policy with a fixed budget keeps if neither `ratio` nor `max_cells` is set.
 pub const DEFAULT_RATIO: f32 = 0.5;
 
-/// The settings of a policy. `samples`, `window` and `seed` are read by the capture and the scorer;
-/// they are here because they belong to the method.
+/// Settings of a policy. The capture and the scorer read `samples`, `window` and `seed`, which are here because they
+/// belong to the method.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Params {
-    /// Who chooses.
+    /// The policy that makes the selection.
     pub policy: Kind,
-    /// `gvote`: the mean KL to the full cache that a continuation should stay within, in nats a token; the count that does is
-    /// found by trial. None: `lost_mass` decides.
+    /// `gvote`: largest mean KL of a continuation to the full cache, in nats a token. The count that stays within this
+    /// KL is found by trial. None: `lost_mass` sets the count.
     pub target_kl: Option<f32>,
-    /// `gvote`: tokens of that continuation, at most; twice as many where an answer has them already.
+    /// `gvote`: maximum number of tokens in that continuation; twice as many if an answer already has them.
     pub draft: usize,
-    /// `gvote`: largest share of the attention mass that may be given up, mean over the KV heads; where no trial is made.
+    /// `gvote`: largest share of the attention mass that may be given up, mean over the KV heads. Applies where no
+    /// trial is made.
     pub lost_mass: f32,
     /// `gvote-paper`: share of the current query's attention that sets the single-step budget.
     pub p_nuc: f32,
     /// Synthetic queries, `S`.
     pub samples: usize,
-    /// Real queries at the end of the prompt whose attention is observed; 1 to 1024.
+    /// Real queries at the end of the prompt whose attention is observed (the observation window); 1 to 1024.
     pub window: usize,
-    /// `gvote`: what a hit keeps around itself.
+    /// `gvote`: entries that a hit keeps around itself.
     pub span: Span,
-    /// First entries that always stay.
+    /// Number of first entries that always stay.
     pub sinks: usize,
-    /// Last entries that always stay. At least `window`: the observed scores of the window's own
-    /// tokens are cut out, so they would be lost.
+    /// Number of last entries that always stay. At least `window`: the observed scores of the window's own tokens are
+    /// cut out, so these tokens would be lost.
     pub recent: usize,
-    /// Whether the chat template's markers and the system message always stay, too.
+    /// Whether the markers of the chat template and the system message always stay, too.
     pub protect: bool,
-    /// Share of the entries to keep, instead of the policy's own rule. The policies without such a rule take
-    /// [`DEFAULT_RATIO`], or `max_cells` where only that is given.
+    /// Share of the entries to keep, instead of the policy's own rule. Policies without such a rule use
+    /// [`DEFAULT_RATIO`], or `max_cells` if only `max_cells` is set.
     pub ratio: Option<f32>,
-    /// Cap on the cells, never exceeded.
+    /// Maximum number of cells, never exceeded.
     pub max_cells: Option<usize>,
-    /// Cells that stay at least (all of them, if the prompt is shorter).
+    /// Minimum number of cells that stay (all cells, if the prompt is shorter).
     pub min_cells: usize,
-    /// `gvote`: read the context a second time, and keep what its own repetition looks at, instead of asking queries.
+    /// `gvote`: reads the context a second time and keeps the entries that its own repetition attends to, instead of
+    /// using queries.
     pub replay: bool,
     /// Seed of the synthetic queries.
     pub seed: u64,
-    /// What one cell holds afterwards.
+    /// Contents of a cell after compaction.
     pub evict: Evict,
-    /// `gvote`: positions that the observed attention is averaged over; odd.
+    /// `gvote`: number of positions that the observed attention is averaged over; odd.
     pub pool: usize,
     /// `gvote`: weight of the mean over all heads beside each head's own score.
     pub head_mix: f32,
-    /// `adakv`, `gvote-paper`: keep the unequal budgets of the heads as the paper has them. A cache cannot: nothing is freed,
-    /// and what a head has dropped is masked while decoding. For measuring only; a saved session does not carry the mask.
+    /// `adakv`, `gvote-paper`: keeps the unequal budgets of the heads, as in the papers. A cache cannot store them: no
+    /// memory is freed, and the entries that a head drops are masked while decoding. For measurements only; a saved
+    /// session does not include the mask.
     pub exact: bool,
 }
 
@@ -111,21 +116,21 @@ impl Default for Params {
 }
 
 impl Params {
-    /// The defaults of one policy: those of `gvote`, but for the paper's 8 samples, and no spans where the policy's own
-    /// paper has none.
+    /// Returns the defaults of one policy: those of `gvote`, except for the paper's 8 samples with `gvote-paper`, and
+    /// no spans where the policy's own paper has none.
     pub fn new(policy: Kind) -> Self {
         let samples = if policy == Kind::GvotePaper { 8 } else { 32 };
         let span = if policy == Kind::Gvote { Self::default().span } else { Span::NONE };
         Self { policy, samples, span, ..Self::default() }
     }
 
-    /// These settings with a preset's budget.
+    /// Returns these settings with the budget of a preset.
     #[must_use]
     pub fn with_preset(self, preset: Preset) -> Self {
         Self { target_kl: Some(preset.target_kl()), lost_mass: preset.lost_mass(), ..self }
     }
 
-    /// Cells of `n` that a fixed budget keeps.
+    /// Number of cells that a fixed budget keeps of `n`.
     pub(super) fn fixed_cells(&self, n: usize) -> usize {
         match (self.ratio, self.max_cells) {
             (None, Some(cap)) => cap.min(n),
@@ -133,13 +138,14 @@ impl Params {
         }
     }
 
-    /// Whether the count is found by trial on the model. With a replay it is not: what it keeps is for questions to come.
+    /// Returns true if the count is found by trial on the model. With a replay there is no trial, because a replay
+    /// keeps entries for future questions.
     pub fn tries(&self) -> bool {
         self.policy == Kind::Gvote && self.ratio.is_none() && self.target_kl.is_some() && !self.replay
     }
 
-    /// Whether a prompt of `n` entries stays as it is. A prompt above `max_cells` never does,
-    /// however short: the cap is a promise about memory.
+    /// Returns true if a prompt of `n` entries is left unchanged. A prompt above `max_cells` never is, however short,
+    /// because the cap is a promise about memory.
     pub fn leaves_alone(&self, n: usize) -> bool {
         let short = n < self.sinks.saturating_add(self.recent).saturating_add(WORTHWHILE);
         let fits = self.max_cells.is_none_or(|cap| n <= cap);
@@ -149,9 +155,9 @@ impl Params {
     /// Checks every setting that the policy reads.
     ///
     /// # Errors
-    /// The first setting that is out of bounds; the message names the flag to change.
+    /// Returns the first setting that is out of bounds; the message names the setting to change.
     pub fn validate(&self) -> Result<(), PolicyError> {
-        // a capture keeps it for whatever policy may come later
+        // `window` applies to every policy: a capture stores the window for any later policy.
         if !(1..=MAX_WINDOW).contains(&self.window) {
             return Err(PolicyError::Window(self.window));
         }
@@ -162,7 +168,7 @@ impl Params {
                 (None, None) => Ok(()),
             };
         }
-        // `contains` is false for NaN, as it should be.
+        // `contains` is false for NaN, which must be rejected.
         if let Some(kl) = self.target_kl
             && !(f32::MIN_POSITIVE..=MAX_KL).contains(&kl)
         {
@@ -219,7 +225,7 @@ impl Params {
         self.validate_unequal()
     }
 
-    /// What unequal budgets of the heads do not go with.
+    /// Checks the settings that conflict with unequal budgets of the heads.
     fn validate_unequal(&self) -> Result<(), PolicyError> {
         let kind = self.policy;
         if self.exact && !matches!(kind, Kind::AdaKv | Kind::GvotePaper) {
@@ -236,13 +242,13 @@ impl Params {
     }
 }
 
-/// What a hit keeps around itself: a hit at `i` keeps `i - back ..= i + forward`. A key is looked
-/// up, then the tokens that follow it are read out one by one; hence the longer way forward.
+/// Entries that a hit keeps around itself: a hit at `i` keeps `i - back ..= i + forward`. A key is looked up, then the
+/// tokens that follow it are read out one by one; hence the longer forward side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Span {
     /// Entries before the hit.
     pub back: usize,
-    /// Entries after it.
+    /// Entries after the hit.
     pub forward: usize,
 }
 
@@ -260,7 +266,7 @@ impl fmt::Display for Span {
 impl FromStr for Span {
     type Err = PolicyError;
 
-    /// `BACK,FORWARD`, or `0` for no spans.
+    /// Parses `BACK,FORWARD`, or `0` for no spans.
     fn from_str(text: &str) -> Result<Self, PolicyError> {
         if text == "0" {
             return Ok(Self::NONE);
@@ -277,16 +283,16 @@ impl FromStr for Span {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
-    /// Hardly a difference.
+    /// Almost no difference from the full cache.
     Safe,
     /// The default.
     Balanced,
-    /// Small, at some cost.
+    /// A small cache, at some cost in quality.
     Aggressive,
 }
 
 impl Preset {
-    /// Every preset, from careful to bold.
+    /// Every preset, from the most careful to the boldest.
     pub const ALL: &'static [Preset] = &[Preset::Safe, Preset::Balanced, Preset::Aggressive];
 
     /// Mean KL of the trial to the full cache, in nats a token.
@@ -298,7 +304,7 @@ impl Preset {
         }
     }
 
-    /// The share of the attention mass that may be given up where no trial is made.
+    /// Share of the attention mass that may be given up if no trial is made.
     pub const fn lost_mass(self) -> f32 {
         match self {
             Preset::Safe => 0.01,
@@ -307,7 +313,7 @@ impl Preset {
         }
     }
 
-    /// What the command line calls it.
+    /// The name on the command line.
     pub const fn name(self) -> &'static str {
         match self {
             Preset::Safe => "safe",
@@ -326,21 +332,21 @@ impl FromStr for Preset {
     }
 }
 
-/// What one cell holds after compaction.
+/// Contents of a cell after compaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Evict {
-    /// In cell `c`, every KV head holds the c-th entry it chose itself (arXiv 2509.05165).
+    /// In cell `c`, every KV head holds the c-th entry that it chose itself (arXiv 2509.05165).
     Composite,
-    /// One token for all layers and heads.
+    /// One cell holds the same token for all layers and heads.
     Cells,
 }
 
 impl Evict {
-    /// Both ways.
+    /// Every variant.
     pub const ALL: &'static [Evict] = &[Evict::Composite, Evict::Cells];
 
-    /// What the command line calls it.
+    /// The name on the command line.
     pub const fn name(self) -> &'static str {
         match self {
             Evict::Composite => "composite",
@@ -358,10 +364,10 @@ impl FromStr for Evict {
     }
 }
 
-/// A setting that cannot work, and what to change.
+/// An invalid setting, with a message that says what to change.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
-#[allow(missing_docs)] // each message says what its fields are
+#[allow(missing_docs)] // each message explains its fields
 pub enum PolicyError {
     #[error(
         "`target_kl` is {0}, but must be above 0 and at most {MAX_KL} nats a token (0.02 is 1.02 times the perplexity)"

@@ -1,8 +1,9 @@
-//! Entries that no vote may drop, beside the first and the last ones.
+//! Entries that no vote may drop, in addition to the first and the last ones.
 
 use std::sync::Arc;
 
-/// What is protected, by KV head: after a compaction the same token may be another entry in another head. Cheap to clone.
+/// The protected entries, by KV head: after a compaction the same token may be a different entry in each head. Cheap to
+/// clone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Protected {
     /// `[list]` entries, ascending: a list for each head, one for all of them, or none.
@@ -10,12 +11,12 @@ pub struct Protected {
 }
 
 impl Protected {
-    /// The same entries in every head; ascending.
+    /// Protects the same entries in every head; ascending.
     pub fn everywhere(entries: Vec<u32>) -> Self {
         Self { lists: Arc::new([entries]) }
     }
 
-    /// `[head]` entries, each head's ascending.
+    /// Protects `[head]` lists of entries, each ascending.
     pub fn by_head(lists: Vec<Vec<u32>>) -> Self {
         Self { lists: lists.into() }
     }
@@ -29,12 +30,13 @@ impl Protected {
         }
     }
 
-    /// Entries of the head that has the most of them.
+    /// Returns the largest number of protected entries in any head.
     pub fn most(&self) -> usize {
         self.lists.iter().map(Vec::len).max().unwrap_or(0)
     }
 
-    /// Those in `head..tail`; `is_for_all`: what any head protects is protected in every head.
+    /// Returns the protected entries in `head..tail`. `is_for_all`: entries protected in any head are protected in
+    /// every head.
     pub(super) fn between(&self, head: usize, tail: usize, is_for_all: bool) -> Self {
         if self.lists.is_empty() {
             return Self::default();

@@ -1,15 +1,16 @@
-//! The arithmetic that policies share: cleaning, normalising, pooling, spans, ranking, the curve of
-//! the lost mass, and the bounds on `C`.
+//! Arithmetic that the policies share: cleaning, normalising, pooling, spans, ranking, the curve of the lost mass, and
+//! the bounds on `C`.
 
 use std::ops::Range;
 
 use super::{Bound, Evict, Kept, Kind, Params, Protected, Span};
 use crate::threads;
 
-/// Cutting so many entries takes a third of a millisecond: fewer are not worth a thread.
+/// Entries cut in a third of a millisecond; smaller batches do not amortise a thread.
 const CUT_A_THREAD: usize = 1 << 18;
 
-/// What always stays: the first `sinks` and the last `recent` of `n` entries, and what is protected between them.
+/// The forced entries, which always stay: the first `sinks` and the last `recent` of `n` entries, and the protected
+/// entries between them.
 #[derive(Debug, Clone)]
 pub(super) struct Forced {
     /// Entries below this index are sinks.
@@ -22,7 +23,7 @@ pub(super) struct Forced {
 
 impl Forced {
     pub fn new(params: &Params, n: usize, protected: &Protected) -> Self {
-        // In a prompt shorter than both together, the two meet and everything stays.
+        // If the prompt is shorter than sinks and recent together, `head` equals `tail` and everything stays.
         let tail = n.saturating_sub(params.recent);
         let head = params.sinks.min(tail);
         let is_for_all = params.evict == Evict::Cells || params.policy == Kind::StreamingLlm;
@@ -43,29 +44,29 @@ impl Forced {
         (0..self.head as u32).chain(self.protected(head).iter().copied()).chain(self.tail as u32..self.n as u32)
     }
 
-    /// How many they are.
+    /// Number of entries that always stay in this KV head.
     pub fn count_of(&self, head: usize) -> usize {
         self.head + self.protected(head).len() + self.n - self.tail
     }
 
-    /// The fewest cells that hold what always stays in every head.
+    /// The fewest cells that hold the forced entries of every head.
     pub fn count(&self) -> usize {
         self.head + self.protected.most() + self.n - self.tail
     }
 }
 
-/// What is smaller decides nothing. Much smaller, and a processor takes a hundred times longer over it: the smallest normal
-/// number is 1.2e-38.
+/// Values below this do not affect the result. Denormal values (below 1.2e-38) would slow a processor down a hundred
+/// times.
 const FAINT: f32 = 1e-30;
 
-/// A probability or a length, or 0 for what can be neither, or is too small to matter.
+/// Returns `x`, or 0 if `x` is no valid probability or length, or too small to matter.
 #[inline]
 pub(super) fn clean(x: f32) -> f32 {
     if (FAINT..=1.0 / FAINT).contains(&x) { x } else { 0.0 }
 }
 
-/// The sum of a row. Eight running sums: fixed, so that the result is the same on every machine, and wide enough for the
-/// compiler to use vectors.
+/// The sum of a row, in eight running sums. Their number is fixed, so that the result is the same on every machine, and
+/// large enough for the compiler to use vector instructions.
 pub(super) struct Sum([f32; Self::LANES]);
 
 impl Sum {
@@ -75,12 +76,12 @@ impl Sum {
         Self([0.0; Self::LANES])
     }
 
-    /// Adds the next entries of the row; all parts but the last are multiples of [`Self::LANES`].
+    /// Adds the next values of the row; every part but the last has a multiple of [`Self::LANES`] values.
     pub fn add(&mut self, part: &[f32]) {
         self.add_each(part, |x| x);
     }
 
-    /// [`Self::add`] of values that are yet to be cleaned.
+    /// Works like [`Self::add`], but cleans the values first.
     pub fn add_clean(&mut self, part: &[f32]) {
         self.add_each(part, clean);
     }
@@ -95,14 +96,14 @@ impl Sum {
         self.0 = lanes;
     }
 
-    /// What the row is divided by to sum to 1; a row of zeros stays as it is.
+    /// Returns the divisor that scales the row to sum 1, or 1 for a row of zeros.
     pub fn divisor(&self) -> f32 {
         let sum: f32 = self.0.iter().sum();
         if sum > 0.0 { sum } else { 1.0 }
     }
 }
 
-/// `nz`: the values of `from`, cleaned and scaled to sum 1, into `into`. All zero if they sum to 0.
+/// `nz`: writes the values of `from`, cleaned and scaled to sum 1, to `into`. All values are 0 if they sum to 0.
 pub(super) fn normalise(from: &[f32], into: &mut [f32]) {
     into.iter_mut().zip(from).for_each(|(to, &x)| *to = clean(x));
     let mut sum = Sum::new();
@@ -111,20 +112,20 @@ pub(super) fn normalise(from: &[f32], into: &mut [f32]) {
     into.iter_mut().for_each(|x| *x /= divisor);
 }
 
-/// The values of `from`, cleaned and divided by `divisor`, into `into`.
+/// Writes the values of `from`, cleaned and divided by `divisor`, to `into`.
 pub(super) fn scale(from: &[f32], divisor: f32, into: &mut [f32]) {
     into.iter_mut().zip(from).for_each(|(to, &x)| *to = clean(x) / divisor);
 }
 
-/// `from` times `weight`, entry by entry, into `into`; what is no length counts as 0. `from` is clean.
+/// Writes `from` times `weight`, entry by entry, to `into`; an invalid length counts as 0. `from` is clean.
 pub(super) fn weigh(from: &[f32], weight: &[f32], into: &mut [f32]) {
     for ((to, &x), &w) in into.iter_mut().zip(from).zip(weight) {
         *to = clean(x * w);
     }
 }
 
-/// Average over `width` (odd) positions around each, into `into`, which begins at position `first`; outside of `from` there
-/// are zeros, as in SnapKV's `avg_pool1d` (arXiv 2404.14469). `padded` is scratch space.
+/// Averages over `width` (odd) positions around each one. Writes to `into`, which begins at position `first`. Positions
+/// outside of `from` are zeros, as in SnapKV's `avg_pool1d` (arXiv 2404.14469). `padded` is scratch space.
 pub(super) fn average_pool(from: &[f32], width: usize, first: usize, padded: &mut Vec<f32>, into: &mut [f32]) {
     let side = width / 2;
     pad(from, first, side, into.len() + 2 * side, padded);
@@ -139,7 +140,7 @@ pub(super) fn average_pool(from: &[f32], width: usize, first: usize, padded: &mu
     into.iter_mut().for_each(|x| *x = clean(*x * scale));
 }
 
-/// `len` values from `before` positions before `first` on, into `padded`; outside of `from` there are zeros.
+/// Copies `len` values to `padded`, beginning `before` positions before `first`. Positions outside of `from` are zeros.
 fn pad(from: &[f32], first: usize, before: usize, len: usize, padded: &mut Vec<f32>) {
     let zeros = before.saturating_sub(first);
     let start = (first + zeros - before).min(from.len());
@@ -150,15 +151,15 @@ fn pad(from: &[f32], first: usize, before: usize, len: usize, padded: &mut Vec<f
     padded.resize(len, 0.0);
 }
 
-/// Sliding maximum: afterwards `x[j]` is the maximum of the `width` values from `x[j]` on (fewer at
-/// the end). O(n log width), and all of it in vectors: windows of 1, 2, 4, ... are joined in place.
+/// Sliding maximum: replaces `x[j]` with the maximum of the `width` values from `x[j]` on (fewer at the end). Takes O(n
+/// log width), all vectorised: windows of 1, 2, 4, ... are joined in place.
 pub(super) fn window_max(x: &mut [f32], width: usize) {
     const LANES: usize = 8;
     let mut have = 1;
     while have < width {
         let step = have.min(width - have);
         let mut j = 0;
-        // what is ahead is read before it changes
+        // Reads the values ahead before they change.
         while let Some(&ahead) = x.get(j + step..).and_then(|x| x.first_chunk::<LANES>()) {
             join(&mut x[j..j + LANES], &ahead);
             j += LANES;
@@ -171,16 +172,16 @@ pub(super) fn window_max(x: &mut [f32], width: usize) {
     }
 }
 
-/// The larger of each two.
+/// Writes the larger value of each pair to `x`.
 fn join(x: &mut [f32], ahead: &[f32]) {
-    // Not `f32::max`: there is no NaN here, and the test for it costs more than the maximum.
+    // Not `f32::max`: the values contain no NaN, and the test for NaN costs more than the maximum.
     x.iter_mut().zip(ahead).for_each(|(x, &ahead)| *x = if ahead > *x { ahead } else { *x });
 }
 
-/// Spans: the first values of `padded` become `max(score[j - forward ..= j + back])` of the entries `part`, so that a hit at
-/// `i` lifts `i - back ..= i + forward`. Scores are not negative.
+/// Applies spans to the entries `part`: sets the first values of `padded` to `max(score[j - forward ..= j + back])`, so
+/// that a hit at `i` raises `i - back ..= i + forward`. Scores are not negative.
 pub(super) fn spread(score: &[f32], span: Span, part: Range<usize>, padded: &mut Vec<f32>) {
-    // `forward` values before and `back` after make every window `x[j..j + width]`; zeros win nowhere.
+    // With `forward` values before and `back` after, every window is `x[j..j + width]`. The zeros never exceed a score.
     let (forward, back) = (span.forward.min(score.len()), span.back.min(score.len()));
     pad(score, part.start, forward, forward + part.len() + back, padded);
     window_max(padded, forward + back + 1);
@@ -200,32 +201,32 @@ pub(super) fn push_keys(keys: &mut Vec<u64>, forced: &Forced, head: usize, score
     keys.extend((forced.tail..forced.n).map(forced_key));
 }
 
-/// One number that sorts a head: ascending keys are descending scores, and among equal scores the
-/// older entry comes first. Spans make many equal scores, and of a span that does not fit the part
-/// nearest to its hit is the part to keep. `score` must be finite and not negative.
+/// Returns a number that sorts the entries of a head: ascending keys are descending scores, and among equal scores the
+/// older entry comes first. Spans produce many equal scores; if a span does not fit, the part nearest to its hit is
+/// kept. `score` must be finite and not negative.
 #[inline]
 pub(super) fn key(score: f32, entry: usize) -> u64 {
-    // Bits of non-negative floats sort like the floats. Adding 0 turns a -0 into 0.
+    // The bits of non-negative floats sort like the floats. Adding 0 turns -0 into 0.
     (u64::from(!(score + 0.0).to_bits()) << 32) | entry as u64
 }
 
-/// The key of an entry that comes before all others.
+/// Returns a key that sorts the entry before all others.
 #[inline]
 pub(super) fn forced_key(entry: usize) -> u64 {
     entry as u64
 }
 
-/// The entry of a key.
+/// Returns the entry of a key.
 #[inline]
 pub(super) fn entry(key: u64) -> u32 {
     key as u32
 }
 
-/// From the mass at each rank (in any unit, summed over heads) to the share lost by a cut:
-/// `curve[c]`, for `c` in `0..=n`, is the mass at ranks `c..` divided by `whole`.
+/// Turns the mass at each rank (in any unit, summed over heads) into the share lost by a cut: `curve[c]`, for `c` in
+/// `0..=n`, is the mass at ranks `c..` divided by `whole`.
 pub(super) fn lost_curve(mut at_rank: Vec<f64>, whole: f64) -> Vec<f64> {
     at_rank.push(0.0);
-    // Summed from the small end, so that what is kept does not round what is lost.
+    // Sums from the smallest values up, so that large kept masses do not round small lost ones.
     let mut lost = 0.0;
     for mass in at_rank.iter_mut().rev() {
         lost += *mass;
@@ -234,13 +235,14 @@ pub(super) fn lost_curve(mut at_rank: Vec<f64>, whole: f64) -> Vec<f64> {
     at_rank
 }
 
-/// The smallest `C` that loses at most `eps`. The curve falls, so a binary search finds it; its last
-/// value is 0, so there always is one.
+/// Returns the smallest `C` that loses at most `eps`. The curve falls, so a binary search finds `C`. Its last value is
+/// 0, so a solution always exists.
 pub(super) fn smallest_count(curve: &[f64], eps: f32) -> usize {
     curve.partition_point(|&lost| lost > f64::from(eps))
 }
 
-/// `C` after all bounds, and the one that set it. `wanted` is what the policy's own `rule` asks for.
+/// Returns `C` after all bounds, and the bound that set it. `wanted` is the count that the policy's own `rule` asks
+/// for.
 pub(super) fn bounded(wanted: usize, rule: Bound, forced: &Forced, params: &Params) -> (usize, Bound) {
     let (mut count, mut bound) = (wanted, rule);
     if count < forced.count() {
@@ -250,23 +252,23 @@ pub(super) fn bounded(wanted: usize, rule: Bound, forced: &Forced, params: &Para
         (count, bound) = (params.min_cells, Bound::MinCells);
     }
     match params.max_cells {
-        // Last, because it is the one promise that holds against all others.
+        // Checked last, because the cap overrides all other bounds.
         Some(cap) if cap < count => (cap, Bound::MaxCells),
         _ if count >= forced.n => (forced.n, Bound::All),
         _ => (count, bound),
     }
 }
 
-/// The first `count` of each head's ranking, ascending.
+/// Keeps the first `count` of each head's ranking, ascending.
 ///
-/// `ranking` is `[head][n]` entries from best to worst; its memory becomes the result's.
+/// `ranking` is `[head][n]` entries from best to worst; the result reuses its memory.
 pub(super) fn keep_heads(mut ranking: Vec<u32>, n: usize, count: usize) -> Kept {
     let heads = ranking.len() / n;
     cut(&mut ranking, n, &vec![count as u32; heads]);
     Kept::Heads { n_cells: count, index: ranking }
 }
 
-/// The first `counts[head]` of each head's ranking, ascending. `ranking` as in [`keep_heads`].
+/// Keeps the first `counts[head]` of each head's ranking, ascending. `ranking` as in [`keep_heads`].
 pub(super) fn keep_ragged(mut ranking: Vec<u32>, n: usize, counts: &[u32]) -> Kept {
     cut(&mut ranking, n, counts);
     let end = counts.iter().scan(0, |end, &count| {
@@ -276,7 +278,8 @@ pub(super) fn keep_ragged(mut ranking: Vec<u32>, n: usize, counts: &[u32]) -> Ke
     Kept::Ragged { end: end.collect(), index: ranking }
 }
 
-/// Cuts a ranking of `[head][n]` entries to the `counts` best of each head, ascending; some heads in each thread.
+/// Reduces a ranking of `[head][n]` entries to the best `counts` of each head, ascending, with the heads divided among
+/// threads.
 fn cut(ranking: &mut Vec<u32>, n: usize, counts: &[u32]) {
     let threads = threads::at_most().min(ranking.len() / CUT_A_THREAD).max(1);
     let share = counts.len().div_ceil(threads).max(1);
@@ -291,7 +294,8 @@ fn cut(ranking: &mut Vec<u32>, n: usize, counts: &[u32]) {
     ranking.shrink_to_fit();
 }
 
-/// Makes the `counts` first of each row of `n` entries ascend; what is behind them is of no use afterwards.
+/// Sorts the first `counts` entries of each row of `n` in ascending order. The rest of each row is unspecified
+/// afterwards.
 fn sort_best(rows: &mut [u32], n: usize, counts: &[u32]) {
     let mut stays = vec![false; n];
     for (row, &count) in rows.chunks_mut(n).zip(counts) {
@@ -299,14 +303,14 @@ fn sort_best(rows: &mut [u32], n: usize, counts: &[u32]) {
         row[..count as usize].iter().for_each(|&entry| stays[entry as usize] = true);
         let mut next = 0;
         for (entry, &stays) in (0..).zip(&stays) {
-            // in any case, and overwritten if it does not stay: no branch to guess
+            // Branch-free: writes every entry, and the next one overwrites an entry that does not stay.
             row[next] = entry;
             next += usize::from(stays);
         }
     }
 }
 
-/// The first `count` of one ranking for all heads, ascending.
+/// Keeps the first `count` of the ranking that all heads share, ascending.
 pub(super) fn keep_tokens(mut ranking: Vec<u32>, count: usize) -> Kept {
     ranking.truncate(count);
     ranking.sort_unstable();

@@ -1,52 +1,53 @@
-//! An order of the entries whose cut is still open.
+//! A ranking of the entries whose cut has not been decided.
 
 use super::rank::{self, Forced};
 use super::{Bound, Evict, Params, Selection};
 
-/// The least share of the cells that a trial may settle on. A short trial cannot see what a later question needs. With a tenth
-/// half of all requests in a mixed set kept more than 1.6 times what they needed: see docs/results.md.
+/// The smallest share of the cells that a trial may settle on. A short trial cannot tell what a later question needs.
+/// With a tenth, half of all requests in a mixed set kept more than 1.6 times what they needed: see docs/results.md.
 const LEAST_SHARE: f64 = 1.0 / 12.0;
 
-/// Entries from best to worst, for each head or for all heads together; how many stay is for the caller to find out.
+/// Entries from best to worst, for each head or for all heads together. The caller decides how many are kept.
 #[derive(Debug, Clone)]
 pub struct Ranking {
     params: Params,
     forced: Forced,
     lists: usize,
-    /// `[list][n]` entries from best to worst: first those that always stay.
+    /// `[list][n]` entries from best to worst: first the forced entries.
     order: Vec<u32>,
     /// `[n + 1]` mean share of the mass that is lost at each count.
     curve: Vec<f64>,
 }
 
 impl Ranking {
-    /// `lists`: as many as heads, or 1 for all.
+    /// Creates a ranking with one list for each head, or with 1 list for all heads.
     pub(super) fn new(params: Params, forced: Forced, lists: usize, order: Vec<u32>, curve: Vec<f64>) -> Self {
         Self { params, forced, lists, order, curve }
     }
 
-    /// Entries there are.
+    /// Number of entries.
     pub fn n(&self) -> usize {
         self.forced.n
     }
 
-    /// Entries below the first number and from the second on stay at any count; between them, those that are protected.
+    /// Returns the end of the sinks and the start of the recent entries. Entries below the first index and from the
+    /// second on stay at any count, and so do the protected entries between them.
     pub fn forced(&self) -> (usize, usize) {
         (self.forced.head, self.forced.tail)
     }
 
-    /// The entries of a head from best to worst: first the forced ones, ascending. `[n]`
+    /// Returns the `[n]` entries of a head from best to worst: first the forced ones, ascending.
     pub fn of_head(&self, head: usize) -> &[u32] {
         let list = if self.lists == 1 { 0 } else { head };
         &self.order[list * self.n()..][..self.n()]
     }
 
-    /// `[n + 1]` the mean share of the mass that is lost at each count, 0 to 1.
+    /// Returns the mean share of the mass that is lost at each count: `[n + 1]`, 0 to 1.
     pub fn curve(&self) -> &[f64] {
         &self.curve
     }
 
-    /// The fewest and the most cells that the bounds allow a trial to settle on.
+    /// Returns the fewest and the most cells that the bounds allow a trial to settle on.
     pub fn range(&self) -> (usize, usize) {
         let n = self.n();
         let most = self.params.max_cells.unwrap_or(n).min(n);
@@ -54,7 +55,7 @@ impl Ranking {
         (least.max(self.forced.count()).max(self.params.min_cells).min(most), most)
     }
 
-    /// The best `count` of each list, within the bounds; `rule` is what asked for that many.
+    /// Keeps the best `count` of each list, within the bounds; `rule` is the rule that asked for this count.
     pub fn keep(self, count: usize, rule: Bound) -> Selection {
         let n = self.n();
         let (count, bound) = rank::bounded(count, rule, &self.forced, &self.params);
@@ -68,13 +69,13 @@ impl Ranking {
         Selection { n, kept, lost_mass: Some(self.curve[count] as f32), bound, ragged: None }
     }
 
-    /// The fewest that give up no more attention mass than `lost_mass`.
+    /// Keeps the fewest entries that give up no more attention mass than `lost_mass`.
     pub fn by_lost_mass(self) -> Selection {
         let count = rank::smallest_count(&self.curve, self.params.lost_mass);
         self.keep(count, Bound::LostMass)
     }
 
-    /// The share that was asked for, or what the lost mass allows.
+    /// Keeps the requested share, or as much as the lost mass requires.
     pub(super) fn by_rule(self) -> Selection {
         if self.params.ratio.is_none() {
             return self.by_lost_mass();

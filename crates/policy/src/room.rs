@@ -1,27 +1,28 @@
-//! How much is freed where the cells run out: one rule for a session and for an attached context.
+//! Number of cells to free when a cache runs out of cells: one rule for a session and for an attached context.
 
 use super::Params;
 
-/// Of all cells, what is freed at once: each time costs a vote, and cells that are free hold nothing.
+/// Share of all cells that is freed at once. Each time costs a vote, and free cells hold nothing.
 const FREED: f64 = 0.25;
 
-/// Of `limit` cells, those that are freed at once.
+/// Returns the number of cells of `limit` that are freed at once.
 pub fn freed_at_once(limit: usize) -> usize {
     (FREED * limit as f64) as usize
 }
 
-/// How many of `limit` cells may stay, if `needed` of them have to be free; none where more than `always` do always.
+/// Returns how many of `limit` cells may stay if `needed` of them must be free. None if that is not more than `always`,
+/// the number of cells that always stay.
 pub fn most_cells(always: usize, limit: usize, needed: usize) -> Option<usize> {
     let most = limit.saturating_sub(needed.max(freed_at_once(limit)));
     (most > always).then_some(most)
 }
 
-/// Cells that always stay.
+/// Number of cells that always stay.
 pub fn least_cells(policy: &Params) -> usize {
     policy.sinks + policy.recent
 }
 
-/// The fewest cells with which [`most_cells`] has an answer for a needed one.
+/// Returns the smallest limit for which [`most_cells`] returns a count when one cell is needed.
 pub fn least_limit(always: usize) -> usize {
     let near = (always.saturating_add(1) as f64 / (1.0 - FREED)) as usize;
     (near.saturating_sub(2)..).find(|&limit| most_cells(always, limit, 1).is_some()).unwrap_or(usize::MAX)

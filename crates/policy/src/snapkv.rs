@@ -1,8 +1,9 @@
-//! `snapkv`: what the last real queries looked at (Li et al., "SnapKV: LLM Knows What You are Looking for Before
-//! Generation", arXiv 2404.14469).
+//! `snapkv`: keeps the entries that the last real queries attended to (Li et al., "SnapKV: LLM Knows What You are
+//! Looking for Before Generation", arXiv 2404.14469).
 //!
-//! For each KV head: the attention that the last `window` queries pay to each older entry, mean over the queries and the
-//! group's query heads, average-pooled over `pool` positions. The best `C` stay, the window itself always.
+//! For each KV head: the attention that the last `window` queries pay to each older entry, mean over the queries and
+//! the group's query heads, average-pooled over `pool` positions. The best `C` entries are kept, always including the
+//! window itself.
 
 use super::fixed::FixedBudget;
 use super::{HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape, rank};
@@ -18,12 +19,12 @@ impl SnapKv {
     }
 }
 
-/// The paper's score of each entry of one head.
+/// Computes the paper's scores of the entries of one head.
 pub(super) struct Observed {
-    /// Entries before the window.
+    /// Number of entries before the window.
     older: usize,
     pool: usize,
-    /// `[n]` pooled attention of one head; never written in the window: 0.
+    /// `[n]` pooled attention of one head. Entries in the window are never written and stay 0.
     pooled: Vec<f32>,
     padded: Vec<f32>,
 }
@@ -38,7 +39,7 @@ impl Observed {
         }
     }
 
-    /// `[n]` mean attention, pooled.
+    /// Returns the pooled mean attention, `[n]`.
     pub fn pool(&mut self, scores: &HeadScores<'_>) -> &[f32] {
         let older = self.older;
         rank::average_pool(&scores.observed[..older], self.pool, 0, &mut self.padded, &mut self.pooled[..older]);

@@ -1,8 +1,8 @@
-//! `streaming-llm`: the first tokens and the last ones, whatever they say (Xiao et al., "Efficient Streaming Language
-//! Models with Attention Sinks", arXiv 2309.17453).
+//! `streaming-llm`: keeps the first and the last tokens, regardless of content (Xiao et al., "Efficient Streaming
+//! Language Models with Attention Sinks", arXiv 2309.17453).
 //!
-//! Keeps the first `sinks` entries and the newest `C - sinks`. Positions stay what they were: the paper's renumbering
-//! serves endless streams, not a prompt within the trained context.
+//! Keeps the first `sinks` entries and the newest `C - sinks`. Positions do not change: the paper's renumbering serves
+//! endless streams, not a prompt within the trained context.
 
 use super::rank::{self, Forced};
 use super::{Bound, HeadScores, Kind, Needs, Params, Policy, Protected, Selection, Shape};
@@ -36,7 +36,7 @@ impl Policy for StreamingLlm {
         if bound == Bound::All {
             return Selection::all(n);
         }
-        // the newest are the best
+        // Newer entries score higher.
         let mut keys = Vec::with_capacity(n);
         rank::push_keys(&mut keys, &forced, 0, |j| j as f32);
         keys.sort_unstable();

@@ -1,13 +1,13 @@
-//! Requests to choose from, and what the tests share. The promises themselves:
+//! Random requests and shared code of the tests, by module:
 //! - `baselines`: the fixed-budget policies against float64;
-//! - `adakv`: the one whose heads share a budget, and unequal budgets in general;
-//! - `properties`: what holds for any request, and agreement with the float64 `reference`;
-//! - `examples`: small requests whose answer one can work out by hand;
-//! - `opinions`: what is said of a selection where it is explained;
-//! - `protected`: what is protected stays, and costs only that much;
-//! - `ranking`: the order of entries that a trial works on, and where it may be cut;
-//! - `replay`: what a second reading of the context keeps;
-//! - `settings`: what may be set, and what is said when it may not.
+//! - `adakv`: the policy whose heads share a budget, and unequal budgets in general;
+//! - `properties`: properties of any request, and agreement with the float64 `reference`;
+//! - `examples`: small requests whose result can be worked out by hand;
+//! - `opinions`: the explanation of a selection;
+//! - `protected`: protected entries stay, and cost no more than their own cells;
+//! - `ranking`: the order of entries that a trial works on, and the range of its cuts;
+//! - `replay`: the entries kept after a second reading of the context;
+//! - `settings`: valid settings, and the errors for invalid ones.
 
 mod adakv;
 mod baselines;
@@ -31,7 +31,7 @@ struct Head {
     expected: Vec<f32>,
     value_norm: Vec<f32>,
     key_similarity: Vec<f32>,
-    /// Of a replay only.
+    /// For a replay only.
     fourth_powers: Vec<f32>,
     replayed: Vec<f32>,
 }
@@ -41,7 +41,7 @@ struct Request {
     heads: Vec<Head>,
 }
 
-/// splitmix64: enough to fill a request from one seed.
+/// splitmix64: sufficient to fill a request from one seed.
 fn random(state: &mut u64) -> f64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
@@ -50,7 +50,7 @@ fn random(state: &mut u64) -> f64 {
     ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
 }
 
-/// Softmax rows that look like attention: mostly flat, a few peaks.
+/// Returns a softmax row that resembles attention: mostly flat, with a few peaks.
 fn softmax(n: usize, state: &mut u64) -> Vec<f32> {
     let raw: Vec<f64> = (0..n).map(|_| (8.0 * random(state).powi(3)).exp()).collect();
     let sum: f64 = raw.iter().sum();
@@ -99,7 +99,7 @@ fn select_protecting(params: &Params, shape: Shape, request: &Request, protected
     policy.select()
 }
 
-/// What one head keeps, spelled out.
+/// Returns the entries that one head keeps.
 fn kept(selection: &Selection, head: usize) -> Vec<usize> {
     let all = || (0..selection.n).collect();
     selection.kept_by(head).map_or_else(all, |kept| kept.iter().map(|&j| j as usize).collect())

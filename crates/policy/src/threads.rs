@@ -1,7 +1,8 @@
-//! Threads for what must come to its end: where the system starts no more of them, fewer do the work, or one alone.
+//! Threads for work that must be completed: if the system starts no more threads, fewer threads, or only the caller's,
+//! do the work.
 //!
-//! To start a thread takes some systems a tenth of a millisecond, which is more than it has to do in a vote on a device. So threads
-//! may be kept that wait for work: see [`Pool`].
+//! On some systems starting a thread takes a tenth of a millisecond, which is longer than the thread's work in a vote
+//! on a device. A [`Pool`] keeps threads waiting for work.
 
 use std::cell::Cell;
 use std::io;
@@ -10,14 +11,14 @@ use std::thread::{self, JoinHandle, Scope, ScopedJoinHandle};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// More threads than this wait for memory.
+/// Thread limit: additional threads would only wait for memory.
 const MOST: usize = 16;
 
 thread_local! {
     static IS_ALONE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Does `work`, started by this thread, as on a system that starts no more threads.
+/// Runs `work` in this thread as on a system that starts no more threads.
 pub fn alone<T>(work: impl FnOnce() -> T) -> T {
     struct Before(bool);
     impl Drop for Before {
@@ -29,22 +30,23 @@ pub fn alone<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// How many work well together here, at most.
+/// Returns the largest number of threads that work well together on this machine.
 pub fn at_most() -> usize {
     thread::available_parallelism().map_or(1, |n| n.get()).min(MOST)
 }
 
-/// Has pages of zeros made ready before several threads write to them at once, each of which would make a large one ready by itself.
+/// Touches pages of zeros before several threads write to them. Otherwise each thread would fault in a large page by
+/// itself.
 pub fn touch<T: Copy + Default>(zeros: &mut [T]) {
-    /// The least that any system makes ready at once.
+    /// The smallest page size of any system.
     const STEP: usize = 4096;
     zeros.iter_mut().step_by(STEP / size_of::<T>()).for_each(|x| *x = T::default());
 }
 
-/// Starts a thread of `scope`.
+/// Starts a thread in `scope`.
 ///
 /// # Errors
-/// The system's.
+/// Returns the system's error if the thread cannot be started.
 pub fn start<'s, T: Send + 's>(
     scope: &'s Scope<'s, '_>,
     work: impl FnOnce() -> T + Send + 's,
@@ -55,18 +57,20 @@ pub fn start<'s, T: Send + 's>(
     thread::Builder::new().spawn_scoped(scope, work)
 }
 
-/// Threads that wait for what [`scope`] has for them, until nobody has this any more. They have ended then: a library may be unloaded.
+/// Threads that wait for work from [`scope`]. They are joined when the last `Arc` drops, so that the library can be
+/// unloaded.
 pub struct Pool {
-    /// None while they end.
+    /// None while the threads end.
     pool: Option<ThreadPool>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// That of the process.
+/// The pool of this process.
 static POOL: Mutex<Weak<Pool>> = Mutex::new(Weak::new());
 
 impl Pool {
-    /// The process's pool, as long as somebody has it; None where the system does not start its threads.
+    /// Returns the pool of the process, which lives as long as any `Arc` to it. None if the system does not start its
+    /// threads.
     pub fn keep() -> Option<Arc<Self>> {
         let mut shared = POOL.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kept) = shared.upgrade() {
@@ -100,20 +104,21 @@ impl Drop for Pool {
     fn drop(&mut self) {
         self.pool = None;
         for thread in self.threads.drain(..) {
-            // none has work, so none can have panicked
+            // No thread has work, so none can have panicked.
             let _ = thread.join();
         }
     }
 }
 
-/// Who helps with some work: threads that were kept, or are started for it.
+/// Source of additional threads: a pool, or threads started for one scope.
 pub enum Crew<'s, 'env> {
     Pool(&'s rayon::Scope<'env>),
     Started(&'s Scope<'s, 'env>),
 }
 
 impl<'env> Crew<'_, 'env> {
-    /// Has another thread do `work`, or nobody, where the system starts no more threads. It may begin when all others have ended.
+    /// Runs `work` in another thread, or drops it if the system starts no more threads. The work may begin after all
+    /// others have ended.
     pub fn start(&self, work: impl FnOnce() + Send + 'env) {
         match self {
             Self::Pool(scope) => scope.spawn(|_| work()),
@@ -122,7 +127,7 @@ impl<'env> Crew<'_, 'env> {
     }
 }
 
-/// Does `work`, some of it in other threads, and waits for them.
+/// Runs `work`, which may pass parts of it to other threads, and waits for them.
 pub fn scope<'env>(work: impl FnOnce(&Crew<'_, 'env>)) {
     let kept = Pool::at_hand();
     match kept.as_ref().and_then(|kept| kept.pool.as_ref()) {
@@ -131,7 +136,8 @@ pub fn scope<'env>(work: impl FnOnce(&Crew<'_, 'env>)) {
     }
 }
 
-/// Does `work` to each of `parts` in at most `n_threads` threads, of which this is one that does something else first.
+/// Applies `work` to each of `parts` in at most `n_threads` threads. One of them is the calling thread, which runs
+/// `first` before.
 pub fn share_out<T>(
     n_threads: usize,
     parts: impl Iterator<Item = T> + Send,
@@ -163,7 +169,7 @@ mod tests {
 
     use super::*;
 
-    /// How often each of some parts was worked on.
+    /// Returns how often each of some parts was worked on.
     fn counts(n_threads: usize) -> Vec<usize> {
         let counts: Vec<_> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
         let here = thread::current().id();
@@ -208,7 +214,7 @@ mod tests {
     #[test]
     fn nobody_needs_more_threads_than_there_are() {
         let _kept = Pool::keep().unwrap();
-        // each of more than there are has others do some of its work
+        // nested calls ask for more threads than there are
         let done = AtomicUsize::new(0);
         let inner = |_| share_out(4, 0..10, |_| _ = done.fetch_add(1, Ordering::Relaxed), || ());
         share_out(4 * MOST, 0..4 * MOST, inner, || ());

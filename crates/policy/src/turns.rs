@@ -1,4 +1,4 @@
-//! Two opinions on the entries of a head take turns, which makes one ranking of them.
+//! Merges two opinions on the entries of a head into one ranking by taking turns.
 
 use std::ops::Range;
 
@@ -6,38 +6,39 @@ use half::f16;
 
 use super::rank::Forced;
 
-/// Scores there may be: the bits of a f16 that is not negative. They sort like what they stand for.
+/// Number of possible scores: the bit patterns of a non-negative f16, which sort like its values.
 const SCORES: usize = 1 << 15;
 /// The score of an entry that ranks before all others, in both opinions.
 const FORCED: u32 = 0x7fff_7fff;
 
-/// Whether an entry is left is as good as random, and a processor that guesses wrong loses more time than the question takes.
-/// So it is asked of so many at once without a branch, and once more, with a good guess, when it is their turn.
+/// Number of entries checked at a time. Whether an entry is still left is unpredictable, and a mispredicted branch
+/// costs more than the check. So this many entries are checked without a branch, and each is checked again, with a
+/// predictable branch, on its turn.
 const LOOK_AHEAD: usize = 64;
 
-/// Two scores of an entry as the one number that [`Turns::rank`] takes. They must not be negative.
+/// Packs two scores of an entry into the number that [`Turns::rank`] takes. Scores must not be negative.
 #[inline]
 pub(super) fn pair(first: f16, second: f16) -> u32 {
     u32::from(first.to_bits()) << 16 | u32::from(second.to_bits())
 }
 
-/// The first score of a [`pair`].
+/// Returns the first score of a [`pair`].
 #[inline]
 pub(super) fn first(pair: u32) -> f16 {
     f16::from_bits((pair >> 16) as u16)
 }
 
-/// The second score of a [`pair`].
+/// Returns the second score of a [`pair`].
 #[inline]
 pub(super) fn second(pair: u32) -> f16 {
     f16::from_bits(pair as u16)
 }
 
-/// Room to rank one head after another: 16 bytes an entry and 256 KiB.
+/// Buffers to rank one head after another: 16 bytes an entry and 256 KiB.
 pub(super) struct Turns {
     /// `[n]` each opinion's entries from best to worst.
     lists: [Vec<Listed>; 2],
-    /// `[SCORES]` for either list: how many entries have the score, then the place of the next one that has.
+    /// `[SCORES]` for either list: the number of entries that have the score, then the place of the next such entry.
     places: Vec<[u32; 2]>,
 }
 
@@ -49,14 +50,15 @@ struct Listed {
 }
 
 impl Turns {
-    /// For heads of `n` entries.
+    /// Allocates buffers for heads of `n` entries.
     pub fn new(n: usize) -> Self {
         let list = || vec![Listed::default(); n];
         Self { lists: [list(), list()], places: vec![[0; 2]; SCORES] }
     }
 
-    /// Turns the `[n]` scores of a KV head, each a [`pair`], into its entries from best to worst: forced ones, ascending, then
-    /// the best of the first list that is left, the best of the second that is left, and so on.
+    /// Turns the `[n]` scores of a KV head, each a [`pair`], into its entries from best to worst: the forced ones,
+    /// ascending, then the best remaining entry of the first list, the best remaining entry of the second list, and so
+    /// on.
     pub fn rank(&mut self, forced: &Forced, head: usize, scores: &mut [u32]) {
         forced.entries(head).for_each(|entry| scores[entry as usize] = FORCED);
         self.sort(scores);
@@ -76,8 +78,8 @@ impl Turns {
         last.iter_mut().for_each(|last| *last = ours.take(theirs.passed));
     }
 
-    /// Fills both lists, the highest score first and the older of equal ones first. There are so few scores that counting them
-    /// tells where in its list each one begins.
+    /// Sorts both lists, the highest score first; among equal scores, the older entry first. A counting sort suffices
+    /// because there are few possible scores.
     fn sort(&mut self, scores: &[u32]) {
         let Self { lists: [ours, theirs], places } = self;
         let halves = |pair: u32| [(pair >> 16) as usize % SCORES, pair as usize % SCORES];
@@ -104,26 +106,26 @@ impl Turns {
     }
 }
 
-/// What is left of a list.
+/// The remaining entries of a list.
 struct Left<'a> {
     list: &'a [Listed],
     /// All entries before this place are taken.
     passed: u32,
-    /// Entries from this place on have not been looked at.
+    /// Entries from this place on have not been checked.
     unseen: usize,
-    /// Places of entries that were left when they were looked at, and which of them are next.
+    /// Places of entries that were left when they were checked, and the range of them still to be used.
     ahead: [u32; LOOK_AHEAD],
     next: Range<usize>,
 }
 
 impl<'a> Left<'a> {
-    /// The first `taken` entries of the list are.
+    /// Starts after the first `taken` entries of the list.
     fn new(list: &'a [Listed], taken: usize) -> Self {
         Self { list, passed: taken as u32, unseen: taken, ahead: [0; LOOK_AHEAD], next: 0..0 }
     }
 
-    /// Takes the best one. The other list has taken what it lists before `passed`, so the rest of it is left; and as each list
-    /// names every entry once, there is one as long as a place is.
+    /// Takes the best remaining entry. The other list has taken its entries before `passed`, so its other entries are
+    /// left. Each list holds every entry once, so an entry is left as long as the ranking has a free place.
     #[inline(always)] // as calls, one for each entry, the turns take a third longer
     fn take(&mut self, passed: u32) -> u32 {
         loop {
@@ -156,7 +158,7 @@ mod tests {
     use super::super::{Params, Protected};
     use super::*;
 
-    /// The same with everything looked up anew at every turn.
+    /// A simple version that searches both lists from the start at every turn.
     fn naive(forced: &[u32], scores: &[[f32; 2]]) -> Vec<u32> {
         let lists = [0, 1].map(|side| {
             let mut list: Vec<u32> = (0..scores.len() as u32).collect();
@@ -183,7 +185,7 @@ mod tests {
             let protected = Protected::by_head(vec![vec![], (6..n as u32).step_by(50).collect()]);
             let forced = Forced::new(&params, n, &protected);
             let mut turns = Turns::new(n);
-            // few different scores and many, from 0 to half of the range, and one head after another
+            // few and many different scores, from 0 to half of the range, for one head after another
             for (head, step) in [(0, 0x3c00), (1, 0x300), (0, 1), (1, 1)] {
                 let mut score = || f16::from_bits((random(0x7800 / step + 1) * step) as u16);
                 let scores: Vec<[f16; 2]> = (0..n).map(|_| [score(), score()]).collect();

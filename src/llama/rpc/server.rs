@@ -1,4 +1,4 @@
-//! The other side: this machine's devices for clients elsewhere.
+//! RPC server: offers this machine's devices to remote clients.
 
 use std::ffi::CString;
 use std::io::Read;
@@ -11,26 +11,26 @@ use super::{RpcError, function};
 use crate::llama::{Device, device, devices, log};
 use crate::sys;
 
-/// Time for llama.cpp's server to begin, and to answer the first connection.
+/// Time for llama.cpp's server to start and to answer the first connection.
 const START_TIME: Duration = Duration::from_secs(10);
 const POLL_TIME: Duration = Duration::from_millis(10);
 
-/// How to serve; names as in llama.cpp's `rpc-server`.
+/// Settings of the server; names as in llama.cpp's `rpc-server`.
 #[derive(Clone, Debug)]
 pub struct ServerParams {
-    /// The address to listen on (`-H`). Whoever reaches it can do with this process what he wants.
+    /// The address to listen on (`-H`). Unauthenticated: anyone who connects can run code in this process.
     pub host: Ipv4Addr,
-    /// The port (`-p`); 0 takes one that is free.
+    /// The port (`-p`); 0 chooses a free one.
     pub port: u16,
-    /// Names of devices (`-d`); empty: the accelerators, or the CPU where there is none.
+    /// Names of devices (`-d`); empty: the accelerators, or the CPU if there are none.
     pub devices: Vec<String>,
     /// Threads of the CPU device (`-t`).
     pub n_threads: usize,
-    /// A folder that keeps large tensors (`-c`), so that they need not be sent again.
+    /// A folder that caches large tensors (`-c`), so that clients need not send them again.
     pub cache: Option<PathBuf>,
 }
 
-/// A server that can begin.
+/// A server that is ready to run.
 pub struct Server {
     address: SocketAddrV4,
     devices: Vec<Device>,
@@ -39,7 +39,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Finds the devices, and a port where none is named.
+    /// Finds the devices, and a free port if none is given.
     ///
     /// # Errors
     /// [`RpcError::NotBuilt`], [`RpcError::Device`], [`RpcError::Listen`], [`RpcError::CachePath`].
@@ -48,7 +48,7 @@ impl Server {
         let cache = params.cache.as_ref().map(|path| CString::new(path.as_os_str().as_encoded_bytes()));
         let cache = cache.transpose().map_err(|_| RpcError::CachePath)?;
         let devices = chosen(&params.devices)?;
-        // llama.cpp's server cannot say which port it took, nor why it cannot have one
+        // llama.cpp's server reports neither the port that it took nor the reason why it cannot have one.
         let wanted = SocketAddrV4::new(params.host, params.port);
         let found = TcpListener::bind(wanted).and_then(|listener| listener.local_addr());
         let found = found.map_err(|error| RpcError::Listen { address: wanted.into(), error })?;
@@ -56,20 +56,21 @@ impl Server {
         Ok(Self { address, devices, n_threads: params.n_threads, cache })
     }
 
-    /// Where it will listen.
+    /// Returns the address that the server will listen on.
     pub fn address(&self) -> SocketAddrV4 {
         self.address
     }
 
-    /// What clients get.
+    /// Returns the devices offered to clients.
     pub fn devices(&self) -> &[Device] {
         &self.devices
     }
 
-    /// Serves one client after another for ever. `ready` is called from another thread, once clients can connect.
+    /// Serves clients one after another, indefinitely. `ready` is called from another thread once clients can connect.
     ///
     /// # Errors
-    /// [`RpcError::Ended`] when llama.cpp's server gives up; there is no other end.
+    /// [`RpcError::Ended`] if llama.cpp's server stops; the function returns only in that case, or with an error from
+    /// before the start.
     pub fn run(&self, ready: impl FnOnce() + Send + 'static) -> RpcError {
         let start_server = match function(START_SERVER) {
             Ok(function) => function,
@@ -87,7 +88,7 @@ impl Server {
             }
         });
         log::clear_reason();
-        // SAFETY: the function of that name has this type; strings and devices outlive the call.
+        // SAFETY: the function with that name has this type; strings and devices outlive the call.
         unsafe {
             let n = handles.len();
             sys::gvote_shim_rpc_serve(start_server, endpoint.as_ptr(), cache, self.n_threads, n, handles.as_mut_ptr());
@@ -98,7 +99,7 @@ impl Server {
 
 const START_SERVER: &std::ffi::CStr = c"ggml_backend_rpc_start_server";
 
-/// The devices of these names, or those that llama.cpp's server takes by itself.
+/// Returns the named devices, or the default devices of llama.cpp's server.
 fn chosen(names: &[String]) -> Result<Vec<Device>, RpcError> {
     let all = devices();
     if names.is_empty() {
@@ -118,7 +119,7 @@ fn chosen(names: &[String]) -> Result<Vec<Device>, RpcError> {
     names.iter().map(one).collect()
 }
 
-/// Waits until the server takes a connection, and has seen the end of it: it serves one at a time, and logs each.
+/// Waits until the server accepts a connection and closes it: the server handles one at a time, and logs each.
 fn is_serving(address: SocketAddrV4) -> bool {
     let host = if address.ip().is_unspecified() { Ipv4Addr::LOCALHOST } else { *address.ip() };
     let address = SocketAddrV4::new(host, address.port()).into();

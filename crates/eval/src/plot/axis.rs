@@ -1,4 +1,4 @@
-//! One axis for all plots: round numbers at its ends and ticks, linear, logarithmic, or names.
+//! An axis of a plot, with round numbers at its ends and ticks: linear, logarithmic, or with names.
 
 use std::ops::Range;
 
@@ -20,19 +20,19 @@ enum Scale {
     Names,
 }
 
-/// Intervals that a linear axis aims at.
+/// Number of intervals that a linear axis aims at.
 const INTERVALS: f64 = 5.0;
-/// More ticks than this, and a logarithmic axis shows decades only.
+/// Maximum number of ticks. With more, a logarithmic axis shows decades only.
 const MOST_TICKS: usize = 9;
 
 impl Axis {
-    /// Covers the values, with ticks at multiples of 1, 2 or 5 times a power of ten.
+    /// Creates an axis that covers the values, with ticks at multiples of 1, 2 or 5 times a power of ten.
     pub fn linear(low: f64, high: f64) -> Self {
         let span = if high > low { high - low } else { low.abs().max(1.0) };
         let power = 10_f64.powf((span / INTERVALS).log10().floor());
         let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|step| *step >= span / INTERVALS);
         let step = step.unwrap_or(10.0 * power);
-        // A value on a tick is not pushed to the next one by rounding.
+        // Keeps rounding from pushing a value on a tick to the next one.
         const SLACK: f64 = 1e-9;
         let first = (low / step + SLACK).floor();
         let last = (high / step - SLACK).ceil().max(first + 1.0);
@@ -41,7 +41,7 @@ impl Axis {
         Self { scale: Scale::Linear, ends: (first * step, last * step), ticks }
     }
 
-    /// Covers the values, which are above 0, with ticks at 1, 2 and 5 times powers of ten.
+    /// Creates an axis that covers the values, which are above 0, with ticks at 1, 2 and 5 times powers of ten.
     pub fn log(low: f64, high: f64) -> Self {
         let round = |exponent: i32| [1.0, 2.0, 5.0].map(|m| m * 10_f64.powi(exponent));
         let decades = (low.log10().floor() as i32)..=(high.log10().floor() as i32 + 1);
@@ -55,13 +55,13 @@ impl Axis {
         Self { scale: Scale::Log, ends: (all[first], all[last]), ticks }
     }
 
-    /// One unit a name, from 0: the first name lies between 0 and 1.
+    /// Creates an axis with one unit for each name, from 0: the first name lies between 0 and 1.
     pub fn names(names: impl IntoIterator<Item = String>) -> Self {
         let ticks: Vec<_> = names.into_iter().enumerate().map(|(i, name)| (i as f64 + 0.5, name)).collect();
         Self { scale: Scale::Names, ends: (0.0, ticks.len() as f64), ticks }
     }
 
-    /// The same from last to first: names on a y axis are read from above.
+    /// Reverses the axis: names on a y axis are read from the top.
     pub fn reversed(mut self) -> Self {
         self.ends = (self.ends.1, self.ends.0);
         self
@@ -75,7 +75,7 @@ impl Axis {
         self.ends
     }
 
-    /// 0 at the first end, 1 at the last.
+    /// Returns the position of a value: 0 at the first end, 1 at the last.
     fn part(&self, value: f64) -> f64 {
         let at = |v: f64| if self.scale == Scale::Log { v.max(f64::MIN_POSITIVE).ln() } else { v };
         let (first, last) = (at(self.ends.0), at(self.ends.1));
@@ -106,7 +106,7 @@ impl ValueFormatter<f64> for Axis {
     }
 }
 
-/// A multiple of `step` without needless digits; 20000 is 20k.
+/// Formats a multiple of `step` without unnecessary digits; 20000 becomes 20k.
 fn number(value: f64, step: f64) -> String {
     const THOUSANDS_FROM: f64 = 10_000.0;
     if value.abs() >= THOUSANDS_FROM && value % 1000.0 == 0.0 {

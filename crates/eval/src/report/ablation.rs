@@ -1,4 +1,4 @@
-//! What an idea changes: every configuration against one of them, on the same requests with the same seeds.
+//! Ablation: compares every configuration with a baseline, on the same requests with the same seeds.
 
 use serde::Serialize;
 
@@ -9,7 +9,7 @@ use super::{Config, Place, by_config};
 use crate::{Record, Run};
 use gvote::policy::Kind;
 
-/// All that was measured of a configuration and the baseline alike.
+/// All measurements that a configuration shares with the baseline.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Ablation {
     /// Name of the configuration that the others are compared with.
@@ -17,44 +17,44 @@ pub struct Ablation {
     pub comparisons: Vec<Comparison>,
 }
 
-/// What is compared.
+/// The compared quantity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Measure {
-    /// Score of a task, 0 to 1: more is better.
+    /// Score of a task, 0 to 1: higher is better.
     Score,
-    /// Mean KL in nats: less is better.
+    /// Mean KL in nats: lower is better.
     Kl,
-    /// |ln C/C*|, how far a choice of cells is from what was needed, on either side: less is better.
+    /// |ln C/C*|: the distance of the chosen cells from those needed, in either direction: lower is better.
     Gap,
 }
 
-/// One suite, texts of about the same length, or one target, under one model and cache.
+/// One suite, texts of similar length, or one target, with one model and cache type.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
     #[serde(flatten)]
     pub place: Place,
     pub measure: Measure,
-    /// Such as `ruler/4096`; `4k` for texts, `0.02` for a target.
+    /// The suite, such as `ruler/4096`; `4k` for texts, `0.02` for a target.
     pub suite: String,
     pub rows: Vec<ComparisonRow>,
 }
 
-/// One configuration. The seeds of a request are averaged first: they share its text.
+/// Differences of one configuration. The seeds of a request are averaged first, because they share its text.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Difference {
-    /// Requests that both have.
+    /// Number of requests that both have.
     pub n: usize,
-    /// Mean share of the cells kept, and by how much it is above the baseline's.
+    /// Mean share of the cells kept, and its difference from the baseline.
     pub share: f64,
     pub share_difference: f64,
-    /// Mean, and by how much it is above the baseline's, with the standard error of that over the requests.
+    /// Mean value, and its difference from the baseline, with the standard error of the difference over the requests.
     pub value: f64,
     pub difference: f64,
     pub standard_error: Option<f64>,
 }
 
-/// A configuration and how it differs.
+/// A configuration and its difference from the baseline.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ComparisonRow {
     pub config: String,
@@ -126,7 +126,7 @@ impl<'a> Point<'a> {
         }
     }
 
-    /// The same request with the same seed; the full cache knows no seed.
+    /// Returns true for the same request with the same seed; the full cache does not depend on the seed.
     fn pairs_with(&self, other: &Self) -> bool {
         let any_seed = [self, other].iter().any(|p| p.run.policy == Kind::Full);
         self.request == other.request && (any_seed || self.run.seed == other.run.seed)

@@ -1,4 +1,4 @@
-//! How near an automatic choice of C comes to the fewest cells that would have done.
+//! Compares an automatic choice of C with the fewest cells that reach the target.
 
 use serde::Serialize;
 
@@ -6,12 +6,12 @@ use super::stats::{group_by, natural, quantile, rank_correlation};
 use super::{Config, Place, by_config};
 use crate::Adaptivity;
 
-/// One target under one model and cache.
+/// One target with one model and cache type.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AdaptivityTable {
     #[serde(flatten)]
     pub place: Place,
-    /// Mean KL that was to be reached, in nats.
+    /// Target for the mean KL, in nats.
     pub target: f64,
     pub rows: Vec<AdaptivityRow>,
     /// Every record.
@@ -36,10 +36,10 @@ pub struct FamilyRow {
     pub spending: Spending,
 }
 
-/// Cells chosen over cells needed: C / C*.
+/// Cells chosen, divided by cells needed: C / C*.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Spending {
-    /// Records.
+    /// Number of records.
     pub n: usize,
     /// Quartiles of C / C*.
     pub overspend_q1: f64,
@@ -49,8 +49,8 @@ pub struct Spending {
     pub misses: f64,
     /// Median share of the cells kept, 0 to 1.
     pub share_median: f64,
-    /// Spearman's, between the shares C/n and C*/n in whole percent: a cell more or less makes no rank. None where one of
-    /// them is the same for all.
+    /// Spearman's correlation between the shares C/n and C*/n in whole percent, so that single cells do not change
+    /// ranks. None if either is the same for all records.
     pub rank_correlation: Option<f64>,
     /// The smallest fixed ratio that misses no more requests than the policy.
     pub fixed_same_misses: Fixed,
@@ -58,20 +58,20 @@ pub struct Spending {
     pub fixed_few_misses: Fixed,
 }
 
-/// One request of so many may be missed by a fixed ratio that is safe enough to choose: 20 %.
+/// Share of requests that a fixed ratio may miss if it is safe enough to choose: one in this many, 20 %.
 pub const FEW_MISSES: usize = 5;
 
-/// The same share of the cells for every request, ranked as the configuration ranks them: the best one in hindsight.
+/// The best fixed share of the cells in hindsight: the same for every request, with the configuration's own ranking.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Fixed {
-    /// 0 to 1
+    /// Share of the cells, 0 to 1.
     pub ratio: f64,
     pub overspend_median: f64,
-    /// Share of the requests that need more, 0 to 1.
+    /// Share of the requests that need more cells, 0 to 1.
     pub misses: f64,
 }
 
-/// One request, in shares of its cells.
+/// One request, with shares of its cells.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
     pub config: String,
@@ -130,7 +130,7 @@ impl Spending {
 }
 
 impl Fixed {
-    /// The smallest ratio that is below C*/n for at most `misses` requests.
+    /// Returns the smallest ratio that is below C*/n for at most `misses` requests.
     fn best(needed: &[f64], misses: usize) -> Self {
         let mut sorted = needed.to_vec();
         sorted.sort_unstable_by(f64::total_cmp);

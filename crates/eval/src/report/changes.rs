@@ -1,10 +1,10 @@
-//! The tables of an ablation.
+//! Tables of an ablation.
 
 use super::stats::{group_by, mean};
 use super::table::{NOTHING, Table, figures, percent, points, words};
 use super::{Ablation, Comparison, Difference, Measure};
 
-/// First what every configuration changes anywhere, a row each; then the same suite by suite.
+/// Returns an overview with all differences of each configuration in a row, then a table for each suite.
 pub fn tables(ablation: &Ablation) -> Vec<Table> {
     let by_model = group_by(&ablation.comparisons, |c| c.place.of_model());
     let mut tables: Vec<Table> = by_model.iter().map(|(model, all)| overview(ablation, model, all)).collect();

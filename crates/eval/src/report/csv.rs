@@ -1,4 +1,4 @@
-//! Every figure of a report, a line each.
+//! Writes every figure of a report, one in each line.
 
 use std::io;
 
@@ -22,7 +22,7 @@ struct Line<'a> {
     spread: Option<f64>,
 }
 
-/// What the figures of one row have in common.
+/// Common fields of all figures in one row.
 struct Row<'a> {
     section: &'static str,
     place: &'a Place,

@@ -1,4 +1,4 @@
-//! Distance to the full cache, by configuration.
+//! Distance from the full cache, by configuration.
 
 use serde::Serialize;
 
@@ -6,21 +6,21 @@ use super::stats::{deviation, group_by, mean};
 use super::{Config, Place, by_config};
 use crate::Fidelity;
 
-/// Prompts of about the same length under one model and cache.
+/// Prompts of similar length with one model and cache type.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FidelityTable {
     #[serde(flatten)]
     pub place: Place,
-    /// Length of the prompts in tokens: the nearest power of two.
+    /// Length of the prompts in tokens, rounded to the nearest power of two.
     pub tokens: usize,
     pub rows: Vec<FidelityRow>,
 }
 
-/// One configuration. KL is in nats; a mean is over the records.
+/// One configuration. KL is in nats; means are over the records.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FidelityRow {
     pub config: String,
-    /// Records.
+    /// Number of records.
     pub n: usize,
     /// Mean share of the cells kept, 0 to 1.
     pub share: f64,
@@ -29,11 +29,11 @@ pub struct FidelityRow {
     pub kl_median: f64,
     /// Mean of the records' 90th percentiles.
     pub kl_p90: f64,
-    /// Perplexity over that of the full cache: exp of the mean logarithm of the ratio.
+    /// Perplexity divided by that of the full cache: exp of the mean logarithm of the ratio.
     pub perplexity_ratio: f64,
     /// Mean share of the steps with the same most likely token, 0 to 1.
     pub same_top: f64,
-    /// Standard deviation of the seeds' mean KL; none with one seed.
+    /// Standard deviation of the seeds' mean KL; None with one seed.
     pub seed_spread: Option<f64>,
 }
 
@@ -73,7 +73,7 @@ impl FidelityRow {
     }
 }
 
-/// The power of two nearest to a number of tokens, by ratio.
+/// Returns the power of two nearest to a number of tokens, by ratio.
 pub(super) fn length(tokens: usize) -> usize {
     1 << (tokens.max(1) as f64).log2().round() as u32
 }

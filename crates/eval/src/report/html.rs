@@ -1,4 +1,4 @@
-//! A report as one page.
+//! Renders a report as one HTML page.
 
 use std::collections::BTreeSet;
 
@@ -36,18 +36,18 @@ struct Part {
 /// Plots of one kind.
 #[derive(Serialize)]
 struct Figure {
-    /// What to look at.
+    /// Explanation of how to read the plots.
     caption: &'static str,
     keys: Vec<Key>,
     panels: Vec<Panel>,
-    /// The plots are maps: colour is the score.
+    /// True for heat maps, in which the colour is the score.
     is_map: bool,
 }
 
 pub fn render(report: &Report) -> String {
     let mut parts: Vec<Part> =
         sections(report).into_iter().map(|section| Part { figures: figures(report, section.kind), section }).collect();
-    // on a page the plots come first
+    // On a page, plots come before the runs.
     parts.sort_by_key(|part| part.section.kind == Kind::Runs);
     let models: BTreeSet<&str> = models(report).collect();
     let models = models.into_iter().collect::<Vec<_>>().join(", ");

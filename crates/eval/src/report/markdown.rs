@@ -1,4 +1,4 @@
-//! A report as a document.
+//! Renders a report as a Markdown document.
 
 use std::fmt::Write;
 
@@ -6,12 +6,13 @@ use super::Report;
 use super::table::{Table, sections};
 use super::text::{fold, fold_command};
 
-/// Characters a line; a wider table goes on below, with its first column repeated.
+/// Characters in a line. A wider table continues below, with its first column repeated.
 const WIDTH: usize = 110;
 /// Characters between two columns.
 const GAP: usize = 3;
 
-/// `notes`: Markdown to put in front; `made_by`: the words of the command that makes the document.
+/// Renders the document. `notes`: Markdown to put first; `made_by`: the words of the command that generates the
+/// document.
 pub fn render(report: &Report, title: &str, notes: &str, made_by: &[String]) -> String {
     let mut out = format!("# {title}\n\n");
     if !notes.trim().is_empty() {
@@ -45,7 +46,7 @@ fn shell<'a>(out: &mut String, commands: impl IntoIterator<Item = &'a [String]>)
     *out += "```\n";
 }
 
-/// Cells are padded, so that the table can be read as it is too.
+/// Lays out a table with padded cells, so that the source is readable, too.
 fn lay_out(table: &Table, columns: &[usize]) -> String {
     let escape = |cell: &str| cell.replace('|', "\\|").replace('<', "&lt;");
     let rows: Vec<Vec<String>> = [&table.head]

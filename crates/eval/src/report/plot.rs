@@ -18,7 +18,7 @@ use gvote::policy::Kind;
 #[derive(Debug, Clone, Serialize)]
 pub struct Panel {
     pub title: String,
-    /// What its records share.
+    /// Model and cache type of its records.
     pub place: String,
     pub svg: String,
 }
@@ -29,23 +29,23 @@ impl Panel {
     }
 }
 
-/// How a configuration looks in every plot.
+/// Appearance of a configuration in every plot.
 #[derive(Debug, Clone, Copy)]
 struct Look {
     colour: RGBColor,
-    /// Corners of the marker: none for a circle.
+    /// Corners of the marker; empty for a circle.
     corners: &'static [(i32, i32)],
-    /// How opaque a bar is: full, or so that its border stands out.
+    /// Opacity of a bar: full, or reduced so that the border stands out.
     opacity: f64,
 }
 
 /// Markers for the first seven configurations, the next seven, and the rest.
 const MARKERS: [&[(i32, i32)]; 3] = [&[], &[(-4, -4), (4, -4), (4, 4), (-4, 4)], &[(0, -6), (6, 5), (-6, 5)]];
 const RADIUS: i32 = 5;
-/// The same for bars.
+/// Opacities of bars, for the same groups of configurations.
 const OPACITIES: [f64; 3] = [1.0, 0.35, 0.0];
 
-/// The looks of all configurations of a report.
+/// Appearance of all configurations of a report.
 #[derive(Clone, Copy)]
 pub struct Palette<'a>(pub &'a [Config]);
 
@@ -61,12 +61,12 @@ impl Palette<'_> {
         }
     }
 
-    /// The policy whose line a configuration lies on. What no cache can hold lies on none.
+    /// Returns the policy whose line a configuration lies on. None for configurations that no cache can hold.
     fn policy(&self, config: &str) -> Option<Kind> {
         self.0.iter().find(|c| c.name == config && !c.exact).map(|c| c.policy)
     }
 
-    /// Configurations among `shown`, in the order of the report, with their markers.
+    /// Returns the configurations among `shown`, in the order of the report, with their markers.
     pub fn keys<'b>(&self, shown: impl Iterator<Item = &'b str> + Clone) -> Vec<Key> {
         self.keys_with(shown, |area, look| area.draw(&marker((12, 8), look)))
     }
@@ -90,7 +90,7 @@ fn marker<'a, C: Clone + 'a>(at: C, look: Look) -> DynElement<'a, Svg<'a>, C> {
     }
 }
 
-/// The outline of a marker.
+/// Returns the outline of a marker.
 fn hollow<'a, C: Clone + 'a>(at: C, look: Look) -> DynElement<'a, Svg<'a>, C> {
     let style = look.colour.stroke_width(1);
     let Some(first) = look.corners.first() else { return Circle::new(at, RADIUS - 1, style).into_dyn() };

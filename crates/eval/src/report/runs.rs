@@ -1,4 +1,4 @@
-//! How the records came about.
+//! Provenance of the records.
 
 use serde::Serialize;
 
@@ -16,14 +16,15 @@ pub struct Runs {
     pub version: String,
     pub llama_cpp: String,
     pub seeds: Vec<u64>,
-    /// Words of each command line, quoted for a shell; of those that measured parts of one thing, `{1,2}` is what differs.
+    /// Words of each command line, quoted for a shell. Commands that measured parts of the same run are merged: `{1,2}`
+    /// holds their different values.
     pub commands: Vec<Vec<String>>,
 }
 
-/// Flags whose values cut one measurement into parts, so that several machines or processes can share it.
+/// Flags whose values split one measurement into parts for several machines or processes.
 const PARTS: &[&str] = &["--offset", "--limit", "--tasks", "-o", "--out"];
 
-/// A configuration's name, and what runs said that it stands for: one text, or the reader is warned.
+/// A configuration's name and its settings in the runs. More than one entry causes a warning to the reader.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Meaning {
     pub config: String,
@@ -55,7 +56,7 @@ impl Runs {
         runs.collect()
     }
 
-    /// All but the commands, in a sentence.
+    /// Describes everything except the commands in one sentence.
     pub fn about(&self) -> String {
         let Self { model, cache_type, machine, version, llama_cpp, seeds, .. } = self;
         let seeds: Vec<String> = seeds.iter().map(u64::to_string).collect();
@@ -64,7 +65,7 @@ impl Runs {
     }
 }
 
-/// Command lines with as many words in one, those that differ as `{one,other}`.
+/// Merges command lines of equal length into one; different words become `{one,other}`.
 fn joined(parts: &[Vec<String>]) -> Vec<String> {
     let word = |i: usize| {
         let mut values: Vec<&str> = Vec::new();
@@ -80,7 +81,7 @@ fn joined(parts: &[Vec<String>]) -> Vec<String> {
 }
 
 impl Meaning {
-    /// Of configurations by name.
+    /// Collects the settings of configurations by name.
     pub(super) fn all(starts: &[&Start], configs: &[&str]) -> Vec<Self> {
         let of = |config: &&str| {
             let mut settings: Vec<String> = Vec::new();

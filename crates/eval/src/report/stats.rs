@@ -1,20 +1,20 @@
-//! The few statistics that the tables need.
+//! Statistics for the tables.
 
 pub use crate::metrics::{mean, quantile};
 
-/// Sample standard deviation (n - 1); none for fewer than two values.
+/// Sample standard deviation (n - 1); None for fewer than two values.
 pub fn deviation(values: &[f64]) -> Option<f64> {
     let mean = mean(values);
     let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
     (values.len() > 1).then(|| (squares / (values.len() - 1) as f64).sqrt())
 }
 
-/// Standard error of the mean: deviation / sqrt(n); none for fewer than two values.
+/// Standard error of the mean: deviation / sqrt(n); None for fewer than two values.
 pub fn standard_error(values: &[f64]) -> Option<f64> {
     deviation(values).map(|sd| sd / (values.len() as f64).sqrt())
 }
 
-/// Spearman's rank correlation, -1 to 1; equal values share their mean rank. None where one side is all the same.
+/// Spearman's rank correlation, -1 to 1; equal values share their mean rank. None if all values of one side are equal.
 pub fn rank_correlation(a: &[f64], b: &[f64]) -> Option<f64> {
     let (a, b) = (ranks(a), ranks(b));
     let middle = mean(&a);
@@ -41,8 +41,8 @@ pub fn group_by<T, K: PartialEq>(items: impl IntoIterator<Item = T>, key: impl F
     groups
 }
 
-/// Sorts `ruler/4096` before `ruler/16384`, and `500 words` before `1000 words`: pieces of text, each with the number after
-/// it.
+/// Splits a name into pieces of text, each with the number after it. Sorts `ruler/4096` before `ruler/16384`, and
+/// `500 words` before `1000 words`.
 pub fn natural(name: &str) -> Vec<(&str, u64)> {
     let mut pieces = Vec::new();
     let mut rest = name;

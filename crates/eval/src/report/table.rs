@@ -1,4 +1,4 @@
-//! Figures as words in rows and columns, before anyone lays them out.
+//! Formats figures as text in rows and columns, independent of the layout.
 
 use serde::Serialize;
 
@@ -8,16 +8,16 @@ use super::{AdaptivityTable, FidelityTable, Fixed, Place, Report, Score, Spendin
 #[derive(Debug, Clone, Serialize)]
 pub struct Table {
     pub title: String,
-    /// What its records share.
+    /// Model and cache type of its records.
     pub place: String,
-    /// Heads of the columns.
+    /// Column headings.
     pub head: Vec<String>,
     pub rows: Vec<Vec<String>>,
-    /// The columns after the first hold words, not numbers.
+    /// True if the columns after the first hold words instead of numbers.
     pub is_words: bool,
 }
 
-/// What a section is about.
+/// The subject of a section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Kind {
     Runs,
@@ -34,16 +34,16 @@ pub struct Section {
     pub title: &'static str,
     /// How to read the tables.
     pub lead: &'static str,
-    /// Commands, for the section that tells of them.
+    /// Commands, only for the section about runs.
     pub runs: Vec<Commands>,
     pub tables: Vec<Table>,
 }
 
-/// Commands, and what they share.
+/// Commands and their common description.
 #[derive(Debug, Clone, Serialize)]
 pub struct Commands {
     pub about: String,
-    /// The words of each.
+    /// Words of each command.
     pub commands: Vec<Vec<String>>,
 }
 
@@ -52,7 +52,8 @@ impl Table {
         Self { title: format!("{about}, {}", place.sight()), place: place.of_model(), head, rows, is_words: false }
     }
 
-    /// Columns that fit side by side into `width` characters, `gap` between two; each group starts with the first.
+    /// Splits the columns into groups that fit into `width` characters with `gap` between columns. Each group starts
+    /// with the first column.
     pub fn split(&self, width: usize, gap: usize) -> Vec<Vec<usize>> {
         let needed = |column: usize| {
             let cells = self.rows.iter().map(|row| &row[column]).chain([&self.head[column]]);
@@ -74,10 +75,10 @@ impl Table {
     }
 }
 
-/// Where there is no figure.
+/// Placeholder for a missing figure.
 pub const NOTHING: &str = "–";
 
-/// The sections that have records.
+/// Returns the sections that have records.
 pub fn sections(report: &Report) -> Vec<Section> {
     let runs = Section {
         kind: Kind::Runs,
@@ -130,17 +131,17 @@ pub fn sections(report: &Report) -> Vec<Section> {
     [runs, fidelity, tasks, adaptivity, ablation].into_iter().filter(|section| !section.tables.is_empty()).collect()
 }
 
-/// 8192 -> 8k
+/// Formats a number of tokens: 8192 -> 8k
 pub fn tokens(n: usize) -> String {
     if n >= 1024 && n.is_multiple_of(1024) { format!("{}k", n / 1024) } else { n.to_string() }
 }
 
-/// Percent with one decimal.
+/// Formats a share as percent with one decimal.
 pub fn percent(share: f64) -> String {
     format!("{:.1}", 100.0 * share)
 }
 
-/// Three significant digits.
+/// Formats a value with three significant digits.
 pub fn figures(value: f64) -> String {
     const DIGITS: i32 = 3;
     if value == 0.0 || !value.is_finite() {
@@ -188,7 +189,7 @@ fn fidelity(table: &FidelityTable) -> Table {
 
 fn tasks(table: &TaskTable) -> Table {
     let mut head = words(&["config", "n", "kept %", "mean", "vs full"]);
-    // the only task of a suite is its mean
+    // The mean of a suite with one task equals that task's score.
     let tasks = if table.tasks.len() > 1 { &table.tasks[..] } else { &[] };
     head.extend(tasks.iter().cloned());
     let rows = table.rows.iter().map(|r| {
@@ -217,7 +218,7 @@ fn families(table: &AdaptivityTable) -> Table {
     Table::new(&format!("{}, by family", at_most(table)), &table.place, spending_head("config, family"), rows.collect())
 }
 
-/// As it was given, if that is short.
+/// Formats a target as given if that is short.
 pub fn target(kl: f64) -> String {
     const SHORT: usize = 6;
     Some(kl.to_string()).filter(|text| text.len() <= SHORT).unwrap_or_else(|| figures(kl))
@@ -255,7 +256,7 @@ fn spending(s: &Spending) -> Vec<String> {
     ]
 }
 
-/// A difference of scores in percent.
+/// Formats a difference of scores in percent.
 pub fn points(difference: f64, error: Option<f64>) -> String {
     let error = error.map_or(String::new(), |e| format!(" ± {}", percent(e)));
     format!("{:+.1}{error}", 100.0 * difference)
@@ -265,7 +266,7 @@ fn with_error(score: f64, error: Option<f64>) -> String {
     error.map_or_else(|| percent(score), |error| format!("{} ± {}", percent(score), percent(error)))
 }
 
-/// A mean over fewer tasks than others have is not to be compared with theirs.
+/// Marks a mean over fewer tasks than others have, which must not be compared with theirs.
 fn unequal(found: usize, all: usize) -> String {
     if found == all { String::new() } else { format!(" ({found}/{all})") }
 }

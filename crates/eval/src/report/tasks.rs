@@ -6,7 +6,7 @@ use super::stats::{group_by, mean, natural, standard_error};
 use super::{Config, FULL, Place, by_config};
 use crate::TaskScore;
 
-/// One suite under one model and cache. Scores are 0 to 1.
+/// One suite with one model and cache type. Scores are 0 to 1.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TaskTable {
     #[serde(flatten)]
@@ -14,7 +14,7 @@ pub struct TaskTable {
     pub suite: String,
     pub tasks: Vec<String>,
     pub rows: Vec<TaskRow>,
-    /// Where the needle lay, for suites that try a grid of places.
+    /// Scores by the needle's position, for suites with a grid of positions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub needle: Option<Needle>,
 }
@@ -23,24 +23,24 @@ pub struct TaskTable {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TaskRow {
     pub config: String,
-    /// Samples of all tasks.
+    /// Number of samples of all tasks.
     pub n: usize,
     /// Mean share of the cells kept, 0 to 1.
     pub share: f64,
-    /// Mean over the tasks, each counting the same.
+    /// Mean over the tasks, with equal weights.
     pub mean: f64,
-    /// Of the mean over all samples.
+    /// Standard error of the mean over all samples.
     pub standard_error: Option<f64>,
-    /// Against the full cache; none for itself and without a sample that both have.
+    /// Difference from the full cache; None for the full cache itself, and without common samples.
     pub difference: Option<Score>,
-    /// In the order of [`TaskTable::tasks`]; none where there are no samples.
+    /// Scores in the order of [`TaskTable::tasks`]; None for tasks without samples.
     pub scores: Vec<Option<Score>>,
 }
 
 /// A mean over samples.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Score {
-    /// Samples.
+    /// Number of samples.
     pub n: usize,
     /// Mean share of the cells kept, 0 to 1.
     pub share: f64,
@@ -48,24 +48,24 @@ pub struct Score {
     pub standard_error: Option<f64>,
 }
 
-/// Scores by the place of the needle: `maps[config][depth][length]`.
+/// Scores by the position of the needle: `maps[config][depth][length]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Needle {
-    /// The tasks: lengths of the context.
+    /// Tasks, which are lengths of the context.
     pub lengths: Vec<String>,
-    /// In percent of the context, ascending.
+    /// Depths in percent of the context, ascending.
     pub depths: Vec<u32>,
     pub maps: Vec<NeedleMap>,
 }
 
-/// The scores of one configuration: `scores[depth][length]`, none where there are no samples.
+/// Scores of one configuration: `scores[depth][length]`, None without samples.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct NeedleMap {
     pub config: String,
     pub scores: Vec<Vec<Option<f64>>>,
 }
 
-/// The seeds of one item.
+/// Mean over the seeds of one item.
 struct Sample<'a> {
     task: &'a str,
     item: &'a str,
@@ -141,7 +141,7 @@ impl Sample<'_> {
     }
 }
 
-/// More depths are no grid: every sample of RULER has its own.
+/// Maximum number of depths in a grid. More are no grid: every sample of RULER has a depth of its own.
 const MOST_DEPTHS: usize = 11;
 
 impl Needle {
@@ -166,7 +166,7 @@ impl Needle {
     }
 }
 
-/// The records of one configuration, their seeds averaged.
+/// Averages the seeds of each item in the records of one configuration.
 fn samples(records: Vec<&TaskScore>) -> Vec<Sample<'_>> {
     let percent = |depth: f64| (100.0 * depth).round() as u32;
     let items = group_by(records, |r| (r.task.as_str(), r.run.item.as_str(), r.depth.map(percent)));

@@ -1,4 +1,4 @@
-//! Figures worked out by hand, and pages that stand alone.
+//! Figures worked out by hand, and self-contained pages.
 
 use super::*;
 use crate::{Adaptivity, Fidelity, TaskScore};
@@ -51,7 +51,7 @@ fn adaptivity(config: &str, family: &str, cells: usize, oracle_cells: usize, kl_
     })
 }
 
-/// Some of every kind.
+/// Records of every kind.
 fn everything() -> Vec<Record> {
     vec![
         fidelity("vote", 1, 250, 0.1, 0.1),
@@ -231,10 +231,11 @@ fn the_best_fixed_ratio_is_known_in_hindsight() {
         assert_eq!((fixed.ratio, fixed.misses), (0.4, 0.2));
         close(fixed.overspend_median, 4.0 / 3.0);
     }
-    // Ranks of what is kept: 2, 1, 3, 4, 5; 1 - 6 (1 + 1) / (5 * 24).
+    // Ranks of the cells kept: 2, 1, 3, 4, 5; 1 - 6 (1 + 1) / (5 * 24).
     close(all.rank_correlation.unwrap(), 0.9);
 
-    // Without a miss, as much as the neediest takes; with only misses, as little as the most modest.
+    // Without a miss, as much as the most demanding request needs; with only misses, as little as the least demanding
+    // one.
     let of = |kl: f64| {
         let records: Vec<_> =
             choices.iter().map(|(cells, oracle, _)| adaptivity("vote", "code", *cells, *oracle, kl)).collect();

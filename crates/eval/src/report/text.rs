@@ -1,4 +1,4 @@
-//! A report for a terminal.
+//! Renders a report for a terminal.
 
 use std::fmt::Write;
 
@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, ContentArrangement, presets};
 use super::Report;
 use super::table::{Table, sections};
 
-/// Characters a line; a wider table goes on below, with its first column repeated.
+/// Characters in a line. A wider table continues below, with its first column repeated.
 const WIDTH: usize = 120;
 /// Characters between two columns.
 const GAP: usize = 2;
@@ -50,7 +50,7 @@ fn lay_out(table: &Table, columns: &[usize]) -> String {
     out.trim_fmt()
 }
 
-/// Breaks a command line, and no flag from its value.
+/// Wraps a command line without separating a flag from its value.
 pub fn fold_command(words: &[String], width: usize) -> String {
     let mut parts: Vec<String> = Vec::new();
     for word in words {
@@ -64,9 +64,9 @@ pub fn fold_command(words: &[String], width: usize) -> String {
     fold(parts.iter().map(String::as_str), width, " \\\n    ")
 }
 
-/// Breaks a paragraph into lines of at most `width` characters, if its words let it.
+/// Wraps a paragraph into lines of at most `width` characters; longer words stay whole.
 pub fn fold<'a>(words: impl IntoIterator<Item = &'a str>, width: usize, line_break: &str) -> String {
-    // what a line break costs at the end of a line and at the start of the next
+    // Characters that a line break takes at the end of a line and at the start of the next.
     let (end, start) = line_break.split_once('\n').map_or((0, 0), |(end, start)| (end.len(), start.len()));
     let mut out = String::new();
     let mut used = 0;

@@ -1,4 +1,4 @@
-//! Does a policy's own choice find the budget that a request needs?
+//! Measures whether a policy's own choice finds the budget that a request needs.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use gvote::SessionError;
 use gvote::llama::{Pos, Token};
 use gvote::policy::Params;
 
-/// A prompt to compress, and how it goes on.
+/// A prompt to compress, with its continuation.
 pub struct Request<'a> {
     /// Kind of request, such as narrative.
     pub family: String,
@@ -20,16 +20,16 @@ pub struct Request<'a> {
     pub next: Next<'a>,
 }
 
-/// What the compressed cache is tried on.
+/// Continuation that the compressed cache is tested on.
 pub enum Next<'a> {
-    /// The tokens that follow the prompt in a text. The first is fed before anything is compared.
+    /// The tokens that follow the prompt in a text. Comparisons start after the first one.
     Text { prompt: &'a [Token], next: &'a [Token] },
-    /// The full cache's most likely answer, up to `limit` tokens, and what would come after it. `blind`: the question follows
-    /// only after the compression. `after`: so many tokens of the answer come before it, and are not compared.
+    /// The full cache's most likely answer, up to `limit` tokens, and the token after it. `blind`: the question follows
+    /// only after the compression. `after`: number of answer tokens before the compression, which are not compared.
     Answer { sample: &'a Sample, blind: bool, limit: usize, after: usize },
 }
 
-/// What is known of one way to rank the cells, for one request.
+/// Measurements of one ranking of the cells, for one request.
 struct Ranking {
     name: String,
     seed: u64,
@@ -40,12 +40,12 @@ struct Ranking {
 }
 
 impl Runner {
-    /// Measures what every configuration chooses, beside the fewest cells of the same ranking whose mean KL is at most a
-    /// target, for all targets that are not in the journal yet. Returns how many records were added.
+    /// Measures the choice of every configuration against the fewest cells of the same ranking whose mean KL is at most
+    /// a target. Covers all targets that are missing in the journal. Returns the number of added records.
     ///
     /// # Errors
-    /// [`EvalError`]; what was measured so far is in the journal. [`EvalError::NoAnswer`] for a task to which the full cache
-    /// answers nothing at all.
+    /// [`EvalError`]; earlier measurements are in the journal. [`EvalError::NoAnswer`] for a task to which the full
+    /// cache gives no answer.
     pub fn adaptivity(&mut self, request: &Request, targets: &[f64]) -> Result<usize, EvalError> {
         for config in self.configs.iter().filter(|config| !config.is_full()) {
             let searched = Params { ratio: Some(1.0), ..config.ranking() };
@@ -94,7 +94,7 @@ impl Runner {
         Ok(added)
     }
 
-    /// Prefills what is to be compressed, and follows the full cache from there.
+    /// Reads the prompt to compress and follows the full cache from there.
     fn read(&mut self, request: &Request) -> Result<Reference, EvalError> {
         match request.next {
             Next::Text { prompt, next } => {
@@ -134,7 +134,7 @@ impl Runner {
         }
     }
 
-    /// C* of a ranking, by search.
+    /// Searches for C* of a ranking.
     fn fewest(
         &mut self,
         reference: &Reference,
@@ -157,7 +157,7 @@ impl Runner {
         })
     }
 
-    /// The ranking of a configuration: one that is known, or a new one with what an earlier run measured of it.
+    /// Returns the ranking of a configuration: a known one, or a new one with the measurements of an earlier run.
     fn ranking<'a>(&self, config: &Config, run: &Run, steps: usize, known: &'a mut Vec<Ranking>) -> &'a mut Ranking {
         let (name, seed) = (config.ranking_name(), run.seed);
         let at = known.iter().position(|r| r.name == name && r.seed == seed).unwrap_or(known.len());

@@ -27,7 +27,7 @@ fn sample(context: &str) -> Sample {
     }
 }
 
-/// The texts of both parts, and how many control tokens they have.
+/// Returns the texts of both parts, and their numbers of control tokens.
 fn parts(model: &Model, template: Option<&ChatTemplate>, context: &str) -> [(String, usize); 2] {
     let parts = parts_of(model, template, &sample(context)).unwrap();
     parts.map(|tokens| {

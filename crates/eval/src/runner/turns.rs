@@ -1,4 +1,4 @@
-//! Chats of several questions: each is read with what the turns before it left, voted on, and answered.
+//! Chats of several questions. Each question is read with the rows kept by earlier turns, voted on, and answered.
 
 use std::ops::ControlFlow;
 
@@ -9,7 +9,7 @@ use gvote::llama::Token;
 use gvote::session::Recall;
 use gvote_chat::{ChatTemplate, Message, Role};
 
-/// More than an opening's "OK." has.
+/// Token limit for the answer to an opening: more than "OK." needs.
 const OPENING_TOKENS: i32 = 16;
 
 /// The messages so far, and the text whose tokens the cache holds.
@@ -20,10 +20,10 @@ struct Chat<'a> {
 }
 
 impl Runner {
-    /// Holds a chat under every configuration that is not in the journal yet. Returns how many answers were added.
+    /// Runs a chat under every configuration that is missing in the journal. Returns the number of added answers.
     ///
     /// # Errors
-    /// [`EvalError`]; the chats that were held to their end are in the journal.
+    /// [`EvalError`]; chats that were completed are in the journal.
     pub fn turns(&mut self, talk: &Talk) -> Result<usize, EvalError> {
         let (Some(first), Some(last)) = (talk.turns.first(), talk.turns.last()) else { return Ok(0) };
         let opens = talk.opening.is_some();
@@ -80,7 +80,7 @@ impl Runner {
 }
 
 impl Chat<'_> {
-    /// A message of the user, and the beginning of its answer: the tokens that come into the cache with it.
+    /// Adds a message of the user and the beginning of its answer. Returns the tokens to add to the cache.
     fn say(&mut self, runner: &mut Runner, message: &str, prefix: &str) -> Result<Vec<Token>, EvalError> {
         self.messages.push(Message::new(Role::User, message));
         let text = self.template.render_answer(&self.messages, prefix)?;
@@ -90,7 +90,7 @@ impl Chat<'_> {
         } else if text.text().starts_with(&self.cached) {
             text.tokens_from(model, self.cached.len())?
         } else {
-            // the template rewrites what was said before
+            // The template rewrites earlier messages.
             let tokens = text.tokens(model)?;
             runner.session.clear();
             tokens
@@ -99,7 +99,7 @@ impl Chat<'_> {
         Ok(tokens)
     }
 
-    /// The model's answer to it.
+    /// Generates the model's answer.
     fn hear(&mut self, runner: &mut Runner, prefix: &str, max_tokens: i32) -> Result<String, EvalError> {
         let start = runner.session.n_past() as usize;
         let answer = runner.answer(max_tokens)?;

@@ -1,11 +1,11 @@
-//! GSM8K (arXiv 2110.14168): sums told as stories, after worked examples.
+//! GSM8K (arXiv 2110.14168): arithmetic word problems, after worked examples.
 
 use std::path::Path;
 
 use super::rows::{self, Row};
 use super::{Loaded, Metric, Sample, TaskError};
 
-/// Worked examples that published scores are mostly given for.
+/// Number of worked examples used for most published scores.
 pub const SHOTS: usize = 8;
 
 const MAX_TOKENS: i32 = 256;
@@ -13,12 +13,14 @@ const MAX_TOKENS: i32 = 256;
 const INSTRUCTION: &str = "Problems are solved step by step. \
     The last line of a solution is #### and the result, a number alone.\n\n";
 
-/// The first `limit` problems of a file. The context of each is an instruction and the last `shots` problems of the file,
-/// solved; these are never scored, whatever the limit. An item is `gsm8k` and the index of its line, counted from 0.
+/// Loads the first `limit` problems of a file.
+///
+/// The context of each is an instruction and the last `shots` problems of the file with their solutions. These are
+/// never scored, whatever the limit. An item is `gsm8k` and the index of its line, counted from 0.
 ///
 /// # Errors
-/// [`TaskError`]: a file that cannot be read, or one with too few problems. A line without `question` or an `answer` that ends
-/// in `####` and a result is refused.
+/// [`TaskError`] if the file cannot be read or has too few problems. Lines without `question`, or without an `answer`
+/// that ends in `####` and a result, are put among the refused ones.
 pub fn load(file: &Path, shots: usize, limit: usize) -> Result<Loaded, TaskError> {
     let mut refused = Vec::new();
     let problems = rows::read(file, &mut refused, |row| Problem::of(&row))?;
@@ -69,7 +71,7 @@ impl Problem {
     }
 }
 
-/// A solution without its calculator annotations, such as `<<16-3-4=9>>`.
+/// Removes calculator annotations such as `<<16-3-4=9>>` from a solution.
 fn without_sums(answer: &str) -> String {
     let mut plain = String::new();
     let mut rest = answer;

@@ -1,4 +1,4 @@
-//! LongBench (arXiv 2308.14508): multi_news, one summary of several articles.
+//! LongBench (arXiv 2308.14508): multi_news, a summary of several articles.
 
 use std::path::Path;
 
@@ -12,10 +12,10 @@ const INSTRUCTION: &str = "Below are several news articles about the same events
 
 const REQUEST: &str = "Write a one-page summary of all of these articles together.";
 
-/// The samples of multi_news. An item is `multi_news` and the index of its line, counted from 0.
+/// Loads the samples of multi_news. An item is `multi_news` and the index of its line, counted from 0.
 ///
 /// # Errors
-/// [`TaskError::Io`]. A line without `context` or `answers` is refused.
+/// [`TaskError::Io`]. Lines without `context` or `answers` are put among the refused ones.
 pub fn load(file: &Path) -> Result<Loaded, TaskError> {
     let mut refused = Vec::new();
     let samples = rows::read(file, &mut refused, |row| sample(&row))?;

@@ -1,4 +1,5 @@
-//! A number hidden in a text that says nothing, from a generator of its own: any length, any depth, no files.
+//! Generates needle-in-a-haystack samples: a number hidden in meaningless text of any length, at any depth, without
+//! files.
 
 mod filler;
 
@@ -8,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use super::{Metric, Sample};
 use filler::Filler;
 
-/// Words of the keys. None of them is in the filler.
+/// Words of the keys. The filler contains none of them.
 const COLOURS: [&str; 16] = [
     "amber",
     "azure",
@@ -32,23 +33,25 @@ const ANIMALS: [&str; 16] = [
     "salmon", "tortoise", "walrus", "zebra",
 ];
 
-/// A number has seven digits and its prefix says the rest: more tokens than any tokenizer needs for it.
+/// Token limit of an answer. A number has seven digits and the prefix contains the rest, so any tokenizer needs fewer.
 const MAX_TOKENS: i32 = 32;
 
-/// Sentences of a paragraph: the fewest, and how many lengths there are.
+/// Number of sentences in a paragraph: the minimum, and the number of possible lengths.
 const PARAGRAPH: (usize, usize) = (4, 5);
 
-/// Depths of a grid.
+/// Default depths of a grid.
 pub const DEPTHS: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 
 const INSTRUCTION: &str = "The text below gives magic numbers of several animals. Remember them: \
     one of them will be asked for.\n\n";
 
-/// A text of about `words` words (to the sentence; of spaces and instruction apart), with the needle at the end of a sentence
-/// nearest to `depth`: 0 is the start of the text, 1 its end, and what lies outside counts as the nearer of the two.
+/// Generates a text of about `words` words (up to one sentence more, not counting the instruction).
 ///
-/// Beside the needle there are four numbers of other keys; two of these share a word with the one that is asked for. The
-/// text is a function of the three arguments, on any machine.
+/// The needle is placed at the sentence boundary nearest to `depth`: 0 is the start of the text, 1 its end; values
+/// outside are clamped.
+///
+/// The text also has four numbers with other keys, two of which share a word with the requested key. The text depends
+/// only on the three arguments, on any machine.
 pub fn generate(words: usize, depth: f64, seed: u64) -> Sample {
     let depth = depth.clamp(0.0, 1.0);
     let mut random = Random::new(words, depth, seed);
@@ -80,8 +83,8 @@ pub fn generate(words: usize, depth: f64, seed: u64) -> Sample {
     }
 }
 
-/// A sample for each length, in words, and each depth; lengths change last. Each cell has a text of its own, which does not
-/// depend on the other cells.
+/// Generates a sample for each length, in words, and each depth; lengths change last. Each text is independent of the
+/// other cells of the grid.
 pub fn grid(lengths: &[usize], depths: &[f64], seed: u64) -> Vec<Sample> {
     lengths.iter().flat_map(|&words| depths.iter().map(move |&depth| generate(words, depth, seed))).collect()
 }
@@ -97,7 +100,7 @@ impl Needle {
     }
 }
 
-/// The needle that is asked for, and four that are not.
+/// Generates the requested needle and four others.
 fn needles(random: &mut Random) -> [Needle; 5] {
     let colours: [&str; 4] = random.distinct(COLOURS);
     let animals: [&str; 4] = random.distinct(ANIMALS);
@@ -114,7 +117,7 @@ fn needles(random: &mut Random) -> [Needle; 5] {
     })
 }
 
-/// How many sentences to leave before a place at `depth`.
+/// Returns the number of sentences before the position nearest to `depth`.
 fn nearest(sentences: &[String], depth: f64) -> usize {
     let wanted = depth * sentences.iter().map(|sentence| count(sentence)).sum::<usize>() as f64;
     let mut before = 0.0;
@@ -144,7 +147,7 @@ fn count(sentence: &str) -> usize {
     sentence.split_whitespace().count()
 }
 
-/// Draws that stay the same from one version of `rand` to the next.
+/// A random generator whose values stay the same between versions of `rand`.
 struct Random(ChaCha8Rng);
 
 impl Random {
@@ -156,7 +159,7 @@ impl Random {
         Self(ChaCha8Rng::from_seed(key))
     }
 
-    /// Evenly one of `0..n`, for `n` far below 2^32.
+    /// Draws uniformly from `0..n`, for `n` far below 2^32.
     fn below(&mut self, n: usize) -> usize {
         ((u64::from(self.0.next_u32()) * n as u64) >> 32) as usize
     }
@@ -165,7 +168,7 @@ impl Random {
         from[self.below(from.len())]
     }
 
-    /// `K` of `N` different words.
+    /// Draws `K` different words of `N`.
     fn distinct<const N: usize, const K: usize>(&mut self, mut from: [&'static str; N]) -> [&'static str; K] {
         std::array::from_fn(|i| {
             from.swap(i, i + self.below(N - i));

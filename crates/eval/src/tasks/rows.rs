@@ -1,4 +1,4 @@
-//! Rows of a JSONL file, and errors that say where.
+//! Rows of JSONL files, with errors that state the line.
 
 use std::path::{Path, PathBuf};
 
@@ -11,12 +11,12 @@ use crate::text;
 /// One object of a JSONL file.
 pub(super) struct Row {
     path: PathBuf,
-    /// Counted from 0, empty lines too.
+    /// Index of the line, counted from 0, including empty lines.
     pub index: usize,
     fields: Map<String, Value>,
 }
 
-/// What `make` makes of the rows of a file, in order. Empty lines are skipped, and rows that cannot be used put among `refused`.
+/// Converts the rows of a file with `make`, in order. Skips empty lines, and adds errors of unusable rows to `refused`.
 pub(super) fn read<T>(
     path: &Path,
     refused: &mut Vec<TaskError>,
@@ -46,12 +46,12 @@ impl Row {
         }
     }
 
-    /// An error at this line.
+    /// Returns an error for this line.
     pub fn wrong(&self, what: impl Into<String>) -> TaskError {
         TaskError::Line { path: self.path.clone(), line: self.index + 1, what: what.into() }
     }
 
-    /// A field that must be there.
+    /// Returns a required field.
     fn field(&self, name: &str) -> Result<&Value, TaskError> {
         self.fields.get(name).ok_or_else(|| self.wrong(format!("`{name}` is missing")))
     }
@@ -60,7 +60,7 @@ impl Row {
         self.field(name)?.as_str().ok_or_else(|| self.wrong(format!("`{name}` is not a string")))
     }
 
-    /// A list of strings that is not empty.
+    /// Returns a non-empty list of strings.
     pub fn texts(&self, name: &str) -> Result<Vec<String>, TaskError> {
         let list = self.field(name)?.as_array();
         let texts = list.and_then(|list| list.iter().map(|text| text.as_str().map(str::to_owned)).collect());
@@ -71,7 +71,7 @@ impl Row {
         }
     }
 
-    /// A field that is of use only if it is a number.
+    /// Returns a field if it is a number.
     pub fn number(&self, name: &str) -> Option<f64> {
         self.fields.get(name)?.as_f64()
     }

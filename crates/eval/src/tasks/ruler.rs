@@ -1,16 +1,16 @@
-//! RULER (arXiv 2404.06654): needles, variable tracking, word counts and questions about documents, from the files of its own
-//! generator.
+//! RULER (arXiv 2404.06654): needles, variable tracking, word counts and questions about documents, from the files of
+//! RULER's own generator.
 
 use std::path::Path;
 
 use super::rows::{self, Row};
 use super::{Loaded, Metric, Sample, TaskError};
 
-/// The samples of `<folder>/<task>.jsonl` for each of the tasks, in order. The suite is named after the folder, such as
-/// `ruler/4096`; an item is the task and the index of its line, counted from 0.
+/// Loads the samples of `<folder>/<task>.jsonl` for each of the tasks, in order. The suite is named after the folder,
+/// such as `ruler/4096`; an item is the task and the index of its line, counted from 0.
 ///
 /// # Errors
-/// [`TaskError::Io`]. A line without `input`, `outputs`, `answer_prefix` or a question is refused.
+/// [`TaskError::Io`]. Lines without `input`, `outputs`, `answer_prefix` or a question are put among the refused ones.
 pub fn load(folder: &Path, tasks: &[String]) -> Result<Loaded, TaskError> {
     let whole = folder.canonicalize().map_err(|error| TaskError::Io(folder.to_owned(), error))?;
     let suite = format!("ruler/{}", whole.file_name().unwrap_or_default().display());
@@ -22,7 +22,7 @@ pub fn load(folder: &Path, tasks: &[String]) -> Result<Loaded, TaskError> {
     Ok(loaded)
 }
 
-/// The tasks that a folder has files for, by name.
+/// Returns the tasks that a folder has files for, sorted by name.
 ///
 /// # Errors
 /// [`TaskError::Io`].
@@ -51,7 +51,7 @@ fn sample(suite: &str, task: &str, row: &Row) -> Result<Sample, TaskError> {
         question: question.to_owned(),
         answer_prefix: row.text("answer_prefix")?.to_owned(),
         references: row.texts("outputs")?,
-        // one of several spellings is enough (`string_match_part` in RULER's `scripts/eval/synthetic/constants.py`)
+        // One of several spellings suffices (`string_match_part` in RULER's `scripts/eval/synthetic/constants.py`).
         metric: if is_qa(task) { Metric::AnyFound } else { Metric::ShareFound },
         max_tokens,
         depth: depth(row, max_tokens),
@@ -62,10 +62,12 @@ fn is_qa(task: &str) -> bool {
     task.starts_with("qa")
 }
 
-/// Parts a prompt before the question (`template` in RULER's `scripts/data/synthetic/constants.py`): the last line that starts
-/// as the questions of the task do, and in qa the instruction before it, which comes with it. Neither part is empty.
+/// Splits a prompt before the question (`template` in RULER's `scripts/data/synthetic/constants.py`).
+///
+/// The question is the last line that starts like the task's questions; in qa, it includes the preceding instruction.
+/// Neither part is empty.
 fn split<'a>(task: &str, input: &'a str) -> Result<(&'a str, &'a str), String> {
-    /// Before the documents, and again before the question.
+    /// The instruction, which occurs before the documents and again before the question.
     const INSTRUCTION: &str = "Answer the question based on the given documents.";
     let start = if task.starts_with("niah") { "What " } else { "Question:" };
     let line = |start: &str, text: &str| text.rfind(&format!("\n{start}")).map(|end_of_last| end_of_last + 1);
@@ -85,7 +87,7 @@ fn split<'a>(task: &str, input: &'a str) -> Result<(&'a str, &'a str), String> {
     }
 }
 
-/// Tokens that an answer may have (`tokens_to_generate` in RULER's `constants.py`).
+/// Maximum number of tokens in an answer (`tokens_to_generate` in RULER's `constants.py`).
 fn max_tokens(task: &str) -> i32 {
     match task {
         "vt" => 30,
@@ -96,8 +98,8 @@ fn max_tokens(task: &str) -> i32 {
     }
 }
 
-/// Where the needle lies in the prompt; of several needles, one of them. `token_position_answer` is a token of the prompt;
-/// `length` counts the tokens of the prompt and those that the answer may have.
+/// Returns the position of the needle in the prompt; with several needles, of one of them. `token_position_answer` is
+/// the index of a token of the prompt; `length` counts the tokens of the prompt plus the maximum of the answer.
 fn depth(row: &Row, max_tokens: i32) -> Option<f64> {
     let tokens = row.number("length")? - f64::from(max_tokens);
     let place = row.number("token_position_answer")?;

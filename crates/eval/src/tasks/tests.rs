@@ -5,7 +5,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// A folder with one file of lines.
+/// Creates a folder with one file of lines.
 fn file(name: &str, lines: &[&str]) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(name);
@@ -13,7 +13,7 @@ fn file(name: &str, lines: &[&str]) -> (TempDir, PathBuf) {
     (folder, path)
 }
 
-/// The evaluation data, where it is.
+/// Returns the path of evaluation data, if it exists.
 fn data(what: &str) -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data").join(what);
     if !path.exists() {
@@ -22,10 +22,10 @@ fn data(what: &str) -> Option<PathBuf> {
     path.exists().then_some(path)
 }
 
-/// A second line, and what is said about it.
+/// A wrong line, and the expected error message.
 type Wrong = (&'static str, &'static str);
 
-/// Wrong in any kind of file.
+/// Lines that are wrong in any kind of file.
 const WRONG_LINES: [Wrong; 4] = [
     ("{\"input\": \"a", "the JSON object is cut off"),
     ("hello", "not JSON from column 1 on"),
@@ -33,7 +33,8 @@ const WRONG_LINES: [Wrong; 4] = [
     ("{}", " is missing"),
 ];
 
-/// Every wrong line is found on line 3, behind a good and an empty one, and named with the path. All others are used.
+/// Checks that every wrong line is found on line 3, after a good and an empty one, and reported with the path. All
+/// other lines are used.
 fn refuses(name: &str, good: &str, wrong: &[Wrong], load: impl Fn(&Path) -> Result<Loaded, TaskError>) {
     let (_folder, path) = file(name, &[good, "", good, good]);
     let all = load(&path).unwrap().samples.len();
@@ -82,7 +83,7 @@ fn a_ruler_prompt_is_parted_before_its_last_question() {
     assert_eq!((niah.depth, niah.max_tokens), (Some(0.25), 128), "50 of 328 - 128 tokens");
 }
 
-/// Prompts as RULER's generator writes them: what stands before the question, and how the question begins.
+/// Prompts in the form of RULER's generator: the text before the question, and the start of the question.
 const RULER: [(&[&str], &str, &str, i32); 5] = [
     (
         &[
@@ -144,7 +145,7 @@ fn all_thirteen_tasks_of_ruler_are_parted_before_the_question() {
             assert!(refused.is_empty(), "{task}: {refused:?}");
             assert_eq!((&*samples[0].context, &*samples[0].question), (context, question), "{task}");
             assert_eq!((samples[0].max_tokens, &*samples[0].answer_prefix), (max_tokens, " A:"), "{task}");
-            // of several spellings one is enough
+            // one of several spellings suffices
             let half = if task.starts_with("qa") { 1.0 } else { 0.5 };
             assert_eq!((samples[0].score("It is 7."), samples[0].score("8")), (half, 0.0), "{task}");
         }
@@ -262,7 +263,7 @@ fn text_that_is_not_utf8_is_named_too() {
     assert!(samples.len() == 1 && refused[0].to_string().contains(":2: not JSON"), "{refused:?}");
 }
 
-/// Where the needle of a sample begins in its text (the context without the instruction), 0 to 1.
+/// Returns the position of the needle in a sample's text (the context without the instruction), 0 to 1.
 fn found_at(sample: &Sample) -> f64 {
     let (_, text) = sample.context.split_once("\n\n").unwrap();
     let needle = format!("{} {}.", sample.answer_prefix.trim_start(), sample.references[0]);
@@ -279,7 +280,7 @@ fn a_needle_lies_once_at_the_asked_depth() {
     assert_eq!(samples.len(), 12);
     for (sample, (words, depth)) in samples.iter().zip([400, 3000].iter().flat_map(|w| depths.map(|d| (*w, d)))) {
         let off = (found_at(sample) - depth).abs();
-        // Half of a sentence at most, and words differ in length.
+        // At most half of a sentence; words differ in length.
         assert!(off < 0.02 + 20.0 / words as f64, "{}: off by {off}", sample.item);
         assert!(depth > 0.0 && depth < 1.0 || off < 1e-2, "{}: off by {off}", sample.item);
         assert_eq!((sample.depth, sample.task.clone()), (Some(depth), format!("{words} words")));
@@ -311,7 +312,7 @@ fn a_needle_is_a_function_of_its_arguments() {
         assert_ne!(of(300, 0.5, 1).item, other.item);
     }
     assert_eq!(needle::grid(&[200, 300], &[0.1, 0.5], 1)[3], of(300, 0.5, 1), "a cell does not depend on the others");
-    // Scores of different versions can be compared only if this stays.
+    // Scores of different versions can be compared only if this text stays the same.
     let pinned = of(70, 0.5, 1);
     assert!(
         pinned.context.ends_with(

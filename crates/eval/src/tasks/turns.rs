@@ -1,24 +1,24 @@
-//! Several questions about one document, one after another in one chat: what a vote for the first of them leaves must not be all that
-//! the others meet.
+//! Several questions about one document in one chat. Tests whether a vote for the first question keeps the cells that
+//! the later questions need.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Sample;
 
-/// What a chat begins with whose questions come later.
+/// End of the opening message in a chat whose questions come later.
 const READ: &str = "Read this. I will ask you about it afterwards. Only say OK.";
 
 /// A chat about one document.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Talk {
-    /// The document, and that questions will follow, where it comes before the first of them.
+    /// The document and an announcement of questions, if the document comes before the first question.
     pub opening: Option<String>,
-    /// One question each. Without an opening, the first has the document as its context; the others have none.
+    /// One question each. Without an opening, the first question has the document as its context; the others have none.
     pub turns: Vec<Sample>,
 }
 
-/// How needles are written: what comes before the key, between key and number, and after that.
+/// Forms of needles: the text before the key, between key and number, and after the number.
 const FORMS: [[&str; 3]; 4] = [
     ["One of the special magic numbers for ", " is: ", "."],
     ["One of the special magic words for ", " is: ", "."],
@@ -26,8 +26,11 @@ const FORMS: [[&str; 3]; 4] = [
     ["The magic number of the ", " is ", "."],
 ];
 
-/// A chat of so many questions about the needles of a sample: its own, and then others of its keys, drawn with this seed. None where
-/// it has not so many, or asks for something else than the needle of one key. `opens`: the document comes first, without a question.
+/// Creates a chat with `n` questions about the needles of a sample: its own question, then questions about other keys,
+/// drawn with `seed`.
+///
+/// None if the sample has too few needles, or does not ask for the needle of exactly one key. `opens`: the document
+/// comes first, without a question.
 pub fn talk(sample: &Sample, n: usize, seed: u64, opens: bool) -> Option<Talk> {
     let [reference] = &sample.references[..] else { return None };
     let needles = needles(&sample.context);
@@ -59,21 +62,21 @@ pub fn talk(sample: &Sample, n: usize, seed: u64, opens: bool) -> Option<Talk> {
     Some(Talk { opening, turns: picked.into_iter().enumerate().map(turn).collect() })
 }
 
-/// Keys and values of the needles in a text, in its order.
+/// Returns the keys and values of the needles in a text, in order.
 fn needles(text: &str) -> Vec<(&str, &str)> {
     let mut found = Vec::new();
     for [before, between, after] in FORMS {
         for (at, _) in text.match_indices(before) {
             let needle = text[at + before.len()..].split_once(between);
             let parts = needle.and_then(|(key, rest)| Some((key, rest.split_once(after)?.0)));
-            // of one line
+            // on one line
             found.extend(parts.filter(|(key, value)| !key.contains('\n') && !value.contains(char::is_whitespace)));
         }
     }
     found
 }
 
-/// A number for a name, the same on every machine (FNV-1a).
+/// Returns a hash of a name, the same on every machine (FNV-1a).
 fn fnv(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

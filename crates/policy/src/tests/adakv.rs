@@ -1,4 +1,4 @@
-//! Ada-KV's shared budget: against float64, and what a cache of llama.cpp makes of it.
+//! Ada-KV's shared budget, against float64, and its effect in a llama.cpp cache.
 
 use proptest::prelude::*;
 
@@ -20,7 +20,7 @@ prop_compose! {
         };
         let shape = Shape { n, n_layer, n_head_kv, group };
         let mut request = Request::random(&shape, 1, seed);
-        // heads that the window looks at with more and with less of its attention, the rest being on itself
+        // heads to which the window pays more or less of its attention; the rest is on the window itself
         let state = &mut seed.clone();
         for head in &mut request.heads {
             let share = random(state) as f32;
@@ -79,7 +79,7 @@ proptest! {
             for (h, score) in scores.iter().enumerate() {
                 let head = layer * heads + h;
                 let kept = kept(&selection, head);
-                // Among equals at the border either may win, and float32 may swap neighbours.
+                // Among equal scores at the border either may win, and float32 may swap neighbours.
                 let above = |limit: f64| (0..n).filter(is_free).filter(|&j| score[j] > limit).count() as f64;
                 let (least, most) = (above(worst * (1.0 + 1e-5) + 1e-12), above(worst * (1.0 - 1e-5) - 1e-12));
                 let with = |won: f64| 0.2 * free as f64 + 0.8 * won;
@@ -131,7 +131,7 @@ fn what_the_window_looks_at_takes_the_budget_of_what_it_does_not() {
     let selection = select(&params, shape, &Request { heads: vec![head(0.01), head(0.001)] });
     assert_eq!(counts(&selection, shape), [4 + 36, 4 + 4]);
     assert_eq!(selection.ragged, Some(Ragged { min: 8, mean: 24.0, max: 40 }));
-    // normalised, the heads would be alike; and where they are alike they share by age
+    // normalised, the heads would be equal; equal heads share by age
     let selection = select(&params, shape, &Request { heads: vec![head(0.01), head(0.01)] });
     assert_eq!(counts(&selection, shape), [24, 24]);
 }

@@ -1,4 +1,4 @@
-//! The baselines against plain float64 versions of their papers' formulas.
+//! The baselines against simple float64 versions of their papers' formulas.
 
 use proptest::prelude::*;
 
@@ -51,7 +51,7 @@ pub(super) fn own_score(params: &Params, n: usize, head: &Head) -> Vec<f64> {
     }
 }
 
-/// With spans.
+/// Applies spans.
 pub(super) fn lifted(params: &Params, n: usize, own: &[f64]) -> Vec<f64> {
     let lifted = |j: usize| {
         let hits = j.saturating_sub(params.span.forward)..=(j + params.span.back).min(n - 1);

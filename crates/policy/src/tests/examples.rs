@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// A request of one head whose attention is all on `hits`, the first the heaviest.
+/// Creates a request of one head whose attention is all on `hits`, with decreasing weights.
 fn hits(n: usize, hits: &[usize]) -> Request {
     let mut future = vec![0.0; n];
     for (rank, &hit) in hits.iter().enumerate() {
@@ -25,10 +25,11 @@ fn a_hit_keeps_what_follows_it() {
     let params = Params { pool: 1, ..Params::default() };
     let selection = select(&params, shape(1000), &hits(1000, &[500]));
     assert_eq!(selection.bound, Bound::LostMass);
-    // All of the mass lies on one entry: the second turn, that of the single entries, takes it.
+    // All of the mass is on one entry: the second turn, that of the single entries, takes it.
     let expected: Vec<usize> = (0..4).chain([498, 500]).chain(936..1000).collect();
     assert_eq!(kept(&selection, 0), expected);
-    // Of 69 turns, the first and every other one take the passage; those between take the hit, then the oldest; the last turn finds the passage complete.
+    // Of 69 turns, the odd ones take the passage. The even ones take the hit, then the oldest entries. The last turn
+    // finds the passage complete.
     let wide = Params { min_cells: 4 + 69 + 64, ..params };
     let selection = select(&wide, shape(1000), &hits(1000, &[500]));
     assert_eq!(selection.bound, Bound::MinCells);
@@ -50,7 +51,7 @@ fn the_paper_prefers_the_older_of_equal_entries() {
     request.heads[0].each = vec![0.001; 9 * 1000];
     let params = Params { max_cells: Some(100), ..Params::new(Kind::GvotePaper) };
     let selection = select(&params, shape(1000), &request);
-    // Flat attention: 950 entries hold 0.95 of it, and 50 of the recent ones come on top.
+    // Flat attention: 950 entries hold 0.95 of it, and 50 of the recent ones are added.
     assert_eq!(selection.ragged.unwrap().max, 1000);
     let expected: Vec<usize> = (0..36).chain(936..1000).collect();
     assert_eq!(kept(&selection, 0), expected);
@@ -85,7 +86,7 @@ fn mass_is_neither_too_large_nor_too_small_for_its_storage() {
 fn the_windows_own_observed_scores_count_nothing() {
     let params = Params { window: 64, recent: 64, min_cells: 69, pool: 1, ..Params::default() };
     let mut request = hits(300, &[]);
-    // The window's oldest token stays anyhow; if its score counted, its span would win over 148.
+    // The window's oldest token stays anyway; if its score counted, its span would win over 148.
     request.heads[0].observed[236] = 0.9;
     request.heads[0].observed[150] = 0.1;
     let selection = select(&params, shape(300), &request);
@@ -103,7 +104,7 @@ fn heads_keep_their_own_entries_and_share_the_count() {
     assert_eq!(selection.n_cells(), 69);
     assert!(kept(&selection, 0).contains(&100) && !kept(&selection, 0).contains(&200));
     assert!(kept(&selection, 1).contains(&200) && !kept(&selection, 1).contains(&100));
-    // One ranking for all must hold both.
+    // One ranking for all heads must hold both hits.
     let selection = select(&Params { evict: Evict::Cells, ..params }, shape, &request);
     assert_eq!(selection.n_cells(), 70);
     assert_eq!(selection.kept_by(0), selection.kept_by(1));

@@ -1,4 +1,4 @@
-//! What is said of a selection, against plain float64.
+//! The explanation of a selection, against simple float64.
 
 use super::*;
 
@@ -14,7 +14,7 @@ fn scores(head: &Head) -> HeadScores<'_> {
     }
 }
 
-/// A choice, its ranking, and what is said of it.
+/// Returns a selection, its ranking, and its explanation.
 fn explained(params: &Params, request: &Request) -> (Selection, Ranking, Vec<HeadOpinion>) {
     let mut policy = build(params, SHAPE).unwrap();
     let mut opinions = Opinions::new(params, SHAPE, &Protected::default());
@@ -34,7 +34,7 @@ fn normal(scores: &[f32]) -> Vec<f64> {
     scores.iter().map(|&x| f64::from(x) / sum).collect()
 }
 
-/// The best `count` of the entries that need not stay.
+/// Returns the best `count` of the entries that are not forced.
 fn best(scores: &[f64], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (4..236).collect();
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));

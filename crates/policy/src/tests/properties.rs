@@ -1,11 +1,11 @@
-//! Promises for any request, and agreement with float64.
+//! Properties of any request, and agreement with float64.
 
 use proptest::prelude::*;
 
 use super::*;
 
 prop_compose! {
-    /// Small requests with all settings in play, long enough not to be left alone.
+    /// Small requests with all settings varied, long enough to be compressed.
     fn case()(
         n in 90_usize..200,
         (n_layer, n_head_kv, group) in (1_usize..4, 1_usize..4, 1_usize..4),
@@ -130,7 +130,7 @@ proptest! {
             let kept = kept(&selection, index);
             let is_forced = |j: &usize| reference::forced(&params, shape.n, *j);
             for j in (0..shape.n).filter(|j| !is_forced(j)) {
-                // float32 may swap neighbours, which may take a turn from the other opinion
+                // float32 may swap neighbours, which may shift a turn to the other opinion
                 let ranks = |worse: f64| [0, 1].map(|side| {
                     let score: &Vec<f64> = &opinions[side];
                     score.iter().filter(|&&x| x > score[j] * worse + (worse - 1.0) * 1e-9).count()
@@ -144,7 +144,7 @@ proptest! {
                 }
             }
         }
-        // 0.05 % of a mass that is at most 1, and a swap
+        // 0.05 % of a mass that is at most 1, plus one swap of neighbours
         let tolerance = 2e-2;
         let lost = ranked.lost(|list| kept(&selection, list));
         prop_assert!((lost - f64::from(selection.lost_mass.unwrap())).abs() < 1e-3);

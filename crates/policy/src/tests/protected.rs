@@ -1,4 +1,4 @@
-//! Entries that stay like sinks, wherever they are in each head.
+//! Entries that stay like sinks, at different places in each head.
 
 use super::*;
 
@@ -21,13 +21,13 @@ fn params(policy: Kind, evict: Evict) -> Params {
     }
 }
 
-/// Elsewhere in each head, and some of them sinks or recent: nine in the middle of every head.
+/// Protects different entries in each head, some of them sinks or recent: nine in the middle of every head.
 fn scattered() -> Protected {
     let of_head = |head| [1].into_iter().chain((0..9).map(|i| 20 + 13 * i + 3 * head)).chain([155]).collect();
     Protected::by_head((0..SHAPE.heads() as u32).map(of_head).collect())
 }
 
-/// What `list` of the heads must hold: all that any protects where they share their cells.
+/// Returns the entries that `head` must hold: if heads share their cells, all that any head protects.
 fn expected(protected: &Protected, params: &Params, head: usize) -> Vec<u32> {
     let is_for_all = params.evict == Evict::Cells || params.policy == Kind::StreamingLlm;
     let heads = if is_for_all { 0..SHAPE.heads() } else { head..head + 1 };
@@ -51,7 +51,7 @@ fn every_policy_keeps_what_is_protected_and_else_its_best() {
             let with = kept(&selection, head);
             assert!(must.iter().all(|&entry| with.contains(&(entry as usize))), "{kind} {evict:?}: {with:?}");
             assert!((0..SHAPE.n).filter(|&j| reference::forced(&params, SHAPE.n, j)).all(|j| with.contains(&j)));
-            // what else stays is what would have stayed without protection
+            // The remaining entries are the same as without protection.
             let without = kept(&select(&params, SHAPE, &request), head);
             lost_without += must.iter().filter(|&&entry| !without.contains(&(entry as usize))).count();
             if kind != Kind::Gvote {
@@ -92,7 +92,7 @@ fn a_head_that_has_lost_some_fills_their_cells_with_its_best() {
     let uneven = Protected::by_head(vec![vec![30, 40, 50], vec![], vec![60], vec![70, 80]]);
     for kind in [Kind::Gvote, Kind::GvotePaper, Kind::SnapKv, Kind::AdaKv] {
         let params = Params { min_cells: 0, ..params(kind, Evict::Composite) };
-        // the least that holds all: 13 forced and 3 protected
+        // the smallest count that holds all: 13 forced and 3 protected
         let params = Params { ratio: Some(0.01), ..params };
         let selection = select_protecting(&params, SHAPE, &request, &uneven);
         assert_eq!((selection.n_cells(), selection.bound), (16, Bound::Forced), "{kind}");

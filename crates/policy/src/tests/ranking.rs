@@ -9,7 +9,7 @@ fn ranking(params: &Params) -> Ranking {
     ranking_of(params, SHAPE, &Request::random(&SHAPE, 1, 9), 1)
 }
 
-/// The ranking of a policy that sees so many heads at once.
+/// Returns the ranking of a policy that receives `at_once` heads at a time.
 fn ranking_of(params: &Params, shape: Shape, request: &Request, at_once: usize) -> Ranking {
     let mut policy = build(params, shape).unwrap();
     let scores = request.heads.iter().map(|head| HeadScores {
@@ -34,7 +34,7 @@ fn heads_in_several_threads_rank_and_are_cut_as_one_after_another() {
     let shape = Shape { n: 70_000, n_layer: 2, n_head_kv: 4, group: 1 };
     let request = Request::random(&shape, 1, 9);
     let by_one = ranking_of(&Params::default(), shape, &request, 1);
-    // the last ones are fewer; and where the system starts no threads, and where they wait
+    // fewer heads in the last call; no additional threads; and waiting threads
     for (at_once, is_alone, keeps) in
         [(4, false, false), (3, false, false), (8, false, false), (8, true, false), (3, false, true)]
     {
@@ -47,7 +47,7 @@ fn heads_in_several_threads_rank_and_are_cut_as_one_after_another() {
         let (layers, kept) = if is_alone { alone(rank) } else { rank() };
         assert_eq!(by_one.curve(), layers.curve());
         for head in 0..shape.heads() {
-            // not `assert_eq`, which would print them
+            // not `assert_eq`, which would print the lists
             assert!(by_one.of_head(head) == layers.of_head(head), "head {head}");
             let mut best = by_one.of_head(head)[..20_000].to_vec();
             best.sort_unstable();
@@ -117,7 +117,7 @@ fn a_trial_may_settle_on_what_the_bounds_allow() {
     let good = Params::default;
     for (params, expected) in [
         (good(), (68, 300)),
-        // a twelfth of the cells is more than what is forced
+        // a twelfth of the cells is more than the forced entries
         (Params { sinks: 0, recent: 8, window: 8, ..good() }, (25, 300)),
         (Params { min_cells: 100, ..good() }, (100, 300)),
         (Params { min_cells: 500, ..good() }, (300, 300)),

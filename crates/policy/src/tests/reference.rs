@@ -1,22 +1,24 @@
-//! The policies once more, from their description, in plain float64 loops. Slow on purpose: nothing
-//! here shares code or a trick with what it checks.
+//! Reference implementations of the policies from their descriptions, in simple float64 loops. Deliberately slow: they
+//! share no code and no optimisation with the tested policies.
 
 use super::{Head, Params, Request, Shape};
 
-/// Per head (or once, for one ranking of all): two opinions on each entry, higher is better, and its mass, summing to 1.
+/// For each head (or once, for one ranking of all): two opinions on each entry, higher is better, and its mass, summing
+/// to 1.
 pub struct Ranked {
     pub opinions: Vec<[Vec<f64>; 2]>,
     pub mass: Vec<Vec<f64>>,
 }
 
-/// One list in order, and how far into each opinion's own order the turns have come at each count.
+/// A list in order, and the progress of the turns in each opinion's own order at each count.
 pub struct Turns {
     pub order: Vec<usize>,
     pub reached: Vec<[usize; 2]>,
 }
 
 impl Ranked {
-    /// Forced and protected entries, then the best of either opinion that is left, in turn; ties to the older.
+    /// Returns forced and protected entries, then the best remaining entry of either opinion, in turns; among equal
+    /// scores, the older.
     pub fn turns(&self, params: &Params, list: usize, protected: &[u32]) -> Turns {
         let n = self.mass[list].len();
         let stays = |&j: &usize| forced(params, n, j) || protected.contains(&(j as u32));
@@ -34,7 +36,7 @@ impl Ranked {
         Turns { order, reached }
     }
 
-    /// Mean over lists of the mass outside of what each keeps.
+    /// Mean over the lists of the mass that is not kept.
     pub fn lost(&self, kept: impl Fn(usize) -> Vec<usize>) -> f64 {
         let lost = self.mass.iter().enumerate().map(|(list, mass)| {
             let kept = kept(list);
@@ -44,7 +46,7 @@ impl Ranked {
     }
 }
 
-/// The `count` best entries; the older one of two equal ones.
+/// Returns the `count` best entries; among equal scores, the older.
 pub fn best(score: &[f64], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..score.len()).collect();
     order.sort_by(|&a, &b| score[b].partial_cmp(&score[a]).unwrap().then(a.cmp(&b)));
@@ -65,7 +67,7 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&v| f64::from(v)).collect()
 }
 
-/// Both opinions of one head, without the other heads' part, and its mass.
+/// Returns both opinions of one head, without the other heads' part, and its mass.
 fn gvote_head(params: &Params, n: usize, head: &Head) -> ([Vec<f64>; 2], Vec<f64>) {
     let m = nz(&wide(&head.future));
     let older = n as isize - params.window as isize;
@@ -95,7 +97,7 @@ fn gvote_head(params: &Params, n: usize, head: &Head) -> ([Vec<f64>; 2], Vec<f64
     ([passages, single], m)
 }
 
-/// As precise as scores are kept and compared: 11 bits decide between neighbours.
+/// Rounds to the precision at which scores are stored and compared, 11 bits.
 fn stored(x: f64) -> f64 {
     half::f16::from_f64(x * 32768.0).to_f64() / 32768.0
 }
@@ -127,7 +129,7 @@ fn mean(rows: &[Vec<f64>], j: usize) -> f64 {
     rows.iter().map(|row| row[j]).sum::<f64>() / rows.len() as f64
 }
 
-/// What one KV head votes for.
+/// The votes of one KV head.
 pub struct Votes {
     pub votes: Vec<usize>,
     pub sum: Vec<f64>,

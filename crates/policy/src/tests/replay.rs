@@ -1,9 +1,9 @@
-//! A replay: one opinion, each head's own.
+//! A replay: a single opinion, each head's own.
 
 use super::*;
 
-/// Scores with which the peaks times the value norms are 1/n, 2/n, ... in a random order: far enough apart for any
-/// precision. `levels[head][j]` is the rank of an entry, from 1, the least.
+/// Creates scores for which the peaks times the value norms are 1/n, 2/n, ... in a random order, which any precision
+/// can distinguish. `levels[head][j]` is the rank of an entry, from 1, the lowest.
 fn request(shape: &Shape, seed: u64) -> (Request, Vec<Vec<usize>>) {
     let state = &mut seed.clone();
     let n = shape.n;
@@ -33,7 +33,7 @@ fn expected(params: &Params, score: &[f64], count: usize) -> Vec<usize> {
 
 const SHAPE: Shape = Shape { n: 180, n_layer: 2, n_head_kv: 2, group: 1 };
 
-/// Spans and the other heads' opinions would change the order, if they had a say.
+/// Settings whose spans and head mix would change the order if they had any effect.
 fn params() -> Params {
     Params {
         replay: true,
@@ -65,14 +65,14 @@ fn one_ranking_for_all_is_by_the_mean_of_the_heads() {
     let params = Params { ratio: Some(0.4), evict: Evict::Cells, ..params() };
     let (request, levels) = request(&SHAPE, 4);
     let selection = select(&params, SHAPE, &request);
-    // every head's scores have the same sum, so that their means are in the order of the sums of the levels
+    // All heads' scores have the same sum, so their means are in the order of the sums of the levels.
     let sum = |j: usize| levels.iter().map(|levels| levels[j] as f64).sum::<f64>();
     let score: Vec<f64> = (0..SHAPE.n).map(sum).collect();
     let kept = kept(&selection, 0);
     let free = |j: &usize| !reference::forced(&params, SHAPE.n, *j);
     let worst = kept.iter().copied().filter(free).map(|j| score[j]).fold(f64::INFINITY, f64::min);
     let missed = (0..SHAPE.n).filter(|j| !kept.contains(j)).map(|j| score[j]).fold(0.0, f64::max);
-    // equal sums may be cut between
+    // The cut may fall between equal sums.
     assert!(worst >= missed, "{worst} was kept and {missed} was not");
 }
 

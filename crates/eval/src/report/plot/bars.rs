@@ -1,21 +1,22 @@
-//! Scores of single tasks.
+//! Bar plots of the scores of single tasks.
 
 use plotters::prelude::*;
 
 use super::{Area, Axis, Drawn, INK, Key, LETTER, Labels, Look, Palette, Panel, WIDTH, chart, svg};
 use crate::report::TaskTable;
 
-/// Pixels of a bar where there are few to a task and where there are more, of the gap between two tasks, and of all that is above and below the bars.
+/// Height of a bar with few and with many bars for each task, the limit between them, the gap between two tasks, and
+/// the space above and below the bars; in pixels, except for the limit.
 const BARS: [u32; 2] = [9, 6];
 const FEW: usize = 6;
 const GAP: u32 = 10;
 const FRAME: u32 = 60;
-/// Letters of a task's name.
+/// Maximum number of letters in a task's name.
 const LONGEST_NAME: usize = 20;
-/// Percent: a score of 0 is seen as a sliver, a missing score is not.
+/// Minimum length of a bar in percent: a score of 0 remains visible, unlike a missing score.
 const SLIVER: f64 = 1.0;
 
-/// The tasks of a suite from above, and for each the configurations in the order of the table.
+/// Plots the tasks of a suite from top to bottom, each with the configurations in the order of the table.
 pub fn panel(table: &TaskTable, palette: Palette) -> Panel {
     let names: Vec<String> = table.tasks.iter().map(|task| shorten(task)).collect();
     let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0) as u32;
@@ -48,12 +49,12 @@ pub fn panel(table: &TaskTable, palette: Palette) -> Panel {
     Panel::new(&table.suite, &table.place, svg((WIDTH, height), draw))
 }
 
-/// Configurations with their bars.
+/// Returns the configurations with samples of their bars.
 pub fn keys<'a>(shown: impl Iterator<Item = &'a str> + Clone, palette: Palette) -> Vec<Key> {
     palette.keys_with(shown, |area, look| bars([(4, 4), (20, 12)], look).into_iter().try_for_each(|b| area.draw(&b)))
 }
 
-/// A bar and its border.
+/// Returns a bar and its border.
 fn bars<C: Copy>(corners: [C; 2], look: Look) -> [Rectangle<C>; 2] {
     [
         Rectangle::new(corners, look.colour.mix(look.opacity).filled()),

@@ -1,4 +1,4 @@
-//! Where the needle is found: depth by length.
+//! Heat maps of the needle's scores: depth by length.
 
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -6,15 +6,15 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use super::{Axis, Chart, Drawn, FONT, Labels, Palette, Panel, WIDTH, chart, svg};
 use crate::report::{Needle, NeedleMap, TaskTable};
 
-/// Pixels of a row of the map, and of all that is above and below the rows.
+/// Height of a row of the map, and of the space above and below the rows, in pixels.
 const ROW: u32 = 26;
 const FRAME: u32 = 60;
-/// Pixels between two fields.
+/// Gap between two fields, in pixels.
 const GAP: u32 = 1;
 const ON_LIGHT: RGBColor = RGBColor(0x11, 0x11, 0x11);
 const ON_DARK: RGBColor = RGBColor(0xFF, 0xFF, 0xFF);
 
-/// One map for each configuration of each table; those of one configuration lie side by side.
+/// Returns a map for each configuration of each table, grouped by configuration.
 pub fn panels(tables: &[TaskTable], palette: Palette) -> Vec<Panel> {
     let maps = tables.iter().filter_map(|table| table.needle.as_ref().map(|needle| (table, needle)));
     let mut maps: Vec<_> =
@@ -24,7 +24,7 @@ pub fn panels(tables: &[TaskTable], palette: Palette) -> Vec<Panel> {
     maps.into_iter().map(|(table, n, map)| Panel::new(&name(table, map), &table.place, draw(n, map))).collect()
 }
 
-/// The colours of the scores 0 to 1, evenly spaced, for the legend.
+/// Returns the colours of the scores 0 to 1, evenly spaced, for the legend.
 pub fn ramp() -> Vec<String> {
     const STOPS: u8 = 7;
     let colours = (0..=STOPS).map(|i| ViridisRGB::get_color(f64::from(i) / f64::from(STOPS)));
@@ -46,7 +46,7 @@ fn draw(needle: &Needle, map: &NeedleMap) -> String {
     })
 }
 
-/// A coloured field with its score in percent.
+/// Draws a coloured field with its score in percent.
 fn field(chart: &Chart, (x, y): (f64, f64), score: f64) -> Drawn {
     let colour = ViridisRGB::get_color(score.clamp(0.0, 1.0));
     let mut ground = Rectangle::new([(x, y), (x + 1.0, y + 1.0)], colour.filled());
@@ -57,7 +57,7 @@ fn field(chart: &Chart, (x, y): (f64, f64), score: f64) -> Drawn {
     chart.plotting_area().draw(&Text::new(format!("{:.0}", 100.0 * score), (x + 0.5, y + 0.5), letters))
 }
 
-/// Whether dark letters are legible on a colour: its luma (ITU-R BT.601) is above the middle.
+/// Returns true if dark letters are legible on a colour: its luma (ITU-R BT.601) is above the middle.
 fn is_light(RGBColor(r, g, b): RGBColor) -> bool {
     0.299 * f64::from(r) + 0.587 * f64::from(g) + 0.114 * f64::from(b) > 127.5
 }

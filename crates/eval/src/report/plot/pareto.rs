@@ -1,4 +1,4 @@
-//! Quality against the share of the cells kept.
+//! Plots of quality against the share of the cells kept.
 
 use plotters::prelude::*;
 
@@ -8,15 +8,15 @@ use crate::report::{FULL, FidelityTable, TaskTable};
 use gvote::policy::Kind;
 
 const HEIGHT: u32 = 300;
-/// From this ratio of the largest to the smallest KL on, the axis is logarithmic.
+/// Ratio of the largest to the smallest KL from which the axis is logarithmic.
 const LOG_FROM: f64 = 20.0;
 
-/// Top of the axis in nats where no configuration drifts.
+/// Top of the axis in nats if no configuration drifts.
 const NO_DRIFT: f64 = 0.001;
-/// Percent of score that a plot spans at least: less is noise.
+/// Minimum span of the axis in percent of the score: smaller differences are noise.
 const LEAST_SPAN: f64 = 5.0;
 
-/// A configuration: percent of the cells, quality in the unit of the axis, and the half length of its error bar.
+/// A configuration: percent of the cells, quality in the unit of the axis, and half the length of its error bar.
 #[derive(Clone, Copy)]
 struct Point<'a> {
     config: &'a str,
@@ -25,7 +25,7 @@ struct Point<'a> {
     error: f64,
 }
 
-/// Mean KL by the share kept.
+/// Plots the mean KL against the share kept.
 pub fn fidelity(table: &FidelityTable, palette: Palette) -> Panel {
     let points: Vec<Point> = table
         .rows
@@ -48,7 +48,7 @@ pub fn fidelity(table: &FidelityTable, palette: Palette) -> Panel {
     Panel::new(&about, &table.place, draw(&points, full, y, "mean KL, nats", palette))
 }
 
-/// Mean score by the share kept.
+/// Plots the mean score against the share kept.
 pub fn tasks(table: &TaskTable, palette: Palette) -> Panel {
     let percent = |score: f64| 100.0 * score;
     let points: Vec<Point> = table
@@ -69,7 +69,7 @@ pub fn tasks(table: &TaskTable, palette: Palette) -> Panel {
     Panel::new(&table.suite, &table.place, draw(&points, full, y, "mean score, %", palette))
 }
 
-/// What the plots show beside the configurations' markers.
+/// Returns the legend: the full cache, the configurations' markers, and the lines of the policies.
 pub fn keys<'a>(shown: impl Iterator<Item = &'a str> + Clone, palette: Palette) -> Vec<Key> {
     let has_full = shown.clone().any(|config| config == FULL);
     let joined = joined(shown.clone().collect(), palette);
@@ -106,7 +106,7 @@ fn draw_full(chart: &mut Chart, full: Option<f64>) -> Drawn {
     Ok(())
 }
 
-/// Joins the configurations of one policy.
+/// Draws a line through the configurations of one policy.
 fn draw_line(chart: &mut Chart, points: &[Point], policy: Kind, palette: Palette) -> Drawn {
     let mut line: Vec<(f64, f64)> =
         points.iter().filter(|p| palette.policy(p.config) == Some(policy)).map(|p| (p.share, p.value)).collect();
@@ -126,14 +126,14 @@ fn draw_error(chart: &mut Chart, p: &Point, palette: Palette) -> Drawn {
     Ok(())
 }
 
-/// Policies with several configurations among these.
+/// Returns the policies with several of these configurations.
 fn joined(configs: Vec<&str>, palette: Palette) -> Vec<Kind> {
     let shown = || palette.0.iter().map(|c| c.name.as_str()).filter(|name| configs.contains(name));
     let count = |policy: Kind| shown().filter(|name| palette.policy(name) == Some(policy)).count();
     Kind::ALL.iter().copied().filter(|policy| *policy != Kind::Full && count(*policy) > 1).collect()
 }
 
-/// Dash and gap of the line of a policy, in pixels: a line, then dots ever wider apart.
+/// Returns the dash and gap of a policy's line, in pixels: a solid line, then dots with increasing gaps.
 fn dots(policy: Kind) -> (i32, i32) {
     let index = Kind::ALL.iter().position(|kind| *kind == policy).unwrap_or(0) as i32;
     (2, 3 * (index - 1).max(0))

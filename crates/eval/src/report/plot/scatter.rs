@@ -1,4 +1,4 @@
-//! Cells chosen against the fewest that would have done.
+//! Plots the cells chosen against the fewest that reach the target.
 
 use plotters::prelude::*;
 
@@ -9,10 +9,11 @@ use super::{
 use crate::report::table::target;
 use crate::report::{AdaptivityTable, FULL};
 
-/// The plotting area is about square.
+/// Height in pixels that makes the plotting area approximately square.
 const HEIGHT: u32 = 400;
 
-/// C over C* in percent of the prompt's cells, a point a request: prompts of all lengths share the axes.
+/// Plots C against C* in percent of the prompt's cells, with a point for each request. Prompts of all lengths share the
+/// axes.
 pub fn panel(table: &AdaptivityTable, palette: Palette) -> Panel {
     let axis = Axis::linear(0.0, 100.0);
     let (low, high) = axis.ends();
@@ -31,7 +32,7 @@ pub fn panel(table: &AdaptivityTable, palette: Palette) -> Panel {
     Panel::new(&format!("KL at most {}", target(table.target)), &table.place, svg((WIDTH, HEIGHT), draw))
 }
 
-/// What the plots show.
+/// Returns the legend.
 pub fn keys<'a>(shown: impl Iterator<Item = &'a str> + Clone, palette: Palette) -> Vec<Key> {
     let diagonal = key("C = C*", |area| area.draw(&dashed([(4, 15), (20, 1)], DASH, GREY.stroke_width(2))));
     let missed = key("target missed", |area| area.draw(&hollow((12, 8), Look { colour: INK, ..palette.look(FULL) })));

@@ -1,8 +1,8 @@
-//! Sentences about nothing in particular. There are no digits in them.
+//! Generates meaningless sentences without digits.
 
 use super::Random;
 
-/// What a word in braces may become. A `thing` or `quality` may follow an `a`, so none starts with a vowel.
+/// Words that replace a placeholder in braces. A `thing` or `quality` may follow an `a`, so none starts with a vowel.
 const WORDS: [(&str, &[&str]); 11] = [
     (
         "name",
@@ -225,7 +225,7 @@ const WORDS: [(&str, &[&str]); 11] = [
     ),
 ];
 
-/// Sentences whose words in braces are replaced, each by a draw of its own.
+/// Sentence forms. Each placeholder in braces is replaced by an independent draw.
 const SENTENCES: [&str; 40] = [
     "{time}, {trade} {did} {because}.",
     "{name} carried a {quality} {thing} to {place}.",
@@ -269,7 +269,7 @@ const SENTENCES: [&str; 40] = [
     "some people are {feeling} in {sky}; {name} is not one of them.",
 ];
 
-/// A source of sentences. Two in a row never have the same form.
+/// A source of sentences. Consecutive sentences never have the same form.
 #[derive(Default)]
 pub(super) struct Filler {
     last: Option<usize>,
@@ -286,7 +286,7 @@ impl Filler {
     }
 }
 
-/// The sentence with every place filled, no two of one kind with the same word.
+/// Fills all placeholders of a sentence, without using a word twice.
 fn fill(form: &str, random: &mut Random) -> String {
     let mut text = String::new();
     let mut used: Vec<&str> = Vec::new();
