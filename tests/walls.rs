@@ -40,10 +40,14 @@ fn the_policies_know_no_llama_cpp() {
 }
 
 #[test]
-fn only_the_library_may_be_unsafe() {
+fn only_the_library_and_the_plugin_may_be_unsafe() {
     let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
     let mut n = 0;
     for folder in fs::read_dir(crates).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+        // the plugin stands between C functions
+        if folder.ends_with("plugin") {
+            continue;
+        }
         let root = ["src/lib.rs", "src/main.rs"].map(|file| folder.join(file)).into_iter().find(|file| file.exists());
         let text = fs::read_to_string(root.expect("a crate has a root")).unwrap();
         assert!(text.lines().any(|line| line == "#![forbid(unsafe_code)]"), "{} may be unsafe", folder.display());
