@@ -21,7 +21,7 @@ LLAMA    ?= oldest
 STAGE    ?= target/stage
 
 .PHONY: help run test test-llama check-memory fuzz bench bench-cost bench-peers bench-busy bench-memory soak completion bench-completion \
-        results gallery server test-server plugin cuda-kit doc stage install uninstall setup fmt lint clean
+        results gallery server test-server server-tests plugin cuda-kit doc stage install uninstall setup fmt lint clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ server: setup ## build llama.cpp's own llama-server, as it is, in target/server
 test-server: server ## run the tests of the plugin in llama-server, too
 	cargo test -p gvote-plugin --test server -- --include-ignored
 
+server-tests: server plugin ## run llama-server's own tests without the plugin, with it, and with votes, and compare (about an hour)
+	scripts/server-tests
+
 plugin: setup ## build what `gvote with` puts before a program's llama.cpp, in target/plugin; LLAMA=DIR: for the llama.cpp in DIR
 	$(if $(filter command environment,$(firstword $(origin LLAMA))),LLAMA_CPP_DIR="$(LLAMA)") \
 	    scripts/build-plugin --profile "$(PROFILE)"
@@ -116,7 +119,7 @@ install: stage ## install program, manual pages, completions, libraries and head
 uninstall: ## remove what install has put under PREFIX
 	@if cd "$(DESTDIR)$(PREFIX)/share/doc/gvote" 2>/dev/null && cd ../../..; then \
 	    $(SUDO) xargs -d '\n' rm -f <share/doc/gvote/files; \
-	    for dir in lib/gvote/server lib/gvote include/gvote lib/cmake/gvote share/doc/gvote; do \
+	    for dir in lib/gvote/server lib/gvote/python lib/gvote include/gvote lib/cmake/gvote share/doc/gvote; do \
 	        [ ! -d "$$dir" ] || $(SUDO) rmdir "$$dir"; \
 	    done; \
 	fi

@@ -1,7 +1,7 @@
 //! `gvote with`: runs any program that uses llama.cpp's shared library, with the plugin preloaded.
 
 use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -114,9 +114,9 @@ pub fn start(args: &PluginArgs, program: &Path, rest: &[OsString]) -> Result<()>
     args.check()?;
     let plugin = args.find()?;
     let path = in_path(program).with_context(|| format!("there is no program {}", program.display()))?;
-    check_version(&path)?;
+    check_version(&path, &plugin)?;
     let mut command = Command::new(&path);
-    command.args(rest).arg0(program).envs(args.variables());
+    command.args(rest).arg0(program).envs(args.variables()).envs(before_opened(&plugin)?);
     let mut libraries = plugin.into_os_string();
     if let Some(others) = env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
         libraries.push(":");
@@ -201,9 +201,9 @@ fn is_program(path: &Path) -> bool {
     path.is_file() && access(path, Access::EXEC_OK).is_ok()
 }
 
-/// Checks that the program loads the llama.cpp that gvote was built for. A program that loads none itself cannot be checked; the plugin
-/// checks the programs that it starts.
-fn check_version(program: &Path) -> Result<()> {
+/// Checks that the program loads the llama.cpp that the plugin was built for. A program that loads none itself cannot be checked; the
+/// plugin checks the programs that it starts.
+fn check_version(program: &Path, plugin: &Path) -> Result<()> {
     let listed = Command::new("ldd").arg(program).output().map(|output| output.stdout).unwrap_or_default();
     let Some(library) = llama_of(&String::from_utf8_lossy(&listed)) else {
         note(&format!(
@@ -212,16 +212,42 @@ fn check_version(program: &Path) -> Result<()> {
         ));
         return Ok(());
     };
-    let file = library.canonicalize().unwrap_or(library);
-    let ours = env!("GVOTE_LLAMA_VERSION");
-    match version_of(&file) {
+    check_library(&program.display().to_string(), &library, plugin)
+}
+
+fn check_library(user: &str, library: &Path, plugin: &Path) -> Result<()> {
+    // beside the plugin lies the llama.cpp that it was built for
+    let ours = version_of(&plugin.with_file_name("gvote").join(LIBRARY));
+    let ours = ours.unwrap_or_else(|| env!("GVOTE_LLAMA_VERSION").into());
+    match version_of(library) {
         Some(theirs) if theirs != ours => bail!(
-            "{} uses llama.cpp {theirs}, and gvote was built for {ours}: `make plugin LLAMA=DIR` builds a plugin for the llama.cpp in DIR",
-            program.display()
+            "{user} uses llama.cpp {theirs}, and the plugin was built for {ours}: `make plugin LLAMA=DIR` builds one for the llama.cpp in DIR"
         ),
         // if the file name has no version, the plugin asks the library
         _ => Ok(()),
     }
+}
+
+/// File name that programs are linked with.
+const LIBRARY: &str = "libllama.so.0";
+
+/// Returns the environment variables for programs that open `libllama.so` themselves. llama-cpp-python opens the one in the folder
+/// `LLAMA_CPP_LIB_PATH`; it gets a library that puts the plugin before that one.
+fn before_opened(plugin: &Path) -> Result<Vec<(&'static str, OsString)>> {
+    const NAME: &str = "LLAMA_CPP_LIB_PATH";
+    let Some(folder) = env::var_os(NAME).filter(|folder| !folder.is_empty()) else { return Ok(Vec::new()) };
+    let library = Path::new(&folder).join(LIBRARY);
+    let front = plugin.with_file_name("gvote").join("python");
+    if !front.join("libllama.so").is_file() || !library.is_file() {
+        note(&format!("{NAME} stays as it is: there is no {}, or nothing to put before it", library.display()));
+        return Ok(Vec::new());
+    }
+    check_library(NAME, &library, plugin)?;
+    let mut folders = vec![absolute(Path::new(&folder))];
+    if let Some(others) = env::var_os("LD_LIBRARY_PATH") {
+        folders.extend(env::split_paths(&others));
+    }
+    Ok(vec![("LD_LIBRARY_PATH", env::join_paths(folders)?), (NAME, front.into_os_string())])
 }
 
 /// Finds llama.cpp's library in the output of `ldd`.
@@ -231,10 +257,11 @@ fn llama_of(listed: &str) -> Option<PathBuf> {
     path.starts_with('/').then(|| path.into())
 }
 
-/// Returns the version in a name such as libllama.so.1.2.3.
-fn version_of(file: &Path) -> Option<&str> {
-    let version = file.file_name().and_then(OsStr::to_str)?.strip_prefix("libllama.so.")?;
-    (version.split('.').count() == 3).then_some(version)
+/// Returns the version of a library: that in the name of the file behind all links, such as libllama.so.1.2.3.
+fn version_of(library: &Path) -> Option<String> {
+    let file = library.canonicalize().unwrap_or_else(|_| library.to_owned());
+    let version = file.file_name()?.to_str()?.strip_prefix("libllama.so.")?;
+    (version.split('.').count() == 3).then(|| version.to_owned())
 }
 
 #[cfg(test)]
@@ -247,7 +274,7 @@ mod tests {
         assert_eq!(llama_of(listed).as_deref(), Some(Path::new("/opt/lib/libllama.so.0")));
         assert_eq!(llama_of("\tlibllama.so.0 => not found\n"), None);
         assert_eq!(llama_of("\tnot a dynamic executable\n"), None);
-        assert_eq!(version_of(Path::new("/opt/lib/libllama.so.1.2.3")), Some("1.2.3"));
+        assert_eq!(version_of(Path::new("/opt/lib/libllama.so.1.2.3")).as_deref(), Some("1.2.3"));
         assert_eq!(version_of(Path::new("/opt/lib/libllama.so")), None);
         assert_eq!(version_of(Path::new("/opt/lib/libllama.so.0")), None);
     }

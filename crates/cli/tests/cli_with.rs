@@ -49,6 +49,40 @@ fn other_preloaded_libraries_stay() {
 }
 
 #[test]
+fn a_library_that_a_program_opens_itself_gets_the_plugin_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let real = dir.path().join("real");
+    fs::create_dir_all(dir.path().join("gvote/python")).unwrap();
+    fs::create_dir(&real).unwrap();
+    let plugin = dir.path().join("libgvote-plugin.so");
+    fs::write(&plugin, "").unwrap();
+    let start = || {
+        let flag = format!("--plugin={}", plugin.display());
+        let mut command = bare(&["with", &flag, "--", "sh", "-c", "echo $LLAMA_CPP_LIB_PATH $LD_LIBRARY_PATH"]);
+        finish(command.env("LLAMA_CPP_LIB_PATH", &real).env("LD_LIBRARY_PATH", "/other"))
+    };
+    let done = start().ok();
+    assert_eq!(done.stdout, format!("{} /other\n", real.display()));
+    assert!(done.stderr.contains("LLAMA_CPP_LIB_PATH stays as it is"), "{}", done.stderr);
+
+    fs::write(dir.path().join("gvote/python/libllama.so"), "").unwrap();
+    fs::write(real.join("libllama.so.0"), "").unwrap();
+    let front = dir.path().canonicalize().unwrap().join("gvote/python");
+    assert_eq!(start().ok().stdout, format!("{} {}:/other\n", front.display(), real.display()));
+
+    fs::remove_file(real.join("libllama.so.0")).unwrap();
+    fs::write(real.join("libllama.so.0.0.1"), "").unwrap();
+    symlink("libllama.so.0.0.1", real.join("libllama.so.0")).unwrap();
+    let done = start();
+    assert_eq!(done.status, 1);
+    assert!(done.stderr.contains("uses llama.cpp 0.0.1"), "{}", done.stderr);
+
+    // a plugin that was built for that version
+    symlink(real.join("libllama.so.0.0.1"), dir.path().join("gvote/libllama.so.0")).unwrap();
+    start().ok();
+}
+
+#[test]
 fn exit_status_and_signals_are_the_programs() {
     assert_eq!(with(&[], "exit 7").status, 7);
     let status = bare(&["with", PLUGIN, "--", "sh", "-c", "kill -TERM $$"]).status().unwrap();

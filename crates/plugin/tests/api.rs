@@ -43,6 +43,10 @@ fn start(cache: &str, variables: &[(&str, &str)]) -> Done {
 fn start_in(dir: &Path, cache: &str, variables: &[(&str, &str)]) -> Done {
     let mut command = Command::new(program());
     command.arg(model()).arg(dir).arg(cache).envs(variables.iter().copied());
+    done(command)
+}
+
+fn done(mut command: Command) -> Done {
     let output = command.output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let is_ok = output.status.success();
@@ -131,6 +135,29 @@ fn a_setting_that_makes_no_sense_leaves_the_program_alone() {
         assert_eq!(done.stdout, plain);
         assert_eq!(done.gvote.len(), 1, "{:?}", done.gvote);
         assert!(done.gvote[0].starts_with(says), "{:?}", done.gvote);
+    }
+}
+
+/// A program that opens the library itself, and asks it alone.
+fn python(library: &str, variables: &[(&str, &str)]) -> Done {
+    let mut command = Command::new("python3");
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/api.py")).arg(folder().join(library));
+    command.arg(folder().join("include/llama.h")).arg(model()).envs(variables.iter().copied());
+    done(command)
+}
+
+#[test]
+fn a_library_that_is_opened_at_run_time_has_the_plugin_before_it() {
+    let plain = python("gvote/libllama.so", &[]);
+    assert!(plain.is_ok && plain.gvote.is_empty(), "{:?}", plain.gvote);
+    assert_eq!(python("gvote/python/libllama.so", &[("GVOTE_VOTE", "never")]).stdout, plain.stdout);
+
+    let voted = python("gvote/python/libllama.so", &VOTES);
+    assert!(voted.gvote.last().is_some_and(|line| line.contains(" -> ")), "{:?}", voted.gvote);
+    let (lines, plain_lines): (Vec<&str>, Vec<&str>) = (voted.stdout.lines().collect(), plain.stdout.lines().collect());
+    assert_eq!(lines.len(), 4);
+    for (line, plain) in lines.iter().zip(plain_lines) {
+        assert_eq!(line == &plain, line.starts_with("same"), "{line}");
     }
 }
 
