@@ -20,8 +20,8 @@ const FOLDERS: [&str; 12] =
 const MADE: [&str; 1] = ["vendor/llama.cpp"];
 /// File name endings that a page may use without a folder.
 const SOURCES: [&str; 8] = [".rs", ".c", ".cpp", ".hpp", ".h", ".cu", ".py", ".md"];
-/// A file of the reader's, and one of llama.cpp's programs, which the pinned package omits.
-const ELSEWHERE: [&str; 2] = ["app.c", "tools/completion/completion.cpp"];
+/// Files of the reader, and one of llama.cpp's programs, which the pinned package omits.
+const ELSEWHERE: [&str; 3] = ["app.c", "app.py", "tools/completion/completion.cpp"];
 
 /// Returns the root folder of the workspace.
 fn root() -> &'static Path {
